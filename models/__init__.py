@@ -1,0 +1,85 @@
+"""The zoo: diffusion transformers as data.
+
+`load("flux.1-dev:tiny")` gives a model with random weights and the inputs of one forward.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import entries as _entries
+from .build import build
+from .specs import Entry, Ids, Mask, Normal, Rope, Target, Values, materialize
+from .weights import randomize
+
+__all__ = [
+    "Entry",
+    "Ids",
+    "Mask",
+    "Normal",
+    "Rope",
+    "UnknownModelError",
+    "Values",
+    "entry",
+    "families",
+    "load",
+    "names",
+    "randomize",
+]
+
+
+class UnknownModelError(LookupError):
+    """The zoo has no model of that name; the message lists the nearest ones."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.3) or known
+        super().__init__(f"no model {name!r} in the zoo; nearest: {', '.join(near)}")
+
+
+def names() -> list[str]:
+    """The names of all models, sorted; `load` also takes each with `:tiny` appended."""
+    return sorted(_registry())
+
+
+def entry(name: str) -> Entry:
+    """The data behind a name (with or without `:tiny`)."""
+    registry = _registry()
+    base, colon, variant = name.partition(":")
+    if base not in registry or (colon and variant != "tiny"):
+        raise UnknownModelError(name, [known + suffix for known in registry for suffix in ("", ":tiny")])
+    return registry[base]
+
+
+def load(
+    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, seed: int = 0
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model with random weights, in eval mode, and the keyword arguments of one forward.
+
+    `name` is one of `names()` (published size), or that plus `:tiny`: a few narrow layers of every kind the
+    model has, 256 image or video tokens, 16 text tokens, batch 2, ragged masks. `dtype` defaults to float32.
+    On the meta device nothing is allocated: parameters, buffers, latents, text features and rotary tables are
+    meta tensors; timesteps, masks and ids are small real CPU tensors, so that a tracer may read their values.
+    """
+    data = entry(name)
+    tiny = name.endswith(":tiny")
+    generator = torch.Generator("cpu").manual_seed(seed + 1)
+    target = Target(torch.device(device), dtype or torch.float32, generator)
+    model = build(data.cls, dict(data.tiny if tiny else data.full), target.device, target.dtype)
+    return randomize(model, seed), materialize(dict(data.tiny_inputs if tiny else data.full_inputs), target)
+
+
+def families() -> list[ModuleType]:
+    """The modules of `models.entries`, each with a mapping `ENTRIES` from names to data."""
+    found = pkgutil.iter_modules(_entries.__path__, _entries.__name__ + ".")
+    return [importlib.import_module(info.name) for info in found]
+
+
+def _registry() -> dict[str, Entry]:
+    return {name: data for family in families() for name, data in family.ENTRIES.items()}

@@ -1,0 +1,145 @@
+"""Zoo entries as data: a model class by name, two configurations, and a description of one forward's inputs.
+
+An input description is a Python scalar, a spec of this module, or a list, tuple or dict of descriptions;
+`materialize` turns it into tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Latents or text features: N(0, 1) of `shape` in the model's dtype; on meta, a meta tensor."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Values:
+    """A small real tensor holding `values`; `dtype` is a torch dtype name, or None for the model's dtype."""
+
+    values: Sequence[Any]
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A real prefix mask [len(lengths), size]: sample i keeps its first `lengths[i]` tokens."""
+
+    size: int
+    lengths: tuple[int, ...]
+    dtype: str = "int64"
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Real position ids [prod(grid), 3] in the model's dtype; the last len(grid) columns hold coordinates.
+
+    `Ids((n,), origin=True)` gives n rows of zeros (text tokens).
+    """
+
+    grid: tuple[int, ...]
+    origin: bool = False
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A pair (cos, sin) of float32 rotary tables [prod(grid), sum(dims)]; on the meta device, meta tensors.
+
+    Column group i holds the dims[i] columns of grid axis order[i] (by default axis i), with frequencies
+    repeated pairwise; neighbouring positions are `step` apart.
+    """
+
+    grid: tuple[int, ...]
+    dims: tuple[int, ...]
+    step: float = 1.0
+    order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo: a diffusers class, its published and its tiny configuration, and their inputs."""
+
+    cls: str
+    full: Mapping[str, Any]
+    full_inputs: Mapping[str, Any]
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    tiny_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how `materialize` makes tensors; random values come from `generator` (on the CPU)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    @property
+    def real(self) -> torch.device:
+        """The device of tensors that hold values even when the model is on meta."""
+        return torch.device("cpu") if self.device.type == "meta" else self.device
+
+
+def materialize(spec: Any, target: Target) -> Any:
+    """The value a description stands for; containers keep their type, scalars and None pass through."""
+    match spec:
+        case Normal(shape):
+            if target.device.type == "meta":
+                return torch.empty(shape, dtype=target.dtype, device="meta")
+            noise = torch.randn(shape, generator=target.generator, device="cpu")
+            return noise.to(target.device, target.dtype)
+        case Values(values, dtype):
+            return torch.tensor(values, dtype=_dtype(dtype, target), device=target.real)
+        case Mask(size, lengths, dtype):
+            kept = torch.arange(size, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
+            return kept.to(target.real, _dtype(dtype, target))
+        case Ids():
+            return _ids(spec).to(target.real, target.dtype)
+        case Rope():
+            return _rope(spec, target.device)
+        case dict():
+            return {key: materialize(value, target) for key, value in spec.items()}
+        case list() | tuple():
+            return type(spec)(materialize(value, target) for value in spec)
+        case _:
+            return spec
+
+
+def _dtype(name: str | None, target: Target) -> torch.dtype:
+    if name is None:
+        return target.dtype
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _positions(grid: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
+    """Float32 [prod(grid), len(grid)]: the coordinates of a grid in row-major order."""
+    axes = [torch.arange(size, dtype=torch.float32, device=device) for size in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid))
+
+
+def _ids(spec: Ids) -> torch.Tensor:
+    ids = torch.zeros(math.prod(spec.grid), 3, device="cpu")
+    if not spec.origin:
+        ids[:, 3 - len(spec.grid) :] = _positions(spec.grid, "cpu")
+    return ids
+
+
+def _rope(spec: Rope, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = _positions(spec.grid, device) * spec.step
+    angles = []
+    for axis, dim in zip(spec.order or range(len(spec.dims)), spec.dims, strict=True):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        angle = positions[:, axis, None] * (1.0 / 10000.0**exponents)
+        angles.append(angle.repeat_interleave(2, dim=1, output_size=dim))
+    table = torch.cat(angles, dim=1)
+    return table.cos(), table.sin()

@@ -1,0 +1,151 @@
+"""`canonicalize`: one form for each thing, without changing what is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir import ops
+from xdit_ir.passes.base import map_graphs, remove_dead
+from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
+from xdit_ir.program import SPEC, WHERE, Program, TensorSpec
+from xdit_ir.rules.base import bound_arguments
+
+aten = torch.ops.aten
+COPIES = (
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+)
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Drop copies and no-op casts, collapse view chains, write patchifying convolutions as matrix products, and
+    attention as one `attention` operator. Numerics: reassociated (the matrix product of a patch embedding only).
+    """
+
+    name: str = "canonicalize"
+
+    def apply(self, program: Program) -> Program:
+        """The canonical program."""
+        return map_graphs(program, _canonicalize)
+
+
+def _canonicalize(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        for rewrite in (_drop_copy, _patches, _attention, _collapse_views, _reshape):
+            if rewrite(graph, node):
+                break
+    remove_dead(graph)
+
+
+def _drop_copy(graph: fx.Graph, node: fx.Node) -> bool:
+    same = node.target is aten._to_copy.default and _is_noop_cast(node)
+    idle = node.target in (aten.dropout.default, aten.native_dropout.default) and not node.args[2]
+    if node.target not in COPIES and not same and not idle:
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    node.replace_all_uses_with(source)
+    return True
+
+
+def _is_noop_cast(node: fx.Node) -> bool:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source.meta[SPEC].dtype == node.meta[SPEC].dtype and node.kwargs.get("device") is None
+
+
+def _attention(graph: fx.Graph, node: fx.Node) -> bool:
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return False
+    given = bound_arguments(node)
+    kwargs = {"mask": given["attn_mask"], "scale": given["scale"]}
+    kwargs |= {"is_causal": given["is_causal"], "enable_gqa": given.get("enable_gqa", False)}
+    kwargs = {key: value for key, value in kwargs.items() if value not in (None, False) or isinstance(value, fx.Node)}
+    with graph.inserting_before(node):
+        new = graph.create_node("call_function", ops.attention, tuple(node.args[:3]), kwargs, name="attention")
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    return True
+
+
+def _collapse_views(graph: fx.Graph, node: fx.Node) -> bool:
+    if node.target not in VIEWS + PERMUTES:
+        return False
+    source = source_of_chain(node)
+    if source is None:
+        return False
+    if source.meta[SPEC].shape == node.meta[SPEC].shape:
+        node.replace_all_uses_with(source)
+        return True
+    if source is node.args[0] and node.target in VIEWS:
+        return False
+    new = _emit(graph, node)(aten.reshape.default, (source, list(node.meta[SPEC].shape)), node.meta[SPEC].shape)
+    node.replace_all_uses_with(new)
+    return True
+
+
+def _reshape(graph: fx.Graph, node: fx.Node) -> bool:
+    """Strides are not part of the IR, so every view may have to copy."""
+    if node.target not in (aten.view.default, aten._unsafe_view.default):
+        return False
+    node.target = aten.reshape.default
+    return True
+
+
+def _emit(graph: fx.Graph, node: fx.Node) -> Callable[[Any, tuple[Any, ...], tuple[int, ...]], fx.Node]:
+    """A function that adds operators of the node's dtype and origin before it."""
+
+    def emit(target: Any, args: tuple[Any, ...], shape: tuple[int, ...]) -> fx.Node:
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        new.meta = {SPEC: TensorSpec(tuple(shape), node.meta[SPEC].dtype)}
+        if WHERE in node.meta:
+            new.meta[WHERE] = node.meta[WHERE]
+        return new
+
+    return emit
+
+
+def _patches(graph: fx.Graph, node: fx.Node) -> bool:
+    """A convolution whose windows do not overlap, as a matrix product of patches: tokens can then be divided anyhow."""
+    if getattr(node.target, "overloadpacket", None) not in (aten.conv1d, aten.conv2d, aten.conv3d):
+        return False
+    given = bound_arguments(node)
+    x, weight = given["input"], given["weight"]
+    batch, *_ = shape = x.meta[SPEC].shape
+    out_channels, in_channels, *kernel = weight.meta[SPEC].shape
+    count = len(kernel)
+    plain = given["groups"] == 1 and list(given["stride"]) in (kernel, kernel[:1]) and max(kernel) > 1
+    if isinstance(given["padding"], str) or any(given["padding"]) or set(given["dilation"]) != {1} or not plain:
+        return False
+    if len(shape) != count + 2 or any(size % k for size, k in zip(shape[2:], kernel, strict=True)):
+        return False
+    grid = [size // k for size, k in zip(shape[2:], kernel, strict=True)]
+    if list(given["stride"]) != kernel and len(set(kernel)) > 1:
+        return False
+    features, tokens = in_channels * math.prod(kernel), math.prod(grid)
+    emit = _emit(graph, node)
+    split = [batch, in_channels, *(n for pair in zip(grid, kernel, strict=True) for n in pair)]
+    order = [0, *range(2, 2 + 2 * count, 2), 1, *range(3, 3 + 2 * count, 2)]
+    y = emit(aten.reshape.default, (x, split), tuple(split))
+    y = emit(aten.permute.default, (y, order), tuple(split[d] for d in order))
+    y = emit(aten.reshape.default, (y, [batch, tokens, features]), (batch, tokens, features))
+    matrix = emit(aten.reshape.default, (weight, [out_channels, features]), (out_channels, features))
+    y = emit(aten.linear.default, (y, matrix, given["bias"]), (batch, tokens, out_channels))
+    y = emit(aten.reshape.default, (y, [batch, *grid, out_channels]), (batch, *grid, out_channels))
+    order = [0, count + 1, *range(1, count + 1)]
+    y = emit(aten.permute.default, (y, order), (batch, out_channels, *grid))
+    node.replace_all_uses_with(y)
+    return True

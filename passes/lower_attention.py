@@ -1,0 +1,127 @@
+"""`lower-attention`: attention whose keys are divided becomes local, Ulysses, Ring, both, or gathers its keys."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from xdit_ir import ops
+from xdit_ir.cost import Machine
+from xdit_ir.layout import Layout
+from xdit_ir.mesh import Mesh
+from xdit_ir.partition import Indices, Partition
+from xdit_ir.program import Program
+from xdit_ir.propagate import Propagation
+from xdit_ir.rules import decide
+from xdit_ir.rules.base import Call, Ruling
+
+ULYSSES, RING = "ulysses", "ring"
+
+
+@dataclass(frozen=True)
+class LowerAttention:
+    """Choose per attention, by layouts and cost, how its queries meet the keys of other ranks.
+
+    Ulysses (arXiv 2309.14509): an all-to-all turns divided tokens into divided heads and back. Ring (arXiv
+    2310.01889): keys and values travel, partial results are merged by their log-sum-exp. USP (arXiv 2405.07719) is
+    both at once. Numerics: reassociated (Ring's merge), else exact.
+    """
+
+    mesh: Mesh
+    machine: Machine = Machine()
+    name: str = "lower-attention"
+
+    def apply(self, program: Program) -> Program:
+        """The program whose attentions each rank can compute with what the layouts give it."""
+        if self.mesh.world_size == 1:
+            return program
+        return Propagation(program, self.mesh, self._decide).run().replace(mesh=self.mesh)
+
+    def _decide(self, call: Call) -> Ruling:
+        ruling = decide(call)
+        return self._lower(call, ruling) if call.node.target is ops.attention else ruling
+
+    def _lower(self, call: Call, ruling: Ruling) -> Ruling:
+        q, k = ruling.inputs[:2]
+        out = ruling.outputs
+        assert isinstance(out, Layout)
+        talk = call.varies(k.dims[-2])
+        if call.arguments["is_causal"] and (talk or q.dims[-2] is not None):
+            return self._causal(call, ruling)
+        heads = self._heads(call, q, k) if ULYSSES in talk else None
+        if ULYSSES in talk:
+            k = k.with_dims({-2: _gathered(call, k, ULYSSES)})
+        if heads is not None:
+            dim, q_heads, k_heads = heads
+            q = q.with_dims({dim: q_heads, -2: _gathered(call, q, ULYSSES)})
+            k = k.with_dims({dim: k_heads})
+        ring = RING in talk
+        return Ruling(
+            (q, k, k, *_masks(call, q, k)),
+            q,
+            target=ops.ring_attention if ring else None,
+            after=None if q == out else out,
+        )
+
+    def _heads(self, call: Call, q: Layout, k: Layout) -> tuple[int, Partition, Partition] | None:
+        """The dim to divide for Ulysses and how, or None where gathering keys and values is better."""
+        degree = self.mesh.size((ULYSSES,))
+        ndim = len(call.out.shape)
+        for dim in range(ndim - 3, -1, -1):
+            q_size, k_size = call.specs[0].shape[dim], call.specs[1].shape[dim]
+            if q.dims[dim] is None and k.dims[dim] is None and min(q_size, k_size) >= degree:
+                break
+        else:
+            return None
+        if not self._worth(call, k_size, degree):
+            return None
+        k_heads = self.mesh.divide(k_size, (ULYSSES,))
+        group, every = q_size // k_size, Indices.range(0, q_size // k_size)
+        q_heads = k_heads.map(q_size, lambda part: part.outer(every, group)) if group > 1 else k_heads
+        return dim, q_heads, k_heads
+
+    def _worth(self, call: Call, heads: int, degree: int) -> bool:
+        """Whether Ulysses with possibly uneven heads beats whole heads over gathered keys, per rank."""
+        q, k, v = (math.prod(spec.shape) * spec.dtype.itemsize for spec in call.specs[:3])
+        flops = 4 * math.prod(call.specs[0].shape) * call.specs[1].shape[-2]
+        share, away = math.ceil(heads / degree) / heads, (degree - 1) / degree
+        exchange = (2 * q + k + v) / degree * away
+        gathering = (k + v) * away
+        return self.machine.seconds(flops * share, exchange) <= self.machine.seconds(flops / degree, gathering)
+
+    def _causal(self, call: Call, ruling: Ruling) -> Ruling:
+        """Causality needs the natural order: divide heads over every sequence mesh dim, or gather everything."""
+        out, q, k = ruling.outputs, ruling.inputs[0], ruling.inputs[1]
+        assert isinstance(out, Layout)
+        talk = call.varies(k.dims[-2]) | call.varies(q.dims[-2])
+        size = call.specs[1].shape[-3] if len(call.out.shape) > 2 else 0
+        q, k = q.with_dims({-2: None}), k.with_dims({-2: None})
+        same = size == call.out.shape[-3] and size >= self.mesh.size(talk) and q.dims[-3] is None
+        if same:
+            heads = self.mesh.divide(size, talk)
+            q, k = q.with_dims({-3: heads}), k.with_dims({-3: heads})
+        fallback = "" if same else "causal attention with fewer heads than ranks"
+        return Ruling((q, k, k, *_masks(call, q, k)), q, after=None if q == out else out, fallback=fallback)
+
+
+def _gathered(call: Call, layout: Layout, dim: str) -> Partition | None:
+    partition = layout.dims[-2]
+    return None if partition is None else call.mesh.gathered(partition, (dim,))
+
+
+def _masks(call: Call, q: Layout, k: Layout) -> tuple[Layout, ...]:
+    """Masks follow batch, heads and queries of `q`; their columns are all keys in the order in which these come."""
+    keys = k.dims[-2]
+    columns = None if keys is None else call.mesh.gathered(keys, (RING,))
+    result = []
+    for spec in call.specs[3:]:
+        offset = len(q.dims) - len(spec.shape)
+        wanted = (*q.dims[:-1], columns)
+        full = (*call.out.shape[:-1], call.specs[1].shape[-2])
+        dims = [
+            wanted[d + offset] if size == full[d + offset] else None for d, size in enumerate(spec.shape)
+        ]
+        result.append(Layout(tuple(dims)))
+    return tuple(result)
+
+

@@ -1,0 +1,1 @@
+"""xdit-ir: port a diffusion transformer to several GPUs with one trace call."""

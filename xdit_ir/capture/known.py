@@ -1,0 +1,215 @@
+"""Partial evaluation: contents that follow from sizes, integer inputs, masks and buffers are carried beside the fakes.
+
+When Python, a shape or an index reads such contents, the inputs behind them become guards. Anything else that is
+read is an error that names the source line and what the value depends on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from xdit_ir.capture.operators import aten, facts
+from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.source import source_line
+from xdit_ir.capture.values import (
+    KNOWN_INPUT_NUMEL,
+    KNOWN_NUMEL,
+    FromArgument,
+    Origin,
+    Roots,
+    Unshareable,
+    Value,
+    map_tensors,
+    share_memory,
+    spec_of,
+    storage_id,
+    tensors_in,
+)
+from xdit_ir.errors import TraceError
+
+_ROWS_OF_COORDINATES = 2
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether an input's contents may be read: integers and masks, and floating-point grids of whole coordinates."""
+    if tensor.device.type == "meta" or tensor.numel() > KNOWN_INPUT_NUMEL or tensor.dtype.is_complex:
+        return False
+    if not tensor.dtype.is_floating_point:
+        return True
+    if tensor.dim() < _ROWS_OF_COORDINATES or tensor.numel() > KNOWN_NUMEL or not tensor.numel():
+        return False
+    return bool((tensor == tensor.round()).all()) and bool((tensor != tensor.flatten()[0]).any())
+
+
+# -- computing ---------------------------------------------------------------------------------------------------
+def _ready(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    values = [recorder.value(tensor) for tensor in tensors_in((args, kwargs))]
+    if any(value.known is None for value in values):
+        return None
+    args, kwargs = map_tensors((args, kwargs), lambda tensor: recorder.value(tensor).known)
+    if kwargs.get("device") is not None:
+        kwargs["device"] = torch.device("cpu")
+    return args, kwargs
+
+
+def compute(recorder: Recorder, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """The contents of an operator's result, if they follow from known contents and are small enough."""
+    if not facts(func).known or any(item.numel() > KNOWN_NUMEL for item in tensors_in(result)):
+        return None
+    ready = _ready(recorder, args, kwargs)
+    if ready is None:
+        return None
+    try:
+        known = func(*ready[0], **ready[1])
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None
+    return known if spec_of(known) == spec_of(result) else None
+
+
+def separate(known: Any, args: Any) -> Any:
+    """Copies of contents that share memory with contents of the arguments although the operator is no view."""
+    return map_tensors(known, torch.Tensor.clone) if known is not None and share_memory(known, args) else known
+
+
+def write_known(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: Value) -> None:
+    """Do an in-place operator on the known contents too; contents that do not follow it are forgotten."""
+    ready = _ready(recorder, args, kwargs)
+    if ready is None or not facts(func).known or target.known is None:
+        forget(target)
+        return
+    func(*ready[0], **ready[1])
+    for member in target.storage.members:
+        if member.known is not None and storage_id(member.known) != storage_id(target.known):
+            member.known = None
+
+
+def forget(target: Value) -> None:
+    """Forget the contents of a tensor and of all that share its storage."""
+    for member in target.storage.members:
+        member.known = None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """The contents of a tensor that Python, a shape or an index wants to see."""
+    value = recorder.value(tensor)
+    if value.known is None:
+        raise TraceError(_why_unknown(recorder, value.roots, what))
+    note_read(recorder, value.roots, what)
+    return value.known
+
+
+def note_read(recorder: Recorder, roots: Roots, what: str) -> None:
+    """Record that contents were seen: as guards on inputs, or as a dependence of the block on its arguments."""
+    reason = ""
+    for root in roots:
+        if isinstance(root, FromArgument):
+            root.frame.reads.add(root.index)
+            note_read(recorder, root.frame.outer[root.index].roots, what)
+        elif isinstance(root, str):
+            reason = reason or f"{source_line()} ({what})"
+            recorder.read_inputs.setdefault(root, reason)
+        elif root is Origin.BUFFER and recorder.frame.parent is not None:
+            raise Unshareable("reads the contents of a buffer")
+
+
+def _why_unknown(recorder: Recorder, roots: Roots, what: str) -> str:
+    origins = sorted(_expand(roots), key=str)
+    blamed = [root for root in origins if isinstance(root, Origin) and root is not Origin.BUFFER]
+    inputs = [root for root in origins if isinstance(root, str)]
+    hollow = [name for name in inputs if not recorder.inputs[name].dtype.is_floating_point]
+    text = f"{source_line()}: {what} needs the contents of a tensor that depends on "
+    if hollow and not blamed and len(hollow) == len(inputs):
+        return (
+            f"{text}input{_s(hollow)} {_list(hollow)}, which cannot be known while tracing; "
+            "pass a small real tensor (on the CPU) instead of one on the meta device"
+        )
+    names = [f"input {name!r}" for name in inputs] + [root.value for root in blamed]
+    return text + (", ".join(names) or Origin.BUFFER.value) + "; only contents of integer inputs and masks may be read"
+
+
+def _expand(roots: Roots) -> set[str | Origin]:
+    found: set[str | Origin] = set()
+    for root in roots:
+        found |= _expand(root.frame.outer[root.index].roots) if isinstance(root, FromArgument) else {root}
+    return found
+
+
+def _s(names: list[str]) -> str:
+    return "" if len(names) == 1 else "s"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+# -- shapes that depend on contents ------------------------------------------------------------------------------
+def resolve(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator whose result's shape depends on contents: a constant, or an indexing by constants."""
+    if func is aten.index.Tensor:
+        return func(args[0], [_places(recorder, index) for index in args[1]])
+    if func is aten.masked_select.default:
+        shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+        return aten.index.Tensor(args[0].expand(shape), [args[1].expand(shape)])
+    if facts(func).composite:
+        return func.decompose(*args, **kwargs)
+    ready = map_tensors((args, kwargs), lambda tensor: read(recorder, tensor, _name(func)))
+    if ready[1].get("device") is not None:
+        ready[1]["device"] = torch.device("cpu")
+    result = func(*ready[0], **ready[1])
+    return map_tensors(result, lambda tensor: _constant_on(recorder, tensor, func, args))
+
+
+def _places(recorder: Recorder, index: torch.Tensor | None) -> Any:
+    """A boolean index as places; several dimensions of it count as one index each."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return index
+    return read(recorder, index, "a boolean index")
+
+
+def _constant_on(recorder: Recorder, real: torch.Tensor, func: Any, args: Any) -> torch.Tensor:
+    device = next((tensor.device for tensor in tensors_in(args)), recorder.device)
+    value = recorder.constant(real.clone(), _name(func))
+    return value.fake if value.fake.device == device else value.fake.to(device)
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name.rpartition("::")[2].strip("_"))
+
+
+# -- reads that leave no trace below Python ----------------------------------------------------------------------
+class PythonReads(TorchFunctionMode):
+    """Catches `numpy()`, `tolist()` and `torch.tensor(...)` in the model's code."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        reads = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+        makers = (torch.tensor, torch.as_tensor, torch.asarray)
+        self._handlers = {**dict.fromkeys(reads, self._read), **dict.fromkeys(makers, self._make)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = self._handlers.get(func)
+        return func(*args, **(kwargs or {})) if handler is None else handler(func, args, kwargs or {})
+
+    def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if not isinstance(args[0], FakeTensor):
+            return func(*args, **kwargs)
+        return func(read(self._recorder, args[0], f"{func.__name__}()").clone(), *args[1:], **kwargs)
+
+    def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
+        data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
+        if isinstance(data, torch.Tensor) or data is None:
+            return func(*args, **kwargs)
+        data = map_tensors(data, self._scalar)
+        device = torch.device(kwargs.get("device") or torch.get_default_device())
+        rest = {key: item for key, item in kwargs.items() if key not in ("data", "obj", "device")}
+        made = func(data, *args[1:], **rest, device="cpu")
+        return made if device.type == "cpu" else made.to(device)
+
+    def _scalar(self, tensor: torch.Tensor) -> Any:
+        return read(self._recorder, tensor, "torch.tensor()").item() if isinstance(tensor, FakeTensor) else tensor

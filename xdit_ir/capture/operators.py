@@ -1,0 +1,75 @@
+"""Facts about ATen overloads, read off their schemas: what they write, what they alias, their functional twins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+DEVICE = torch.ops.prim.device.default
+IDENTITY = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default})
+RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+MAYBE_WHOLE = frozenset({aten.slice.Tensor, aten.expand.default, aten.reshape.default})
+READS = frozenset({aten.item.default, aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default})
+
+
+@dataclass(frozen=True)
+class OpFacts:
+    """`composite`: decomposes into others; `aliases`: results may be views; `writes`: names of arguments written;
+    `known`: its result follows from its arguments; `draws`: the arguments that, if set, drop elements at random.
+    """
+
+    composite: bool
+    aliases: bool
+    writes: tuple[str, ...]
+    known: bool
+    draws: tuple[str, ...]
+
+
+@lru_cache(maxsize=None)
+def facts(func: Any) -> OpFacts:
+    """The facts about an overload."""
+    schema = func._schema
+    names = tuple(arg.name for arg in schema.arguments)
+    writes = tuple(arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write)
+    aliases = not writes and any(ret.alias_info is not None for ret in schema.returns)
+    composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    draws = ("dropout_p",) if "dropout_p" in names else ("p", "train") if {"p", "train"} <= set(names) else ()
+    uninitialized = "empty" in schema.name or schema.name == "aten::resize_"
+    return OpFacts(composite, aliases, writes, not (random or uninitialized) or bool(draws), draws)
+
+
+def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The value of a named argument of an overload in a call."""
+    for position, arg in enumerate(func._schema.arguments):
+        if arg.name == name:
+            if position < len(args):
+                return args[position]
+            return kwargs.get(name, arg.default_value if arg.has_default_value() else None)
+    return None
+
+
+def drops_elements(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is a dropout that is switched on."""
+    draws = facts(func).draws
+    return bool(draws) and all(argument(func, args, kwargs, name) for name in draws)
+
+
+@lru_cache(maxsize=None)
+def functional_twin(func: Any) -> Any:
+    """The overload that computes what `func` writes, or None: `add_.Tensor` to `add.Tensor`, `add.out` likewise."""
+    namespace, _, name = func._schema.name.partition("::")
+    base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    wanted = [(arg.name, str(arg.type)) for arg in func._schema.arguments if not arg.is_out]
+    for candidate in (base, f"{base}_functional"):
+        packet = getattr(getattr(torch.ops, namespace), candidate, None)
+        for overload in packet.overloads() if packet is not None else ():
+            twin = getattr(packet, overload)
+            if not facts(twin).writes and [(arg.name, str(arg.type)) for arg in twin._schema.arguments] == wanted:
+                return twin
+    return None

@@ -1,0 +1,184 @@
+"""The graphs under construction: fake tensors, the nodes that hold their contents, parameters and constants."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from xdit_ir.capture.operators import IDENTITY, aten
+from xdit_ir.capture.source import source_line
+from xdit_ir.capture.values import (
+    KNOWN_NUMEL,
+    NO_ROOTS,
+    Frame,
+    Origin,
+    Roots,
+    Storage,
+    Unshareable,
+    Value,
+    View,
+    map_tensors,
+    spec_of,
+)
+from xdit_ir.errors import TraceError
+from xdit_ir.program import CONSTANT, SPEC, WHERE, Where
+
+
+class Recorder:
+    """State of one trace: the frame that is being written, and the `Value` of every fake tensor."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.frame = Frame("")
+        self.path = [""]
+        self.constants: dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.read_inputs: dict[str, str] = {}
+        self._values: dict[int, Value] = {}
+        self._state_names: dict[int, list[str]] = {}
+        self._state_fakes: dict[int, torch.Tensor] = {}
+
+    def where(self) -> Where:
+        """The place in the model that is running."""
+        return Where(self.path[-1], source_line())
+
+    # -- tensors -----------------------------------------------------------------------------------------------
+    def blank(self, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+        """A new fake tensor with the size, strides and dtype of `like`."""
+        with torch.inference_mode(), self.fake_mode:
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device or like.device)
+
+    def fake(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator on fake tensors, unrecorded."""
+        with self.fake_mode:
+            return func(*args, **kwargs)
+
+    def add(self, value: Value) -> Value:
+        """Remember what is known about a fake tensor."""
+        value.storage.members.append(value)
+        self._values[id(value.fake)] = value
+        return value
+
+    def bind(self, fake: torch.Tensor, node: fx.Node, known: torch.Tensor | None, roots: Roots) -> Value:
+        """Register a tensor with storage of its own in the current frame."""
+        return self.add(Value(fake, self.frame, Storage(node), (), node, 0, known, roots))
+
+    def input(self, name: str, like: torch.Tensor, device: torch.device, known: torch.Tensor | None, root: Any) -> Value:
+        """A placeholder of the current frame."""
+        fake = self.blank(like, device)
+        node = self.emit("placeholder", name, (), {}, spec_of(fake), Where(), name)
+        value = self.bind(fake, node, known, frozenset({root}))
+        self.frame.arguments.append(value)
+        self.frame.placeholders.append(node)
+        return value
+
+    def state(self, names: list[str], real: torch.Tensor, parameter: bool) -> torch.Tensor:
+        """The fake that stands for a parameter or buffer; its `get_attr` is written at its first use in a frame."""
+        fake = self.blank(real)
+        carried = not parameter and real.device.type != "meta" and real.numel() <= KNOWN_NUMEL
+        known = real.detach().cpu().clone() if carried else None
+        roots: Roots = frozenset({Origin.PARAMETER if parameter else Origin.BUFFER})
+        self.add(Value(fake, None, Storage(None, owner=names[0]), (), None, 0, known, roots))
+        self._state_names[id(fake)] = names
+        self._state_fakes[id(real)] = fake
+        return fake
+
+    def constant(self, real: torch.Tensor, name: str = "") -> Value:
+        """A value of the current frame for a real tensor that the model's code made or holds."""
+        found = self.frame.constants.get(id(real))
+        if found is not None:
+            return found
+        if real.device.type == "meta":
+            raise TraceError(
+                f"{source_line()}: uses a tensor on the meta device that is neither an input nor an attribute of a "
+                "module, so that its contents are lost; pass it as an input or register it as a buffer"
+            )
+        name = f"{name or 'literal'}_{len(self.constants)}"
+        self.constants[name] = real
+        fake = self.blank(real)
+        node = self.emit("get_attr", f"{CONSTANT}.{name}", (), {}, spec_of(fake), self.where(), name)
+        known = real.detach().cpu().clone() if real.numel() <= KNOWN_NUMEL else None
+        self.frame.constants[id(real)] = value = self.bind(fake, node, known, NO_ROOTS)
+        return value
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        """What is known about a tensor; a real one becomes state or a constant."""
+        found = self._values.get(id(tensor))
+        if found is not None:
+            return found
+        if isinstance(tensor, FakeTensor):
+            raise Unshareable("a tensor from outside the trace")
+        if id(tensor) in self._state_fakes:
+            return self._values[id(self._state_fakes[id(tensor)])]
+        return self.constant(tensor)
+
+    def roots(self, tensors: list[torch.Tensor]) -> Roots:
+        """All that a result of these tensors depends on."""
+        return NO_ROOTS.union(*(self.value(tensor).roots for tensor in tensors))
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+    def emit(self, op: str, target: Any, args: Any, kwargs: Any, spec: Any, where: Where, name: str = "") -> fx.Node:
+        """Append a node with its metadata to the current graph."""
+        node = self.frame.graph.create_node(op, target, args, kwargs, name or None)
+        node.meta.clear()
+        node.meta[SPEC] = spec
+        node.meta[WHERE] = where
+        return node
+
+    def call(self, func: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
+        """Append an operator call whose arguments are fake tensors, nodes and literals."""
+        kwargs = {key: item for key, item in kwargs.items() if not (key == "pin_memory" and not item)}
+        args, kwargs = map_tensors(args, self.node), map_tensors(kwargs, self.node)
+        name = func._schema.name.rpartition("::")[2].strip("_")
+        return self.emit("call_function", func, args, kwargs, spec, self.where(), name)
+
+    def item(self, node: fx.Node, index: int, spec: Any) -> fx.Node:
+        """Append the selection of one result of a node."""
+        return self.emit("call_function", operator.getitem, (node, index), {}, spec, self.where())
+
+    def node(self, tensor: torch.Tensor) -> fx.Node:
+        """The node that holds a tensor's contents now, in the current frame."""
+        value = self.value(tensor)
+        if value.frame is None:
+            return self._state_node(value)
+        if value.frame is not self.frame:
+            raise Unshareable("uses a tensor that was not passed to it")
+        if value.version != value.storage.version:
+            assert value.storage.node is not None
+            value.node = self.replay(value.storage.node, value.chain)
+            value.version = value.storage.version
+        assert value.node is not None
+        return value.node
+
+    def _state_node(self, value: Value) -> fx.Node:
+        prefix = f"{self.frame.prefix}." if self.frame.prefix else ""
+        names = [name for name in self._state_names[id(value.fake)] if name.startswith(prefix)]
+        if not names:
+            raise Unshareable("uses a parameter of another module")
+        name = names[0][len(prefix) :]
+        if name not in self.frame.state:
+            spec = spec_of(value.fake)
+            self.frame.state[name] = self.emit("get_attr", name, (), {}, spec, self.where(), name.replace(".", "_"))
+        return self.frame.state[name]
+
+    def view_node(self, source: fx.Node, view: View) -> fx.Node:
+        """Append what a view computes from its source's contents."""
+        if view.func in IDENTITY:
+            return source
+        args = (source, *view.args[1:])
+        if view.func is aten.reshape.default:
+            args = (source, list(view.result.shape))
+        if view.index is None:
+            return self.call(view.func, args, view.kwargs, spec_of(view.result))
+        return self.item(self.call(view.func, args, view.kwargs, view.pieces), view.index, spec_of(view.result))
+
+    def replay(self, node: fx.Node, chain: tuple[View, ...]) -> fx.Node:
+        """Append a chain of views of a base's contents."""
+        for view in chain:
+            node = self.view_node(node, view)
+        return node

@@ -1,0 +1,32 @@
+"""Where in the model's own source the tracer stands."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from functools import lru_cache
+
+import torch
+
+_SKIP = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+
+
+@lru_cache(maxsize=4096)
+def _foreign(filename: str) -> bool:
+    return filename.startswith(_SKIP) or filename.startswith("<")
+
+
+@lru_cache(maxsize=4096)
+def _describe(filename: str, line: int) -> str:
+    return f"{os.path.basename(filename)}:{line}: {linecache.getline(filename, line).strip()}"
+
+
+def source_line() -> str:
+    """The innermost line on the stack that is neither torch's nor ours, like `transformer.py:413: x = gate * x`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not _foreign(frame.f_code.co_filename):
+            return _describe(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

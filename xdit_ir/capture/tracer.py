@@ -1,0 +1,126 @@
+"""The tracer: runs a module on fake tensors and writes down every ATen operator that it calls, in functional form.
+
+In inference mode composite operators (linear, layer_norm, scaled_dot_product_attention, ...) reach a dispatch mode
+whole. Those that may return views (chunk, to, flatten, ...) are decomposed; the others stay single nodes. All
+reshapes become `aten.reshape`, which unlike `aten.view` does not depend on strides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xdit_ir.capture.known import compute, read, resolve, separate
+from xdit_ir.capture.operators import DEVICE, IDENTITY, MAYBE_WHOLE, READS, RESHAPES, aten, drops_elements, facts
+from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.source import source_line
+from xdit_ir.capture.values import Origin, Value, View, map_tensors, share_memory, spec_of, tensors_in
+from xdit_ir.capture.writes import write
+from xdit_ir.errors import TraceError
+
+
+class Tracer(TorchDispatchMode):
+    """Records the operators that run while it is active."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+        if func in READS:
+            return func(*map_tensors(args, lambda tensor: read(self.recorder, tensor, _name(func))), **kwargs)
+        self._check(func, args, kwargs)
+        args, kwargs = map_tensors((tuple(args), kwargs), lambda tensor: self.recorder.value(tensor).fake)
+        about = facts(func)
+        if about.composite and (about.writes or about.aliases) and func not in RESHAPES:
+            return self._decompose(func, args, kwargs)
+        return write(self.recorder, func, args, kwargs) if about.writes else self._record(func, args, kwargs)
+
+    def _check(self, func: Any, args: Any, kwargs: Any) -> None:
+        if drops_elements(func, args, kwargs):
+            raise TraceError(f"{source_line()}: dropout is active; call .eval() on the model before tracing it")
+        if self.recorder.device.type == "meta" and any(map(torch.is_autocast_enabled, ("cuda", "cpu"))):
+            raise TraceError(f"{source_line()}: autocast has no meaning on the meta device; trace on the real device")
+
+    def _decompose(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            result = self.recorder.fake(func, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            with self:
+                return resolve(self.recorder, func, args, kwargs)
+        tensors = tensors_in(result)
+        if not tensors:
+            return result
+        about = facts(func)
+        shares = not about.aliases and about.composite and share_memory(result, (args, kwargs))
+        if shares and func not in RESHAPES:
+            return self._decompose(func, args, kwargs)
+        known = compute(self.recorder, func, args, kwargs, result)
+        if func in RESHAPES:
+            func, args, kwargs = aten.reshape.default, (args[0], list(result.shape)), {}
+            shares = share_memory(result, args)
+        if about.aliases and (shares or func not in RESHAPES) or func in IDENTITY:
+            return self._views(func, args, kwargs, result, known)
+        return self._fresh(func, args, kwargs, result, separate(known, args))
+
+    def _fresh(self, func: Any, args: Any, kwargs: Any, result: Any, known: Any) -> Any:
+        recorder = self.recorder
+        roots = recorder.roots(tensors_in((args, kwargs)))
+        if not facts(func).known:
+            roots |= {Origin.RANDOM}
+        node = recorder.call(func, args, kwargs, spec_of(result))
+        if isinstance(result, torch.Tensor):
+            recorder.bind(result, node, known, roots)
+            return result
+        for index, item in enumerate(result):
+            part = recorder.item(node, index, spec_of(item))
+            recorder.bind(item, part, known[index] if known is not None else None, roots)
+        return result
+
+    def _views(self, func: Any, args: Any, kwargs: Any, result: Any, known: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            if func in MAYBE_WHOLE and result.shape == args[0].shape:
+                func, args, kwargs = aten.alias.default, args[:1], {}
+            self._view(View(func, args, kwargs, None, result), known, None)
+            return result
+        pieces = spec_of(result)
+        node = self.recorder.call(func, args, kwargs, pieces)
+        for index, item in enumerate(result):
+            view = View(func, args, kwargs, index, item, pieces)
+            part = self.recorder.item(node, index, pieces[index])
+            self._view(view, known[index] if known is not None else None, part)
+        return result
+
+    def _view(self, view: View, known: torch.Tensor | None, node: Any) -> None:
+        recorder = self.recorder
+        source = recorder.value(view.source)
+        node = node or recorder.view_node(recorder.node(view.source), view)
+        frame, storage = recorder.frame, source.storage
+        if source.frame is None or view.result is view.source:
+            return self._view_of_state(view, source, node, known)
+        chain = (*source.chain, view)
+        recorder.add(Value(view.result, frame, storage, chain, node, storage.version, known, source.roots))
+        return None
+
+    def _view_of_state(self, view: View, source: Value, node: Any, known: torch.Tensor | None) -> None:
+        if view.result is not view.source:
+            value = self.recorder.bind(view.result, node, known, source.roots)
+            value.storage.owner = source.storage.owner
+
+
+def _name(func: Any) -> str:
+    return f"{func._schema.name.rpartition('::')[2].strip('_')}()"

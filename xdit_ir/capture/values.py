@@ -1,0 +1,145 @@
+"""What the tracer knows about each fake tensor: its node, its storage, and its contents where those are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir.program import TensorSpec
+
+KNOWN_NUMEL = 1 << 20
+KNOWN_INPUT_NUMEL = 1 << 24
+
+
+class Unshareable(Exception):
+    """A block does something that a shared body cannot express."""
+
+
+class Origin(Enum):
+    """Where a value came from, apart from inputs."""
+
+    PARAMETER = "the model's parameters"
+    BUFFER = "the model's buffers"
+    RANDOM = "random numbers"
+
+
+@dataclass(frozen=True)
+class FromArgument:
+    """Inside a block: the value came from an argument of the block."""
+
+    frame: Frame
+    index: int
+
+
+Roots = frozenset[str | Origin | FromArgument]
+NO_ROOTS: Roots = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One step from a tensor to a view of it: `func(*args, **kwargs)[index]`, its input being `args[0]`."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    index: int | None
+    result: torch.Tensor
+    pieces: tuple[TensorSpec, ...] = ()
+
+    @property
+    def source(self) -> torch.Tensor:
+        """The tensor that is viewed."""
+        source: torch.Tensor = self.args[0]
+        return source
+
+
+@dataclass(eq=False)
+class Storage:
+    """What views share: the node that holds the newest contents of the base tensor, and how often it was written.
+
+    `owner` names the parameter or buffer behind it; `shared` says that values of another graph may alias it.
+    """
+
+    node: fx.Node | None
+    version: int = 0
+    owner: str = ""
+    shared: bool = False
+    members: list[Value] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Value:
+    """A fake tensor. `known` is its contents on the CPU, if nothing unreadable entered it.
+
+    `frame` is None for parameters and buffers. `roots` are the inputs and state from which it was computed.
+    """
+
+    fake: torch.Tensor
+    frame: Frame | None
+    storage: Storage
+    chain: tuple[View, ...]
+    node: fx.Node | None
+    version: int
+    known: torch.Tensor | None
+    roots: Roots
+
+
+@dataclass(eq=False)
+class Frame:
+    """A graph under construction: the outer graph, or the body of a block called at `prefix`.
+
+    `outer` are the arguments as the caller sees them, `reads` the arguments whose contents Python saw,
+    `attributes` the (module path, name) of the watched attributes that Python saw.
+    """
+
+    prefix: str
+    parent: Frame | None = None
+    outer: list[Value] = field(default_factory=list)
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    placeholders: list[fx.Node] = field(default_factory=list)
+    arguments: list[Value] = field(default_factory=list)
+    reads: set[int] = field(default_factory=set)
+    attributes: set[tuple[str, str]] = field(default_factory=set)
+    state: dict[str, fx.Node] = field(default_factory=dict)
+    constants: dict[int, Value] = field(default_factory=dict)
+
+
+def spec_of(value: Any) -> Any:
+    """The spec of a tensor, or the tuple of specs of a sequence of tensors."""
+    if isinstance(value, torch.Tensor):
+        return TensorSpec(tuple(int(size) for size in value.shape), value.dtype)
+    return tuple(spec_of(item) for item in value)
+
+
+def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Apply a function to the tensors in an operator's arguments (nested lists, tuples and dicts)."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([map_tensors(item, function) for item in tree])
+    if isinstance(tree, dict):
+        return {key: map_tensors(item, function) for key, item in tree.items()}
+    return tree
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors in an operator's arguments or result, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(tree, found.append)
+    return found
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def share_memory(left: Any, right: Any) -> bool:
+    """Whether any tensor of one tree shares memory with any of another."""
+    taken = {storage_id(tensor) for tensor in tensors_in(right)}
+    return any(storage_id(tensor) in taken for tensor in tensors_in(left))

@@ -1,0 +1,115 @@
+"""In-place operators made functional: a write gives the storage new contents, and views are recomputed on demand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir.capture.known import forget, write_known
+from xdit_ir.capture.operators import IDENTITY, argument, aten, facts, functional_twin
+from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.source import source_line
+from xdit_ir.capture.values import Unshareable, Value, View, spec_of, tensors_in
+from xdit_ir.capture.views import scatter
+from xdit_ir.errors import TraceError
+from xdit_ir.program import TensorSpec
+
+
+def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """Record an operator that writes to one of its arguments; returns that argument."""
+    names = facts(func).writes
+    target = argument(func, args, kwargs, names[0])
+    if torch.Tag.inplace_view in func.tags:
+        return _change_view(recorder, func, args, kwargs)
+    twin = functional_twin(func)
+    if twin is None or len(names) > 1:
+        raise TraceError(f"{source_line()}: {func} writes in place and has no functional form")
+    value = recorder.value(target)
+    _check_writable(recorder, value)
+    kept = {key: item for key, item in kwargs.items() if item is not target or key == "self"}
+    node = _copied(recorder, args) if func is aten.copy_.default else _computed(recorder, twin, args, kept, target)
+    write_known(recorder, func, args, kwargs, value)
+    roots = recorder.roots(tensors_in((args, kwargs)))
+    _store(recorder, value, node)
+    for member in value.storage.members:
+        member.roots |= roots
+    return target
+
+
+def _check_writable(recorder: Recorder, value: Value) -> None:
+    if value.storage.owner:
+        raise TraceError(f"{source_line()}: forward writes to the model's own {value.storage.owner!r}")
+    if value.frame is not recorder.frame or value.storage.shared:
+        raise Unshareable("writes to a tensor that is shared with a block")
+
+
+def _copied(recorder: Recorder, args: Any) -> fx.Node:
+    """`copy_` as a conversion of its source."""
+    target, source = args[0], args[1]
+    node, spec = recorder.node(source), spec_of(source)
+    if spec.dtype != target.dtype or source.device != target.device:
+        spec = TensorSpec(spec.shape, target.dtype)
+        changes = {"dtype": target.dtype} if source.dtype != target.dtype else {}
+        if source.device != target.device:
+            changes["device"] = target.device
+        node = recorder.call(aten._to_copy.default, (node,), changes, spec)
+    if spec.shape != tuple(target.shape):
+        node = recorder.call(aten.expand.default, (node, list(target.shape)), {}, spec_of(target))
+    return node
+
+
+def _computed(recorder: Recorder, twin: Any, args: Any, kwargs: Any, target: torch.Tensor) -> fx.Node:
+    result = recorder.fake(twin, args, kwargs)
+    if result.shape != target.shape:
+        raise TraceError(f"{source_line()}: {twin} gives another shape than the tensor that it is written to")
+    node = recorder.call(twin, args, kwargs, spec_of(result))
+    if result.dtype == target.dtype:
+        return node
+    return recorder.call(aten._to_copy.default, (node,), {"dtype": target.dtype}, spec_of(target))
+
+
+def _store(recorder: Recorder, value: Value, node: fx.Node) -> None:
+    """Make `node` the contents of a tensor, and so of the storage that it is a view of."""
+    storage = value.storage
+    assert storage.node is not None
+    bases = [storage.node]
+    for view in value.chain[:-1]:
+        bases.append(recorder.view_node(bases[-1], view))
+    written: fx.Node | None = node
+    for view, base in zip(reversed(value.chain), reversed(bases), strict=False):
+
+        def call(func: Any, *args: Any, spec: Any = spec_of(view.source)) -> fx.Node:
+            return recorder.call(func, args, {}, spec)
+
+        assert written is not None
+        written = scatter(view, base, written, call)
+        if written is None:
+            raise TraceError(f"{source_line()}: cannot write through a view made by {view.func}")
+    storage.node = written
+    storage.version += 1
+    value.node, value.version = node, storage.version
+
+
+def _change_view(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """In-place operators that only change the shape: `unsqueeze_`, `t_`, ..."""
+    target = args[0]
+    twin = functional_twin(func)
+    if func is aten.detach_.default:
+        return target
+    if twin is None:
+        raise TraceError(f"{source_line()}: {func} changes a tensor's shape in place in a way that is not supported")
+    value, before = recorder.value(target), recorder.blank(target)
+    node = recorder.node(target)
+    _check_writable(recorder, value)
+    recorder.fake(func, args, kwargs)
+    view = View(twin, (before, *args[1:]), kwargs, None, recorder.blank(target))
+    value.node = recorder.view_node(node, view)
+    value.chain = (*value.chain, view)
+    if value.known is not None:
+        value.known = twin(value.known, *args[1:], **kwargs)
+    return target
+
+
+__all__ = ["IDENTITY", "forget", "write"]

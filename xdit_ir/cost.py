@@ -1,0 +1,147 @@
+"""What a program costs: floating-point operations and bytes sent, per rank, from layouts alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir import ops
+from xdit_ir.layout import Layout, plan
+from xdit_ir.mesh import Mesh
+from xdit_ir.program import LAYOUT, SPEC, Program, is_block_call
+from xdit_ir.rules.base import operands
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+Formula = Callable[[fx.Node, Sequence[Shape], Shape], int]
+
+
+def _product(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    """Matrix products of two operands, the contracted size being the last of the first."""
+    return 2 * math.prod(out) * shapes[0][-1]
+
+
+def _linear(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    return 2 * math.prod(shapes[0]) * out[-1]
+
+
+def _added(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    return 2 * math.prod(out) * shapes[1][-1]
+
+
+def _conv(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    return 2 * math.prod(out) * math.prod(shapes[1][1:])
+
+
+def _attention(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    q, k = shapes[0], shapes[1]
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + out[-1])
+
+
+def _einsum(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+    sizes = {c: size for term, shape in zip(terms, shapes, strict=False) for c, size in zip(term, shape, strict=False)}
+    return 2 * math.prod(sizes.values()) if len(terms) > 1 else 0
+
+
+FORMULAS: dict[Any, Formula] = {
+    aten.linear: _linear,
+    aten.matmul: _product,
+    aten.mm: _product,
+    aten.bmm: _product,
+    aten.mv: _product,
+    aten.addmm: _added,
+    aten.baddbmm: _added,
+    aten.conv1d: _conv,
+    aten.conv2d: _conv,
+    aten.conv3d: _conv,
+    aten.convolution: _conv,
+    aten.einsum: _einsum,
+    ops.attention: _attention,
+    ops.ring_attention: _attention,
+    aten.scaled_dot_product_attention: _attention,
+}
+
+
+def node_flops(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    """Multiplications and additions of one node for these operand and result shapes."""
+    formula = FORMULAS.get(getattr(node.target, "overloadpacket", node.target))
+    return 0 if formula is None else formula(node, shapes, out)
+
+
+def _is_counted(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "overloadpacket", node.target) in FORMULAS
+
+
+def graph_flops(graph: fx.Graph, mesh: Mesh | None) -> list[int]:
+    """FLOPs per rank of a graph with layouts, block calls aside; without a mesh: of one device, as a single entry."""
+    ranks = range(mesh.world_size) if mesh else range(1)
+    total = [0 for _ in ranks]
+    for node in graph.nodes:
+        if not _is_counted(node):
+            continue
+        sources, out = operands(node), node.meta[SPEC].shape
+        for rank in ranks:
+            shapes = [_local(source, rank, mesh) for source in sources]
+            if node.target is ops.ring_attention:
+                shapes[1] = sources[1].meta[SPEC].shape
+            total[rank] += node_flops(node, shapes, _local(node, rank, mesh) if mesh else out)
+    return total
+
+
+def _local(node: fx.Node, rank: int, mesh: Mesh | None) -> Shape:
+    shape: Shape = node.meta[SPEC].shape
+    layout: Layout | None = node.meta.get(LAYOUT)
+    return shape if mesh is None or layout is None else layout.local_shape(shape, rank)
+
+
+def program_flops(program: Program, mesh: Mesh | None) -> list[int]:
+    """FLOPs per rank of a whole program (one entry without a mesh)."""
+    bodies = {name: graph_flops(block.graph, mesh) for name, block in program.blocks.items()}
+    total = graph_flops(program.graph, mesh)
+    for node in program.graph.nodes:
+        if is_block_call(node):
+            total = [a + b for a, b in zip(total, bodies[str(node.args[0])], strict=True)]
+    return total
+
+
+def relayout_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
+    """Bytes that each rank sends in one change of layout; an all-reduce as a ring reduce-scatter and all-gather."""
+    source = operands(node)[0]
+    spec, have, want = node.meta[SPEC], source.meta[LAYOUT], node.meta[LAYOUT]
+    if node.target is ops.all_reduce:
+        count = mesh.size(have.partial - want.partial)
+        shapes = (want.local_shape(spec.shape, rank) for rank in range(mesh.world_size))
+        return tuple(2 * math.prod(s) * spec.dtype.itemsize * (count - 1) // count for s in shapes)
+    return plan(mesh, spec.shape, have, want).sent(spec.dtype.itemsize)
+
+
+def ring_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
+    """Bytes of keys and values that each rank passes on around the ring."""
+    total = [0] * mesh.world_size
+    for source in operands(node)[1:3]:
+        spec, layout = source.meta[SPEC], source.meta[LAYOUT]
+        dims = mesh.varies(layout.dims[-2])
+        for rank in range(mesh.world_size):
+            group = mesh.group(rank, dims)
+            at = group.index(rank)
+            hops = (group[(at - hop) % len(group)] for hop in range(len(group) - 1))
+            total[rank] += sum(math.prod(layout.local_shape(spec.shape, r)) for r in hops) * spec.dtype.itemsize
+    return tuple(total)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds that choices are priced with: FLOP/s of a rank and bytes/s that it can send. Defaults: H100 on NVLink."""
+
+    flops: float = 500e12
+    bytes: float = 200e9
+
+    def seconds(self, flops: float, sent: float) -> float:
+        """Time of so much work and traffic, not overlapped."""
+        return flops / self.flops + sent / self.bytes

@@ -1,0 +1,23 @@
+"""The one family of errors that users meet: what was wrong, what was expected, the nearest legal choice."""
+
+from __future__ import annotations
+
+
+class XditError(Exception):
+    """Base of every error raised on purpose by xdit_ir."""
+
+
+class TraceError(XditError):
+    """A module could not be captured; names the input or the source line at fault."""
+
+
+class ParallelizeError(XditError):
+    """A parallel degree is unknown or illegal for this program; names the nearest legal one."""
+
+
+class VerifyError(XditError):
+    """A program breaks an invariant of the IR; names the pass, block and node."""
+
+
+class MismatchError(XditError):
+    """Inputs, weights or ranks differ from what a program was made for; names the argument."""

@@ -1,0 +1,69 @@
+"""Run a program on one device, node by node: the reference meaning of the IR."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from xdit_ir.errors import MismatchError
+from xdit_ir.program import CONSTANT, Program, is_block_call, qualified
+
+State = Callable[[str], torch.Tensor]
+Observer = Callable[[str, fx.Node, Any], None]
+
+
+def model_state(program: Program, model: nn.Module) -> State:
+    """Look up parameters, buffers and constants by qualified name, by reference, at every call."""
+    constants = {f"{CONSTANT}.{name}": value for name, value in program.constants.items()}
+
+    def lookup(name: str) -> torch.Tensor:
+        if name in constants:
+            return constants[name]
+        owner, _, leaf = name.rpartition(".")
+        try:
+            return getattr(model.get_submodule(owner), leaf)
+        except AttributeError as error:
+            raise MismatchError(f"the model has no parameter or buffer {name!r} that its program uses") from error
+
+    return lookup
+
+
+class Interpreter:
+    """Runs a program's graphs with `state` as weights, on `device`; `observe(prefix, node, value)` sees every value."""
+
+    def __init__(self, program: Program, state: State, device: torch.device, observe: Observer | None = None) -> None:
+        self.program, self.state, self.device, self.observe = program, state, device, observe
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Outputs of the outer graph for its placeholders' values."""
+        return self._graph(self.program.graph, inputs, "")
+
+    def _graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str) -> Any:
+        env: dict[fx.Node, Any] = {}
+        feed = iter(inputs)
+        for node in graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], env.__getitem__)
+            env[node] = self._node(node, env, feed, prefix)
+            if self.observe is not None:
+                self.observe(prefix, node, env[node])
+        raise AssertionError("a graph ends with an output")
+
+    def _node(self, node: fx.Node, env: Mapping[fx.Node, Any], feed: Any, prefix: str) -> Any:
+        if node.op == "placeholder":
+            return next(feed)
+        if node.op == "get_attr":
+            return self.state(qualified(prefix, str(node.target)))
+        args = fx.map_arg(node.args, env.__getitem__)
+        if is_block_call(node):
+            name, call_prefix, values = args
+            return self._graph(self.program.blocks[name].graph, values, call_prefix)
+        kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
+        if kwargs.get("device") == self.program.device:
+            kwargs["device"] = self.device
+        target = node.target
+        return args[0][args[1]] if target is operator.getitem else target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,201 @@
+"""Exact index sets: which global indices of one tensor dimension every rank holds, in its local order.
+
+Everything is static integer arithmetic on immutable values, so views, slices, concatenations, permutations, uneven
+shards and halos are all exact and need no symbolic algebra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+Runs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Indices:
+    """An ordered sequence of distinct indices, stored as maximal runs `(start, length)` of consecutive ones."""
+
+    runs: Runs
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.runs)
+
+    @staticmethod
+    def of_runs(runs: Iterable[tuple[int, int]]) -> Indices:
+        """Normalise: drop empty runs, join adjacent ones."""
+        joined: list[tuple[int, int]] = []
+        for start, length in runs:
+            if length <= 0:
+                continue
+            if joined and sum(joined[-1]) == start:
+                joined[-1] = (joined[-1][0], joined[-1][1] + length)
+            else:
+                joined.append((start, length))
+        return Indices(tuple(joined))
+
+    @staticmethod
+    def range(start: int, stop: int) -> Indices:
+        """`start, start + 1, ..., stop - 1`."""
+        return Indices.of_runs([(start, stop - start)])
+
+    @staticmethod
+    def of_array(array: IntArray) -> Indices:
+        """From explicit indices, in order."""
+        if array.size == 0:
+            return Indices(())
+        breaks = np.flatnonzero(np.diff(array) != 1) + 1
+        starts = np.concatenate([[0], breaks])
+        lengths = np.diff(np.concatenate([starts, [array.size]]))
+        return Indices(tuple(zip(array[starts].tolist(), lengths.tolist(), strict=True)))
+
+    @cached_property
+    def array(self) -> IntArray:
+        """The indices, explicit, in order."""
+        if not self.runs:
+            return np.empty(0, dtype=np.int64)
+        return np.concatenate([np.arange(start, start + length) for start, length in self.runs])
+
+    @cached_property
+    def size(self) -> int:
+        """How many indices."""
+        return sum(length for _, length in self.runs)
+
+    def is_whole(self, size: int) -> bool:
+        """Whether these are all of `0..size-1` in natural order."""
+        return self.runs == (((0, size),) if size else ())
+
+    def shift(self, by: int) -> Indices:
+        """Every index plus `by`."""
+        return Indices(tuple((start + by, length) for start, length in self.runs))
+
+    def concat(self, other: Indices) -> Indices:
+        """These, then the others."""
+        return Indices.of_runs(self.runs + other.runs)
+
+    def outer(self, inner: Indices, inner_size: int) -> Indices:
+        """Row-major flat indices of the product set `self x inner` where the inner dimension has `inner_size`."""
+        if inner.is_whole(inner_size):
+            return Indices.of_runs((start * inner_size, length * inner_size) for start, length in self.runs)
+        return Indices.of_array((self.array[:, None] * inner_size + inner.array[None, :]).reshape(-1))
+
+    def factor(self, inner_size: int) -> tuple[Indices, Indices] | None:
+        """The `(outer, inner)` whose row-major product set is this, or None where it is no such product."""
+        if all(start % inner_size == 0 and length % inner_size == 0 for start, length in self.runs):
+            outer = Indices.of_runs((start // inner_size, length // inner_size) for start, length in self.runs)
+            return outer, Indices.range(0, inner_size)
+        rows, columns = np.divmod(self.array, inner_size)
+        width = int(np.flatnonzero(np.append(rows[1:] != rows[0], True))[0]) + 1
+        if self.size % width:
+            return None
+        outer_array, inner_array = rows[::width], columns[:width]
+        product = (outer_array[:, None] * inner_size + inner_array[None, :]).reshape(-1)
+        if len(set(outer_array.tolist())) != outer_array.size or not np.array_equal(product, self.array):
+            return None
+        return Indices.of_array(outer_array), Indices.of_array(inner_array)
+
+    def select(self, start: int, stop: int, step: int = 1) -> tuple[Indices, Indices]:
+        """What a slice `start:stop:step` of the dimension keeps of these: new global indices, and local positions."""
+        keep = (self.array >= start) & (self.array < stop) & ((self.array - start) % step == 0)
+        return Indices.of_array((self.array[keep] - start) // step), Indices.of_array(np.flatnonzero(keep))
+
+    def positions(self, wanted: Indices) -> Indices:
+        """Local positions at which the `wanted` indices (all held here) lie, in the order of `wanted`."""
+        if len(self.runs) == 1:
+            start = self.runs[0][0]
+            return wanted.shift(-start)
+        order = np.argsort(self.array, kind="stable")
+        found = order[np.searchsorted(self.array, wanted.array, sorter=order)]
+        return Indices.of_array(found.astype(np.int64))
+
+    def within(self, other: Indices) -> Indices:
+        """Those of these that `other` holds too, in the order of these."""
+        return Indices.of_array(self.array[np.isin(self.array, other.array)])
+
+    def without(self, other: Indices) -> Indices:
+        """Those of these that `other` does not hold, in the order of these."""
+        return Indices.of_array(self.array[~np.isin(self.array, other.array)])
+
+    def map(self, function: Callable[[IntArray], IntArray]) -> Indices:
+        """Apply an injective function to every index, keeping the order."""
+        return Indices.of_array(function(self.array))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """For every rank the part of one dimension (of global length `size`) that it holds. Parts may be empty."""
+
+    size: int
+    parts: tuple[Indices, ...]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.size, self.parts))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Partition) and self.size == other.size and self.parts == other.parts
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Local length on every rank."""
+        return tuple(part.size for part in self.parts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds everything in natural order."""
+        return all(part.is_whole(self.size) for part in self.parts)
+
+    def map(self, size: int, function: Callable[[Indices], Indices]) -> Partition:
+        """Apply `function` to every distinct part."""
+        return _map_parts(size, self.parts, function)
+
+    def covers(self, ranks: Sequence[int]) -> bool:
+        """Whether these ranks together hold every index."""
+        held = {index for rank in ranks for index in self.parts[rank].runs}
+        mark = np.zeros(self.size, dtype=bool)
+        for start, length in held:
+            mark[start : start + length] = True
+        return bool(mark.all())
+
+
+def _map_parts(size: int, parts: tuple[Indices, ...], function: Callable[[Indices], Indices]) -> Partition:
+    done = {part: function(part) for part in set(parts)}
+    return Partition(size, tuple(done[part] for part in parts))
+
+
+@lru_cache(maxsize=4096)
+def even_cuts(size: int, count: int) -> tuple[int, ...]:
+    """`count + 1` cut points dividing `0..size` as evenly as integers allow, the longer pieces first."""
+    base, extra = divmod(size, count)
+    return tuple(piece * base + min(piece, extra) for piece in range(count + 1))
+
+
+def even_pieces(size: int, count: int, unit: int = 1, segments: Sequence[int] = ()) -> list[Indices]:
+    """`count` pieces of a dimension, even within every segment, in whole units.
+
+    `segments` are the lengths of consecutive segments (default: one); `unit` applies to those that it divides.
+    """
+    pieces = [Indices(()) for _ in range(count)]
+    offset = 0
+    for length in segments or (size,):
+        step = unit if length % unit == 0 else 1
+        cuts = even_cuts(length // step, count)
+        for piece in range(count):
+            run = Indices.range(offset + cuts[piece] * step, offset + cuts[piece + 1] * step)
+            pieces[piece] = pieces[piece].concat(run)
+        offset += length
+    return pieces

@@ -1,0 +1,157 @@
+"""The IR: a `Program` is an outer graph over tensors, in which repeated layers are calls of shared `Block` bodies.
+
+Both levels are `torch.fx.Graph`s of functional ATen operators. Conventions, checked by `xdit_ir.verify`:
+
+* `placeholder`: one per tensor input (outer graph: tensor leaves of the inputs, in order; body: arguments of the block).
+* `get_attr`: a parameter or buffer. Outer graph: its qualified name in the model. Body: its name relative to the
+  prefix that each call binds. A name below `CONSTANT` is a tensor constant of the program, in `Program.constants`.
+* `call_function`: an ATen overload, an operator of `xdit_ir.ops`, `operator.getitem`, or (outer graph only)
+  `call_block(block_name, prefix, [values])`, which returns the tuple that the block's body returns.
+* `output`: one tuple of tensors.
+* every node carries `meta[SPEC]`: a `TensorSpec` (or a tuple of them), and where known `meta[WHERE]`: a `Where`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from xdit_ir.mesh import Mesh
+
+SPEC = "spec"
+WHERE = "where"
+LAYOUT = "layout"
+CONSTANT = "_constant"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Where:
+    """Origin of a node: module path (relative to the traced module) and the innermost source line of the model."""
+
+    module: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A body shared by all layers of equal structure; parameters are `get_attr`s relative to the call's prefix."""
+
+    name: str
+    graph: fx.Graph
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A fact about the inputs that the program has burned in: the leaf at `path` has the value `value`.
+
+    `value` is a CPU tensor when the leaf is a tensor whose contents were read while tracing.
+    """
+
+    path: str
+    value: Any
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class InputLeaf:
+    """One leaf of the (canonicalised keyword) inputs. `spec` is None for a leaf that is no tensor."""
+
+    path: str
+    spec: TensorSpec | None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How calls of the module become placeholders, and outputs become the module's result.
+
+    `parameters` are the names of forward's parameters; inputs are first bound to these (`inspect.Signature.bind`),
+    then flattened as a dict of the arguments that were given. `out_leaves[i]` is the index of a tensor in the
+    graph's output tuple, or a `Literal` constant.
+    """
+
+    in_spec: pytree.TreeSpec
+    leaves: tuple[InputLeaf, ...]
+    out_spec: pytree.TreeSpec
+    out_leaves: tuple[int | Literal, ...]
+    guards: tuple[Guard, ...] = ()
+
+
+@dataclass(frozen=True)
+class Literal:
+    """An output leaf that is not a tensor."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """A stream of tokens: dimension `dim` of the outer value `value` becomes the queries of an attention.
+
+    `units` are inner factors by which views split it (rows, frames), `segments` the lengths into which it is cut.
+    """
+
+    value: str
+    dim: int
+    size: int
+    units: tuple[int, ...] = ()
+    segments: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A captured model. `device` is the device it was traced on: nodes that name it mean "the running device"."""
+
+    name: str
+    graph: fx.Graph
+    blocks: Mapping[str, Block]
+    signature: Signature
+    constants: Mapping[str, torch.Tensor]
+    device: torch.device
+    state: Mapping[str, TensorSpec] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    tokens: tuple[TokenAxis, ...] = ()
+
+    def replace(self, **changes: Any) -> Program:
+        """A copy with fields changed; graphs are shared, so whoever edits one copies it first."""
+        return replace(self, **changes)
+
+    @property
+    def calls(self) -> Iterator[fx.Node]:
+        """The block calls of the outer graph, in order."""
+        return (node for node in self.graph.nodes if is_block_call(node))
+
+
+def call_block(block: str, prefix: str, values: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Target of a block call in the outer graph; only interpreters give it a meaning."""
+    raise AssertionError("call_block is interpreted, never executed")
+
+
+def is_block_call(node: fx.Node) -> bool:
+    """Whether a node of an outer graph calls a block."""
+    return node.op == "call_function" and node.target is call_block
+
+
+def qualified(prefix: str, name: str) -> str:
+    """The model-wide name of a parameter that a body names relative to `prefix`; constants are never relative."""
+    return name if not prefix or name.startswith(CONSTANT + ".") else f"{prefix}.{name}"

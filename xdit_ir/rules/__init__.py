@@ -1,0 +1,39 @@
+"""The rule table: what every operator does when a dimension of an operand is divided over ranks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from xdit_ir.rules import attentions, contractions, convolutions, joins, pointwise, reductions, views
+from xdit_ir.rules.base import Call, Rule, Ruling, gather_all
+
+RULES: MappingProxyType[Any, Rule] = MappingProxyType(
+    {
+        **pointwise.RULES,
+        **views.RULES,
+        **joins.RULES,
+        **contractions.RULES,
+        **reductions.RULES,
+        **convolutions.RULES,
+        **attentions.RULES,
+    }
+)
+
+
+@lru_cache(maxsize=4096)
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an operator (an ATen overload or one of `xdit_ir.ops`), or None."""
+    packet = getattr(target, "overloadpacket", target)
+    if packet in RULES:
+        return RULES[packet]
+    return pointwise.POINTWISE if pointwise.is_pointwise(target) else None
+
+
+def decide(call: Call) -> Ruling:
+    """Apply the rule of the call's operator; without one, gather, run whole and say so."""
+    rule = rule_for(call.node.target)
+    if rule is None:
+        return gather_all(call, f"no rule for {call.node.target}")
+    return rule.forward(call)

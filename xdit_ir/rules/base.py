@@ -1,0 +1,177 @@
+"""What a rule is: how one operator acts on divided operands.
+
+A rule's `forward` answers, for the layouts that the operands have: which layouts it needs them in, which layout the
+results get, and what each rank runs. Its `demand` answers the other way round: for a layout wanted of the result,
+the operands' layouts that give it (or None); the caller verifies that answer with `forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import fx
+
+from xdit_ir.layout import Layout
+from xdit_ir.mesh import Mesh
+from xdit_ir.partition import Partition
+from xdit_ir.program import SPEC, TensorSpec
+
+LocalCall = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+Localize = Callable[[int], LocalCall]
+Outputs = Layout | tuple[Layout, ...]
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands of a node by position; one that is used twice is listed twice."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def with_operands(node: fx.Node, new: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's arguments with its operands replaced, by position."""
+    feed = iter(new)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(feed))
+    return args, dict(kwargs)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call as a rule sees it; `layouts` go with `operands(node)`."""
+
+    node: fx.Node
+    mesh: Mesh
+    layouts: tuple[Layout, ...]
+
+    @cached_property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Global shapes and dtypes of the operands."""
+        return tuple(node.meta[SPEC] for node in operands(self.node))
+
+    @property
+    def out(self) -> TensorSpec:
+        """Global shape and dtype of the (first) result."""
+        spec = self.node.meta[SPEC]
+        return spec if isinstance(spec, TensorSpec) else spec[0]
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments by their names in the operator's schema, defaults filled in."""
+        return bound_arguments(self.node)
+
+    def place(self, argument: Any) -> int:
+        """Position among the operands of an argument that is a node."""
+        return next(i for i, node in enumerate(operands(self.node)) if node is argument)
+
+    def varies(self, partition: Partition | None) -> frozenset[str]:
+        """The mesh dims along which a partition differs."""
+        return self.mesh.varies(partition)
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a node by their names in the operator's schema (or Python signature), defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        import inspect
+
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+        bound.apply_defaults()
+        return dict(bound.arguments)
+    values = {}
+    for place, argument in enumerate(schema.arguments):
+        if place < len(node.args):
+            values[argument.name] = node.args[place]
+        else:
+            values[argument.name] = node.kwargs.get(
+                argument.name, argument.default_value if argument.has_default_value() else None
+            )
+    return values
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """What a rule decides for one call. `local(rank)` is the rank's own call; None: the same arguments for all.
+
+    `fallback` is the reason why operands must be gathered here because no rule applies, or empty. A lowering may
+    also replace the operator by `target`, and convert its result to the layout `after`.
+    """
+
+    inputs: tuple[Layout, ...]
+    outputs: Outputs
+    local: Localize | None = None
+    fallback: str = ""
+    target: Callable[..., Any] | None = None
+    after: Layout | None = None
+
+
+Forward = Callable[[Call], Ruling]
+Demand = Callable[[Call, Any], "tuple[Layout, ...] | None"]
+
+
+def no_demand(call: Call, wanted: Any) -> tuple[Layout, ...] | None:
+    """For operators through which a wanted layout is not pushed."""
+    return None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The two directions of a rule."""
+
+    forward: Forward
+    demand: Demand = no_demand
+
+
+def gather_all(call: Call, reason: str) -> Ruling:
+    """The rule of last resort: operands whole, results whole."""
+    spec = call.node.meta[SPEC]
+    specs = (spec,) if isinstance(spec, TensorSpec) else spec
+    outputs = tuple(Layout.whole(len(s.shape)) for s in specs)
+    divided = any(not layout.is_whole for layout in call.layouts)
+    return Ruling(
+        tuple(Layout.whole(len(s.shape)) for s in call.specs),
+        outputs[0] if isinstance(spec, TensorSpec) else outputs,
+        fallback=reason if divided else "",
+    )
+
+
+def dims_whole(call: Call, operand: int, dims: Sequence[int]) -> Layout:
+    """The operand's layout without a pending sum and with these dims made whole."""
+    return call.layouts[operand].summed().with_dims({dim: None for dim in dims})
+
+
+def choose(mesh: Mesh, candidates: Iterator[tuple[int, Partition]]) -> dict[int, Partition]:
+    """Pick a partition per label, the first candidate wins; no mesh dim may divide two labels."""
+    chosen: dict[int, Partition] = {}
+    used: set[str] = set()
+    for label, partition in candidates:
+        dims = mesh.varies(partition)
+        if label not in chosen and not dims & used:
+            chosen[label] = partition
+            used |= dims
+    return chosen
+
+
+def by_size(call: Call) -> list[int]:
+    """Operand positions, the largest value first."""
+    return sorted(range(len(call.specs)), key=lambda i: -call.specs[i].nbytes)
+
+
+def same_call(call: Call, target: Callable[..., Any] | None = None, **changes: Any) -> LocalCall:
+    """The node's call with some arguments (by schema name) changed."""
+    arguments = call.arguments | changes
+    schema = getattr(target or call.node.target, "_schema", None)
+    if schema is None:
+        return target or call.node.target, (), arguments  # type: ignore[return-value]
+    args = [arguments[a.name] for a in schema.arguments if not a.kwarg_only]
+    kwargs = {a.name: arguments[a.name] for a in schema.arguments if a.kwarg_only and arguments[a.name] is not None}
+    return target or call.node.target, tuple(args), kwargs  # type: ignore[return-value]
+
+
+def rules_of(rule: Rule, *packets: Any) -> Mapping[Any, Rule]:
+    """Register one rule for several operators."""
+    return dict.fromkeys(packets, rule)
+
+

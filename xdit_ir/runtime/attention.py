@@ -1,0 +1,74 @@
+"""Attention that also returns its log-sum-exp, and the merge of partial results over disjoint sets of keys."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def attention_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`softmax(q k^T scale + mask) v` and the log-sum-exp of each row, both fp32 (fp64 for fp64 inputs).
+
+    Args:
+        q: `[..., queries, dim]`; k: `[..., keys, dim]`; v: `[..., keys, dim_v]`.
+        mask: broadcastable to `[..., queries, keys]`; bool (True: attend) or additive.
+
+    Returns:
+        `[..., queries, dim_v]` and `[..., queries, 1]`; rows without any key give 0 and -inf.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = torch.matmul(q, k.transpose(-1, -2)).to(wide) * factor
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0))
+    return torch.matmul(weights.to(v.dtype), v).to(wide), lse
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine attention over two disjoint sets of keys (Ring Attention, arXiv 2310.01889)."""
+    total = torch.logaddexp(lse, other_lse)
+    safe = total.masked_fill(total == -math.inf, 0)
+    return out * torch.exp(lse - safe) + other_out * torch.exp(other_lse - safe), total
+
+
+class RingMerge:
+    """Accumulates ring attention for local queries, one peer's keys at a time; `keys[i]` columns of the mask belong
+    to the ring's member `i`."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        keys: tuple[int, ...],
+        *,
+        enable_gqa: bool = False,
+    ) -> None:
+        self.q, self.mask, self.scale, self.keys, self.gqa = q, mask, scale, keys, enable_gqa
+        self.state: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def add(self, member: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Attend to the keys and values of one member of the ring."""
+        if not k.shape[-2]:
+            return
+        if self.gqa and k.shape[-3] != self.q.shape[-3]:
+            group = self.q.shape[-3] // k.shape[-3]
+            k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
+        mask = self.mask
+        if mask is not None and mask.shape[-1] != 1:
+            mask = mask.narrow(-1, sum(self.keys[:member]), self.keys[member])
+        out, lse = attention_with_lse(self.q, k, v, mask, self.scale)
+        self.state = (out, lse) if self.state is None else merge(*self.state, out, lse)
+
+    def result(self) -> torch.Tensor:
+        """The attention over everything added, in the dtype of the queries."""
+        if self.state is None:
+            return torch.zeros_like(self.q)
+        return self.state[0].to(self.q.dtype)

@@ -1,0 +1,143 @@
+"""Every rank of a parallel program in this thread, in lockstep and deterministic: no processes, no GPU, no ports."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir.errors import VerifyError
+from xdit_ir.interpret import State
+from xdit_ir.program import Program, is_block_call, qualified
+from xdit_ir.runtime.attention import RingMerge
+from xdit_ir.runtime.exchange import Communicate, Reduce, Reshuffle, Ring, pack, unpack
+
+RankObserver = Callable[[int, str, fx.Node, Any], None]
+Steps = Generator["_Meeting", Any, Any]
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """A rank waits at a communication with these operands."""
+
+    target: Communicate
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    node: fx.Node
+
+
+class _Rank:
+    """Runs one rank's program as a generator that stops wherever it must meet the others."""
+
+    def __init__(
+        self, rank: int, program: Program, state: State, device: torch.device, observe: RankObserver | None
+    ) -> None:
+        self.rank, self.program, self.state, self.device, self.observe = rank, program, state, device, observe
+
+    def graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str) -> Steps:
+        env: dict[fx.Node, Any] = {}
+        feed = iter(inputs)
+        for node in graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], env.__getitem__)
+            env[node] = yield from self.node(node, env, feed, prefix)
+            if self.observe is not None:
+                self.observe(self.rank, prefix, node, env[node])
+        raise AssertionError("a graph ends with an output")
+
+    def node(self, node: fx.Node, env: Mapping[fx.Node, Any], feed: Any, prefix: str) -> Steps:
+        if node.op == "placeholder":
+            return next(feed)
+        if node.op == "get_attr":
+            return self.state(qualified(prefix, str(node.target)))
+        args = fx.map_arg(node.args, env.__getitem__)
+        if is_block_call(node):
+            name, call_prefix, values = args
+            return (yield from self.graph(self.program.blocks[name].graph, values, call_prefix))
+        kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
+        if isinstance(node.target, Communicate):
+            return (yield _Meeting(node.target, args, kwargs, node))
+        if kwargs.get("device") == self.program.device:
+            kwargs["device"] = self.device
+        return args[0][args[1]] if node.target is operator.getitem else node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def run_ranks(
+    programs: Sequence[Program],
+    state: State,
+    inputs: Sequence[torch.Tensor],
+    device: torch.device,
+    observe: RankObserver | None = None,
+) -> list[tuple[torch.Tensor, ...]]:
+    """Outputs of every rank for the same inputs; `observe(rank, prefix, node, value)` sees every value."""
+    steps = [
+        _Rank(rank, program, state, device, observe).graph(program.graph, inputs, "")
+        for rank, program in enumerate(programs)
+    ]
+    results: list[Any] = [None] * len(steps)
+    waiting: dict[int, _Meeting] = {}
+    ready: list[tuple[int, Any]] = [(rank, None) for rank in range(len(steps))]
+    while ready:
+        for rank, answer in ready:
+            try:
+                waiting[rank] = steps[rank].send(answer)
+            except StopIteration as stop:
+                results[rank] = stop.value
+        ready = []
+        for rank in sorted(waiting):
+            group = waiting[rank].target.group if rank in waiting else ()
+            if group and rank == group[0] and _all_met(group, waiting):
+                ready += zip(group, _meet(group, [waiting.pop(member) for member in group]), strict=True)
+    if waiting:
+        raise VerifyError("ranks wait for each other for ever: " + _describe(waiting))
+    return results
+
+
+def _all_met(group: tuple[int, ...], waiting: Mapping[int, _Meeting]) -> bool:
+    if any(member not in waiting for member in group):
+        return False
+    first = waiting[group[0]]
+    same = all(waiting[m].target.group == group and waiting[m].node.name == first.node.name for m in group)
+    if not same:
+        raise VerifyError("ranks meet at different collectives: " + _describe({m: waiting[m] for m in group}))
+    return True
+
+
+def _describe(waiting: Mapping[int, _Meeting]) -> str:
+    return ", ".join(f"rank {rank} at {m.target.kind} {m.node.name}" for rank, m in sorted(waiting.items()))
+
+
+def _meet(group: tuple[int, ...], meetings: Sequence[_Meeting]) -> list[Any]:
+    target = meetings[0].target
+    if isinstance(target, Reduce):
+        total = meetings[0].args[0]
+        for meeting in meetings[1:]:
+            total = total + meeting.args[0]
+        return [total] * len(group)
+    if isinstance(target, Reshuffle):
+        exchanges = [meeting.target.exchange for meeting in meetings if isinstance(meeting.target, Reshuffle)]
+        sent = [pack(m.args[0], exchange) for m, exchange in zip(meetings, exchanges, strict=True)]
+        return [unpack([pieces[i] for pieces in sent], exchange) for i, exchange in enumerate(exchanges)]
+    assert isinstance(target, Ring)
+    return [_ring(at, meetings, target) for at in range(len(group))]
+
+
+def _ring(at: int, meetings: Sequence[_Meeting], target: Ring) -> torch.Tensor:
+    """Visit the ring's members in the order in which their keys arrive at member `at`."""
+    merge = ring_merge(target, meetings[at].args, meetings[at].kwargs)
+    for hop in range(len(meetings)):
+        member = (at - hop) % len(meetings)
+        merge.add(member, *meetings[member].args[1:3])
+    return merge.result()
+
+
+def ring_merge(target: Ring, args: Sequence[Any], kwargs: Mapping[str, Any]) -> RingMerge:
+    """The accumulator for one rank's call of ring attention."""
+    mask = kwargs.get("mask", args[3] if len(args) > 3 else None)
+    return RingMerge(
+        args[0], mask, kwargs.get("scale"), target.keys, enable_gqa=bool(kwargs.get("enable_gqa", False))
+    )
