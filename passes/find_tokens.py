@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.cost import program_flops
+from xdit_ir.cost import attention_mesh_dims, program_flops
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis, is_block_call
+from xdit_ir.program import SPEC, Program, TokenAxis, is_block_call
 from xdit_ir.propagate import Propagation
 from xdit_ir.rules.base import operands
 from xdit_ir.rules.views import groups
@@ -43,7 +42,7 @@ class FindTokens:
                     continue
                 layout = Layout.whole(len(shape)).with_dims({dim: PROBE.divide(size, ("ulysses",))})
                 tried = probe.run({node.name: layout})
-                if _divides_queries(tried):
+                if "ulysses" in attention_mesh_dims(tried, PROBE, keys=False):
                     axis = TokenAxis(node.name, dim, size, _units(program, size), _segments(program, size))
                     found.append((max(program_flops(tried, PROBE)), len(found), axis))
         return program.replace(tokens=tuple(axis for *_, axis in sorted(found)))
@@ -66,14 +65,6 @@ def _candidates(graph: fx.Graph) -> list[fx.Node]:
 def _graphs(program: Program) -> Iterator[fx.Graph]:
     yield program.graph
     yield from (block.graph for block in program.blocks.values())
-
-
-def _divides_queries(program: Program) -> bool:
-    for graph in _graphs(program):
-        for node in graph.nodes:
-            if node.target is ops.attention and PROBE.varies(operands(node)[0].meta[LAYOUT].dims[-2]):
-                return True
-    return False
 
 
 def _units(program: Program, size: int) -> tuple[int, ...]:

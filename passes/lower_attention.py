@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from xdit_ir import ops
@@ -33,8 +34,6 @@ class LowerAttention:
 
     def apply(self, program: Program) -> Program:
         """The program whose attentions each rank can compute with what the layouts give it."""
-        if self.mesh.world_size == 1:
-            return program
         return Propagation(program, self.mesh, self._decide).run().replace(mesh=self.mesh)
 
     def _decide(self, call: Call) -> Ruling:
@@ -49,11 +48,10 @@ class LowerAttention:
         if call.arguments["is_causal"] and (talk or q.dims[-2] is not None):
             return self._causal(call, ruling)
         heads = self._heads(call, q, k) if ULYSSES in talk else None
-        if ULYSSES in talk:
-            k = k.with_dims({-2: _gathered(call, k, ULYSSES)})
+        k = k.with_dims({-2: _gathered(call, k, talk - {RING})})
         if heads is not None:
             dim, q_heads, k_heads = heads
-            q = q.with_dims({dim: q_heads, -2: _gathered(call, q, ULYSSES)})
+            q = q.with_dims({dim: q_heads, -2: _gathered(call, q, {ULYSSES})})
             k = k.with_dims({dim: k_heads})
         ring = RING in talk
         return Ruling(
@@ -104,9 +102,9 @@ class LowerAttention:
         return Ruling((q, k, k, *_masks(call, q, k)), q, after=None if q == out else out, fallback=fallback)
 
 
-def _gathered(call: Call, layout: Layout, dim: str) -> Partition | None:
+def _gathered(call: Call, layout: Layout, dims: Collection[str]) -> Partition | None:
     partition = layout.dims[-2]
-    return None if partition is None else call.mesh.gathered(partition, (dim,))
+    return None if partition is None else call.mesh.gathered(partition, dims)
 
 
 def _masks(call: Call, q: Layout, k: Layout) -> tuple[Layout, ...]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from xdit_ir import ops
-from xdit_ir.cost import program_flops, relayout_bytes
+from xdit_ir.cost import moved_bytes, program_flops
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import LAYOUT, Program, TokenAxis
+from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.propagate import Propagation
 
 SEQUENCE = ("ring", "ulysses")
@@ -23,6 +22,13 @@ class Price:
 
     work: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class _Choice:
+    price: Price
+    program: Program
+    seeds: dict[str, Layout]
 
 
 @dataclass(frozen=True)
@@ -41,40 +47,28 @@ class ShardTokens:
         degree = self.mesh.size(SEQUENCE)
         if degree == 1:
             return program
-        if not program.tokens:
-            raise ParallelizeError(
-                "no attention of this model has queries that come from a token stream: ulysses and ring must be 1"
-            )
         trial = Propagation(program, self.mesh)
-        best: tuple[Price, Program] | None = None
-        chosen: dict[str, Layout] = {}
-        for place, axis in enumerate(program.tokens):
-            if best is not None and self._divided(best[1], axis):
+        whole = max(program_flops(program, None)[0], 1)
+        best: _Choice | None = None
+        for axis in program.tokens:
+            if best is not None and _layout(best.program, axis).dims[axis.dim] is not None:
                 continue
             for layout in self._proposals(program, axis):
-                seeds = {**chosen, axis.value: layout}
+                seeds = {**(best.seeds if best else {}), axis.value: layout}
                 result = trial.run(seeds)
-                price = self.price(result, program)
-                if best is None or price < best[0]:
-                    best, kept = (price, result), seeds
-            if place == 0 or best is not None:
-                chosen = kept
-        assert best is not None
-        return best[1].replace(mesh=self.mesh)
-
-    def price(self, program: Program, original: Program) -> Price:
-        """Price of a program with layouts."""
-        work = max(program_flops(program, self.mesh)) / max(program_flops(original, None)[0], 1)
-        moved = 0
-        calls = [str(node.args[0]) for node in program.calls]
-        for graph, count in ((program.graph, 1), *((b.graph, calls.count(n)) for n, b in program.blocks.items())):
-            for node in graph.nodes:
-                if ops.is_relayout(node.target) and node.target is not ops.shard:
-                    moved += count * max(relayout_bytes(node, self.mesh))
-        return Price(round(10_000 * work), moved)
+                work = max(program_flops(result, self.mesh)) / whole
+                price = Price(round(10_000 * work), moved_bytes(result, self.mesh))
+                if best is None or price < best.price:
+                    best = _Choice(price, result, seeds)
+        if best is None:
+            raise ParallelizeError(
+                f"ulysses x ring = {degree} divides the tokens, but no attention of this model takes its queries "
+                "from a token stream that could be divided; use ulysses=1, ring=1"
+            )
+        return best.program.replace(mesh=self.mesh)
 
     def _proposals(self, program: Program, axis: TokenAxis) -> Iterator[Layout]:
-        have = _layout(program, axis.value)
+        have = _layout(program, axis)
         if have.dims[axis.dim] is not None:
             return
         seen = set()
@@ -84,12 +78,8 @@ class ShardTokens:
                 seen.add(partition)
                 yield have.with_dims({axis.dim: partition})
 
-    def _divided(self, program: Program, axis: TokenAxis) -> bool:
-        layouts: Mapping[str, Layout] = {n.name: n.meta[LAYOUT] for n in program.graph.nodes if LAYOUT in n.meta}
-        layout = layouts.get(axis.value)
-        return layout is not None and layout.dims[axis.dim] is not None
 
-
-def _layout(program: Program, name: str) -> Layout:
-    node = next(node for node in program.graph.nodes if node.name == name)
-    return node.meta.get(LAYOUT) or Layout.whole(len(node.meta["spec"].shape))
+def _layout(program: Program, axis: TokenAxis) -> Layout:
+    node = next(node for node in program.graph.nodes if node.name == axis.value)
+    layout: Layout = node.meta.get(LAYOUT) or Layout.whole(len(node.meta[SPEC].shape))
+    return layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xdit_ir.cost import program_flops
+from xdit_ir.cost import attention_mesh_dims, program_flops
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
@@ -32,6 +32,8 @@ class SplitBatch:
             shape = node.meta[SPEC].shape
             layout = Layout.whole(len(shape)).with_dims({0: self.mesh.divide(shape[0], ("cfg",))})
             result = trial.run({node.name: layout})
+            if "cfg" in attention_mesh_dims(result, self.mesh):
+                continue
             tried.append((max(program_flops(result, self.mesh)), len(tried), shape[0], result))
         whole = program_flops(program, None)[0]
         if not tried or min(tried)[0] > 0.99 * whole:

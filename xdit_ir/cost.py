@@ -145,3 +145,25 @@ class Machine:
     def seconds(self, flops: float, sent: float) -> float:
         """Time of so much work and traffic, not overlapped."""
         return flops / self.flops + sent / self.bytes
+
+
+def moved_bytes(program: Program, mesh: Mesh) -> int:
+    """Bytes that the busiest rank sends in changes of layout."""
+    calls = [str(node.args[0]) for node in program.calls]
+    total = 0
+    for graph, count in ((program.graph, 1), *((b.graph, calls.count(name)) for name, b in program.blocks.items())):
+        for node in graph.nodes:
+            if ops.is_relayout(node.target) and node.target is not ops.shard:
+                total += count * max(relayout_bytes(node, mesh))
+    return total
+
+
+def attention_mesh_dims(program: Program, mesh: Mesh, *, keys: bool = True) -> frozenset[str]:
+    """The mesh dims that divide the queries (or keys, unless told otherwise) of some attention."""
+    found: frozenset[str] = frozenset()
+    for graph in (program.graph, *(block.graph for block in program.blocks.values())):
+        for node in graph.nodes:
+            if node.target in (ops.attention, ops.ring_attention):
+                for source in operands(node)[: 1 + keys]:
+                    found |= mesh.varies(source.meta[LAYOUT].dims[-2])
+    return found

@@ -115,12 +115,37 @@ def kind(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, tuple[str, ..
     moved = _moved(source, target)
     if all(_holds(source.dims[dim], target.dims[dim]) for dim in moved):
         return "shard", ()
-    talk = in_mesh_order(frozenset().union(*(mesh.varies(source.dims[dim]) for dim in moved)))
+    talk = in_mesh_order(_needed(mesh, source, target, moved))
     if all(not mesh.varies(target.dims[dim]) & set(talk) for dim in moved):
         return "gather", talk
     if all(_holds(target.dims[dim], source.dims[dim]) for dim in moved):
         return "halo_exchange", talk
     return "all_to_all", talk
+
+
+def _needed(mesh: Mesh, source: Layout, target: Layout, moved: list[int]) -> frozenset[str]:
+    """The fewest mesh dims along which ranks must talk so that each finds all that it shall hold."""
+    talk = frozenset().union(*(mesh.varies(source.dims[dim]) for dim in moved))
+    for name in sorted(talk):
+        fewer = talk - {name}
+        if all(_found(mesh, source.dims[dim], target.dims[dim], fewer) for dim in moved):
+            talk = fewer
+    return talk
+
+
+@lru_cache(maxsize=65536)
+def _found(mesh: Mesh, source: Partition | None, target: Partition | None, talk: frozenset[str]) -> bool:
+    """Whether every rank's part of one dimension is on the ranks of its group over `talk`."""
+    if source is None:
+        return True
+    size = source.size
+    for rank in range(mesh.world_size):
+        missing = _part(target, size, rank)
+        for held in {source.parts[member] for member in mesh.group(rank, talk)}:
+            missing = missing.without(held)
+        if missing.size:
+            return False
+    return True
 
 
 def _moved(source: Layout, target: Layout) -> list[int]:

@@ -1,6 +1,7 @@
 """Capture: from a PyTorch module and an example to a `Program`, and from calls to a program's inputs and outputs."""
 
-from xdit_ir.capture.inputs import build_output
+from xdit_ir.capture.inputs import InputBinder, bind_inputs
+from xdit_ir.capture.outputs import build_output
 from xdit_ir.capture.trace import trace
 
-__all__ = ["build_output", "trace"]
+__all__ = ["InputBinder", "bind_inputs", "build_output", "trace"]

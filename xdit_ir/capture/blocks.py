@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass, field
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.fingerprint import fingerprint
-from xdit_ir.capture.inputs import flatten_output
-from xdit_ir.capture.source import source_line
-from xdit_ir.capture.tracer import Tracer, Unshareable
-from xdit_ir.capture.values import Frame, Value, spec_of
+from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
+from xdit_ir.capture.inputs import path_name
+from xdit_ir.capture.known import note_read
+from xdit_ir.capture.outputs import flatten_output, literal, unflatten_output
+from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Origin, Roots, Unshareable, Value, spec_of
 from xdit_ir.program import Literal, Where, call_block
 
-_LITERALS = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
 
+class Restart(BaseException):
+    """The trace must begin anew, with some modules not taken as blocks. Never seen by the model's own handlers."""
 
-def candidates(model: nn.Module) -> set[int]:
-    """Ids of the modules that may become blocks: members of a list that has another member of the same class."""
-    chosen: set[int] = set()
-    for parent in model.modules():
-        children = [child for child in parent._modules.values() if child is not None and child._modules]
-        listed = isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        for child in children:
-            twins = sum(type(other) is type(child) for other in children)
-            if twins >= (2 if listed else 3):
-                chosen.add(id(child))
-    return chosen
-
-
-@dataclass(eq=False)
-class Body:
-    """A traced body. `outputs`: per output leaf the index of a result, `Argument` or `Literal`."""
-
-    name: str
-    kind: str
-    frame: Frame
-    structure: Any
-    call: CallShape
-    known: dict[int, torch.Tensor]
-    used: list[int]
-    results: list[torch.Tensor]
-    outputs: list[Any]
-    out_spec: pytree.TreeSpec
-    aliases_arguments: set[int] = field(default_factory=set)
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -57,163 +34,254 @@ class Argument:
     index: int
 
 
-@dataclass(eq=False)
-class CallShape:
-    """Arguments of a block call: distinct tensors, and how they and literals make up the arguments."""
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Arguments of a block call: the distinct tensors, and how they and literals make up the arguments."""
 
     tensors: list[torch.Tensor]
+    names: list[str]
     key: tuple[Any, ...]
-    spec: pytree.TreeSpec
     leaves: list[Any]
+    spec: pytree.TreeSpec
 
 
-def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallShape:
-    """Flatten a call's arguments; raises `Unshareable` for arguments that have no value of their own."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+@dataclass(frozen=True, eq=False)
+class Body:
+    """A traced body: when it fits a call, and what its results are to the caller.
+
+    `used` are the arguments that it needs, `compare` those whose known contents must be the same; `outputs` holds per
+    output leaf the index of a result, an `Argument` or a `Literal`; `shared` are results that alias something.
+    """
+
+    name: str
+    kind: str
+    frame: Frame
+    print: Fingerprint
+    key: tuple[Any, ...]
+    known: list[torch.Tensor | None]
+    compare: set[int]
+    used: list[int]
+    results: list[Value]
+    shared: set[int]
+    outputs: list[int | Argument | Literal]
+    out_spec: pytree.TreeSpec
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that may become blocks: with children of their own, and siblings of their class."""
+    chosen: dict[str, nn.Module] = {}
+    for path, parent in model.named_modules():
+        children = {
+            name: child for name, child in parent._modules.items() if child is not None and child._modules
+        }
+        enough = 2 if isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) else 3
+        kinds = [type(child) for child in children.values()]
+        for name, child in children.items():
+            if kinds.count(type(child)) >= enough:
+                chosen[f"{path}.{name}" if path else name] = child
+    return chosen
+
+
+def describe_call(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Flatten a call's arguments; raises `Unshareable` for arguments with tensors or modules hidden inside."""
+    try:
+        given: Any = inspect.signature(forward).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        given = {}
+    first = dict(zip(map(id, args), given, strict=False))
+    paths, spec = pytree.tree_flatten_with_path((args, kwargs))
     tensors: list[torch.Tensor] = []
+    names: list[str] = []
     places: dict[int, int] = {}
     key: list[Any] = [str(spec)]
-    for leaf in leaves:
+    for path, leaf in paths:
         if isinstance(leaf, torch.Tensor):
             if id(leaf) not in places:
                 places[id(leaf)] = len(tensors)
                 tensors.append(leaf)
+                rest = path[1:] if path[0].idx == 1 else path[2:]
+                head = "" if path[0].idx == 1 else first.get(id(args[path[1].idx]), "arg")
+                names.append((head + path_name(rest)).replace(".", "_").replace("[", "_").replace("]", ""))
             key.append((places[id(leaf)], tuple(leaf.shape), leaf.stride(), leaf.dtype, str(leaf.device)))
-        elif isinstance(leaf, _LITERALS):
-            key.append((type(leaf), leaf))
-        else:
+        elif isinstance(leaf, nn.Module) or any(
+            isinstance(x, torch.Tensor) for x in pytree.tree_leaves(_inside(leaf))
+        ):
             raise Unshareable(f"an argument of type {type(leaf).__name__}")
-    return CallShape(tensors, tuple(key), spec, leaves)
+        else:
+            key.append(describe(leaf))
+    return Call(tensors, names, tuple(key), [leaf for _, leaf in paths], spec)
+
+
+def _inside(leaf: Any) -> Any:
+    return vars(leaf) if hasattr(leaf, "__dict__") and not callable(leaf) else None
 
 
 class Blocks:
-    """The blocks of one trace, in order of their first call."""
+    """The blocks of one trace, in order of their first call. `watched` are attributes in which equal modules differ."""
 
-    def __init__(self, tracer: Tracer, originals: dict[int, nn.Module], chosen: set[int]) -> None:
-        self.tracer, self.originals, self.chosen = tracer, originals, chosen
+    def __init__(
+        self, recorder: Recorder, chosen: set[str], watched: dict[str, set[tuple[str, str]]]
+    ) -> None:
+        self.recorder, self.chosen, self.watched = recorder, chosen, watched
         self.bodies: list[Body] = []
 
-    def wants(self, module: nn.Module) -> bool:
-        """Whether a call of this (copied) module should become a block call."""
-        return self.tracer.frame.parent is None and id(self.originals.get(id(module))) in self.chosen
+    def wants(self, path: str) -> bool:
+        """Whether a call of this module should become a block call."""
+        return self.recorder.frame.parent is None and path in self.chosen
 
-    def call(self, module: nn.Module, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a block: trace its body if it is new, then emit one node; inline it if it cannot be shared."""
+    def call(
+        self, module: nn.Module, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a block: trace its body if it is new, then emit one node."""
         try:
-            shape = call_shape(args, kwargs)
-            structure = fingerprint(self.originals[id(module)])
-            values = [self.tracer.value(tensor) for tensor in shape.tensors]
-            body = self._find(structure, shape, values)
+            call, print_ = describe_call(forward, args, kwargs), fingerprint(module)
+            values = [self.recorder.value(tensor) for tensor in call.tensors]
+            body = self._find(path, print_, call, values)
             if body is None:
-                body = self._trace(module, path, forward, structure, shape, values)
+                body = self._trace(module, path, forward, print_, call, values)
                 self.bodies.append(body)
-        except Unshareable:
-            return forward(*args, **kwargs)
-        return self._emit(body, path, shape, values)
+        except Unshareable as error:
+            raise Restart(path) from error
+        return self._emit(body, path, call, values)
 
-    def _find(self, structure: Any, shape: CallShape, values: list[Value]) -> Body | None:
+    def _find(self, path: str, print_: Fingerprint, call: Call, values: list[Value]) -> Body | None:
+        ignored = self.watched.get(path, set())
         for body in self.bodies:
-            if body.call.key == shape.key and body.call.spec == shape.spec and body.structure == structure:
-                if all(_same(body.known.get(index), values[index].known) for index in body.frame.reads):
-                    return body
+            if body.key != call.key or body.print.structure != print_.structure:
+                continue
+            skipped = ignored - body.frame.attributes
+            differs = (
+                name for name, item in print_.scalars.items() if body.print.scalars.get(name, body) != item
+            )
+            same = all(
+                _same(body.known[index], values[index].known) for index in body.compare | body.frame.reads
+            )
+            if same and all(name in skipped for name in differs):
+                return body
         return None
 
     def _trace(
-        self, module: nn.Module, path: str, forward: Any, structure: Any, shape: CallShape, values: list[Value]
+        self, module: nn.Module, path: str, forward: Any, print_: Fingerprint, call: Call, values: list[Value]
     ) -> Body:
-        tracer = self.tracer
-        outer, tracer.frame = tracer.frame, Frame(path, tracer.frame, outer=values)
+        recorder = self.recorder
+        outer, recorder.frame = recorder.frame, Frame(path, recorder.frame, values)
+        recorder.path.append("")
         try:
             inner = [
-                tracer.input(f"arg{index}", value.fake, value.known, frozenset({f"<arg {index}>"}))
-                for index, value in enumerate(values)
+                recorder.input(
+                    name, value.fake, value.fake.device, value.known, FromArgument(recorder.frame, index)
+                )
+                for index, (name, value) in enumerate(zip(call.names, values, strict=True))
             ]
-            fakes = {id(value.fake): made.fake for value, made in zip(values, inner, strict=True)}
-            leaves = [fakes[id(tracer.value(leaf).fake)] if isinstance(leaf, torch.Tensor) else leaf for leaf in shape.leaves]
-            call_args, call_kwargs = pytree.tree_unflatten(leaves, shape.spec)
-            before = fingerprint(module)
-            output = forward(*call_args, **call_kwargs)
-            if fingerprint(module) != before or any(value.storage.version for value in inner):
-                raise Unshareable("writes to attributes or arguments")
-            return self._finish(type(self.originals[id(module)]).__name__, structure, shape, values, inner, output)
+            fakes = {id(tensor): value.fake for tensor, value in zip(call.tensors, inner, strict=True)}
+            leaves = [fakes.get(id(leaf), leaf) for leaf in call.leaves]
+            args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+            output = forward(*args, **kwargs)
+            after = pytree.tree_leaves((args, kwargs))
+            kept = len(after) == len(leaves) and all(
+                new is old for new, old in zip(after, leaves, strict=True)
+            )
+            if not kept or any(value.storage.version for value in inner) or fingerprint(module) != print_:
+                raise Unshareable("writes to its arguments or attributes")
+            return self._finish(type(module).__name__, print_, call, values, inner, output)
         finally:
-            tracer.frame = outer
+            recorder.path.pop()
+            recorder.frame = outer
 
     def _finish(
-        self, kind: str, structure: Any, shape: CallShape, values: list[Value], inner: list[Value], output: Any
+        self, kind: str, print_: Fingerprint, call: Call, values: list[Value], inner: list[Value], output: Any
     ) -> Body:
-        tracer, frame = self.tracer, self.tracer.frame
+        recorder, frame = self.recorder, self.recorder.frame
         leaves, out_spec = flatten_output(output)
-        places = {id(value): index for index, value in enumerate(inner)}
-        storages = {id(value.storage): index for index, value in enumerate(inner)}
-        outputs: list[Any] = []
-        results: list[torch.Tensor] = []
-        nodes: list[fx.Node] = []
-        aliased: set[int] = set()
+        arguments = {id(value): index for index, value in enumerate(inner)}
+        results: dict[int, Value] = {}
+        outputs: list[int | Argument | Literal] = []
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
-                outputs.append(Literal(leaf))
+                outputs.append(literal(leaf))
                 continue
-            value = tracer.value(leaf)
-            if id(value) in places:
-                outputs.append(Argument(places[id(value)]))
-                continue
-            if value.known is not None:
-                raise Unshareable("an output whose value is known")
-            if id(value.storage) in storages:
-                aliased.add(storages[id(value.storage)])
-            outputs.append(len(results))
-            results.append(leaf)
-            nodes.append(tracer.node(leaf))
-        frame.emit("output", "output", (tuple(nodes),), {}, tuple(spec_of(item) for item in results), Where())
-        used = prune(frame)
-        known = {index: value.known for index, value in enumerate(values) if value.known is not None}
+            value = recorder.value(leaf)
+            if id(value) in arguments:
+                outputs.append(Argument(arguments[id(value)]))
+            else:
+                results.setdefault(id(value), value)
+                outputs.append(list(results).index(id(value)))
+        made = list(results.values())
+        nodes = tuple(recorder.node(value.fake) for value in made)
+        recorder.emit("output", "output", (nodes,), {}, tuple(spec_of(value.fake) for value in made), Where())
+        known = [value.known for value in values]
+        compare = (
+            {i for i, item in enumerate(known) if item is not None}
+            if any(v.known is not None for v in made)
+            else set()
+        )
+        shared = _aliased(made, inner)
         name = f"body{len(self.bodies)}"
-        return Body(name, kind, frame, structure, shape, known, used, results, outputs, out_spec, aliased)
+        used = prune(frame)
+        return Body(
+            name, kind, frame, print_, call.key, known, compare, used, made, shared, outputs, out_spec
+        )
 
-    def _emit(self, body: Body, path: str, shape: CallShape, values: list[Value]) -> Any:
-        tracer = self.tracer
+    def _emit(self, body: Body, path: str, call: Call, values: list[Value]) -> Any:
+        recorder = self.recorder
         for index in body.frame.reads:
-            tracer._note_read(values[index], source_line())
-        arguments = [tracer.node(shape.tensors[index]) for index in body.used]
-        where = Where(path, source_line())
-        specs = tuple(spec_of(item) for item in body.results)
-        node = tracer.frame.emit("call_function", call_block, (body.name, path, arguments), {}, specs, where)
-        roots = tracer._roots(shape.tensors) | frozenset({"the model's parameters"})
+            note_read(recorder, values[index].roots, "inside a block")
+        arguments = [recorder.node(call.tensors[index]) for index in body.used]
+        where = Where(path, recorder.where().source)
+        specs = tuple(spec_of(value.fake) for value in body.results)
+        name = path.replace(".", "_")
+        node = recorder.emit(
+            "call_function", call_block, (body.name, path, arguments), {}, specs, where, name
+        )
         made: list[torch.Tensor] = []
-        for index, item in enumerate(body.results):
-            fake = tracer.blank(item)
-            part = tracer.frame.emit("call_function", operator.getitem, (node, index), {}, specs[index], where)
-            tracer.bind(fake, part, None, roots).storage.shared_by_block = True
+        for index, value in enumerate(body.results):
+            fake, part = recorder.blank(value.fake), recorder.item(node, index, specs[index])
+            known = None if value.known is None else value.known.clone()
+            bound = recorder.bind(fake, part, known, _outside(value.roots, values))
+            bound.storage.shared = index in body.shared
             made.append(fake)
-        for index in body.aliases_arguments:
-            values[index].storage.shared_by_block = True
-        leaves = [_output(item, made, shape.tensors) for item in body.outputs]
-        from xdit_ir.capture.inputs import _close
-
-        return _close(pytree.tree_unflatten(leaves, body.out_spec))
+        if body.shared:
+            for value in values:
+                value.storage.shared = True
+        return unflatten_output([_leaf(item, made, call.tensors) for item in body.outputs], body.out_spec)
 
 
-def _output(item: Any, made: list[torch.Tensor], arguments: list[torch.Tensor]) -> Any:
+def _leaf(item: int | Argument | Literal, made: list[torch.Tensor], arguments: list[torch.Tensor]) -> Any:
     if isinstance(item, Literal):
         return item.value
     return arguments[item.index] if isinstance(item, Argument) else made[item]
 
 
 def _same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
-    return left is not None and right is not None and torch.equal(left, right)
+    return left is right or (left is not None and right is not None and torch.equal(left, right))
+
+
+def _outside(roots: Roots, values: list[Value]) -> Roots:
+    return NO_ROOTS.union(
+        *(values[root.index].roots if isinstance(root, FromArgument) else {root} for root in roots)
+    ) | (NO_ROOTS if roots else frozenset[Origin]())
+
+
+def _aliased(results: list[Value], inner: list[Value]) -> set[int]:
+    """Results that share storage with one another, with an argument or with state."""
+    owners = [id(value.storage) for value in (*results, *inner)]
+    return {
+        index
+        for index, value in enumerate(results)
+        if owners.count(id(value.storage)) > 1 or value.storage.owner or value.frame is None
+    }
 
 
 def prune(frame: Frame) -> list[int]:
     """Drop dead nodes of a finished graph, and of a body also dead arguments; indices of the arguments kept."""
-    for node in reversed(list(frame.graph.nodes)):
+    graph: fx.Graph = frame.graph
+    for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users:
-            frame.graph.erase_node(node)
-    kept: list[int] = []
-    for index, value in enumerate(frame.arguments):
-        placeholder = next(iter([node for node in frame.graph.nodes if node.name == f"arg{index}"]), None)
-        if frame.parent is None or placeholder is None or placeholder.users:
-            kept.append(index)
-        else:
-            frame.graph.erase_node(placeholder)
+            graph.erase_node(node)
+    if frame.parent is None:
+        return list(range(len(frame.placeholders)))
+    kept = [index for index, node in enumerate(frame.placeholders) if node.users]
+    for node in frame.placeholders:
+        if not node.users:
+            graph.erase_node(node)
     return kept

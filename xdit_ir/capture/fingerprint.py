@@ -1,53 +1,128 @@
-"""When are two modules the same code: class tree, metadata of parameters, tying, hooks and plain attributes."""
+"""When are two modules the same code: class tree, metadata of state, tying, hooks, attributes."""
 
 from __future__ import annotations
 
 import functools
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _SKIPPED = frozenset({"_parameters", "_buffers", "_modules", "forward"})
-_VALUES = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, type)
+_SCALARS = (str, int, float, bool, type(None))
+_VALUES = (*_SCALARS, bytes, complex, torch.dtype, torch.device, torch.Size, type)
+_DIGESTED_NUMEL = 1 << 16
 
 
-def fingerprint(module: nn.Module) -> Any:
-    """A value that is equal for modules whose forward does the same up to the contents of their parameters."""
-    return _Printer().print(module)
+@dataclass(frozen=True)
+class Fingerprint:
+    """`structure` is equal for modules of the same code; `scalars` are plain attributes by (module path, name)."""
+
+    structure: Any
+    scalars: dict[tuple[str, str], Any]
+
+
+def fingerprint(module: nn.Module) -> Fingerprint:
+    """What decides, apart from the contents of its parameters, what a module computes."""
+    printer = _Printer()
+    structure = printer.module(module, "")
+    return Fingerprint(structure, printer.scalars)
+
+
+def describe(item: Any) -> Any:
+    """A comparable description of any object; objects that cannot be described are equal to themselves only."""
+    return _Printer().describe(item)
+
+
+@dataclass(frozen=True, eq=False)
+class _Only:
+    """Equal only to a description of the very same object."""
+
+    item: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Only) and other.item is self.item
+
+    def __hash__(self) -> int:
+        return id(self.item)
 
 
 class _Printer:
     def __init__(self) -> None:
+        self.scalars: dict[tuple[str, str], Any] = {}
         self._seen: dict[int, int] = {}
 
-    def print(self, item: Any) -> Any:
+    def module(self, module: nn.Module, path: str) -> Any:
+        """The structure of a module; its scalars are collected."""
+        if id(module) in self._seen:
+            return ("seen", self._seen[id(module)])
+        self._seen[id(module)] = len(self._seen)
+        state = [
+            (key, self.describe(item))
+            for part in (module._parameters, module._buffers)
+            for key, item in part.items()
+        ]
+        plain = []
+        for name, item in module.__dict__.items():
+            if name in _SKIPPED or (type(item) in (dict, list) and not item):
+                continue
+            if type(item) in _SCALARS:
+                self.scalars[path, name] = item
+            else:
+                plain.append((name, self.describe(item)))
+        children = [
+            (name, self.module(child, f"{path}.{name}" if path else name))
+            for name, child in module._modules.items()
+            if child is not None
+        ]
+        kind = getattr(type(module), "_watched_class", type(module))
+        return (kind, tuple(state), tuple(plain), tuple(children))
+
+    def describe(self, item: Any) -> Any:
         if isinstance(item, _VALUES):
             return (type(item), item)
-        if isinstance(item, types.FunctionType):
-            return item
+        if isinstance(item, (types.FunctionType, types.BuiltinFunctionType)):
+            return _Only(item)
+        if isinstance(item, types.MethodType):
+            return ("method", _Only(item.__func__), self.describe(item.__self__))
+        if isinstance(item, nn.Module):
+            return self.module(item, f"<{len(self._seen)}>")
         if id(item) in self._seen:
             return ("seen", self._seen[id(item)])
-        if isinstance(item, types.MethodType):
-            return ("method", item.__func__, self.print(item.__self__))
         self._seen[id(item)] = len(self._seen)
-        if isinstance(item, nn.Module):
-            return self._module(item)
-        if isinstance(item, torch.Tensor):
-            return ("tensor", type(item), tuple(item.shape), item.dtype, str(item.device), item.stride())
-        if type(item) is functools.partial:
-            return ("partial", self.print(item.func), self.print(item.args), self.print(item.keywords))
-        if isinstance(item, (list, tuple)):
-            return (type(item), tuple(self.print(entry) for entry in item))
-        if isinstance(item, dict):
-            return (type(item), tuple((self.print(key), self.print(entry)) for key, entry in item.items()))
-        if hasattr(item, "__dict__") and type(item).__eq__ is object.__eq__:
-            return (type(item), self.print(vars(item)))
-        return item
+        return self._object(item)
 
-    def _module(self, module: nn.Module) -> Any:
-        tensors = [(name, self.print(entry)) for name, entry in (*module._parameters.items(), *module._buffers.items())]
-        plain = [(name, self.print(entry)) for name, entry in module.__dict__.items() if name not in _SKIPPED]
-        children = [(name, self.print(child)) for name, child in module._modules.items()]
-        return (type(module), tuple(tensors), tuple(plain), tuple(children))
+    def _object(self, item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return _tensor(item)
+        if type(item) is functools.partial:
+            return (
+                "partial",
+                self.describe(item.func),
+                self.describe(item.args),
+                self.describe(item.keywords),
+            )
+        if isinstance(item, (list, tuple)):
+            return (type(item), tuple(self.describe(entry) for entry in item))
+        if isinstance(item, (set, frozenset)):
+            return (type(item), len(item), _Only(item)) if item else type(item)
+        if isinstance(item, dict):
+            return (
+                type(item),
+                tuple((self.describe(key), self.describe(entry)) for key, entry in item.items()),
+            )
+        if type(item).__eq__ is object.__eq__ and hasattr(item, "__dict__"):
+            return (type(item), self.describe(vars(item)))
+        return _Only(item)
+
+
+def _tensor(tensor: torch.Tensor) -> Any:
+    meta = (type(tensor), tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.stride())
+    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        return ("tensor", meta)
+    if tensor.numel() > _DIGESTED_NUMEL:
+        return ("tensor", meta, _Only(tensor))
+    return ("tensor", meta, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

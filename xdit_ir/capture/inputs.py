@@ -1,9 +1,9 @@
-"""Inputs and outputs as flat lists: binding, guards and the rebuilding of results."""
+"""Inputs as flat lists: binding to forward's parameters, paths of leaves, and the check of later calls."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,90 +11,159 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.errors import MismatchError, TraceError
-from xdit_ir.program import Literal, Signature
+from xdit_ir.capture.values import spec_of
+from xdit_ir.errors import MismatchError, TraceError, XditError
+from xdit_ir.program import Guard, Program, TensorSpec
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
     """The example as a dict of forward's named arguments."""
-    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
-    return bind_arguments(model, args, kwargs, TraceError)
+    if isinstance(example, Mapping):
+        return bind_arguments(inspect.signature(model.forward), (), example, TraceError)
+    return bind_arguments(inspect.signature(model.forward), example, {}, TraceError)
 
 
 def bind_arguments(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: type[Exception] = MismatchError
+    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], error: type[XditError]
 ) -> dict[str, Any]:
-    """Arguments of a call as a dict of forward's named arguments, in forward's order."""
+    """Arguments of a call by name, in forward's order; those of `**kwargs` under their own names."""
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs).arguments
     except TypeError as problem:
-        raise error(f"{type(model).__name__}.forward: {problem}") from problem
-    return dict(bound.arguments)
+        raise error(f"forward{signature}: {problem}") from problem
+    named: dict[str, Any] = {}
+    for name, item in bound.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(sorted(item.items()))
+        else:
+            named[name] = item
+    return named
 
 
-def call_arguments(model: nn.Module, named: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The inverse of `bind_arguments`: positional and keyword arguments for a call."""
-    bound = inspect.signature(model.forward).bind_partial()
-    bound.arguments.update(named)
-    return list(bound.args), dict(bound.kwargs)
+def call_arguments(
+    signature: inspect.Signature, named: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The inverse of `bind_arguments`."""
+    bound = signature.bind_partial()
+    extra: dict[str, Any] = {}
+    for name, item in named.items():
+        parameter = signature.parameters.get(name)
+        if parameter is None or parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            extra[name] = item
+        else:
+            bound.arguments[name] = item
+    return list(bound.args), {**bound.kwargs, **extra}
+
+
+def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
+    """Leaves with printable paths, and the structure. Nested plain dicts count as equal in any order of keys."""
+    leaves, spec = pytree.tree_flatten_with_path({name: _sorted(item) for name, item in named.items()})
+    return [(path_name(path), leaf) for path, leaf in leaves], spec
+
+
+def _sorted(tree: Any) -> Any:
+    if type(tree) is dict:
+        keys = sorted(tree) if all(isinstance(key, str) for key in tree) else list(tree)
+        return {key: _sorted(tree[key]) for key in keys}
+    if type(tree) in (list, tuple):
+        return type(tree)([_sorted(item) for item in tree])
+    return tree
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """`(MappingKey('a'), MappingKey('b'), SequenceKey(0))` as `a.b[0]`."""
+    """A path of pytree keys as people write it: `a.b[0]`."""
     text = ""
     for key in path:
-        if isinstance(key, pytree.MappingKey):
-            text += f".{key.key}" if text else str(key.key)
-        elif isinstance(key, pytree.SequenceKey):
+        if isinstance(key, pytree.SequenceKey):
             text += f"[{key.idx}]"
         else:
-            text += f".{getattr(key, 'name', key)}"
+            name = str(getattr(key, "key", getattr(key, "name", key)))
+            text += f".{name}" if text else name
     return text
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """Stands in a flattened output for a dataclass that pytree does not know."""
+class InputBinder:
+    """Turns calls into the placeholders' values of a program, after checking that the program was made for them.
 
-    kind: type
-    names: tuple[str, ...]
+    Contents of guarded tensors are compared only when another tensor comes, or when it was written to since.
+    """
+
+    def __init__(self, forward: nn.Module | inspect.Signature, program: Program) -> None:
+        self._signature = (
+            forward if isinstance(forward, inspect.Signature) else inspect.signature(forward.forward)
+        )
+        self._expected = program.signature
+        self._guards = {guard.path: guard for guard in program.signature.guards}
+        self._accepted: dict[str, tuple[weakref.ref[torch.Tensor], int]] = {}
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors for the placeholders; raises `MismatchError` naming what differs."""
+        leaves, spec = flatten_named(bind_arguments(self._signature, args, kwargs, MismatchError))
+        if spec != self._expected.in_spec:
+            self._check_structure([path for path, _ in leaves])
+        tensors: list[torch.Tensor] = []
+        for expected, (path, leaf) in zip(self._expected.leaves, leaves, strict=True):
+            self._check_leaf(path, expected.spec, leaf)
+            if isinstance(leaf, torch.Tensor):
+                tensors.append(leaf)
+        return tensors
+
+    def _check_structure(self, paths: list[str]) -> None:
+        known = [leaf.path for leaf in self._expected.leaves]
+        missing = [path for path in known if path not in paths]
+        surplus = [path for path in paths if path not in known]
+        if missing or surplus:
+            parts = [f"missing {', '.join(missing)}"] * bool(missing) + [
+                f"unexpected {', '.join(surplus)}"
+            ] * bool(surplus)
+            raise MismatchError(f"inputs differ from those of the trace: {'; '.join(parts)}")
+        raise MismatchError("inputs differ from those of the trace in the types of their containers")
+
+    def _check_leaf(self, path: str, expected: TensorSpec | None, leaf: Any) -> None:
+        guard = self._guards.get(path)
+        if not isinstance(leaf, torch.Tensor) or expected is None:
+            wanted = guard.value if guard is not None and expected is None else expected
+            if isinstance(leaf, torch.Tensor) or expected is not None or not _equal(leaf, wanted):
+                raise MismatchError(f"{path}: expected {_show(wanted)}, got {_show(leaf)}")
+            return
+        if tuple(leaf.shape) != expected.shape or leaf.dtype != expected.dtype:
+            raise MismatchError(f"{path}: expected {_show(expected)}, got {_show(leaf)}")
+        if guard is not None:
+            self._check_contents(guard, leaf)
+
+    def _check_contents(self, guard: Guard, leaf: torch.Tensor) -> None:
+        version = -1 if leaf.is_inference() else leaf._version
+        accepted = self._accepted.get(guard.path)
+        if accepted is not None and accepted[0]() is leaf and accepted[1] == version >= 0:
+            return
+        if leaf.device.type == "meta" or not torch.equal(leaf.detach().cpu(), guard.value):
+            raise MismatchError(
+                f"{guard.path}: its contents were read while tracing ({guard.reason}) and have changed"
+            )
+        self._accepted[guard.path] = (weakref.ref(leaf), version)
 
 
-def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Leaves and structure of what forward returned; dataclasses unknown to pytree become marked lists."""
-    return pytree.tree_flatten(_open(output))
+def bind_inputs(
+    forward: nn.Module | inspect.Signature, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[torch.Tensor]:
+    """The placeholders' values for one call; keep an `InputBinder` for many calls."""
+    return InputBinder(forward, program)(args, kwargs)
 
 
-def _open(tree: Any) -> Any:
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type) and _is_leaf(tree):
-        names = tuple(item.name for item in dataclasses.fields(tree))
-        return [Record(type(tree), names), *(_open(getattr(tree, name)) for name in names)]
-    if type(tree) in (list, tuple):
-        return type(tree)(_open(item) for item in tree)
-    if type(tree) is dict:
-        return {key: _open(item) for key, item in tree.items()}
-    return tree
+def _equal(left: Any, right: Any) -> bool:
+    if left is right:
+        return True
+    try:
+        return type(left) is type(right) and bool(left == right)
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
-def _is_leaf(tree: Any) -> bool:
-    leaves = pytree.tree_leaves(tree)
-    return len(leaves) == 1 and leaves[0] is tree
-
-
-def _close(tree: Any) -> Any:
-    if type(tree) is list and tree and isinstance(tree[0], Record):
-        made = object.__new__(tree[0].kind)
-        for name, item in zip(tree[0].names, tree[1:], strict=True):
-            object.__setattr__(made, name, _close(item))
-        return made
-    if type(tree) in (list, tuple):
-        return type(tree)(_close(item) for item in tree)
-    if type(tree) is dict:
-        return {key: _close(item) for key, item in tree.items()}
-    return tree
-
-
-def build_output(signature: Signature, tensors: Sequence[torch.Tensor]) -> Any:
-    """The module's result from the tensors that the graph returned."""
-    leaves = [item.value if isinstance(item, Literal) else tensors[item] for item in signature.out_leaves]
-    return _close(pytree.tree_unflatten(leaves, signature.out_spec))
+def _show(item: Any) -> str:
+    if isinstance(item, torch.Tensor):
+        item = spec_of(item)
+    if isinstance(item, TensorSpec):
+        return f"{str(item.dtype).removeprefix('torch.')}{list(item.shape)}"
+    return repr(item)

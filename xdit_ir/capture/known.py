@@ -58,8 +58,12 @@ def _ready(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, Any] | None
 
 def compute(recorder: Recorder, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
     """The contents of an operator's result, if they follow from known contents and are small enough."""
-    if not facts(func).known or any(item.numel() > KNOWN_NUMEL for item in tensors_in(result)):
+    if facts(func).random or any(item.numel() > KNOWN_NUMEL for item in tensors_in(result)):
         return None
+    if facts(func).shape_only:
+        args = map_tensors(args, lambda tensor: torch.empty(_like(func, tensor), dtype=tensor.dtype))
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+        return func(*args, **kwargs)
     ready = _ready(recorder, args, kwargs)
     if ready is None:
         return None
@@ -70,15 +74,21 @@ def compute(recorder: Recorder, func: Any, args: Any, kwargs: Any, result: Any) 
     return known if spec_of(known) == spec_of(result) else None
 
 
+def _like(func: Any, tensor: torch.Tensor) -> tuple[int, ...]:
+    return (0,) if _name(func).startswith("new") else tuple(tensor.shape)
+
+
 def separate(known: Any, args: Any) -> Any:
     """Copies of contents that share memory with contents of the arguments although the operator is no view."""
-    return map_tensors(known, torch.Tensor.clone) if known is not None and share_memory(known, args) else known
+    return (
+        map_tensors(known, torch.Tensor.clone) if known is not None and share_memory(known, args) else known
+    )
 
 
 def write_known(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: Value) -> None:
     """Do an in-place operator on the known contents too; contents that do not follow it are forgotten."""
     ready = _ready(recorder, args, kwargs)
-    if ready is None or not facts(func).known or target.known is None:
+    if ready is None or facts(func).random or target.known is None:
         forget(target)
         return
     func(*ready[0], **ready[1])
@@ -129,7 +139,11 @@ def _why_unknown(recorder: Recorder, roots: Roots, what: str) -> str:
             "pass a small real tensor (on the CPU) instead of one on the meta device"
         )
     names = [f"input {name!r}" for name in inputs] + [root.value for root in blamed]
-    return text + (", ".join(names) or Origin.BUFFER.value) + "; only contents of integer inputs and masks may be read"
+    return (
+        text
+        + (", ".join(names) or Origin.BUFFER.value)
+        + "; only contents of integer inputs and masks may be read"
+    )
 
 
 def _expand(roots: Roots) -> set[str | Origin]:
@@ -151,7 +165,9 @@ def _list(names: list[str]) -> str:
 def resolve(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """The result of an operator whose result's shape depends on contents: a constant, or an indexing by constants."""
     if func is aten.index.Tensor:
-        return func(args[0], [_places(recorder, index) for index in args[1]])
+        return func(
+            args[0], [place for index in args[1] for place in _places(recorder, index, args[0].device)]
+        )
     if func is aten.masked_select.default:
         shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
         return aten.index.Tensor(args[0].expand(shape), [args[1].expand(shape)])
@@ -160,21 +176,24 @@ def resolve(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     ready = map_tensors((args, kwargs), lambda tensor: read(recorder, tensor, _name(func)))
     if ready[1].get("device") is not None:
         ready[1]["device"] = torch.device("cpu")
-    result = func(*ready[0], **ready[1])
-    return map_tensors(result, lambda tensor: _constant_on(recorder, tensor, func, args))
-
-
-def _places(recorder: Recorder, index: torch.Tensor | None) -> Any:
-    """A boolean index as places; several dimensions of it count as one index each."""
-    if index is None or index.dtype not in (torch.bool, torch.uint8):
-        return index
-    return read(recorder, index, "a boolean index")
-
-
-def _constant_on(recorder: Recorder, real: torch.Tensor, func: Any, args: Any) -> torch.Tensor:
     device = next((tensor.device for tensor in tensors_in(args)), recorder.device)
-    value = recorder.constant(real.clone(), _name(func))
-    return value.fake if value.fake.device == device else value.fake.to(device)
+    result = func(*ready[0], **ready[1])
+    return map_tensors(result, lambda tensor: _constant_on(recorder, tensor, _name(func), device))
+
+
+def _places(
+    recorder: Recorder, index: torch.Tensor | None, device: torch.device
+) -> list[torch.Tensor | None]:
+    """An index as it is; a mask as the places that it selects, one index for each of its dimensions."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    places = read(recorder, index, "a boolean index").nonzero().unbind(1)
+    return [_constant_on(recorder, place, "places", device) for place in places]
+
+
+def _constant_on(recorder: Recorder, real: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
+    fake = recorder.constant(real.clone(), name).fake
+    return fake if fake.device == device else fake.to(device)
 
 
 def _name(func: Any) -> str:
@@ -212,4 +231,8 @@ class PythonReads(TorchFunctionMode):
         return made if device.type == "cpu" else made.to(device)
 
     def _scalar(self, tensor: torch.Tensor) -> Any:
-        return read(self._recorder, tensor, "torch.tensor()").item() if isinstance(tensor, FakeTensor) else tensor
+        return (
+            read(self._recorder, tensor, "torch.tensor()").item()
+            if isinstance(tensor, FakeTensor)
+            else tensor
+        )

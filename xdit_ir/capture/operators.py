@@ -14,20 +14,31 @@ DEVICE = torch.ops.prim.device.default
 IDENTITY = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default})
 RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 MAYBE_WHOLE = frozenset({aten.slice.Tensor, aten.expand.default, aten.reshape.default})
-READS = frozenset({aten.item.default, aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default})
+READS = frozenset(
+    {aten.item.default, aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default}
+)
+_SHAPE_ONLY = frozenset(
+    (
+        *(getattr(aten, f"{name}_like").default for name in ("zeros", "ones", "full", "empty")),
+        *(getattr(aten, f"new_{name}").default for name in ("zeros", "ones", "full", "empty")),
+    )
+)
 
 
 @dataclass(frozen=True)
 class OpFacts:
     """`composite`: decomposes into others; `aliases`: results may be views; `writes`: names of arguments written;
-    `known`: its result follows from its arguments; `draws`: the arguments that, if set, drop elements at random.
+    `random`: it draws random numbers; `draws`: the arguments that, if set, make it drop elements at random;
+    `shape_only`: its result does not depend on the contents of its tensor arguments.
     """
 
     composite: bool
     aliases: bool
     writes: tuple[str, ...]
-    known: bool
+    random: bool
     draws: tuple[str, ...]
+    shape_only: bool
+    out: tuple[str, ...]
 
 
 @lru_cache(maxsize=None)
@@ -35,13 +46,15 @@ def facts(func: Any) -> OpFacts:
     """The facts about an overload."""
     schema = func._schema
     names = tuple(arg.name for arg in schema.arguments)
-    writes = tuple(arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write)
+    writes = tuple(
+        arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write
+    )
     aliases = not writes and any(ret.alias_info is not None for ret in schema.returns)
     composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    random = torch.Tag.nondeterministic_seeded in func.tags
     draws = ("dropout_p",) if "dropout_p" in names else ("p", "train") if {"p", "train"} <= set(names) else ()
-    uninitialized = "empty" in schema.name or schema.name == "aten::resize_"
-    return OpFacts(composite, aliases, writes, not (random or uninitialized) or bool(draws), draws)
+    random = torch.Tag.nondeterministic_seeded in func.tags and not draws
+    out = tuple(arg.name for arg in schema.arguments if arg.is_out)
+    return OpFacts(composite, aliases, writes, random, draws, func in _SHAPE_ONLY, out)
 
 
 def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
@@ -70,6 +83,9 @@ def functional_twin(func: Any) -> Any:
         packet = getattr(getattr(torch.ops, namespace), candidate, None)
         for overload in packet.overloads() if packet is not None else ():
             twin = getattr(packet, overload)
-            if not facts(twin).writes and [(arg.name, str(arg.type)) for arg in twin._schema.arguments] == wanted:
+            if (
+                not facts(twin).writes
+                and [(arg.name, str(arg.type)) for arg in twin._schema.arguments] == wanted
+            ):
                 return twin
     return None

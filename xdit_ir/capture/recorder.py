@@ -51,7 +51,9 @@ class Recorder:
     def blank(self, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """A new fake tensor with the size, strides and dtype of `like`."""
         with torch.inference_mode(), self.fake_mode:
-            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device or like.device)
+            return torch.empty_strided(
+                like.shape, like.stride(), dtype=like.dtype, device=device or like.device
+            )
 
     def fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on fake tensors, unrecorded."""
@@ -68,7 +70,9 @@ class Recorder:
         """Register a tensor with storage of its own in the current frame."""
         return self.add(Value(fake, self.frame, Storage(node), (), node, 0, known, roots))
 
-    def input(self, name: str, like: torch.Tensor, device: torch.device, known: torch.Tensor | None, root: Any) -> Value:
+    def input(
+        self, name: str, like: torch.Tensor, device: torch.device, known: torch.Tensor | None, root: Any
+    ) -> Value:
         """A placeholder of the current frame."""
         fake = self.blank(like, device)
         node = self.emit("placeholder", name, (), {}, spec_of(fake), Where(), name)
@@ -122,7 +126,9 @@ class Recorder:
         return NO_ROOTS.union(*(self.value(tensor).roots for tensor in tensors))
 
     # -- nodes -------------------------------------------------------------------------------------------------
-    def emit(self, op: str, target: Any, args: Any, kwargs: Any, spec: Any, where: Where, name: str = "") -> fx.Node:
+    def emit(
+        self, op: str, target: Any, args: Any, kwargs: Any, spec: Any, where: Where, name: str = ""
+    ) -> fx.Node:
         """Append a node with its metadata to the current graph."""
         node = self.frame.graph.create_node(op, target, args, kwargs, name or None)
         node.meta.clear()
@@ -163,7 +169,9 @@ class Recorder:
         name = names[0][len(prefix) :]
         if name not in self.frame.state:
             spec = spec_of(value.fake)
-            self.frame.state[name] = self.emit("get_attr", name, (), {}, spec, self.where(), name.replace(".", "_"))
+            self.frame.state[name] = self.emit(
+                "get_attr", name, (), {}, spec, self.where(), name.replace(".", "_")
+            )
         return self.frame.state[name]
 
     def view_node(self, source: fx.Node, view: View) -> fx.Node:
@@ -175,7 +183,9 @@ class Recorder:
             args = (source, list(view.result.shape))
         if view.index is None:
             return self.call(view.func, args, view.kwargs, spec_of(view.result))
-        return self.item(self.call(view.func, args, view.kwargs, view.pieces), view.index, spec_of(view.result))
+        return self.item(
+            self.call(view.func, args, view.kwargs, view.pieces), view.index, spec_of(view.result)
+        )
 
     def replay(self, node: fx.Node, chain: tuple[View, ...]) -> fx.Node:
         """Append a chain of views of a base's contents."""

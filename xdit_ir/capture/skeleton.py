@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,114 +12,144 @@ import torch
 from torch import nn
 
 MakeState = Callable[[list[str], torch.Tensor, bool], torch.Tensor]
-_PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, type, types.FunctionType)
+_ATOMS = (
+    str,
+    bytes,
+    int,
+    float,
+    bool,
+    complex,
+    type(None),
+    torch.dtype,
+    torch.device,
+    type,
+    types.FunctionType,
+)
+_DICTS = (dict, OrderedDict, defaultdict)
+_HEAP_TYPE = 1 << 9
 
 
 class Skeleton:
-    """Copies a model; `paths` maps the id of a copied module to its path, `originals` to the module it copies."""
+    """The copy: `model`, and `modules` with the copy of every module by its path."""
 
     def __init__(self, model: nn.Module, make_state: MakeState) -> None:
-        self._memo: dict[int, Any] = {}
-        self._keep: list[Any] = []
+        self._copies: dict[int, Any] = {}
+        self._originals: list[Any] = []
         self._make_state = make_state
-        self.paths: dict[int, str] = {}
-        self.originals: dict[int, nn.Module] = {}
         self._names = _state_names(model)
-        self._order = dict(model.named_modules())
-        self.model: nn.Module = self._module(model)
-        for path, module in self._order.items():
-            copy = self._module(module)
-            self.paths[id(copy)], self.originals[id(copy)] = path, module
+        self.model = self._module(model)
+        self.modules = {path: self._module(module) for path, module in model.named_modules()}
+
+    def _remember(self, original: Any, copy: Any) -> None:
+        self._copies[id(original)] = copy
+        self._originals.append(original)
 
     def _module(self, module: nn.Module) -> nn.Module:
-        if id(module) in self._memo:
-            copy: nn.Module = self._memo[id(module)]
-            return copy
+        found = self._copies.get(id(module))
+        if found is not None:
+            return found  # type: ignore[no-any-return]
         copy = module.__class__.__new__(module.__class__)
         self._remember(module, copy)
         for name, item in module.__dict__.items():
             if name in ("_parameters", "_buffers"):
-                copy.__dict__[name] = {key: self._tensor(entry) for key, entry in item.items()}
+                copy.__dict__[name] = {key: self._state(entry) for key, entry in item.items()}
             else:
                 copy.__dict__[name] = self._copy(item)
         return copy
 
-    def _remember(self, original: Any, copy: Any) -> None:
-        self._memo[id(original)] = copy
-        self._keep.append(original)
-
-    def _tensor(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def _state(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None or id(tensor) not in self._names:
             return tensor
-        if id(tensor) not in self._memo:
+        if id(tensor) not in self._copies:
             parameter = isinstance(tensor, nn.Parameter)
             fake = self._make_state(self._names[id(tensor)], tensor, parameter)
             if parameter:
                 fake._is_param = True  # type: ignore[attr-defined]
             self._remember(tensor, fake)
-        found: torch.Tensor = self._memo[id(tensor)]
+        found: torch.Tensor = self._copies[id(tensor)]
         return found
 
     def _copy(self, item: Any) -> Any:
-        if isinstance(item, _PLAIN):
+        if isinstance(item, _ATOMS):
             return item
         if isinstance(item, nn.Module):
             return self._module(item)
         if isinstance(item, torch.Tensor):
-            return self._tensor(item)
-        if id(item) in self._memo:
-            return self._memo[id(item)]
-        copy = self._container(item)
-        self._remember(item, copy)
-        return copy
+            return self._attribute(item)
+        if id(item) in self._copies:
+            return self._copies[id(item)]
+        return self._container(item)
+
+    def _attribute(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A plain tensor attribute: state if it is registered or has no contents, else the constant that it is."""
+        named = id(tensor) in self._names
+        held = isinstance(tensor, nn.Parameter) or tensor.device.type == "meta" or id(tensor) in self._copies
+        return self._state(tensor) if named and held else tensor
 
     def _container(self, item: Any) -> Any:
         kind = type(item)
         if isinstance(item, types.MethodType):
             return types.MethodType(item.__func__, self._copy(item.__self__))
         if kind is functools.partial:
-            return functools.partial(
-                self._copy(item.func), *map(self._copy, item.args), **{k: self._copy(v) for k, v in item.keywords.items()}
-            )
-        if kind in (list, set):
-            return kind(self._copy(entry) for entry in item)
+            keywords = {key: self._copy(entry) for key, entry in item.keywords.items()}
+            return functools.partial(self._copy(item.func), *map(self._copy, item.args), **keywords)
         if kind is tuple:
             return tuple(self._copy(entry) for entry in item)
-        if isinstance(item, dict) and _copies_like_dict(kind):
+        if kind is list:
+            copy: Any = []
+            self._remember(item, copy)
+            copy.extend(self._copy(entry) for entry in item)
+        elif kind is set:
+            copy = set(item)
+        elif kind in _DICTS:
             copy = item.copy()
-            for key, entry in item.items():
-                copy[key] = self._copy(entry)
-            return copy
-        if _is_plain_object(kind) and hasattr(item, "__dict__"):
-            return self._object(item)
-        return item
-
-    def _object(self, item: Any) -> Any:
-        copy = object.__new__(type(item))
+            self._remember(item, copy)
+            copy.update({key: self._copy(entry) for key, entry in item.items()})
+        elif _is_plain_object(kind) and hasattr(item, "__dict__"):
+            copy = object.__new__(kind)
+            self._remember(item, copy)
+            copy.__dict__.update({name: self._copy(entry) for name, entry in item.__dict__.items()})
+        else:
+            copy = item
         self._remember(item, copy)
-        copy.__dict__.update({name: self._copy(entry) for name, entry in item.__dict__.items()})
         return copy
 
 
-def _copies_like_dict(kind: type) -> bool:
-    from collections import OrderedDict, defaultdict
+def watch(module: nn.Module, names: set[str], seen: Callable[[str], None]) -> None:
+    """Make a copied module tell when one of these plain attributes is read."""
 
-    return kind in (dict, OrderedDict, defaultdict)
+    def watched(name: str) -> property:
+        def get(self: nn.Module) -> Any:
+            seen(name)
+            return self.__dict__[name]
+
+        def put(self: nn.Module, item: Any) -> None:
+            self.__dict__[name] = item
+
+        return property(get, put)
+
+    kind = type(module)
+    members = {name: watched(name) for name in names}
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_watched_class": kind}
+    module.__class__ = type(kind.__name__, (kind,), {**body, **members})
 
 
 def _is_plain_object(kind: type) -> bool:
     """Whether instances are nothing but their `__dict__`: Python classes all the way, without slots."""
     if kind.__new__ is not object.__new__ or issubclass(kind, BaseException):
         return False
-    return all(base is object or (base.__flags__ & (1 << 9) and "__slots__" not in base.__dict__) for base in kind.__mro__)
+    return all(base is object or _is_plain_class(base) for base in kind.__mro__)
+
+
+def _is_plain_class(base: type) -> bool:
+    return bool(base.__flags__ & _HEAP_TYPE) and "__slots__" not in base.__dict__
 
 
 def _state_names(model: nn.Module) -> dict[int, list[str]]:
     """All qualified names of every parameter, buffer and plain tensor attribute, by identity."""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        groups = (module._parameters, module._buffers, module.__dict__)
-        for group in groups:
+        for group in (module._parameters, module._buffers, module.__dict__):
             for name, tensor in group.items():
                 if isinstance(tensor, torch.Tensor):
                     names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)

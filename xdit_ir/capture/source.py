@@ -30,3 +30,15 @@ def source_line() -> str:
             return _describe(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def failing_line(error: BaseException) -> str:
+    """The innermost line of an error's traceback that is neither torch's nor ours."""
+    found = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if not _foreign(filename):
+            found = _describe(filename, traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return found

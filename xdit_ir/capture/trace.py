@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,145 +10,186 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.blocks import Blocks, candidates, prune
-from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_output, path_name
-from xdit_ir.capture.skeleton import Skeleton
-from xdit_ir.capture.tracer import Tracer, Unshareable
-from xdit_ir.capture.values import small, spec_of
-from xdit_ir.errors import TraceError
-from xdit_ir.program import (
-    Block,
-    Guard,
-    InputLeaf,
-    Literal,
-    Program,
-    Signature,
-    TensorSpec,
-    Where,
-    call_block,
-    qualified,
-)
+from xdit_ir.capture.blocks import Blocks, Restart, candidates, prune
+from xdit_ir.capture.finish import inline_small, merge_equal, name_blocks, used_state
+from xdit_ir.capture.fingerprint import fingerprint
+from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
+from xdit_ir.capture.known import PythonReads, readable
+from xdit_ir.capture.outputs import flatten_output, literal
+from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.skeleton import Skeleton, watch
+from xdit_ir.capture.source import failing_line
+from xdit_ir.capture.tracer import Tracer
+from xdit_ir.capture.values import Unshareable, spec_of
+from xdit_ir.errors import TraceError, XditError
+from xdit_ir.program import Guard, InputLeaf, Literal, Program, Signature, Where
+
+Leaves = list[tuple[str, Any]]
 
 
 def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> Program:
-    """Capture a module for one input signature; nothing is allocated and the module stays as it was."""
+    """Capture a module's forward for one input signature as a `Program`.
+
+    `example` holds forward's arguments by name, or its positional arguments. Model and example may be on any device,
+    including meta. Nothing is computed but what Python must know, and the model is left as it was.
+    """
     named = bind_example(model, example)
-    try:
-        return _trace(model, named, candidates(model))
-    except Unshareable:
-        return _trace(model, named, set())
+    chosen = candidates(model)
+    while True:
+        try:
+            return _attempt(model, named, chosen)
+        except Restart as restart:
+            kind = type(chosen[restart.path])
+            chosen = {path: module for path, module in chosen.items() if type(module) is not kind}
+        except Unshareable as error:
+            if not chosen:
+                raise TraceError(f"{failing_line(error)}: {error}") from error
+            chosen = {}
 
 
-def trace_device(model: nn.Module, leaves: list[Any]) -> torch.device:
+def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Module]) -> Program:
+    leaves, in_spec = flatten_named(named)
+    recorder = Recorder(_device(model, leaves))
+    args = [_input(recorder, path, leaf) if isinstance(leaf, torch.Tensor) else leaf for path, leaf in leaves]
+    with torch.inference_mode():
+        skeleton = Skeleton(model, recorder.state)
+        blocks = Blocks(recorder, set(chosen), _watch(skeleton, chosen, recorder))
+        _instrument(skeleton, recorder, blocks)
+        forward_args, forward_kwargs = call_arguments(
+            inspect.signature(model.forward), pytree.tree_unflatten(args, in_spec)
+        )
+        output = _run(skeleton.model, recorder, forward_args, forward_kwargs)
+        signature = _signature(recorder, leaves, in_spec, output)
+    return _program(type(model).__name__, recorder, blocks, signature)
+
+
+def _device(model: nn.Module, leaves: Leaves) -> torch.device:
     """The device on which a model runs."""
-    for tensor in (*model.parameters(), *model.buffers(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))):
-        return tensor.device
+    inputs = (leaf for _, leaf in leaves if isinstance(leaf, torch.Tensor))
+    for tensors in (model.parameters(), model.buffers(), inputs):
+        for tensor in tensors:
+            return tensor.device
     return torch.device("cpu")
 
 
-def _trace(model: nn.Module, named: dict[str, Any], chosen: set[int]) -> Program:
-    paths, in_spec = pytree.tree_flatten_with_path(named)
-    tracer = Tracer(trace_device(model, [leaf for _, leaf in paths]))
-    leaves, guards = [], []
-    args: list[Any] = []
-    for path, leaf in paths:
-        name = path_name(path)
-        if isinstance(leaf, torch.Tensor):
-            known = leaf.detach().cpu().clone() if _readable(leaf) else None
-            value = tracer.input("in_" + "".join(c if c.isalnum() else "_" for c in name), leaf, known, frozenset({name}))
-            args.append(value.fake)
-            leaves.append(InputLeaf(name, spec_of(leaf)))
-        else:
-            args.append(leaf)
-            leaves.append(InputLeaf(name, None))
-            guards.append(Guard(name, leaf))
-    with torch.inference_mode():
-        skeleton = Skeleton(model, tracer.state)
-        blocks = Blocks(tracer, skeleton.originals, chosen)
-        _instrument(skeleton, tracer, blocks)
-        call_args, call_kwargs = call_arguments(model, pytree.tree_unflatten(args, in_spec))
-        with tracer:
-            output = skeleton.model(*call_args, **call_kwargs)
-        out_leaves, out_spec = flatten_output(output)
-        outputs, places = [], []
-        for leaf in out_leaves:
-            if isinstance(leaf, torch.Tensor):
-                places.append(len(outputs))
-                outputs.append(leaf)
-            else:
-                places.append(Literal(leaf))
-        nodes = tuple(tracer.node(item) for item in outputs)
-        tracer.frame.emit("output", "output", (nodes,), {}, tuple(spec_of(item) for item in outputs), Where())
-    prune(tracer.frame)
-    for path, leaf in paths:
-        name = path_name(path)
-        if name in tracer.read_inputs and isinstance(leaf, torch.Tensor):
-            guards.append(Guard(name, leaf.detach().cpu().clone(), tracer.read_inputs[name]))
-    signature = Signature(in_spec, tuple(leaves), out_spec, tuple(places), tuple(guards))
-    return _program(model, tracer, blocks, signature)
+def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> torch.Tensor:
+    recorder.inputs[path] = leaf
+    name = "".join(char if char.isalnum() else "_" for char in path).strip("_")
+    known = leaf.detach().cpu().clone() if readable(leaf) else None
+    return recorder.input(name, leaf, recorder.device, known, path).fake
 
 
-def _readable(leaf: torch.Tensor) -> bool:
-    integral = not leaf.dtype.is_floating_point and not leaf.dtype.is_complex
-    return integral and leaf.device.type != "meta" and small(leaf)
+def _watch(
+    skeleton: Skeleton, chosen: dict[str, nn.Module], recorder: Recorder
+) -> dict[str, set[tuple[str, str]]]:
+    """Watch the plain attributes in which blocks of equal structure differ, such as the index of a layer."""
+    prints = {path: fingerprint(skeleton.modules[path]) for path in chosen}
+    groups: dict[Any, list[str]] = {}
+    for path, print_ in prints.items():
+        groups.setdefault(_hashable(print_.structure), []).append(path)
+    watched: dict[str, set[tuple[str, str]]] = {}
+    for paths in groups.values():
+        first = prints[paths[0]].scalars
+        differing = {
+            key
+            for path in paths
+            for key, item in prints[path].scalars.items()
+            if first.get(key, paths) != item
+        }
+        for path in paths if differing else ():
+            watched[path] = differing
+            for owner in {owner for owner, _ in differing}:
+                names = {name for other, name in differing if other == owner}
+                _watch_module(
+                    skeleton.modules.get(f"{path}.{owner}" if owner else path), owner, names, recorder
+                )
+    return watched
 
 
-def _instrument(skeleton: Skeleton, tracer: Tracer, blocks: Blocks) -> None:
-    """Wrap every copied module's forward so that paths are known and blocks are intercepted."""
-    for copy_id, original in skeleton.originals.items():
-        copy = skeleton._memo[id(original)]
-        if "_forward_unimplemented" in getattr(type(copy).forward, "__name__", ""):
-            continue
-        copy.__dict__["forward"] = _wrapped(copy, skeleton.paths[copy_id], copy.forward, tracer, blocks)
+def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorder: Recorder) -> None:
+    if module is not None:
+        watch(module, names, lambda name: recorder.frame.attributes.add((owner, name)))
 
 
-def _wrapped(module: nn.Module, path: str, forward: Any, tracer: Tracer, blocks: Blocks) -> Any:
+def _hashable(structure: Any) -> Any:
+    return repr(structure)
+
+
+def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks) -> None:
+    """Wrap every copied module's forward, so that paths are known and blocks are intercepted."""
+    for path, module in skeleton.modules.items():
+        forward = module.forward
+        if getattr(forward, "__name__", "") != "_forward_unimplemented":
+            module.__dict__["forward"] = _wrap(module, path, forward, recorder, blocks)
+
+
+def _wrap(module: nn.Module, path: str, forward: Any, recorder: Recorder, blocks: Blocks) -> Any:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        prefix = tracer.frame.prefix
-        inner = path[len(prefix) + 1 :] if prefix and path.startswith(prefix + ".") else path
-        wants = blocks.wants(module)
-        if wants:
+        if blocks.wants(path):
             return blocks.call(module, path, forward, args, kwargs)
-        tracer.path.append("" if path == prefix else inner)
+        prefix = recorder.frame.prefix
+        inside = prefix and (path + ".").startswith(prefix + ".")
+        recorder.path.append(path[len(prefix) + 1 :] if inside else path)
         try:
             return forward(*args, **kwargs)
         finally:
-            tracer.path.pop()
+            recorder.path.pop()
 
+    wrapped.__wrapped__ = forward  # type: ignore[attr-defined]
     return wrapped
 
 
-def _program(model: nn.Module, tracer: Tracer, blocks: Blocks, signature: Signature) -> Program:
-    counts: dict[str, int] = {}
-    names: dict[str, str] = {}
-    made: dict[str, Block] = {}
-    for body in blocks.bodies:
-        number = counts.get(body.kind, 0)
-        counts[body.kind] = number + 1
-        names[body.name] = body.kind if number == 0 else f"{body.kind}_{number}"
-        made[names[body.name]] = Block(names[body.name], body.frame.graph)
-    graph = tracer.frame.graph
-    for node in graph.nodes:
-        if node.target is call_block:
-            node.args = (names[node.args[0]], *node.args[1:])
-    program = Program(type(model).__name__, graph, made, signature, {}, tracer.device)
-    state: dict[str, TensorSpec] = {}
-    used: set[str] = set()
-    _collect(graph, "", state, used)
-    for node in program.calls:
-        _collect(made[str(node.args[0])].graph, str(node.args[1]), state, used)
-    constants = {name: tensor for name, tensor in tracer.constants.items() if name in used}
-    return program.replace(state=state, constants=constants)
+def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    try:
+        with Tracer(recorder), PythonReads(recorder):
+            return model(*args, **kwargs)
+    except (XditError, Unshareable):
+        raise
+    except Exception as error:
+        raise TraceError(f"{failing_line(error)}: {type(error).__name__}: {error}") from error
 
 
-def _collect(graph: Any, prefix: str, state: dict[str, TensorSpec], used: set[str]) -> None:
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            name = qualified(prefix, str(node.target))
-            if name.startswith("_constant."):
-                used.add(name.removeprefix("_constant."))
-            else:
-                state[name] = node.meta["spec"]
+def _signature(recorder: Recorder, leaves: Leaves, in_spec: pytree.TreeSpec, output: Any) -> Signature:
+    out_leaves, out_spec = flatten_output(output)
+    tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
+    nodes = tuple(recorder.node(tensor) for tensor in tensors)
+    recorder.emit("output", "output", (nodes,), {}, tuple(spec_of(tensor) for tensor in tensors), Where())
+    count = iter(range(len(tensors)))
+    places: list[int | Literal] = [
+        next(count) if isinstance(x, torch.Tensor) else literal(x) for x in out_leaves
+    ]
+    inputs = [
+        InputLeaf(path, spec_of(leaf) if isinstance(leaf, torch.Tensor) else None) for path, leaf in leaves
+    ]
+    guards = [guard for path, leaf in leaves if (guard := _guard(recorder, path, leaf)) is not None]
+    return Signature(in_spec, tuple(inputs), out_spec, tuple(places), tuple(guards))
 
 
-__all__ = ["TraceError", "trace"]
+def _guard(recorder: Recorder, path: str, leaf: Any) -> Guard | None:
+    if not isinstance(leaf, torch.Tensor):
+        return Guard(path, leaf, "not a tensor")
+    if path not in recorder.read_inputs:
+        return None
+    return Guard(path, _plain(leaf.detach().cpu()), recorder.read_inputs[path])
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is an ordinary tensor although it was made in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
+def _program(name: str, recorder: Recorder, blocks: Blocks, signature: Signature) -> Program:
+    graph = recorder.frame.graph
+    prune(recorder.frame)
+    bodies = {body.name: body.frame.graph for body in blocks.bodies}
+    bodies = merge_equal(graph, bodies, recorder.constants)
+    bodies = inline_small(graph, bodies)
+    made = name_blocks(graph, bodies, {body.name: body.kind for body in blocks.bodies})
+    state, used = used_state(graph, made)
+    constants = {
+        key: _plain(item) if item.is_inference() else item
+        for key, item in recorder.constants.items()
+        if key in used
+    }
+    return Program(name, graph, made, signature, constants, recorder.device, state)

@@ -18,10 +18,28 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdit_ir.capture.known import compute, read, resolve, separate
-from xdit_ir.capture.operators import DEVICE, IDENTITY, MAYBE_WHOLE, READS, RESHAPES, aten, drops_elements, facts
+from xdit_ir.capture.operators import (
+    DEVICE,
+    IDENTITY,
+    MAYBE_WHOLE,
+    READS,
+    RESHAPES,
+    aten,
+    drops_elements,
+    facts,
+)
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import Origin, Value, View, map_tensors, share_memory, spec_of, tensors_in
+from xdit_ir.capture.values import (
+    NO_ROOTS,
+    Origin,
+    Value,
+    View,
+    map_tensors,
+    share_memory,
+    spec_of,
+    tensors_in,
+)
 from xdit_ir.capture.writes import write
 from xdit_ir.errors import TraceError
 
@@ -48,9 +66,13 @@ class Tracer(TorchDispatchMode):
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> None:
         if drops_elements(func, args, kwargs):
-            raise TraceError(f"{source_line()}: dropout is active; call .eval() on the model before tracing it")
+            raise TraceError(
+                f"{source_line()}: dropout is active; call .eval() on the model before tracing it"
+            )
         if self.recorder.device.type == "meta" and any(map(torch.is_autocast_enabled, ("cuda", "cpu"))):
-            raise TraceError(f"{source_line()}: autocast has no meaning on the meta device; trace on the real device")
+            raise TraceError(
+                f"{source_line()}: autocast has no meaning on the meta device; trace on the real device"
+            )
 
     def _decompose(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self:
@@ -79,8 +101,9 @@ class Tracer(TorchDispatchMode):
 
     def _fresh(self, func: Any, args: Any, kwargs: Any, result: Any, known: Any) -> Any:
         recorder = self.recorder
-        roots = recorder.roots(tensors_in((args, kwargs)))
-        if not facts(func).known:
+        about = facts(func)
+        roots = NO_ROOTS if about.shape_only else recorder.roots(tensors_in((args, kwargs)))
+        if about.random:
             roots |= {Origin.RANDOM}
         node = recorder.call(func, args, kwargs, spec_of(result))
         if isinstance(result, torch.Tensor):

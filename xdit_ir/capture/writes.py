@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.capture.known import forget, write_known
-from xdit_ir.capture.operators import IDENTITY, argument, aten, facts, functional_twin
+from xdit_ir.capture.known import write_known
+from xdit_ir.capture.operators import argument, aten, facts, functional_twin
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Unshareable, Value, View, spec_of, tensors_in
@@ -28,8 +28,12 @@ def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         raise TraceError(f"{source_line()}: {func} writes in place and has no functional form")
     value = recorder.value(target)
     _check_writable(recorder, value)
-    kept = {key: item for key, item in kwargs.items() if item is not target or key == "self"}
-    node = _copied(recorder, args) if func is aten.copy_.default else _computed(recorder, twin, args, kept, target)
+    kept = {key: item for key, item in kwargs.items() if key not in facts(func).out}
+    node = (
+        _copied(recorder, args)
+        if func is aten.copy_.default
+        else _computed(recorder, twin, args, kept, target)
+    )
     write_known(recorder, func, args, kwargs, value)
     roots = recorder.roots(tensors_in((args, kwargs)))
     _store(recorder, value, node)
@@ -99,7 +103,9 @@ def _change_view(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if func is aten.detach_.default:
         return target
     if twin is None:
-        raise TraceError(f"{source_line()}: {func} changes a tensor's shape in place in a way that is not supported")
+        raise TraceError(
+            f"{source_line()}: {func} changes a tensor's shape in place in a way that is not supported"
+        )
     value, before = recorder.value(target), recorder.blank(target)
     node = recorder.node(target)
     _check_writable(recorder, value)
@@ -110,6 +116,3 @@ def _change_view(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if value.known is not None:
         value.known = twin(value.known, *args[1:], **kwargs)
     return target
-
-
-__all__ = ["IDENTITY", "forget", "write"]

@@ -278,5 +278,5 @@ RULES = {
     **rules_of(Rule(_embedding, _embedding_demand), aten.embedding),
     **rules_of(Rule(_index), aten.index),
     **rules_of(Rule(_index_select), aten.index_select),
-    **rules_of(Rule(_pad, _pad_demand), aten.constant_pad_nd),
+    **rules_of(Rule(_pad, _pad_demand), aten.constant_pad_nd, aten.pad),
 }

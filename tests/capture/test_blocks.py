@@ -1,0 +1,321 @@
+"""Blocks are shared exactly when their code is equal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from xdit_ir.program import WHERE, Program
+
+Check = Callable[..., Program]
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int = 8, index: int = 0, bias: bool = True) -> None:
+        super().__init__()
+        self.index = index
+        self.inner = nn.Linear(width, width, bias=bias)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+        x = x + self.norm(self.inner(x)).relu()
+        return x if scale is None else x * scale
+
+
+class ReadsIndex(Layer):
+    def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+        return super().forward(x) * (2.0 if self.index % 2 else 1.0)
+
+
+class WritesBuffer(Layer):
+    def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+        x += 1
+        return super().forward(x)
+
+
+class Caches(Layer):
+    cache: Any = None
+
+    def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+        if self.cache is None:
+            self.cache = torch.arange(x.shape[-1], dtype=x.dtype)
+        return super().forward(x) + self.cache
+
+
+class Splits(Layer):
+    def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+        y = super().forward(x)
+        return y[:, :1], y[:, 1:], x, None, [y, {"n": 3}]
+
+
+class Holder:
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+class ReadsHolder(Layer):
+    def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+        return super().forward(x) + scale.value
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def calls(program: Program) -> Counter[str]:
+    return Counter(str(node.args[0]) for node in program.calls)
+
+
+X = (torch.randn(2, 3, 8),)
+
+
+@pytest.mark.parametrize("depth", [2, 5, 9])
+def test_one_body_for_any_depth(depth: int, check: Check) -> None:
+    program = check(Stack(*(Layer(index=i) for i in range(depth))), X, (torch.randn(2, 3, 8),))
+    assert calls(program) == {"Layer": depth}
+
+
+def test_an_unread_index_is_not_traced_again(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(Layer, "forward", lambda self, x: ran.append(1) or x + self.inner(x))
+    model = Stack(*(Layer(index=i) for i in range(6)))
+    program = check(model, X)
+    assert len(ran) == 1 + 6
+    assert calls(program) == {"Layer": 6}
+
+
+def test_a_read_index_splits(check: Check) -> None:
+    program = check(Stack(*(ReadsIndex(index=i) for i in range(5))), X)
+    assert calls(program) == {"ReadsIndex": 3, "ReadsIndex_1": 2}
+
+
+def test_structure_splits(check: Check) -> None:
+    program = check(Stack(Layer(), Layer(), Layer(bias=False)), X)
+    assert calls(program) == {"Layer": 2, "Layer_1": 1}
+
+
+def test_hooks_count(check: Check) -> None:
+    model = Stack(Layer(), Layer(), Layer())
+    model.layers[1].inner.register_forward_hook(lambda module, args, output: output * 3)
+    assert len(check(model, X).blocks) == 2
+
+
+def test_hooks_of_a_block_stay_outside(check: Check) -> None:
+    model = Stack(Layer(), Layer(), Layer())
+    model.layers[1].register_forward_hook(lambda module, args, output: output * 3)
+    assert calls(check(model, X)) == {"Layer": 3}
+
+
+@pytest.mark.parametrize("kind", [WritesBuffer, Caches])
+def test_side_effects_are_not_shared(kind: type[Layer], check: Check) -> None:
+    program = check(Stack(*(kind() for _ in range(3))), (torch.randn(2, 3, 8).relu(),))
+    assert not program.blocks
+
+
+def test_many_results(check: Check) -> None:
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                a, b, same, nothing, (y, rest) = layer(x)
+                assert nothing is None and rest == {"n": 3} and same is x
+                x = torch.cat([b, a], 1) + y * same
+            return x
+
+    assert calls(check(Model(Splits(), Splits()), X)) == {"Splits": 2}
+
+
+def test_writing_into_shared_results_gives_up_blocks(check: Check) -> None:
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                a, _, _, _, (y, _) = layer(x)
+                a += 1
+                x = x + y
+            return x
+
+    assert not check(Model(Splits(), Splits()), X).blocks
+
+
+def test_writing_into_an_own_result_is_fine(check: Check) -> None:
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+                x += 1
+                x[:, 0] *= 2
+            return x
+
+    assert calls(check(Model(Layer(), Layer()), X)) == {"Layer": 2}
+
+
+def test_arguments(check: Check) -> None:
+    class Model(Stack):
+        def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+            for index, layer in enumerate(self.layers):
+                x = layer(x, scale=2.0 if index == 1 else temb if index == 2 else None)
+            return x
+
+    program = check(Model(*(Layer() for _ in range(4))), (*X, torch.randn(8)))
+    assert calls(program) == {"Layer": 2, "Layer_1": 1, "Layer_2": 1}
+
+
+def test_dead_arguments_are_dropped(check: Check) -> None:
+    class Ignores(Layer):
+        def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+            return super().forward(x)
+
+    class Model(Stack):
+        def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x, temb)
+            return x
+
+    program = check(Model(Ignores(), Ignores()), (*X, torch.randn(8)))
+    assert [len(node.args[2]) for node in program.calls] == [1, 1]
+
+
+def test_tensors_hidden_in_objects_are_inlined(check: Check) -> None:
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x, Holder(x[0] * 2))
+            return x
+
+    assert not check(Model(ReadsHolder(), ReadsHolder()), X).blocks
+
+
+def test_tensor_put_on_a_block_is_inlined(check: Check) -> None:
+    class Reads(Layer):
+        mask: Any = None
+
+        def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+            return super().forward(x) * self.mask
+
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                layer.mask = x[:1] * 2
+                x = layer(x)
+            return x
+
+    assert not check(Model(Reads(), Reads()), X).blocks
+
+
+def test_shared_weights_and_repeated_calls(check: Check) -> None:
+    first = Layer()
+    second = Layer()
+    second.inner = first.inner
+    program = check(Stack(first, second, first), X)
+    assert calls(program) == {"Layer": 3}
+    assert [node.args[1] for node in program.calls] == ["layers.0", "layers.1", "layers.0"]
+
+
+def test_tied_inside_is_not_untied(check: Check) -> None:
+    class Two(nn.Module):
+        def __init__(self, tie: bool) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            if tie:
+                self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).tanh())
+
+    assert len(check(Stack(Two(True), Two(True), Two(False)), X).blocks) == 2
+
+
+def test_outer_code_may_use_a_blocks_weights(check: Check) -> None:
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x.to(layer.inner.weight.dtype)) @ layer.inner.weight
+            return x
+
+    assert calls(check(Model(Layer(), Layer()), X)) == {"Layer": 2}
+
+
+def test_small_bodies_are_inlined(check: Check) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList([nn.Sequential(nn.LayerNorm(64), nn.SiLU()) for _ in range(3)])
+            self.layers = nn.ModuleList([Layer(64) for _ in range(3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for norm, layer in zip(self.norms, self.layers, strict=True):
+                x = layer(norm(x))
+            return x
+
+    program = check(Model(), (torch.randn(5, 64),))
+    assert calls(program) == {"Layer": 3}
+    assert "norms.1.0" in {node.meta[WHERE].module for node in program.graph.nodes}
+
+
+def test_containers_are_searched(check: Check) -> None:
+    model = nn.Sequential(nn.Sequential(*(Layer() for _ in range(4))), nn.Linear(8, 8))
+    assert calls(check(model, X)) == {"Layer": 4}
+
+
+def test_numbered_attributes(check: Check) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for index in range(3):
+                setattr(self, f"layer{index}", Layer())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for index in range(3):
+                x = getattr(self, f"layer{index}")(x)
+            return x
+
+    assert calls(check(Model(), X)) == {"Layer": 3}
+
+
+def test_nested_lists_take_the_outermost(check: Check) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(), Layer()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers[1](self.layers[0](x))
+
+    assert calls(check(Stack(Nested(), Nested(), Nested()), X)) == {"Nested": 3}
+
+
+def test_per_layer_plain_tensors(check: Check) -> None:
+    class Scales(Layer):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.scale = torch.tensor(float(index))
+
+        def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+            return super().forward(x) * self.scale
+
+    check(Stack(*(Scales(i) for i in range(3))), X)
+
+
+def test_values_of_arguments_that_a_body_reads(check: Check) -> None:
+    class Cuts(Layer):
+        def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+            return super().forward(x)[:, : int(scale.max())]
+
+    class Model(Stack):
+        def forward(self, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+            return self.layers[0](x, n) + self.layers[1](x, n + 0) + self.layers[2](x, n - 1).mean()
+
+    program = check(Model(Cuts(), Cuts(), Cuts()), (*X, torch.tensor([2, 3])))
+    assert calls(program) == {"Cuts": 2, "Cuts_1": 1}
+    assert [guard.path for guard in program.signature.guards] == ["n"]

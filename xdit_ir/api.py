@@ -1,0 +1,160 @@
+"""The public objects: a traced program, and the program that it becomes on a mesh of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_ir import capture
+from xdit_ir.capture.inputs import build_output
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.interpret import Interpreter, model_state
+from xdit_ir.mesh import Mesh
+from xdit_ir.passes.base import run_passes
+from xdit_ir.pipeline import After, analysis_passes, divide, mesh_of
+from xdit_ir.printer import program_text
+from xdit_ir.program import Program
+from xdit_ir.report import Report, make_report
+from xdit_ir.runtime.module import Emitted, emit
+from xdit_ir.simulate import RankObserver, run_ranks
+from xdit_ir.specialize import Specialize
+
+Example = Mapping[str, Any] | tuple[Any, ...]
+
+
+def trace(model: nn.Module, example: Example) -> TracedProgram:
+    """Capture `model` for one input signature.
+
+    Args:
+        model: a module on any device, including meta; it is not changed and nothing of its size is allocated.
+        example: forward's arguments, a mapping of keyword arguments or a tuple of positional ones. Tensors give
+            shapes and dtypes; contents matter only where the model reads them, and become guards.
+
+    Raises:
+        TraceError: the module cannot be captured; names the input or the source line at fault.
+    """
+    return TracedProgram(capture.trace(model, example))
+
+
+@dataclass(frozen=True, eq=False)
+class TracedProgram:
+    """A captured model; `str()` is its block-level text, `ir` the program itself."""
+
+    ir: Program
+
+    def __str__(self) -> str:
+        return program_text(self.ir)
+
+    def text(self, *, bodies: bool = False) -> str:
+        """The textual form; with `bodies`, every operator."""
+        return program_text(self.ir, bodies=bodies)
+
+    @cached_property
+    def analysed(self) -> Program:
+        """The canonical program with its token streams found: what every mesh starts from."""
+        return run_passes(self.ir, analysis_passes())
+
+    def parallelize(
+        self,
+        cfg: int = 1,
+        ulysses: int = 1,
+        ring: int = 1,
+        pipefusion: int = 1,
+        patches: int | None = None,
+        warmup_steps: int = 1,
+        after: After | None = None,
+    ) -> ParallelProgram:
+        """Divide the model over `cfg * pipefusion * ring * ulysses` ranks; needs no process group and no GPU.
+
+        Args:
+            cfg: ranks that divide the batch (conditional and unconditional halves).
+            ulysses: ranks that exchange tokens for heads around attention (arXiv 2309.14509).
+            ring: ranks around which keys and values travel (arXiv 2310.01889).
+            pipefusion, patches, warmup_steps: stages and patches of PipeFusion (arXiv 2405.14430).
+            after: called with every pass and the program it made.
+
+        Raises:
+            ParallelizeError: a degree is illegal for this model and input; names the nearest legal choice.
+        """
+        mesh = mesh_of({"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses})
+        if patches not in (None, 1):
+            raise ParallelizeError(f"patches={patches} needs pipefusion > 1; use patches=None")
+        return ParallelProgram(self.ir, divide(self.analysed, mesh, after), mesh)
+
+
+@dataclass(frozen=True, eq=False)
+class ParallelProgram:
+    """A program divided over a mesh; rank order outer to inner: cfg, pipefusion, ring, ulysses."""
+
+    original: Program
+    ir: Program
+    mesh: Mesh
+    _ranks: dict[int, Program] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return program_text(self.ir)
+
+    def text(self, *, bodies: bool = False) -> str:
+        """The textual form; with `bodies`, every operator."""
+        return program_text(self.ir, bodies=bodies)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks: the product of the degrees."""
+        return self.mesh.world_size
+
+    def report(self) -> Report:
+        """FLOPs, weights, communication and fallbacks; `str()` is a table."""
+        return make_report(self.original, self.ir)
+
+    def rank(self, rank: int) -> Program:
+        """The program of one rank, with static local sizes."""
+        if rank not in self._ranks:
+            self._ranks[rank] = Specialize(rank).apply(self.ir)
+        return self._ranks[rank]
+
+    def simulate(self, model: nn.Module, example: Example, observe: RankObserver | None = None) -> list[Any]:
+        """Run every rank in this thread, in lockstep.
+
+        Returns:
+            One output of the model (its whole pytree) per rank.
+
+        Raises:
+            MismatchError: `example` differs from what the program was traced for; names the argument.
+        """
+        inputs = capture.bind_inputs(model, self.original, *_split(example))
+        ranks = [self.rank(rank) for rank in range(self.world_size)]
+        with torch.no_grad():
+            outputs = run_ranks(ranks, model_state(self.original, model), inputs, _device(model, inputs), observe)
+        return [build_output(self.original.signature, tensors) for tensors in outputs]
+
+    def simulate_steps(self, model: nn.Module, examples: Sequence[Example]) -> list[list[Any]]:
+        """`simulate` for consecutive denoising steps: a list over steps of the outputs of every rank."""
+        return [self.simulate(model, example) for example in examples]
+
+    def emit(self, model: nn.Module, device: torch.device | str | None = None) -> Emitted:
+        """The module of this process's rank; see `xdit_ir.runtime.module.emit`."""
+        return emit(self, model, device)
+
+
+def run_single(program: Program, model: nn.Module, example: Example) -> Any:
+    """Interpret a program on one device."""
+    inputs = capture.bind_inputs(model, program, *_split(example))
+    with torch.no_grad():
+        tensors = Interpreter(program, model_state(program, model), _device(model, inputs)).run(inputs)
+    return build_output(program.signature, tensors)
+
+
+def _split(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
+
+
+def _device(model: nn.Module, inputs: Sequence[torch.Tensor]) -> torch.device:
+    for tensor in (*model.parameters(), *inputs):
+        return tensor.device
+    return torch.device("cpu")

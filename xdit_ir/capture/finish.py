@@ -1,0 +1,163 @@
+"""From recorded graphs to a `Program`: equal bodies merged, tiny ones inlined, blocks named, state listed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir.capture.operators import aten
+from xdit_ir.program import CONSTANT, SPEC, WHERE, Block, TensorSpec, Where, is_block_call, qualified
+
+_WORTHWHILE = 0.01
+Bodies = dict[str, fx.Graph]
+
+
+def merge_equal(graph: fx.Graph, bodies: Bodies, constants: Mapping[str, torch.Tensor]) -> Bodies:
+    """Make calls of bodies with equal graphs name the first of them; returns the bodies that are left."""
+    first: dict[Any, str] = {}
+    same = {name: first.setdefault(graph_key(body, constants), name) for name, body in bodies.items()}
+    for node in graph.nodes:
+        if is_block_call(node):
+            node.args = (same[str(node.args[0])], *node.args[1:])
+    return {name: bodies[name] for name in first.values()}
+
+
+def graph_key(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Any:
+    """A value that is equal for graphs that compute the same."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+
+    def argument(item: Any) -> Any:
+        if isinstance(item, fx.Node):
+            return ("node", order[item])
+        if isinstance(item, (list, tuple)):
+            return tuple(argument(entry) for entry in item)
+        if isinstance(item, slice):
+            return ("slice", argument(item.start), argument(item.stop), argument(item.step))
+        return (type(item), item)
+
+    rows = []
+    for node in graph.nodes:
+        target = "" if node.op == "placeholder" else node.target
+        if node.op == "get_attr" and str(target).startswith(f"{CONSTANT}."):
+            target = _contents(constants[str(target).partition(".")[2]])
+        kwargs = tuple((key, argument(item)) for key, item in sorted(node.kwargs.items()))
+        rows.append((node.op, target, argument(node.args), kwargs, node.meta[SPEC]))
+    return tuple(rows)
+
+
+def _contents(tensor: torch.Tensor) -> Any:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return (
+        tuple(tensor.shape),
+        tensor.dtype,
+        flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"",
+    )
+
+
+def inline_small(graph: fx.Graph, bodies: Bodies) -> Bodies:
+    """Put bodies that do next to no work back into the outer graph; returns the bodies that are left."""
+    work = {name: graph_work(body) for name, body in bodies.items()}
+    calls = [node for node in graph.nodes if is_block_call(node)]
+    total = graph_work(graph) + sum(work[str(node.args[0])] for node in calls)
+    share = {name: sum(node.args[0] == name for node in calls) * work[name] for name in bodies}
+    small = {name for name in bodies if share[name] < _WORTHWHILE * total}
+    for node in calls:
+        if node.args[0] in small:
+            inline(graph, node, bodies[str(node.args[0])])
+    return {name: body for name, body in bodies.items() if name not in small}
+
+
+def inline(graph: fx.Graph, call: fx.Node, body: fx.Graph) -> None:
+    """Replace a block call by its body's nodes."""
+    prefix, values = str(call.args[1]), iter(call.args[2])  # type: ignore[arg-type]
+    copies: dict[fx.Node, Any] = {}
+    results: Any = ()
+    with graph.inserting_before(call):
+        for node in body.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(values)
+            elif node.op == "output":
+                results = fx.map_arg(node.args[0], copies.__getitem__)
+            else:
+                copies[node] = made = graph.node_copy(node, copies.__getitem__)
+                place = node.meta[WHERE]
+                made.meta = {
+                    SPEC: node.meta[SPEC],
+                    WHERE: Where(qualified(prefix, place.module).rstrip("."), place.source),
+                }
+                if node.op == "get_attr":
+                    made.target = qualified(prefix, str(node.target))
+    for item in list(call.users):
+        item.replace_all_uses_with(results[item.args[1]])
+        graph.erase_node(item)
+    graph.erase_node(call)
+
+
+def graph_work(graph: fx.Graph) -> int:
+    """Multiplications in the matrix products, attentions and convolutions of a graph, roughly."""
+    return sum(_work(node) for node in graph.nodes if node.op == "call_function")
+
+
+def _work(node: fx.Node) -> int:
+    packet = getattr(node.target, "overloadpacket", None)
+    count = _WORK.get(packet)
+    if count is None:
+        return 0
+    shapes = [
+        item.meta[SPEC].shape for item in node.all_input_nodes if isinstance(item.meta[SPEC], TensorSpec)
+    ]
+    return count(node.meta[SPEC].shape, shapes)
+
+
+def _contraction(out: tuple[int, ...], shapes: list[tuple[int, ...]]) -> int:
+    return math.prod(out) * (shapes[0][-1] if shapes and shapes[0] else 1)
+
+
+def _attention(out: tuple[int, ...], shapes: list[tuple[int, ...]]) -> int:
+    return 2 * math.prod(out) * shapes[min(1, len(shapes) - 1)][-2]
+
+
+def _convolution(out: tuple[int, ...], shapes: list[tuple[int, ...]]) -> int:
+    return math.prod(out) * math.prod(shapes[1][1:])
+
+
+_Count = Callable[[tuple[int, ...], list[tuple[int, ...]]], int]
+_WORK: dict[Any, _Count] = {
+    **dict.fromkeys(
+        (aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.einsum, aten.baddbmm), _contraction
+    ),
+    aten.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution), _convolution),
+}
+
+
+def name_blocks(graph: fx.Graph, bodies: Bodies, kinds: Mapping[str, str]) -> dict[str, Block]:
+    """Blocks named after their modules' classes, with a counter where needed; calls are renamed."""
+    counts: dict[str, int] = {}
+    names: dict[str, str] = {}
+    for body in bodies:
+        number = counts[kinds[body]] = counts.get(kinds[body], -1) + 1
+        names[body] = f"{kinds[body]}_{number}" if number else kinds[body]
+    for node in graph.nodes:
+        if is_block_call(node):
+            node.args = (names[str(node.args[0])], *node.args[1:])
+    return {names[body]: Block(names[body], graph) for body, graph in bodies.items()}
+
+
+def used_state(graph: fx.Graph, blocks: Mapping[str, Block]) -> tuple[dict[str, TensorSpec], set[str]]:
+    """Specs of the parameters and buffers that are used, by qualified name, and the names of used constants."""
+    state: dict[str, TensorSpec] = {}
+    graphs = [("", graph)]
+    graphs += [
+        (str(node.args[1]), blocks[str(node.args[0])].graph) for node in graph.nodes if is_block_call(node)
+    ]
+    for prefix, part in graphs:
+        for node in part.nodes:
+            if node.op == "get_attr":
+                state[qualified(prefix, str(node.target))] = node.meta[SPEC]
+    constants = {name.partition(".")[2] for name in state if name.startswith(f"{CONSTANT}.")}
+    return {name: spec for name, spec in state.items() if not name.startswith(f"{CONSTANT}.")}, constants

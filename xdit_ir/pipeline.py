@@ -1,0 +1,48 @@
+"""The order of passes, and legality of degrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.passes.base import Pass, run_passes
+from xdit_ir.passes.canonicalize import Canonicalize
+from xdit_ir.passes.find_tokens import FindTokens
+from xdit_ir.passes.lower_attention import LowerAttention
+from xdit_ir.passes.shard_tokens import ShardTokens
+from xdit_ir.passes.split_batch import SplitBatch
+from xdit_ir.program import Program
+from xdit_ir.verify import verify
+
+After = Callable[[Pass, Program], None]
+
+
+def analysis_passes() -> list[Pass]:
+    """Passes that do not depend on the mesh."""
+    return [Canonicalize(), FindTokens()]
+
+
+def mesh_passes(mesh: Mesh) -> list[Pass]:
+    """Passes that divide a program over a mesh; `specialize` follows, per rank."""
+    return [SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh)]
+
+
+def divide(program: Program, mesh: Mesh, after: After | None = None) -> Program:
+    """Run the mesh passes over an analysed program and verify that ranks can run the result."""
+    divided = run_passes(program, mesh_passes(mesh), after)
+    verify(divided, "lower-attention", runnable=True)
+    return divided
+
+
+def mesh_of(degrees: dict[str, Any]) -> Mesh:
+    """The mesh of these degrees; raises `ParallelizeError` for what is no degree."""
+    for name, degree in degrees.items():
+        if name not in MESH_DIMS:
+            raise ParallelizeError(f"{name}={degree!r} is no parallel degree; there are {', '.join(MESH_DIMS)}")
+        if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+            raise ParallelizeError(f"{name}={degree!r} is not a positive integer; the nearest legal one is {name}=1")
+    if degrees.get("pipefusion", 1) != 1:
+        raise ParallelizeError("pipefusion is not available yet; use pipefusion=1 with ulysses, ring or cfg")
+    return Mesh.of(**degrees)
