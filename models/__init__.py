@@ -16,12 +16,15 @@ from torch import nn
 
 from . import entries as _entries
 from .build import build
-from .specs import Entry, Ids, Mask, Normal, Rope, Target, Values, materialize
+from .specs import ComplexRope, Entry, Ids, Integers, Made, Mask, Normal, Rope, Target, Values, materialize
 from .weights import randomize
 
 __all__ = [
+    "ComplexRope",
     "Entry",
     "Ids",
+    "Integers",
+    "Made",
     "Mask",
     "Normal",
     "Rope",
@@ -44,7 +47,7 @@ class UnknownModelError(LookupError):
 
 
 def names() -> list[str]:
-    """The names of all models, sorted; `load` also takes each with `:tiny` appended."""
+    """The names of all models, sorted; `load` takes each with `:tiny` appended, and bare if it has `full`."""
     return sorted(_registry())
 
 
@@ -69,9 +72,12 @@ def load(
     """
     data = entry(name)
     tiny = name.endswith(":tiny")
+    config = data.tiny if tiny else data.full
+    if config is None:
+        raise LookupError(f"{name!r} has only a tiny configuration in the zoo: load {name + ':tiny'!r}")
     generator = torch.Generator("cpu").manual_seed(seed + 1)
     target = Target(torch.device(device), dtype or torch.float32, generator)
-    model = build(data.cls, dict(data.tiny if tiny else data.full), target.device, target.dtype)
+    model = build(data.cls, dict(config), target.device, target.dtype)
     return randomize(model, seed), materialize(dict(data.tiny_inputs if tiny else data.full_inputs), target)
 
 

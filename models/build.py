@@ -18,7 +18,7 @@ def build(cls: str, config: dict[str, Any], device: torch.device, dtype: torch.d
     import diffusers
 
     with device, _default_dtype(dtype):
-        model: nn.Module = getattr(diffusers, cls)(**config)
+        model: nn.Module = (getattr(diffusers, cls, None) or getattr(diffusers.models, cls))(**config)
     keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     if not keep:
         return nn.Module.to(model, dtype).eval()

@@ -6,6 +6,7 @@ An input description is a Python scalar, a spec of this module, or a list, tuple
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Normal:
 class Values:
     """A small real tensor holding `values`; `dtype` is a torch dtype name, or None for the model's dtype."""
 
-    values: Sequence[Any]
+    values: Sequence[Any] | float
     dtype: str | None = None
 
 
@@ -54,22 +55,60 @@ class Rope:
     """A pair (cos, sin) of float32 rotary tables [prod(grid), sum(dims)]; on the meta device, meta tensors.
 
     Column group i holds the dims[i] columns of grid axis order[i] (by default axis i), with frequencies
-    repeated pairwise; neighbouring positions are `step` apart.
+    repeated pairwise; neighbouring positions are `step` apart. `layout` "halves" repeats a group's frequencies
+    one after the other, "once" has each only once. `heads` divides the columns into [heads, rows, columns of a
+    head]; `batch` repeats everything in a new first dimension.
     """
 
     grid: tuple[int, ...]
     dims: tuple[int, ...]
     step: float = 1.0
     order: tuple[int, ...] | None = None
+    layout: str = "pairs"
+    heads: int | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Real random integers of `shape`, uniform in [low, high); on meta, CPU integers."""
+
+    shape: tuple[int, ...]
+    high: int
+    low: int = 0
+    dtype: str = "int64"
+
+
+@dataclass(frozen=True)
+class Made:
+    """An object such as a key-value cache: `path` ("module:name") called with `args`, then `state` set on it.
+
+    Keys of `state` are dotted attribute paths (digits index lists), its values descriptions.
+    """
+
+    path: str
+    args: tuple[Any, ...] = ()
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ComplexRope:
+    """A complex64 rotary table [*grid, dim / 2], the axes' columns interleaved; on meta, a meta tensor."""
+
+    grid: tuple[int, int]
+    dim: int
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of the zoo: a diffusers class, its published and its tiny configuration, and their inputs."""
+    """One model of the zoo: a diffusers class, its published and its tiny configuration, and their inputs.
+
+    Without `full`, only the tiny one can be loaded.
+    """
 
     cls: str
-    full: Mapping[str, Any]
-    full_inputs: Mapping[str, Any]
+    full: Mapping[str, Any] | None = None
+    full_inputs: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     tiny_inputs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -105,6 +144,13 @@ def materialize(spec: Any, target: Target) -> Any:
             return _ids(spec).to(target.real, target.dtype)
         case Rope():
             return _rope(spec, target.device)
+        case ComplexRope():
+            return _complex_rope(spec, target.device)
+        case Integers(shape, high, low, dtype):
+            drawn = torch.randint(low, high, shape, generator=target.generator, device="cpu")
+            return drawn.to(target.real, _dtype(dtype, target))
+        case Made():
+            return _made(spec, target)
         case dict():
             return {key: materialize(value, target) for key, value in spec.items()}
         case list() | tuple():
@@ -140,6 +186,31 @@ def _rope(spec: Rope, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
     for axis, dim in zip(spec.order or range(len(spec.dims)), spec.dims, strict=True):
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         angle = positions[:, axis, None] * (1.0 / 10000.0**exponents)
-        angles.append(angle.repeat_interleave(2, dim=1, output_size=dim))
+        if spec.layout == "pairs":
+            angle = angle.repeat_interleave(2, dim=1, output_size=dim)
+        angles.append(torch.cat([angle, angle], dim=1) if spec.layout == "halves" else angle)
     table = torch.cat(angles, dim=1)
+    if spec.heads is not None:
+        table = table.unflatten(1, (spec.heads, -1)).transpose(0, 1)
+    if spec.batch is not None:
+        table = table.expand(spec.batch, *table.shape).contiguous()
     return table.cos(), table.sin()
+
+
+def _made(spec: Made, target: Target) -> Any:
+    module, _, name = spec.path.partition(":")
+    made = getattr(importlib.import_module(module), name)(*spec.args)
+    for path, value in spec.state.items():
+        *owners, attribute = path.split(".")
+        owner = made
+        for step in owners:
+            owner = owner[int(step)] if step.isdigit() else getattr(owner, step)
+        setattr(owner, attribute, materialize(value, target))
+    return made
+
+
+def _complex_rope(spec: ComplexRope, device: torch.device) -> torch.Tensor:
+    quarter = spec.dim // 4
+    exponents = torch.arange(quarter, dtype=torch.float32, device=device) / quarter
+    angles = _positions(spec.grid, device)[:, None] * (1.0 / 10000.0**exponents)[:, None]
+    return torch.polar(torch.ones_like(angles), angles).reshape(*spec.grid, 2 * quarter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -26,7 +26,8 @@ class FindTokens:
     """Cut every candidate dimension in two on a probe mesh, follow the rules, and keep those that reach a query.
 
     Candidates are the dimensions of what flows from the prologue into block calls (of the inputs where there are no
-    blocks). The best is first: the one that leaves the slowest rank the fewest FLOPs.
+    blocks). The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come streams that reach
+    no query, but whose work before the blocks can be divided and gathered.
     """
 
     name: str = "find-tokens"
@@ -34,18 +35,30 @@ class FindTokens:
     def apply(self, program: Program) -> Program:
         """The program with `tokens` filled in."""
         probe = Propagation(program, PROBE)
+        whole = program_flops(program, None)[0]
         found = []
         for node in _candidates(program.graph):
-            shape = node.meta[SPEC].shape
-            for dim, size in enumerate(shape):
+            ndim = len(node.meta[SPEC].shape)
+            for dim, size in enumerate(node.meta[SPEC].shape):
                 if size < 2:
                     continue
-                layout = Layout.whole(len(shape)).with_dims({dim: PROBE.divide(size, ("ulysses",))})
-                tried = probe.run({node.name: layout})
-                if "ulysses" in attention_mesh_dims(tried, PROBE, keys=False):
-                    axis = TokenAxis(node.name, dim, size, _units(program, size), _segments(program, size))
-                    found.append((max(program_flops(tried, PROBE)), len(found), axis))
-        return program.replace(tokens=tuple(axis for *_, axis in sorted(found)))
+                cut = Layout.whole(ndim).with_dims({dim: PROBE.divide(size, ("ulysses",))})
+                axis = TokenAxis(node.name, dim, size)
+                tried = probe.run({node.name: (cut,)})
+                if "ulysses" not in attention_mesh_dims(tried, PROBE, keys=False):
+                    if not 0 < dim < ndim - 1:
+                        continue
+                    axis = replace(axis, gathered=True)
+                    tried = probe.run({node.name: (cut, Layout.whole(ndim))})
+                work = max(program_flops(tried, PROBE))
+                if work < whole:
+                    found.append((axis.gathered, work, len(found), axis))
+        axes = [_detailed(program, axis) for *_, axis in sorted(found)]
+        return program.replace(tokens=tuple(axes))
+
+
+def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
+    return replace(axis, units=_units(program, axis.size), segments=_segments(program, axis.size))
 
 
 def _candidates(graph: fx.Graph) -> list[fx.Node]:

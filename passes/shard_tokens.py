@@ -11,7 +11,7 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
-from xdit_ir.propagate import Propagation
+from xdit_ir.propagate import Layouts, Propagation, Seeds
 
 SEQUENCE = ("ring", "ulysses")
 
@@ -28,7 +28,7 @@ class Price:
 class _Choice:
     price: Price
     program: Program
-    seeds: dict[str, Layout]
+    seeds: Seeds
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,17 @@ class ShardTokens:
         if degree == 1:
             return program
         trial = Propagation(program, self.mesh)
-        whole = max(program_flops(program, None)[0], 1)
         best: _Choice | None = None
         for axis in program.tokens:
+            if axis.gathered and best is None:
+                break
             if best is not None and _layout(best.program, axis).dims[axis.dim] is not None:
                 continue
-            for layout in self._proposals(program, axis):
-                seeds = {**(best.seeds if best else {}), axis.value: layout}
-                result = trial.run(seeds)
-                work = max(program_flops(result, self.mesh)) / whole
-                price = Price(round(10_000 * work), moved_bytes(result, self.mesh))
-                if best is None or price < best.price:
-                    best = _Choice(price, result, seeds)
+            for layouts in self._proposals(program, axis):
+                seeds = {**(best.seeds if best else {}), axis.value: layouts}
+                choice = self._priced(trial.run(seeds), seeds)
+                if best is None or choice.price < best.price:
+                    best = choice
         if best is None:
             raise ParallelizeError(
                 f"ulysses x ring = {degree} divides the tokens, but no attention of this model takes its queries "
@@ -67,7 +66,11 @@ class ShardTokens:
             )
         return best.program.replace(mesh=self.mesh)
 
-    def _proposals(self, program: Program, axis: TokenAxis) -> Iterator[Layout]:
+    def _priced(self, program: Program, seeds: Seeds) -> _Choice:
+        slowest, total = max(program_flops(program, self.mesh)), max(program_flops(program, None)[0], 1)
+        return _Choice(Price(round(10_000 * slowest / total), moved_bytes(program, self.mesh)), program, seeds)
+
+    def _proposals(self, program: Program, axis: TokenAxis) -> Iterator[Layouts]:
         have = _layout(program, axis)
         if have.dims[axis.dim] is not None:
             return
@@ -76,7 +79,8 @@ class ShardTokens:
             partition = self.mesh.divide(axis.size, SEQUENCE, unit, segments)
             if partition not in seen:
                 seen.add(partition)
-                yield have.with_dims({axis.dim: partition})
+                cut = have.with_dims({axis.dim: partition})
+                yield (cut, have) if axis.gathered else (cut,)
 
 
 def _layout(program: Program, axis: TokenAxis) -> Layout:

@@ -31,7 +31,7 @@ class SplitBatch:
                 continue
             shape = node.meta[SPEC].shape
             layout = Layout.whole(len(shape)).with_dims({0: self.mesh.divide(shape[0], ("cfg",))})
-            result = trial.run({node.name: layout})
+            result = trial.run({node.name: (layout,)})
             if "cfg" in attention_mesh_dims(result, self.mesh):
                 continue
             tried.append((max(program_flops(result, self.mesh)), len(tried), shape[0], result))

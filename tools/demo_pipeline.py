@@ -5,6 +5,7 @@ Only the text encoders are missing; prompt embeddings are passed instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +40,24 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
     return pipe
 
 
-def generate(pipe: FluxPipeline, steps: int = 4, seed: int = 0) -> torch.Tensor:
-    """Run the whole pipeline, text to image: float32 [1, 3, 256, 256] in [0, 1], deterministic in `seed`."""
+def generate(
+    pipe: FluxPipeline,
+    steps: int = 4,
+    seed: int = 0,
+    *,
+    images: int = 1,
+    on_step: Callable[[], object] | None = None,
+) -> torch.Tensor:
+    """Run the whole pipeline: float32 images [images, 3, 256, 256] in [0, 1], deterministic in `seed`.
+
+    `on_step` is called after each denoising step.
+    """
+
+    def stepped(pipe: FluxPipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step()
+        return values
+
     generator = torch.Generator("cpu").manual_seed(seed)
     config = pipe.transformer.config
     result = pipe(
@@ -49,7 +66,9 @@ def generate(pipe: FluxPipeline, steps: int = 4, seed: int = 0) -> torch.Tensor:
         height=SIZE,
         width=SIZE,
         num_inference_steps=steps,
+        num_images_per_prompt=images,
         guidance_scale=3.5,
+        callback_on_step_end=stepped,
         generator=generator,
         output_type="pt",
     )

@@ -1,1 +1,17 @@
 """xdit-ir: port a diffusion transformer to several GPUs with one trace call."""
+
+from xdit_ir.api import trace
+from xdit_ir.check import check
+from xdit_ir.errors import MismatchError, ParallelizeError, TraceError, VerifyError, XditError
+from xdit_ir.runtime.port import port
+
+__all__ = [
+    "MismatchError",
+    "ParallelizeError",
+    "TraceError",
+    "VerifyError",
+    "XditError",
+    "check",
+    "port",
+    "trace",
+]

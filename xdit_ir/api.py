@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from xdit_ir import capture
-from xdit_ir.capture.inputs import build_output
+
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.interpret import Interpreter, model_state
 from xdit_ir.mesh import Mesh
@@ -131,7 +131,7 @@ class ParallelProgram:
         ranks = [self.rank(rank) for rank in range(self.world_size)]
         with torch.no_grad():
             outputs = run_ranks(ranks, model_state(self.original, model), inputs, _device(model, inputs), observe)
-        return [build_output(self.original.signature, tensors) for tensors in outputs]
+        return [capture.build_output(self.original.signature, tensors) for tensors in outputs]
 
     def simulate_steps(self, model: nn.Module, examples: Sequence[Example]) -> list[list[Any]]:
         """`simulate` for consecutive denoising steps: a list over steps of the outputs of every rank."""
@@ -147,7 +147,7 @@ def run_single(program: Program, model: nn.Module, example: Example) -> Any:
     inputs = capture.bind_inputs(model, program, *_split(example))
     with torch.no_grad():
         tensors = Interpreter(program, model_state(program, model), _device(model, inputs)).run(inputs)
-    return build_output(program.signature, tensors)
+    return capture.build_output(program.signature, tensors)
 
 
 def _split(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:

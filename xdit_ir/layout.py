@@ -15,11 +15,17 @@ from xdit_ir.partition import Indices, Partition, Runs
 class Layout:
     """One entry per tensor dimension: None (every rank holds it whole, in order) or its `Partition`.
 
-    `partial` names the mesh dims along which the ranks hold summands whose sum is the value.
+    `partial` names the mesh dims along which the ranks hold summands whose sum is the value. A partition that leaves
+    everything whole is the same as None and becomes None.
     """
 
     dims: tuple[Partition | None, ...]
     partial: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if any(dim is not None and dim.is_whole for dim in self.dims):
+            dims = tuple(None if dim is None or dim.is_whole else dim for dim in self.dims)
+            object.__setattr__(self, "dims", dims)
 
     def __hash__(self) -> int:
         return self._hash
@@ -115,7 +121,7 @@ def kind(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, tuple[str, ..
     moved = _moved(source, target)
     if all(_holds(source.dims[dim], target.dims[dim]) for dim in moved):
         return "shard", ()
-    talk = in_mesh_order(_needed(mesh, source, target, moved))
+    talk = _talk(mesh, source, target)
     if all(not mesh.varies(target.dims[dim]) & set(talk) for dim in moved):
         return "gather", talk
     if all(_holds(target.dims[dim], source.dims[dim]) for dim in moved):
@@ -123,27 +129,24 @@ def kind(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, tuple[str, ..
     return "all_to_all", talk
 
 
-def _needed(mesh: Mesh, source: Layout, target: Layout, moved: list[int]) -> frozenset[str]:
-    """The fewest mesh dims along which ranks must talk so that each finds all that it shall hold."""
-    talk = frozenset().union(*(mesh.varies(source.dims[dim]) for dim in moved))
-    for name in sorted(talk):
-        fewer = talk - {name}
-        if all(_found(mesh, source.dims[dim], target.dims[dim], fewer) for dim in moved):
-            talk = fewer
-    return talk
+def _talk(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, ...]:
+    """The fewest mesh dims, inner ones first, such that ranks which differ only there hold all that they need."""
+    moved = _moved(source, target)
+    talk: frozenset[str] = frozenset().union(*(mesh.varies(source.dims[dim]) for dim in moved))
+    for name in in_mesh_order(talk):
+        if all(_reaches(mesh, source.dims[dim], target.dims[dim], talk - {name}) for dim in moved):
+            talk -= {name}
+    return in_mesh_order(talk)
 
 
 @lru_cache(maxsize=65536)
-def _found(mesh: Mesh, source: Partition | None, target: Partition | None, talk: frozenset[str]) -> bool:
-    """Whether every rank's part of one dimension is on the ranks of its group over `talk`."""
+def _reaches(mesh: Mesh, source: Partition | None, target: Partition | None, dims: frozenset[str]) -> bool:
+    """Whether ranks that differ only in these mesh dims hold together what each of them wants of one dimension."""
     if source is None:
         return True
-    size = source.size
     for rank in range(mesh.world_size):
-        missing = _part(target, size, rank)
-        for held in {source.parts[member] for member in mesh.group(rank, talk)}:
-            missing = missing.without(held)
-        if missing.size:
+        held = source.counts(mesh.group(rank, dims)) > 0
+        if not held[_part(target, source.size, rank).array].all():
             return False
     return True
 
@@ -158,7 +161,7 @@ def plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> 
     moved = _moved(source, target)
     name, talk = kind(mesh, source, target)
     cells = {
-        (sender, receiver): [_piece(mesh, shape[d], source.dims[d], target.dims[d], sender, receiver) for d in moved]
+        (sender, receiver): [_piece(mesh, talk, source.dims[d], target.dims[d], sender, receiver, shape[d]) for d in moved]
         for receiver in range(mesh.world_size)
         for sender in mesh.group(receiver, talk)
     }
@@ -188,19 +191,25 @@ def _holds(source: Partition | None, target: Partition | None) -> bool:
 
 @lru_cache(maxsize=65536)
 def _piece(
-    mesh: Mesh, size: int, source: Partition | None, target: Partition | None, sender: int, receiver: int
+    mesh: Mesh,
+    talk: tuple[str, ...],
+    source: Partition | None,
+    target: Partition | None,
+    sender: int,
+    receiver: int,
+    size: int,
 ) -> Indices:
     """What `receiver` takes of one dimension from `sender`: each index from exactly one holder, itself if possible."""
-    held, wanted = _part(source, size, sender), _part(target, size, receiver)
-    if source is not None:
-        dims = mesh.varies(source)
-        here = mesh.index(receiver, dims)
-        there = mesh.index(sender, dims)
-        if there != here and sum(source.sizes[rank] for rank in mesh.group(receiver, dims)) > size:
-            held = held.without(source.parts[receiver])
-            for other in mesh.group(sender, dims):
-                if mesh.index(other, dims) < there:
-                    held = held.without(source.parts[other])
+    wanted = _part(target, size, receiver)
+    if source is None:
+        return wanted
+    dims = mesh.varies(source) & set(talk)
+    held, here, there = source.parts[sender], mesh.index(receiver, dims), mesh.index(sender, dims)
+    if there != here and not source.tiles(mesh.group(receiver, dims)):
+        held = held.without(source.parts[receiver])
+        for other in mesh.group(sender, dims):
+            if mesh.index(other, dims) < there:
+                held = held.without(source.parts[other])
     return held.within(wanted)
 
 

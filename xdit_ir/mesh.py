@@ -60,6 +60,18 @@ class Mesh:
         pieces = even_pieces(size, self.size(dims), unit, segments)
         return Partition(size, tuple(pieces[self.index(rank, dims)] for rank in range(self.world_size)))
 
+    def refine(self, partition: Partition, dims: Collection[str]) -> Partition:
+        """Every part divided further, evenly, over those of these mesh dims along which the parts are equal."""
+        rest = frozenset(dims) - self.varies(partition)
+        count = self.size(rest)
+        cuts = {part: even_pieces(part.size, count) for part in set(partition.parts)}
+        parts = (part.at(cuts[part][self.index(rank, rest)]) for rank, part in enumerate(partition.parts))
+        return Partition(partition.size, tuple(parts))
+
+    def tiles(self, partition: Partition) -> bool:
+        """Whether each index is held exactly once along the mesh dims that divide it: no halo, nothing left out."""
+        return _tiles(self, partition)
+
     def gathered(self, partition: Partition, dims: Collection[str]) -> Partition | None:
         """What every rank holds after gathering over these mesh dims, parts in group order; None if that is whole."""
         return _gathered(self, partition, frozenset(dims))
@@ -76,10 +88,17 @@ def _groups(mesh: Mesh, dims: frozenset[str]) -> tuple[tuple[int, ...], ...]:
 def _gathered(mesh: Mesh, partition: Partition, dims: frozenset[str]) -> Partition | None:
     joined: dict[tuple[int, ...], Indices] = {}
     for group in set(_groups(mesh, dims)):
-        distinct = dict.fromkeys(partition.parts[member] for member in group)
-        joined[group] = Indices.of_runs(run for part in distinct for run in part.runs)
+        held = Indices(())
+        for part in dict.fromkeys(partition.parts[member] for member in group):
+            held = held.concat(part.without(held))
+        joined[group] = held
     result = Partition(partition.size, tuple(joined[group] for group in _groups(mesh, dims)))
     return None if result.is_whole else result
+
+
+@lru_cache(maxsize=4096)
+def _tiles(mesh: Mesh, partition: Partition) -> bool:
+    return all(partition.tiles(group) for group in set(_groups(mesh, mesh.varies(partition))))
 
 
 @lru_cache(maxsize=4096)

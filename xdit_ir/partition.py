@@ -78,6 +78,10 @@ class Indices:
         """Every index plus `by`."""
         return Indices(tuple((start + by, length) for start, length in self.runs))
 
+    def at(self, positions: Indices) -> Indices:
+        """The indices at these local positions, in the order of the positions."""
+        return Indices.of_array(self.array[positions.array])
+
     def concat(self, other: Indices) -> Indices:
         """These, then the others."""
         return Indices.of_runs(self.runs + other.runs)
@@ -154,7 +158,7 @@ class Partition:
         """Local length on every rank."""
         return tuple(part.size for part in self.parts)
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         """Whether every rank holds everything in natural order."""
         return all(part.is_whole(self.size) for part in self.parts)
@@ -163,13 +167,22 @@ class Partition:
         """Apply `function` to every distinct part."""
         return _map_parts(size, self.parts, function)
 
-    def covers(self, ranks: Sequence[int]) -> bool:
+    def counts(self, ranks: Iterable[int]) -> IntArray:
+        """For every index, how many of these ranks hold it."""
+        edges = np.zeros(self.size + 1, dtype=np.int64)
+        for rank in ranks:
+            for start, length in self.parts[rank].runs:
+                edges[start] += 1
+                edges[start + length] -= 1
+        return np.cumsum(edges[:-1])
+
+    def covers(self, ranks: Iterable[int]) -> bool:
         """Whether these ranks together hold every index."""
-        held = {index for rank in ranks for index in self.parts[rank].runs}
-        mark = np.zeros(self.size, dtype=bool)
-        for start, length in held:
-            mark[start : start + length] = True
-        return bool(mark.all())
+        return bool((self.counts(ranks) > 0).all())
+
+    def tiles(self, ranks: Iterable[int]) -> bool:
+        """Whether exactly one of these ranks holds each index."""
+        return bool((self.counts(ranks) == 1).all())
 
 
 def _map_parts(size: int, parts: tuple[Indices, ...], function: Callable[[Indices], Indices]) -> Partition:
@@ -189,6 +202,8 @@ def even_pieces(size: int, count: int, unit: int = 1, segments: Sequence[int] = 
 
     `segments` are the lengths of consecutive segments (default: one); `unit` applies to those that it divides.
     """
+    if segments and sum(segments) != size:
+        raise ValueError(f"segments {tuple(segments)} do not add up to {size}")
     pieces = [Indices(()) for _ in range(count)]
     offset = 0
     for length in segments or (size,):

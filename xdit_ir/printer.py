@@ -90,7 +90,9 @@ def _argument(value: Any) -> str:
         return f"[{', '.join(map(_argument, value))}]"
     if isinstance(value, torch.dtype):
         return DTYPES.get(value, str(value))
-    return str(value) if isinstance(value, (torch.device, torch.layout)) else repr(value)
+    if isinstance(value, torch.device):
+        return value.type  # every rank has another index, and all print the same program
+    return str(value) if isinstance(value, torch.layout) else repr(value)
 
 
 def node_text(node: fx.Node, mesh: Mesh | None) -> str:

@@ -108,7 +108,8 @@ class Literal:
 class TokenAxis:
     """A stream of tokens: dimension `dim` of the outer value `value` becomes the queries of an attention.
 
-    `units` are inner factors by which views split it (rows, frames), `segments` the lengths into which it is cut.
+    A `gathered` one reaches no queries (text for cross-attention): only what is computed before `value` can be
+    divided, and `value` is gathered. `units` are inner factors by which views split it (rows, frames), `segments` the lengths into which it is cut.
     """
 
     value: str
@@ -116,6 +117,7 @@ class TokenAxis:
     size: int
     units: tuple[int, ...] = ()
     segments: tuple[tuple[int, ...], ...] = ()
+    gathered: bool = False
 
 
 @dataclass(frozen=True, eq=False)

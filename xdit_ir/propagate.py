@@ -25,6 +25,7 @@ from xdit_ir.rules.base import Call, Ruling, operands, with_operands
 FALLBACK = "fallback"
 Decide = Callable[[Call], Ruling]
 Layouts = tuple[Layout, ...]
+Seeds = Mapping[str, Layouts]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Propagation:
     bodies: dict[tuple[str, Layouts], Body] = field(default_factory=dict)
     rulings: dict[tuple[fx.Node, Layouts], Ruling] = field(default_factory=dict)
 
-    def run(self, seeds: Mapping[str, Layout] | None = None) -> Program:
-        """The program with layouts; `seeds` cut the values of these names (nodes of the outer graph) as they say."""
+    def run(self, seeds: Seeds | None = None) -> Program:
+        """The program with layouts; `seeds` bring the values of these names (nodes of the outer graph) into the given
+        layouts, one after the other."""
         inputs = [
             node.meta.get(LAYOUT, Layout.whole(len(node.meta[SPEC].shape)))
             for node in self.program.graph.nodes
@@ -82,7 +84,7 @@ class _Writer:
     """Copies one graph, deciding a layout for every node and inserting the changes of layout."""
 
     def __init__(
-        self, run: Propagation, inputs: Sequence[Layout], seeds: Mapping[str, Layout], *, outer: bool
+        self, run: Propagation, inputs: Sequence[Layout], seeds: Seeds, *, outer: bool
     ) -> None:
         self.run, self.seeds, self.outer = run, seeds, outer
         self.graph = fx.Graph()
@@ -110,8 +112,9 @@ class _Writer:
             new = self._call(node)
         else:
             new = self._operator(node)
-        seed = self.seeds.get(node.name)
-        self.env[node] = new if seed is None else self.convert(new, seed)
+        for layout in self.seeds.get(node.name, ()):
+            new = self.convert(new, layout)
+        self.env[node] = new
 
     def _copy(self, node: fx.Node, layout: Any) -> fx.Node:
         new = self.graph.node_copy(node, self.env.__getitem__)

@@ -1,4 +1,4 @@
-"""Capture: from a PyTorch module and an example to a `Program`, and from calls to a program's inputs and outputs."""
+"""Capture: from a module and an example to a `Program`; from calls to a program's inputs and outputs."""
 
 from xdit_ir.capture.inputs import InputBinder, bind_inputs
 from xdit_ir.capture.outputs import build_output

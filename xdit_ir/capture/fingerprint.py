@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,22 +20,30 @@ _DIGESTED_NUMEL = 1 << 16
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`structure` is equal for modules of the same code; `scalars` are plain attributes by (module path, name)."""
+    """`structure` is equal for modules of the same code; `scalars` are plain attributes by (path, name)."""
 
     structure: Any
     scalars: dict[tuple[str, str], Any]
 
+    def differs_from(self, other: Fingerprint) -> set[tuple[str, str]]:
+        """The scalars in which two modules differ."""
+        keys = self.scalars.keys() | other.scalars.keys()
+        return {key for key in keys if self.scalars.get(key, self) != other.scalars.get(key, other)}
 
-def fingerprint(module: nn.Module) -> Fingerprint:
-    """What decides, apart from the contents of its parameters, what a module computes."""
-    printer = _Printer()
+
+def fingerprint(module: nn.Module, held: Mapping[int, torch.Tensor]) -> Fingerprint:
+    """What decides, apart from the contents of its parameters and buffers, what a module computes.
+
+    `held` are the contents of constants by the id of the fake tensor that stands for them.
+    """
+    printer = _Printer(held)
     structure = printer.module(module, "")
     return Fingerprint(structure, printer.scalars)
 
 
 def describe(item: Any) -> Any:
-    """A comparable description of any object; objects that cannot be described are equal to themselves only."""
-    return _Printer().describe(item)
+    """A comparable description of any object; what cannot be described is equal only to itself."""
+    return _Printer({}).describe(item)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +60,8 @@ class _Only:
 
 
 class _Printer:
-    def __init__(self) -> None:
+    def __init__(self, held: Mapping[int, torch.Tensor]) -> None:
+        self._held = held
         self.scalars: dict[tuple[str, str], Any] = {}
         self._seen: dict[int, int] = {}
 
@@ -97,7 +107,7 @@ class _Printer:
 
     def _object(self, item: Any) -> Any:
         if isinstance(item, torch.Tensor):
-            return _tensor(item)
+            return _tensor(self._held.get(id(item), item))
         if type(item) is functools.partial:
             return (
                 "partial",
@@ -114,7 +124,8 @@ class _Printer:
                 type(item),
                 tuple((self.describe(key), self.describe(entry)) for key, entry in item.items()),
             )
-        if type(item).__eq__ is object.__eq__ and hasattr(item, "__dict__"):
+        comparison: Any = type(item).__eq__
+        if comparison is object.__eq__ and hasattr(item, "__dict__"):
             return (type(item), self.describe(vars(item)))
         return _Only(item)
 

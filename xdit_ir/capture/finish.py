@@ -149,7 +149,7 @@ def name_blocks(graph: fx.Graph, bodies: Bodies, kinds: Mapping[str, str]) -> di
 
 
 def used_state(graph: fx.Graph, blocks: Mapping[str, Block]) -> tuple[dict[str, TensorSpec], set[str]]:
-    """Specs of the parameters and buffers that are used, by qualified name, and the names of used constants."""
+    """Specs of the parameters and buffers in use, by qualified name, and the names of constants in use."""
     state: dict[str, TensorSpec] = {}
     graphs = [("", graph)]
     graphs += [
@@ -161,3 +161,10 @@ def used_state(graph: fx.Graph, blocks: Mapping[str, Block]) -> tuple[dict[str, 
                 state[qualified(prefix, str(node.target))] = node.meta[SPEC]
     constants = {name.partition(".")[2] for name in state if name.startswith(f"{CONSTANT}.")}
     return {name: spec for name, spec in state.items() if not name.startswith(f"{CONSTANT}.")}, constants
+
+
+def rename_device(graph: fx.Graph, old: torch.device, new: torch.device) -> None:
+    """Make the nodes that name one device name another."""
+    for node in graph.nodes if old != new else ():
+        if node.kwargs.get("device") == old:
+            node.kwargs = {**node.kwargs, "device": new}

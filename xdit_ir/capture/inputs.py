@@ -36,7 +36,7 @@ def bind_arguments(
     named: dict[str, Any] = {}
     for name, item in bound.items():
         if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(sorted(item.items()))
+            named.update(item)
         else:
             named[name] = item
     return named
@@ -58,12 +58,13 @@ def call_arguments(
 
 
 def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
-    """Leaves with printable paths, and the structure. Nested plain dicts count as equal in any order of keys."""
-    leaves, spec = pytree.tree_flatten_with_path({name: _sorted(item) for name, item in named.items()})
+    """Leaves with printable paths, and the structure."""
+    leaves, spec = pytree.tree_flatten_with_path(dict(named))
     return [(path_name(path), leaf) for path, leaf in leaves], spec
 
 
 def _sorted(tree: Any) -> Any:
+    """The same tree with the keys of its dicts in alphabetical order."""
     if type(tree) is dict:
         keys = sorted(tree) if all(isinstance(key, str) for key in tree) else list(tree)
         return {key: _sorted(tree[key]) for key in keys}
@@ -85,7 +86,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 class InputBinder:
-    """Turns calls into the placeholders' values of a program, after checking that the program was made for them.
+    """Turns calls into values of a program's placeholders, if the program was made for such calls.
 
     Contents of guarded tensors are compared only when another tensor comes, or when it was written to since.
     """
@@ -100,9 +101,10 @@ class InputBinder:
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors for the placeholders; raises `MismatchError` naming what differs."""
-        leaves, spec = flatten_named(bind_arguments(self._signature, args, kwargs, MismatchError))
+        named = bind_arguments(self._signature, args, kwargs, MismatchError)
+        leaves, spec = flatten_named(named)
         if spec != self._expected.in_spec:
-            self._check_structure([path for path, _ in leaves])
+            leaves = self._reorder(leaves, named)
         tensors: list[torch.Tensor] = []
         for expected, (path, leaf) in zip(self._expected.leaves, leaves, strict=True):
             self._check_leaf(path, expected.spec, leaf)
@@ -110,16 +112,19 @@ class InputBinder:
                 tensors.append(leaf)
         return tensors
 
-    def _check_structure(self, paths: list[str]) -> None:
-        known = [leaf.path for leaf in self._expected.leaves]
-        missing = [path for path in known if path not in paths]
-        surplus = [path for path in paths if path not in known]
+    def _reorder(self, leaves: list[tuple[str, Any]], named: dict[str, Any]) -> list[tuple[str, Any]]:
+        """The leaves in the order of the trace, if only the order of keys differs."""
+        given, known = dict(leaves), [leaf.path for leaf in self._expected.leaves]
+        missing = [path for path in known if path not in given]
+        surplus = [path for path in given if path not in known]
         if missing or surplus:
-            parts = [f"missing {', '.join(missing)}"] * bool(missing) + [
-                f"unexpected {', '.join(surplus)}"
-            ] * bool(surplus)
+            parts = [f"missing {', '.join(missing)}"] if missing else []
+            parts += [f"unexpected {', '.join(surplus)}"] if surplus else []
             raise MismatchError(f"inputs differ from those of the trace: {'; '.join(parts)}")
-        raise MismatchError("inputs differ from those of the trace in the types of their containers")
+        traced = pytree.tree_unflatten([0] * len(known), self._expected.in_spec)
+        if pytree.tree_structure(_sorted(traced)) != pytree.tree_structure(_sorted(named)):
+            raise MismatchError("inputs differ from those of the trace in the types of their containers")
+        return [(path, given[path]) for path in known]
 
     def _check_leaf(self, path: str, expected: TensorSpec | None, leaf: Any) -> None:
         guard = self._guards.get(path)

@@ -1,11 +1,12 @@
-"""Partial evaluation: contents that follow from sizes, integer inputs, masks and buffers are carried beside the fakes.
+"""Partial evaluation: contents that follow from sizes, integer inputs, masks and buffers are known.
 
-When Python, a shape or an index reads such contents, the inputs behind them become guards. Anything else that is
-read is an error that names the source line and what the value depends on.
+They are carried beside the fake tensors. When Python, a shape or an index reads them, the inputs behind them
+become guards. Reading anything else is an error that names the source line and what the value depends on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,21 +32,21 @@ from xdit_ir.capture.values import (
 )
 from xdit_ir.errors import TraceError
 
-_ROWS_OF_COORDINATES = 2
+_ACCELERATORS = ("cuda", "xpu")
+_TABLE = 2
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether an input's contents may be read: integers and masks, and floating-point grids of whole coordinates."""
+    """Whether an input's contents may be read: integers, masks, floating-point tables of whole numbers."""
     if tensor.device.type == "meta" or tensor.numel() > KNOWN_INPUT_NUMEL or tensor.dtype.is_complex:
         return False
     if not tensor.dtype.is_floating_point:
         return True
-    if tensor.dim() < _ROWS_OF_COORDINATES or tensor.numel() > KNOWN_NUMEL or not tensor.numel():
+    if tensor.dim() < _TABLE or tensor.numel() > KNOWN_NUMEL or not tensor.numel():
         return False
-    return bool((tensor == tensor.round()).all()) and bool((tensor != tensor.flatten()[0]).any())
+    return bool((tensor == tensor.round()).all())
 
 
-# -- computing ---------------------------------------------------------------------------------------------------
 def _ready(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     values = [recorder.value(tensor) for tensor in tensors_in((args, kwargs))]
     if any(value.known is None for value in values):
@@ -79,7 +80,7 @@ def _like(func: Any, tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def separate(known: Any, args: Any) -> Any:
-    """Copies of contents that share memory with contents of the arguments although the operator is no view."""
+    """Contents of a result that is no view, copied if they share memory with those of the arguments."""
     return (
         map_tensors(known, torch.Tensor.clone) if known is not None and share_memory(known, args) else known
     )
@@ -103,7 +104,6 @@ def forget(target: Value) -> None:
         member.known = None
 
 
-# -- reading -----------------------------------------------------------------------------------------------------
 def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
     """The contents of a tensor that Python, a shape or an index wants to see."""
     value = recorder.value(tensor)
@@ -114,22 +114,20 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def note_read(recorder: Recorder, roots: Roots, what: str) -> None:
-    """Record that contents were seen: as guards on inputs, or as a dependence of the block on its arguments."""
-    reason = ""
+    """Record that contents were seen: as guards on inputs, or as a dependence of a block on an argument."""
+    if Origin.BUFFER in roots and recorder.frame.parent is not None:
+        raise Unshareable("reads the contents of a buffer")
     for root in roots:
         if isinstance(root, FromArgument):
             root.frame.reads.add(root.index)
-            note_read(recorder, root.frame.outer[root.index].roots, what)
-        elif isinstance(root, str):
-            reason = reason or f"{source_line()} ({what})"
-            recorder.read_inputs.setdefault(root, reason)
-        elif root is Origin.BUFFER and recorder.frame.parent is not None:
-            raise Unshareable("reads the contents of a buffer")
+    for origin in _expand(roots):
+        if isinstance(origin, str):
+            recorder.read_inputs.setdefault(origin, f"{source_line()} ({what})")
 
 
 def _why_unknown(recorder: Recorder, roots: Roots, what: str) -> str:
     origins = sorted(_expand(roots), key=str)
-    blamed = [root for root in origins if isinstance(root, Origin) and root is not Origin.BUFFER]
+    blamed = [root for root in origins if root in (Origin.PARAMETER, Origin.RANDOM)]
     inputs = [root for root in origins if isinstance(root, str)]
     hollow = [name for name in inputs if not recorder.inputs[name].dtype.is_floating_point]
     text = f"{source_line()}: {what} needs the contents of a tensor that depends on "
@@ -161,46 +159,45 @@ def _list(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-# -- shapes that depend on contents ------------------------------------------------------------------------------
-def resolve(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an operator whose result's shape depends on contents: a constant, or an indexing by constants."""
+def resolve(recorder: Recorder, func: Any, args: Any, kwargs: Any, record: Callable[..., Any]) -> Any:
+    """The result of an operator whose shape depends on contents: constants, or indexing by constants.
+
+    `record(func, *args)` runs and records an operator.
+    """
+    device = next((tensor.device for tensor in tensors_in(args)), recorder.device)
+
+    def held(real: torch.Tensor, name: str) -> torch.Tensor:
+        fake = recorder.constant(real.clone(), name).fake
+        return fake if fake.device == device else record(aten._to_copy.default, fake, device=device)
+
     if func is aten.index.Tensor:
-        return func(
-            args[0], [place for index in args[1] for place in _places(recorder, index, args[0].device)]
-        )
+        places = [place for index in args[1] for place in _places(recorder, index, held)]
+        return record(func, args[0], places)
     if func is aten.masked_select.default:
-        shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
-        return aten.index.Tensor(args[0].expand(shape), [args[1].expand(shape)])
+        shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+        whole, mask = (record(aten.expand.default, item, shape) for item in args[:2])
+        return record(aten.index.Tensor, whole, [mask])
     if facts(func).composite:
-        return func.decompose(*args, **kwargs)
+        return record(func.decompose, *args, **kwargs)
     ready = map_tensors((args, kwargs), lambda tensor: read(recorder, tensor, _name(func)))
     if ready[1].get("device") is not None:
         ready[1]["device"] = torch.device("cpu")
-    device = next((tensor.device for tensor in tensors_in(args)), recorder.device)
-    result = func(*ready[0], **ready[1])
-    return map_tensors(result, lambda tensor: _constant_on(recorder, tensor, _name(func), device))
+    return map_tensors(func(*ready[0], **ready[1]), lambda tensor: held(tensor, _name(func)))
 
 
 def _places(
-    recorder: Recorder, index: torch.Tensor | None, device: torch.device
+    recorder: Recorder, index: torch.Tensor | None, held: Callable[[torch.Tensor, str], torch.Tensor]
 ) -> list[torch.Tensor | None]:
     """An index as it is; a mask as the places that it selects, one index for each of its dimensions."""
     if index is None or index.dtype not in (torch.bool, torch.uint8):
         return [index]
-    places = read(recorder, index, "a boolean index").nonzero().unbind(1)
-    return [_constant_on(recorder, place, "places", device) for place in places]
-
-
-def _constant_on(recorder: Recorder, real: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
-    fake = recorder.constant(real.clone(), name).fake
-    return fake if fake.device == device else fake.to(device)
+    return [held(place, "places") for place in read(recorder, index, "a boolean index").nonzero().unbind(1)]
 
 
 def _name(func: Any) -> str:
     return str(func._schema.name.rpartition("::")[2].strip("_"))
 
 
-# -- reads that leave no trace below Python ----------------------------------------------------------------------
 class PythonReads(TorchFunctionMode):
     """Catches `numpy()`, `tolist()` and `torch.tensor(...)` in the model's code."""
 
@@ -210,15 +207,27 @@ class PythonReads(TorchFunctionMode):
         reads = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
         makers = (torch.tensor, torch.as_tensor, torch.asarray)
         self._handlers = {**dict.fromkeys(reads, self._read), **dict.fromkeys(makers, self._make)}
+        self._handlers[torch.Tensor.new_tensor] = self._make_like
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._recorder.active:
+            return func(*args, **kwargs)
+        if self._recorder.hollow and any(torch.is_autocast_enabled(kind) for kind in _ACCELERATORS):
+            raise TraceError(f"{source_line()}: autocast on a device other than the model's; move it there")
+        if any(not isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
+            args, kwargs = map_tensors((args, kwargs), self._to_fake)
         handler = self._handlers.get(func)
-        return func(*args, **(kwargs or {})) if handler is None else handler(func, args, kwargs or {})
+        return func(*args, **kwargs) if handler is None else handler(func, args, kwargs)
+
+    def _to_fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Real tensors become constants here: views of them do not pass through a dispatch mode."""
+        with self._recorder.recording(False):
+            return self._recorder.value(tensor).fake
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if not isinstance(args[0], FakeTensor):
-            return func(*args, **kwargs)
-        return func(read(self._recorder, args[0], f"{func.__name__}()").clone(), *args[1:], **kwargs)
+        with self._recorder.recording(False):
+            return func(read(self._recorder, args[0], f"{func.__name__}()").clone(), *args[1:], **kwargs)
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
         data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
@@ -230,9 +239,10 @@ class PythonReads(TorchFunctionMode):
         made = func(data, *args[1:], **rest, device="cpu")
         return made if device.type == "cpu" else made.to(device)
 
+    def _make_like(self, func: Any, args: Any, kwargs: Any) -> Any:
+        defaults = {"dtype": args[0].dtype, "device": args[0].device}
+        return self._make(torch.tensor, args[1:], {**defaults, **kwargs})
+
     def _scalar(self, tensor: torch.Tensor) -> Any:
-        return (
-            read(self._recorder, tensor, "torch.tensor()").item()
-            if isinstance(tensor, FakeTensor)
-            else tensor
-        )
+        with self._recorder.recording(False):
+            return read(self._recorder, tensor, "torch.tensor()").tolist()

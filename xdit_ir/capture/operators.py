@@ -1,9 +1,9 @@
-"""Facts about ATen overloads, read off their schemas: what they write, what they alias, their functional twins."""
+"""Facts about ATen overloads, read off their schemas: what they write or alias, their functional twins."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ _SHAPE_ONLY = frozenset(
 
 @dataclass(frozen=True)
 class OpFacts:
-    """`composite`: decomposes into others; `aliases`: results may be views; `writes`: names of arguments written;
+    """`composite`: decomposes into others; `aliases`: results may be views; `writes`: arguments written;
     `random`: it draws random numbers; `draws`: the arguments that, if set, make it drop elements at random;
     `shape_only`: its result does not depend on the contents of its tensor arguments.
     """
@@ -41,7 +41,7 @@ class OpFacts:
     out: tuple[str, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def facts(func: Any) -> OpFacts:
     """The facts about an overload."""
     schema = func._schema
@@ -73,9 +73,9 @@ def drops_elements(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return bool(draws) and all(argument(func, args, kwargs, name) for name in draws)
 
 
-@lru_cache(maxsize=None)
+@cache
 def functional_twin(func: Any) -> Any:
-    """The overload that computes what `func` writes, or None: `add_.Tensor` to `add.Tensor`, `add.out` likewise."""
+    """The overload that computes what `func` writes, or None: `add.Tensor` for `add_.Tensor`, `add.out`."""
     namespace, _, name = func._schema.name.partition("::")
     base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
     wanted = [(arg.name, str(arg.type)) for arg in func._schema.arguments if not arg.is_out]

@@ -1,8 +1,10 @@
-"""The graphs under construction: fake tensors, the nodes that hold their contents, parameters and constants."""
+"""The graphs under construction: fake tensors, the nodes that hold their contents, state and constants."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,14 +31,21 @@ from xdit_ir.program import CONSTANT, SPEC, WHERE, Where
 
 
 class Recorder:
-    """State of one trace: the frame that is being written, and the `Value` of every fake tensor."""
+    """State of one trace: the frame that is being written, and the `Value` of every fake tensor.
+
+    Fake tensors pretend to be on `device`. In place of the meta device that is the CPU: there, what the model's
+    code makes without naming a device, autocast and literals are as they will be when the program runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.hollow = device.type == "meta"
+        self.device = torch.device("cpu") if self.hollow else device
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.frame = Frame("")
         self.path = [""]
+        self.active = True
         self.constants: dict[str, torch.Tensor] = {}
+        self.held: dict[int, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.read_inputs: dict[str, str] = {}
         self._values: dict[int, Value] = {}
@@ -47,13 +56,20 @@ class Recorder:
         """The place in the model that is running."""
         return Where(self.path[-1], source_line())
 
-    # -- tensors -----------------------------------------------------------------------------------------------
+    @contextmanager
+    def recording(self, active: bool) -> Iterator[None]:
+        """Whether operators that run are the model's own, and so recorded."""
+        before, self.active = self.active, active
+        try:
+            yield
+        finally:
+            self.active = before
+
     def blank(self, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """A new fake tensor with the size, strides and dtype of `like`."""
+        device = device or (self.device if like.device.type == "meta" else like.device)
         with torch.inference_mode(), self.fake_mode:
-            return torch.empty_strided(
-                like.shape, like.stride(), dtype=like.dtype, device=device or like.device
-            )
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
 
     def fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on fake tensors, unrecorded."""
@@ -81,29 +97,41 @@ class Recorder:
         self.frame.placeholders.append(node)
         return value
 
-    def state(self, names: list[str], real: torch.Tensor, parameter: bool) -> torch.Tensor:
-        """The fake that stands for a parameter or buffer; its `get_attr` is written at its first use in a frame."""
+    def state(self, names: list[str], real: torch.Tensor, origin: Origin) -> torch.Tensor:
+        """The fake that stands for a parameter or another tensor of a module.
+
+        Its `get_attr` is written at its first use in a frame.
+        """
         fake = self.blank(real)
-        carried = not parameter and real.device.type != "meta" and real.numel() <= KNOWN_NUMEL
+        carried = (
+            origin is not Origin.PARAMETER and real.device.type != "meta" and real.numel() <= KNOWN_NUMEL
+        )
         known = real.detach().cpu().clone() if carried else None
-        roots: Roots = frozenset({Origin.PARAMETER if parameter else Origin.BUFFER})
-        self.add(Value(fake, None, Storage(None, owner=names[0]), (), None, 0, known, roots))
+        if origin is Origin.CONSTANT:
+            names = [f"{CONSTANT}.{self._keep(real, names[0])}"]
+            self.held[id(fake)] = real
+        self.add(Value(fake, None, Storage(None, owner=names[0]), (), None, 0, known, frozenset({origin})))
         self._state_names[id(fake)] = names
         self._state_fakes[id(real)] = fake
         return fake
 
-    def constant(self, real: torch.Tensor, name: str = "") -> Value:
+    def _keep(self, real: torch.Tensor, name: str) -> str:
+        """A name for a tensor constant of the program."""
+        name = f"{name.replace('.', '_')}_{len(self.constants)}"
+        self.constants[name] = real
+        return name
+
+    def constant(self, real: torch.Tensor, name: str = "literal") -> Value:
         """A value of the current frame for a real tensor that the model's code made or holds."""
         found = self.frame.constants.get(id(real))
         if found is not None:
             return found
         if real.device.type == "meta":
             raise TraceError(
-                f"{source_line()}: uses a tensor on the meta device that is neither an input nor an attribute of a "
-                "module, so that its contents are lost; pass it as an input or register it as a buffer"
+                f"{source_line()}: uses a tensor on the meta device that is neither an input nor an attribute "
+                "of a module, so that its contents are lost; make it an input or a buffer"
             )
-        name = f"{name or 'literal'}_{len(self.constants)}"
-        self.constants[name] = real
+        name = self._keep(real, name)
         fake = self.blank(real)
         node = self.emit("get_attr", f"{CONSTANT}.{name}", (), {}, spec_of(fake), self.where(), name)
         known = real.detach().cpu().clone() if real.numel() <= KNOWN_NUMEL else None
@@ -125,7 +153,6 @@ class Recorder:
         """All that a result of these tensors depends on."""
         return NO_ROOTS.union(*(self.value(tensor).roots for tensor in tensors))
 
-    # -- nodes -------------------------------------------------------------------------------------------------
     def emit(
         self, op: str, target: Any, args: Any, kwargs: Any, spec: Any, where: Where, name: str = ""
     ) -> fx.Node:
@@ -162,17 +189,23 @@ class Recorder:
         return value.node
 
     def _state_node(self, value: Value) -> fx.Node:
-        prefix = f"{self.frame.prefix}." if self.frame.prefix else ""
-        names = [name for name in self._state_names[id(value.fake)] if name.startswith(prefix)]
-        if not names:
+        name = self.relative(self._state_names[id(value.fake)])
+        if name is None:
             raise Unshareable("uses a parameter of another module")
-        name = names[0][len(prefix) :]
         if name not in self.frame.state:
             spec = spec_of(value.fake)
             self.frame.state[name] = self.emit(
                 "get_attr", name, (), {}, spec, self.where(), name.replace(".", "_")
             )
         return self.frame.state[name]
+
+    def relative(self, names: list[str]) -> str | None:
+        """One of an object's names, relative to the frame's prefix; constants have none."""
+        prefix = f"{self.frame.prefix}." if self.frame.prefix else ""
+        for name in names:
+            if name.startswith((prefix, f"{CONSTANT}.")):
+                return name if name.startswith(f"{CONSTANT}.") else name[len(prefix) :]
+        return None
 
     def view_node(self, source: fx.Node, view: View) -> fx.Node:
         """Append what a view computes from its source's contents."""

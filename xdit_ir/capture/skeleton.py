@@ -1,4 +1,4 @@
-"""A copy of a module tree that shares no mutable Python state with it and holds fake tensors instead of weights."""
+"""A copy of a module tree that shares no mutable state with it and holds fake tensors for weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-MakeState = Callable[[list[str], torch.Tensor, bool], torch.Tensor]
+from xdit_ir.capture.values import Origin
+
+MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 _ATOMS = (
     str,
     bytes,
@@ -30,15 +32,21 @@ _HEAP_TYPE = 1 << 9
 
 
 class Skeleton:
-    """The copy: `model`, and `modules` with the copy of every module by its path."""
+    """The copy: `model`, the copies of all `modules` by path, and all paths of each copy by its id."""
 
     def __init__(self, model: nn.Module, make_state: MakeState) -> None:
         self._copies: dict[int, Any] = {}
         self._originals: list[Any] = []
         self._make_state = make_state
         self._names = _state_names(model)
+        for module in model.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                self._state(tensor)
         self.model = self._module(model)
         self.modules = {path: self._module(module) for path, module in model.named_modules()}
+        self.aliases: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self.aliases.setdefault(id(self._module(module)), []).append(path)
 
     def _remember(self, original: Any, copy: Any) -> None:
         self._copies[id(original)] = copy
@@ -61,10 +69,10 @@ class Skeleton:
         if tensor is None or id(tensor) not in self._names:
             return tensor
         if id(tensor) not in self._copies:
-            parameter = isinstance(tensor, nn.Parameter)
-            fake = self._make_state(self._names[id(tensor)], tensor, parameter)
-            if parameter:
-                fake._is_param = True  # type: ignore[attr-defined]
+            origin = Origin.PARAMETER if isinstance(tensor, nn.Parameter) else Origin.BUFFER
+            fake = self._make_state(self._names[id(tensor)], tensor, origin)
+            if origin is Origin.PARAMETER:
+                fake._is_param = True
             self._remember(tensor, fake)
         found: torch.Tensor = self._copies[id(tensor)]
         return found
@@ -81,10 +89,14 @@ class Skeleton:
         return self._container(item)
 
     def _attribute(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """A plain tensor attribute: state if it is registered or has no contents, else the constant that it is."""
-        named = id(tensor) in self._names
-        held = isinstance(tensor, nn.Parameter) or tensor.device.type == "meta" or id(tensor) in self._copies
-        return self._state(tensor) if named and held else tensor
+        """A tensor in a plain attribute: state if it is registered or has no contents, else a constant."""
+        if id(tensor) in self._copies:
+            return self._copies[id(tensor)]  # type: ignore[no-any-return]
+        if isinstance(tensor, nn.Parameter) or tensor.device.type == "meta":
+            return self._state(tensor)
+        fake = self._make_state(self._names.get(id(tensor), ["held"]), tensor, Origin.CONSTANT)
+        self._remember(tensor, fake)
+        return fake
 
     def _container(self, item: Any) -> Any:
         kind = type(item)
@@ -136,7 +148,8 @@ def watch(module: nn.Module, names: set[str], seen: Callable[[str], None]) -> No
 
 def _is_plain_object(kind: type) -> bool:
     """Whether instances are nothing but their `__dict__`: Python classes all the way, without slots."""
-    if kind.__new__ is not object.__new__ or issubclass(kind, BaseException):
+    constructor: Any = kind.__new__
+    if constructor is not object.__new__ or issubclass(kind, BaseException):
         return False
     return all(base is object or _is_plain_class(base) for base in kind.__mro__)
 

@@ -23,7 +23,7 @@ def _describe(filename: str, line: int) -> str:
 
 
 def source_line() -> str:
-    """The innermost line on the stack that is neither torch's nor ours, like `transformer.py:413: x = gate * x`."""
+    """The innermost line on the stack that is neither torch's nor ours: `model.py:413: x = gate * x`."""
     frame = sys._getframe(1)
     while frame is not None:
         if not _foreign(frame.f_code.co_filename):

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.blocks import Blocks, Restart, candidates, prune
-from xdit_ir.capture.finish import inline_small, merge_equal, name_blocks, used_state
+from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.fingerprint import fingerprint
+from xdit_ir.capture.finish import inline_small, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
 from xdit_ir.capture.known import PythonReads, readable
 from xdit_ir.capture.outputs import flatten_output, literal
@@ -30,14 +31,15 @@ Leaves = list[tuple[str, Any]]
 def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> Program:
     """Capture a module's forward for one input signature as a `Program`.
 
-    `example` holds forward's arguments by name, or its positional arguments. Model and example may be on any device,
-    including meta. Nothing is computed but what Python must know, and the model is left as it was.
+    `example` holds forward's arguments by name, or its positional arguments. Model and example may be on any
+    device, including meta. Nothing is computed but what Python must know, and the model is left as it was.
     """
     named = bind_example(model, example)
     chosen = candidates(model)
     while True:
         try:
-            return _attempt(model, named, chosen)
+            with clean_caches(model):
+                return _attempt(model, named, chosen)
         except Restart as restart:
             kind = type(chosen[restart.path])
             chosen = {path: module for path, module in chosen.items() if type(module) is not kind}
@@ -49,7 +51,8 @@ def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> Pro
 
 def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Module]) -> Program:
     leaves, in_spec = flatten_named(named)
-    recorder = Recorder(_device(model, leaves))
+    device = _device(model, leaves)
+    recorder = Recorder(device)
     args = [_input(recorder, path, leaf) if isinstance(leaf, torch.Tensor) else leaf for path, leaf in leaves]
     with torch.inference_mode():
         skeleton = Skeleton(model, recorder.state)
@@ -60,7 +63,7 @@ def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Modul
         )
         output = _run(skeleton.model, recorder, forward_args, forward_kwargs)
         signature = _signature(recorder, leaves, in_spec, output)
-    return _program(type(model).__name__, recorder, blocks, signature)
+    return _program(type(model).__name__, device, recorder, blocks, signature)
 
 
 def _device(model: nn.Module, leaves: Leaves) -> torch.device:
@@ -83,26 +86,18 @@ def _watch(
     skeleton: Skeleton, chosen: dict[str, nn.Module], recorder: Recorder
 ) -> dict[str, set[tuple[str, str]]]:
     """Watch the plain attributes in which blocks of equal structure differ, such as the index of a layer."""
-    prints = {path: fingerprint(skeleton.modules[path]) for path in chosen}
-    groups: dict[Any, list[str]] = {}
+    prints = {path: fingerprint(skeleton.modules[path], recorder.held) for path in chosen}
+    groups: dict[str, list[str]] = {}
     for path, print_ in prints.items():
-        groups.setdefault(_hashable(print_.structure), []).append(path)
+        groups.setdefault(repr(print_.structure), []).append(path)
     watched: dict[str, set[tuple[str, str]]] = {}
     for paths in groups.values():
-        first = prints[paths[0]].scalars
-        differing = {
-            key
-            for path in paths
-            for key, item in prints[path].scalars.items()
-            if first.get(key, paths) != item
-        }
+        differing = set().union(*(prints[path].differs_from(prints[paths[0]]) for path in paths))
         for path in paths if differing else ():
             watched[path] = differing
             for owner in {owner for owner, _ in differing}:
                 names = {name for other, name in differing if other == owner}
-                _watch_module(
-                    skeleton.modules.get(f"{path}.{owner}" if owner else path), owner, names, recorder
-                )
+                _watch_module(skeleton.modules.get(f"{path}.{owner}".rstrip(".")), owner, names, recorder)
     return watched
 
 
@@ -111,25 +106,23 @@ def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorde
         watch(module, names, lambda name: recorder.frame.attributes.add((owner, name)))
 
 
-def _hashable(structure: Any) -> Any:
-    return repr(structure)
-
-
 def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks) -> None:
     """Wrap every copied module's forward, so that paths are known and blocks are intercepted."""
     for path, module in skeleton.modules.items():
         forward = module.forward
         if getattr(forward, "__name__", "") != "_forward_unimplemented":
-            module.__dict__["forward"] = _wrap(module, path, forward, recorder, blocks)
+            names = skeleton.aliases[id(module)]
+            module.__dict__["forward"] = _wrap(module, path, names, forward, recorder, blocks)
 
 
-def _wrap(module: nn.Module, path: str, forward: Any, recorder: Recorder, blocks: Blocks) -> Any:
+def _wrap(
+    module: nn.Module, path: str, names: list[str], forward: Any, recorder: Recorder, blocks: Blocks
+) -> Any:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if blocks.wants(path):
             return blocks.call(module, path, forward, args, kwargs)
-        prefix = recorder.frame.prefix
-        inside = prefix and (path + ".").startswith(prefix + ".")
-        recorder.path.append(path[len(prefix) + 1 :] if inside else path)
+        inside = recorder.relative(names)
+        recorder.path.append(path if inside is None else inside)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -179,7 +172,9 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
 
 
-def _program(name: str, recorder: Recorder, blocks: Blocks, signature: Signature) -> Program:
+def _program(
+    name: str, device: torch.device, recorder: Recorder, blocks: Blocks, signature: Signature
+) -> Program:
     graph = recorder.frame.graph
     prune(recorder.frame)
     bodies = {body.name: body.frame.graph for body in blocks.bodies}
@@ -192,4 +187,6 @@ def _program(name: str, recorder: Recorder, blocks: Blocks, signature: Signature
         for key, item in recorder.constants.items()
         if key in used
     }
-    return Program(name, graph, made, signature, constants, recorder.device, state)
+    for part in (graph, *(block.graph for block in made.values())):
+        rename_device(part, recorder.device, device)
+    return Program(name, graph, made, signature, constants, device, state)

@@ -1,8 +1,8 @@
-"""The tracer: runs a module on fake tensors and writes down every ATen operator that it calls, in functional form.
+"""The tracer: writes down, in functional form, every ATen operator that runs on fake tensors.
 
-In inference mode composite operators (linear, layer_norm, scaled_dot_product_attention, ...) reach a dispatch mode
-whole. Those that may return views (chunk, to, flatten, ...) are decomposed; the others stay single nodes. All
-reshapes become `aten.reshape`, which unlike `aten.view` does not depend on strides.
+In inference mode composite operators (linear, layer_norm, scaled_dot_product_attention, ...) reach a dispatch
+mode whole. Those that may return views (chunk, to, flatten, ...) are decomposed; the others stay whole.
+All reshapes become `aten.reshape`, which unlike `aten.view` does not depend on strides.
 """
 
 from __future__ import annotations
@@ -44,24 +44,30 @@ from xdit_ir.capture.writes import write
 from xdit_ir.errors import TraceError
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operators that run while it is active."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.recorder.active:
+            return func(*args, **kwargs)
         if func is DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+        with self.recorder.recording(False):
+            return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in READS:
             return func(*map_tensors(args, lambda tensor: read(self.recorder, tensor, _name(func))), **kwargs)
         self._check(func, args, kwargs)
         args, kwargs = map_tensors((tuple(args), kwargs), lambda tensor: self.recorder.value(tensor).fake)
         about = facts(func)
         if about.composite and (about.writes or about.aliases) and func not in RESHAPES:
-            return self._decompose(func, args, kwargs)
+            return self._again(func.decompose, *args, **kwargs)
         return write(self.recorder, func, args, kwargs) if about.writes else self._record(func, args, kwargs)
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -69,33 +75,28 @@ class Tracer(TorchDispatchMode):
             raise TraceError(
                 f"{source_line()}: dropout is active; call .eval() on the model before tracing it"
             )
-        if self.recorder.device.type == "meta" and any(map(torch.is_autocast_enabled, ("cuda", "cpu"))):
-            raise TraceError(
-                f"{source_line()}: autocast has no meaning on the meta device; trace on the real device"
-            )
 
-    def _decompose(self, func: Any, args: Any, kwargs: Any) -> Any:
-        with self:
-            return func.decompose(*args, **kwargs)
+    def _again(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        with self, self.recorder.recording(True):
+            return func(*args, **kwargs)
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
             result = self.recorder.fake(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            with self:
-                return resolve(self.recorder, func, args, kwargs)
+            return resolve(self.recorder, func, args, kwargs, self._again)
         tensors = tensors_in(result)
         if not tensors:
             return result
         about = facts(func)
         shares = not about.aliases and about.composite and share_memory(result, (args, kwargs))
         if shares and func not in RESHAPES:
-            return self._decompose(func, args, kwargs)
+            return self._again(func.decompose, *args, **kwargs)
         known = compute(self.recorder, func, args, kwargs, result)
         if func in RESHAPES:
             func, args, kwargs = aten.reshape.default, (args[0], list(result.shape)), {}
             shares = share_memory(result, args)
-        if about.aliases and (shares or func not in RESHAPES) or func in IDENTITY:
+        if (about.aliases and (shares or func not in RESHAPES)) or func in IDENTITY:
             return self._views(func, args, kwargs, result, known)
         return self._fresh(func, args, kwargs, result, separate(known, args))
 

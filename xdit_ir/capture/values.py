@@ -1,4 +1,4 @@
-"""What the tracer knows about each fake tensor: its node, its storage, and its contents where those are known."""
+"""What the tracer knows about each fake tensor: its node, its storage, and its contents where known."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Origin(Enum):
 
     PARAMETER = "the model's parameters"
     BUFFER = "the model's buffers"
+    CONSTANT = "the model's constants"
     RANDOM = "random numbers"
 
 
@@ -60,7 +61,7 @@ class View:
 
 @dataclass(eq=False)
 class Storage:
-    """What views share: the node that holds the newest contents of the base tensor, and how often it was written.
+    """What views share: the node with the newest contents of the base tensor, and how often it was written.
 
     `owner` names the parameter or buffer behind it; `shared` says that values of another graph may alias it.
     """

@@ -14,7 +14,7 @@ Call = Callable[..., fx.Node]
 
 
 def scatter(view: View, base: fx.Node, written: fx.Node, call: Call) -> fx.Node | None:
-    """The view's source, now in `base`, after the viewed part became `written`; None if there is no operator for it."""
+    """The view's source, in `base`, after the viewed part became `written`, or None if nothing does it."""
     if view.func in IDENTITY:
         return written
     inverse = _INVERSES.get(view.func)

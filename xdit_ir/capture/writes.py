@@ -1,7 +1,8 @@
-"""In-place operators made functional: a write gives the storage new contents, and views are recomputed on demand."""
+"""In-place operators made functional: a write gives a storage new contents, views follow on demand."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,17 +84,17 @@ def _store(recorder: Recorder, value: Value, node: fx.Node) -> None:
         bases.append(recorder.view_node(bases[-1], view))
     written: fx.Node | None = node
     for view, base in zip(reversed(value.chain), reversed(bases), strict=False):
-
-        def call(func: Any, *args: Any, spec: Any = spec_of(view.source)) -> fx.Node:
-            return recorder.call(func, args, {}, spec)
-
         assert written is not None
-        written = scatter(view, base, written, call)
+        written = scatter(view, base, written, partial(_call, recorder, spec_of(view.source)))
         if written is None:
             raise TraceError(f"{source_line()}: cannot write through a view made by {view.func}")
     storage.node = written
     storage.version += 1
     value.node, value.version = node, storage.version
+
+
+def _call(recorder: Recorder, spec: TensorSpec, func: Any, *args: Any) -> fx.Node:
+    return recorder.call(func, args, {}, spec)
 
 
 def _change_view(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:

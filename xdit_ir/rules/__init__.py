@@ -6,17 +6,39 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from xdit_ir.rules import attentions, contractions, convolutions, joins, pointwise, reductions, views
+from xdit_ir.rules import (
+    attentions,
+    contractions,
+    convolutions,
+    factories,
+    joins,
+    lookups,
+    norms,
+    pointwise,
+    reductions,
+    repeats,
+    scatters,
+    spectral,
+    views,
+    windows,
+)
 from xdit_ir.rules.base import Call, Rule, Ruling, gather_all
 
 RULES: MappingProxyType[Any, Rule] = MappingProxyType(
     {
         **pointwise.RULES,
         **views.RULES,
+        **repeats.RULES,
         **joins.RULES,
+        **lookups.RULES,
+        **scatters.RULES,
         **contractions.RULES,
         **reductions.RULES,
+        **norms.RULES,
         **convolutions.RULES,
+        **windows.RULES,
+        **spectral.RULES,
+        **factories.RULES,
         **attentions.RULES,
     }
 )

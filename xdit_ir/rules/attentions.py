@@ -2,62 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from xdit_ir.layout import Layout
 from xdit_ir.ops import attention, ring_attention
-from xdit_ir.partition import Partition
-from xdit_ir.rules.base import Call, Rule, Ruling, choose, rules_of
+from xdit_ir.partition import Indices, Partition
+from xdit_ir.rules.base import Call, Rule, Ruling, choose, rules_of, verified
+
+Dims = tuple[Partition | None, ...]
+
+
+def _grouped(call: Call) -> int:
+    """How many heads of queries share one of keys and values."""
+    q, k = (spec.shape for spec in call.specs[:2])
+    return q[-3] // k[-3] if len(q) > 2 and len(k) > 2 and 1 < k[-3] < q[-3] else 1
 
 
 def _attention(call: Call) -> Ruling:
     """Batch and head dims agree; queries may be divided; keys and values agree in any division of their own."""
+    chosen = choose(call.mesh, _candidates(call))
+    taken = frozenset[str]().union(*(call.varies(partition) for partition in chosen.values()))
     q, k, v = call.layouts[:3]
-    ndim = len(call.out.shape)
-    grouped = call.specs[0].shape[-3] != call.specs[1].shape[-3] if ndim > 2 else False
-    lead = choose(
-        call.mesh,
-        (
-            (d - ndim, p)
-            for layout in (q, k, v)
-            for d, p in enumerate(layout.dims[:-2])
-            if p is not None and p.size == call.out.shape[d] and not (grouped and d == ndim - 3)
-        ),
-    )
-    taken = frozenset().union(*(call.varies(p) for p in lead.values()))
     queries = _free(call, q.dims[-2], taken)
-    keys = _free(call, k.dims[-2], taken) or _free(call, v.dims[-2], taken)
-    head = tuple(lead.get(d - ndim) for d in range(ndim - 2))
-    k_head = _fit(call, 1, head)
-    if grouped:
-        head, k_head = (*head[:-1], q.dims[-3]), (*k_head[:-1], k.dims[-3])
-    q_layout, k_layout = Layout((*head, queries, None)), Layout((*k_head, keys, None))
-    masks = tuple(_mask_layout(call, i, q_layout) for i in range(3, len(call.specs)))
-    return Ruling((q_layout, k_layout, k_layout, *masks), q_layout)
+    keys = _free(call, k.dims[-2], taken, exact=True) or _free(call, v.dims[-2], taken, exact=True)
+    ndim = len(call.out.shape)
+    return _ruling(call, tuple(chosen.get(d - ndim) for d in range(ndim - 2)), queries, keys)
 
 
-def _free(call: Call, partition: Partition | None, taken: frozenset[str]) -> Partition | None:
-    return None if partition is None or call.varies(partition) & taken else partition
+def _candidates(call: Call) -> Iterator[tuple[int, Partition]]:
+    """Partitions of the dims before queries and keys, by their place from the right."""
+    group = _grouped(call)
+    for layout in call.layouts[:3]:
+        for d, partition in enumerate(layout.dims[:-2], start=-len(layout.dims)):
+            if partition is None:
+                continue
+            if partition.size == call.out.shape[d]:
+                whole_groups = group == 1 or d != -3 or _shared(partition, group) is not None
+                if whole_groups:
+                    yield d, partition
+            elif group > 1 and d == -3:
+                every = Indices.range(0, group)
+                yield d, partition.map(call.out.shape[d], lambda part, e=every: part.outer(e, group))  # type: ignore[misc]
 
 
-def _fit(call: Call, operand: int, head: tuple[Partition | None, ...]) -> tuple[Partition | None, ...]:
-    shape = call.specs[operand].shape
-    return tuple(p if p is None or p.size == shape[d] else None for d, p in enumerate(head))
+def _shared(heads: Partition, group: int) -> Partition | None:
+    """The heads of keys for these heads of queries; None where a rank has part of a group."""
+    pairs = {part: part.factor(group) for part in set(heads.parts)}
+    if any(pair is None or not pair[1].is_whole(group) for pair in pairs.values()):
+        return None
+    return Partition(heads.size // group, tuple(pair[0] for part in heads.parts if (pair := pairs[part])))
 
 
-def _mask_layout(call: Call, operand: int, q: Layout) -> Layout:
-    """The mask is cut like the batch and heads; along queries and keys it is left as it comes."""
-    shape, own = call.specs[operand].shape, call.layouts[operand].summed()
-    offset = len(q.dims) - len(shape)
-    dims = [q.dims[d + offset] if size == call.out.shape[d + offset] else None for d, size in enumerate(shape)]
-    return Layout((*dims[:-2], *own.dims[-2:]))
+def _free(
+    call: Call, partition: Partition | None, taken: frozenset[str], *, exact: bool = False
+) -> Partition | None:
+    """The partition where its mesh dims are not taken; `exact`: and where each index is held once."""
+    if partition is None or call.varies(partition) & taken:
+        return None
+    return None if exact and not call.mesh.tiles(partition) else partition
+
+
+def _ruling(call: Call, head: Dims, queries: Partition | None, keys: Partition | None) -> Ruling:
+    q = Layout((*_fit(call, 0, head), queries, None))
+    k, v = (Layout((*_fit(call, operand, head), keys, None)) for operand in (1, 2))
+    output = Layout((*head, queries, None))
+    masks = tuple(_mask_layout(call, operand, output) for operand in range(3, len(call.specs)))
+    return Ruling((q, k, v, *masks), output)
+
+
+def _fit(call: Call, operand: int, head: Dims) -> Dims:
+    """The dims before queries or keys of an operand that broadcasts, or has fewer heads."""
+    shape, ndim = call.specs[operand].shape, len(call.out.shape)
+    dims: list[Partition | None] = []
+    for d in range(-len(shape), -2):
+        partition = head[d + ndim]
+        if partition is not None and partition.size != shape[d]:
+            shared = d == -3 and operand > 0 and _grouped(call) > 1
+            partition = _shared(partition, _grouped(call)) if shared else None
+        dims.append(partition)
+    return tuple(dims)
+
+
+def _mask_layout(call: Call, operand: int, output: Layout) -> Layout:
+    """The mask is cut like the batch and heads; along queries and keys it is left as it comes, where it can be."""
+    shape, own = call.specs[operand].shape, call.layouts[operand]
+    dims: list[Partition | None] = []
+    used: frozenset[str] = frozenset()
+    for d in range(-len(shape), 0):
+        partition = own.dims[d]
+        if d < -2:
+            partition = output.dims[d] if shape[d] == call.out.shape[d] else None
+        elif call.varies(partition) & used:
+            partition = None
+        used |= call.varies(partition)
+        dims.append(partition)
+    return Layout(tuple(dims))
 
 
 def _attention_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
     if wanted.dims[-1] is not None:
         return None
-    head = wanted.dims[:-2]
-    keys = Layout((*_fit(call, 1, head), None, None))
-    masks = tuple(_mask_layout(call, i, wanted) for i in range(3, len(call.specs)))
-    return (wanted, keys, keys, *masks)
+    return _ruling(call, wanted.dims[:-2], wanted.dims[-2], None).inputs
 
 
-RULES = rules_of(Rule(_attention, _attention_demand), attention, ring_attention)
+RULES = rules_of(verified(Rule(_attention, _attention_demand)), attention, ring_attention)

@@ -7,6 +7,7 @@ the operands' layouts that give it (or None); the caller verifies that answer wi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,11 +25,16 @@ Localize = Callable[[int], LocalCall]
 Outputs = Layout | tuple[Layout, ...]
 
 
+def nodes_in(value: Any) -> list[fx.Node]:
+    """The nodes in an argument, however nested, in order; one that occurs twice is listed twice."""
+    found: list[fx.Node] = []
+    fx.map_arg(value, found.append)
+    return found
+
+
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a node by position; one that is used twice is listed twice."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
+    return nodes_in((node.args, node.kwargs))
 
 
 def with_operands(node: fx.Node, new: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -54,17 +60,29 @@ class Call:
     @property
     def out(self) -> TensorSpec:
         """Global shape and dtype of the (first) result."""
-        spec = self.node.meta[SPEC]
-        return spec if isinstance(spec, TensorSpec) else spec[0]
+        return self.results[0]
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """Arguments by their names in the operator's schema, defaults filled in."""
         return bound_arguments(self.node)
 
-    def place(self, argument: Any) -> int:
-        """Position among the operands of an argument that is a node."""
-        return next(i for i, node in enumerate(operands(self.node)) if node is argument)
+    @cached_property
+    def results(self) -> tuple[TensorSpec, ...]:
+        """Global shapes and dtypes of all results."""
+        spec = self.node.meta[SPEC]
+        return (spec,) if isinstance(spec, TensorSpec) else tuple(spec)
+
+    @cached_property
+    def slots(self) -> tuple[str, ...]:
+        """For every operand the name of the argument that it is, or is an entry of."""
+        schema = getattr(self.node.target, "_schema", None)
+        if schema is None:
+            names = list(inspect.signature(self.node.target).parameters)  # type: ignore[arg-type]
+        else:
+            names = [argument.name for argument in schema.arguments]
+        given = [*zip(names, self.node.args, strict=False), *self.node.kwargs.items()]
+        return tuple(name for name, value in given for _ in nodes_in(value))
 
     def varies(self, partition: Partition | None) -> frozenset[str]:
         """The mesh dims along which a partition differs."""
@@ -75,8 +93,6 @@ def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of a node by their names in the operator's schema (or Python signature), defaults filled in."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        import inspect
-
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
         bound.apply_defaults()
         return dict(bound.arguments)
@@ -126,15 +142,24 @@ class Rule:
 
 def gather_all(call: Call, reason: str) -> Ruling:
     """The rule of last resort: operands whole, results whole."""
-    spec = call.node.meta[SPEC]
-    specs = (spec,) if isinstance(spec, TensorSpec) else spec
-    outputs = tuple(Layout.whole(len(s.shape)) for s in specs)
     divided = any(not layout.is_whole for layout in call.layouts)
-    return Ruling(
-        tuple(Layout.whole(len(s.shape)) for s in call.specs),
-        outputs[0] if isinstance(spec, TensorSpec) else outputs,
-        fallback=reason if divided else "",
-    )
+    outputs = [Layout.whole(len(spec.shape)) for spec in call.results]
+    return Ruling(whole(call.specs), as_outputs(call, outputs), fallback=reason if divided else "")
+
+
+def whole(specs: Sequence[TensorSpec]) -> tuple[Layout, ...]:
+    """Replicated layouts for these values."""
+    return tuple(Layout.whole(len(spec.shape)) for spec in specs)
+
+
+def as_outputs(call: Call, layouts: Sequence[Layout]) -> Outputs:
+    """Layouts of the results in the form in which the operator returns them: one, or a tuple."""
+    return layouts[0] if isinstance(call.node.meta[SPEC], TensorSpec) else tuple(layouts)
+
+
+def as_layouts(outputs: Outputs) -> tuple[Layout, ...]:
+    """The opposite of `as_outputs`."""
+    return (outputs,) if isinstance(outputs, Layout) else outputs
 
 
 def dims_whole(call: Call, operand: int, dims: Sequence[int]) -> Layout:
@@ -159,19 +184,31 @@ def by_size(call: Call) -> list[int]:
     return sorted(range(len(call.specs)), key=lambda i: -call.specs[i].nbytes)
 
 
-def same_call(call: Call, target: Callable[..., Any] | None = None, **changes: Any) -> LocalCall:
+def verified(rule: Rule) -> Rule:
+    """The rule, with only those answers of `demand` that `forward` confirms."""
+
+    def demand(call: Call, wanted: Any) -> tuple[Layout, ...] | None:
+        needs = rule.demand(call, wanted)
+        if needs is None:
+            return None
+        ruling = rule.forward(Call(call.node, call.mesh, needs))
+        return needs if ruling.inputs == needs and ruling.outputs == wanted else None
+
+    return Rule(rule.forward, demand)
+
+
+def same_call(call: Call, **changes: Any) -> LocalCall:
     """The node's call with some arguments (by schema name) changed."""
+    target: Any = call.node.target
     arguments = call.arguments | changes
-    schema = getattr(target or call.node.target, "_schema", None)
+    schema = getattr(target, "_schema", None)
     if schema is None:
-        return target or call.node.target, (), arguments  # type: ignore[return-value]
-    args = [arguments[a.name] for a in schema.arguments if not a.kwarg_only]
-    kwargs = {a.name: arguments[a.name] for a in schema.arguments if a.kwarg_only and arguments[a.name] is not None}
-    return target or call.node.target, tuple(args), kwargs  # type: ignore[return-value]
+        return target, (), arguments
+    args = tuple(arguments[a.name] for a in schema.arguments if not a.kwarg_only)
+    named = ((a.name, arguments[a.name]) for a in schema.arguments if a.kwarg_only)
+    return target, args, {name: value for name, value in named if value is not None}
 
 
 def rules_of(rule: Rule, *packets: Any) -> Mapping[Any, Rule]:
     """Register one rule for several operators."""
     return dict.fromkeys(packets, rule)
-
-

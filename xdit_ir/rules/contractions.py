@@ -2,145 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 
 import torch
 
-from xdit_ir.layout import Layout
-from xdit_ir.partition import Partition
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, by_size, choose, rules_of, same_call
+from xdit_ir.rules.base import Call, LocalCall, Localize, Rule, Ruling, as_layouts, rules_of, same_call
+from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled
 
 aten = torch.ops.aten
-Labels = tuple[tuple[int, ...], ...]
+ROWS, INNER, COLUMNS = "rows", "inner", "columns"
 
 
-def _batched(call: Call) -> tuple[Labels, tuple[int, ...]]:
-    """Labels of `matmul`-like operands and result; batch labels count from -3 downwards, so that they align."""
+def _matmul(call: Call) -> Labels:
+    """Batch labels count from -3 downwards, so that they align."""
     left, right = (len(spec.shape) for spec in call.specs[:2])
-    batch_left = tuple(range(-left, -2)) if left > 2 else ()
-    batch_right = tuple(range(-right, -2)) if right > 2 else ()
-    rows, inner, columns = 0, 1, 2
-    a = (*batch_left, rows, inner) if left > 1 else (inner,)
-    b = (*batch_right, inner, columns) if right > 1 else (inner,)
+    batch_left, batch_right = (tuple(range(-ndim, -2)) for ndim in (left, right))
+    a = (*batch_left, ROWS, INNER) if left > 1 else (INNER,)
+    b = (*batch_right, INNER, COLUMNS) if right > 1 else (INNER,)
     batch = batch_left if left >= right else batch_right
-    out = batch + ((rows,) if left > 1 else ()) + ((columns,) if right > 1 else ())
-    return (a, b), out
+    out = (*batch, *((ROWS,) if left > 1 else ()), *((COLUMNS,) if right > 1 else ()))
+    return Labels((a, b), (out,))
 
 
-def _linear_labels(call: Call) -> tuple[Labels, tuple[int, ...]]:
-    ndim = len(call.specs[0].shape)
-    batch = tuple(range(-ndim, -1))
-    bias = ((2,),) if len(call.specs) > 2 else ()
-    return ((*batch, 1), (2, 1), *bias), (*batch, 2)
+def _linear(call: Call) -> Labels:
+    batch = tuple(range(-len(call.specs[0].shape), -1))
+    features: Names = (COLUMNS,) if len(call.specs[1].shape) > 1 else ()
+    bias = features[: len(call.specs[2].shape)] if len(call.specs) > 2 else ()
+    return by_argument(
+        call, (*batch, *features), input=(*batch, INNER), weight=(*features, INNER), bias=bias
+    )
 
 
-def _added_labels(call: Call) -> tuple[Labels, tuple[int, ...]]:
-    """`addmm` and `baddbmm`: an added operand, then a product."""
-    batch = (-3,) if len(call.out.shape) == 3 else ()
-    out = (*batch, 0, 2)
+def _added(call: Call) -> Labels:
+    """`addmm` and its kin: an operand that broadcasts to the result, then a product."""
+    left, right = call.specs[1:3]
+    batch = ("batch",) if len(left.shape) == 3 else ()
+    columns = (COLUMNS,) if len(right.shape) > 1 else ()
+    kept = batch if len(call.out.shape) == 3 else ()
+    out = (*kept, ROWS, *columns)
     added = out[len(out) - len(call.specs[0].shape) :]
-    return (added, (*batch, 0, 1), (*batch, 1, 2)), out
+    return Labels((added, (*batch, ROWS, INNER), (*batch, INNER, *columns)), (out,))
 
 
-def _contract(call: Call, labels: Labels, out: tuple[int, ...], added: int | None) -> Ruling:
-    """Divide labels; where a contracted one is divided the result is partial, and one rank adds operand `added`."""
-    sizes: dict[int, int] = {}
-    for spec, names in zip(call.specs, labels, strict=True):
-        for name, size in zip(names, spec.shape, strict=True):
-            sizes[name] = max(size, sizes.get(name, 0))
+def _once(argument: str, without: object) -> object:
+    """Where the result is partial, only the first rank of each group adds what is not part of the sum."""
 
-    def candidates() -> Iterator[tuple[int, Partition]]:
-        for place in by_size(call):
-            for name, partition in zip(labels[place], call.layouts[place].dims, strict=True):
-                if partition is not None and partition.size == sizes[name]:
-                    yield name, partition
+    def localize(call: Call, ruling: Ruling) -> Localize | None:
+        partial = as_layouts(ruling.outputs)[0].partial
+        if not partial or call.arguments[argument] is None:
+            return None
 
-    chosen = choose(call.mesh, candidates())
-    contracted = set(chosen) - set(out)
-    if added is not None:
-        for name in contracted:
-            del chosen[name]
-        contracted = set()
-    partial = frozenset().union(*(call.varies(chosen[name]) for name in contracted))
-    return Ruling(_inputs(call, labels, chosen), Layout(tuple(chosen.get(name) for name in out), partial))
+        def local(rank: int) -> LocalCall:
+            first = call.mesh.index(rank, partial) == 0
+            return same_call(call) if first else same_call(call, **{argument: without})
+
+        return local
+
+    return localize
 
 
-def _inputs(call: Call, labels: Labels, chosen: dict[int, Partition]) -> tuple[Layout, ...]:
-    inputs = []
-    for spec, names in zip(call.specs, labels, strict=True):
-        dims = (chosen.get(n) for n in names)
-        fits = (p if p is None or p.size == size else None for p, size in zip(dims, spec.shape, strict=True))
-        inputs.append(Layout(tuple(fits)))
-    return tuple(inputs)
-
-
-def _demand(call: Call, wanted: Layout, labels: Labels, out: tuple[int, ...]) -> tuple[Layout, ...]:
-    chosen = {name: p for name, p in zip(out, wanted.dims, strict=True) if p is not None}
-    return _inputs(call, labels, chosen)
-
-
-def _matmul(call: Call) -> Ruling:
-    return _contract(call, *_batched(call), added=None)
-
-
-def _matmul_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    return _demand(call, wanted, *_batched(call))
-
-
-def _linear(call: Call) -> Ruling:
-    """A divided input feature leaves a partial sum, to which the first rank of each group adds the bias."""
-    labels, out = _linear_labels(call)
-    ruling = _contract(call, labels, out, added=None)
-    partial = ruling.outputs.partial if isinstance(ruling.outputs, Layout) else frozenset()
-    if not partial or len(call.specs) < 3:
-        return ruling
-
-    def local(rank: int) -> LocalCall:
-        first = call.mesh.index(rank, partial) == 0
-        return same_call(call) if first else same_call(call, bias=None)
-
-    return Ruling(ruling.inputs, ruling.outputs, local)
-
-
-def _linear_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    return None if wanted.dims[-1] is not None else _demand(call, wanted, *_linear_labels(call))
-
-
-def _added(call: Call) -> Ruling:
-    return _contract(call, *_added_labels(call), added=0)
-
-
-def _added_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    return _demand(call, wanted, *_added_labels(call))
-
-
-def einsum_labels(equation: str, ndims: list[int]) -> tuple[Labels, tuple[int, ...]] | None:
-    """Labels of an explicit einsum without ellipsis or repeated labels in one operand; None otherwise."""
+def einsum_labels(equation: str, ndims: list[int]) -> Labels | None:
+    """Labels of an einsum; None where an operand has a diagonal taken. An ellipsis stands for 0, 1, ... from the right."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if not arrow or "." in equation or any(len(set(term)) != len(term) for term in terms):
+    if len(terms) != len(ndims):
         return None
-    if [len(term) for term in terms] != ndims:
+    named = [_term(term, ndim) for term, ndim in zip(terms, ndims, strict=True)]
+    counts = Counter(name for names in named for name in names)
+    hidden = tuple(sorted((name for name in counts if isinstance(name, int)), reverse=True))
+    if any(len(set(names)) != len(names) for names in named):
         return None
-    return tuple(tuple(ord(c) for c in term) for term in terms), tuple(ord(c) for c in right)
+    if arrow:
+        head, _, tail = right.partition("...")
+        out = (*head, *(hidden if "..." in right else ()), *tail)
+    else:
+        out = (*hidden, *sorted(name for name, count in counts.items() if count == 1 and isinstance(name, str)))
+    return Labels(tuple(named), (out,))
 
 
-def _einsum(call: Call) -> Ruling:
-    parsed = einsum_labels(call.arguments["equation"], [len(s.shape) for s in call.specs])
-    if parsed is None:
-        whole = tuple(Layout.whole(len(s.shape)) for s in call.specs)
-        return Ruling(whole, Layout.whole(len(call.out.shape)), fallback="einsum with ellipsis or diagonal")
-    return _contract(call, *parsed, added=None)
+def _term(term: str, ndim: int) -> Names:
+    head, dots, tail = term.partition("...")
+    hidden = ndim - len(head) - len(tail) if dots else 0
+    return (*head, *reversed(range(hidden)), *tail)
 
 
-def _einsum_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    parsed = einsum_labels(call.arguments["equation"], [len(s.shape) for s in call.specs])
-    return None if parsed is None else _demand(call, wanted, *parsed)
+def _einsum(call: Call) -> Labels | str:
+    labels = einsum_labels(call.arguments["equation"], [len(spec.shape) for spec in call.specs])
+    return labels or "einsum takes a diagonal"
+
+
+def _outer(call: Call) -> Labels:
+    return Labels(((ROWS,), (COLUMNS,)), ((ROWS, COLUMNS),))
+
+
+def _vecdot(call: Call) -> Labels:
+    ndim = max(len(spec.shape) for spec in call.specs)
+    names = [aligned(spec, ndim) for spec in call.specs]
+    dim = call.arguments["dim"] % ndim
+    return Labels(tuple(names), (tuple(name for name in range(ndim) if name != dim),))
+
+
+def _tensordot(call: Call) -> Labels:
+    contracted = [call.arguments[name] for name in ("dims_self", "dims_other")]
+    named = []
+    for side, (spec, dims) in enumerate(zip(call.specs, contracted, strict=True)):
+        places = [dim % len(spec.shape) for dim in dims]
+        named.append(tuple(places.index(d) if d in places else (side, d) for d in range(len(spec.shape))))
+    return Labels(tuple(named), (tuple(name for names in named for name in names if isinstance(name, tuple)),))
+
+
+def _contraction(describe: object, local: object = None) -> Rule:
+    return labelled(describe, local, sums=True)  # type: ignore[arg-type]
 
 
 RULES = {
-    **rules_of(Rule(_matmul, _matmul_demand), aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot),
-    **rules_of(Rule(_linear, _linear_demand), aten.linear),
-    **rules_of(Rule(_added, _added_demand), aten.addmm, aten.baddbmm),
-    **rules_of(Rule(_einsum, _einsum_demand), aten.einsum),
+    **rules_of(
+        _contraction(_matmul), aten.matmul, aten.linalg_matmul, aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot
+    ),
+    **rules_of(_contraction(_linear, _once("bias", None)), aten.linear),
+    **rules_of(_contraction(_added, _once("beta", 0)), aten.addmm, aten.baddbmm, aten.addmv, aten.addbmm),
+    **rules_of(_contraction(_einsum), aten.einsum),
+    **rules_of(_contraction(_outer), aten.outer, aten.ger),
+    **rules_of(_contraction(_vecdot), aten.linalg_vecdot),
+    **rules_of(_contraction(_tensordot), aten.tensordot),
 }

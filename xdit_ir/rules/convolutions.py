@@ -1,4 +1,4 @@
-"""Convolutions: channels whole, batch as it is, divided spatial dims extended by a halo."""
+"""Convolutions: channels whole, batch as it is, divided spatial dims extended by a halo where windows reach over."""
 
 from __future__ import annotations
 
@@ -9,155 +9,192 @@ import torch
 
 from xdit_ir import ops
 from xdit_ir.layout import Layout
+from xdit_ir.mesh import Mesh
 from xdit_ir.partition import Indices, Partition
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, dims_whole, rules_of
+from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, dims_whole, rules_of, verified, whole
+from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 
 aten = torch.ops.aten
+Interval = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Geometry of a convolution along one spatial dim."""
+    """Geometry of a convolution along one spatial dim, of length `size` before and `out` after it."""
 
     kernel: int
     stride: int
     padding: int
     dilation: int
+    size: int
+    out: int
 
     @property
     def reach(self) -> int:
         return (self.kernel - 1) * self.dilation + 1
 
-    def needed(self, out: Indices, size: int) -> Indices:
-        """Input indices that a run of output indices reads."""
-        if not out.runs:
-            return out
-        start, length = out.runs[0]
-        first = start * self.stride - self.padding
-        last = (start + length - 1) * self.stride - self.padding + self.reach
-        return Indices.range(max(first, 0), min(last, size))
+    @property
+    def tiles(self) -> bool:
+        """Whether windows are adjacent blocks that cover everything."""
+        tight = self.dilation == 1 and self.padding == 0
+        return tight and self.kernel == self.stride and self.kernel * self.out == self.size
 
-    def border(self, out: Indices, size: int) -> tuple[int, int]:
-        """Zeros to add before and after the input indices that `out` reads."""
-        if not out.runs:
-            return (0, 0)
-        start, length = out.runs[0]
-        first = start * self.stride - self.padding
-        last = (start + length - 1) * self.stride - self.padding + self.reach
-        return max(-first, 0), max(last - size, 0)
+    def read(self, first: int, stop: int) -> Interval:
+        """The input interval that the outputs `first..stop-1` read, padding included."""
+        return first * self.stride - self.padding, (stop - 1) * self.stride - self.padding + self.reach
+
+    def needed(self, part: Indices) -> Indices:
+        """What a rank needs that makes one run of outputs, and the gap up to what the next one reads."""
+        if not part.runs:
+            return part
+        first, stop = _interval(part)
+        start, end = self.read(first, stop)
+        end = self.size if stop == self.out else end + max(self.stride - self.reach, 0)
+        return Indices.range(max(start, 0), min(end, self.size))
+
+    def makes(self, part: Indices) -> Indices:
+        """All outputs that one run of inputs determines."""
+        if not part.runs:
+            return part
+        start, end = _interval(part)
+        first = 0 if start == 0 else -(-(start + self.padding) // self.stride)
+        stop = self.out if end == self.size else (end - self.reach + self.padding) // self.stride + 1
+        return Indices.range(max(first, 0), min(stop, self.out))
+
+    def centred(self, part: Indices) -> Indices:
+        """The outputs whose window has its centre (or, with a stride, its first element) in one run of inputs."""
+        if not part.runs:
+            return part
+        start, end = _interval(part)
+        shift = (self.reach - 1) // 2 - self.padding if self.stride == 1 else 0
+        first, stop = (min(max(-((shift - edge) // self.stride), 0), self.out) for edge in (start, end))
+        return Indices.range(0 if start == 0 else first, self.out if end == self.size else stop)
+
+    def border(self, held: Indices, made: Indices) -> Interval:
+        """Zeros to add before and after what a rank holds (negative: elements to drop) to make these outputs."""
+        start, end = _interval(held)
+        first, last = self.read(*_interval(made))
+        return start - first, last - end
+
+
+def _interval(part: Indices) -> Interval:
+    ((start, length),) = part.runs
+    return start, start + length
 
 
 def _per_dim(value: Sequence[int], count: int) -> list[int]:
     return list(value) * count if len(value) == 1 else list(value)
 
 
-def _windows(call: Call) -> list[_Window] | None:
+def _windows(call: Call) -> list[_Window]:
     arguments, kernel = call.arguments, call.specs[1].shape[2:]
-    padding = arguments["padding"]
-    if isinstance(padding, str):
-        if padding == "same" and any((k - 1) % 2 for k in kernel):
-            return None
-        padding = [0 if padding == "valid" else (k - 1) // 2 * d for k, d in zip(kernel, arguments["dilation"] * 3, strict=False)]
     count = len(kernel)
-    columns = zip(
-        kernel,
-        _per_dim(arguments["stride"], count),
-        _per_dim(padding, count),
-        _per_dim(arguments["dilation"], count),
-        strict=True,
-    )
+    stride, dilation = (_per_dim(arguments[name], count) for name in ("stride", "dilation"))
+    padding = arguments["padding"]
+    if padding == "valid":
+        padding = [0]
+    elif padding == "same":
+        padding = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
+    sizes, outs = call.specs[0].shape[-count:], call.out.shape[-count:]
+    columns = zip(kernel, stride, _per_dim(padding, count), dilation, sizes, outs, strict=True)
     return [_Window(*column) for column in columns]
 
 
-def _output_partition(window: _Window, size: int, out_size: int, partition: Partition) -> Partition | None:
-    """Which outputs each rank makes: those whose first centre it holds; None where a part is no single run."""
+def _made(mesh: Mesh, window: _Window, partition: Partition) -> tuple[Partition, Partition] | None:
+    """What the ranks need of one dim and what they make: without talking if that makes all; None if it must be whole."""
+    if window.tiles:
+        pairs = {part: part.factor(window.kernel) for part in set(partition.parts)}
+        if all(pair is not None and pair[1].is_whole(window.kernel) for pair in pairs.values()):
+            outer = tuple(pair[0] for part in partition.parts if (pair := pairs[part]) is not None)
+            return partition, Partition(window.out, outer)
     if any(len(part.runs) > 1 for part in partition.parts):
         return None
-    shift = (window.reach - 1) // 2 - window.padding if window.stride == 1 else 0
-    cuts = []
-    for part in partition.parts:
-        start, length = part.runs[0] if part.runs else (0, 0)
-        first, last = (-((shift - edge) // window.stride) for edge in (start, start + length))
-        first = 0 if start == 0 else min(max(first, 0), out_size)
-        last = out_size if start + length == size else min(max(last, 0), out_size)
-        cuts.append(Indices.range(first, last) if length else Indices(()))
-    return Partition(out_size, tuple(cuts))
+    groups = {mesh.group(rank, mesh.varies(partition)) for rank in range(mesh.world_size)}
+    made = partition.map(window.out, window.makes)
+    if all(made.covers(group) for group in groups):
+        return partition, made
+    made = partition.map(window.out, window.centred)
+    needs = made.map(window.size, window.needed)
+    return (needs, made) if needs.map(window.out, window.makes) == made else None
 
 
 def _conv(call: Call) -> Ruling:
     windows = _windows(call)
-    ndim = len(call.out.shape)
-    if windows is None or call.arguments.get("transposed"):
-        layout = dims_whole(call, 0, range(1, ndim))
-        return Ruling((layout, *_weights(call)), layout, fallback=_reason(call, layout))
-    layout = dims_whole(call, 0, [1])
+    ndim, count = len(call.out.shape), len(windows)
+    layout = dims_whole(call, 0, [ndim - count - 1])
     needs, gives = list(layout.dims), list(layout.dims)
-    for dim, window in enumerate(windows, start=2):
-        partition, size = layout.dims[dim], call.specs[0].shape[dim]
-        if partition is None:
-            continue
-        made = _output_partition(window, size, call.out.shape[dim], partition)
-        needs[dim] = gives[dim] = None
-        if made is not None:
-            gives[dim] = made
-            wanted = made.map(size, lambda out, w=window, s=size: w.needed(out, s))  # type: ignore[misc]
-            needs[dim] = wanted
-    output = Layout(tuple(gives))
-    if all(dim is None for dim in gives[2:]):
-        return Ruling((Layout(tuple(needs)), *_weights(call)), output)
-
-    def local(rank: int) -> LocalCall:
-        padding = []
-        for dim, window in enumerate(windows, start=2):
-            out = gives[dim]
-            whole = Indices.range(0, call.out.shape[dim])
-            padding.append(window.border(whole if out is None else out.parts[rank], call.specs[0].shape[dim]))
-        return _padded(call, windows, padding)
-
-    return Ruling((Layout(tuple(needs)), *_weights(call)), output, local)
+    for dim, window in enumerate(windows, start=ndim - count):
+        partition = layout.dims[dim]
+        if partition is not None:
+            pair = _made(call.mesh, window, partition)
+            needs[dim], gives[dim] = (None, None) if pair is None else pair
+    taken, output = Layout(tuple(needs)), Layout(tuple(gives))
+    inputs = (taken, *whole(call.specs[1:]))
+    if output.is_whole:
+        return Ruling(inputs, output)
+    return Ruling(inputs, output, lambda rank: _local(call, windows, taken, output, rank))
 
 
-def _padded(call: Call, windows: list[_Window], padding: list[tuple[int, int]]) -> LocalCall:
-    arguments = call.arguments
-    args = (
-        arguments["input"],
-        arguments["weight"],
-        arguments["bias"],
-        [window.stride for window in windows],
-        padding,
-        [window.dilation for window in windows],
-        arguments["groups"],
-    )
+def _local(call: Call, windows: list[_Window], taken: Layout, output: Layout, rank: int) -> LocalCall:
+    shape, arguments = output.local_shape(call.out.shape, rank), call.arguments
+    if 0 in shape:
+        return aten.new_zeros.default, (arguments["input"], list(shape)), {}
+    padding = []
+    for dim, window in enumerate(windows, start=len(shape) - len(windows)):
+        held, made = taken.dims[dim], output.dims[dim]
+        part = Indices.range(0, window.size) if held is None else held.parts[rank]
+        out = Indices.range(0, window.out) if made is None else made.parts[rank]
+        padding.append(window.border(part, out) if len(part.runs) == 1 else (0, 0))
+    lists = [window.stride for window in windows], padding, [window.dilation for window in windows]
+    args = (arguments["input"], arguments["weight"], arguments["bias"], *lists, arguments["groups"])
     return ops.padded_conv, args, {}
 
 
-def _weights(call: Call) -> tuple[Layout, ...]:
-    return tuple(Layout.whole(len(spec.shape)) for spec in call.specs[1:])
-
-
-def _reason(call: Call, layout: Layout) -> str:
-    return "transposed or even-kernel 'same' convolution" if layout != call.layouts[0] else ""
-
-
 def _conv_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    """Push a batch cut, or a cut of spatial dims where windows do not overlap."""
     windows = _windows(call)
-    if windows is None or wanted.dims[1] is not None:
+    start = len(wanted.dims) - len(windows)
+    if wanted.dims[start - 1] is not None:
         return None
-    dims = list(wanted.dims)
-    for dim, window in enumerate(windows, start=2):
+    changes: dict[int, Partition | None] = {}
+    for dim, window in enumerate(windows, start=start):
         partition = wanted.dims[dim]
         if partition is None:
             continue
-        if window.kernel != window.stride or window.padding or window.dilation != 1:
+        if window.tiles:
+            block, size = Indices.range(0, window.kernel), window.kernel
+            changes[dim] = partition.map(
+                window.size, lambda part, b=block, k=size: part.outer(b, k)  # type: ignore[misc]
+            )
+        elif any(len(part.runs) > 1 for part in partition.parts):
             return None
-        if partition.size * window.stride != call.specs[0].shape[dim]:
-            return None
-        patch = Indices.range(0, window.kernel)
-        dims[dim] = partition.map(
-            call.specs[0].shape[dim], lambda part, p=patch, k=window.kernel: part.outer(p, k)  # type: ignore[misc]
-        )
-    return (Layout(tuple(dims)), *_weights(call))
+        else:
+            changes[dim] = partition.map(window.size, window.needed)
+    return (wanted.with_dims(changes), *whole(call.specs[1:]))
 
 
-RULES = rules_of(Rule(_conv, _conv_demand), aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution)
+def _transposed(call: Call) -> Labels:
+    """Whole but for the batch."""
+    batch = plain(call.out, range(1 - len(call.specs[1].shape), 0))
+    return by_argument(call, batch, input=batch)
+
+
+CONV, TRANSPOSED = verified(Rule(_conv, _conv_demand)), labelled(_transposed)
+
+
+def _either(call: Call) -> Rule:
+    return TRANSPOSED if call.arguments.get("transposed") else CONV
+
+
+RULES = {
+    **rules_of(
+        Rule(
+            lambda call: _either(call).forward(call),
+            lambda call, wanted: _either(call).demand(call, wanted),
+        ),
+        aten.conv1d,
+        aten.conv2d,
+        aten.conv3d,
+        aten.convolution,
+    ),
+    **rules_of(TRANSPOSED, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
+}

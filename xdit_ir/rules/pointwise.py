@@ -2,88 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from xdit_ir.layout import Layout
-from xdit_ir.partition import Partition
-from xdit_ir.rules.base import Call, Rule, Ruling, by_size, choose, rules_of
+from xdit_ir.rules.base import Call, rules_of
+from xdit_ir.rules.labels import Labels, aligned, by_argument, labelled, plain
 
-
-def _candidates(call: Call) -> Iterator[tuple[int, Partition]]:
-    ndim = len(call.out.shape)
-    for place in by_size(call):
-        layout = call.layouts[place]
-        for dim, partition in enumerate(layout.dims):
-            at = dim + ndim - len(layout.dims)
-            if partition is not None and partition.size == call.out.shape[at]:
-                yield at, partition
-
-
-def _aligned(call: Call, dims: tuple[Partition | None, ...]) -> tuple[Layout, ...]:
-    """Operands cut like the result, except where they broadcast."""
-    result = []
-    for spec in call.specs:
-        offset = len(dims) - len(spec.shape)
-        result.append(
-            Layout(
-                tuple(
-                    dims[dim + offset] if size == call.out.shape[dim + offset] else None
-                    for dim, size in enumerate(spec.shape)
-                )
-            )
-        )
-    return tuple(result)
-
-
-def forward(call: Call) -> Ruling:
-    """Divide the result like the largest divided operand, dimension by dimension."""
-    chosen = choose(call.mesh, _candidates(call))
-    dims = tuple(chosen.get(dim) for dim in range(len(call.out.shape)))
-    return Ruling(_aligned(call, dims), Layout(dims))
-
-
-def demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    """Cut every operand like the result."""
-    return _aligned(call, wanted.dims)
-
-
-POINTWISE = Rule(forward, demand)
 aten = torch.ops.aten
+
+
+def pointwise(call: Call) -> Labels | str:
+    """Every dim of the result goes with the dims of the operands that align with it from the right."""
+    if call.node.target is aten.where.default or any(len(spec.shape) > len(call.out.shape) for spec in call.specs):
+        return "not pointwise in this form"
+    ndim = len(call.out.shape)
+    return Labels(
+        tuple(aligned(spec, ndim) for spec in call.specs),
+        tuple(aligned(spec, ndim) for spec in call.results),
+    )
+
+
+def _prelu(call: Call) -> Labels:
+    """One slope, or one per channel (dim 1)."""
+    slopes = (1,) if len(call.out.shape) > 1 else (None,)
+    weight = slopes if len(call.specs[1].shape) == 1 else (None,) * len(call.specs[1].shape)
+    return by_argument(call, plain(call.out), self=plain(call.out), weight=weight)
+
+
+def _first(call: Call) -> Labels:
+    """Pointwise in the first operand; of the other something else matters than its elements one by one."""
+    return by_argument(call, plain(call.out), self=plain(call.out))
+
+
+POINTWISE = labelled(pointwise)
 # Elementwise operators that do not carry torch.Tag.pointwise.
-RULES = rules_of(
-    POINTWISE,
-    aten.clone,
-    aten._to_copy,
-    aten.alias,
-    aten.detach,
-    aten.lift_fresh_copy,
-    aten.copy,
-    aten.contiguous,
-    aten.complex,
-    aten.polar,
-    aten.glu_jvp,
-    aten.ones_like,
-    aten.zeros_like,
-    aten.full_like,
-    aten.empty_like,
-    aten.where,
-    aten.masked_fill,
-    aten.dropout,
-    aten.real,
-    aten.imag,
-    aten._conj,
-    aten._conj_physical,
-    aten.conj_physical,
-    aten.prelu,
-    aten.rrelu,
-    aten.leaky_relu,
-    aten.to,
-    aten.nan_to_num,
-)
+RULES = {
+    **rules_of(
+        POINTWISE,
+        aten.clone,
+        aten._to_copy,
+        aten.alias,
+        aten.detach,
+        aten.lift,
+        aten.lift_fresh,
+        aten.lift_fresh_copy,
+        aten.copy,
+        aten.contiguous,
+        aten.resolve_conj,
+        aten.resolve_neg,
+        aten.complex,
+        aten.polar,
+        aten.real,
+        aten.imag,
+        aten._conj,
+        aten._neg_view,
+        aten.ones_like,
+        aten.zeros_like,
+        aten.full_like,
+        aten.empty_like,
+        aten.fill,
+        aten._prelu_kernel,
+        aten.where,
+        aten.masked_fill,
+        aten.dropout,
+        aten.native_dropout,
+        aten.log_sigmoid,
+        aten.log_sigmoid_forward,
+        aten.hardswish,
+        aten.isclose,
+        aten.isreal,
+        aten.floor_divide,
+        aten.multiply,
+        aten.divide,
+        aten.true_divide,
+        aten.subtract,
+        aten.rsub,
+        aten.negative,
+        aten.absolute,
+        aten.square,
+        aten.fix,
+        aten.arctan2,
+        aten.greater,
+        aten.greater_equal,
+        aten.less,
+        aten.less_equal,
+        aten.not_equal,
+        aten.expand_as,
+    ),
+    **rules_of(labelled(_prelu), aten.prelu),
+    **rules_of(labelled(_first), aten.bucketize, aten.type_as),
+}
 
 
 def is_pointwise(target: object) -> bool:
-    """Whether PyTorch tags an operator as pointwise."""
-    return torch.Tag.pointwise in getattr(target, "tags", ())
+    """Whether PyTorch tags an operator as pointwise, and it draws no random numbers and returns a tensor."""
+    tags = getattr(target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags
+    return torch.Tag.pointwise in tags and not random and target is not aten.equal.default

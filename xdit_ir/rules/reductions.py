@@ -1,123 +1,143 @@
-"""Reductions and normalisations: local along undivided dims; sums along divided ones stay partial."""
+"""Reductions, and operators that mix along a dimension but keep it: sums along divided dims stay partial."""
 
 from __future__ import annotations
 
 import torch
 
-from xdit_ir.layout import Layout
 from xdit_ir.ops import scaled_sum
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, dims_whole, rules_of
+from xdit_ir.rules.base import Call, LocalCall, Localize, Rule, Ruling, as_layouts, rules_of
+from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, plain, unary
+from xdit_ir.rules.pointwise import POINTWISE
 
 aten = torch.ops.aten
 
 
-def _norm(call: Call) -> Ruling:
-    """layer_norm, rms_norm: the trailing `normalized_shape` dims must be whole."""
-    count = len(call.arguments["normalized_shape"])
-    layout = dims_whole(call, 0, [-1 - i for i in range(count)])
-    return Ruling((layout, *_weights(call)), layout)
-
-
-def _norm_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    count = len(call.arguments["normalized_shape"])
-    return None if any(wanted.dims[-count:]) else (wanted, *_weights(call))
-
-
-def _weights(call: Call) -> tuple[Layout, ...]:
-    return tuple(Layout.whole(len(spec.shape)) for spec in call.specs[1:])
-
-
-def _group_norm(call: Call) -> Ruling:
-    layout = dims_whole(call, 0, range(1, len(call.out.shape)))
-    return Ruling((layout, *_weights(call)), layout)
-
-
-def _group_norm_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    return None if any(wanted.dims[1:]) else (wanted, *_weights(call))
-
-
-def _dims(call: Call) -> list[int]:
-    arguments, ndim = call.arguments, len(call.specs[0].shape)
-    dims = arguments.get("dim")
-    if dims is None or dims == []:
+def _dims(call: Call, operand: int = 0) -> list[int]:
+    """The dims that `dim` names, not negative; all where it names none."""
+    ndim, dims = len(call.specs[operand].shape), call.arguments.get("dim")
+    if dims is None or dims == [] or not ndim:
         return list(range(ndim))
     return [d % ndim for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-def _along(call: Call) -> Ruling:
-    """Operators that keep the shape and mix along `dim`: softmax, cumsum, ..."""
-    layout = dims_whole(call, 0, _dims(call))
-    return Ruling((layout,), layout)
-
-
-def _along_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    return None if any(wanted.dims[d] for d in _dims(call)) else (wanted,)
-
-
-def _reduced(call: Call, layout: Layout, partial: frozenset[str]) -> Layout:
+def _along(call: Call) -> Labels:
+    """Operators that mix along `dim` and keep the others: softmax, cumsum, sort, topk, ..."""
     dims = _dims(call)
-    if len(layout.dims) == len(call.out.shape):
-        kept = tuple(None if d in dims else p for d, p in enumerate(layout.dims))
-    else:
-        kept = tuple(p for d, p in enumerate(layout.dims) if d not in dims)
-    return Layout(kept, partial)
+    names = plain(call.specs[0], dims)
+    return by_argument(call, *(names for _ in call.results), self=names, prepend=names, append=names)
 
 
-def _reduce(call: Call) -> Ruling:
-    """amax, var, ...: reduced dims must be whole."""
-    layout = dims_whole(call, 0, _dims(call))
-    return Ruling((layout,), _reduced(call, layout, frozenset()))
+def _reduced(call: Call, names: Names) -> Names:
+    """Labels of a result from which `dim` is gone, or where it has length 1."""
+    dims = _dims(call)
+    if len(names) == len(call.out.shape):
+        return tuple(None if d in dims else name for d, name in enumerate(names))
+    return tuple(name for d, name in enumerate(names) if d not in dims)
 
 
-def _sum(call: Call) -> Ruling:
-    """A sum over divided dims is partial."""
-    layout = call.layouts[0].summed()
-    partial = frozenset().union(*(call.varies(layout.dims[d]) for d in _dims(call)))
-    return Ruling((layout,), _reduced(call, layout, partial))
+def _reduce(call: Call) -> Labels:
+    """Operators that reduce `dim`; each label of what is reduced is missing in the result."""
+    names = plain(call.specs[0])
+    return by_argument(call, *(_reduced(call, names) for _ in call.results), self=names)
 
 
-def _mean(call: Call) -> Ruling:
+def _share_of_mean(call: Call, ruling: Ruling) -> Localize | None:
     """A mean over divided dims is a partial sum of parts, each divided by the global count."""
-    ruling = _sum(call)
-    if not isinstance(ruling.outputs, Layout) or not ruling.outputs.partial:
-        return ruling
+    if not as_layouts(ruling.outputs)[0].partial:
+        return None
+    dims, arguments = _dims(call), call.arguments
     count = 1
-    for d in _dims(call):
-        count *= call.specs[0].shape[d]
-    arguments = call.arguments
+    for dim in dims:
+        count *= call.specs[0].shape[dim]
 
     def local(rank: int) -> LocalCall:
-        return scaled_sum, (arguments["self"], tuple(_dims(call)), arguments.get("keepdim", False), count), {}
+        return scaled_sum, (arguments["self"], tuple(dims), arguments.get("keepdim", False), count), {}
 
-    return Ruling(ruling.inputs, ruling.outputs, local)
+    return local
+
+
+SUM = labelled(_reduce, sums=True)
+MEAN = labelled(_reduce, _share_of_mean, sums=True)
+REDUCE = labelled(_reduce)
+
+
+def _by_form(with_dtype: Rule, without: Rule) -> Rule:
+    """Another rule where the result is of another dtype than the operand."""
+
+    def pick(call: Call) -> Rule:
+        return without if call.out.dtype == call.specs[0].dtype else with_dtype
+
+    return Rule(lambda call: pick(call).forward(call), lambda call, wanted: pick(call).demand(call, wanted))
+
+
+def _extremum(call: Call) -> Rule:
+    return POINTWISE if "other" in call.arguments else REDUCE
+
+
+EXTREMUM = Rule(
+    lambda call: _extremum(call).forward(call), lambda call, wanted: _extremum(call).demand(call, wanted)
+)
+
+
+def _cosine(call: Call) -> Labels:
+    ndim = max(len(spec.shape) for spec in call.specs)
+    dim = call.arguments["dim"] % ndim
+    names = [tuple(None if d == dim else d for d in aligned(spec, ndim)) for spec in call.specs]
+    return Labels(tuple(names), (tuple(d for d in range(ndim) if d != dim),))
+
+
+def _glu(call: Call) -> Labels:
+    return unary(call, [call.arguments["dim"]])
+
+
+def _triangle(call: Call) -> Labels:
+    return unary(call, [-2, -1])
 
 
 RULES = {
-    **rules_of(Rule(_norm, _norm_demand), aten.layer_norm, aten.rms_norm),
-    **rules_of(Rule(_group_norm, _group_norm_demand), aten.group_norm),
+    **rules_of(SUM, aten.sum, aten.nansum, aten.count_nonzero),
+    **rules_of(_by_form(REDUCE, MEAN), aten.mean),
+    **rules_of(EXTREMUM, aten.max, aten.min),
     **rules_of(
-        Rule(_along, _along_demand),
-        aten.softmax,
-        aten._softmax,
-        aten.log_softmax,
-        aten._log_softmax,
-        aten.cumsum,
-        aten.cumprod,
-    ),
-    **rules_of(Rule(_sum), aten.sum),
-    **rules_of(Rule(_mean), aten.mean),
-    **rules_of(
-        Rule(_reduce),
+        REDUCE,
         aten.amax,
         aten.amin,
+        aten.aminmax,
         aten.any,
         aten.all,
         aten.var,
         aten.std,
+        aten.var_mean,
+        aten.std_mean,
         aten.prod,
         aten.logsumexp,
         aten.argmax,
         aten.argmin,
+        aten.median,
+        aten.kthvalue,
+        aten.nanmean,
         aten.linalg_vector_norm,
+        aten.linalg_norm,
+        aten.norm,
     ),
+    **rules_of(
+        labelled(_along),
+        aten.softmax,
+        aten._softmax,
+        aten._safe_softmax,
+        aten.log_softmax,
+        aten._log_softmax,
+        aten.cumsum,
+        aten.cumprod,
+        aten.cummax,
+        aten.cummin,
+        aten.logcumsumexp,
+        aten.sort,
+        aten.argsort,
+        aten.topk,
+        aten.diff,
+    ),
+    **rules_of(labelled(_cosine), aten.cosine_similarity),
+    **rules_of(labelled(_glu), aten.glu),
+    **rules_of(labelled(_triangle), aten.triu, aten.tril),
 }

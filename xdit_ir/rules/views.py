@@ -1,4 +1,4 @@
-"""Views that regroup, reorder or repeat dimensions: exact on index sets."""
+"""Views that regroup or reorder dimensions: exact on index sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.partition import Indices, Partition
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, dims_whole, rules_of, same_call
+from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, gather_all, rules_of, verified
+from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 
 aten = torch.ops.aten
 Dims = tuple[Partition | None, ...]
@@ -40,13 +41,14 @@ def groups(ins: tuple[int, ...], outs: tuple[int, ...]) -> list[tuple[list[int],
 
 @lru_cache(maxsize=4096)
 def _flatten(sizes: tuple[int, ...], dims: Dims) -> tuple[Indices, ...]:
-    """Row-major flat indices that each rank holds of a product of dimensions, at least one of them divided."""
+    """Row-major flat indices that each rank holds of a product of dims, at least one of them divided."""
     world = next(len(dim.parts) for dim in dims if dim is not None)
     done: dict[tuple[Indices, ...], Indices] = {}
     result = []
     for rank in range(world):
         parts = tuple(
-            Indices.range(0, size) if dim is None else dim.parts[rank] for size, dim in zip(sizes, dims, strict=True)
+            Indices.range(0, size) if dim is None else dim.parts[rank]
+            for size, dim in zip(sizes, dims, strict=True)
         )
         if parts not in done:
             flat = parts[0]
@@ -72,7 +74,7 @@ def _factors(flat: Indices, sizes: tuple[int, ...]) -> list[Indices] | None:
 def _unflatten(parts: tuple[Indices, ...], sizes: tuple[int, ...]) -> Dims | None:
     """Split flat index sets into a product of dimensions; None where some rank's set is no product."""
     if not sizes:
-        return ()
+        return None
     factors = {part: _factors(part, sizes) for part in set(parts) if part.size}
     if any(value is None for value in factors.values()):
         return None
@@ -87,8 +89,9 @@ def _unflatten(parts: tuple[Indices, ...], sizes: tuple[int, ...]) -> Dims | Non
 
 @lru_cache(maxsize=8192)
 def regroup(mesh: Mesh, ins: tuple[int, ...], outs: tuple[int, ...], dims: Dims) -> tuple[Dims, Dims]:
-    """Dims of a view from shape `ins` to `outs`: what the input must be (undivided where no product) and the output."""
-    needs, gives = list(dims), [None] * len(outs)
+    """Dims of a view from shape `ins` to `outs`: the input's (undivided where no product fits) and the output's."""
+    needs: list[Partition | None] = list(dims)
+    gives: list[Partition | None] = [None] * len(outs)
     if 0 in ins:
         return (None,) * len(ins), tuple(gives)
     for left, right in groups(ins, outs):
@@ -131,117 +134,76 @@ def _view_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
     return (Layout(gives),) if needs == wanted.dims else None
 
 
-def _permutation(call: Call) -> list[int]:
-    """For every output dim the input dim."""
+def _dtype(call: Call) -> Labels:
+    """`view.dtype`: the last dim is scaled where the element sizes differ."""
+    same = call.out.dtype.itemsize == call.specs[0].dtype.itemsize
+    names = plain(call.out, [] if same else [-1])
+    return by_argument(call, names, self=names)
+
+
+VIEW, DTYPE = verified(Rule(_view, _view_demand)), labelled(_dtype)
+
+
+def _either(call: Call) -> Rule:
+    return DTYPE if "dtype" in call.arguments else VIEW
+
+
+def _permutation(call: Call) -> Labels:
+    """The labels of the operand in the order of the result."""
     ndim = len(call.specs[0].shape)
     arguments = call.arguments
-    if "dims" in arguments:
-        return [d % ndim for d in arguments["dims"]]
     order = list(range(ndim))
-    a, b = (arguments["dim0"] % ndim, arguments["dim1"] % ndim) if "dim0" in arguments else (0, ndim - 1)
-    order[a], order[b] = order[b], order[a]
-    return order
+    if "dims" in arguments:
+        order = [d % ndim for d in arguments["dims"]]
+    elif ndim:
+        swapped = [arguments[name] for name in ("dim0", "dim1", "axis0", "axis1") if name in arguments]
+        a, b = (d % ndim for d in swapped or (0, ndim - 1))
+        order[a], order[b] = order[b], order[a]
+    return by_argument(call, tuple(order), self=tuple(range(ndim)))
 
 
-def _permute(call: Call) -> Ruling:
-    layout = call.layouts[0].summed()
-    return Ruling((layout,), Layout(tuple(layout.dims[d] for d in _permutation(call))))
+def _as_real(call: Call) -> Labels:
+    names = plain(call.specs[0])
+    return by_argument(call, (*names, None), self=names)
 
 
-def _permute_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    dims: list[Partition | None] = [None] * len(wanted.dims)
-    for at, d in enumerate(_permutation(call)):
-        dims[d] = wanted.dims[at]
-    return (Layout(tuple(dims)),)
+def _as_complex(call: Call) -> Labels:
+    names = plain(call.out)
+    return by_argument(call, names, self=(*names, None))
 
 
-def _expand(call: Call) -> Ruling:
-    layout = call.layouts[0].summed()
-    shape, out = call.specs[0].shape, call.out.shape
-    offset = len(out) - len(shape)
-    dims = [None] * offset + [d if shape[i] == out[i + offset] else None for i, d in enumerate(layout.dims)]
-    output = Layout(tuple(dims))
-    return Ruling((layout,), output, lambda rank: same_call(call, size=list(output.local_shape(out, rank))))
+def _diagonal(call: Call) -> Labels:
+    """The diagonal of two dims, which must be whole, becomes the last dim."""
+    ndim, arguments = len(call.specs[0].shape), call.arguments
+    pair = [arguments["dim1"] % ndim, arguments["dim2"] % ndim]
+    names = plain(call.specs[0], pair)
+    return by_argument(call, (*(name for d, name in enumerate(names) if d not in pair), None), self=names)
 
 
-def _expand_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    shape, out = call.specs[0].shape, call.out.shape
-    offset = len(out) - len(shape)
-    if any(wanted.dims[d] is not None and (d < offset or shape[d - offset] == 1) for d in range(len(out))):
-        return None
-    return (Layout(wanted.dims[offset:]),)
+def _diag_embed(call: Call) -> Labels:
+    ndim, arguments = len(call.out.shape), call.arguments
+    pair = {arguments["dim1"] % ndim, arguments["dim2"] % ndim}
+    rest = iter(range(ndim - 2))
+    names = tuple(None if d in pair else next(rest) for d in range(ndim))
+    return by_argument(call, names, self=(*range(ndim - 2), None))
 
 
-def _repeat_interleave(call: Call) -> Ruling:
-    arguments = call.arguments
-    dim, count = arguments["dim"], arguments["repeats"]
-    if dim is None or not isinstance(count, int):
-        return Ruling((Layout.whole(len(call.specs[0].shape)),), Layout.whole(len(call.out.shape)), fallback="flattened")
-    layout = call.layouts[0].summed()
-    partition = layout.dims[dim]
-    if partition is None:
-        return Ruling((layout,), layout)
-    every = Indices.range(0, count)
-    tiled = partition.map(partition.size * count, lambda part: part.outer(every, count))
-    return Ruling((layout,), layout.with_dims({dim: tiled}), lambda rank: same_call(call, output_size=None))
+def _windows(call: Call) -> Labels:
+    """`unfold`: windows of a dim, which must be whole; their elements become the last dim."""
+    names = plain(call.specs[0], [call.arguments["dimension"]] if call.specs[0].shape else [])
+    return by_argument(call, (*names, None), self=names)
 
 
-def _repeat_interleave_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    arguments = call.arguments
-    dim, count = arguments["dim"], arguments["repeats"]
-    if dim is None or not isinstance(count, int):
-        return None
-    partition = wanted.dims[dim]
-    if partition is None:
-        return (wanted,)
-    pairs = {part: part.factor(count) for part in set(partition.parts) if part.size}
-    if any(pair is None or not pair[1].is_whole(count) for pair in pairs.values()):
-        return None
-    outer = partition.map(partition.size // count, lambda part: pairs[part][0] if part.size else part)  # type: ignore[index]
-    return (wanted.with_dims({dim: outer}),)
-
-
-def _repeat(call: Call) -> Ruling:
-    counts = call.arguments["repeats"]
-    offset = len(counts) - len(call.specs[0].shape)
-    layout = call.layouts[0].summed()
-    dims: list[Partition | None] = [None] * offset
-    for partition, count in zip(layout.dims, counts[offset:], strict=True):
-        if partition is not None and count != 1:
-            every, size = Indices.range(0, count), partition.size
-            partition = partition.map(size * count, lambda part, e=every, s=size: e.outer(part, s))  # type: ignore[misc]
-        dims.append(partition)
-    return Ruling((layout,), Layout(tuple(dims)))
-
-
-def _repeat_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    counts = call.arguments["repeats"]
-    offset = len(counts) - len(call.specs[0].shape)
-    if any(dim is not None and count != 1 for dim, count in zip(wanted.dims, counts, strict=True)):
-        return None
-    return (Layout(wanted.dims[offset:]),)
-
-
-def _reverse(call: Call) -> Ruling:
-    """flip and roll: local along dims that are not divided."""
-    dims = call.arguments["dims"] or range(len(call.out.shape))
-    layout = dims_whole(call, 0, list(dims))
-    return Ruling((layout,), layout)
-
-
-def _as_real(call: Call) -> Ruling:
-    layout = call.layouts[0].summed()
-    return Ruling((layout,), Layout((*layout.dims, None)))
-
-
-def _as_complex(call: Call) -> Ruling:
-    layout = dims_whole(call, 0, [-1])
-    return Ruling((layout,), Layout(layout.dims[:-1]))
+def _strided(call: Call) -> Ruling:
+    return gather_all(call, "depends on how the whole value lies in memory")
 
 
 RULES = {
     **rules_of(
-        Rule(_view, _view_demand),
+        Rule(
+            lambda call: _either(call).forward(call),
+            lambda call, wanted: _either(call).demand(call, wanted),
+        ),
         aten.view,
         aten._unsafe_view,
         aten.reshape,
@@ -250,11 +212,11 @@ RULES = {
         aten.flatten,
         aten.unflatten,
     ),
-    **rules_of(Rule(_permute, _permute_demand), aten.permute, aten.transpose, aten.t),
-    **rules_of(Rule(_expand, _expand_demand), aten.expand),
-    **rules_of(Rule(_repeat, _repeat_demand), aten.repeat),
-    **rules_of(Rule(_repeat_interleave, _repeat_interleave_demand), aten.repeat_interleave),
-    **rules_of(Rule(_reverse), aten.flip, aten.roll),
-    **rules_of(Rule(_as_real, lambda call, wanted: (Layout(wanted.dims[:-1]),)), aten.view_as_real),
-    **rules_of(Rule(_as_complex, lambda call, wanted: (Layout((*wanted.dims, None)),)), aten.view_as_complex),
+    **rules_of(labelled(_permutation), aten.permute, aten.transpose, aten.t, aten.swapaxes, aten.swapdims),
+    **rules_of(labelled(_as_real), aten.view_as_real),
+    **rules_of(labelled(_as_complex), aten.view_as_complex),
+    **rules_of(labelled(_diagonal), aten.diagonal),
+    **rules_of(labelled(_diag_embed), aten.diag_embed),
+    **rules_of(labelled(_windows), aten.unfold),
+    **rules_of(Rule(_strided), aten.as_strided, aten.as_strided_scatter),
 }

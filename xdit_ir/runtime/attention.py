@@ -7,10 +7,16 @@ import math
 import torch
 
 
+MOST_SCORES = 2**28
+
+
 def attention_with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax(q k^T scale + mask) v` and the log-sum-exp of each row, both fp32 (fp64 for fp64 inputs).
+
+    On CUDA in half precision without a mask by PyTorch's flash kernel (FlashAttention-2, arXiv 2307.08691), else by
+    matrix products over blocks of queries.
 
     Args:
         q: `[..., queries, dim]`; k: `[..., keys, dim]`; v: `[..., keys, dim_v]`.
@@ -19,6 +25,25 @@ def attention_with_lse(
     Returns:
         `[..., queries, dim_v]` and `[..., queries, 1]`; rows without any key give 0 and -inf.
     """
+    if _flash_fits(q, v, mask):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        return out.float(), lse.float().unsqueeze(-1)
+    rows = max(1, MOST_SCORES // max(1, math.prod(q.shape[:-2]) * k.shape[-2]))
+    blocks = []
+    for start in range(0, max(q.shape[-2], 1), rows):
+        part = mask[..., start : start + rows, :] if mask is not None and mask.shape[-2] > 1 else mask
+        blocks.append(_reference(q[..., start : start + rows, :], k, v, part, scale))
+    return torch.cat([out for out, _ in blocks], -2), torch.cat([lse for _, lse in blocks], -2)
+
+
+def _flash_fits(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    plain = mask is None and q.is_cuda and q.dim() == 4 and q.shape[-1] == v.shape[-1] and q.numel() > 0
+    return plain and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+
+
+def _reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = torch.matmul(q, k.transpose(-1, -2)).to(wide) * factor

@@ -1,0 +1,104 @@
+"""Real processes that run jobs together: `workers(n).run("job", ...)` gives every rank's result, within a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class Workers:
+    """Processes with torchrun's environment, started once; job functions live in `jobs.py`."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._processes: list[subprocess.Popen[str]] = []
+        self._answers: list[queue.Queue[str]] = []
+        self._logs: list[IO[str]] = []
+
+    def run(self, job: str, limit: float = 120, **arguments: Any) -> list[Any]:
+        """Results of all ranks; a rank's exception comes as `{"error": class name, "message": text}`."""
+        if not self._processes:
+            self._start()
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
+            process.stdin.flush()
+        deadline = time.monotonic() + limit
+        try:
+            return [
+                json.loads(answers.get(timeout=max(0.1, deadline - time.monotonic())))
+                for answers in self._answers
+            ]
+        except queue.Empty:
+            logs = "\n".join(f"rank {rank}:\n{self._tail(rank)}" for rank in range(self.count))
+            self.stop()
+            pytest.fail(f"job {job} did not end within {limit} s on every rank\n{logs}")
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {
+            "WORLD_SIZE": self.count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": 1,
+        }
+        for rank in range(self.count):
+            own = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+            process = subprocess.Popen(
+                [sys.executable, str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **own},
+            )
+            answers: queue.Queue[str] = queue.Queue()
+            threading.Thread(target=_read, args=(process, answers), daemon=True).start()
+            self._processes.append(process)
+            self._answers.append(answers)
+            self._logs.append(log)
+
+    def _tail(self, rank: int) -> str:
+        self._logs[rank].seek(0)
+        return self._logs[rank].read()[-3000:]
+
+    def stop(self) -> None:
+        """End the processes; the next `run` starts new ones."""
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        for log in self._logs:
+            log.close()
+        self._processes, self._answers, self._logs = [], [], []
+
+
+def _read(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        answers.put(line)
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Callable[[int], Workers]]:
+    """Pools by number of processes."""
+    pools: dict[int, Workers] = {}
+    yield lambda count: pools.setdefault(count, Workers(count))
+    for pool in pools.values():
+        pool.stop()

@@ -1,0 +1,236 @@
+"""What every rank does in the tests; each function returns plain data for the test to judge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import xdit_ir as xir
+from xdit_ir import models
+
+Degrees = dict[str, int]
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """Largest relative error over the tensors of two outputs of equal structure."""
+    pairs = zip(pytree.tree_leaves(_plain(got)), pytree.tree_leaves(_plain(want)), strict=True)
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs if isinstance(b, torch.Tensor))
+
+
+def _plain(output: Any) -> Any:
+    return dict(output) if hasattr(output, "items") else output
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _load(name: str) -> tuple[nn.Module, dict[str, Any], Any]:
+    torch.set_num_threads(1)
+    model, example = models.load(f"{name}:tiny")
+    with torch.no_grad():
+        return model, example, model(**example)
+
+
+def _failure(function: Callable[[], Any]) -> dict[str, Any]:
+    start = time.monotonic()
+    try:
+        function()
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - start}
+    return {"error": "", "message": "", "seconds": time.monotonic() - start}
+
+
+def equal_outputs(name: str, degree_sets: list[Degrees]) -> dict[str, Any]:
+    """Emit the model for each set of degrees and compare with one device."""
+    model, example, want = _load(name)
+    traced = xir.trace(model, example)
+    errors, kinds = [], []
+    for degrees in degree_sets:
+        module = traced.parallelize(**degrees).emit(model)
+        with torch.no_grad():
+            got = module(**example)
+        errors.append(relative_error(got, want))
+        kinds.append(type(got) is type(want))
+    return {"errors": errors, "kinds": kinds}
+
+
+class Reader(nn.Module):
+    """One layer of attention over the first `max(lengths)` tokens: a model that reads an input's contents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor, flip: bool = False) -> torch.Tensor:
+        """`x [batch, tokens, 8]` -> `[batch, max(lengths), 8]`."""
+        x = x[:, : int(lengths.max())]
+        q, k, v = self.qkv(x.flip(-1) if flip else x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        heads = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+
+def _reader(tokens: int = 12) -> tuple[Reader, dict[str, Any]]:
+    torch.manual_seed(0)
+    return Reader(), {"x": torch.randn(2, tokens, 8), "lengths": torch.tensor([7, 10])}
+
+
+def _first(example: dict[str, Any]) -> dict[str, Any]:
+    """The first half of a batch of two."""
+    halves = (isinstance(item, torch.Tensor) and item.shape[:1] == (2,) for item in example.values())
+    return {
+        key: item[:1] if half else item for (key, item), half in zip(example.items(), halves, strict=True)
+    }
+
+
+def reloaded_weights(name: str, degrees: Degrees) -> dict[str, Any]:
+    """Load other weights after the first forward: into the original, into the port, and by assignment."""
+    model, example, _ = _load(name)
+    ported = xir.port(model, **degrees)
+    errors = []
+    with torch.no_grad():
+        ported(**example)
+        for seed, load in enumerate((model.load_state_dict, ported.load_state_dict, _assign(ported)), 1):
+            other = models.load(f"{name}:tiny", seed=seed)[0]
+            load(other.state_dict())
+            errors.append(relative_error(ported(**example), other(**example)))
+    return {"errors": errors, "programs": len(ported.programs)}
+
+
+def _assign(module: nn.Module) -> Callable[[Any], Any]:
+    return lambda state: module.load_state_dict(state, assign=True)
+
+
+def specialisations(degrees: Degrees) -> list[list[Any]]:
+    """[number of programs, error, shape] after each call of a model that reads lengths."""
+    model, example = _reader()
+    ported = xir.port(model, **degrees)
+    longer = _reader(tokens=15)[1]
+    calls = [
+        example,
+        {**example, "x": example["x"] + 1},
+        {**example, "lengths": torch.tensor([10, 7])},
+        {**example, "flip": True},
+        longer,
+        example,
+        {**example, "x": example["x"].double()},
+    ]
+    seen: list[list[Any]] = []
+    with torch.no_grad():
+        for call in calls:
+            model.to(call["x"].dtype)
+            got = ported(**call)
+            error = relative_error(got, model(**call))
+            seen.append([len(ported.programs), error, ported.program is ported.programs[0]])
+    return seen
+
+
+def changed_model(degrees: Degrees) -> list[list[Any]]:
+    """[number of programs, error] after a submodule is replaced, after an unseen change, and after `reset`."""
+    model, example = _reader()
+    ported = xir.port(model, **degrees)
+    seen: list[list[Any]] = []
+    with torch.no_grad():
+        ported(**example)
+        torch.manual_seed(5)
+        ported.out = nn.Linear(8, 16)
+        seen.append([len(ported.programs), relative_error(ported(**example), model(**example))])
+        assert len(ported.programs) == 2
+        ported.reset()
+        seen.append([len(ported.programs), relative_error(ported(**example), model(**example))])
+    return seen
+
+
+def differing_inputs(change: str, degrees: Degrees, how: str) -> dict[str, Any]:
+    """Rank 1 calls otherwise than rank 0; afterwards both make the same call again."""
+    model, example = _reader()
+    if how == "emit":
+        module: Any = xir.trace(model, example).parallelize(**degrees).emit(model)
+    else:
+        module = xir.port(model, **degrees)
+    with torch.no_grad():
+        if how != "first call":
+            module(**example)
+        call: dict[str, Any] = dict(example)
+        if _rank() == 1:
+            call |= {
+                "shape": {"x": torch.randn(2, 14, 8)},
+                "dtype": {"x": example["x"].double()},
+                "value": {"flip": True},
+                "contents": {"lengths": torch.tensor([3, 4])},
+                "unknown": {"surplus": 1},
+            }[change]
+        result = _failure(lambda: module(**call))
+        result["afterwards"] = relative_error(module(**example), model(**example))
+    return result
+
+
+def failing_trace(degrees: Degrees) -> dict[str, Any]:
+    """A model that cannot be traced on rank 1 alone."""
+    model, example = _reader()
+    if _rank() == 1:
+        model.register_forward_pre_hook(lambda module, args: 1 / 0)
+    return _failure(lambda: xir.port(model, **degrees)(**example))
+
+
+def batch_of_one(name: str) -> dict[str, Any]:
+    """cfg=2 with a batch of one, then with two."""
+    model, example, want = _load(name)
+    ported = xir.port(model, cfg=2)
+    with torch.no_grad():
+        result = _failure(lambda: ported(**_first(example)))
+        result["programs"], result["none"] = len(ported.programs), ported.program is None
+        result["afterwards"] = relative_error(ported(**example), want)
+    return result
+
+
+def wrong_world_size(degrees: Degrees) -> list[dict[str, Any]]:
+    """Once before the process group exists, and whatever way the module is made."""
+    model, example = _reader()
+    program = xir.trace(model, example).parallelize(**degrees)
+    return [_failure(lambda: program.emit(model)), _failure(lambda: xir.port(model, **degrees)(**example))]
+
+
+def no_handshake(degrees: Degrees) -> float:
+    """Without the handshake there is no side group."""
+    model, example = _reader()
+    ported = xir.port(model, handshake=False, **degrees)
+    with torch.no_grad():
+        return relative_error(ported(**example), model(**example))
+
+
+def compiled_bodies(name: str, degrees: Degrees) -> dict[str, Any]:
+    """Compile each shared block, whole; all layers must use it."""
+    from torch._dynamo.utils import counters
+
+    model, example, want = _load(name)
+    emitted = xir.trace(model, example).parallelize(**degrees).emit(model)
+    torch._dynamo.reset()
+    counters.clear()
+    for body in emitted.bodies.values():
+        body.module.compile(backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        error = relative_error(emitted(**example), want)
+    return {"error": error, "bodies": len(emitted.bodies), "graphs": counters["stats"]["unique_graphs"]}
+
+
+def pipeline(degrees: Degrees, steps: int) -> dict[str, Any]:
+    """An unmodified diffusers pipeline, before and after its transformer is replaced."""
+    from xdit_ir.tools.demo_pipeline import build_pipeline, generate
+
+    torch.set_num_threads(1)
+    pipe = build_pipeline()
+    want = generate(pipe, steps)
+    pipe.transformer = xir.port(pipe.transformer, **degrees)
+    got = generate(pipe, steps)
+    return {
+        "error": (got - want).abs().max().item(),
+        "spread": want.std().item(),
+        "programs": len(pipe.transformer.programs),
+    }

@@ -1,0 +1,212 @@
+"""Every command: what it prints, its exit status, and what it says when it is used wrongly."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xdit_ir import models
+from xdit_ir.check import CheckResult, Divergence
+from xdit_ir.tools import cmd_check
+from xdit_ir.tools.cli import main
+
+TINY = "flux.1-dev:tiny"
+Capture = pytest.CaptureFixture[str]
+
+TARGETS = """
+import torch
+from torch import nn
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Mlp() for _ in range(2))
+        self.heads = nn.Linear(8, 24)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        q, k, v = self.heads(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+def build():
+    return Model(), {"x": torch.randn(2, 12, 8)}
+
+def on_meta():
+    return Model().to("meta"), {"x": torch.randn(2, 12, 8)}
+
+def broken():
+    raise ValueError("no weights today")
+
+def no_model():
+    return Model()
+
+not_callable = 3
+"""
+
+
+def fails(capsys: Capture, *argv: str) -> str:
+    """Standard error of a command that must exit with 2, without a traceback and without other output."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert out == ""
+    return re.sub(r"\s+", " ", err)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("targets")
+    (path / "cli_targets.py").write_text(TARGETS)
+    (path / "cli_imports_nothing.py").write_text("import no_such_package_at_all\n")
+    return path
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_models_are_listed_with_their_sizes(capsys: Capture) -> None:
+    assert main(["models"]) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert {row[1].strip() for row in rows} == set(models.names())
+    flux = next([cell.strip() for cell in row[1:4]] for row in rows if "flux" in row[1])
+    assert flux == ["flux.1-dev", "FluxTransformer2DModel", "11.90 billion"]
+
+
+def test_inspect_full_size_without_memory(capsys: Capture) -> None:
+    assert main(["inspect", "flux.1-dev", "--ulysses", "2"]) == 0
+    out, err = capsys.readouterr()
+    before, after, report = re.split(r"(?m)^# .*flux\.1-dev.*$", out)[1:]
+    assert before.count("FluxSingleTransformerBlock<") == after.count("FluxSingleTransformerBlock<") == 38
+    assert "bf16[1, 4096, 3072]" in before and "ulysses" not in before
+    assert "bf16[1, 4096/ulysses, 3072]" in after
+    assert "74.38 TFLOP" in report and "all_to_all" in report
+    assert err == ""
+
+
+def test_inspect_without_degrees_prints_the_program_once(capsys: Capture) -> None:
+    assert main(["inspect", TINY]) == 0
+    out = capsys.readouterr().out
+    assert out.count("program ") == 1 and "report" not in out
+
+
+def test_inspect_one_block_after_each_pass(capsys: Capture) -> None:
+    assert main(["inspect", TINY, "--ulysses", "2", "--passes", "--block", "FluxTransformerBlock"]) == 0
+    out = capsys.readouterr().out
+    titles = re.findall(r"(?m)^# (.*)$", out)
+    assert titles[0] == TINY and titles[-1].startswith("report")
+    passes = ["canonicalize", "find-tokens", "split-batch", "shard-tokens", "lower-attention"]
+    assert [title for title in titles if title.removeprefix("after ") in passes] == [
+        f"after {p}" for p in passes
+    ]
+    assert out.count("block FluxTransformerBlock(") == len(titles) - 1
+    assert "block FluxSingleTransformerBlock(" not in out
+    assert "scaled_dot_product_attention(" in out and "= all_to_all(" in out
+
+
+def test_inspect_bodies_to_a_file(capsys: Capture, tmp_path: Path) -> None:
+    path = tmp_path / "program.txt"
+    assert main(["inspect", TINY, "--ring", "2", "--bodies", "--output", str(path)]) == 0
+    assert str(path) in capsys.readouterr().out
+    text = path.read_text()
+    assert "= ring_attention(" in text and text.count("block FluxTransformerBlock(") == 2
+
+
+def test_inspect_only_the_report(capsys: Capture) -> None:
+    assert main(["inspect", TINY, "--cfg", "2", "--report"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# report") and "program" not in out and "gather" in out
+
+
+def test_inspect_a_function(capsys: Capture, here: Path) -> None:
+    assert main(["inspect", "cli_targets:on_meta", "--ulysses", "2"]) == 0
+    assert "f32[2, 12/ulysses, 8]" in capsys.readouterr().out
+
+
+def test_check_table_and_status(capsys: Capture) -> None:
+    assert main(["check", TINY, "--degrees", "u2,c2r2"]) == 0
+    out, err = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert [(row[0], row[1], row[5]) for row in rows] == [("u2", "2", "equal"), ("c2r2", "4", "equal")]
+    for _, ranks, error, share, sent, _ in rows:
+        assert float(error) < 1e-5 and float(sent) > 0
+        assert float(share) == pytest.approx(1 / int(ranks), rel=0.05)
+    assert err == ""
+
+
+def test_check_a_function(capsys: Capture, here: Path) -> None:
+    assert main(["check", "cli_targets:build", "--degrees", "u2"]) == 0
+    assert "equal" in capsys.readouterr().out
+
+
+def test_check_refused_degrees_are_explained_and_the_others_checked(capsys: Capture) -> None:
+    assert main(["check", TINY, "--degrees", "c3,u2"]) == 2
+    out, err = capsys.readouterr()
+    assert "refused" in out and "equal" in out
+    assert re.search(r"c3: cfg=3 .* cfg=2", err)
+
+
+def test_check_difference_names_the_place(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Divergence("blocks.3", "linear_2", "model.py:7: y = self.proj(x)", 1, 0.5, "got 1; expected 2")
+    wrong = CheckResult(False, 0.25, 1e-5, 2, place)
+    monkeypatch.setattr(cmd_check, "check_parallel", lambda *args, **kwargs: wrong)
+    assert main(["check", TINY, "--degrees", "u2"]) == 1
+    out = capsys.readouterr().out
+    assert "DIFFERENT" in out and "blocks.3, linear_2 on rank 1" in out and "model.py:7" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["check", "flux.1-dev"], "check flux.1-dev:tiny"),
+        (["check", TINY, "--degrees", "2u"], "nearest legal form is 'u2'"),
+        (["check", "cli_targets:on_meta"], "on the meta device; check needs real weights"),
+        (["inspect", "flux.1-def"], "nearest: flux.1-dev"),
+        (["inspect", "flux.1-dev:big"], "nearest: flux.1-dev"),
+        (["inspect", TINY, "--ulysses", "0"], "nearest legal one is ulysses=1"),
+        (["inspect", TINY, "--cfg", "3"], "cfg=2"),
+        (["inspect", TINY, "--block", "FluxBlock"], "nearest: FluxTransformerBlock"),
+        (["inspect", "no_such_module:build"], "there is no module 'no_such_module'"),
+        (
+            ["inspect", "cli_imports_nothing:build"],
+            "importing cli_imports_nothing raised ModuleNotFoundError",
+        ),
+        (["inspect", "cli_targets:absent"], "has no function absent"),
+        (["inspect", "cli_targets:not_callable"], "has no function not_callable"),
+        (["inspect", "cli_targets:no_model"], "should return (model, example)"),
+        (["inspect", "cli_targets:broken"], "raised ValueError: no weights today"),
+        (["inspect", TINY, "--output", "no/such/folder/file"], "cannot write no/such/folder/file"),
+        (["inspect"], "required: MODEL"),
+        (["insect"], "invalid choice: 'insect'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_wrong_usage(capsys: Capture, here: Path, argv: list[str], said: str) -> None:
+    assert said in fails(capsys, *argv)
+
+
+def test_errors_name_the_line_of_the_users_file(capsys: Capture, here: Path) -> None:
+    line = TARGETS.splitlines().index('    raise ValueError("no weights today")') + 1
+    assert f"cli_targets.py:{line})" in fails(capsys, "inspect", "cli_targets:broken")
+
+
+def test_module_is_runnable_and_help_exits_with_0() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "xdit_ir.tools.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(command in done.stdout for command in ("inspect", "check", "models"))

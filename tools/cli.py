@@ -1,0 +1,52 @@
+"""The command line `xdit-ir`: parse, dispatch, and turn our own errors into a line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from xdit_ir.errors import XditError
+from xdit_ir.tools import cmd_check, cmd_inspect, cmd_models
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 on success; 2 for wrong usage and for every `XditError`, which becomes one line on standard error;
+        or the command's own status.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        status = int(args.run(args))
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse: --help, or wrong usage
+        return stop.code if isinstance(stop.code, int) else USAGE_ERROR
+    except XditError as error:
+        print(f"xdit-ir: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except BrokenPipeError:  # `xdit-ir inspect ... | head`; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xdit-ir",
+        description="Port a diffusion transformer to several GPUs: look at it and check it on a laptop.",
+    )
+    parser.add_argument("--version", action="version", version=f"xdit-ir {version('xdit-ir')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in (cmd_inspect, cmd_check, cmd_models):
+        command.add_parser(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

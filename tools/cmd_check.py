@@ -1,0 +1,120 @@
+"""`xdit-ir check`: does every rank compute what the model computes? One row per set of degrees."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+import xdit_ir as xir
+from xdit_ir.api import TracedProgram
+from xdit_ir.check import CheckResult, check_parallel
+from xdit_ir.errors import XditError
+from xdit_ir.report import Report
+from xdit_ir.tools import degrees, targets
+from xdit_ir.tools.terminal import progress_bar, working, write
+
+EQUAL, DIFFERENT, REFUSED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for one set of degrees: a result and its cost, or the error that refused it."""
+
+    degrees: degrees.Degrees
+    result: CheckResult | None = None
+    report: Report | None = None
+    error: XditError | None = None
+
+    def cells(self) -> list[str]:
+        """The row's text."""
+        if self.result is None or self.report is None:
+            return [str(self.degrees), "-", "-", "-", "-", "[yellow]refused[/]"]
+        share = max(self.report.flops_per_rank) / max(self.report.flops_total, 1)
+        sent = sum(entry.bytes_per_rank for entry in self.report.collectives) / 2**20
+        verdict = "[green]equal[/]" if self.result.ok else "[bold red]DIFFERENT[/]"
+        error = f"{self.result.max_relative_error:.1e}"
+        return [str(self.degrees), str(self.result.world_size), error, f"{share:.4f}", f"{sent:.3f}", verdict]
+
+
+def add_parser(commands: Any) -> None:
+    """Describe the command to argparse."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "check",
+        help="prove that the parallel programs compute what the model computes",
+        description="Run every rank of every set of degrees in this process and compare with the model. "
+        "Exit status: 0 all equal, 1 some differ, 2 wrong usage or refused degrees.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=targets.HELP)
+    parser.add_argument(
+        "--degrees", default="u2,r2,u2r2", metavar="LIST", help="such as u2,r3,c2u2 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="largest relative error (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="where to run (default: cpu)")
+    parser.add_argument("--force", action="store_true", help="allow a full-size model of the zoo on the CPU")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check all sets of degrees, print the table and what failed."""
+    wanted = degrees.parse(args.degrees)
+    target = _load(args)
+    with working(f"tracing {args.model}"):
+        traced = xir.trace(target.model, target.example)
+    rows = []
+    with progress_bar() as progress:
+        task = progress.add_task("checking", total=len(wanted))
+        for one in wanted:
+            progress.update(task, description=f"checking {one}")
+            rows.append(_check(one, traced, target, args.tolerance))
+            progress.advance(task)
+    _print(rows, args)
+    if any(row.result is not None and not row.result.ok for row in rows):
+        return DIFFERENT
+    return REFUSED if any(row.error is not None for row in rows) else EQUAL
+
+
+def _load(args: argparse.Namespace) -> targets.Target:
+    if targets.is_full_size(args.model) and not args.force and args.device is None:
+        raise XditError(
+            f"{args.model} in full size needs memory for all its weights; check {args.model}:tiny, which has "
+            "the same kinds of layers (or name a --device, or give --force)"
+        )
+    device = args.device or "cpu"
+    with working(f"loading {args.model}"):
+        target = targets.resolve(args.model, device=device)
+        if any(tensor.is_meta for tensor in target.tensors()):
+            raise XditError(
+                f"{args.model} has tensors on the meta device; check needs real weights and inputs"
+            )
+        return target.to(device)
+
+
+def _check(one: degrees.Degrees, traced: TracedProgram, target: targets.Target, tolerance: float) -> Row:
+    try:
+        parallel = traced.parallelize(**one.as_dict())
+        result = check_parallel(parallel, target.model, target.example, tolerance=tolerance)
+    except XditError as error:
+        return Row(one, error=error)
+    return Row(one, result, parallel.report())
+
+
+def _print(rows: list[Row], args: argparse.Namespace) -> None:
+    table = Table(title=f"{args.model}: every rank against the model, tolerance {args.tolerance:.0e}")
+    table.add_column("degrees")
+    for name in ("ranks", "max relative error", "slowest rank's FLOPs", "MiB sent"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for row in rows:
+        table.add_row(*row.cells())
+    write(table)
+    for row in rows:
+        if row.result is not None and not row.result.ok:
+            print(f"{row.degrees}: {row.result}")
+        elif row.error is not None:
+            print(f"xdit-ir: {row.degrees}: {row.error}", file=sys.stderr)

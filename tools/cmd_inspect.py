@@ -1,0 +1,120 @@
+"""`xdit-ir inspect`: a model's program, before and after it is divided over ranks, and what that costs."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import xdit_ir as xir
+from xdit_ir.api import TracedProgram
+from xdit_ir.errors import XditError
+from xdit_ir.passes.base import Pass, run_passes
+from xdit_ir.pipeline import analysis_passes, mesh_of
+from xdit_ir.printer import body_text, program_text
+from xdit_ir.program import Program
+from xdit_ir.tools import targets
+from xdit_ir.tools.degrees import Degrees
+from xdit_ir.tools.terminal import working, write_text
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+View = Callable[[Program], str]
+
+
+def add_parser(commands: Any) -> None:
+    """Describe the command to argparse."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect",
+        help="print a model's program, and what parallel degrees make of it",
+        description="Print a model's program; with a degree, also the program of the ranks, and a report. "
+        "Needs no GPU, and for the zoo no memory for weights.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=targets.HELP)
+    for name in Degrees().as_dict():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"ranks along {name} (default 1)")
+    parser.add_argument(
+        "--bodies", action="store_true", help="print every operator, not only the block level"
+    )
+    parser.add_argument("--block", metavar="NAME", help="print only this block, with every operator")
+    parser.add_argument("--passes", action="store_true", help="print the program after each pass")
+    parser.add_argument("--report", action="store_true", help="print only the report")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead")
+    parser.add_argument(
+        "--device", default="meta", help="where a zoo model is made (default: meta, no memory)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of a zoo model (default: bfloat16, for :tiny float32)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print, or write to a file; nothing is printed if a degree is illegal."""
+    given = {name: getattr(args, name) for name in Degrees().as_dict() if getattr(args, name) is not None}
+    mesh_of(given)
+    sections = _sections(args, given)
+    if args.output is None:
+        for section in sections:
+            write_text(section)
+        return 0
+    text = "\n".join(sections) + "\n"
+    try:
+        args.output.write_text(text)
+    except OSError as error:
+        raise XditError(f"cannot write {args.output}: {error.strerror}") from None
+    print(f"wrote {len(text.splitlines())} lines to {args.output}")
+    return 0
+
+
+def _sections(args: argparse.Namespace, given: dict[str, int]) -> list[str]:
+    traced = _trace(args)
+    view = _view(args, traced.ir)
+    before = [f"# {args.model}\n{view(traced.ir)}"]
+    if args.passes:
+        before += _analysis(traced, view)
+    if not given and not args.report:
+        return before
+    named = " ".join(f"{name}={size}" for name, size in given.items()) or "one rank"
+    steps: list[str] = []
+    with working(f"parallelizing: {named}"):
+        parallel = traced.parallelize(**given, after=lambda one, ir: steps.append(_after(one, ir, view)))
+        report = f"# report: {args.model}, {named}\n{str(parallel.report()).rstrip()}"
+    if args.report:
+        return [report]
+    after = steps if args.passes else [f"# {args.model}, {named}\n{view(parallel.ir)}"]
+    return [*before, *after, report]
+
+
+def _trace(args: argparse.Namespace) -> TracedProgram:
+    dtype = DTYPES.get(args.dtype, torch.bfloat16 if targets.is_full_size(args.model) else None)
+    with working(f"tracing {args.model}"):
+        target = targets.resolve(args.model, device=args.device, dtype=dtype)
+        return xir.trace(target.model, target.example)
+
+
+def _analysis(traced: TracedProgram, view: View) -> list[str]:
+    """The program after each pass that does not depend on the degrees."""
+    seen: list[str] = []
+    run_passes(traced.ir, analysis_passes(), lambda one, program: seen.append(_after(one, program, view)))
+    return seen
+
+
+def _after(one: Pass, program: Program, view: View) -> str:
+    return f"# after {one.name}\n{view(program)}"
+
+
+def _view(args: argparse.Namespace, program: Program) -> View:
+    """How to print a program: whole, with every operator, or one block of it."""
+    block = args.block
+    if block is None:
+        return lambda shown: program_text(shown, bodies=args.bodies)
+    if block not in program.blocks:
+        known = list(program.blocks)
+        near = difflib.get_close_matches(block, known, n=1, cutoff=0.0)
+        hint = f"nearest: {near[0]}; there are {', '.join(known)}" if near else "it has no shared blocks"
+        raise XditError(f"{args.model} has no block {block!r}; {hint}")
+    return lambda shown: body_text(shown, block)

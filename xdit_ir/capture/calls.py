@@ -1,0 +1,79 @@
+"""The arguments of a block's call, flattened and comparable."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_ir.capture.fingerprint import describe
+from xdit_ir.capture.inputs import path_name
+from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.values import Unshareable, Value
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Arguments of a block call: the distinct tensors, and how they and literals make up the arguments.
+
+    Calls with equal `key` differ at most in the contents of their tensors.
+    """
+
+    tensors: list[torch.Tensor]
+    values: list[Value]
+    names: list[str]
+    key: tuple[Any, ...]
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+
+
+def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """Flatten a call's arguments; raises `Unshareable` if tensors or modules hide inside an object."""
+    paths, spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
+    tensors: list[torch.Tensor] = []
+    names: list[str] = []
+    places: dict[int, int] = {}
+    key: list[Any] = [str(spec)]
+    parameters = _positional(forward)
+    for path, leaf in paths:
+        if not isinstance(leaf, torch.Tensor):
+            key.append(_literal(leaf))
+            continue
+        if id(leaf) not in places:
+            places[id(leaf)] = len(tensors)
+            tensors.append(leaf)
+            names.append(_name(path, parameters))
+        key.append((places[id(leaf)], tuple(leaf.shape), leaf.stride(), leaf.dtype, str(leaf.device)))
+    values = [recorder.value(tensor) for tensor in tensors]
+    return Call(tensors, values, names, tuple(key), [leaf for _, leaf in paths], spec)
+
+
+def _positional(forward: Any) -> list[str]:
+    try:
+        return list(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def _name(path: Any, parameters: list[str]) -> str:
+    """A name for the placeholder of an argument leaf: that of forward's parameter, then the path inside."""
+    if path[0].idx == 0:
+        index = path[1].idx
+        head = parameters[index] if index < len(parameters) else "arg"
+        text = head + path_name(path[2:])
+    else:
+        text = path_name(path[1:])
+    return "".join(char if char.isalnum() else "_" for char in text).strip("_")
+
+
+def _literal(leaf: Any) -> Any:
+    inside = vars(leaf) if hasattr(leaf, "__dict__") and not callable(leaf) else None
+    hidden = (torch.Tensor, nn.Module)
+    if isinstance(leaf, nn.Module) or any(isinstance(item, hidden) for item in pytree.tree_leaves(inside)):
+        raise Unshareable(f"an argument of type {type(leaf).__name__}")
+    return describe(leaf)

@@ -1,0 +1,203 @@
+"""Prove that a parallel program computes what the model computes, and where it first does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, trace
+from xdit_ir.capture.inputs import bind_inputs
+from xdit_ir.interpret import Interpreter, model_state
+from xdit_ir.layout import Layout
+from xdit_ir.partition import Indices
+from xdit_ir.program import LAYOUT, WHERE, Program, Where, is_block_call
+
+UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first value, in execution order, that is not what the single-device program computes."""
+
+    block: str
+    node: str
+    source: str
+    rank: int
+    relative_error: float
+    statistics: str
+
+    def __str__(self) -> str:
+        return (
+            f"first divergence: {self.block or 'outer graph'}, {self.node} on rank {self.rank}, relative error "
+            f"{self.relative_error:.2e}\n  {self.source or 'no source line known'}\n  {self.statistics}"
+        )
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Whether every rank's output is the module's, within `tolerance`; `str()` explains."""
+
+    ok: bool
+    max_relative_error: float
+    tolerance: float
+    world_size: int
+    first_divergence: Divergence | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        verdict = "equal" if self.ok else "DIFFERENT"
+        lines = [
+            f"{verdict}: {self.world_size} ranks, largest relative error {self.max_relative_error:.2e} "
+            f"(tolerance {self.tolerance:.0e})",
+            *self.notes,
+        ]
+        if self.first_divergence is not None:
+            lines.append(str(self.first_divergence))
+        return "\n".join(lines)
+
+
+def check(
+    model: nn.Module, example: Example, *, tolerance: float = 1e-5, traced: TracedProgram | None = None, **degrees: Any
+) -> CheckResult:
+    """Trace, divide, simulate every rank and compare with the module itself; no GPU and no processes.
+
+    Args:
+        model: the module with real weights; `example`: its arguments, as for `trace`.
+        tolerance: largest accepted relative error (Frobenius norm) of any output tensor on any rank.
+        traced: an earlier trace of the same model and example, to save time.
+        degrees: as for `TracedProgram.parallelize`.
+
+    Raises:
+        XditError: the model cannot be captured or the degrees are illegal.
+    """
+    traced = trace(model, example) if traced is None else traced
+    return check_parallel(traced.parallelize(**degrees), model, example, tolerance=tolerance)
+
+
+def check_parallel(
+    parallel: ParallelProgram, model: nn.Module, example: Example, *, tolerance: float = 1e-5
+) -> CheckResult:
+    """`check` for a program that is already divided."""
+    with torch.no_grad():
+        args, kwargs = ((), dict(example)) if not isinstance(example, tuple) else (example, {})
+        expected = _tensors(model(*args, **kwargs))
+    notes = []
+    captured = relative_error(_tensors(run_single(parallel.original, model, example)), expected)
+    if captured > tolerance:
+        notes.append(f"the captured program itself differs from the module by {captured:.2e}: a defect of capture")
+    outputs = parallel.simulate(model, example)
+    worst = max(relative_error(_tensors(output), expected) for output in outputs)
+    ok = worst <= tolerance
+    found = None if ok else first_divergence(parallel, model, example, max(tolerance, 1e-5))
+    return CheckResult(ok, worst, tolerance, parallel.world_size, found, tuple(notes))
+
+
+def relative_error(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Largest relative error over corresponding tensors; infinite where shapes differ or a value is not finite."""
+    if len(got) != len(expected):
+        return float("inf")
+    return max((_relative(a, b) for a, b in zip(got, expected, strict=True)), default=0.0)
+
+
+def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    if not got.numel():
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = got.to(wide), expected.to(wide)
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0, a - b).norm().item()
+    scale = torch.where(b.isfinite(), b, 0).norm().item()
+    error = difference / scale if scale else difference
+    return error if error == error else float("inf")
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+@dataclass
+class _Comparison:
+    """Compares each rank's values with the single-device values of the same nodes, as they appear."""
+
+    program: Program
+    tolerance: float
+    expected: dict[tuple[str, str], Any] = field(default_factory=dict)
+    order: dict[tuple[str, str], int] = field(default_factory=dict)
+    nodes: dict[tuple[str, str], fx.Node] = field(default_factory=dict)
+    found: tuple[int, Divergence] | None = None
+
+    def record(self, prefix: str, node: fx.Node, value: Any) -> None:
+        """Remember a single-device value."""
+        key = (prefix, node.name)
+        self.order[key], self.nodes[key], self.expected[key] = len(self.order), node, value
+
+    def compare(self, rank: int, prefix: str, node: fx.Node, value: Any) -> None:
+        """Compare one rank's value; nodes that only a rank's program has, and pending sums, have no counterpart."""
+        key = (prefix, node.name)
+        here = self.nodes.get(key)
+        if here is None or here.op in ("placeholder", "get_attr") or is_block_call(here):
+            return
+        if getattr(getattr(here.target, "overloadpacket", None), "__name__", "") in UNINITIALISED:
+            return
+        if self.found is not None and self.order[key] >= self.found[0]:
+            return
+        for got, whole, layout in _parts(value, self.expected[key], here.meta[LAYOUT]):
+            if layout.partial:
+                continue
+            want = shard_of(whole, layout, rank)
+            error = _relative(got, want)
+            if error > self.tolerance:
+                self.found = self.order[key], self._describe(prefix, here, rank, error, got, want)
+
+    def _describe(
+        self, prefix: str, node: fx.Node, rank: int, error: float, got: torch.Tensor, want: torch.Tensor
+    ) -> Divergence:
+        where: Where = node.meta.get(WHERE, Where())
+        module = ".".join(part for part in (prefix, where.module) if part)
+        statistics = f"got {_statistics(got)}; expected {_statistics(want)}"
+        source = f"{where.source} (module {module})" if module else where.source
+        return Divergence(prefix, node.name, source, rank, error, statistics)
+
+
+def _statistics(x: torch.Tensor) -> str:
+    wide = x.abs() if x.is_complex() else x
+    wide = wide.double()
+    text = f"shape {tuple(x.shape)}"
+    return f"{text}, mean {wide.mean():.4g}, std {wide.std(correction=0):.4g}" if x.numel() else text
+
+
+def _parts(value: Any, whole: Any, layout: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, Layout]]:
+    if isinstance(layout, Layout):
+        yield value, whole, layout
+    else:
+        yield from zip(value, whole, layout, strict=True)
+
+
+def shard_of(whole: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor:
+    """A rank's part of a global tensor."""
+    for dim, partition in enumerate(layout.dims):
+        if partition is not None:
+            part: Indices = partition.parts[rank]
+            whole = whole.index_select(dim, torch.from_numpy(part.array).to(whole.device))
+    return whole
+
+
+def first_divergence(
+    parallel: ParallelProgram, model: nn.Module, example: Example, tolerance: float
+) -> Divergence | None:
+    """Run the divided program on one device, where a change of layout is the identity, and then on every rank."""
+    args, kwargs = ((), dict(example)) if not isinstance(example, tuple) else (example, {})
+    inputs = bind_inputs(model, parallel.original, args, kwargs)
+    comparison = _Comparison(parallel.ir, tolerance)
+    state = model_state(parallel.original, model)
+    with torch.no_grad():
+        Interpreter(parallel.ir, state, inputs[0].device, comparison.record).run(inputs)
+        parallel.simulate(model, example, comparison.compare)
+    return None if comparison.found is None else comparison.found[1]

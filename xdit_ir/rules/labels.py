@@ -1,0 +1,148 @@
+"""Rules from labels: most operators are described by which dimensions of operands and results belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xdit_ir.layout import Layout
+from xdit_ir.partition import Partition
+from xdit_ir.program import TensorSpec
+from xdit_ir.rules.base import (
+    Call,
+    Localize,
+    Rule,
+    Ruling,
+    as_layouts,
+    as_outputs,
+    by_size,
+    choose,
+    gather_all,
+)
+
+Names = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A label for every dimension of every operand and result; None: the dimension must be whole.
+
+    Dimensions of one label are divided alike, except that an operand which is shorter there broadcasts and is whole.
+    A label that a result lacks is reduced.
+    """
+
+    operands: tuple[Names, ...]
+    results: tuple[Names, ...]
+
+
+def by_argument(call: Call, *results: Names, **arguments: Names | Sequence[Names]) -> Labels:
+    """Labels of the operands by the names of the arguments (a list of them for a list), whole where not named."""
+    seen: dict[str, int] = {}
+    named = []
+    for slot, spec in zip(call.slots, call.specs, strict=True):
+        names = arguments.get(slot)
+        if isinstance(names, list):
+            names = names[seen.get(slot, 0)]
+            seen[slot] = seen.get(slot, 0) + 1
+        named.append((None,) * len(spec.shape) if names is None else tuple(names))
+    return Labels(tuple(named), results)
+
+
+def plain(spec: TensorSpec, whole: Sequence[int] = ()) -> Names:
+    """The dims of a value as labels, counted from 0; those in `whole` (negative ones from the end) have none."""
+    ndim = len(spec.shape)
+    without = {dim % ndim for dim in whole} if ndim else set()
+    return tuple(None if dim in without else dim for dim in range(ndim))
+
+
+def aligned(spec: TensorSpec, ndim: int) -> Names:
+    """The dims of a value that broadcasts to `ndim` dims as the labels of those."""
+    return tuple(range(ndim - len(spec.shape), ndim))
+
+
+def unary(call: Call, whole: Sequence[int], operand: str = "self") -> Labels:
+    """Results of the shape of one operand, some dims of which must be whole; all else about it is whole."""
+    return by_argument(call, *(plain(spec, whole) for spec in call.results), **{operand: plain(call.out, whole)})
+
+
+def labelled(
+    describe: Callable[[Call], Labels | str],
+    local: Callable[[Call, Ruling], Localize | None] | None = None,
+    *,
+    sums: bool = False,
+) -> Rule:
+    """The rule of an operator that `describe` describes; a string is the reason why it needs everything whole.
+
+    `sums`: the operator is linear in every operand that has a reduced label, so that dividing it leaves a partial sum.
+    """
+
+    def forward(call: Call) -> Ruling:
+        labels = describe(call)
+        if isinstance(labels, str):
+            return gather_all(call, labels)
+        ruling = _forward(call, labels, sums)
+        make = local(call, ruling) if local is not None and _divides(ruling) else None
+        return Ruling(ruling.inputs, ruling.outputs, make)
+
+    def demand(call: Call, wanted: Any) -> tuple[Layout, ...] | None:
+        labels = describe(call)
+        return None if isinstance(labels, str) else _demand(call, labels, as_layouts(wanted))
+
+    return Rule(forward, demand)
+
+
+def _divides(ruling: Ruling) -> bool:
+    return any(not layout.is_whole for layout in (*ruling.inputs, *as_layouts(ruling.outputs)))
+
+
+def _sizes(call: Call, labels: Labels) -> dict[Any, int]:
+    sizes: dict[Any, int] = {}
+    for spec, names in zip((*call.specs, *call.results), (*labels.operands, *labels.results), strict=True):
+        for name, size in zip(names, spec.shape, strict=True):
+            sizes[name] = max(size, sizes.get(name, 0))
+    return sizes
+
+
+def _forward(call: Call, labels: Labels, sums: bool) -> Ruling:
+    sizes = _sizes(call, labels)
+    kept = set.intersection(*(set(names) for names in labels.results))
+
+    def candidates() -> Iterator[tuple[Any, Partition]]:
+        for place in by_size(call):
+            for name, partition in zip(labels.operands[place], call.layouts[place].dims, strict=True):
+                if name is None or partition is None or partition.size != sizes[name]:
+                    continue
+                if name in kept or (sums and call.mesh.tiles(partition)):
+                    yield name, partition
+
+    chosen = choose(call.mesh, candidates())
+    reduced = (partition for name, partition in chosen.items() if name not in kept)
+    partial = frozenset[str]().union(*(call.varies(partition) for partition in reduced))
+    outputs = [Layout(dims, partial) for dims in _dims(call.results, labels.results, sizes, chosen)]
+    inputs = tuple(Layout(dims) for dims in _dims(call.specs, labels.operands, sizes, chosen))
+    return Ruling(inputs, as_outputs(call, outputs))
+
+
+def _dims(
+    specs: Sequence[TensorSpec], named: Sequence[Names], sizes: dict[Any, int], chosen: dict[Any, Partition]
+) -> list[tuple[Partition | None, ...]]:
+    return [
+        tuple(
+            chosen.get(name) if name is not None and size == sizes[name] else None
+            for name, size in zip(names, spec.shape, strict=True)
+        )
+        for spec, names in zip(specs, named, strict=True)
+    ]
+
+
+def _demand(call: Call, labels: Labels, wanted: tuple[Layout, ...]) -> tuple[Layout, ...] | None:
+    sizes = _sizes(call, labels)
+    chosen: dict[Any, Partition] = {}
+    for names, layout in zip(labels.results, wanted, strict=True):
+        for name, partition in zip(names, layout.dims, strict=True):
+            if partition is not None:
+                chosen[name] = partition
+    inputs = tuple(Layout(dims) for dims in _dims(call.specs, labels.operands, sizes, chosen))
+    ruling = _forward(Call(call.node, call.mesh, inputs), labels, sums=False)
+    return inputs if as_layouts(ruling.outputs) == wanted and ruling.inputs == inputs else None

@@ -1,0 +1,118 @@
+"""Reading at places that index tensors name: the indexed dim must be whole, the indices may be divided."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from xdit_ir.rules.base import Call, Rule, Ruling, gather_all, rules_of, same_call
+from xdit_ir.rules.labels import Labels, Names, by_argument, labelled, plain
+
+aten = torch.ops.aten
+
+
+def _embedding(call: Call) -> Labels:
+    ids = plain(call.specs[call.slots.index("indices")])
+    return by_argument(call, (*ids, "features"), weight=(None, "features"), indices=ids)
+
+
+def indexed(call: Call) -> Labels | str:
+    """`x[:, i, j]`: the other dims keep their labels; index tensors broadcast to dims of their own.
+
+    These stand where the indexed dims were if those are adjacent, else in front. Boolean masks must be whole.
+    """
+    shape, given = call.specs[0].shape, call.arguments["indices"]
+    count = sum(isinstance(index, fx.Node) for index in given)
+    specs = call.specs[1 : 1 + count]
+    masks = [spec.dtype in (torch.bool, torch.uint8) for spec in specs]
+    taken: list[list[int]] = []
+    dim = 0
+    kinds = iter(zip(specs, masks, strict=True))
+    for index in given:
+        spec, mask = next(kinds) if isinstance(index, fx.Node) else (None, False)
+        width = len(spec.shape) if spec is not None and mask else 1
+        if spec is not None:
+            taken.append(list(range(dim, dim + width)))
+        dim += width
+    flat = [d for dims in taken for d in dims]
+    if not flat:
+        return "indexed by nothing"
+    ndim = max(1 if mask else len(spec.shape) for spec, mask in zip(specs, masks, strict=True))
+    free = not any(masks)
+    fresh: Names = tuple(("index", d) if free else None for d in range(ndim))
+    own = plain(call.specs[0], flat)
+    at = flat[0] if flat == list(range(flat[0], flat[-1] + 1)) else 0
+    rest = [d for d in range(len(shape)) if d not in flat]
+    result = (*(own[d] for d in rest if d < at), *fresh, *(own[d] for d in rest if d >= at))
+    names = [fresh[ndim - len(s.shape) :] if free else (None,) * len(s.shape) for s in specs]
+    others = [(None,) * len(spec.shape) for spec in call.specs[1 + count :]]
+    return Labels((own, *names, *others), (result,))
+
+
+def _index_select(call: Call) -> Labels:
+    shape = call.specs[0].shape
+    if not shape:
+        return by_argument(call, (None,) * len(call.out.shape))
+    dim = call.arguments["dim"] % len(shape)
+    own = plain(call.specs[0], [dim])
+    index: Names = ("index",) if call.specs[1].shape else ()
+    result = (*own[:dim], index[0] if index else None, *own[dim + 1 :])
+    return by_argument(call, result, self=own, index=index)
+
+
+def _gather(call: Call) -> Labels:
+    """Element by element along the other dims, where the sizes agree; the indices are free along `dim`."""
+    own, index = call.specs[0].shape, call.out.shape
+    if not index or not own:
+        return by_argument(call, plain(call.out), index=plain(call.out))
+    dim = call.arguments["dim"] % len(index)
+    same = tuple(d if d != dim and own[d] == index[d] else None for d in range(len(index)))
+    result = tuple(("index", d) if d == dim else name for d, name in enumerate(same))
+    return by_argument(call, result, self=same, index=result)
+
+
+def _take_along(call: Call) -> Labels | str:
+    """`gather` that broadcasts the other dims."""
+    dim = call.arguments["dim"]
+    own, index = call.specs
+    if dim is None or len(own.shape) != len(index.shape):
+        return "take from the flattened value"
+    dim %= len(own.shape)
+    same = plain(own, [dim])
+    result = tuple("index" if d == dim else name for d, name in enumerate(same))
+    return by_argument(call, result, self=same, indices=result)
+
+
+def _one_hot(call: Call) -> Labels:
+    names = plain(call.specs[0])
+    return by_argument(call, (*names, None), self=names)
+
+
+def _searchsorted(call: Call) -> Labels | str:
+    """Values to look up; the sorted sequence goes with them in all dims but its last one, or is 1-D."""
+    slots = call.slots
+    if "self" not in slots:
+        return by_argument(call, (None,) * len(call.out.shape))
+    names = plain(call.out)
+    sequence = call.specs[slots.index("sorted_sequence")]
+    rows: Names = (None,) if len(sequence.shape) == 1 else (*names[:-1], None)
+    return by_argument(call, names, self=names, sorted_sequence=rows, sorter=rows)
+
+
+def _flat(call: Call) -> Ruling:
+    return gather_all(call, "addresses the flattened value")
+
+
+RULES = {
+    **rules_of(labelled(_embedding), aten.embedding),
+    **rules_of(labelled(indexed), aten.index, aten._unsafe_index),
+    **rules_of(labelled(_index_select), aten.index_select),
+    **rules_of(labelled(_gather), aten.gather),
+    **rules_of(labelled(_take_along), aten.take_along_dim),
+    **rules_of(
+        labelled(_one_hot, lambda call, ruling: lambda rank: same_call(call, num_classes=call.out.shape[-1])),
+        aten.one_hot,
+    ),
+    **rules_of(labelled(_searchsorted), aten.searchsorted),
+    **rules_of(Rule(_flat), aten.take, aten.masked_scatter, aten.masked_select, aten.nonzero),
+}

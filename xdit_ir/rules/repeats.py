@@ -1,0 +1,195 @@
+"""Operators that repeat a dimension or reorder it within itself: expand, repeat, repeat_interleave, flip, roll."""
+
+from __future__ import annotations
+
+import torch
+
+from xdit_ir.layout import Layout
+from xdit_ir.partition import Indices, Partition
+from xdit_ir.rules.base import (
+    Call,
+    LocalCall,
+    Localize,
+    Rule,
+    Ruling,
+    as_layouts,
+    gather_all,
+    rules_of,
+    same_call,
+    verified,
+)
+from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
+
+aten = torch.ops.aten
+
+
+def _expand(call: Call) -> Labels:
+    """A dim keeps its label unless it is expanded."""
+    shape, out = call.specs[0].shape, call.out.shape
+    offset = len(out) - len(shape)
+    names = tuple(d + offset if size == out[d + offset] else None for d, size in enumerate(shape))
+    return by_argument(call, (None,) * offset + names, self=names)
+
+
+def _local_size(call: Call, ruling: Ruling) -> Localize:
+    output = as_layouts(ruling.outputs)[0]
+    return lambda rank: same_call(call, size=list(output.local_shape(call.out.shape, rank)))
+
+
+def _repeated(call: Call) -> int | None:
+    """The (not negative) dim that `repeat_interleave` repeats; None where it flattens or the counts are a tensor."""
+    dim, repeats = call.arguments.get("dim"), call.arguments["repeats"]
+    return dim % len(call.specs[0].shape) if dim is not None and isinstance(repeats, int) else None
+
+
+def _interleave(call: Call) -> Ruling:
+    dim, count = _repeated(call), call.arguments["repeats"]
+    assert dim is not None
+    layout = call.layouts[0].summed()
+    partition = layout.dims[dim]
+    if partition is None:
+        return Ruling((layout,), layout)
+    every = Indices.range(0, count)
+    tiled = partition.map(partition.size * count, lambda part: part.outer(every, count))
+    return Ruling((layout,), layout.with_dims({dim: tiled}), lambda rank: same_call(call, output_size=None))
+
+
+def _interleave_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+    dim, count = _repeated(call), call.arguments["repeats"]
+    assert dim is not None
+    partition = wanted.dims[dim]
+    if partition is None:
+        return (wanted,)
+    pairs = {part: part.factor(count) for part in set(partition.parts)}
+    if any(pair is None or not pair[1].is_whole(count) for pair in pairs.values()):
+        return None
+    parts = tuple(pair[0] for part in partition.parts if (pair := pairs[part]) is not None)
+    return (wanted.with_dims({dim: Partition(partition.size // count, parts)}),)
+
+
+def _by_tensor(call: Call) -> Labels | str:
+    """`repeat_interleave` with a tensor of counts: the repeated dim must be whole."""
+    dim = call.arguments.get("dim")
+    if dim is None:
+        return "repeats of the flattened value"
+    names = plain(call.specs[0], [dim])
+    return by_argument(call, names, self=names)
+
+
+INTERLEAVE, BY_TENSOR = verified(Rule(_interleave, _interleave_demand)), labelled(_by_tensor)
+
+
+def _either(call: Call) -> Rule:
+    return BY_TENSOR if _repeated(call) is None or 0 in call.out.shape else INTERLEAVE
+
+
+def _counts(call: Call) -> list[int]:
+    """How often each dim of the result repeats the operand's."""
+    name = "repeats" if "repeats" in call.arguments else "dims"
+    counts = list(call.arguments[name])
+    return [1] * (len(call.out.shape) - len(counts)) + counts
+
+
+def _repeat(call: Call) -> Ruling:
+    if 0 in call.out.shape:
+        return gather_all(call, "nothing is left")
+    counts, layout = _counts(call), call.layouts[0].summed()
+    dims: list[Partition | None] = [None] * (len(counts) - len(layout.dims))
+    for partition, count in zip(layout.dims, counts[len(dims) :], strict=True):
+        dims.append(partition if partition is None or count == 1 else _tiled(partition, count))
+    return Ruling((layout,), Layout(tuple(dims)))
+
+
+def _tiled(partition: Partition, count: int) -> Partition:
+    every, size = Indices.range(0, count), partition.size
+    return partition.map(size * count, lambda part: every.outer(part, size))
+
+
+def _repeat_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+    counts = _counts(call)
+    if any(dim is not None and count != 1 for dim, count in zip(wanted.dims, counts, strict=True)):
+        return None
+    return (Layout(wanted.dims[len(counts) - len(call.specs[0].shape) :]),)
+
+
+def _mirrored(partition: Partition) -> Partition:
+    last = partition.size - 1
+    return partition.map(partition.size, lambda part: Indices.of_array(last - part.array[::-1]))
+
+
+def _flip(call: Call) -> Ruling:
+    """A rank flips what it has; that is then the mirrored part."""
+    layout = call.layouts[0].summed()
+    changes = {d: p for d in call.arguments["dims"] if (p := layout.dims[d]) is not None}
+    return Ruling((layout,), layout.with_dims({d: _mirrored(p) for d, p in changes.items()}))
+
+
+def _flip_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+    changes = {d: p for d in call.arguments["dims"] if (p := wanted.dims[d]) is not None}
+    return (wanted.with_dims({d: _mirrored(p) for d, p in changes.items()}),)
+
+
+def _shifts(call: Call) -> dict[int, int]:
+    """By how much each dim is rolled."""
+    dims, shifts, ndim = call.arguments["dims"], call.arguments["shifts"], len(call.out.shape)
+    dims, shifts = ([value] if isinstance(value, int) else value for value in (dims, shifts))
+    total: dict[int, int] = {}
+    for dim, shift in zip(dims, shifts, strict=True):
+        total[dim % ndim] = total.get(dim % ndim, 0) + shift
+    return total
+
+
+def _rolled(layout: Layout, shifts: dict[int, int]) -> Layout:
+    changes: dict[int, Partition | None] = {}
+    for dim, shift in shifts.items():
+        partition = layout.dims[dim]
+        if partition is not None:
+            size = partition.size
+            changes[dim] = partition.map(
+                size, lambda part, n=size, by=shift: part.map(lambda a: (a + by) % n)  # type: ignore[misc]
+            )
+    return layout.with_dims(changes)
+
+
+def _roll(call: Call) -> Ruling:
+    """Along a divided dim a rank keeps what it has, and only the names of the indices change."""
+    if not call.arguments["dims"]:
+        return gather_all(call, "roll of the flattened value")
+    layout, shifts = call.layouts[0].summed(), _shifts(call)
+    own = {dim: shift for dim, shift in shifts.items() if layout.dims[dim] is None}
+
+    def local(rank: int) -> LocalCall:
+        return same_call(call, shifts=list(own.values()), dims=list(own))
+
+    def same(rank: int) -> LocalCall:
+        return aten.alias.default, (call.arguments["self"],), {}
+
+    return Ruling((layout,), _rolled(layout, shifts), local if own else same)
+
+
+def _roll_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+    if not call.arguments["dims"]:
+        return None
+    return (_rolled(wanted, {dim: -shift for dim, shift in _shifts(call).items()}),)
+
+
+def _rot90(call: Call) -> Labels:
+    """Rotation of two dims, which must be whole."""
+    names = plain(call.out, call.arguments["dims"])
+    return by_argument(call, names, self=names)
+
+
+RULES = {
+    **rules_of(labelled(_expand, _local_size), aten.expand),
+    **rules_of(verified(Rule(_repeat, _repeat_demand)), aten.repeat, aten.tile),
+    **rules_of(
+        Rule(
+            lambda call: _either(call).forward(call),
+            lambda call, wanted: _either(call).demand(call, wanted),
+        ),
+        aten.repeat_interleave,
+    ),
+    **rules_of(verified(Rule(_flip, _flip_demand)), aten.flip),
+    **rules_of(verified(Rule(_roll, _roll_demand)), aten.roll),
+    **rules_of(labelled(_rot90), aten.rot90),
+}

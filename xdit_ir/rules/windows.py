@@ -1,0 +1,140 @@
+"""Operators on images: padding, resizing, pooling, shuffling of pixels. Batch and channels are free where they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from xdit_ir.layout import Layout
+from xdit_ir.partition import Indices, Partition
+from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, rules_of, same_call, verified
+from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
+
+aten = torch.ops.aten
+
+
+def _leading(spatial: int, channels: bool = True) -> Callable[[Call], Labels]:
+    """The last `spatial` dims must be whole, and the channels before them unless each is treated alone."""
+    behind = spatial if channels else spatial + 1
+
+    def describe(call: Call) -> Labels:
+        slot = call.slots[0]
+        names = plain(call.specs[0], range(-behind, 0))
+        free = names[: len(names) - behind]
+        results = ((*free, *(None,) * (len(spec.shape) - len(free))) for spec in call.results)
+        return by_argument(call, *results, **{slot: names})
+
+    return describe
+
+
+def _sampled(call: Call) -> Labels:
+    """`grid_sampler`: per sample; channels are free in the image, positions in the grid."""
+    ndim = len(call.specs[0].shape)
+    places = tuple(("place", d) for d in range(ndim - 2))
+    return by_argument(
+        call, (0, 1, *places), input=(0, 1, *(None,) * (ndim - 2)), grid=(0, *places, None)
+    )
+
+
+def _amounts(call: Call) -> dict[int, tuple[int, int]]:
+    """What is added before and after each dim that is padded at all."""
+    flat = list(call.arguments["pad"])
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    ndim = len(call.out.shape)
+    return {ndim - 1 - i: (before, after) for i, (before, after) in enumerate(pairs) if before or after}
+
+
+def _padded(partition: Partition, before: int, after: int) -> Partition | None:
+    """Ranks with the first or the last index, at the edge of their parts, hold the padding next to it too."""
+    last = partition.size - 1
+    parts = []
+    for part in partition.parts:
+        starts, ends = (bool(part.size and part.array[edge] == at) for edge, at in ((0, 0), (-1, last)))
+        if (before and (0 in part.array) != starts) or (after and (last in part.array) != ends):
+            return None
+        left = Indices.range(0, before if starts else 0)
+        right = Indices.range(last + 1 + before, last + 1 + before + (after if ends else 0))
+        parts.append(left.concat(part.shift(before)).concat(right))
+    return Partition(partition.size + before + after, tuple(parts))
+
+
+def _is_constant(call: Call) -> bool:
+    return call.arguments.get("mode", "constant") == "constant"
+
+
+def _pad(call: Call) -> Ruling:
+    """Constant padding is local; other kinds, and cropping, need the dim whole."""
+    layout, amounts = call.layouts[0].summed(), _amounts(call)
+    gives: dict[int, Partition | None] = {}
+    for dim, (before, after) in amounts.items():
+        own = layout.dims[dim]
+        free = own is not None and _is_constant(call) and min(before, after) >= 0
+        gives[dim] = _padded(own, before, after) if own is not None and free else None
+    needs = layout.with_dims({dim: None for dim, partition in gives.items() if partition is None})
+    output = needs.with_dims(gives)
+    if not any(gives.values()):
+        return Ruling((needs,), output)
+
+    def local(rank: int) -> LocalCall:
+        flat = [0] * (2 * len(output.dims))
+        for dim, (before, after) in amounts.items():
+            if output.dims[dim] is not None:
+                part, size = output.dims[dim].parts[rank], call.out.shape[dim]  # type: ignore[union-attr]
+                before = part.within(Indices.range(0, before)).size
+                after = part.within(Indices.range(size - after, size)).size
+            at = 2 * (len(output.dims) - 1 - dim)
+            flat[at : at + 2] = [before, after]
+        return same_call(call, pad=flat)
+
+    return Ruling((needs,), output, local)
+
+
+def _pad_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+    changes: dict[int, Partition | None] = {}
+    for dim, (before, _) in _amounts(call).items():
+        partition, size = wanted.dims[dim], call.specs[0].shape[dim]
+        if partition is not None:
+            start = before
+            changes[dim] = partition.map(
+                size, lambda part, a=start, n=size: part.select(a, a + n)[0]  # type: ignore[misc]
+            )
+    return (wanted.with_dims(changes),)
+
+
+def _edge_pad(call: Call) -> Labels:
+    """`reflection_pad2d` and its kin."""
+    return _leading(len(call.arguments["padding"]) // 2)(call)
+
+
+def _resampled(*names: str) -> list[object]:
+    return [getattr(aten, name) for name in names]
+
+
+RULES = {
+    **rules_of(verified(Rule(_pad, _pad_demand)), aten.constant_pad_nd, aten.pad),
+    **rules_of(
+        labelled(_edge_pad),
+        *_resampled(*(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3))),
+    ),
+    **{
+        packet: labelled(_leading(n))
+        for n, modes in ((1, ("linear",)), (2, ("bilinear", "bicubic")), (3, ("trilinear",)))
+        for packet in (
+            *_resampled(*(f"upsample_{mode}{n}d" for mode in (*modes, "nearest")), f"_upsample_nearest_exact{n}d"),
+            *_resampled(f"avg_pool{n}d", f"max_pool{n}d", f"adaptive_avg_pool{n}d", f"adaptive_max_pool{n}d"),
+        )
+    },
+    **rules_of(
+        labelled(_leading(2)),
+        aten._upsample_bilinear2d_aa,
+        aten._upsample_bicubic2d_aa,
+        aten.max_pool2d_with_indices,
+        aten._adaptive_avg_pool2d,
+    ),
+    **rules_of(labelled(_leading(3)), aten.max_pool3d_with_indices, aten._adaptive_avg_pool3d),
+    **rules_of(labelled(_leading(2, channels=False)), aten.pixel_shuffle, aten.pixel_unshuffle),
+    **rules_of(labelled(_leading(2, channels=False)), aten.channel_shuffle, aten.im2col),
+    **rules_of(labelled(_leading(1, channels=False)), aten.col2im),
+    **rules_of(labelled(_sampled), aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d),
+}

@@ -1,0 +1,99 @@
+"""The handshake before a forward: all ranks make the same call, or all of them raise."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xdit_ir.capture.inputs import bind_arguments, flatten_named
+from xdit_ir.errors import MismatchError
+from xdit_ir.program import Program, TensorSpec
+from xdit_ir.runtime.distributed import Communicator
+
+Facts = Mapping[str, str]
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def agree(communicator: Communicator, mine: int, details: Callable[[], Facts]) -> None:
+    """Return once every rank has called this with the same number (a `digest` of what it is about to do).
+
+    `details` are asked for only where the numbers differ, to say how. Never waits for the device.
+
+    Raises:
+        MismatchError: on every rank, if some rank differs: names the fact, this rank's value and the other's.
+    """
+    if communicator.control is None:
+        return
+    votes = torch.tensor([mine, -mine])
+    try:
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=communicator.control)
+        highest, lowest = votes.tolist()
+        if highest == -lowest:
+            return
+        everyone: list[Any] = [None] * communicator.mesh.world_size
+        dist.all_gather_object(everyone, dict(details()), group=communicator.control)
+    except RuntimeError as error:
+        raise MismatchError(f"another rank stopped instead of making the same call: {error}") from error
+    raise MismatchError(_difference(communicator.rank, everyone))
+
+
+def digest(facts: Facts) -> int:
+    """62 bits that two different sets of facts do not share."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for name, fact in facts.items():
+        hashed.update(f"{name}\0{fact}\0".encode())
+    return int.from_bytes(hashed.digest(), "little") >> 2
+
+
+def _difference(rank: int, everyone: Sequence[Facts]) -> str:
+    mine = everyone[rank]
+    for other, theirs in enumerate(everyone):
+        for name in [*mine, *(name for name in theirs if name not in mine)]:
+            have, has = mine.get(name, "nothing"), theirs.get(name, "nothing")
+            if have != has:
+                return f"the ranks' calls differ in {name}: rank {rank} (this one) has {have}, rank {other} has {has}"
+    return "the ranks' calls differ in contents or order of their arguments"
+
+
+def call_facts(
+    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], contents: frozenset[str]
+) -> dict[str, str]:
+    """A call, leaf by leaf: shape and dtype of tensors (contents too for those named), value of everything else."""
+    try:
+        leaves, spec = flatten_named(bind_arguments(signature, args, kwargs, MismatchError))
+    except MismatchError as error:
+        return {"the arguments of forward": failure_text(error)}
+    facts = {path: fact(leaf) for path, leaf in leaves}
+    for path, leaf in leaves:
+        if path in contents and isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+            facts[path] += f" with contents {contents_hash(leaf)}"
+    return facts | {"the structure of the arguments": _ADDRESS.sub("", repr(spec))}
+
+
+def guarded(programs: Iterable[Program]) -> frozenset[str]:
+    """Paths of the inputs whose contents some program was made for."""
+    return frozenset(guard.path for program in programs for guard in program.signature.guards)
+
+
+def fact(leaf: Any) -> str:
+    """A text that is the same in every process for equal leaves."""
+    if isinstance(leaf, (torch.Tensor, TensorSpec)):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    return _ADDRESS.sub("", repr(leaf))
+
+
+def contents_hash(tensor: torch.Tensor) -> str:
+    """A short hash of a tensor's bytes."""
+    flat = tensor.detach().cpu().contiguous().resolve_conj().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().tobytes(), digest_size=4).hexdigest()
+
+
+def failure_text(error: BaseException) -> str:
+    """An error as one fact."""
+    return f"{type(error).__name__}: {error}"

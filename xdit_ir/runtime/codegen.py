@@ -1,0 +1,125 @@
+"""From one rank's program to Python: one graph module per block, whose weights are arguments, and one around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from xdit_ir.program import CONSTANT, Block, Program, is_block_call, qualified
+from xdit_ir.runtime.collectives import lower
+from xdit_ir.runtime.distributed import Communicator
+from xdit_ir.runtime.exchange import Communicate
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """A block as a module: `module(*values, *weights)`, the weights named (relative to a prefix) by `weights`.
+
+    `module` has no parameters and is the same for all layers, so compiling it once compiles all of them.
+    """
+
+    module: fx.GraphModule
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Code:
+    """A rank's forward: `run(*inputs, *weights, *constants)`, in the order of `state_names`, is the outputs."""
+
+    run: fx.GraphModule
+    bodies: Mapping[str, Body]
+
+
+def generate(program: Program, communicator: Communicator, device: torch.device) -> Code:
+    """Code for one rank's program on `device`; the process groups that it needs exist already."""
+    bodies = {}
+    for name, block in program.blocks.items():
+        writer = _Writer(name, program.device, device, communicator)
+        weights = writer.head(block.graph, _state_names(block.graph))
+        bodies[name] = Body(writer.write(block.graph, {}), weights)
+    writer = _Writer(program.name, program.device, device, communicator)
+    names, constants = state_names(program)
+    writer.head(program.graph, names + constants)
+    return Code(writer.write(program.graph, bodies), bodies)
+
+
+def communications(program: Program) -> Iterator[Communicate]:
+    """The targets of all nodes of a rank's program in which it talks to others."""
+    for graph in (program.graph, *(block.graph for block in program.blocks.values())):
+        for node in graph.nodes:
+            if isinstance(node.target, Communicate):
+                yield node.target
+
+
+def state_names(program: Program) -> tuple[list[str], list[str]]:
+    """Qualified names of the weights, and names of the constants, that a program reads: each once."""
+    seen = dict.fromkeys(_state_names(program.graph))
+    for call in program.calls:
+        block: Block = program.blocks[str(call.args[0])]
+        seen |= dict.fromkeys(qualified(str(call.args[1]), name) for name in _state_names(block.graph))
+    constants = [name for name in seen if name.startswith(f"{CONSTANT}.")]
+    return [name for name in seen if name not in set(constants)], constants
+
+
+def _state_names(graph: fx.Graph) -> list[str]:
+    return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"))
+
+
+class _Writer:
+    """Writes one graph anew: weights become placeholders, communications become calls of modules."""
+
+    def __init__(
+        self, name: str, traced: torch.device, device: torch.device, communicator: Communicator
+    ) -> None:
+        self.name, self.traced, self.device, self.communicator = name, traced, device, communicator
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.state: dict[str, fx.Node] = {}
+        self.modules: dict[str, nn.Module] = {}
+
+    def head(self, source: fx.Graph, names: Sequence[str]) -> tuple[str, ...]:
+        """Write the placeholders: the inputs, then the weights called `names`."""
+        for node in source.nodes:
+            if node.op == "placeholder":
+                self.env[node] = self.graph.node_copy(node)
+        for name in names:
+            self.state[name] = self.graph.placeholder(name.replace(".", "_"))
+        return tuple(self.state)
+
+    def write(self, source: fx.Graph, bodies: Mapping[str, Body]) -> fx.GraphModule:
+        """Write the rest and make a module of it."""
+        for node in source.nodes:
+            if node.op == "get_attr":
+                self.env[node] = self.state[str(node.target)]
+            elif node.op != "placeholder":
+                self.env[node] = self._node(node, bodies)
+        return fx.GraphModule(self.modules, self.graph, _identifier(self.name))
+
+    def _node(self, node: fx.Node, bodies: Mapping[str, Body]) -> fx.Node:
+        if is_block_call(node):
+            return self._block_call(node, bodies)
+        if isinstance(node.target, Communicate):
+            place = f"{node.target.kind}_{len(self.modules)}"
+            self.modules[place] = lower(node.target, self.communicator)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
+            return self.graph.create_node("call_module", place, args, dict(kwargs), name=node.name)
+        new = self.graph.node_copy(node, self.env.__getitem__)
+        if new.kwargs.get("device") == self.traced:
+            new.update_kwarg("device", self.device)
+        return new
+
+    def _block_call(self, node: fx.Node, bodies: Mapping[str, Body]) -> fx.Node:
+        name, prefix, values = node.args
+        body = bodies[str(name)]
+        place = f"block_{_identifier(str(name))}"
+        self.modules[place] = body.module
+        given = [self.env[value] for value in values]  # type: ignore[union-attr,index,misc]
+        state = [self.state[qualified(str(prefix), weight)] for weight in body.weights]
+        return self.graph.create_node("call_module", place, (*given, *state), name=node.name)
+
+
+def _identifier(name: str) -> str:
+    return "".join(char if char.isalnum() else "_" for char in name)

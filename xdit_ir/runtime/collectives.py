@@ -1,0 +1,174 @@
+"""What a rank does at a communication: small modules without parameters, made of functional collectives.
+
+`torch.ops._c10d_functional` is what `torch.distributed._functional_collectives` lowers to; called directly, it is
+traced by torch.compile just so and spares the eager path a tensor subclass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed._functional_collectives  # noqa: F401  (registers the operators)
+from torch import nn
+
+from xdit_ir.runtime.attention import RingMerge
+from xdit_ir.runtime.distributed import Communicator
+from xdit_ir.runtime.exchange import Communicate, Reduce, Reshuffle, Ring, pack, unpack
+
+# Types that both NCCL and gloo move; all others travel as bytes.
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8)
+
+
+def lower(target: Communicate, communicator: Communicator) -> nn.Module:
+    """The module that executes a communication on this process's rank; its process group exists already."""
+    at = target.group.index(communicator.rank)
+    name = communicator.group(target.mesh_dims).group_name if len(target.group) > 1 else ""
+    if isinstance(target, Reduce):
+        return AllReduce(name)
+    if isinstance(target, Reshuffle):
+        return Exchange(target, at, name)
+    assert isinstance(target, Ring)
+    return RingAttention(target, at, name)
+
+
+class AllReduce(nn.Module):
+    """The sum over a group: every element is summed once and then sent to all, so all ranks get equal bits."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [...]` -> sum of the members' `x`, of the same shape."""
+        if not self.group or not x.numel():
+            return x
+        real = torch.view_as_real(x) if x.is_complex() else x
+        total = _wait(torch.ops._c10d_functional.all_reduce(real.contiguous(), "sum", self.group))
+        return torch.view_as_complex(total) if x.is_complex() else total
+
+
+class Exchange(nn.Module):
+    """A change of layout: one all-to-all of pieces of static, uneven sizes. One's own piece stays at home."""
+
+    def __init__(self, target: Reshuffle, at: int, group: str) -> None:
+        super().__init__()
+        self.exchange, self.at, self.group = target.exchange, at, group
+        self.shapes = tuple(
+            (0,) if i == at else tuple(shape) for i, shape in enumerate(target.exchange.shapes)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, this rank's part in the old layout -> its part in the new one, `exchange.shape`."""
+        pieces = pack(x, self.exchange)
+        if self.group:
+            own, pieces[self.at] = pieces[self.at], x.new_empty(0)
+            pieces = finish(start(pieces, self.shapes, self.group), self.shapes, x.dtype)
+            pieces[self.at] = own
+        return unpack(pieces, self.exchange)
+
+
+class RingAttention(nn.Module):
+    """Attention whose keys and values travel around the group, each hop under the previous block's computation."""
+
+    def __init__(self, target: Ring, at: int, group: str) -> None:
+        super().__init__()
+        self.keys, self.at, self.group = target.keys, at, group
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """`q [..., queries, dim]`, own `k`, `v` `[..., keys, dim]`, `mask [..., all keys]` -> `[..., queries, dim_v]`.
+
+        Members are visited in the order in which their keys arrive, so a rank's result is deterministic.
+        """
+        assert not is_causal, "causal attention is never lowered to a ring"
+        merge = RingMerge(q, mask, scale, self.keys, enable_gqa=enable_gqa)
+        members = len(self.keys)
+        for hop in range(members):
+            member = (self.at - hop) % members
+            if hop == members - 1:
+                merge.add(member, k, v)
+                break
+            shapes = self._arriving(k, v, self.keys[(member - 1) % members])
+            pending = start(self._leaving(k, v), shapes, self.group)
+            merge.add(member, k, v)
+            k, v = self._received(finish(pending, shapes, k.dtype), k, v, self.keys[(member - 1) % members])
+        return merge.result()
+
+    def _leaving(self, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        """Per member what it gets: keys and values in one piece for the next one, nothing for the others."""
+        pieces = [k.new_empty(0) for _ in self.keys]
+        pieces[(self.at + 1) % len(self.keys)] = torch.cat([k.reshape(-1), v.reshape(-1)])
+        return pieces
+
+    def _arriving(self, k: torch.Tensor, v: torch.Tensor, keys: int) -> tuple[tuple[int, ...], ...]:
+        """Per member the size of what comes from it: `keys` keys and values from the previous one."""
+        shapes = [(0,) for _ in self.keys]
+        shapes[self.at - 1] = (math.prod(_resized(k, keys)) + math.prod(_resized(v, keys)),)
+        return tuple(shapes)
+
+    def _received(
+        self, pieces: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor, keys: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        both, shape, shape_v = pieces[self.at - 1], _resized(k, keys), _resized(v, keys)
+        return both[: math.prod(shape)].view(shape), both[math.prod(shape) :].view(shape_v)
+
+
+def _resized(x: torch.Tensor, keys: int) -> tuple[int, ...]:
+    return (*x.shape[:-2], keys, x.shape[-1])
+
+
+def start(pieces: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], group: str) -> torch.Tensor:
+    """Start an all-to-all: `pieces[i]` goes to member `i`, a tensor of `shapes[i]` comes from it; see `finish`.
+
+    All members of the group must call it; any piece may be empty.
+    """
+    width = _width(pieces[0].dtype)
+    full = [_wire(piece) for piece in pieces if piece.numel()]
+    flat = torch.cat(full) if len(full) > 1 else full[0].contiguous() if full else _wire(pieces[0])
+    arriving = [math.prod(shape) * width for shape in shapes]
+    leaving = [piece.numel() * width for piece in pieces]
+    pending: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(flat, arriving, leaving, group)
+    return pending
+
+
+def finish(
+    pending: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The pieces that `start` fetches, once they are there."""
+    width = _width(dtype)
+    parts = _wait(pending).split([math.prod(shape) * width for shape in shapes])
+    if dtype.is_complex:
+        return [
+            torch.view_as_complex(part.view(*shape, 2)) for part, shape in zip(parts, shapes, strict=True)
+        ]
+    return [part.view(dtype).view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _wire(x: torch.Tensor) -> torch.Tensor:
+    """The elements as a flat tensor of a type that every backend can move."""
+    if x.is_complex():
+        return torch.view_as_real(x.resolve_conj()).reshape(-1)
+    flat = x.reshape(-1)
+    return flat if x.dtype in _PLAIN else flat.contiguous().view(torch.uint8)
+
+
+def _width(dtype: torch.dtype) -> int:
+    """Elements on the wire per element."""
+    if dtype.is_complex:
+        return 2
+    return 1 if dtype in _PLAIN else dtype.itemsize
+
+
+def _wait(pending: torch.Tensor) -> torch.Tensor:
+    arrived: torch.Tensor = torch.ops._c10d_functional.wait_tensor(pending)
+    return arrived

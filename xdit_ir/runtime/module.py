@@ -1,0 +1,87 @@
+"""`emit`: the module that runs one rank's program in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from xdit_ir.errors import MismatchError
+from xdit_ir.program import Program
+from xdit_ir.runtime.agreement import agree, call_facts, digest, failure_text, guarded
+from xdit_ir.runtime.codegen import Body
+from xdit_ir.runtime.distributed import Communicator
+from xdit_ir.runtime.runner import Runner, build
+from xdit_ir.runtime.shadow import Shadow
+from xdit_ir.runtime.state import running_device
+
+if TYPE_CHECKING:
+    from xdit_ir.api import ParallelProgram
+
+
+def emit(
+    parallel: ParallelProgram,
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    *,
+    handshake: bool = True,
+) -> Emitted:
+    """The module of this process's rank. Collective: every rank of the job calls it for the same program.
+
+    Args:
+        model: holds the weights, which are used by reference; it is not changed.
+        device: where to run; the model must be there. Default: where the model is.
+        handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
+
+    Raises:
+        ParallelizeError: the job has another number of processes than the program has ranks.
+        MismatchError: the weights are not loaded, or not those of the program; or the ranks differ.
+    """
+    communicator = Communicator(parallel.mesh, running_device(model, device), handshake=handshake)
+    return Emitted(model, build(communicator, model, lambda: parallel), communicator)
+
+
+class Emitted(Shadow):
+    """Runs this rank's part of a program, with the weights, attributes and `forward` signature of `original`.
+
+    Weights are looked up by name at every call, so loading others into the original takes effect; after a change of
+    their shapes, dtypes or device, or of the module tree, `forward` raises `MismatchError`. Autograd is not recorded.
+    """
+
+    def __init__(self, original: nn.Module, runner: Runner, communicator: Communicator) -> None:
+        super().__init__(original)
+        self.__dict__["_xdit_runner"], self.__dict__["_xdit_communicator"] = runner, communicator
+
+    @property
+    def program(self) -> Program:
+        """The program of this rank."""
+        runner: Runner = self._xdit_runner
+        return runner.program
+
+    @property
+    def bodies(self) -> Mapping[str, Body]:
+        """The shared blocks as modules without parameters, so that compiling each once compiles all layers."""
+        runner: Runner = self._xdit_runner
+        return runner.code.bodies
+
+    def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
+        runner: Runner = self._xdit_runner
+        failure: MismatchError | None = None
+        try:
+            inputs, weights = runner.bind(args, kwargs)
+        except MismatchError as error:
+            failure = error
+        refusal = {} if failure is None else {"the program": failure_text(failure)}
+
+        def details() -> dict[str, str]:
+            return call_facts(self._xdit_signature, args, kwargs, guarded([runner.program])) | refusal
+
+        try:
+            agree(self._xdit_communicator, digest(refusal) if refusal else runner.digest, details)
+        except MismatchError as mismatch:
+            raise mismatch from failure
+        if failure is not None:
+            raise failure
+        return runner.run(inputs, weights)

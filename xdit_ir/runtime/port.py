@@ -1,0 +1,185 @@
+"""`port`: the one call that makes a model parallel, tracing it at its first forward."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_ir.api import ParallelProgram, trace
+from xdit_ir.capture.inputs import bind_arguments
+from xdit_ir.errors import MismatchError
+from xdit_ir.mesh import Mesh
+from xdit_ir.pipeline import mesh_of
+from xdit_ir.runtime.agreement import agree, call_facts, digest, fact, guarded
+from xdit_ir.runtime.distributed import Communicator, check_world_size
+from xdit_ir.runtime.runner import Runner, Tensors, build
+from xdit_ir.runtime.shadow import Shadow
+from xdit_ir.runtime.state import running_device
+
+LIMIT = 32  # specialisations kept per module, the most recently used ones
+
+
+def port(
+    model: nn.Module,
+    *,
+    cfg: int = 1,
+    ulysses: int = 1,
+    ring: int = 1,
+    pipefusion: int = 1,
+    patches: int | None = None,
+    warmup_steps: int = 1,
+    handshake: bool = True,
+    **unknown: Any,
+) -> Ported:
+    """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
+
+    Like torch.compile it does nothing until the first forward, which traces the model for the inputs it gets; inputs
+    of other structure, shapes, dtypes or guarded values get a specialisation of their own. Every process of the job
+    (torchrun) does the same, with the same inputs.
+
+    Args:
+        cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`.
+        handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
+
+    Raises:
+        ParallelizeError: a degree is unknown or no positive integer, or the job has another number of processes;
+            at the first forward, also if a degree is illegal for the model and its inputs.
+    """
+    degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses}
+    mesh = mesh_of(unknown | degrees)
+    check_world_size(mesh)
+    options = {**degrees, "patches": patches, "warmup_steps": warmup_steps}
+    return Ported(model, _Specialisations(mesh, options, handshake))
+
+
+Mode = tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class _Specialisations:
+    """What a ported module has made so far; `runners` with the most recently used first."""
+
+    mesh: Mesh
+    options: dict[str, Any]
+    handshake: bool
+    communicator: Communicator | None = None
+    runners: list[tuple[Mode, Runner]] = field(default_factory=list)
+    last: ParallelProgram | None = None
+
+
+class Ported(Shadow):
+    """`original`, parallel: the same state, attributes, class and `forward` signature.
+
+    Reloaded weights take effect at once. Weights of other shapes, dtypes or device, and replaced submodules, are
+    noticed and the model is traced anew; after changing plain attributes that its forward reads, call `reset`.
+    """
+
+    def __init__(self, original: nn.Module, specialisations: _Specialisations) -> None:
+        super().__init__(original)
+        self.__dict__["_xdit"] = specialisations
+
+    @property
+    def program(self) -> ParallelProgram | None:
+        """The parallel program of the last forward; None before the first."""
+        return self._made.last
+
+    @property
+    def programs(self) -> tuple[ParallelProgram, ...]:
+        """The parallel programs of all specialisations, the most recently used first."""
+        return tuple(runner.parallel for _, runner in self._made.runners)
+
+    def reset(self) -> None:
+        """Forget all specialisations, on every rank, so that the next forward traces the model anew."""
+        self._made.runners.clear()
+        self._made.last = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
+        made = self._made
+        fresh = _Specialisations(made.mesh, dict(made.options), made.handshake)
+        return Ported(copy.deepcopy(self._xdit_original, memo), fresh)
+
+    @property
+    def _made(self) -> _Specialisations:
+        made: _Specialisations = self.__dict__["_xdit"]
+        return made
+
+    def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
+        made, device = self._made, running_device(self._xdit_original)
+        if made.communicator is None or made.communicator.device != device:
+            made.communicator = Communicator(made.mesh, device, handshake=made.handshake)
+        mode = self._mode(device)
+        found = self._find(mode, args, kwargs)
+
+        def facts() -> dict[str, str]:
+            return self._facts(mode, args, kwargs)
+
+        if made.communicator.control is not None:
+            mine = found[0].digest if found is not None else digest(facts())
+            state = {"this call's program": "made before" if found is not None else "not made yet"}
+            agree(made.communicator, mine, lambda: facts() | state)
+        if found is None:
+            runner = self._specialise(made.communicator, mode, args, kwargs)
+            found = runner, *runner.bind(args, kwargs)
+        runner, inputs, weights = found
+        made.last = runner.parallel
+        return runner.run(inputs, weights)
+
+    def _mode(self, device: torch.device) -> Mode:
+        """What a trace depends on besides arguments and weights."""
+        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return device, self._xdit_original.training, cast
+
+    def _find(
+        self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Runner, Tensors, Tensors] | None:
+        """The specialisation for a call, moved to the front, with its inputs and weights."""
+        runners = self._made.runners
+        for place, (made_for, runner) in enumerate(runners):
+            if made_for == mode:
+                try:
+                    inputs, weights = runner.bind(args, kwargs)
+                except MismatchError:
+                    continue
+                if place:
+                    runners.insert(0, runners.pop(place))
+                return runner, inputs, weights
+        return None
+
+    def _facts(self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
+        """This call as text; contents only of inputs that some specialisation was made for."""
+        made = self._made
+        contents = guarded(runner.program for _, runner in made.runners)
+        facts = call_facts(self._xdit_signature, args, kwargs, contents)
+        options = {"the degrees of port": fact(made.options), "training mode and autocast": fact(mode[1:])}
+        return facts | options
+
+    def _specialise(
+        self, communicator: Communicator, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Runner:
+        def make() -> ParallelProgram:
+            example = bind_arguments(self._xdit_signature, args, kwargs, MismatchError)
+            return trace(self._xdit_original, example).parallelize(**made.options)
+
+        made = self._made
+        runner = build(communicator, self._xdit_original, make)
+        if len(made.runners) >= LIMIT:
+            del made.runners[LIMIT - 1 :]
+            warnings.warn(
+                f"more than {LIMIT} specialisations: forward is traced again and again because of changes in "
+                f"{_changing(made.runners[0][1], runner)}; pass what changes at every step as a tensor",
+                stacklevel=2,
+            )
+        made.runners.insert(0, (mode, runner))
+        return runner
+
+
+def _changing(last: Runner, new: Runner) -> str:
+    """The inputs in which two specialisations differ."""
+    names = [name for name, value in new.facts.items() if last.facts.get(name) != value]
+    return ", ".join(name for name in names if not name.startswith("the ")) or "the model"

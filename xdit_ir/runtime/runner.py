@@ -1,0 +1,104 @@
+"""One rank's program, ready to run: code, weights, constants, and the check of inputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from xdit_ir.capture.inputs import InputBinder
+from xdit_ir.capture.outputs import build_output
+from xdit_ir.errors import MismatchError
+from xdit_ir.program import CONSTANT
+from xdit_ir.runtime.agreement import agree, contents_hash, digest, fact, failure_text
+from xdit_ir.runtime.codegen import communications, generate, state_names
+from xdit_ir.runtime.distributed import Communicator
+from xdit_ir.runtime.state import Weights
+
+if TYPE_CHECKING:
+    from xdit_ir.api import ParallelProgram
+
+Tensors = list[torch.Tensor]
+
+
+class Runner:
+    """Runs one rank's program in this process; making one is collective, see `build`.
+
+    `digest` is equal on two ranks only if they run the same program, for the same guarded values.
+    """
+
+    def __init__(
+        self,
+        parallel: ParallelProgram,
+        model: nn.Module,
+        communicator: Communicator,
+        facts: Mapping[str, str],
+    ) -> None:
+        self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
+        self.program, self.device = parallel.rank(communicator.rank), communicator.device
+        weights, constants = state_names(self.program)
+        self._weights = Weights(model, weights, self.program.state, self.device)
+        self._constants = [self._constant(name.removeprefix(f"{CONSTANT}.")) for name in constants]
+        self._binder = InputBinder(model, self.program)
+        self.code = generate(self.program, communicator, self.device)
+
+    def _constant(self, name: str) -> torch.Tensor:
+        """A constant follows the model: what was on the device of the trace is now on the running one."""
+        value = self.program.constants[name]
+        return value.to(self.device) if value.device == self.program.device else value
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
+        """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
+        return self._binder(args, kwargs), self._weights.fetch()
+
+    @torch.no_grad()
+    def run(self, inputs: Tensors, weights: Tensors) -> Any:
+        """The model's result. Casts of autocast are in the program already, so none are added here."""
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._run(inputs, weights)
+        with torch.autocast(kind, enabled=False):
+            return self._run(inputs, weights)
+
+    def _run(self, inputs: Tensors, weights: Tensors) -> Any:
+        tensors = self.code.run.forward(*inputs, *weights, *self._constants)
+        return build_output(self.program.signature, tensors)
+
+
+def build(communicator: Communicator, model: nn.Module, make: Callable[[], ParallelProgram]) -> Runner:
+    """Make a parallel program and its runner; all ranks call it together.
+
+    Raises:
+        MismatchError: on all ranks, if `make` fails on some only, or the programs of the ranks differ.
+    """
+    failure: Exception | None = None
+    try:
+        parallel = make()
+        program = parallel.rank(communicator.rank)
+        Weights(model, state_names(program)[0], program.state, communicator.device)
+        facts = program_facts(parallel)
+    except Exception as error:
+        failure, facts = error, {"the program": failure_text(error)}
+    try:
+        agree(communicator, digest(facts), lambda: facts)
+    except MismatchError as mismatch:
+        raise mismatch from failure
+    if failure is not None:
+        raise failure
+    communicator.prepare(target.mesh_dims for target in communications(program) if len(target.group) > 1)
+    return Runner(parallel, model, communicator, facts)
+
+
+def program_facts(parallel: ParallelProgram) -> dict[str, str]:
+    """What two ranks must have in common to run a program together."""
+    signature = parallel.original.signature
+    facts = {leaf.path: "a value" if leaf.spec is None else fact(leaf.spec) for leaf in signature.leaves}
+    for guard in signature.guards:
+        is_tensor = isinstance(guard.value, torch.Tensor)
+        facts[guard.path] = f"contents {contents_hash(guard.value)}" if is_tensor else fact(guard.value)
+    facts["the mesh"] = fact(parallel.mesh)
+    facts["the program"] = hashlib.blake2b(parallel.text(bodies=True).encode(), digest_size=8).hexdigest()
+    return facts
