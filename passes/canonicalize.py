@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx
-
-from xdit_ir import ops
 from xdit_ir.passes.base import map_graphs, remove_dead
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
+
+from xdit_ir import ops
 from xdit_ir.program import SPEC, WHERE, Program, TensorSpec
 from xdit_ir.rules.base import bound_arguments
 

@@ -36,7 +36,7 @@ class FindTokens:
         """The program with `tokens` filled in."""
         probe = Propagation(program, PROBE)
         whole = program_flops(program, None)[0]
-        found = []
+        found: list[tuple[bool, int, int, TokenAxis]] = []
         for node in _candidates(program.graph):
             ndim = len(node.meta[SPEC].shape)
             for dim, size in enumerate(node.meta[SPEC].shape):

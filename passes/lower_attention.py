@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xdit_ir import ops
 from xdit_ir.cost import Machine
@@ -29,7 +29,7 @@ class LowerAttention:
     """
 
     mesh: Mesh
-    machine: Machine = Machine()
+    machine: Machine = field(default_factory=Machine)
     name: str = "lower-attention"
 
     def apply(self, program: Program) -> Program:

@@ -25,7 +25,7 @@ class SplitBatch:
         if degree == 1:
             return program
         trial = Propagation(program, self.mesh)
-        tried = []
+        tried: list[tuple[int, int, int, Program]] = []
         for node in program.graph.nodes:
             if node.op != "placeholder" or not node.meta[SPEC].shape or not node.meta[SPEC].dtype.is_floating_point:
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -24,30 +26,32 @@ PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
 
 def source_of_chain(node: fx.Node) -> fx.Node | None:
     """The farthest value of which `node` is a plain view through a chain of views and permutes, if any."""
-    found, chain, source = None, [node], node.args[0]
+    found: fx.Node | None = None
+    chain, source = [node], node.args[0]
     while isinstance(source, fx.Node):
         if _keeps_order(source, chain):
             found = source
         if source.target not in VIEWS + PERMUTES:
             break
         chain.insert(0, source)
-        source = source.args[0]  # type: ignore[assignment]
-    return found if len(chain) > 1 or found is not None else None
+        source = source.args[0]
+    return found
 
 
 def _keeps_order(source: fx.Node, chain: list[fx.Node]) -> bool:
-    dims: list[Atoms] | None = _contiguous(source.meta[SPEC].shape)
+    """Whether the chain leaves the elements of `source` in row-major order."""
+    dims = _contiguous(source.meta[SPEC].shape)
     for node in chain:
         shape = node.meta[SPEC].shape
         if node.target in VIEWS:
-            dims = _regroup([atom for dim in dims for atom in dim], shape)
+            regrouped = _regroup([atom for dim in dims for atom in dim], shape)
+            if regrouped is None:
+                return False
+            dims = regrouped
         else:
             dims = [dims[d] for d in _order(node, len(shape))]
-        if dims is None:
-            return False
-    atoms = [(size, stride) for dim in dims for size, stride in dim if size != 1]
     expected = 1
-    for size, stride in reversed(atoms):
+    for size, stride in reversed([atom for dim in dims for atom in dim if atom[0] != 1]):
         if stride != expected:
             return False
         expected *= size
@@ -88,7 +92,8 @@ def _regroup(atoms: Atoms, shape: tuple[int, ...]) -> list[Atoms] | None:
 
 def _order(node: fx.Node, ndim: int) -> list[int]:
     if node.target is aten.permute.default:
-        return [d % ndim for d in node.args[1]]  # type: ignore[union-attr, operator]
+        dims: Any = node.args[1]
+        return [int(d) % ndim for d in dims]
     order = list(range(ndim))
     a, b = (0, ndim - 1) if node.target is aten.t.default else (int(d) % ndim for d in node.args[1:3])  # type: ignore[arg-type]
     order[a], order[b] = order[b], order[a]

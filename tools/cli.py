@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from xdit_ir.errors import XditError
 from xdit_ir.tools import cmd_check, cmd_inspect, cmd_models
+
+from xdit_ir.errors import XditError
 
 USAGE_ERROR = 2
 

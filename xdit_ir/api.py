@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from xdit_ir import capture
-
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.interpret import Interpreter, model_state
 from xdit_ir.mesh import Mesh

@@ -25,9 +25,10 @@ def model_state(program: Program, model: nn.Module) -> State:
             return constants[name]
         owner, _, leaf = name.rpartition(".")
         try:
-            return getattr(model.get_submodule(owner), leaf)
+            tensor: torch.Tensor = getattr(model.get_submodule(owner), leaf)
         except AttributeError as error:
             raise MismatchError(f"the model has no parameter or buffer {name!r} that its program uses") from error
+        return tensor
 
     return lookup
 
@@ -40,7 +41,8 @@ class Interpreter:
 
     def run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Outputs of the outer graph for its placeholders' values."""
-        return self._graph(self.program.graph, inputs, "")
+        outputs: tuple[torch.Tensor, ...] = self._graph(self.program.graph, inputs, "")
+        return outputs
 
     def _graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str) -> Any:
         env: dict[fx.Node, Any] = {}
@@ -58,7 +60,7 @@ class Interpreter:
             return next(feed)
         if node.op == "get_attr":
             return self.state(qualified(prefix, str(node.target)))
-        args = fx.map_arg(node.args, env.__getitem__)
+        args: Any = fx.map_arg(node.args, env.__getitem__)
         if is_block_call(node):
             name, call_prefix, values = args
             return self._graph(self.program.blocks[name].graph, values, call_prefix)
@@ -66,4 +68,5 @@ class Interpreter:
         if kwargs.get("device") == self.program.device:
             kwargs["device"] = self.device
         target = node.target
-        return args[0][args[1]] if target is operator.getitem else target(*args, **kwargs)  # type: ignore[operator]
+        result: Any = args[0][args[1]] if target is operator.getitem else target(*args, **kwargs)  # type: ignore[operator]
+        return result

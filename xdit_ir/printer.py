@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from torch import fx
 from xdit_ir.layout import Layout, in_mesh_order
 from xdit_ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.partition import Partition
-from xdit_ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
+from xdit_ir.program import LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call
 
 DTYPES = {
     torch.float32: "f32",
@@ -51,7 +52,7 @@ def _segments(partition: Partition) -> list[int]:
         return [partition.size]
     columns = [sorted(part.runs[i] for part in partition.parts) for i in range(count)]
     spans = [(column[0][0], max(start + length for start, length in column)) for column in columns]
-    joined = all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    joined = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     return [end - start for start, end in spans] if joined and spans[0][0] == 0 else [partition.size]
 
 
@@ -102,8 +103,8 @@ def node_text(node: fx.Node, mesh: Mesh | None) -> str:
     if node.target is operator.getitem:
         return f"%{node.name}: {node_type(node, mesh)} = {_argument(node.args[0])}[{node.args[1]}]"
     if is_block_call(node):
-        name, prefix, values = node.args
-        return f"%{node.name} = {name}<{prefix}>({', '.join(map(_argument, values))})"  # type: ignore[arg-type]
+        name, prefix, values = call_parts(node)
+        return f"%{node.name} = {name}<{prefix}>({', '.join(map(_argument, values))})"
     given = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
     return f"%{node.name}: {node_type(node, mesh)} = {target_name(node.target)}({', '.join(given)})"
 
@@ -171,8 +172,8 @@ def _call_text(node: fx.Node, mesh: Mesh | None) -> str:
     """A call with the results that are used, in one line."""
     picked = sorted(node.users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
     results = ", ".join(f"%{user.name}: {node_type(user, mesh)}" for user in picked)
-    name, prefix, values = node.args
-    return f"{results} = {name}<{prefix}>({', '.join(map(_argument, values))})"  # type: ignore[arg-type]
+    name, prefix, values = call_parts(node)
+    return f"{results} = {name}<{prefix}>({', '.join(map(_argument, values))})"
 
 
 def _summary(graph: fx.Graph) -> str:

@@ -154,6 +154,12 @@ def is_block_call(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is call_block
 
 
+def call_parts(node: fx.Node) -> tuple[str, str, list[fx.Node]]:
+    """The block's name, the parameter prefix and the values of a block call."""
+    name, prefix, values = node.args
+    return str(name), str(prefix), list(values)  # type: ignore[arg-type]
+
+
 def qualified(prefix: str, name: str) -> str:
     """The model-wide name of a parameter that a body names relative to `prefix`; constants are never relative."""
     return name if not prefix or name.startswith(CONSTANT + ".") else f"{prefix}.{name}"

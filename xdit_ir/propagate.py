@@ -18,7 +18,7 @@ from xdit_ir import ops
 from xdit_ir.errors import VerifyError
 from xdit_ir.layout import Layout, kind
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import LAYOUT, SPEC, WHERE, Block, Program, call_block, is_block_call
+from xdit_ir.program import LAYOUT, SPEC, WHERE, Block, Program, call_block, call_parts, is_block_call
 from xdit_ir.rules import decide, rule_for
 from xdit_ir.rules.base import Call, Ruling, operands, with_operands
 
@@ -134,22 +134,22 @@ class _Writer:
         return new if ruling.after is None else self.convert(new, ruling.after)
 
     def _call(self, node: fx.Node) -> fx.Node:
-        name, prefix, values = node.args
-        sources = [self.env[value] for value in values]  # type: ignore[union-attr, index]
+        name, prefix, values = call_parts(node)
+        sources = [self.env[value] for value in values]
         while True:
             layouts = tuple(source.meta[LAYOUT] for source in sources)
-            body = self.run.body(str(name), layouts)
+            body = self.run.body(name, layouts)
             if not body.wants:
                 break
             for place, want in body.wants.items():
                 sources[place] = self.convert(sources[place], want)
         new = self.graph.create_node("call_function", call_block, (name, prefix, sources), name=node.name)
         new.meta = {**node.meta, LAYOUT: body.outputs}
-        self.calls[new] = (str(name), layouts)
+        self.calls[new] = (name, layouts)
         return new
 
     def _output(self, node: fx.Node) -> None:
-        results = [self.env[value] for value in node.args[0]]  # type: ignore[union-attr]
+        results = [self.env[value] for value in operands(node)]
         if self.outer:
             results = [self.convert(value, Layout.whole(len(value.meta[SPEC].shape))) for value in results]
         results = [self.convert(value, value.meta[LAYOUT].summed()) for value in results]

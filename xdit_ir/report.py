@@ -120,8 +120,8 @@ def _traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...
     if node.op != "call_function":
         return None
     if node.target is ops.ring_attention:
-        dims = mesh.varies(operands(node)[1].meta[LAYOUT].dims[-2])
-        return ("ring_attention", "*".join(in_mesh_order(dims))), ring_bytes(node, mesh)
+        around = in_mesh_order(mesh.varies(operands(node)[1].meta[LAYOUT].dims[-2]))
+        return ("ring_attention", "*".join(around)), ring_bytes(node, mesh)
     if not ops.is_relayout(node.target) or node.target is ops.shard:
         return None
     have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]

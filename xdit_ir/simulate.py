@@ -54,7 +54,7 @@ class _Rank:
             return next(feed)
         if node.op == "get_attr":
             return self.state(qualified(prefix, str(node.target)))
-        args = fx.map_arg(node.args, env.__getitem__)
+        args: Any = fx.map_arg(node.args, env.__getitem__)
         if is_block_call(node):
             name, call_prefix, values = args
             return (yield from self.graph(self.program.blocks[name].graph, values, call_prefix))

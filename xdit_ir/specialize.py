@@ -11,8 +11,9 @@ from torch import fx
 from xdit_ir import ops
 from xdit_ir.layout import Layout, in_mesh_order, plan
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import SPEC, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.program import LAYOUT as LAYOUT
+from xdit_ir.partition import Indices
+from xdit_ir.program import SPEC, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.rules import decide
 from xdit_ir.rules.base import Call, operands, with_operands
 from xdit_ir.runtime.exchange import Reduce, Reshuffle, Ring
@@ -70,7 +71,7 @@ def _node(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mes
     ruling = decide(Call(node, mesh, layouts))
     target, args, kwargs = node.target, node.args, node.kwargs
     if ruling.local is not None:
-        target, args, kwargs = ruling.local(rank)  # type: ignore[assignment]
+        target, args, kwargs = ruling.local(rank)
     args, kwargs = fx.map_arg((args, kwargs), env.__getitem__)
     return graph.create_node("call_function", target, args, dict(kwargs), name=node.name)
 
@@ -101,9 +102,7 @@ def _shard(node: fx.Node, value: fx.Node, graph: fx.Graph, have: Layout, want: L
     return value
 
 
-def _part(layout: Layout, dim: int, size: int, rank: int) -> Any:
-    from xdit_ir.partition import Indices
-
+def _part(layout: Layout, dim: int, size: int, rank: int) -> Indices:
     partition = layout.dims[dim]
     return Indices.range(0, size) if partition is None else partition.parts[rank]
 

@@ -11,7 +11,8 @@ from xdit_ir import ops
 from xdit_ir.errors import VerifyError
 from xdit_ir.layout import Layout, kind
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, is_block_call, qualified
+from xdit_ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
+from xdit_ir.printer import target_name
 from xdit_ir.rules import decide
 from xdit_ir.rules.base import Call, operands
 
@@ -90,7 +91,7 @@ class _Verifier:
         if node.target is ops.all_reduce:
             right = bool(have.partial) and want == have.summed()
         else:
-            right = have.partial == want.partial == frozenset() and kind(mesh, have, want)[0] == node.target.__name__  # type: ignore[union-attr]
+            right = have.partial == want.partial == frozenset() and kind(mesh, have, want)[0] == target_name(node.target)
         if not right:
             self.fail(node, f"is not the operator that changes {have} into {want}")
 
@@ -109,22 +110,22 @@ class _Verifier:
                 self.fail(node, f"its keys are divided over {sorted(astray)} and nothing brings them together")
 
     def _block_call(self, node: fx.Node) -> None:
-        name, prefix, values = node.args
-        block = self.program.blocks.get(str(name))
+        name, prefix, values = call_parts(node)
+        block = self.program.blocks.get(name)
         if block is None:
             self.fail(node, f"calls {name}, which does not exist")
         assert block is not None
         inputs = [n for n in block.graph.nodes if n.op == "placeholder"]
-        results = next(n for n in block.graph.nodes if n.op == "output").args[0]
-        if len(inputs) != len(values):  # type: ignore[arg-type]
-            self.fail(node, f"gives {len(values)} values to {len(inputs)} arguments of {name}")  # type: ignore[arg-type]
-        for given, taken in zip(values, inputs, strict=True):  # type: ignore[arg-type]
-            if given.meta[SPEC] != taken.meta[SPEC] or given.meta.get(LAYOUT) != taken.meta.get(LAYOUT):  # type: ignore[union-attr]
+        results = operands(next(n for n in block.graph.nodes if n.op == "output"))
+        if len(inputs) != len(values):
+            self.fail(node, f"gives {len(values)} values to {len(inputs)} arguments of {name}")
+        for given, taken in zip(values, inputs, strict=True):
+            if given.meta[SPEC] != taken.meta[SPEC] or given.meta.get(LAYOUT) != taken.meta.get(LAYOUT):
                 self.fail(node, f"argument {taken.name} of {name} has another type")
-        if self.program.mesh is not None and node.meta[LAYOUT] != tuple(r.meta[LAYOUT] for r in results):  # type: ignore[union-attr]
+        if self.program.mesh is not None and node.meta[LAYOUT] != tuple(r.meta[LAYOUT] for r in results):
             self.fail(node, f"the results of {name} have other layouts")
         for attribute in (n for n in block.graph.nodes if n.op == "get_attr"):
-            self._known(attribute, qualified(str(prefix), str(attribute.target)))
+            self._known(attribute, qualified(prefix, str(attribute.target)))
 
     def _known(self, node: fx.Node, name: str) -> None:
         owner, _, leaf = name.partition(".")
@@ -132,10 +133,9 @@ class _Verifier:
             self.fail(node, f"{name} is no parameter, buffer or constant of the program")
 
     def _outputs(self) -> None:
-        output = next(node for node in self.program.graph.nodes if node.op == "output")
         if self.program.mesh is None:
             return
-        for value in output.args[0]:
+        for value in operands(next(node for node in self.program.graph.nodes if node.op == "output")):
             if not value.meta[LAYOUT].is_whole:
                 self.fail(value, "is an output of the model and not whole on every rank")
 

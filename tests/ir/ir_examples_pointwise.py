@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from ir_examples import Sample, aten, example, named
 
-UNARY = """clone alias detach lift lift_fresh lift_fresh_copy contiguous resolve_conj resolve_neg log_sigmoid hardswish
-isreal square negative absolute fix ones_like zeros_like silu gelu tanh exp sigmoid relu neg logical_not cos""".split()
-BINARY = """multiply divide true_divide subtract floor_divide arctan2 greater greater_equal less less_equal not_equal
-add mul sub div maximum pow rsub""".split()
+UNARY = ["clone", "alias", "detach", "lift", "lift_fresh", "lift_fresh_copy", "contiguous", "resolve_conj", "resolve_neg", "log_sigmoid", "hardswish", "isreal", "square", "negative", "absolute", "fix", "ones_like", "zeros_like", "silu", "gelu", "tanh", "exp", "sigmoid", "relu", "neg", "logical_not", "cos"]
+BINARY = ["multiply", "divide", "true_divide", "subtract", "floor_divide", "arctan2", "greater", "greater_equal", "less", "less_equal", "not_equal", "add", "mul", "sub", "div", "maximum", "pow", "rsub"]
 
 
 @example(*named(*UNARY))

@@ -213,7 +213,8 @@ def transform(d, packet):
     x = x if any(part in name for part in ("rfft", "ihfft", "r2c")) and "irfft" not in name else d.complex(*x.shape)
     dims = d.some(range(-3, 0), least=2)[:2]
     if name.startswith("_fft"):
-        return Sample(packet.default, (x, dims, 0, 3 if name == "_fft_c2r" else True))
+        half = 2 * (x.shape[dims[-1]] - 1)
+        return Sample(packet.default, (x, dims, 0, half if name == "_fft_c2r" else True))
     if name.endswith("shift"):
         return Sample(packet.default, (x, d.pick(None, dims)))
     if name.endswith("2"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ir_examples import EXAMPLES, Drawer
-from ir_ranks import OneOperator
+from ir_ranks import OneOperator, the_operator
 from ir_strategies import examples, layouts, meshes
 
 from xdit_ir import ops
@@ -20,7 +20,11 @@ from xdit_ir.rules.base import Call, as_outputs, operands
 for family in ("pointwise", "views", "products"):
     importlib.import_module(f"ir_examples_{family}")
 
-CASES = [pytest.param(packet, make, id=f"{packet}-{make.__name__}".removeprefix("aten.")) for packet in EXAMPLES for make in EXAMPLES[packet]]
+CASES = [
+    pytest.param(packet, make, id=f"{packet}-{make.__name__}".removeprefix("aten."))
+    for packet, makers in EXAMPLES.items()
+    for make in makers
+]
 ATTENTION = (ops.attention, ops.ring_attention)
 
 
@@ -35,20 +39,17 @@ def test_every_rank_gets_its_shard(packet, make, data):
     one = OneOperator(make(Drawer(data.draw), packet))
     mesh = data.draw(meshes())
     pool = {}
-    seeds = {}
-    for at, place in enumerate(one.places):
-        shape = one.inputs[at].shape
-        seeds[place.name] = layouts(data.draw, mesh, shape, pool)
-        if packet in ATTENTION and at:
-            seeds[place.name] = seeds[place.name].with_dims({-2: None, -1: None})
-    divided = one.propagate(mesh, seeds)
+    taken = [layouts(data.draw, mesh, x.shape, pool) for x in one.inputs]
+    if packet in ATTENTION:
+        taken = [layout.with_dims({-2: None, -1: None}) if i else layout for i, layout in enumerate(taken)]
+    divided = one.propagate(mesh, one.program(taken))
     again(mesh, divided)
     one.check(mesh, divided)
 
 
 def again(mesh, divided):
     """A rule applied to what it asked for asks for the same and answers the same."""
-    node = next(node for node in divided.graph.nodes if node.name == "op")
+    node = the_operator(divided)
     taken = tuple(source.meta[LAYOUT] for source in operands(node))
     ruling = decide(Call(node, mesh, taken))
     assert ruling.inputs == taken
@@ -63,24 +64,19 @@ def test_what_is_demanded_is_given(packet, make, data):
     mesh = data.draw(meshes())
     pool = {}
     wanted = [layouts(data.draw, mesh, result.shape, pool) for result in one.results]
-    if len(wanted) > 1 and len({tuple(r.shape) for r in one.results}) == 1:
+    if len({result.shape for result in one.results}) == 1:
         wanted = wanted[:1] * len(wanted)
-    sources = operands(one.op)
-    whole = tuple(Layout.whole(len(source.meta["spec"].shape)) for source in sources)
-    call = Call(one.op, mesh, whole)
-    rule = rule_for(one.op.target)
+    node = the_operator(one.program())
+    whole = tuple(Layout.whole(len(source.meta["spec"].shape)) for source in operands(node))
+    target = as_outputs(Call(node, mesh, whole), wanted)
+    rule = rule_for(node.target)
     assert rule is not None
-    target = as_outputs(call, wanted)
-    needs = rule.demand(call, target)
+    needs = rule.demand(Call(node, mesh, whole), target)
     if needs is not None:
-        ruling = rule.forward(Call(one.op, mesh, needs))
+        ruling = rule.forward(Call(node, mesh, needs))
         assert ruling.inputs == needs
         assert ruling.outputs == target
-    seeds = {node.name: layout for node, layout in zip(one.picked, wanted, strict=True)}
-    divided = one.propagate(mesh, seeds)
-    if needs is not None and not all(layout.is_whole for layout in wanted) and len(wanted) == 1:
-        node = next(node for node in divided.graph.nodes if node.name == "op")
-        assert node.meta[LAYOUT] == wanted[0]
+    divided = one.propagate(mesh, one.program(wanted=wanted))
     one.check(mesh, divided)
-
-
+    if needs is not None and not any(layout.is_whole for layout in wanted):
+        assert the_operator(divided).meta[LAYOUT] == target, "cuts move up through an operator that can be cut"

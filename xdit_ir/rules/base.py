@@ -164,7 +164,7 @@ def as_layouts(outputs: Outputs) -> tuple[Layout, ...]:
 
 def dims_whole(call: Call, operand: int, dims: Sequence[int]) -> Layout:
     """The operand's layout without a pending sum and with these dims made whole."""
-    return call.layouts[operand].summed().with_dims({dim: None for dim in dims})
+    return call.layouts[operand].summed().with_dims(dict.fromkeys(dims))
 
 
 def choose(mesh: Mesh, candidates: Iterator[tuple[int, Partition]]) -> dict[int, Partition]:

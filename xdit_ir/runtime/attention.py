@@ -6,7 +6,6 @@ import math
 
 import torch
 
-
 MOST_SCORES = 2**28
 
 

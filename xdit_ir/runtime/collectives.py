@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed._functional_collectives  # noqa: F401  (registers the operators)
+import torch.distributed._functional_collectives
 from torch import nn
 
 from xdit_ir.runtime.attention import RingMerge
