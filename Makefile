@@ -7,7 +7,7 @@ TYPING := build/typing
 .PHONY: demo test lint env clean
 
 demo: env
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m xdit_ir.tools.demo
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m xdit_ir.tools.demo
 
 test: env
 	$(BIN)/python -m pytest -n 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success; 2 for wrong usage and for every `XditError`, which becomes one line on standard error;
         or the command's own status.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")  # nothing users could act on
     try:
         args = _parser().parse_args(argv)
         status = int(args.run(args))

@@ -52,9 +52,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--degrees", default="u2,r2,u2r2", metavar="LIST", help="such as u2,r3,c2u2 (default: %(default)s)"
     )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-5, help="largest relative error (default: %(default)s)"
-    )
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative error (default: %(default)s)")
     parser.add_argument("--device", help="where to run (default: cpu)")
     parser.add_argument("--force", action="store_true", help="allow a full-size model of the zoo on the CPU")
     parser.set_defaults(run=run)
@@ -89,9 +87,7 @@ def _load(args: argparse.Namespace) -> targets.Target:
     with working(f"loading {args.model}"):
         target = targets.resolve(args.model, device=device)
         if any(tensor.is_meta for tensor in target.tensors()):
-            raise XditError(
-                f"{args.model} has tensors on the meta device; check needs real weights and inputs"
-            )
+            raise XditError(f"{args.model} has tensors on the meta device; check needs real weights and inputs")
         return target.to(device)
 
 

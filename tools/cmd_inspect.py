@@ -36,19 +36,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=targets.HELP)
     for name in Degrees().as_dict():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"ranks along {name} (default 1)")
-    parser.add_argument(
-        "--bodies", action="store_true", help="print every operator, not only the block level"
-    )
+    parser.add_argument("--bodies", action="store_true", help="print every operator, not only the block level")
     parser.add_argument("--block", metavar="NAME", help="print only this block, with every operator")
     parser.add_argument("--passes", action="store_true", help="print the program after each pass")
     parser.add_argument("--report", action="store_true", help="print only the report")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead")
-    parser.add_argument(
-        "--device", default="meta", help="where a zoo model is made (default: meta, no memory)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of a zoo model (default: bfloat16, for :tiny float32)"
-    )
+    parser.add_argument("--device", default="meta", help="where a zoo model is made (default: meta, no memory)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of a zoo model (default: bfloat16, for :tiny float32)")
     parser.set_defaults(run=run)
 
 

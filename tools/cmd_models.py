@@ -27,8 +27,12 @@ def run(args: argparse.Namespace) -> int:
     table.add_column("parameters", justify="right")
     with progress_bar() as progress:
         for name in progress.track(models.names(), description="reading the zoo"):
-            model, _ = models.load(name, device="meta")
-            count = sum(parameter.numel() for parameter in model.parameters())
-            table.add_row(name, type(model).__name__, f"{count / 1e9:.2f} billion")
+            data = models.entry(name)
+            table.add_row(name, data.cls, "only :tiny" if data.full is None else _size(name))
     write(table)
     return 0
+
+
+def _size(name: str) -> str:
+    model, _ = models.load(name, device="meta")
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e9:.2f} billion"

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from xdit_ir.errors import ParallelizeError
 
@@ -31,7 +32,7 @@ class Degrees:
         """Their product."""
         return math.prod(self.as_dict().values())
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """Keyword arguments for `parallelize`, `check` and `port`."""
         return {name: getattr(self, name) for name in LETTERS.values()}
 
@@ -66,9 +67,7 @@ def nearest(text: str) -> str:
 def _nearest_item(item: str) -> str:
     found = [(word, number) for word, number in re.findall(r"([a-z]+)[^a-z0-9]*(\d+)", item) if _letter(word)]
     if not found:
-        found = [
-            (word, number) for number, word in re.findall(r"(\d+)[^a-z0-9]*([a-z]+)", item) if _letter(word)
-        ]
+        found = [(word, number) for number, word in re.findall(r"(\d+)[^a-z0-9]*([a-z]+)", item) if _letter(word)]
     if not found:
         found = [(word, "2") for word in re.findall(r"[a-z]+", item) if _letter(word)]
     sizes = {LETTERS[_letter(word)]: max(1, int(number)) for word, number in found}

@@ -82,9 +82,7 @@ def _from_all_ranks(mine: Difference) -> list[Difference]:
 def _degrees(args: argparse.Namespace) -> Degrees:
     """The degrees asked for, by default Ulysses over all processes."""
     if "WORLD_SIZE" not in os.environ:
-        raise ParallelizeError(
-            "start me with torchrun: torchrun --standalone --nproc-per-node 2 -m xdit_ir.tools.demo"
-        )
+        raise ParallelizeError("start me with torchrun: torchrun --standalone --nproc-per-node 2 -m xdit_ir.tools.demo")
     world = int(os.environ["WORLD_SIZE"])
     asked = Degrees(cfg=args.cfg or 1, ring=args.ring or 1, ulysses=args.ulysses or 1)
     if not any((args.cfg, args.ring, args.ulysses)):
@@ -102,9 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("ulysses", "ring", "cfg"):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"ranks along {name}")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, text and latents (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, text and latents (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the picture (default: %(default)s)")
     return parser
 

@@ -124,9 +124,7 @@ def differences(found: list[Difference], tolerance: float) -> None:
         verdict = "[green]equal[/]" if one.relative <= tolerance else "[bold red]DIFFERENT[/]"
         table.add_row(str(rank), f"{one.largest:.2e}", f"{one.relative:.2e}", verdict)
     CONSOLE.print(table)
-    CONSOLE.print(
-        "(times above: a tiny model on the CPU, where two processes gain nothing; they exchange for real)"
-    )
+    CONSOLE.print("(times above: a tiny model on the CPU, where two processes gain nothing; they exchange for real)")
 
 
 def save(alone: torch.Tensor, together: torch.Tensor, path: Path) -> None:

@@ -47,7 +47,7 @@ class Target:
 
 def is_full_size(text: str) -> bool:
     """Whether `text` names a model of the zoo in its published size."""
-    return text in models.names()
+    return text in models.names() and models.entry(text).full is not None
 
 
 def resolve(text: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Target:
@@ -63,6 +63,8 @@ def resolve(text: str, *, device: str = "cpu", dtype: torch.dtype | None = None)
         model, example = models.load(text, device=device, dtype=dtype)
     except models.UnknownModelError as error:
         raise XditError(f"{error}; or give package.module:function returning (model, example)") from None
+    except (LookupError, ImportError) as error:
+        raise XditError(f"{text} cannot be loaded: {error}") from error
     return Target(text, model, example)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from ..specs import Entry, Mask, Normal, Values
 
 ENTRIES = {
-    "prx-1.3b": Entry(
+    "prx-512": Entry(
         cls="PRXTransformer2DModel",
         full=dict(in_channels=16, patch_size=2, context_in_dim=2304, hidden_size=1792, mlp_ratio=3.5,
                   num_heads=28, depth=16, axes_dim=[32, 32]),

@@ -28,9 +28,7 @@ def to_complex(d, packet):
 @example(*named(*BINARY))
 def binary(d, packet):
     shape = d.sized()
-    target = packet.Tensor if hasattr(packet, "Tensor") else packet.default
-    if packet is aten.pow:
-        target = packet.Tensor_Tensor
+    target = next(getattr(packet, name) for name in ("Tensor", "Tensor_Tensor", "default") if name in packet.overloads())
     pair = [d.positive(*shape), d.positive(*d.broadcast(shape))]
     return Sample(target, tuple(pair if d.bool() else reversed(pair)))
 

@@ -21,7 +21,7 @@ for family in ("pointwise", "views", "products"):
     importlib.import_module(f"ir_examples_{family}")
 
 CASES = [
-    pytest.param(packet, make, id=f"{packet}-{make.__name__}".removeprefix("aten."))
+    pytest.param(packet, make, id=f"{packet.__name__}-{make.__name__}")
     for packet, makers in EXAMPLES.items()
     for make in makers
 ]

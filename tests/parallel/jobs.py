@@ -163,7 +163,7 @@ def differing_inputs(change: str, degrees: Degrees, how: str) -> dict[str, Any]:
                 "shape": {"x": torch.randn(2, 14, 8)},
                 "dtype": {"x": example["x"].double()},
                 "value": {"flip": True},
-                "contents": {"lengths": torch.tensor([3, 4])},
+                "contents": {"lengths": torch.tensor([7, 9])},
                 "unknown": {"surplus": 1},
             }[change]
         result = _failure(lambda: module(**call))

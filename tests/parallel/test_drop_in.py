@@ -15,7 +15,7 @@ from xdit_ir.tools.demo_pipeline import build_pipeline
 import xdit_ir as xir
 from xdit_ir import models
 
-NAME = "sana-1600m:tiny"
+NAME = "wan2.1-t2v-14b:tiny"
 
 
 @pytest.fixture

@@ -80,12 +80,14 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_models_are_listed_with_their_sizes(capsys: Capture) -> None:
+def test_models_are_listed_with_their_sizes(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_tiny = next(name for name in models.names() if models.entry(name).full is None)
+    monkeypatch.setattr(models, "names", lambda: ["flux.1-dev", only_tiny])
     assert main(["models"]) == 0
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
-    assert {row[1].strip() for row in rows} == set(models.names())
-    flux = next([cell.strip() for cell in row[1:4]] for row in rows if "flux" in row[1])
+    flux, other = ([cell.strip() for cell in row[1:4]] for row in rows)
     assert flux == ["flux.1-dev", "FluxTransformer2DModel", "11.90 billion"]
+    assert other == [only_tiny, models.entry(only_tiny).cls, "only :tiny"]
 
 
 def test_inspect_full_size_without_memory(capsys: Capture) -> None:
@@ -111,9 +113,7 @@ def test_inspect_one_block_after_each_pass(capsys: Capture) -> None:
     titles = re.findall(r"(?m)^# (.*)$", out)
     assert titles[0] == TINY and titles[-1].startswith("report")
     passes = ["canonicalize", "find-tokens", "split-batch", "shard-tokens", "lower-attention"]
-    assert [title for title in titles if title.removeprefix("after ") in passes] == [
-        f"after {p}" for p in passes
-    ]
+    assert [title for title in titles if title.removeprefix("after ") in passes] == [f"after {p}" for p in passes]
     assert out.count("block FluxTransformerBlock(") == len(titles) - 1
     assert "block FluxSingleTransformerBlock(" not in out
     assert "scaled_dot_product_attention(" in out and "= all_to_all(" in out

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from xdit_ir.layout import Layout
 from xdit_ir.partition import Partition
-from xdit_ir.program import TensorSpec
+from xdit_ir.program import SPEC, TensorSpec
 from xdit_ir.rules.base import (
     Call,
+    LocalCall,
     Localize,
     Rule,
     Ruling,
@@ -19,8 +22,10 @@ from xdit_ir.rules.base import (
     by_size,
     choose,
     gather_all,
+    nodes_in,
 )
 
+aten = torch.ops.aten
 Names = tuple[Any, ...]
 
 
@@ -82,8 +87,10 @@ def labelled(
         if isinstance(labels, str):
             return gather_all(call, labels)
         ruling = _forward(call, labels, sums)
-        make = local(call, ruling) if local is not None and _divides(ruling) else None
-        return Ruling(ruling.inputs, ruling.outputs, make)
+        if not _divides(ruling):
+            return ruling
+        make = local(call, ruling) if local is not None else None
+        return Ruling(ruling.inputs, ruling.outputs, _spare_the_empty(call, ruling, make))
 
     def demand(call: Call, wanted: Any) -> tuple[Layout, ...] | None:
         labels = describe(call)
@@ -94,6 +101,37 @@ def labelled(
 
 def _divides(ruling: Ruling) -> bool:
     return any(not layout.is_whole for layout in (*ruling.inputs, *as_layouts(ruling.outputs)))
+
+
+def _spare_the_empty(call: Call, ruling: Ruling, make: Localize | None) -> Localize | None:
+    """Many kernels refuse empty operands or return something odd: a rank with no part of any result makes it itself."""
+    layouts = as_layouts(ruling.outputs)
+    shapes = [
+        [layout.local_shape(spec.shape, rank) for layout, spec in zip(layouts, call.results, strict=True)]
+        for rank in range(call.mesh.world_size)
+    ]
+    empty = [all(0 in shape for shape in own) for own in shapes]
+    if not any(empty):
+        return make
+
+    def local(rank: int) -> LocalCall:
+        if empty[rank]:
+            return _nothing(call, shapes[rank])
+        return (call.node.target, call.node.args, call.node.kwargs) if make is None else make(rank)  # type: ignore[return-value]
+
+    return local
+
+
+def _nothing(call: Call, shapes: Sequence[tuple[int, ...]]) -> LocalCall:
+    source = nodes_in((call.node.args, call.node.kwargs))[0]
+    if len(shapes) == 1 and call.out is call.node.meta[SPEC]:
+        return aten.new_empty.default, (source, list(shapes[0])), {"dtype": call.out.dtype}
+    return empties, (source, list(shapes), [spec.dtype for spec in call.results]), {}
+
+
+def empties(x: torch.Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """Tensors without elements."""
+    return [x.new_empty(tuple(shape), dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
 def _sizes(call: Call, labels: Labels) -> dict[Any, int]:

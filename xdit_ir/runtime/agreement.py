@@ -17,6 +17,7 @@ from xdit_ir.program import Program, TensorSpec
 from xdit_ir.runtime.distributed import Communicator
 
 Facts = Mapping[str, str]
+ARGUMENTS, TRACE = "the arguments of forward", "the trace"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -54,22 +55,30 @@ def digest(facts: Facts) -> int:
 def _difference(rank: int, everyone: Sequence[Facts]) -> str:
     mine = everyone[rank]
     for other, theirs in enumerate(everyone):
-        for name in [*mine, *(name for name in theirs if name not in mine)]:
+        for name in sorted({**mine, **theirs}, key=_urgency):
             have, has = mine.get(name, "nothing"), theirs.get(name, "nothing")
             if have != has:
-                return f"the ranks' calls differ in {name}: rank {rank} (this one) has {have}, rank {other} has {has}"
-    return "the ranks' calls differ in contents or order of their arguments"
+                return (
+                    f"the ranks' calls differ in {name}: rank {rank} (this one) has {have}, "
+                    f"rank {other} has {has}"
+                )
+    return "the ranks' calls differ, in something that neither their arguments nor their programs show"
+
+
+def _urgency(name: str) -> int:
+    """Failures first, then arguments, then what follows from them."""
+    return 0 if name in (ARGUMENTS, TRACE) else 2 if name.startswith("the ") else 1
 
 
 def call_facts(
     signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], contents: frozenset[str]
 ) -> dict[str, str]:
-    """A call, leaf by leaf: shape and dtype of tensors (contents too for those named), value of everything else."""
+    """A call, leaf by leaf: shape and dtype of tensors (contents too for those named), value of the rest."""
     try:
         leaves, spec = flatten_named(bind_arguments(signature, args, kwargs, MismatchError))
     except MismatchError as error:
-        return {"the arguments of forward": failure_text(error)}
-    facts = {path: fact(leaf) for path, leaf in leaves}
+        return {ARGUMENTS: failure_text(error)}
+    facts = {ARGUMENTS: "accepted"} | {path: fact(leaf) for path, leaf in leaves}
     for path, leaf in leaves:
         if path in contents and isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
             facts[path] += f" with contents {contents_hash(leaf)}"

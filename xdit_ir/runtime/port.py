@@ -121,7 +121,7 @@ class Ported(Shadow):
 
         if made.communicator.control is not None:
             mine = found[0].digest if found is not None else digest(facts())
-            state = {"this call's program": "made before" if found is not None else "not made yet"}
+            state = {"the program of this call": "made before" if found is not None else "not made yet"}
             agree(made.communicator, mine, lambda: facts() | state)
         if found is None:
             runner = self._specialise(made.communicator, mode, args, kwargs)

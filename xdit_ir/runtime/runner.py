@@ -13,7 +13,7 @@ from xdit_ir.capture.inputs import InputBinder
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.errors import MismatchError
 from xdit_ir.program import CONSTANT
-from xdit_ir.runtime.agreement import agree, contents_hash, digest, fact, failure_text
+from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact, failure_text
 from xdit_ir.runtime.codegen import communications, generate, state_names
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.state import Weights
@@ -81,7 +81,7 @@ def build(communicator: Communicator, model: nn.Module, make: Callable[[], Paral
         Weights(model, state_names(program)[0], program.state, communicator.device)
         facts = program_facts(parallel)
     except Exception as error:
-        failure, facts = error, {"the program": failure_text(error)}
+        failure, facts = error, {TRACE: failure_text(error)}
     try:
         agree(communicator, digest(facts), lambda: facts)
     except MismatchError as mismatch:
@@ -95,7 +95,8 @@ def build(communicator: Communicator, model: nn.Module, make: Callable[[], Paral
 def program_facts(parallel: ParallelProgram) -> dict[str, str]:
     """What two ranks must have in common to run a program together."""
     signature = parallel.original.signature
-    facts = {leaf.path: "a value" if leaf.spec is None else fact(leaf.spec) for leaf in signature.leaves}
+    facts = {TRACE: "made"}
+    facts |= {leaf.path: "a value" if leaf.spec is None else fact(leaf.spec) for leaf in signature.leaves}
     for guard in signature.guards:
         is_tensor = isinstance(guard.value, torch.Tensor)
         facts[guard.path] = f"contents {contents_hash(guard.value)}" if is_tensor else fact(guard.value)
