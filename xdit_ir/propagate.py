@@ -15,7 +15,6 @@ from typing import Any
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.errors import VerifyError
 from xdit_ir.layout import Layout, kind
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import LAYOUT, SPEC, WHERE, Block, Program, call_block, call_parts, is_block_call
@@ -264,12 +263,3 @@ def _named(program: Program, calls: Mapping[fx.Node, tuple[str, Layouts]], bodie
     blocks = {name: Block(name, bodies[key].graph) for key, name in names.items()}
     return program.replace(blocks=blocks)
 
-
-def check_orthogonal(mesh: Mesh, node: fx.Node, layout: Layout) -> None:
-    """A mesh dim divides at most one dimension of a value, and not one that is partial along it."""
-    used = set(layout.partial)
-    for partition in layout.dims:
-        varies = mesh.varies(partition)
-        if varies & used:
-            raise VerifyError(f"{node.name}: mesh dims {sorted(varies & used)} divide it twice")
-        used |= varies

@@ -186,7 +186,7 @@ def test_literals_are_guarded(check: Check, run: Run) -> None:
 
     x = torch.randn(2)
     program = check(Model(), {"x": x, "mode": "double", "flags": [True, None]})
-    with pytest.raises(MismatchError, match="^mode: expected 'double', got 'single'"):
+    with pytest.raises(MismatchError, match=r"^mode: expected 'double', got 'single'"):
         bind_inputs(Model(), program, (x, "single", [True, None]), {})
     with pytest.raises(MismatchError, match=r"^flags\[0\]: expected True, got 1"):
         bind_inputs(Model(), program, (x, "double", [1, None]), {})
@@ -216,7 +216,7 @@ def test_a_timestep_may_not_be_read() -> None:
 
     with pytest.raises(TraceError, match=r"test_known.py:\d+: return x \* 2 if.*depends on input 'timestep'"):
         trace(Model(), (torch.randn(2), torch.tensor([999.0])))
-    with pytest.raises(TraceError, match="input 'timestep'.*pass a small real tensor"):
+    with pytest.raises(TraceError, match=r"input 'timestep'.*pass a small real tensor"):
         trace(Model(), (torch.randn(2), torch.zeros(1, dtype=torch.long, device="meta")))
 
 

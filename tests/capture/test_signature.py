@@ -80,9 +80,7 @@ def test_an_object_with_tensors_is_refused() -> None:
 
 
 class Takes(nn.Module):
-    def forward(
-        self, x: torch.Tensor, cond: Any = None, *rest: Any, scale: float = 1.0, **extra: Any
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cond: Any = None, *rest: Any, scale: float = 1.0, **extra: Any) -> torch.Tensor:
         for item in (*(cond or {}).values(), *rest, *extra.values()):
             for tensor in item if isinstance(item, (list, tuple)) else [item]:
                 x = x + tensor
@@ -161,5 +159,50 @@ def test_literals_compare_by_equality(check: Check) -> None:
             return x * options.factor
 
     program = check(Model(), (X, Options(3)), (X, Options(3)))
-    with pytest.raises(MismatchError, match="^options: expected"):
+    with pytest.raises(MismatchError, match=r"^options: expected"):
         bind_inputs(Model(), program, (X, Options(4)), {})
+
+
+class Cache:
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+
+class Stores(nn.Module):
+    def __init__(self, store: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.store = store
+
+    def forward(self, x: torch.Tensor, cache: Any) -> torch.Tensor:
+        self.store(cache, x * 2)
+        return x
+
+
+def test_objects_with_tensors_are_refused() -> None:
+    with pytest.raises(TraceError, match=r"^input 'cache' is of type Cache, inside which tensors"):
+        trace(Stores(lambda cache, x: None), (X, Cache(X)))
+
+
+@pytest.mark.parametrize(
+    ("cache", "store"),
+    [
+        (Cache(), lambda cache, x: setattr(cache, "value", x)),
+        ({"k": None}, lambda cache, x: cache.update(k=x)),
+        ([], lambda cache, x: cache.append(x)),
+        ([torch.zeros(2, 3)], lambda cache, x: cache[0].copy_(x)),
+    ],
+)
+def test_caches_are_refused_and_stay_empty(cache: Any, store: Callable[[Any, torch.Tensor], Any]) -> None:
+    with pytest.raises(TraceError, match="'cache"):
+        trace(Stores(store), (X, cache))
+    assert not _tensors(cache) or torch.equal(_tensors(cache)[0], torch.zeros(2, 3))
+
+
+def test_taking_from_a_dict_is_fine() -> None:
+    program = trace(Stores(lambda cache, x: cache.pop("scale")), (X, {"scale": 2}))
+    assert len(program.signature.guards) == 1
+
+
+def _tensors(cache: Any) -> list[Any]:
+    held = vars(cache) if isinstance(cache, Cache) else cache
+    return [item for item in (held.values() if isinstance(held, dict) else held) if item is not None]

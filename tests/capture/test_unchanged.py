@@ -49,8 +49,7 @@ class Lazy(nn.Module):
 
 def snapshot(model: nn.Module) -> Any:
     state = {
-        name: (id(item), getattr(item, "_version", None))
-        for name, item in model.state_dict(keep_vars=True).items()
+        name: (id(item), getattr(item, "_version", None)) for name, item in model.state_dict(keep_vars=True).items()
     }
     plain = {
         (path, name): (id(item), repr(item) if isinstance(item, (dict, list)) else None)
@@ -169,9 +168,7 @@ def test_context_inside(check: Check) -> None:
             return y.float() + self.linear(x)
 
     program = check(Casts(), X)
-    assert (
-        sum("linear" in str(node.target) for node in program.graph.nodes if node.op == "call_function") == 2
-    )
+    assert sum("linear" in str(node.target) for node in program.graph.nodes if node.op == "call_function") == 2
     assert len(trace(Casts().to("meta"), (X[0].to("meta"),)).graph.nodes) == len(program.graph.nodes)
 
 
@@ -202,4 +199,38 @@ def test_patched_forwards_and_hooks(check: Check) -> None:
     first.forward = lambda x: plain(x) * 2  # type: ignore[method-assign]
     second.forward = functools.partial(type(second).forward, second)  # type: ignore[method-assign]
     third.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    check(model, X)
+
+
+GLOBAL = torch.arange(4.0)
+OTHER = nn.Linear(4, 4)
+
+
+def test_tensors_from_anywhere(check: Check) -> None:
+    """Globals, closures, containers and modules that the model does not own."""
+    closed = torch.randn(4)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = {"a": [torch.randn(4), (torch.randn(4),)]}
+            self.__dict__["hidden"] = nn.Linear(4, 4)
+            self.linear = nn.Linear(4, 4)
+            self.same = self.linear.weight
+            self.act = self.helper
+
+        def helper(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.kept["a"][0][:4].view(4) + self.kept["a"][1][0][None, :]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.act(x) + GLOBAL[:4].view(1, 4) * closed.unsqueeze(0)
+            x = OTHER(x) + self.hidden(x) + self.linear(x) @ self.same
+            x[:, GLOBAL.long()] += 1
+            return x * GLOBAL.sum().item()
+
+    model = Model()
+    program = check(model, X)
+    assert set(program.state) == {"linear.weight", "linear.bias"}
+    replaced = {name: torch.randn_like(item) for name, item in model.state_dict().items()}
+    model.load_state_dict(replaced)
     check(model, X)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ir_examples import Sample, aten, example, named
 
-from xdit_ir import ops
 from xdit_ir.rules.spectral import NAMES as TRANSFORMS
 
 
@@ -213,6 +212,7 @@ def transform(d, packet):
     x = x if any(part in name for part in ("rfft", "ihfft", "r2c")) and "irfft" not in name else d.complex(*x.shape)
     dims = d.some(range(-3, 0), least=2)[:2]
     if name.startswith("_fft"):
+        dims = [dim + 3 for dim in dims]
         half = 2 * (x.shape[dims[-1]] - 1)
         return Sample(packet.default, (x, dims, 0, half if name == "_fft_c2r" else True))
     if name.endswith("shift"):
@@ -246,23 +246,3 @@ def factory(d, packet):
 def like(d, packet):
     extra = {aten.new_full: (0.5,), aten.new_empty_strided: ([3, 1],)}.get(packet, ())
     return Sample(packet.default, (d.tensor(*d.sized()), [2, 3], *extra), contents="empty" not in str(packet))
-
-
-@example(ops.attention)
-def attention(d, packet):
-    """Queries only: keys stay whole because nothing divides them (`whole` below)."""
-    batch, heads, queries, keys, width = d.shape(5, high=5)
-    group = d.pick(1, 1, 2)
-    lead = (batch,) if d.int(0, 3) else ()
-    q = d.tensor(*lead, group * heads, queries, width)
-    k, v = (d.tensor(*lead, heads, keys, width) for _ in range(2))
-    mask = d.pick(None, d.tensor(1, keys), d.mask(*lead, 1, 1, keys) | True, d.tensor(group * heads, 1, keys))
-    kwargs = {"scale": 0.5, "enable_gqa": group > 1}
-    return Sample(packet, (q, k, v), kwargs | ({} if mask is None else {"mask": mask}))
-
-
-@example(ops.ring_attention)
-def ring_attention(d, packet):
-    return Sample(packet, attention(d, ops.attention).args[:3], {"enable_gqa": True})
-
-

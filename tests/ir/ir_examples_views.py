@@ -218,10 +218,10 @@ def embedding(d, packet):
     return Sample(packet.default, (d.tensor(rows, d.int(1, 4)), d.index(rows, *d.shape(d.int(0, 3)))))
 
 
-def indices(d, shape):
+def indices(d, shape, masks):
     """Index tensors for some dims, that broadcast; or a mask."""
     ndim = len(shape)
-    if d.int(0, 3) == 3:
+    if masks and d.int(0, 3) == 3:
         first = d.int(0, ndim - 1)
         width = d.int(1, min(2, ndim - first))
         return [*[None] * first, d.mask(*shape[first : first + width])]
@@ -233,13 +233,13 @@ def indices(d, shape):
 @example(aten.index, aten._unsafe_index)
 def index(d, packet):
     shape = d.shape(d.int(1, 4))
-    return Sample(packet.Tensor, (d.tensor(*shape), indices(d, shape)))
+    return Sample(packet.Tensor, (d.tensor(*shape), indices(d, shape, packet is aten.index)))
 
 
 @example(aten.index_put, aten._unsafe_index_put)
 def index_put(d, packet):
     shape = d.shape(d.int(1, 3))
-    x, where = d.tensor(*shape), indices(d, shape)
+    x, where = d.tensor(*shape), indices(d, shape, packet is aten.index_put)
     values = d.tensor(*d.broadcast(aten.index(x, where).shape))
     return Sample(packet.default, (x, where, values, True))
 

@@ -25,11 +25,11 @@ CASES = [
     for packet, makers in EXAMPLES.items()
     for make in makers
 ]
-ATTENTION = (ops.attention, ops.ring_attention)
+ATTENTION = {ops.attention, ops.ring_attention}  # see test_attention.py
 
 
 def test_every_rule_has_an_example():
-    assert not [str(packet) for packet in RULES if packet not in EXAMPLES]
+    assert not [str(packet) for packet in RULES if packet not in EXAMPLES and packet not in ATTENTION]
 
 
 @pytest.mark.parametrize(("packet", "make"), CASES)
@@ -40,8 +40,6 @@ def test_every_rank_gets_its_shard(packet, make, data):
     mesh = data.draw(meshes())
     pool = {}
     taken = [layouts(data.draw, mesh, x.shape, pool) for x in one.inputs]
-    if packet in ATTENTION:
-        taken = [layout.with_dims({-2: None, -1: None}) if i else layout for i, layout in enumerate(taken)]
     divided = one.propagate(mesh, one.program(taken))
     again(mesh, divided)
     one.check(mesh, divided)

@@ -1,4 +1,4 @@
-"""Real processes that run jobs together: `workers(n).run("job", ...)` gives every rank's result, within a time limit."""
+"""Real processes that run jobs together: `workers(n).run("job", ...)` gives every rank's result, in time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Workers:
     def __init__(self, count: int) -> None:
         self.count = count
         self._processes: list[subprocess.Popen[str]] = []
-        self._answers: list[queue.Queue[str]] = []
+        self._answers: list[queue.Queue[str | None]] = []
         self._logs: list[IO[str]] = []
 
-    def run(self, job: str, limit: float = 120, **arguments: Any) -> list[Any]:
+    def run(self, job: str, limit: float = 240, **arguments: Any) -> list[Any]:
         """Results of all ranks; a rank's exception comes as `{"error": class name, "message": text}`."""
         if not self._processes:
             self._start()
@@ -38,15 +38,19 @@ class Workers:
             process.stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
             process.stdin.flush()
         deadline = time.monotonic() + limit
-        try:
-            return [
-                json.loads(answers.get(timeout=max(0.1, deadline - time.monotonic())))
-                for answers in self._answers
-            ]
-        except queue.Empty:
+        results = [self._answer(answers, deadline) for answers in self._answers]
+        if None in results:
             logs = "\n".join(f"rank {rank}:\n{self._tail(rank)}" for rank in range(self.count))
             self.stop()
             pytest.fail(f"job {job} did not end within {limit} s on every rank\n{logs}")
+        return [json.loads(result) for result in results if result is not None]
+
+    def _answer(self, answers: queue.Queue[str | None], deadline: float) -> str | None:
+        """A rank's answer, or None if it died or the time is up."""
+        try:
+            return answers.get(timeout=max(0.1, deadline - time.monotonic()))
+        except queue.Empty:
+            return None
 
     def _start(self) -> None:
         with socket.socket() as probe:
@@ -69,7 +73,7 @@ class Workers:
                 text=True,
                 env={**os.environ, **own},
             )
-            answers: queue.Queue[str] = queue.Queue()
+            answers: queue.Queue[str | None] = queue.Queue()
             threading.Thread(target=_read, args=(process, answers), daemon=True).start()
             self._processes.append(process)
             self._answers.append(answers)
@@ -89,10 +93,11 @@ class Workers:
         self._processes, self._answers, self._logs = [], [], []
 
 
-def _read(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
+def _read(process: subprocess.Popen[str], answers: queue.Queue[str | None]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         answers.put(line)
+    answers.put(None)
 
 
 @pytest.fixture(scope="session")

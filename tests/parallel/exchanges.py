@@ -29,9 +29,7 @@ def partitions(mesh: Mesh, size: int) -> Iterator[Partition | None]:
     pieces = mesh.divide(size, ("ring", "ulysses")).parts
     yield Partition(
         size,
-        tuple(
-            Indices.range(max(0, min(p.array, default=0) - 1), max(p.array, default=-1) + 1) for p in pieces
-        ),
+        tuple(Indices.range(max(0, min(p.array, default=0) - 1), max(p.array, default=-1) + 1) for p in pieces),
     )
 
 
@@ -51,11 +49,7 @@ def value(dtype: str, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal shape, dtype and contents."""
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and bool((a.to(torch.complex64) == b.to(torch.complex64)).all())
-    )
+    return a.dtype == b.dtype and a.shape == b.shape and bool((a.to(torch.complex64) == b.to(torch.complex64)).all())
 
 
 def _degrees_to_mesh(degrees: dict[str, int]) -> tuple[Mesh, Communicator]:

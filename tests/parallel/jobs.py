@@ -84,9 +84,7 @@ def _reader(tokens: int = 12) -> tuple[Reader, dict[str, Any]]:
 def _first(example: dict[str, Any]) -> dict[str, Any]:
     """The first half of a batch of two."""
     halves = (isinstance(item, torch.Tensor) and item.shape[:1] == (2,) for item in example.values())
-    return {
-        key: item[:1] if half else item for (key, item), half in zip(example.items(), halves, strict=True)
-    }
+    return {key: item[:1] if half else item for (key, item), half in zip(example.items(), halves, strict=True)}
 
 
 def reloaded_weights(name: str, degrees: Degrees) -> dict[str, Any]:
@@ -169,6 +167,15 @@ def differing_inputs(change: str, degrees: Degrees, how: str) -> dict[str, Any]:
         result = _failure(lambda: module(**call))
         result["afterwards"] = relative_error(module(**example), model(**example))
     return result
+
+
+def other_noise(degrees: Degrees) -> list[dict[str, Any]]:
+    """Rank 1 draws other noise; then the ranks' inputs differ by rounding only."""
+    model, example = _reader()
+    ported = xir.port(model, **degrees)
+    noise = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(_rank()))
+    rounded = example["x"] * (1 + 1e-3 * noise)
+    return [_failure(lambda x=x: ported(**{**example, "x": x})) for x in (noise, rounded)]
 
 
 def failing_trace(degrees: Degrees) -> dict[str, Any]:

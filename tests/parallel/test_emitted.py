@@ -77,6 +77,13 @@ def test_different_calls_are_refused_on_every_rank(
         assert result["afterwards"] < 1e-5
 
 
+def test_ranks_must_draw_the_same_noise(workers: Pools) -> None:
+    for different, rounded in workers(2).run("other_noise", degrees=ULYSSES):
+        assert different["error"] == "MismatchError"
+        assert "x: rank 1 holds other numbers" in different["message"] and "seed" in different["message"]
+        assert rounded["error"] == "", rounded
+
+
 def test_a_trace_that_fails_on_one_rank_fails_on_all(workers: Pools) -> None:
     for result in workers(2).run("failing_trace", degrees=ULYSSES):
         assert result["error"] == "MismatchError"
@@ -94,9 +101,7 @@ def test_the_number_of_processes_must_fit(workers: Pools) -> None:
     for results in workers(2).run("wrong_world_size", degrees={"ulysses": 3}):
         for result in results:
             assert result["error"] == "ParallelizeError"
-            assert (
-                "ulysses=3 needs 3 processes, this job has 2; nearest legal: ulysses=2" in result["message"]
-            )
+            assert "ulysses=3 needs 3 processes, this job has 2; nearest legal: ulysses=2" in result["message"]
 
 
 def test_the_handshake_can_be_left_out(workers: Pools) -> None:

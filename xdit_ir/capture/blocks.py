@@ -76,9 +76,7 @@ class Blocks:
     `watched` are, by path of a block, the attributes in which modules of equal structure differ.
     """
 
-    def __init__(
-        self, recorder: Recorder, chosen: set[str], watched: dict[str, set[tuple[str, str]]]
-    ) -> None:
+    def __init__(self, recorder: Recorder, chosen: set[str], watched: dict[str, set[tuple[str, str]]]) -> None:
         self.recorder, self.chosen, self.watched = recorder, chosen, watched
         self.bodies: list[Body] = []
 

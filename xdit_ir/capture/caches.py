@@ -37,9 +37,7 @@ def clean_caches(model: nn.Module) -> Iterator[None]:
 def _holds_fakes(entry: Any) -> bool:
     if isinstance(entry, FakeTensor):
         return True
-    return type(entry) in (tuple, list, dict) and any(
-        isinstance(x, FakeTensor) for x in pytree.tree_leaves(entry)
-    )
+    return type(entry) in (tuple, list, dict) and any(isinstance(x, FakeTensor) for x in pytree.tree_leaves(entry))
 
 
 def _reachable(model: nn.Module) -> Iterator[Any]:
@@ -49,10 +47,7 @@ def _reachable(model: nn.Module) -> Iterator[Any]:
     seen: set[int] = set()
     for name in names:
         for item in list(vars(sys.modules.get(name, types)).values()):
-            if (
-                isinstance(item, types.ModuleType)
-                and item.__name__.partition(".")[0] == name.partition(".")[0]
-            ):
+            if isinstance(item, types.ModuleType) and item.__name__.partition(".")[0] == name.partition(".")[0]:
                 yield from _stores(vars(item), seen)
         yield from _stores(vars(sys.modules.get(name, types)), seen)
 

@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_ir.capture.values import contents
+
 _SKIPPED = frozenset({"_parameters", "_buffers", "_modules", "forward"})
+_STATE = ("_parameters", "_buffers")
 _SCALARS = (str, int, float, bool, type(None))
 _VALUES = (*_SCALARS, bytes, complex, torch.dtype, torch.device, torch.Size, type)
 _DIGESTED_NUMEL = 1 << 16
@@ -70,11 +73,7 @@ class _Printer:
         if id(module) in self._seen:
             return ("seen", self._seen[id(module)])
         self._seen[id(module)] = len(self._seen)
-        state = [
-            (key, self.describe(item))
-            for part in (module._parameters, module._buffers)
-            for key, item in part.items()
-        ]
+        state = [(key, self._state(item)) for part in _STATE for key, item in dict.items(module.__dict__[part])]
         plain = []
         for name, item in module.__dict__.items():
             if name in _SKIPPED or (type(item) in (dict, list) and not item):
@@ -90,6 +89,13 @@ class _Printer:
         ]
         kind = getattr(type(module), "_watched_class", type(module))
         return (kind, tuple(state), tuple(plain), tuple(children))
+
+    def _state(self, tensor: torch.Tensor | None) -> Any:
+        """A parameter or buffer: anything but its contents."""
+        if tensor is None:
+            return None
+        first = self._seen.setdefault(id(tensor), len(self._seen))
+        return (first, _form(tensor))
 
     def describe(self, item: Any) -> Any:
         if isinstance(item, _VALUES):
@@ -130,10 +136,19 @@ class _Printer:
         return _Only(item)
 
 
+def _form(tensor: torch.Tensor) -> Any:
+    return (type(tensor), tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.stride())
+
+
 def _tensor(tensor: torch.Tensor) -> Any:
-    meta = (type(tensor), tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.stride())
+    meta = _form(tensor)
     if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         return ("tensor", meta)
     if tensor.numel() > _DIGESTED_NUMEL:
         return ("tensor", meta, _Only(tensor))
-    return ("tensor", meta, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return ("tensor", meta, _bytes(tensor))
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    flat = contents(tensor).contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

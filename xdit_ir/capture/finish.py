@@ -107,9 +107,7 @@ def _work(node: fx.Node) -> int:
     count = _WORK.get(packet)
     if count is None:
         return 0
-    shapes = [
-        item.meta[SPEC].shape for item in node.all_input_nodes if isinstance(item.meta[SPEC], TensorSpec)
-    ]
+    shapes = [item.meta[SPEC].shape for item in node.all_input_nodes if isinstance(item.meta[SPEC], TensorSpec)]
     return count(node.meta[SPEC].shape, shapes)
 
 
@@ -127,9 +125,7 @@ def _convolution(out: tuple[int, ...], shapes: list[tuple[int, ...]]) -> int:
 
 _Count = Callable[[tuple[int, ...], list[tuple[int, ...]]], int]
 _WORK: dict[Any, _Count] = {
-    **dict.fromkeys(
-        (aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.einsum, aten.baddbmm), _contraction
-    ),
+    **dict.fromkeys((aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.einsum, aten.baddbmm), _contraction),
     aten.scaled_dot_product_attention: _attention,
     **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution), _convolution),
 }
@@ -152,9 +148,7 @@ def used_state(graph: fx.Graph, blocks: Mapping[str, Block]) -> tuple[dict[str, 
     """Specs of the parameters and buffers in use, by qualified name, and the names of constants in use."""
     state: dict[str, TensorSpec] = {}
     graphs = [("", graph)]
-    graphs += [
-        (str(node.args[1]), blocks[str(node.args[0])].graph) for node in graph.nodes if is_block_call(node)
-    ]
+    graphs += [(str(node.args[1]), blocks[str(node.args[0])].graph) for node in graph.nodes if is_block_call(node)]
     for prefix, part in graphs:
         for node in part.nodes:
             if node.op == "get_attr":

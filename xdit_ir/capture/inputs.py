@@ -42,9 +42,7 @@ def bind_arguments(
     return named
 
 
-def call_arguments(
-    signature: inspect.Signature, named: Mapping[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
+def call_arguments(signature: inspect.Signature, named: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """The inverse of `bind_arguments`."""
     bound = signature.bind_partial()
     extra: dict[str, Any] = {}
@@ -92,9 +90,7 @@ class InputBinder:
     """
 
     def __init__(self, forward: nn.Module | inspect.Signature, program: Program) -> None:
-        self._signature = (
-            forward if isinstance(forward, inspect.Signature) else inspect.signature(forward.forward)
-        )
+        self._signature = forward if isinstance(forward, inspect.Signature) else inspect.signature(forward.forward)
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
         self._accepted: dict[str, tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -144,9 +140,7 @@ class InputBinder:
         if accepted is not None and accepted[0]() is leaf and accepted[1] == version >= 0:
             return
         if leaf.device.type == "meta" or not torch.equal(leaf.detach().cpu(), guard.value):
-            raise MismatchError(
-                f"{guard.path}: its contents were read while tracing ({guard.reason}) and have changed"
-            )
+            raise MismatchError(f"{guard.path}: its contents were read while tracing ({guard.reason}) and have changed")
         self._accepted[guard.path] = (weakref.ref(leaf), version)
 
 

@@ -81,9 +81,7 @@ def _like(func: Any, tensor: torch.Tensor) -> tuple[int, ...]:
 
 def separate(known: Any, args: Any) -> Any:
     """Contents of a result that is no view, copied if they share memory with those of the arguments."""
-    return (
-        map_tensors(known, torch.Tensor.clone) if known is not None and share_memory(known, args) else known
-    )
+    return map_tensors(known, torch.Tensor.clone) if known is not None and share_memory(known, args) else known
 
 
 def write_known(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: Value) -> None:
@@ -137,11 +135,7 @@ def _why_unknown(recorder: Recorder, roots: Roots, what: str) -> str:
             "pass a small real tensor (on the CPU) instead of one on the meta device"
         )
     names = [f"input {name!r}" for name in inputs] + [root.value for root in blamed]
-    return (
-        text
-        + (", ".join(names) or Origin.BUFFER.value)
-        + "; only contents of integer inputs and masks may be read"
-    )
+    return text + (", ".join(names) or Origin.BUFFER.value) + "; only contents of integer inputs and masks may be read"
 
 
 def _expand(roots: Roots) -> set[str | Origin]:

@@ -14,9 +14,7 @@ DEVICE = torch.ops.prim.device.default
 IDENTITY = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default})
 RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 MAYBE_WHOLE = frozenset({aten.slice.Tensor, aten.expand.default, aten.reshape.default})
-READS = frozenset(
-    {aten.item.default, aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default}
-)
+READS = frozenset({aten.item.default, aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default})
 _SHAPE_ONLY = frozenset(
     (
         *(getattr(aten, f"{name}_like").default for name in ("zeros", "ones", "full", "empty")),
@@ -46,9 +44,7 @@ def facts(func: Any) -> OpFacts:
     """The facts about an overload."""
     schema = func._schema
     names = tuple(arg.name for arg in schema.arguments)
-    writes = tuple(
-        arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write
-    )
+    writes = tuple(arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write)
     aliases = not writes and any(ret.alias_info is not None for ret in schema.returns)
     composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
     draws = ("dropout_p",) if "dropout_p" in names else ("p", "train") if {"p", "train"} <= set(names) else ()
@@ -83,9 +79,6 @@ def functional_twin(func: Any) -> Any:
         packet = getattr(getattr(torch.ops, namespace), candidate, None)
         for overload in packet.overloads() if packet is not None else ():
             twin = getattr(packet, overload)
-            if (
-                not facts(twin).writes
-                and [(arg.name, str(arg.type)) for arg in twin._schema.arguments] == wanted
-            ):
+            if not facts(twin).writes and [(arg.name, str(arg.type)) for arg in twin._schema.arguments] == wanted:
                 return twin
     return None

@@ -34,11 +34,7 @@ def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
 def _open(leaf: Any) -> Any:
     if not dataclasses.is_dataclass(leaf) or isinstance(leaf, (type, Record)):
         return leaf
-    names = (
-        tuple(vars(leaf))
-        if hasattr(leaf, "__dict__")
-        else tuple(item.name for item in dataclasses.fields(leaf))
-    )
+    names = tuple(vars(leaf)) if hasattr(leaf, "__dict__") else tuple(item.name for item in dataclasses.fields(leaf))
     return [Record(type(leaf), names), *(getattr(leaf, name) for name in names)]
 
 
@@ -64,9 +60,7 @@ def _make(tree: list[Any]) -> Any:
 
 def literal(leaf: Any) -> Literal:
     """An output leaf that is no tensor; objects with tensors inside cannot be rebuilt."""
-    inside = (
-        pytree.tree_leaves(vars(leaf)) if hasattr(leaf, "__dict__") and not isinstance(leaf, type) else []
-    )
+    inside = pytree.tree_leaves(vars(leaf)) if hasattr(leaf, "__dict__") and not isinstance(leaf, type) else []
     if any(isinstance(item, torch.Tensor) for item in inside):
         raise TraceError(
             f"forward returns an object of type {type(leaf).__qualname__}, whose tensors cannot be followed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from xdit_ir.capture.values import (
     Unshareable,
     Value,
     View,
+    contents,
     map_tensors,
     spec_of,
 )
@@ -50,7 +51,7 @@ class Recorder:
         self.read_inputs: dict[str, str] = {}
         self._values: dict[int, Value] = {}
         self._state_names: dict[int, list[str]] = {}
-        self._state_fakes: dict[int, torch.Tensor] = {}
+        self.state_of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
     def where(self) -> Where:
         """The place in the model that is running."""
@@ -102,17 +103,15 @@ class Recorder:
 
         Its `get_attr` is written at its first use in a frame.
         """
-        fake = self.blank(real)
-        carried = (
-            origin is not Origin.PARAMETER and real.device.type != "meta" and real.numel() <= KNOWN_NUMEL
-        )
-        known = real.detach().cpu().clone() if carried else None
+        with self.recording(False):
+            fake = self.blank(real)
+            carried = origin is not Origin.PARAMETER and real.device.type != "meta"
+            known = contents(real) if carried and real.numel() <= KNOWN_NUMEL else None
         if origin is Origin.CONSTANT:
             names = [f"{CONSTANT}.{self._keep(real, names[0])}"]
             self.held[id(fake)] = real
         self.add(Value(fake, None, Storage(None, owner=names[0]), (), None, 0, known, frozenset({origin})))
         self._state_names[id(fake)] = names
-        self._state_fakes[id(real)] = fake
         return fake
 
     def _keep(self, real: torch.Tensor, name: str) -> str:
@@ -134,7 +133,7 @@ class Recorder:
         name = self._keep(real, name)
         fake = self.blank(real)
         node = self.emit("get_attr", f"{CONSTANT}.{name}", (), {}, spec_of(fake), self.where(), name)
-        known = real.detach().cpu().clone() if real.numel() <= KNOWN_NUMEL else None
+        known = contents(real) if real.numel() <= KNOWN_NUMEL else None
         self.frame.constants[id(real)] = value = self.bind(fake, node, known, NO_ROOTS)
         return value
 
@@ -145,17 +144,14 @@ class Recorder:
             return found
         if isinstance(tensor, FakeTensor):
             raise Unshareable("a tensor from outside the trace")
-        if id(tensor) in self._state_fakes:
-            return self._values[id(self._state_fakes[id(tensor)])]
-        return self.constant(tensor)
+        fake = self.state_of(tensor)
+        return self.constant(tensor) if fake is tensor else self._values[id(fake)]
 
     def roots(self, tensors: list[torch.Tensor]) -> Roots:
         """All that a result of these tensors depends on."""
         return NO_ROOTS.union(*(self.value(tensor).roots for tensor in tensors))
 
-    def emit(
-        self, op: str, target: Any, args: Any, kwargs: Any, spec: Any, where: Where, name: str = ""
-    ) -> fx.Node:
+    def emit(self, op: str, target: Any, args: Any, kwargs: Any, spec: Any, where: Where, name: str = "") -> fx.Node:
         """Append a node with its metadata to the current graph."""
         node = self.frame.graph.create_node(op, target, args, kwargs, name or None)
         node.meta.clear()
@@ -194,9 +190,7 @@ class Recorder:
             raise Unshareable("uses a parameter of another module")
         if name not in self.frame.state:
             spec = spec_of(value.fake)
-            self.frame.state[name] = self.emit(
-                "get_attr", name, (), {}, spec, self.where(), name.replace(".", "_")
-            )
+            self.frame.state[name] = self.emit("get_attr", name, (), {}, spec, self.where(), name.replace(".", "_"))
         return self.frame.state[name]
 
     def relative(self, names: list[str]) -> str | None:
@@ -216,9 +210,7 @@ class Recorder:
             args = (source, list(view.result.shape))
         if view.index is None:
             return self.call(view.func, args, view.kwargs, spec_of(view.result))
-        return self.item(
-            self.call(view.func, args, view.kwargs, view.pieces), view.index, spec_of(view.result)
-        )
+        return self.item(self.call(view.func, args, view.kwargs, view.pieces), view.index, spec_of(view.result))
 
     def replay(self, node: fx.Node, chain: tuple[View, ...]) -> fx.Node:
         """Append a chain of views of a base's contents."""

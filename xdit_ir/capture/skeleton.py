@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,29 @@ _DICTS = (dict, OrderedDict, defaultdict)
 _HEAP_TYPE = 1 << 9
 
 
+class LazyState(dict[str, Any]):
+    """A module's parameters or buffers: the real ones, given out as fakes, which are made when first asked for."""
+
+    def __init__(self, raw: Mapping[str, Any], fake_of: Callable[[Any], Any]) -> None:
+        super().__init__(raw)
+        self._fake_of = fake_of
+
+    def __getitem__(self, key: str) -> Any:
+        return self._fake_of(super().__getitem__(key))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dict."""
+        return self[key] if key in self else default
+
+    def values(self) -> Any:
+        """As of a dict."""
+        return [self[key] for key in self]
+
+    def items(self) -> Any:
+        """As of a dict."""
+        return [(key, self[key]) for key in self]
+
+
 class Skeleton:
     """The copy: `model`, the copies of all `modules` by path, and all paths of each copy by its id."""
 
@@ -38,15 +61,16 @@ class Skeleton:
         self._copies: dict[int, Any] = {}
         self._originals: list[Any] = []
         self._make_state = make_state
-        self._names = _state_names(model)
-        for module in model.modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                self._state(tensor)
+        self._names, self._registered = _state_names(model)
         self.model = self._module(model)
         self.modules = {path: self._module(module) for path, module in model.named_modules()}
         self.aliases: dict[int, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self.aliases.setdefault(id(self._module(module)), []).append(path)
+
+    def copy_of(self, item: Any) -> Any:
+        """A copy of an object that may refer to the model; unknown kinds of objects are themselves."""
+        return self._copy(item)
 
     def _remember(self, original: Any, copy: Any) -> None:
         self._copies[id(original)] = copy
@@ -60,14 +84,16 @@ class Skeleton:
         self._remember(module, copy)
         for name, item in module.__dict__.items():
             if name in ("_parameters", "_buffers"):
-                copy.__dict__[name] = {key: self._state(entry) for key, entry in item.items()}
+                copy.__dict__[name] = LazyState(item, self.state_of)
             else:
                 copy.__dict__[name] = self._copy(item)
         return copy
 
-    def _state(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None or id(tensor) not in self._names:
-            return tensor
+    def state_of(self, tensor: Any) -> Any:
+        """The fake for a parameter or buffer of the model; anything else is itself."""
+        return self._state(tensor) if id(tensor) in self._registered else tensor
+
+    def _state(self, tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in self._copies:
             origin = Origin.PARAMETER if isinstance(tensor, nn.Parameter) else Origin.BUFFER
             fake = self._make_state(self._names[id(tensor)], tensor, origin)
@@ -88,11 +114,11 @@ class Skeleton:
             return self._copies[id(item)]
         return self._container(item)
 
-    def _attribute(self, tensor: torch.Tensor) -> torch.Tensor | None:
+    def _attribute(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in a plain attribute: state if it is registered or has no contents, else a constant."""
         if id(tensor) in self._copies:
             return self._copies[id(tensor)]  # type: ignore[no-any-return]
-        if isinstance(tensor, nn.Parameter) or tensor.device.type == "meta":
+        if id(tensor) in self._registered or (tensor.device.type == "meta" and id(tensor) in self._names):
             return self._state(tensor)
         fake = self._make_state(self._names.get(id(tensor), ["held"]), tensor, Origin.CONSTANT)
         self._remember(tensor, fake)
@@ -158,12 +184,15 @@ def _is_plain_class(base: type) -> bool:
     return bool(base.__flags__ & _HEAP_TYPE) and "__slots__" not in base.__dict__
 
 
-def _state_names(model: nn.Module) -> dict[int, list[str]]:
-    """All qualified names of every parameter, buffer and plain tensor attribute, by identity."""
+def _state_names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
+    """All qualified names of every tensor attribute, by identity; identities of parameters and buffers."""
     names: dict[int, list[str]] = {}
+    registered: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         for group in (module._parameters, module._buffers, module.__dict__):
             for name, tensor in group.items():
                 if isinstance(tensor, torch.Tensor):
                     names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
-    return names
+                    if group is not module.__dict__:
+                        registered.add(id(tensor))
+    return names, registered

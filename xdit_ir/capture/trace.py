@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.blocks import Blocks, Restart, candidates, prune
 from xdit_ir.capture.caches import clean_caches
+from xdit_ir.capture.effects import Given
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
@@ -21,7 +22,7 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line
 from xdit_ir.capture.tracer import Tracer
-from xdit_ir.capture.values import Unshareable, spec_of
+from xdit_ir.capture.values import Unshareable, Value, spec_of
 from xdit_ir.errors import TraceError, XditError
 from xdit_ir.program import Guard, InputLeaf, Literal, Program, Signature, Where
 
@@ -53,15 +54,16 @@ def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Modul
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
     recorder = Recorder(device)
-    args = [_input(recorder, path, leaf) if isinstance(leaf, torch.Tensor) else leaf for path, leaf in leaves]
+    values = {path: _input(recorder, path, x) for path, x in leaves if isinstance(x, torch.Tensor)}
+    args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
     with torch.inference_mode():
         skeleton = Skeleton(model, recorder.state)
+        recorder.state_of = skeleton.state_of
         blocks = Blocks(recorder, set(chosen), _watch(skeleton, chosen, recorder))
         _instrument(skeleton, recorder, blocks)
-        forward_args, forward_kwargs = call_arguments(
-            inspect.signature(model.forward), pytree.tree_unflatten(args, in_spec)
-        )
-        output = _run(skeleton.model, recorder, forward_args, forward_kwargs)
+        given = Given(args, in_spec, skeleton.copy_of)
+        output = _run(skeleton.model, recorder, *call_arguments(inspect.signature(model.forward), given.named))
+        given.check_unchanged(values)
         signature = _signature(recorder, leaves, in_spec, output)
     return _program(type(model).__name__, device, recorder, blocks, signature)
 
@@ -75,16 +77,14 @@ def _device(model: nn.Module, leaves: Leaves) -> torch.device:
     return torch.device("cpu")
 
 
-def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> torch.Tensor:
+def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> Value:
     recorder.inputs[path] = leaf
     name = "".join(char if char.isalnum() else "_" for char in path).strip("_")
     known = leaf.detach().cpu().clone() if readable(leaf) else None
-    return recorder.input(name, leaf, recorder.device, known, path).fake
+    return recorder.input(name, leaf, recorder.device, known, path)
 
 
-def _watch(
-    skeleton: Skeleton, chosen: dict[str, nn.Module], recorder: Recorder
-) -> dict[str, set[tuple[str, str]]]:
+def _watch(skeleton: Skeleton, chosen: dict[str, nn.Module], recorder: Recorder) -> dict[str, set[tuple[str, str]]]:
     """Watch the plain attributes in which blocks of equal structure differ, such as the index of a layer."""
     prints = {path: fingerprint(skeleton.modules[path], recorder.held) for path in chosen}
     groups: dict[str, list[str]] = {}
@@ -115,9 +115,7 @@ def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks) -> None:
             module.__dict__["forward"] = _wrap(module, path, names, forward, recorder, blocks)
 
 
-def _wrap(
-    module: nn.Module, path: str, names: list[str], forward: Any, recorder: Recorder, blocks: Blocks
-) -> Any:
+def _wrap(module: nn.Module, path: str, names: list[str], forward: Any, recorder: Recorder, blocks: Blocks) -> Any:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if blocks.wants(path):
             return blocks.call(module, path, forward, args, kwargs)
@@ -148,12 +146,8 @@ def _signature(recorder: Recorder, leaves: Leaves, in_spec: pytree.TreeSpec, out
     nodes = tuple(recorder.node(tensor) for tensor in tensors)
     recorder.emit("output", "output", (nodes,), {}, tuple(spec_of(tensor) for tensor in tensors), Where())
     count = iter(range(len(tensors)))
-    places: list[int | Literal] = [
-        next(count) if isinstance(x, torch.Tensor) else literal(x) for x in out_leaves
-    ]
-    inputs = [
-        InputLeaf(path, spec_of(leaf) if isinstance(leaf, torch.Tensor) else None) for path, leaf in leaves
-    ]
+    places: list[int | Literal] = [next(count) if isinstance(x, torch.Tensor) else literal(x) for x in out_leaves]
+    inputs = [InputLeaf(path, spec_of(leaf) if isinstance(leaf, torch.Tensor) else None) for path, leaf in leaves]
     guards = [guard for path, leaf in leaves if (guard := _guard(recorder, path, leaf)) is not None]
     return Signature(in_spec, tuple(inputs), out_spec, tuple(places), tuple(guards))
 
@@ -172,9 +166,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
 
 
-def _program(
-    name: str, device: torch.device, recorder: Recorder, blocks: Blocks, signature: Signature
-) -> Program:
+def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks, signature: Signature) -> Program:
     graph = recorder.frame.graph
     prune(recorder.frame)
     bodies = {body.name: body.frame.graph for body in blocks.bodies}
@@ -183,9 +175,7 @@ def _program(
     made = name_blocks(graph, bodies, {body.name: body.kind for body in blocks.bodies})
     state, used = used_state(graph, made)
     constants = {
-        key: _plain(item) if item.is_inference() else item
-        for key, item in recorder.constants.items()
-        if key in used
+        key: _plain(item) if item.is_inference() else item for key, item in recorder.constants.items() if key in used
     }
     for part in (graph, *(block.graph for block in made.values())):
         rename_device(part, recorder.device, device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -47,6 +48,8 @@ from xdit_ir.errors import TraceError
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operators that run while it is active."""
 
+    supports_higher_order_operators = True  # to name them in an error
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
@@ -55,6 +58,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not self.recorder.active:
             return func(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            raise TraceError(f"{source_line()}: the higher-order operator {func} cannot be captured")
         if func is DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         with self.recorder.recording(False):
@@ -72,9 +77,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> None:
         if drops_elements(func, args, kwargs):
-            raise TraceError(
-                f"{source_line()}: dropout is active; call .eval() on the model before tracing it"
-            )
+            raise TraceError(f"{source_line()}: dropout is active; call .eval() on the model before tracing it")
 
     def _again(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         with self, self.recorder.recording(True):

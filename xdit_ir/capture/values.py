@@ -135,6 +135,11 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return found
 
 
+def contents(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a real tensor on the CPU. (No `detach`: it cannot pass through a mode in inference mode.)"""
+    return tensor.cpu().clone()
+
+
 def storage_id(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory."""
     return int(tensor.untyped_storage()._cdata)

@@ -58,9 +58,7 @@ def _unbind(view: View, base: fx.Node, new: fx.Node, call: Call) -> fx.Node:
 
 
 def _diagonal(view: View, base: fx.Node, new: fx.Node, call: Call) -> fx.Node:
-    places = [
-        _argument(view, i + 1, n, d) for i, (n, d) in enumerate((("offset", 0), ("dim1", 0), ("dim2", 1)))
-    ]
+    places = [_argument(view, i + 1, n, d) for i, (n, d) in enumerate((("offset", 0), ("dim1", 0), ("dim2", 1)))]
     return call(aten.diagonal_scatter.default, base, new, *places)
 
 

@@ -30,11 +30,7 @@ def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     value = recorder.value(target)
     _check_writable(recorder, value)
     kept = {key: item for key, item in kwargs.items() if key not in facts(func).out}
-    node = (
-        _copied(recorder, args)
-        if func is aten.copy_.default
-        else _computed(recorder, twin, args, kept, target)
-    )
+    node = _copied(recorder, args) if func is aten.copy_.default else _computed(recorder, twin, args, kept, target)
     write_known(recorder, func, args, kwargs, value)
     roots = recorder.roots(tensors_in((args, kwargs)))
     _store(recorder, value, node)
@@ -104,9 +100,7 @@ def _change_view(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if func is aten.detach_.default:
         return target
     if twin is None:
-        raise TraceError(
-            f"{source_line()}: {func} changes a tensor's shape in place in a way that is not supported"
-        )
+        raise TraceError(f"{source_line()}: {func} changes a tensor's shape in place in a way that is not supported")
     value, before = recorder.value(target), recorder.blank(target)
     node = recorder.node(target)
     _check_writable(recorder, value)

@@ -56,8 +56,13 @@ def _shared(heads: Partition, group: int) -> Partition | None:
 def _free(
     call: Call, partition: Partition | None, taken: frozenset[str], *, exact: bool = False
 ) -> Partition | None:
-    """The partition where its mesh dims are not taken; `exact`: and where each index is held once."""
+    """The partition where its mesh dims are not taken; `exact`: and where each index is held once.
+
+    Causality needs the natural order on every rank that has everything.
+    """
     if partition is None or call.varies(partition) & taken:
+        return None
+    if call.arguments["is_causal"] and not call.varies(partition):
         return None
     return None if exact and not call.mesh.tiles(partition) else partition
 
@@ -100,9 +105,16 @@ def _mask_layout(call: Call, operand: int, output: Layout) -> Layout:
 
 
 def _attention_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    if wanted.dims[-1] is not None:
+    """Queries that are cut take the rows of the mask with them; causality forbids it."""
+    queries = wanted.dims[-2]
+    if wanted.dims[-1] is not None or (queries is not None and call.arguments["is_causal"]):
         return None
-    return _ruling(call, wanted.dims[:-2], wanted.dims[-2], None).inputs
+    inputs = _ruling(call, wanted.dims[:-2], queries, None).inputs
+    masks = []
+    for spec, layout in zip(call.specs[3:], inputs[3:], strict=True):
+        rows = len(spec.shape) > 1 and spec.shape[-2] == call.out.shape[-2]
+        masks.append(layout.with_dims({-2: queries}) if rows else layout)
+    return (*inputs[:3], *masks)
 
 
 RULES = rules_of(verified(Rule(_attention, _attention_demand)), attention, ring_attention)

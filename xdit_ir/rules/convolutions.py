@@ -12,7 +12,7 @@ from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.partition import Indices, Partition
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, dims_whole, rules_of, verified, whole
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
+from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, spare_empty
 
 aten = torch.ops.aten
 Interval = tuple[int, int]
@@ -132,15 +132,13 @@ def _conv(call: Call) -> Ruling:
     inputs = (taken, *whole(call.specs[1:]))
     if output.is_whole:
         return Ruling(inputs, output)
-    return Ruling(inputs, output, lambda rank: _local(call, windows, taken, output, rank))
+    return spare_empty(call, Ruling(inputs, output, lambda rank: _local(call, windows, taken, output, rank)))
 
 
 def _local(call: Call, windows: list[_Window], taken: Layout, output: Layout, rank: int) -> LocalCall:
-    shape, arguments = output.local_shape(call.out.shape, rank), call.arguments
-    if 0 in shape:
-        return aten.new_zeros.default, (arguments["input"], list(shape)), {}
+    arguments = call.arguments
     padding = []
-    for dim, window in enumerate(windows, start=len(shape) - len(windows)):
+    for dim, window in enumerate(windows, start=len(output.dims) - len(windows)):
         held, made = taken.dims[dim], output.dims[dim]
         part = Indices.range(0, window.size) if held is None else held.parts[rank]
         out = Indices.range(0, window.out) if made is None else made.parts[rank]

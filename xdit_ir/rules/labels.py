@@ -90,7 +90,7 @@ def labelled(
         if not _divides(ruling):
             return ruling
         make = local(call, ruling) if local is not None else None
-        return Ruling(ruling.inputs, ruling.outputs, _spare_the_empty(call, ruling, make))
+        return spare_empty(call, Ruling(ruling.inputs, ruling.outputs, make))
 
     def demand(call: Call, wanted: Any) -> tuple[Layout, ...] | None:
         labels = describe(call)
@@ -103,23 +103,23 @@ def _divides(ruling: Ruling) -> bool:
     return any(not layout.is_whole for layout in (*ruling.inputs, *as_layouts(ruling.outputs)))
 
 
-def _spare_the_empty(call: Call, ruling: Ruling, make: Localize | None) -> Localize | None:
+def spare_empty(call: Call, ruling: Ruling) -> Ruling:
     """Many kernels refuse empty operands or return something odd: a rank with no part of any result makes it itself."""
-    layouts = as_layouts(ruling.outputs)
+    layouts, make = as_layouts(ruling.outputs), ruling.local
+    if not any(0 in dim.sizes for layout in layouts for dim in layout.dims if dim is not None):
+        return ruling
     shapes = [
         [layout.local_shape(spec.shape, rank) for layout, spec in zip(layouts, call.results, strict=True)]
         for rank in range(call.mesh.world_size)
     ]
     empty = [all(0 in shape for shape in own) for own in shapes]
-    if not any(empty):
-        return make
 
     def local(rank: int) -> LocalCall:
         if empty[rank]:
             return _nothing(call, shapes[rank])
         return (call.node.target, call.node.args, call.node.kwargs) if make is None else make(rank)  # type: ignore[return-value]
 
-    return local
+    return Ruling(ruling.inputs, ruling.outputs, local)
 
 
 def _nothing(call: Call, shapes: Sequence[tuple[int, ...]]) -> LocalCall:

@@ -9,7 +9,7 @@ import torch
 from xdit_ir.layout import Layout
 from xdit_ir.partition import Indices, Partition
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, rules_of, same_call, verified
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
+from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, spare_empty
 
 aten = torch.ops.aten
 
@@ -74,7 +74,7 @@ def _pad(call: Call) -> Ruling:
     needs = layout.with_dims({dim: None for dim, partition in gives.items() if partition is None})
     output = needs.with_dims(gives)
     if not any(gives.values()):
-        return Ruling((needs,), output)
+        return spare_empty(call, Ruling((needs,), output))
 
     def local(rank: int) -> LocalCall:
         flat = [0] * (2 * len(output.dims))
@@ -87,7 +87,7 @@ def _pad(call: Call) -> Ruling:
             flat[at : at + 2] = [before, after]
         return same_call(call, pad=flat)
 
-    return Ruling((needs,), output, local)
+    return spare_empty(call, Ruling((needs,), output, local))
 
 
 def _pad_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:

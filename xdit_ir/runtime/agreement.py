@@ -44,6 +44,38 @@ def agree(communicator: Communicator, mine: int, details: Callable[[], Facts]) -
     raise MismatchError(_difference(communicator.rank, everyone))
 
 
+def agree_contents(communicator: Communicator, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make sure that all ranks hold the same numbers, up to rounding. Waits for the device.
+
+    Compares a few projections of each tensor (on cosines of incommensurable frequencies) relative to its norm.
+
+    Raises:
+        MismatchError: on every rank, e.g. if noise was drawn from another seed somewhere.
+    """
+    if communicator.control is None or not tensors:
+        return
+    mine = torch.stack([_projections(tensor) for tensor in tensors.values()])
+    everyone = [torch.empty_like(mine) for _ in range(communicator.mesh.world_size)]
+    dist.all_gather(everyone, mine, group=communicator.control)
+    for other, theirs in enumerate(everyone):
+        distance = (theirs - everyone[0]).abs().amax(1)
+        for name, apart, norm in zip(tensors, distance.tolist(), everyone[0][:, 0].tolist(), strict=True):
+            if apart > 0.1 * norm:
+                raise MismatchError(
+                    f"{name}: rank {other} holds other numbers than rank 0; every process needs the same "
+                    "inputs, so give all of them the same seed or generator"
+                )
+
+
+def _projections(tensor: torch.Tensor) -> torch.Tensor:
+    """Norm and projections, `[1 + 8]` on the CPU."""
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    flat = real.detach().flatten().float().nan_to_num()
+    places = torch.arange(flat.numel(), dtype=torch.float32, device=flat.device)
+    waves = (torch.dot(flat, torch.cos(places * index**0.5)) for index in range(8))
+    return torch.stack([flat.norm(), *waves]).cpu()
+
+
 def digest(facts: Facts) -> int:
     """62 bits that two different sets of facts do not share."""
     hashed = hashlib.blake2b(digest_size=8)
@@ -58,10 +90,7 @@ def _difference(rank: int, everyone: Sequence[Facts]) -> str:
         for name in sorted({**mine, **theirs}, key=_urgency):
             have, has = mine.get(name, "nothing"), theirs.get(name, "nothing")
             if have != has:
-                return (
-                    f"the ranks' calls differ in {name}: rank {rank} (this one) has {have}, "
-                    f"rank {other} has {has}"
-                )
+                return f"the ranks' calls differ in {name}: rank {rank} (this one) has {have}, rank {other} has {has}"
     return "the ranks' calls differ, in something that neither their arguments nor their programs show"
 
 
@@ -83,6 +112,17 @@ def call_facts(
         if path in contents and isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
             facts[path] += f" with contents {contents_hash(leaf)}"
     return facts | {"the structure of the arguments": _ADDRESS.sub("", repr(spec))}
+
+
+def call_tensors(
+    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The tensors among a call's arguments, by path; none if forward does not take such arguments."""
+    try:
+        leaves, _ = flatten_named(bind_arguments(signature, args, kwargs, MismatchError))
+    except MismatchError:
+        return {}
+    return {path: leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta}
 
 
 def guarded(programs: Iterable[Program]) -> frozenset[str]:

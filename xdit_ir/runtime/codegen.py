@@ -1,4 +1,4 @@
-"""From one rank's program to Python: one graph module per block, whose weights are arguments, and one around them."""
+"""From one rank's program to Python: a graph module per block, whose weights are arguments, and one around them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xdit_ir.runtime.exchange import Communicate
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """A block as a module: `module(*values, *weights)`, the weights named (relative to a prefix) by `weights`.
+    """A block as a module: `module(*values, *weights)`; `weights` are their names relative to a call's prefix.
 
     `module` has no parameters and is the same for all layers, so compiling it once compiles all of them.
     """
@@ -27,7 +27,7 @@ class Body:
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """A rank's forward: `run(*inputs, *weights, *constants)`, in the order of `state_names`, is the outputs."""
+    """A rank's forward: `run(*inputs, *weights, *constants)`, ordered as in `state_names`, gives the outputs."""
 
     run: fx.GraphModule
     bodies: Mapping[str, Body]
@@ -71,9 +71,7 @@ def _state_names(graph: fx.Graph) -> list[str]:
 class _Writer:
     """Writes one graph anew: weights become placeholders, communications become calls of modules."""
 
-    def __init__(
-        self, name: str, traced: torch.device, device: torch.device, communicator: Communicator
-    ) -> None:
+    def __init__(self, name: str, traced: torch.device, device: torch.device, communicator: Communicator) -> None:
         self.name, self.traced, self.device, self.communicator = name, traced, device, communicator
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
@@ -116,7 +114,7 @@ class _Writer:
         body = bodies[str(name)]
         place = f"block_{_identifier(str(name))}"
         self.modules[place] = body.module
-        given = [self.env[value] for value in values]  # type: ignore[union-attr,index,misc]
+        given = [self.env[value] for value in values]  # type: ignore[union-attr,index]
         state = [self.state[qualified(str(prefix), weight)] for weight in body.weights]
         return self.graph.create_node("call_module", place, (*given, *state), name=node.name)
 

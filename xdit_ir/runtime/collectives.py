@@ -55,9 +55,7 @@ class Exchange(nn.Module):
     def __init__(self, target: Reshuffle, at: int, group: str) -> None:
         super().__init__()
         self.exchange, self.at, self.group = target.exchange, at, group
-        self.shapes = tuple(
-            (0,) if i == at else tuple(shape) for i, shape in enumerate(target.exchange.shapes)
-        )
+        self.shapes = tuple((0,) if i == at else tuple(shape) for i, shape in enumerate(target.exchange.shapes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x`, this rank's part in the old layout -> its part in the new one, `exchange.shape`."""
@@ -86,7 +84,7 @@ class RingAttention(nn.Module):
         is_causal: bool = False,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """`q [..., queries, dim]`, own `k`, `v` `[..., keys, dim]`, `mask [..., all keys]` -> `[..., queries, dim_v]`.
+        """`q [..., queries, dim]`, `k`, `v` `[..., own keys, dim]`, `mask [..., all keys]` -> `[..., queries, dim_v]`.
 
         Members are visited in the order in which their keys arrive, so a rank's result is deterministic.
         """
@@ -141,16 +139,12 @@ def start(pieces: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], gro
     return pending
 
 
-def finish(
-    pending: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
-) -> list[torch.Tensor]:
+def finish(pending: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
     """The pieces that `start` fetches, once they are there."""
     width = _width(dtype)
-    parts = _wait(pending).split([math.prod(shape) * width for shape in shapes])
+    parts = torch.split_with_sizes(_wait(pending), [math.prod(shape) * width for shape in shapes])
     if dtype.is_complex:
-        return [
-            torch.view_as_complex(part.view(*shape, 2)) for part, shape in zip(parts, shapes, strict=True)
-        ]
+        return [torch.view_as_complex(part.view(*shape, 2)) for part, shape in zip(parts, shapes, strict=True)]
     return [part.view(dtype).view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

@@ -16,7 +16,7 @@ from xdit_ir.capture.inputs import bind_arguments
 from xdit_ir.errors import MismatchError
 from xdit_ir.mesh import Mesh
 from xdit_ir.pipeline import mesh_of
-from xdit_ir.runtime.agreement import agree, call_facts, digest, fact, guarded
+from xdit_ir.runtime.agreement import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
 from xdit_ir.runtime.distributed import Communicator, check_world_size
 from xdit_ir.runtime.runner import Runner, Tensors, build
 from xdit_ir.runtime.shadow import Shadow
@@ -39,17 +39,17 @@ def port(
 ) -> Ported:
     """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
 
-    Like torch.compile it does nothing until the first forward, which traces the model for the inputs it gets; inputs
-    of other structure, shapes, dtypes or guarded values get a specialisation of their own. Every process of the job
-    (torchrun) does the same, with the same inputs.
+    Like torch.compile it does nothing until the first forward, which traces the model for the inputs it gets.
+    Inputs of other structure, shapes, dtypes or guarded values get a specialisation of their own. Every process of
+    the job (torchrun) does the same, with the same inputs: give all of them the same seed.
 
     Args:
         cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`.
         handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
 
     Raises:
-        ParallelizeError: a degree is unknown or no positive integer, or the job has another number of processes;
-            at the first forward, also if a degree is illegal for the model and its inputs.
+        ParallelizeError: a degree is unknown or no positive integer, or the job has another number of
+            processes; at the first forward, also if a degree is illegal for the model and its inputs.
     """
     degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses}
     mesh = mesh_of(unknown | degrees)
@@ -76,8 +76,8 @@ class _Specialisations:
 class Ported(Shadow):
     """`original`, parallel: the same state, attributes, class and `forward` signature.
 
-    Reloaded weights take effect at once. Weights of other shapes, dtypes or device, and replaced submodules, are
-    noticed and the model is traced anew; after changing plain attributes that its forward reads, call `reset`.
+    Reloaded weights take effect at once. Weights of other shapes, dtypes or device, and replaced submodules,
+    are noticed and the model is traced anew; after a change of plain attributes that forward reads, call `reset`.
     """
 
     def __init__(self, original: nn.Module, specialisations: _Specialisations) -> None:
@@ -167,6 +167,7 @@ class Ported(Shadow):
             return trace(self._xdit_original, example).parallelize(**made.options)
 
         made = self._made
+        agree_contents(communicator, call_tensors(self._xdit_signature, args, kwargs))
         runner = build(communicator, self._xdit_original, make)
         if len(made.runners) >= LIMIT:
             del made.runners[LIMIT - 1 :]

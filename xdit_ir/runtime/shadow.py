@@ -92,9 +92,7 @@ class Shadow(nn.Module):
         return f"{type(self).__name__}:{type(self._xdit_original).__name__}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            f"{self._get_name()} belongs to running processes; copy or save the original's state_dict()"
-        )
+        raise TypeError(f"{self._get_name()} belongs to running processes; copy or save the original's state_dict()")
 
     state_dict = _forwarded("state_dict")
     load_state_dict = _forwarded("load_state_dict")

@@ -92,9 +92,7 @@ def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
     if tensor.device.type == "meta":
         raise MismatchError(f"{name} is on the meta device; load weights first, then emit the module")
     if tensor.device != device:
-        raise MismatchError(
-            f"{name} is on {tensor.device} and the module runs on {device}; move the model there"
-        )
+        raise MismatchError(f"{name} is on {tensor.device} and the module runs on {device}; move the model there")
 
 
 def running_device(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
@@ -102,9 +100,7 @@ def running_device(model: nn.Module, device: torch.device | str | None = None) -
     tensors = itertools.chain(model.parameters(), model.buffers())
     found = next((tensor.device for tensor in tensors), torch.device("cpu"))
     if found.type == "meta":
-        raise MismatchError(
-            "the model is on the meta device: load weights first (`to_empty` and `load_state_dict`)"
-        )
+        raise MismatchError("the model is on the meta device: load weights first (`to_empty` and `load_state_dict`)")
     if device is None:
         return found
     wanted = torch.device(device)
