@@ -67,6 +67,7 @@ class TracedProgram:
         patches: int | None = None,
         warmup_steps: int = 1,
         after: After | None = None,
+        **unknown: Any,
     ) -> ParallelProgram:
         """Divide the model over `cfg * pipefusion * ring * ulysses` ranks; needs no process group and no GPU.
 
@@ -80,17 +81,21 @@ class TracedProgram:
         Raises:
             ParallelizeError: a degree is illegal for this model and input; names the nearest legal choice.
         """
-        mesh = mesh_of({"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses})
+        mesh = mesh_of({"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **unknown})
         if patches not in (None, 1):
             raise ParallelizeError(f"patches={patches} needs pipefusion > 1; use patches=None")
-        return ParallelProgram(self.ir, divide(self.analysed, mesh, after), mesh)
+        return ParallelProgram(self.ir, self.analysed, divide(self.analysed, mesh, after), mesh)
 
 
 @dataclass(frozen=True, eq=False)
 class ParallelProgram:
-    """A program divided over a mesh; rank order outer to inner: cfg, pipefusion, ring, ulysses."""
+    """A program divided over a mesh; rank order outer to inner: cfg, pipefusion, ring, ulysses.
+
+    `original` is the program as traced, `analysed` its canonical form, `ir` that form divided.
+    """
 
     original: Program
+    analysed: Program
     ir: Program
     mesh: Mesh
     _ranks: dict[int, Program] = field(default_factory=dict)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from xdit_ir import ops
 from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, trace
 from xdit_ir.capture.inputs import bind_inputs
 from xdit_ir.interpret import Interpreter, model_state
 from xdit_ir.layout import Layout
 from xdit_ir.partition import Indices
-from xdit_ir.program import LAYOUT, WHERE, Program, Where, is_block_call
+from xdit_ir.program import LAYOUT, WHERE, Program, Where, call_parts, is_block_call
 
 UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided")
 
@@ -130,23 +132,31 @@ class _Comparison:
     tolerance: float
     expected: dict[tuple[str, str], Any] = field(default_factory=dict)
     order: dict[tuple[str, str], int] = field(default_factory=dict)
-    nodes: dict[tuple[str, str], fx.Node] = field(default_factory=dict)
     found: tuple[int, Divergence] | None = None
+
+    @cached_property
+    def nodes(self) -> dict[tuple[str, str], fx.Node]:
+        """The nodes of the divided program, by parameter prefix and name."""
+        graphs = [("", self.program.graph)]
+        for call in self.program.calls:
+            name, prefix, _ = call_parts(call)
+            graphs.append((prefix, self.program.blocks[name].graph))
+        return {(prefix, node.name): node for prefix, graph in graphs for node in graph.nodes}
 
     def record(self, prefix: str, node: fx.Node, value: Any) -> None:
         """Remember a single-device value."""
-        key = (prefix, node.name)
-        self.order[key], self.nodes[key], self.expected[key] = len(self.order), node, value
+        self.order[prefix, node.name] = len(self.order)
+        self.expected[prefix, node.name] = value
 
     def compare(self, rank: int, prefix: str, node: fx.Node, value: Any) -> None:
-        """Compare one rank's value; nodes that only a rank's program has, and pending sums, have no counterpart."""
-        key = (prefix, node.name)
-        here = self.nodes.get(key)
-        if here is None or here.op in ("placeholder", "get_attr") or is_block_call(here):
+        """Compare one rank's value; pending sums have no counterpart on one device."""
+        here = self.nodes.get((prefix, node.name))
+        if here is None or here.op != "call_function" or is_block_call(here):
             return
         if getattr(getattr(here.target, "overloadpacket", None), "__name__", "") in UNINITIALISED:
             return
-        if self.found is not None and self.order[key] >= self.found[0]:
+        key = (prefix, _counterpart(here).name)
+        if key not in self.expected or (self.found is not None and self.order[key] >= self.found[0]):
             return
         for got, whole, layout in _parts(value, self.expected[key], here.meta[LAYOUT]):
             if layout.partial:
@@ -154,16 +164,24 @@ class _Comparison:
             want = shard_of(whole, layout, rank)
             error = _relative(got, want)
             if error > self.tolerance:
-                self.found = self.order[key], self._describe(prefix, here, rank, error, got, want)
+                self.found = self.order[key], _describe(prefix, here, rank, error, got, want)
 
-    def _describe(
-        self, prefix: str, node: fx.Node, rank: int, error: float, got: torch.Tensor, want: torch.Tensor
-    ) -> Divergence:
-        where: Where = node.meta.get(WHERE, Where())
-        module = ".".join(part for part in (prefix, where.module) if part)
-        statistics = f"got {_statistics(got)}; expected {_statistics(want)}"
-        source = f"{where.source} (module {module})" if module else where.source
-        return Divergence(prefix, node.name, source, rank, error, statistics)
+
+def _counterpart(node: fx.Node) -> fx.Node:
+    """The node whose single-device value this one has: changes of layout have their operand's."""
+    while ops.is_relayout(node.target):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _describe(
+    prefix: str, node: fx.Node, rank: int, error: float, got: torch.Tensor, want: torch.Tensor
+) -> Divergence:
+    where: Where = node.meta.get(WHERE, Where())
+    module = ".".join(part for part in (prefix, where.module) if part)
+    statistics = f"got {_statistics(got)}; expected {_statistics(want)}"
+    source = f"{where.source} (module {module})" if module else where.source
+    return Divergence(prefix, node.name, source, rank, error, statistics)
 
 
 def _statistics(x: torch.Tensor) -> str:
@@ -192,12 +210,12 @@ def shard_of(whole: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor:
 def first_divergence(
     parallel: ParallelProgram, model: nn.Module, example: Example, tolerance: float
 ) -> Divergence | None:
-    """Run the divided program on one device, where a change of layout is the identity, and then on every rank."""
+    """Run the undivided program on one device, then every rank, and find the first value that differs."""
     args, kwargs = ((), dict(example)) if not isinstance(example, tuple) else (example, {})
     inputs = bind_inputs(model, parallel.original, args, kwargs)
     comparison = _Comparison(parallel.ir, tolerance)
     state = model_state(parallel.original, model)
     with torch.no_grad():
-        Interpreter(parallel.ir, state, inputs[0].device, comparison.record).run(inputs)
+        Interpreter(parallel.analysed, state, inputs[0].device, comparison.record).run(inputs)
         parallel.simulate(model, example, comparison.compare)
     return None if comparison.found is None else comparison.found[1]

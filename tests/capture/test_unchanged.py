@@ -216,7 +216,7 @@ def test_tensors_from_anywhere(check: Check) -> None:
             self.kept = {"a": [torch.randn(4), (torch.randn(4),)]}
             self.__dict__["hidden"] = nn.Linear(4, 4)
             self.linear = nn.Linear(4, 4)
-            self.same = self.linear.weight
+            self.__dict__["same"] = self.linear.weight
             self.act = self.helper
 
         def helper(self, x: torch.Tensor) -> torch.Tensor:

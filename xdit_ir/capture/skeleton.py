@@ -43,7 +43,7 @@ class LazyState(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of a dict."""
-        return self[key] if key in self else default
+        return self[key] if dict.__contains__(self, key) else default
 
     def values(self) -> Any:
         """As of a dict."""
@@ -187,12 +187,17 @@ def _is_plain_class(base: type) -> bool:
 def _state_names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
     """All qualified names of every tensor attribute, by identity; identities of parameters and buffers."""
     names: dict[int, list[str]] = {}
-    registered: set[int] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        for group in (module._parameters, module._buffers, module.__dict__):
-            for name, tensor in group.items():
-                if isinstance(tensor, torch.Tensor):
-                    names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
-                    if group is not module.__dict__:
-                        registered.add(id(tensor))
+    everything = list(model.named_modules(remove_duplicate=False))
+
+    def add(path: str, group: Mapping[str, Any]) -> None:
+        for name, tensor in group.items():
+            if isinstance(tensor, torch.Tensor):
+                names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+
+    for path, module in everything:
+        add(path, module._parameters)
+        add(path, module._buffers)
+    registered = set(names)
+    for path, module in everything:
+        add(path, module.__dict__)
     return names, registered

@@ -71,7 +71,7 @@ def _ruling(call: Call, head: Dims, queries: Partition | None, keys: Partition |
     q = Layout((*_fit(call, 0, head), queries, None))
     k, v = (Layout((*_fit(call, operand, head), keys, None)) for operand in (1, 2))
     output = Layout((*head, queries, None))
-    masks = tuple(_mask_layout(call, operand, output) for operand in range(3, len(call.specs)))
+    masks = tuple(_mask_layout(call, operand, output, keys) for operand in range(3, len(call.specs)))
     return Ruling((q, k, v, *masks), output)
 
 
@@ -88,17 +88,18 @@ def _fit(call: Call, operand: int, head: Dims) -> Dims:
     return tuple(dims)
 
 
-def _mask_layout(call: Call, operand: int, output: Layout) -> Layout:
-    """The mask is cut like the batch and heads; along queries and keys it is left as it comes, where it can be."""
+def _mask_layout(call: Call, operand: int, output: Layout, keys: Partition | None) -> Layout:
+    """The mask is cut like batch and heads. Along queries and keys it has their order where these are whole, and is
+    left as it comes where these are divided, if it can be."""
     shape, own = call.specs[operand].shape, call.layouts[operand]
+    full = (*output.dims[:-1], keys)
+    sizes = (*call.out.shape[:-1], call.specs[1].shape[-2])
     dims: list[Partition | None] = []
     used: frozenset[str] = frozenset()
     for d in range(-len(shape), 0):
-        partition = own.dims[d]
-        if d < -2:
-            partition = output.dims[d] if shape[d] == call.out.shape[d] else None
-        elif call.varies(partition) & used:
-            partition = None
+        partition = full[d] if shape[d] == sizes[d] else None
+        if d >= -2 and call.varies(full[d]):
+            partition = None if call.varies(own.dims[d]) & used else own.dims[d]
         used |= call.varies(partition)
         dims.append(partition)
     return Layout(tuple(dims))
