@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from xdit_ir.passes.base import map_graphs, remove_dead
-from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
 
 from xdit_ir import ops
+from xdit_ir.passes.base import map_graphs, remove_dead
+from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
 from xdit_ir.program import SPEC, WHERE, Program, TensorSpec
 from xdit_ir.rules.base import bound_arguments
 
@@ -43,7 +43,7 @@ def _canonicalize(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        for rewrite in (_drop_copy, _patches, _attention, _collapse_views, _reshape):
+        for rewrite in (_drop_copy, _type_as, _patches, _attention, _collapse_views, _reshape):
             if rewrite(graph, node):
                 break
     remove_dead(graph)
@@ -64,6 +64,19 @@ def _is_noop_cast(node: fx.Node) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source.meta[SPEC].dtype == node.meta[SPEC].dtype and node.kwargs.get("device") is None
+
+
+def _type_as(graph: fx.Graph, node: fx.Node) -> bool:
+    """Only the dtype of the second operand matters, and that is known."""
+    if node.target is not aten.type_as.default:
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if source.meta[SPEC].dtype == node.meta[SPEC].dtype:
+        node.replace_all_uses_with(source)
+    else:
+        node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": node.meta[SPEC].dtype}
+    return True
 
 
 def _attention(graph: fx.Graph, node: fx.Node) -> bool:

@@ -116,10 +116,6 @@ def _masks(call: Call, q: Layout, k: Layout) -> tuple[Layout, ...]:
         offset = len(q.dims) - len(spec.shape)
         wanted = (*q.dims[:-1], columns)
         full = (*call.out.shape[:-1], call.specs[1].shape[-2])
-        dims = [
-            wanted[d + offset] if size == full[d + offset] else None for d, size in enumerate(spec.shape)
-        ]
+        dims = [wanted[d + offset] if size == full[d + offset] else None for d, size in enumerate(spec.shape)]
         result.append(Layout(tuple(dims)))
     return tuple(result)
-
-

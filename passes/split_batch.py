@@ -11,6 +11,9 @@ from xdit_ir.mesh import Mesh
 from xdit_ir.program import SPEC, Program
 from xdit_ir.propagate import Propagation
 
+# Dividing a batch at least nearly halves the work; a cut that leaves more than this divides something else.
+WORTH = 0.9
+
 
 @dataclass(frozen=True)
 class SplitBatch:
@@ -36,7 +39,7 @@ class SplitBatch:
                 continue
             tried.append((max(program_flops(result, self.mesh)), len(tried), shape[0], result))
         whole = program_flops(program, None)[0]
-        if not tried or min(tried)[0] > 0.99 * whole:
+        if not tried or min(tried)[0] > WORTH * whole:
             raise ParallelizeError(_explain(degree, [size for _, _, size, _ in tried]))
         best = min(tried, key=lambda one: one[:2])
         if best[2] < degree:

@@ -33,7 +33,20 @@ LAYERS = (
 )
 FOLDERS = {"xdit_ir": Path(xdit_ir.__file__).parent, "xdit_ir.passes": Path(passes.__file__).parent}
 # Parts of class names that are words of the field, not names of models.
-WORDS = {"transformer", "dual", "prior", "temporal", "dit", "sparse", "video", "audio", "image", "edit", "text", "stable"}
+WORDS = {
+    "transformer",
+    "dual",
+    "prior",
+    "temporal",
+    "dit",
+    "sparse",
+    "video",
+    "audio",
+    "image",
+    "edit",
+    "text",
+    "stable",
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -9,9 +9,8 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from xdit_ir.tools import cmd_check, cmd_inspect, cmd_models
-
 from xdit_ir.errors import XditError
+from xdit_ir.tools import cmd_check, cmd_inspect, cmd_models
 
 USAGE_ERROR = 2
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
-from xdit_ir.tools import degrees, targets
-from xdit_ir.tools.terminal import progress_bar, working, write
 
 import xdit_ir as xir
 from xdit_ir.api import TracedProgram
 from xdit_ir.check import CheckResult, check_parallel
 from xdit_ir.errors import XditError
 from xdit_ir.report import Report
+from xdit_ir.tools import degrees, targets
+from xdit_ir.tools.terminal import progress_bar, working, write
 
 EQUAL, DIFFERENT, REFUSED = 0, 1, 2
 

@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from rich.table import Table
-from xdit_ir.tools.terminal import progress_bar, write
 
 from xdit_ir import models
+from xdit_ir.tools.terminal import progress_bar, write
 
 
 def add_parser(commands: Any) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+import xdit_ir as xir
+from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.tools import demo_show
 from xdit_ir.tools.degrees import Degrees
 from xdit_ir.tools.demo_pipeline import build_pipeline, generate
 from xdit_ir.tools.demo_show import Difference, Stages
-
-import xdit_ir as xir
-from xdit_ir.errors import ParallelizeError, XditError
 
 TOLERANCE = 1e-4
 OUTPUT = Path("build/demo/flux_single_vs_parallel.png")

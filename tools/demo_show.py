@@ -15,8 +15,6 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import fx
-from xdit_ir.tools.degrees import Degrees
-from xdit_ir.tools.terminal import coloured
 
 from xdit_ir import ops
 from xdit_ir.api import ParallelProgram
@@ -24,6 +22,8 @@ from xdit_ir.check import relative_error
 from xdit_ir.mesh import Mesh
 from xdit_ir.printer import node_type, program_text, target_name
 from xdit_ir.program import WHERE, Program, Where
+from xdit_ir.tools.degrees import Degrees
+from xdit_ir.tools.terminal import coloured
 
 CONSOLE = Console(highlight=False)
 GAP = 8  # white pixels between the pictures

@@ -174,9 +174,7 @@ def _counterpart(node: fx.Node) -> fx.Node:
     return node
 
 
-def _describe(
-    prefix: str, node: fx.Node, rank: int, error: float, got: torch.Tensor, want: torch.Tensor
-) -> Divergence:
+def _describe(prefix: str, node: fx.Node, rank: int, error: float, got: torch.Tensor, want: torch.Tensor) -> Divergence:
     where: Where = node.meta.get(WHERE, Where())
     module = ".".join(part for part in (prefix, where.module) if part)
     statistics = f"got {_statistics(got)}; expected {_statistics(want)}"

@@ -61,9 +61,7 @@ class Layout:
 
     def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
         """Shape on one rank of a value of this global shape."""
-        return tuple(
-            size if dim is None else dim.sizes[rank] for size, dim in zip(shape, self.dims, strict=True)
-        )
+        return tuple(size if dim is None else dim.sizes[rank] for size, dim in zip(shape, self.dims, strict=True))
 
 
 def in_mesh_order(dims: Iterable[str]) -> tuple[str, ...]:
@@ -161,7 +159,9 @@ def plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> 
     moved = _moved(source, target)
     name, talk = kind(mesh, source, target)
     cells = {
-        (sender, receiver): [_piece(mesh, talk, source.dims[d], target.dims[d], sender, receiver, shape[d]) for d in moved]
+        (sender, receiver): [
+            _piece(mesh, talk, source.dims[d], target.dims[d], sender, receiver, shape[d]) for d in moved
+        ]
         for receiver in range(mesh.world_size)
         for sender in mesh.group(receiver, talk)
     }
@@ -230,4 +230,3 @@ def _place(target: Layout, moved: list[int], cell: list[Indices], receiver: int)
         partition = target.dims[dim]
         places[dim] = piece.runs if partition is None else partition.parts[receiver].positions(piece).runs
     return tuple(places)
-

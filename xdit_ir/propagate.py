@@ -82,9 +82,7 @@ class Propagation:
 class _Writer:
     """Copies one graph, deciding a layout for every node and inserting the changes of layout."""
 
-    def __init__(
-        self, run: Propagation, inputs: Sequence[Layout], seeds: Seeds, *, outer: bool
-    ) -> None:
+    def __init__(self, run: Propagation, inputs: Sequence[Layout], seeds: Seeds, *, outer: bool) -> None:
         self.run, self.seeds, self.outer = run, seeds, outer
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
@@ -262,4 +260,3 @@ def _named(program: Program, calls: Mapping[fx.Node, tuple[str, Layouts]], bodie
         node.args = (names[key], *node.args[1:])
     blocks = {name: Block(name, bodies[key].graph) for key, name in names.items()}
     return program.replace(blocks=blocks)
-

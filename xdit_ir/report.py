@@ -61,7 +61,8 @@ class Report:
         console.print(
             f"{self.flops_total / 1e12:.4g} TFLOP a forward; the slowest of {len(self.flops_per_rank)} ranks does "
             f"{slowest:.4f} of it, all together {work:.4f}; weights {max(self.weight_bytes_per_rank) / 2**20:.1f} MiB "
-            f"a rank of {self.weight_bytes_total / 2**20:.1f} MiB"
+            f"a rank of {self.weight_bytes_total / 2**20:.1f} MiB",
+            soft_wrap=True,
         )
         table = Table("collective", "mesh dim", "count", "MiB sent by the busiest rank")
         for entry in self.collectives:

@@ -138,6 +138,4 @@ def _ring(at: int, meetings: Sequence[_Meeting], target: Ring) -> torch.Tensor:
 def ring_merge(target: Ring, args: Sequence[Any], kwargs: Mapping[str, Any]) -> RingMerge:
     """The accumulator for one rank's call of ring attention."""
     mask = kwargs.get("mask", args[3] if len(args) > 3 else None)
-    return RingMerge(
-        args[0], mask, kwargs.get("scale"), target.keys, enable_gqa=bool(kwargs.get("enable_gqa", False))
-    )
+    return RingMerge(args[0], mask, kwargs.get("scale"), target.keys, enable_gqa=bool(kwargs.get("enable_gqa", False)))

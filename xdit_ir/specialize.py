@@ -11,8 +11,8 @@ from torch import fx
 from xdit_ir import ops
 from xdit_ir.layout import Layout, in_mesh_order, plan
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import LAYOUT as LAYOUT
 from xdit_ir.partition import Indices
+from xdit_ir.program import LAYOUT as LAYOUT
 from xdit_ir.program import SPEC, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.rules import decide
 from xdit_ir.rules.base import Call, operands, with_operands
@@ -96,9 +96,7 @@ def _shard(node: fx.Node, value: fx.Node, graph: fx.Graph, have: Layout, want: L
     for place, dim in enumerate(moved):
         held, wanted = (_part(layout, dim, shape[dim], rank) for layout in (have, want))
         name = node.name if place == len(moved) - 1 else f"{node.name}_{dim}"
-        value = graph.create_node(
-            "call_function", ops.take, (value, dim, held.positions(wanted).runs), name=name
-        )
+        value = graph.create_node("call_function", ops.take, (value, dim, held.positions(wanted).runs), name=name)
     return value
 
 

@@ -11,8 +11,8 @@ from xdit_ir import ops
 from xdit_ir.errors import VerifyError
 from xdit_ir.layout import Layout, kind
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
 from xdit_ir.printer import target_name
+from xdit_ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
 from xdit_ir.rules import decide
 from xdit_ir.rules.base import Call, operands
 
@@ -91,7 +91,9 @@ class _Verifier:
         if node.target is ops.all_reduce:
             right = bool(have.partial) and want == have.summed()
         else:
-            right = have.partial == want.partial == frozenset() and kind(mesh, have, want)[0] == target_name(node.target)
+            right = have.partial == want.partial == frozenset() and kind(mesh, have, want)[0] == target_name(
+                node.target
+            )
         if not right:
             self.fail(node, f"is not the operator that changes {have} into {want}")
 

@@ -5,8 +5,55 @@ from __future__ import annotations
 import torch
 from ir_examples import Sample, aten, example, named
 
-UNARY = ["clone", "alias", "detach", "lift", "lift_fresh", "lift_fresh_copy", "contiguous", "resolve_conj", "resolve_neg", "log_sigmoid", "hardswish", "isreal", "square", "negative", "absolute", "fix", "ones_like", "zeros_like", "silu", "gelu", "tanh", "exp", "sigmoid", "relu", "neg", "logical_not", "cos"]
-BINARY = ["multiply", "divide", "true_divide", "subtract", "floor_divide", "arctan2", "greater", "greater_equal", "less", "less_equal", "not_equal", "add", "mul", "sub", "div", "maximum", "pow", "rsub"]
+UNARY = [
+    "clone",
+    "alias",
+    "detach",
+    "lift",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "contiguous",
+    "resolve_conj",
+    "resolve_neg",
+    "log_sigmoid",
+    "hardswish",
+    "isreal",
+    "square",
+    "negative",
+    "absolute",
+    "fix",
+    "ones_like",
+    "zeros_like",
+    "silu",
+    "gelu",
+    "tanh",
+    "exp",
+    "sigmoid",
+    "relu",
+    "neg",
+    "logical_not",
+    "cos",
+]
+BINARY = [
+    "multiply",
+    "divide",
+    "true_divide",
+    "subtract",
+    "floor_divide",
+    "arctan2",
+    "greater",
+    "greater_equal",
+    "less",
+    "less_equal",
+    "not_equal",
+    "add",
+    "mul",
+    "sub",
+    "div",
+    "maximum",
+    "pow",
+    "rsub",
+]
 
 
 @example(*named(*UNARY))
@@ -28,7 +75,9 @@ def to_complex(d, packet):
 @example(*named(*BINARY))
 def binary(d, packet):
     shape = d.sized()
-    target = next(getattr(packet, name) for name in ("Tensor", "Tensor_Tensor", "default") if name in packet.overloads())
+    target = next(
+        getattr(packet, name) for name in ("Tensor", "Tensor_Tensor", "default") if name in packet.overloads()
+    )
     pair = [d.positive(*shape), d.positive(*d.broadcast(shape))]
     return Sample(target, tuple(pair if d.bool() else reversed(pair)))
 

@@ -280,7 +280,9 @@ def index_write(d, packet):
     where = d.distinct(shape[dim], count)
     shape[dim] = count
     if packet is aten.index_fill:
-        return d.pick(Sample(packet.int_Scalar, (x, dim, where, 0.5)), Sample(packet.int_Tensor, (x, dim, where, d.tensor())))
+        return d.pick(
+            Sample(packet.int_Scalar, (x, dim, where, 0.5)), Sample(packet.int_Tensor, (x, dim, where, d.tensor()))
+        )
     return Sample(packet.default, (x, dim, where, d.tensor(*shape)))
 
 

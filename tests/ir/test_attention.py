@@ -90,11 +90,14 @@ def test_what_is_demanded_of_attention_is_given(data):
         assert (ruling.inputs, ruling.outputs) == (needs, wanted)
 
 
-@pytest.mark.parametrize(("degrees", "names"), [
-    ({"ulysses": 2}, {"attention"}),
-    ({"ring": 2}, {"ring_attention"}),
-    ({"ring": 2, "ulysses": 2}, {"ring_attention"}),
-])
+@pytest.mark.parametrize(
+    ("degrees", "names"),
+    [
+        ({"ulysses": 2}, {"attention"}),
+        ({"ring": 2}, {"ring_attention"}),
+        ({"ring": 2, "ulysses": 2}, {"ring_attention"}),
+    ],
+)
 def test_tokens_become_heads_or_go_around(degrees, names):
     mesh = Mesh.of(**degrees)
     d = Drawer(lambda strategy: 0)

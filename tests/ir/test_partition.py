@@ -35,7 +35,11 @@ def test_indices_hold_what_they_were_made_of(values):
     assert some.size == len(values)
     assert all(length > 0 for _, length in some.runs)
     assert all(sum(a) != b[0] for a, b in itertools.pairwise(some.runs)), "runs are maximal"
-    assert Indices.of_runs(some.runs) == some == Indices.of_runs((start + i, 1) for start, n in some.runs for i in range(n))
+    assert (
+        Indices.of_runs(some.runs)
+        == some
+        == Indices.of_runs((start + i, 1) for start, n in some.runs for i in range(n))
+    )
     assert hash(some) == hash(of(values))
     assert some.is_whole(len(values)) == (values == list(range(len(values))))
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from xdit_ir.tools.demo_pipeline import build_pipeline
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.tools.demo_pipeline import build_pipeline
 
 NAME = "wan2.1-t2v-14b:tiny"
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from xdit_ir.tools import cmd_check
-from xdit_ir.tools.cli import main
 
 from xdit_ir import models
 from xdit_ir.check import CheckResult, Divergence
+from xdit_ir.tools import cmd_check
+from xdit_ir.tools.cli import main
 
 TINY = "flux.1-dev:tiny"
 Capture = pytest.CaptureFixture[str]

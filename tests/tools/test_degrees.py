@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from xdit_ir.tools.degrees import Degrees, nearest, parse
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.mesh import MESH_DIMS
+from xdit_ir.tools.degrees import Degrees, nearest, parse
 
 
 @pytest.mark.parametrize(

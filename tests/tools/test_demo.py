@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
 from xdit_ir.tools import demo
 from xdit_ir.tools.demo_show import Difference
 

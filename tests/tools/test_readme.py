@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from xdit_ir.tools.cli import main
 
 ROOT = Path(__file__).parents[2]

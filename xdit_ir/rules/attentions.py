@@ -53,9 +53,7 @@ def _shared(heads: Partition, group: int) -> Partition | None:
     return Partition(heads.size // group, tuple(pair[0] for part in heads.parts if (pair := pairs[part])))
 
 
-def _free(
-    call: Call, partition: Partition | None, taken: frozenset[str], *, exact: bool = False
-) -> Partition | None:
+def _free(call: Call, partition: Partition | None, taken: frozenset[str], *, exact: bool = False) -> Partition | None:
     """The partition where its mesh dims are not taken; `exact`: and where each index is held once.
 
     Causality needs the natural order on every rank that has everything.
@@ -98,7 +96,7 @@ def _mask_layout(call: Call, operand: int, output: Layout, keys: Partition | Non
     used: frozenset[str] = frozenset()
     for d in range(-len(shape), 0):
         partition = full[d] if shape[d] == sizes[d] else None
-        if d >= -2 and call.varies(full[d]):
+        if d >= -2 and shape[d] == sizes[d] and call.varies(full[d]):
             partition = None if call.varies(own.dims[d]) & used else own.dims[d]
         used |= call.varies(partition)
         dims.append(partition)

@@ -28,9 +28,7 @@ def _linear(call: Call) -> Labels:
     batch = tuple(range(-len(call.specs[0].shape), -1))
     features: Names = (COLUMNS,) if len(call.specs[1].shape) > 1 else ()
     bias = features[: len(call.specs[2].shape)] if len(call.specs) > 2 else ()
-    return by_argument(
-        call, (*batch, *features), input=(*batch, INNER), weight=(*features, INNER), bias=bias
-    )
+    return by_argument(call, (*batch, *features), input=(*batch, INNER), weight=(*features, INNER), bias=bias)
 
 
 def _added(call: Call) -> Labels:
@@ -116,9 +114,7 @@ def _contraction(describe: object, local: object = None) -> Rule:
 
 
 RULES = {
-    **rules_of(
-        _contraction(_matmul), aten.matmul, aten.linalg_matmul, aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot
-    ),
+    **rules_of(_contraction(_matmul), aten.matmul, aten.linalg_matmul, aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot),
     **rules_of(_contraction(_linear, _once("bias", None)), aten.linear),
     **rules_of(_contraction(_added, _once("beta", 0)), aten.addmm, aten.baddbmm, aten.addmv, aten.addbmm),
     **rules_of(_contraction(_einsum), aten.einsum),

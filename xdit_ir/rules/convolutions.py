@@ -161,7 +161,8 @@ def _conv_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
         if window.tiles:
             block, size = Indices.range(0, window.kernel), window.kernel
             changes[dim] = partition.map(
-                window.size, lambda part, b=block, k=size: part.outer(b, k)  # type: ignore[misc]
+                window.size,
+                lambda part, b=block, k=size: part.outer(b, k),  # type: ignore[misc]
             )
         elif any(len(part.runs) > 1 for part in partition.parts):
             return None

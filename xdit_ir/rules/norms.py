@@ -65,9 +65,7 @@ def _instance_norm(call: Call) -> Labels | str:
 
 
 RULES = {
-    **rules_of(
-        labelled(_layer_norm), aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten._fused_rms_norm
-    ),
+    **rules_of(labelled(_layer_norm), aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten._fused_rms_norm),
     **rules_of(labelled(_group_norm, _local_batch), aten.group_norm, aten.native_group_norm),
     **rules_of(
         labelled(_batch_norm),

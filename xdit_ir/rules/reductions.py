@@ -74,9 +74,7 @@ def _extremum(call: Call) -> Rule:
     return POINTWISE if "other" in call.arguments else REDUCE
 
 
-EXTREMUM = Rule(
-    lambda call: _extremum(call).forward(call), lambda call, wanted: _extremum(call).demand(call, wanted)
-)
+EXTREMUM = Rule(lambda call: _extremum(call).forward(call), lambda call, wanted: _extremum(call).demand(call, wanted))
 
 
 def _cosine(call: Call) -> Labels:

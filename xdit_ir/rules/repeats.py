@@ -146,7 +146,8 @@ def _rolled(layout: Layout, shifts: dict[int, int]) -> Layout:
         if partition is not None:
             size = partition.size
             changes[dim] = partition.map(
-                size, lambda part, n=size, by=shift: part.map(lambda a: (a + by) % n)  # type: ignore[misc]
+                size,
+                lambda part, n=size, by=shift: part.map(lambda a: (a + by) % n),  # type: ignore[misc]
             )
     return layout.with_dims(changes)
 

@@ -47,8 +47,7 @@ def _flatten(sizes: tuple[int, ...], dims: Dims) -> tuple[Indices, ...]:
     result = []
     for rank in range(world):
         parts = tuple(
-            Indices.range(0, size) if dim is None else dim.parts[rank]
-            for size, dim in zip(sizes, dims, strict=True)
+            Indices.range(0, size) if dim is None else dim.parts[rank] for size, dim in zip(sizes, dims, strict=True)
         )
         if parts not in done:
             flat = parts[0]

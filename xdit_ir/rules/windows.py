@@ -32,9 +32,7 @@ def _sampled(call: Call) -> Labels:
     """`grid_sampler`: per sample; channels are free in the image, positions in the grid."""
     ndim = len(call.specs[0].shape)
     places = tuple(("place", d) for d in range(ndim - 2))
-    return by_argument(
-        call, (0, 1, *places), input=(0, 1, *(None,) * (ndim - 2)), grid=(0, *places, None)
-    )
+    return by_argument(call, (0, 1, *places), input=(0, 1, *(None,) * (ndim - 2)), grid=(0, *places, None))
 
 
 def _amounts(call: Call) -> dict[int, tuple[int, int]]:
@@ -97,7 +95,8 @@ def _pad_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
         if partition is not None:
             start = before
             changes[dim] = partition.map(
-                size, lambda part, a=start, n=size: part.select(a, a + n)[0]  # type: ignore[misc]
+                size,
+                lambda part, a=start, n=size: part.select(a, a + n)[0],  # type: ignore[misc]
             )
     return (wanted.with_dims(changes),)
 
