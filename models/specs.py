@@ -191,7 +191,7 @@ def _rope(spec: Rope, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
         angles.append(torch.cat([angle, angle], dim=1) if spec.layout == "halves" else angle)
     table = torch.cat(angles, dim=1)
     if spec.heads is not None:
-        table = table.unflatten(1, (spec.heads, -1)).transpose(0, 1)
+        table = table.reshape(table.shape[0], spec.heads, -1).transpose(0, 1)
     if spec.batch is not None:
         table = table.expand(spec.batch, *table.shape).contiguous()
     return table.cos(), table.sin()

@@ -37,7 +37,7 @@ def _scales_itself(owner: nn.Module, parameter: torch.Tensor) -> bool:
     scale = getattr(owner, "scale", None)
     if parameter is not getattr(owner, "weight", None) or parameter.ndim < 2 or not isinstance(scale, float):
         return False
-    return abs(scale * float(parameter[0].numel()) ** 0.5 - 1.0) < 1e-6
+    return bool(abs(scale * float(parameter[0].numel()) ** 0.5 - 1.0) < 1e-6)
 
 
 def _shape_noise(name: str, noise: torch.Tensor) -> torch.Tensor:

@@ -110,7 +110,7 @@ def test_illegal_degrees_name_the_nearest_legal_one(
 def test_a_single_sample_has_nothing_to_split(case: tuple[Any, dict[str, Any]]) -> None:
     model, example = case
     single = {key: value[:1] if isinstance(value, torch.Tensor) else value for key, value in example.items()}
-    with pytest.raises(xir.ParallelizeError, match="batch of 1.*cfg=1"):
+    with pytest.raises(xir.ParallelizeError, match=r"batch of 1.*cfg=1"):
         xir.trace(model, single).parallelize(cfg=2)
 
 

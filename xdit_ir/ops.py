@@ -58,7 +58,7 @@ def attention(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention, `q [..., heads, queries, dim]`, `k, v [..., heads, keys, dim]`, softmax over keys."""
+    """Scaled dot-product attention, `q [..., heads, queries, dim]`, `k, v [..., heads, keys, dim]`."""
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )

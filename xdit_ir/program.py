@@ -2,7 +2,7 @@
 
 Both levels are `torch.fx.Graph`s of functional ATen operators. Conventions, checked by `xdit_ir.verify`:
 
-* `placeholder`: one per tensor input (outer graph: tensor leaves of the inputs, in order; body: arguments of the block).
+* `placeholder`: one per tensor input (outer graph: tensor leaves of the inputs, in order; body: its arguments).
 * `get_attr`: a parameter or buffer. Outer graph: its qualified name in the model. Body: its name relative to the
   prefix that each call binds. A name below `CONSTANT` is a tensor constant of the program, in `Program.constants`.
 * `call_function`: an ATen overload, an operator of `xdit_ir.ops`, `operator.getitem`, or (outer graph only)
@@ -109,7 +109,8 @@ class TokenAxis:
     """A stream of tokens: dimension `dim` of the outer value `value` becomes the queries of an attention.
 
     A `gathered` one reaches no queries (text for cross-attention): only what is computed before `value` can be
-    divided, and `value` is gathered. `units` are inner factors by which views split it (rows, frames), `segments` the lengths into which it is cut.
+    divided, and `value` is gathered. `units` are inner factors by which views split
+    it (rows, frames), `segments` the lengths into which it is cut.
     """
 
     value: str

@@ -60,7 +60,7 @@ def _once(argument: str, without: object) -> object:
 
 
 def einsum_labels(equation: str, ndims: list[int]) -> Labels | None:
-    """Labels of an einsum; None where an operand has a diagonal taken. An ellipsis stands for 0, 1, ... from the right."""
+    """Labels of an einsum; None where an operand has a diagonal taken. An ellipsis is 0, 1, ... from the right."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != len(ndims):

@@ -101,7 +101,7 @@ def _windows(call: Call) -> list[_Window]:
 
 
 def _made(mesh: Mesh, window: _Window, partition: Partition) -> tuple[Partition, Partition] | None:
-    """What the ranks need of one dim and what they make: without talking if that makes all; None if it must be whole."""
+    """What the ranks need of one dim and what they make: without talking if possible; None: it must be whole."""
     if window.tiles:
         pairs = {part: part.factor(window.kernel) for part in set(partition.parts)}
         if all(pair is not None and pair[1].is_whole(window.kernel) for pair in pairs.values()):

@@ -1,4 +1,4 @@
-"""Operators on images: padding, resizing, pooling, shuffling of pixels. Batch and channels are free where they can be."""
+"""Operators on images: padding, resizing, pooling, shuffling of pixels. Batch and channels stay free."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _padded(partition: Partition, before: int, after: int) -> Partition | None:
 
 
 def _is_constant(call: Call) -> bool:
-    return call.arguments.get("mode", "constant") == "constant"
+    return bool(call.arguments.get("mode", "constant") == "constant")
 
 
 def _pad(call: Call) -> Ruling:
