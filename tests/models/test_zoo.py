@@ -45,7 +45,23 @@ def last_entry_changed(value: torch.Tensor) -> torch.Tensor:
 
 
 def test_names() -> None:
-    assert models.names() == NAMES
+    assert models.names() == sorted(models.names())
+    assert set(NAMES) <= set(models.names())
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_tiny_entry_runs(name: str) -> None:
+    model, example = models.load(f"{name}:tiny")
+    with torch.no_grad():
+        output = model(**example)
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    assert tensors and all(tensor.isfinite().all() for tensor in tensors)
+
+
+def test_an_entry_without_a_published_size_is_tiny_only() -> None:
+    name = next(name for name in models.names() if models.entry(name).full is None)
+    with pytest.raises(LookupError, match=f"{name}:tiny"):
+        models.load(name)
 
 
 @pytest.mark.parametrize("name", ["flux.1-def", "FLUX.1-dev", "flux.1-dev:huge", "flux.1-dev:"])
@@ -54,7 +70,7 @@ def test_unknown_name_lists_the_nearest(name: str) -> None:
         models.load(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", models.names())
 def test_an_entry_is_short(name: str) -> None:
     family = next(m for m in models.families() if name in m.ENTRIES)
     lines = inspect.getsource(family).split("ENTRIES = {\n")[1].splitlines()

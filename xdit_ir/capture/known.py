@@ -161,8 +161,7 @@ def resolve(recorder: Recorder, func: Any, args: Any, kwargs: Any, record: Calla
     device = next((tensor.device for tensor in tensors_in(args)), recorder.device)
 
     def held(real: torch.Tensor, name: str) -> torch.Tensor:
-        fake = recorder.constant(real.clone(), name).fake
-        return fake if fake.device == device else record(aten._to_copy.default, fake, device=device)
+        return recorder.constant(real.clone(), name, device).fake
 
     if func is aten.index.Tensor:
         places = [place for index in args[1] for place in _places(recorder, index, held)]
@@ -230,8 +229,9 @@ class PythonReads(TorchFunctionMode):
         data = map_tensors(data, self._scalar)
         device = torch.device(kwargs.get("device") or torch.get_default_device())
         rest = {key: item for key, item in kwargs.items() if key not in ("data", "obj", "device")}
-        made = func(data, *args[1:], **rest, device="cpu")
-        return made if device.type == "cpu" else made.to(device)
+        with self._recorder.recording(False):
+            made = func(data, *args[1:], **rest, device="cpu")
+            return self._recorder.constant(made, device=device).fake
 
     def _make_like(self, func: Any, args: Any, kwargs: Any) -> Any:
         defaults = {"dtype": args[0].dtype, "device": args[0].device}

@@ -46,6 +46,7 @@ class Recorder:
         self.path = [""]
         self.active = True
         self.constants: dict[str, torch.Tensor] = {}
+        self.placed: dict[str, torch.device] = {}
         self.held: dict[int, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.read_inputs: dict[str, str] = {}
@@ -120,8 +121,11 @@ class Recorder:
         self.constants[name] = real
         return name
 
-    def constant(self, real: torch.Tensor, name: str = "literal") -> Value:
-        """A value of the current frame for a real tensor that the model's code made or holds."""
+    def constant(self, real: torch.Tensor, name: str = "literal", device: torch.device | None = None) -> Value:
+        """A value of the current frame for a real tensor that the model's code made or holds.
+
+        It is meant to be on `device`, wherever its contents are now.
+        """
         found = self.frame.constants.get(id(real))
         if found is not None:
             return found
@@ -131,7 +135,8 @@ class Recorder:
                 "of a module, so that its contents are lost; make it an input or a buffer"
             )
         name = self._keep(real, name)
-        fake = self.blank(real)
+        fake = self.blank(real, None if device is None or device.type == "meta" else device)
+        self.placed[name] = fake.device
         node = self.emit("get_attr", f"{CONSTANT}.{name}", (), {}, spec_of(fake), self.where(), name)
         known = contents(real) if real.numel() <= KNOWN_NUMEL else None
         self.frame.constants[id(real)] = value = self.bind(fake, node, known, NO_ROOTS)

@@ -174,9 +174,14 @@ def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks
     bodies = inline_small(graph, bodies)
     made = name_blocks(graph, bodies, {body.name: body.kind for body in blocks.bodies})
     state, used = used_state(graph, made)
-    constants = {
-        key: _plain(item) if item.is_inference() else item for key, item in recorder.constants.items() if key in used
-    }
+    constants = {key: _placed(recorder, key) for key in recorder.constants if key in used}
     for part in (graph, *(block.graph for block in made.values())):
         rename_device(part, recorder.device, device)
     return Program(name, graph, made, signature, constants, device, state)
+
+
+def _placed(recorder: Recorder, name: str) -> torch.Tensor:
+    """A constant on the device where the model's code wanted it."""
+    tensor = recorder.constants[name]
+    tensor = _plain(tensor) if tensor.is_inference() else tensor
+    return tensor.to(recorder.placed.get(name, tensor.device))
