@@ -43,7 +43,7 @@ def _canonicalize(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        for rewrite in (_drop_copy, _type_as, _patches, _attention, _collapse_views, _reshape):
+        for rewrite in (_drop_copy, _type_as, _dense, _empty_parts, _patches, _attention, _collapse_views, _reshape):
             if rewrite(graph, node):
                 break
     remove_dead(graph)
@@ -76,6 +76,31 @@ def _type_as(graph: fx.Graph, node: fx.Node) -> bool:
         node.replace_all_uses_with(source)
     else:
         node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": node.meta[SPEC].dtype}
+    return True
+
+
+def _dense(graph: fx.Graph, node: fx.Node) -> bool:
+    """Operators that read memory as another type need dense strides, which no other operator promises."""
+    if node.target not in (aten.view_as_complex.default, aten.view.dtype):
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    with graph.inserting_before(node):
+        dense = graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+    dense.meta = dict(source.meta)
+    node.replace_input_with(source, dense)
+    return True
+
+
+def _empty_parts(graph: fx.Graph, node: fx.Node) -> bool:
+    """A join of one part and empty ones is that part."""
+    if node.target is not aten.cat.default:
+        return False
+    parts: Any = node.args[0]
+    filled = [part for part in parts if 0 not in part.meta[SPEC].shape]
+    if len(filled) != 1 or filled[0].meta[SPEC] != node.meta[SPEC]:
+        return False
+    node.replace_all_uses_with(filled[0])
     return True
 
 

@@ -319,3 +319,22 @@ def test_values_of_arguments_that_a_body_reads(check: Check) -> None:
     program = check(Model(Cuts(), Cuts(), Cuts()), (*X, torch.tensor([2, 3])))
     assert calls(program) == {"Cuts": 2, "Cuts_1": 1}
     assert [guard.path for guard in program.signature.guards] == ["n"]
+
+
+def test_autocast_splits(check: Check) -> None:
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for index, layer in enumerate(self.layers):
+                with torch.autocast("cpu", torch.bfloat16, enabled=index == 1):
+                    x = layer(x).float()
+            return x
+
+    assert calls(check(Model(Layer(), Layer(), Layer()), X)) == {"Layer": 2, "Layer_1": 1}
+
+
+def test_the_type_of_an_attribute_counts(check: Check) -> None:
+    class Typed(Layer):
+        def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+            return super().forward(x) * (3 if isinstance(self.index, bool) else self.index)
+
+    check(Stack(Typed(index=1), Typed(index=True), Typed(index=1)), X)

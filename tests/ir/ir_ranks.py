@@ -109,7 +109,7 @@ class OneOperator:
     def _equal(self, got: Any, wanted: torch.Tensor) -> None:
         assert got.shape == wanted.shape
         assert got.dtype == wanted.dtype
-        if self.sample.contents:
+        if self.sample.contents and not torch.equal(got, wanted):
             short = got.dtype.is_floating_point and got.dtype != torch.float64
             bound = 1e-4 if short else 1e-9
             torch.testing.assert_close(got, wanted, rtol=bound, atol=bound, equal_nan=True)

@@ -34,7 +34,7 @@ def attention(d, masks=True):
     return Sample(ops.attention, (q, k, v), kwargs)
 
 
-@examples(150)
+@examples(40)
 @given(st.data())
 def test_queries_heads_and_batch_are_free(data):
     one = OneOperator(attention(Drawer(data.draw)))
@@ -48,7 +48,7 @@ def test_queries_heads_and_batch_are_free(data):
     one.check(mesh, divided)
 
 
-@examples(150)
+@examples(40)
 @given(st.data())
 def test_lowering_is_exact_for_any_layouts(data):
     one = OneOperator(attention(Drawer(data.draw)))
@@ -59,7 +59,7 @@ def test_lowering_is_exact_for_any_layouts(data):
     one.check(mesh, lowered)
 
 
-@examples(60)
+@examples(25)
 @given(st.data())
 def test_causal_attention_keeps_the_natural_order(data):
     d = Drawer(data.draw)
@@ -73,7 +73,7 @@ def test_causal_attention_keeps_the_natural_order(data):
     one.check(mesh, lowered)
 
 
-@examples(60)
+@examples(25)
 @given(st.data())
 def test_what_is_demanded_of_attention_is_given(data):
     one = OneOperator(attention(Drawer(data.draw)))

@@ -41,7 +41,7 @@ def missing(mesh, shape, source, target):
 SHAPES = st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple)
 
 
-@examples(400)
+@examples(250)
 @given(meshes(8), SHAPES, st.data())
 def test_any_layout_becomes_any_other(mesh, shape, data):
     pool = {}

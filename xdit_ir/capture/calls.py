@@ -38,7 +38,8 @@ def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwarg
     tensors: list[torch.Tensor] = []
     names: list[str] = []
     places: dict[int, int] = {}
-    key: list[Any] = [str(spec)]
+    kind = recorder.device.type
+    key: list[Any] = [str(spec), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
     parameters = _positional(forward)
     for path, leaf in paths:
         if not isinstance(leaf, torch.Tensor):

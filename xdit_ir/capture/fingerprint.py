@@ -79,7 +79,7 @@ class _Printer:
             if name in _SKIPPED or (type(item) in (dict, list) and not item):
                 continue
             if type(item) in _SCALARS:
-                self.scalars[path, name] = item
+                self.scalars[path, name] = (type(item), item)
             else:
                 plain.append((name, self.describe(item)))
         children = [

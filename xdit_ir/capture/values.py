@@ -13,7 +13,7 @@ from torch import fx
 from xdit_ir.program import TensorSpec
 
 KNOWN_NUMEL = 1 << 20
-KNOWN_INPUT_NUMEL = 1 << 24
+KNOWN_INPUT_NUMEL = 1 << 22
 
 
 class Unshareable(Exception):
@@ -122,7 +122,8 @@ def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(tree, torch.Tensor):
         return function(tree)
     if isinstance(tree, (list, tuple)):
-        return type(tree)([map_tensors(item, function) for item in tree])
+        items = [map_tensors(item, function) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if isinstance(tree, dict):
         return {key: map_tensors(item, function) for key, item in tree.items()}
     return tree
@@ -130,9 +131,13 @@ def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """The tensors in an operator's arguments or result, in order."""
-    found: list[torch.Tensor] = []
-    map_tensors(tree, found.append)
-    return found
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for item in tree for tensor in tensors_in(item)]
 
 
 def contents(tensor: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def _change_view(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     twin = functional_twin(func)
     if func is aten.detach_.default:
         return target
-    if twin is None:
+    if twin is None or not facts(twin).aliases:
         raise TraceError(f"{source_line()}: {func} changes a tensor's shape in place in a way that is not supported")
     value, before = recorder.value(target), recorder.blank(target)
     node = recorder.node(target)
