@@ -23,14 +23,21 @@ def model_state(program: Program, model: nn.Module) -> State:
     def lookup(name: str) -> torch.Tensor:
         if name in constants:
             return constants[name]
-        owner, _, leaf = name.rpartition(".")
+        found: Any = model
         try:
-            tensor: torch.Tensor = getattr(model.get_submodule(owner), leaf)
-        except AttributeError as error:
+            for part in name.split("."):
+                found = getattr(found, part) if isinstance(found, nn.Module) else _entry(found, part)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise MismatchError(f"the model has no parameter or buffer {name!r} that its program uses") from error
+        tensor: torch.Tensor = found
         return tensor
 
     return lookup
+
+
+def _entry(container: Any, part: str) -> Any:
+    """An entry of a list, tuple or dict that a module holds."""
+    return container[int(part)] if isinstance(container, (list, tuple)) else container[part]
 
 
 class Interpreter:

@@ -63,7 +63,17 @@ class Indices:
         """The indices, explicit, in order."""
         if not self.runs:
             return np.empty(0, dtype=np.int64)
-        return np.concatenate([np.arange(start, start + length) for start, length in self.runs])
+        if len(self.runs) == 1:
+            return np.arange(self.runs[0][0], sum(self.runs[0]))
+        starts, lengths = np.array(self.runs, dtype=np.int64).T
+        before = np.cumsum(lengths) - lengths
+        return np.repeat(starts - before, lengths) + np.arange(self.size)
+
+    @cached_property
+    def _sorted(self) -> tuple[IntArray, IntArray]:
+        """Local positions in the order of their indices, and the indices in that order."""
+        order = np.argsort(self.array, kind="stable").astype(np.int64)
+        return order, self.array[order]
 
     @cached_property
     def size(self) -> int:
@@ -117,9 +127,8 @@ class Indices:
         if len(self.runs) == 1:
             start = self.runs[0][0]
             return wanted.shift(-start)
-        order = np.argsort(self.array, kind="stable")
-        found = order[np.searchsorted(self.array, wanted.array, sorter=order)]
-        return Indices.of_array(found.astype(np.int64))
+        order, ordered = self._sorted
+        return Indices.of_array(order[np.searchsorted(ordered, wanted.array)])
 
     def within(self, other: Indices) -> Indices:
         """Those of these that `other` holds too, in the order of these."""
@@ -169,12 +178,10 @@ class Partition:
 
     def counts(self, ranks: Iterable[int]) -> IntArray:
         """For every index, how many of these ranks hold it."""
-        edges = np.zeros(self.size + 1, dtype=np.int64)
+        found = np.zeros(self.size, dtype=np.int64)
         for rank in ranks:
-            for start, length in self.parts[rank].runs:
-                edges[start] += 1
-                edges[start + length] -= 1
-        return np.cumsum(edges[:-1])
+            found[self.parts[rank].array] += 1
+        return found
 
     def covers(self, ranks: Iterable[int]) -> bool:
         """Whether these ranks together hold every index."""

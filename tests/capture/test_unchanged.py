@@ -234,3 +234,22 @@ def test_tensors_from_anywhere(check: Check) -> None:
     replaced = {name: torch.randn_like(item) for name, item in model.state_dict().items()}
     model.load_state_dict(replaced)
     check(model, X)
+
+
+def test_tables_on_meta(run: Callable[..., Any]) -> None:
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.arange(4.0)
+            self.tables = {"a": [torch.randn(4), torch.randn(4)], "b": (torch.randn(4),)}
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) * self.table + self.tables["a"][1] * self.tables["b"][0]
+
+    with torch.device("meta"):
+        program = trace(Tables(), X)
+    assert set(program.state) == {"linear.weight", "linear.bias", "table", "tables.a.1", "tables.b.0"}
+    model = Tables()
+    with torch.no_grad():
+        assert torch.equal(run(program, model, *X), model(*X))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,12 @@ NAMES = [
 Run = Callable[..., Any]
 
 
+@functools.cache
+def traced(name: str) -> tuple[torch.nn.Module, dict[str, Any], Program]:
+    model, example = models.load(f"{name}:tiny")
+    return model, example, trace(model, example)
+
+
 def fresh(example: dict[str, Any]) -> dict[str, Any]:
     """Other latents, text and timesteps, the same masks and ids."""
 
@@ -41,8 +48,7 @@ def fresh(example: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_on_fresh_inputs_and_weights(name: str, run: Run, same: Run) -> None:
-    model, example = models.load(f"{name}:tiny")
-    program = trace(model, example)
+    model, example, program = traced(name)
     twin, _ = models.load(f"{name}:tiny", seed=7)
     for weights in (model, twin):
         for inputs in (example, fresh(example)):
@@ -54,7 +60,7 @@ def test_equal_on_fresh_inputs_and_weights(name: str, run: Run, same: Run) -> No
 def test_traced_on_meta(name: str, run: Run, same: Run) -> None:
     hollow, example = models.load(f"{name}:tiny", device="meta")
     program = trace(hollow, example)
-    model, inputs = models.load(f"{name}:tiny")
+    model, inputs, _ = traced(name)
     assert program.device.type == "meta"
     with torch.no_grad():
         same(run(program, model, **inputs), model(**inputs))
@@ -62,8 +68,7 @@ def test_traced_on_meta(name: str, run: Run, same: Run) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_well_formed(name: str) -> None:
-    model, example = models.load(f"{name}:tiny")
-    program = trace(model, example)
+    model, _, program = traced(name)
     graphs = [program.graph, *(block.graph for block in program.blocks.values())]
     for node in (node for graph in graphs for node in graph.nodes):
         assert set(node.meta) == {SPEC, WHERE}
@@ -89,7 +94,7 @@ def kinds(program: Program) -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_composite_operators_stay_whole(name: str) -> None:
-    program = trace(*models.load(f"{name}:tiny"))
+    _, _, program = traced(name)
     found = kinds(program)
     assert "aten.linear.default" in found
     assert not found & {"aten.addmm.default", "aten.t.default", "aten.native_layer_norm.default"}

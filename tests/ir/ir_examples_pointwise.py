@@ -103,6 +103,11 @@ def bucketize(d, packet):
     return Sample(packet.Tensor, (d.tensor(*d.sized()), d.tensor(d.int(1, 5)).sort().values))
 
 
+@example(aten.isin)
+def isin(d, packet):
+    return Sample(packet.Tensor_Tensor, (d.index(5, *d.sized()), d.index(5, 3)))
+
+
 @example(aten.expand_as)
 def expand_as(d, packet):
     shape = d.sized()
@@ -133,7 +138,8 @@ def where(d, packet):
     return Sample(packet.ScalarOther, (d.mask(*shape), d.tensor(*d.broadcast(shape)), 0.5))
 
 
-@example(aten.dropout, aten.native_dropout, aten.log_sigmoid_forward)
+@example(aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.feature_alpha_dropout)
+@example(aten.native_dropout, aten.log_sigmoid_forward)
 def no_dropout(d, packet):
     args = () if packet is aten.log_sigmoid_forward else (0.5, False)
     return Sample(packet.default, (d.tensor(*d.sized()), *args), contents=packet is not aten.log_sigmoid_forward)

@@ -36,6 +36,34 @@ def product(d, packet):
     return Sample(packet.default, (*args, [0, -1], [2, 0]) if packet is aten.tensordot else args)
 
 
+@example(aten.inner, aten.cdist)
+def rows_with_rows(d, packet):
+    width = d.int(1, 4)
+    if packet is aten.inner:
+        shapes = [d.shape(d.int(0, 2)) for _ in range(2)]
+    else:
+        batch = d.shape(d.int(0, 1))
+        shapes = [(*d.broadcast(batch), d.int(1, 5)) for _ in range(2)]
+    return Sample(packet.default, tuple(d.tensor(*shape, width) for shape in shapes))
+
+
+@example(aten.cross, aten.linalg_cross)
+def cross(d, packet):
+    shape = list(d.shape(d.int(1, 3)))
+    dim = d.dim(len(shape))
+    shape[dim] = 3
+    pair = d.tensor(*shape), d.tensor(*shape)
+    if packet is aten.cross:
+        return Sample(packet.default, (*pair, d.pick(dim, None)))
+    return Sample(packet.default, pair, {"dim": dim})
+
+
+@example(*named("linalg_inv", "inverse", "linalg_det", "det", "matrix_exp"))
+def matrices(d, packet):
+    size = d.int(1, 3)
+    return Sample(packet.default, (d.tensor(*d.shape(d.int(0, 2)), size, size),))
+
+
 @example(aten.linear)
 def linear(d, packet):
     inner, out = d.shape(2)

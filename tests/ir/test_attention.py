@@ -14,7 +14,7 @@ from xdit_ir import ops
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.passes.lower_attention import LowerAttention
-from xdit_ir.program import LAYOUT
+from xdit_ir.program import LAYOUT, SPEC
 from xdit_ir.rules import rule_for
 from xdit_ir.rules.base import Call, operands
 from xdit_ir.verify import verify
@@ -26,7 +26,8 @@ def attention(d, masks=True):
     group = d.pick(1, 1, 2, 3)
     lead = d.pick((), (batch,), (batch,), (2, batch))
     q = d.tensor(*lead, group * heads, queries, width)
-    k, v = (d.tensor(*lead, heads, keys, width) for _ in range(2))
+    shared = d.pick(lead, lead, (1,) * len(lead))
+    k, v = (d.tensor(*shared, heads, keys, width) for _ in range(2))
     kwargs = {"scale": 0.5, "enable_gqa": group > 1}
     if masks and d.bool():
         shape = (*d.broadcast((*lead, group * heads)), d.pick(1, queries), d.pick(1, keys))
@@ -80,7 +81,7 @@ def test_what_is_demanded_of_attention_is_given(data):
     mesh = data.draw(meshes())
     wanted = layouts(data.draw, mesh, one.results[0].shape)
     node = the_operator(one.program())
-    whole = tuple(Layout.whole(len(source.meta["spec"].shape)) for source in operands(node))
+    whole = tuple(Layout.whole(len(source.meta[SPEC].shape)) for source in operands(node))
     rule = rule_for(ops.attention)
     assert rule is not None
     needs = rule.demand(Call(node, mesh, whole), wanted)

@@ -14,11 +14,11 @@ from ir_strategies import examples, layouts, meshes
 
 from xdit_ir import ops
 from xdit_ir.layout import Layout
-from xdit_ir.program import LAYOUT
+from xdit_ir.program import LAYOUT, SPEC
 from xdit_ir.rules import RULES, decide, rule_for
 from xdit_ir.rules.base import Call, as_outputs, operands
 
-for family in ("pointwise", "views", "products"):
+for family in ("pointwise", "views", "lookups", "products"):
     importlib.import_module(f"ir_examples_{family}")
 
 USES = Counter(make for makers in EXAMPLES.values() for make in makers)
@@ -42,6 +42,7 @@ def test_every_rank_gets_its_shard(packet, make):
         one = OneOperator(make(Drawer(data.draw), packet))
         mesh, pool = data.draw(meshes()), {}
         taken = [layouts(data.draw, mesh, x.shape, pool) for x in one.inputs]
+        sums_come_first(one, mesh)
         divided = one.propagate(mesh, one.program(taken))
         again(mesh, divided)
         one.check(mesh, divided)
@@ -52,6 +53,14 @@ def test_every_rank_gets_its_shard(packet, make):
 def examples_of(make):
     """Few examples for each of many operators that are alike, more for one of its own kind."""
     return examples(min(max(16 // USES[make], 2), 8))
+
+
+def sums_come_first(one, mesh):
+    """No rule takes an operand with a pending sum."""
+    node = the_operator(one.program())
+    shapes = [source.meta[SPEC].shape for source in operands(node)]
+    partial = tuple(Layout((None,) * len(shape), frozenset({"ulysses"})) for shape in shapes)
+    assert not any(layout.partial for layout in decide(Call(node, mesh, partial)).inputs)
 
 
 def again(mesh, divided):
@@ -81,7 +90,7 @@ def test_what_is_demanded_is_given(packet, make):
 def demand(one, mesh, wanted):
     """What `demand` answers is confirmed by `forward`, and is where propagation cuts."""
     node = the_operator(one.program())
-    whole = tuple(Layout.whole(len(source.meta["spec"].shape)) for source in operands(node))
+    whole = tuple(Layout.whole(len(source.meta[SPEC].shape)) for source in operands(node))
     target = as_outputs(Call(node, mesh, whole), wanted)
     rule = rule_for(node.target)
     assert rule is not None

@@ -108,6 +108,8 @@ class Recorder:
             fake = self.blank(real)
             carried = origin is not Origin.PARAMETER and real.device.type != "meta"
             known = contents(real) if carried and real.numel() <= KNOWN_NUMEL else None
+        if origin is Origin.CONSTANT and real.device.type == "meta":
+            raise TraceError(f"the model holds a tensor without contents, {names[0]!r}, outside of its attributes")
         if origin is Origin.CONSTANT:
             names = [f"{CONSTANT}.{self._keep(real, names[0])}"]
             self.held[id(fake)] = real

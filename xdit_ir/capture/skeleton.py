@@ -29,6 +29,8 @@ _ATOMS = (
 )
 _DICTS = (dict, OrderedDict, defaultdict)
 _HEAP_TYPE = 1 << 9
+_SKIPPED = ("_parameters", "_buffers", "_modules")
+_DEPTH = 3
 
 
 class LazyState(dict[str, Any]):
@@ -185,19 +187,25 @@ def _is_plain_class(base: type) -> bool:
 
 
 def _state_names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
-    """All qualified names of every tensor attribute, by identity; identities of parameters and buffers."""
+    """All qualified names of every tensor of a model, by identity; identities of parameters and buffers.
+
+    A tensor in a list or dict is named by its place: `rope.tables.0`.
+    """
     names: dict[int, list[str]] = {}
     everything = list(model.named_modules(remove_duplicate=False))
 
-    def add(path: str, group: Mapping[str, Any]) -> None:
-        for name, tensor in group.items():
-            if isinstance(tensor, torch.Tensor):
-                names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+    def add(path: str, held: Any, depth: int) -> None:
+        if isinstance(held, torch.Tensor):
+            names.setdefault(id(held), []).append(path)
+        elif depth and type(held) in (dict, list, tuple):
+            for name, item in held.items() if type(held) is dict else enumerate(held):
+                if isinstance(name, (str, int)):
+                    add(f"{path}.{name}" if path else str(name), item, depth - 1)
 
     for path, module in everything:
-        add(path, module._parameters)
-        add(path, module._buffers)
+        add(path, module.__dict__["_parameters"], 1)
+        add(path, module.__dict__["_buffers"], 1)
     registered = set(names)
     for path, module in everything:
-        add(path, module.__dict__)
+        add(path, {name: item for name, item in module.__dict__.items() if name not in _SKIPPED}, _DEPTH)
     return names, registered

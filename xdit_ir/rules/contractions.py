@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from xdit_ir.rules.base import Call, LocalCall, Localize, Rule, Ruling, as_layouts, rules_of, same_call
-from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled
+from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, plain
 
 aten = torch.ops.aten
 ROWS, INNER, COLUMNS = "rows", "inner", "columns"
@@ -100,6 +100,35 @@ def _vecdot(call: Call) -> Labels:
     return Labels(tuple(names), (tuple(name for name in range(ndim) if name != dim),))
 
 
+def _inner(call: Call) -> Labels:
+    sides = [tuple((side, d) for d in range(len(spec.shape) - 1)) for side, spec in enumerate(call.specs)]
+    if not all(spec.shape for spec in call.specs):
+        return Labels(tuple((None,) * len(spec.shape) for spec in call.specs), ((None,) * len(call.out.shape),))
+    return Labels(((*sides[0], INNER), (*sides[1], INNER)), ((*sides[0], *sides[1]),))
+
+
+def _cross(call: Call) -> Labels:
+    """Three-vectors along `dim`, which must be whole."""
+    ndim, dim = len(call.out.shape), call.arguments["dim"]
+    if dim is None:
+        return Labels(tuple((None,) * len(spec.shape) for spec in call.specs), ((None,) * ndim,))
+    named = [tuple(None if d == dim % ndim else d for d in aligned(spec, ndim)) for spec in call.specs]
+    return Labels(tuple(named), (tuple(None if d == dim % ndim else d for d in range(ndim)),))
+
+
+def _distances(call: Call) -> Labels:
+    """`cdist`: like a matrix product whose rows are all that matters."""
+    batch = [tuple(range(-len(spec.shape), -2)) for spec in call.specs]
+    out = max(batch, key=len)
+    return Labels(((*batch[0], ROWS, None), (*batch[1], COLUMNS, None)), ((*out, ROWS, COLUMNS),))
+
+
+def _matrices(call: Call) -> Labels:
+    """Functions of square matrices, one by one."""
+    names = plain(call.specs[0], [-2, -1])
+    return Labels((names,), (names[: len(call.out.shape)],))
+
+
 def _tensordot(call: Call) -> Labels:
     contracted = [call.arguments[name] for name in ("dims_self", "dims_other")]
     named = []
@@ -121,4 +150,8 @@ RULES = {
     **rules_of(_contraction(_outer), aten.outer, aten.ger),
     **rules_of(_contraction(_vecdot), aten.linalg_vecdot),
     **rules_of(_contraction(_tensordot), aten.tensordot),
+    **rules_of(_contraction(_inner), aten.inner),
+    **rules_of(labelled(_cross), aten.cross, aten.linalg_cross),
+    **rules_of(labelled(_distances), aten.cdist),
+    **rules_of(labelled(_matrices), aten.linalg_inv, aten.inverse, aten.linalg_det, aten.det, aten.matrix_exp),
 }

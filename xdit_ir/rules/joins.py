@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -15,7 +16,18 @@ from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 aten = torch.ops.aten
 
 
+STACKS: dict[Any, int] = {
+    aten.vstack.default: 0,
+    aten.hstack.default: 1,
+    aten.column_stack.default: 1,
+    aten.dstack.default: 2,
+}
+
+
 def _dim(call: Call, ndim: int) -> int:
+    """The dim along which an operator joins or cuts, not negative."""
+    if "dim" not in call.arguments:
+        return min(STACKS[call.node.target], ndim - 1)
     dim: int = call.arguments["dim"]
     return dim % ndim
 
@@ -23,7 +35,7 @@ def _dim(call: Call, ndim: int) -> int:
 def _cat(call: Call) -> Ruling:
     """Every operand is divided along the joined dim over all mesh dims that divide any of them there."""
     if any(len(spec.shape) != len(call.out.shape) for spec in call.specs):
-        return gather_all(call, "joins empty values of another rank")
+        return gather_all(call, "joins values of several ranks")
     dim = _dim(call, len(call.out.shape))
     shared, talk = _shared(call, dim)
     inputs = []
@@ -197,8 +209,10 @@ def _select_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
     return (Layout((*wanted.dims[:dim], None, *wanted.dims[dim:])),)
 
 
+CAT = verified(Rule(_cat, _cat_demand))
 RULES = {
-    **rules_of(verified(Rule(_cat, _cat_demand)), aten.cat, aten.concat, aten.concatenate),
+    **rules_of(CAT, aten.cat, aten.concat, aten.concatenate),
+    **rules_of(CAT, aten.vstack, aten.hstack, aten.column_stack, aten.dstack),
     **rules_of(labelled(_stack), aten.stack),
     **rules_of(labelled(_unbind), aten.unbind),
     **rules_of(

@@ -30,7 +30,8 @@ def _prelu(call: Call) -> Labels:
 
 def _first(call: Call) -> Labels:
     """Pointwise in the first operand; of the other something else matters than its elements one by one."""
-    return by_argument(call, plain(call.out), self=plain(call.out))
+    names = plain(call.out)
+    return by_argument(call, names, self=names, elements=names)
 
 
 POINTWISE = labelled(pointwise)
@@ -65,6 +66,9 @@ RULES = {
         aten.masked_fill,
         aten.dropout,
         aten.native_dropout,
+        aten.alpha_dropout,
+        aten.feature_dropout,
+        aten.feature_alpha_dropout,
         aten.log_sigmoid,
         aten.log_sigmoid_forward,
         aten.hardswish,
@@ -89,7 +93,7 @@ RULES = {
         aten.expand_as,
     ),
     **rules_of(labelled(_prelu), aten.prelu),
-    **rules_of(labelled(_first), aten.bucketize, aten.type_as),
+    **rules_of(labelled(_first), aten.bucketize, aten.isin, aten.type_as),
 }
 
 

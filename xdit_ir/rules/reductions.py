@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
-from xdit_ir.ops import scaled_sum
 from xdit_ir.rules.base import Call, LocalCall, Localize, Rule, Ruling, as_layouts, rules_of
 from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, plain, unary
 from xdit_ir.rules.pointwise import POINTWISE
@@ -41,17 +43,21 @@ def _reduce(call: Call) -> Labels:
     return by_argument(call, *(_reduced(call, names) for _ in call.results), self=names)
 
 
+def share_of_mean(x: torch.Tensor, dims: Sequence[int], keepdim: bool, count: int) -> torch.Tensor:
+    """What a part contributes to a mean over `count` elements: its own mean, weighted. Sums could overflow."""
+    own = math.prod(x.shape[dim] for dim in dims)
+    return x.mean(tuple(dims), keepdim) * (own / count) if own else x.sum(tuple(dims), keepdim)
+
+
 def _share_of_mean(call: Call, ruling: Ruling) -> Localize | None:
-    """A mean over divided dims is a partial sum of parts, each divided by the global count."""
+    """A mean over divided dims is a partial sum of the ranks' weighted means."""
     if not as_layouts(ruling.outputs)[0].partial:
         return None
     dims, arguments = _dims(call), call.arguments
-    count = 1
-    for dim in dims:
-        count *= call.specs[0].shape[dim]
+    count = math.prod(call.specs[0].shape[dim] for dim in dims)
 
     def local(rank: int) -> LocalCall:
-        return scaled_sum, (arguments["self"], tuple(dims), arguments.get("keepdim", False), count), {}
+        return share_of_mean, (arguments["self"], tuple(dims), arguments.get("keepdim", False), count), {}
 
     return local
 

@@ -117,15 +117,20 @@ def _mirrored(partition: Partition) -> Partition:
     return partition.map(partition.size, lambda part: Indices.of_array(last - part.array[::-1]))
 
 
+def _flipped(call: Call) -> list[int]:
+    dims: list[int] = call.arguments.get("dims", [1 if call.node.target is aten.fliplr.default else 0])
+    return dims
+
+
 def _flip(call: Call) -> Ruling:
     """A rank flips what it has; that is then the mirrored part."""
     layout = call.layouts[0].summed()
-    changes = {d: p for d in call.arguments["dims"] if (p := layout.dims[d]) is not None}
+    changes = {d: p for d in _flipped(call) if (p := layout.dims[d]) is not None}
     return Ruling((layout,), layout.with_dims({d: _mirrored(p) for d, p in changes.items()}))
 
 
 def _flip_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    changes = {d: p for d in call.arguments["dims"] if (p := wanted.dims[d]) is not None}
+    changes = {d: p for d in _flipped(call) if (p := wanted.dims[d]) is not None}
     return (wanted.with_dims({d: _mirrored(p) for d, p in changes.items()}),)
 
 
@@ -190,7 +195,7 @@ RULES = {
         ),
         aten.repeat_interleave,
     ),
-    **rules_of(verified(Rule(_flip, _flip_demand)), aten.flip),
+    **rules_of(verified(Rule(_flip, _flip_demand)), aten.flip, aten.fliplr, aten.flipud),
     **rules_of(verified(Rule(_roll, _roll_demand)), aten.roll),
     **rules_of(labelled(_rot90), aten.rot90),
 }

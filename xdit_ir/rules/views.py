@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 
 import torch
@@ -97,14 +98,24 @@ def regroup(mesh: Mesh, ins: tuple[int, ...], outs: tuple[int, ...], dims: Dims)
         mine = tuple(dims[d] for d in left)
         if all(dim is None for dim in mine):
             continue
-        split = _unflatten(_flatten(tuple(ins[d] for d in left), mine), tuple(outs[d] for d in right))
-        if split is None or not _orthogonal(mesh, split):
-            for d in left:
-                needs[d] = None
-            continue
+        kept, split = _divide(mesh, tuple(ins[d] for d in left), mine, tuple(outs[d] for d in right))
+        for d, partition in zip(left, kept, strict=True):
+            needs[d] = partition
         for d, partition in zip(right, split, strict=True):
             gives[d] = partition
     return tuple(needs), tuple(gives)
+
+
+def _divide(mesh: Mesh, ins: tuple[int, ...], dims: Dims, outs: tuple[int, ...]) -> tuple[Dims, Dims]:
+    """One group of a view: keep as many of the divided dims as give a product, outer ones first."""
+    divided = [d for d, dim in enumerate(dims) if dim is not None]
+    for count in range(len(divided), 0, -1):
+        for keep in itertools.combinations(divided, count):
+            kept = tuple(dim if d in keep else None for d, dim in enumerate(dims))
+            split = _unflatten(_flatten(ins, kept), outs)
+            if split is not None and _orthogonal(mesh, split):
+                return kept, split
+    return (None,) * len(ins), (None,) * len(outs)
 
 
 def _orthogonal(mesh: Mesh, dims: Dims) -> bool:

@@ -1,0 +1,81 @@
+"""Full-size parity over NCCL: `torchrun --standalone --nproc-per-node 2 tests/gpu/parity.py flux.1-dev`.
+
+Every rank fills the published configuration with the same random bf16 weights, runs it alone, and then ported with
+Ulysses and with Ring over all ranks; prints the relative difference and eager times. Not a benchmark against peers.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import xdit_ir as xir
+from xdit_ir import models
+
+
+def load(name: str, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The full-size model and its example with random contents, equal on every rank."""
+    model, example = models.load(name, device="meta", dtype=torch.bfloat16)
+    model = model.to_empty(device=device)
+    make = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=make)
+            else:
+                parameter.fill_(1.0) if key.endswith("weight") else parameter.normal_(0, 0.1, generator=make)
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.normal_(generator=make)
+
+    def real(x: torch.Tensor) -> torch.Tensor:
+        return torch.randn(x.shape, dtype=x.dtype, device=device, generator=make) if x.is_meta else x.to(device)
+
+    filled: dict[str, Any] = pytree.tree_map_only(torch.Tensor, real, example)
+    return model, filled
+
+
+def timed(run: Callable[[], Any], repeats: int = 8) -> tuple[torch.Tensor, str]:
+    """The first output tensor in fp32, and median, min and max milliseconds after three warm-up calls."""
+    times = []
+    with torch.inference_mode():
+        for repeat in range(3 + repeats):
+            dist.barrier()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            output = run()
+            torch.cuda.synchronize()
+            if repeat >= 3:
+                times.append((time.perf_counter() - start) * 1e3)
+    text = f"median {statistics.median(times):.1f} ms, min {min(times):.1f}, max {max(times):.1f}"
+    return pytree.tree_leaves(output)[0].float(), text
+
+
+def main() -> None:
+    """Compare and print, rank by rank."""
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    model, example = load(sys.argv[1], device)
+    alone, text = timed(lambda: model(**example))
+    print(f"rank {rank} {sys.argv[1]} alone: {text}", flush=True)
+    for name in ("ulysses", "ring"):
+        ported = xir.port(model, **{name: dist.get_world_size()})
+        output, text = timed(lambda ported=ported: ported(**example))
+        error = ((output - alone).norm() / alone.norm()).item()
+        print(f"rank {rank} {name}: {text}; relative difference to one GPU in bf16 {error:.2e}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
