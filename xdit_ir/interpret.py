@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ Observer = Callable[[str, fx.Node, Any], None]
 
 def model_state(program: Program, model: nn.Module) -> State:
     """Look up parameters, buffers and constants by qualified name, by reference, at every call."""
-    constants = {f"{CONSTANT}.{name}": value for name, value in program.constants.items()}
+    device = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
+    constants = {f"{CONSTANT}.{name}": constant_on(program, name, device) for name in program.constants}
 
     def lookup(name: str) -> torch.Tensor:
         if name in constants:
@@ -33,6 +35,12 @@ def model_state(program: Program, model: nn.Module) -> State:
         return tensor
 
     return lookup
+
+
+def constant_on(program: Program, name: str, device: torch.device | None) -> torch.Tensor:
+    """A constant follows the model: what was on the device of the trace (or stood in for meta) is on `device`."""
+    value = program.constants[name]
+    return value.to(device) if program.device.type == "meta" or value.device == program.device else value
 
 
 def _entry(container: Any, part: str) -> Any:

@@ -59,6 +59,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Scaled dot-product attention, `q [..., heads, queries, dim]`, `k, v [..., heads, keys, dim]`."""
+    if 0 in q.shape or 0 in k.shape:  # a rank without heads, queries or keys; kernels do not all accept that
+        return q.new_zeros((*q.shape[:-1], v.shape[-1]))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )

@@ -12,6 +12,7 @@ from torch import nn
 from xdit_ir.capture.inputs import InputBinder
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.errors import MismatchError
+from xdit_ir.interpret import constant_on
 from xdit_ir.program import CONSTANT
 from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact, failure_text
 from xdit_ir.runtime.codegen import communications, generate, state_names
@@ -41,14 +42,11 @@ class Runner:
         self.program, self.device = parallel.rank(communicator.rank), communicator.device
         weights, constants = state_names(self.program)
         self._weights = Weights(model, weights, self.program.state, self.device)
-        self._constants = [self._constant(name.removeprefix(f"{CONSTANT}.")) for name in constants]
+        self._constants = [
+            constant_on(self.program, name.removeprefix(f"{CONSTANT}."), self.device) for name in constants
+        ]
         self._binder = InputBinder(model, self.program)
         self.code = generate(self.program, communicator, self.device)
-
-    def _constant(self, name: str) -> torch.Tensor:
-        """A constant follows the model: what was on the device of the trace is now on the running one."""
-        value = self.program.constants[name]
-        return value.to(self.device) if value.device == self.program.device else value
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
