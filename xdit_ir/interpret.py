@@ -40,7 +40,7 @@ def model_state(program: Program, model: nn.Module) -> State:
 def constant_on(program: Program, name: str, device: torch.device | None) -> torch.Tensor:
     """A constant follows the model: what was on the device of the trace (or stood in for meta) is on `device`."""
     value = program.constants[name]
-    return value.to(device) if program.device.type == "meta" or value.device == program.device else value
+    return value.to(device=device) if program.device.type == "meta" or value.device == program.device else value
 
 
 def _entry(container: Any, part: str) -> Any:
