@@ -80,8 +80,11 @@ class Interpreter:
             name, call_prefix, values = args
             return self._graph(self.program.blocks[name].graph, values, call_prefix)
         kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
-        if kwargs.get("device") == self.program.device:
-            kwargs["device"] = self.device
-        target = node.target
-        result: Any = args[0][args[1]] if target is operator.getitem else target(*args, **kwargs)  # type: ignore[operator]
-        return result
+        return execute(self.program, node, args, kwargs, self.device)
+
+
+def execute(program: Program, node: fx.Node, args: Any, kwargs: dict[str, Any], device: torch.device) -> Any:
+    """Run one operator; where it names the device of the trace it means the running one."""
+    if kwargs.get("device") == program.device:
+        kwargs = {**kwargs, "device": device}
+    return args[0][args[1]] if node.target is operator.getitem else node.target(*args, **kwargs)  # type: ignore[operator]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import fx
 
 from xdit_ir.errors import VerifyError
-from xdit_ir.interpret import State
+from xdit_ir.interpret import State, execute
 from xdit_ir.program import Program, is_block_call, qualified
 from xdit_ir.runtime.attention import RingMerge
 from xdit_ir.runtime.exchange import Communicate, Reduce, Reshuffle, Ring, pack, unpack
@@ -61,9 +60,7 @@ class _Rank:
         kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
         if isinstance(node.target, Communicate):
             return (yield _Meeting(node.target, args, kwargs, node))
-        if kwargs.get("device") == self.program.device:
-            kwargs["device"] = self.device
-        return args[0][args[1]] if node.target is operator.getitem else node.target(*args, **kwargs)  # type: ignore[operator]
+        return execute(self.program, node, args, kwargs, self.device)
 
 
 def run_ranks(
