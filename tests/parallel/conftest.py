@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from torch.distributed import TCPStore
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -28,6 +28,7 @@ class Workers:
         self._processes: list[subprocess.Popen[str]] = []
         self._answers: list[queue.Queue[str | None]] = []
         self._logs: list[IO[str]] = []
+        self._store: TCPStore | None = None
 
     def run(self, job: str, limit: float = 240, **arguments: Any) -> list[Any]:
         """Results of all ranks; a rank's exception comes as `{"error": class name, "message": text}`."""
@@ -53,13 +54,14 @@ class Workers:
             return None
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # As torchrun's agent does: the store lives here, so that no one else can take its port in the meantime.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {
             "WORLD_SIZE": self.count,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            "MASTER_PORT": self._store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": 0,
             "OMP_NUM_THREADS": 1,
         }
         for rank in range(self.count):
