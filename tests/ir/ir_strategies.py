@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -37,13 +38,23 @@ def of(values: Sequence[int]) -> Indices:
     return Indices.of_array(torch.tensor(values, dtype=torch.int64).numpy())
 
 
+MESHES = [
+    Mesh.of(cfg=cfg, ring=ring, ulysses=ulysses)
+    for cfg, ring, ulysses in itertools.product((1, 2, 3), repeat=3)
+    if cfg * ring * ulysses <= 8
+]
+
+
+def meshes(most: int = 6) -> st.SearchStrategy[Mesh]:
+    """Meshes of up to `most` ranks; that of one rank is for shrinking."""
+    return st.sampled_from([mesh for mesh in MESHES if mesh.world_size <= most])
+
+
 @st.composite
-def meshes(draw: Draw, most: int = 6) -> Mesh:
-    """Meshes of up to `most` ranks."""
-    cfg = draw(st.integers(1, 3))
-    ring = draw(st.integers(1, max(1, min(3, most // cfg))))
-    ulysses = draw(st.integers(1, max(1, min(3, most // cfg // ring))))
-    return Mesh.of(cfg=cfg, ring=ring, ulysses=ulysses)
+def mesh_dims(draw: Draw, mesh: Mesh) -> tuple[str, ...]:
+    """Some of the mesh dims that have more than one rank."""
+    names = [name for name, size in zip(MESH_DIMS, mesh.sizes, strict=True) if size > 1]
+    return tuple(name for name in names if draw(st.booleans()))
 
 
 def _cuts(draw: Draw, size: int, count: int) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ir_strategies import KINDS, examples, meshes, of, partitions, pieces
+from ir_strategies import KINDS, examples, mesh_dims, meshes, of, partitions, pieces
 
 from xdit_ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.partition import Indices, Partition, even_cuts, even_pieces
@@ -131,7 +131,7 @@ def test_cuts_put_the_longer_pieces_first():
 @examples(100)
 @given(meshes(), SIZES, st.data())
 def test_partition_counts_covers_and_tiles(mesh, size, data):
-    dims = tuple(data.draw(st.sets(st.sampled_from(MESH_DIMS))))
+    dims = data.draw(mesh_dims(mesh))
     partition = data.draw(partitions(mesh, size, dims))
     assert partition.sizes == tuple(len(listed(part)) for part in partition.parts)
     for rank in range(mesh.world_size):
@@ -150,9 +150,9 @@ def test_partition_counts_covers_and_tiles(mesh, size, data):
 @examples(100)
 @given(meshes(), SIZES, st.data())
 def test_gathering_joins_the_parts_of_a_group_once(mesh, size, data):
-    names = tuple(data.draw(st.sets(st.sampled_from(MESH_DIMS))))
+    names = data.draw(mesh_dims(mesh))
     partition = data.draw(partitions(mesh, size, names))
-    over = tuple(data.draw(st.sets(st.sampled_from(MESH_DIMS))))
+    over = data.draw(mesh_dims(mesh))
     gathered = mesh.gathered(partition, over)
     for rank in range(mesh.world_size):
         group = mesh.group(rank, over)
@@ -163,9 +163,9 @@ def test_gathering_joins_the_parts_of_a_group_once(mesh, size, data):
 @examples(100)
 @given(meshes(), SIZES, st.data())
 def test_refining_divides_every_part(mesh, size, data):
-    names = tuple(data.draw(st.sets(st.sampled_from(MESH_DIMS))))
+    names = data.draw(mesh_dims(mesh))
     partition = data.draw(partitions(mesh, size, names))
-    over = frozenset(data.draw(st.sets(st.sampled_from(MESH_DIMS))))
+    over = frozenset(data.draw(mesh_dims(mesh)))
     refined = mesh.refine(partition, over)
     rest = over - mesh.varies(partition)
     for rank in range(mesh.world_size):

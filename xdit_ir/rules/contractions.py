@@ -153,5 +153,5 @@ RULES = {
     **rules_of(_contraction(_inner), aten.inner),
     **rules_of(labelled(_cross), aten.cross, aten.linalg_cross),
     **rules_of(labelled(_distances), aten.cdist),
-    **rules_of(labelled(_matrices), aten.linalg_inv, aten.inverse, aten.linalg_det, aten.det, aten.matrix_exp),
+    **rules_of(labelled(_matrices), aten.linalg_inv, aten.inverse, aten.linalg_det, aten.det),
 }
