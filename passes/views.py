@@ -49,7 +49,7 @@ def _keeps_order(source: fx.Node, chain: list[fx.Node]) -> bool:
                 return False
             dims = regrouped
         else:
-            dims = [dims[d] for d in _order(node, len(shape))]
+            dims = [dims[d] for d in order_of(node, len(shape))]
     expected = 1
     for size, stride in reversed([atom for dim in dims for atom in dim if atom[0] != 1]):
         if stride != expected:
@@ -90,7 +90,8 @@ def _regroup(atoms: Atoms, shape: tuple[int, ...]) -> list[Atoms] | None:
     return dims if not rest else None
 
 
-def _order(node: fx.Node, ndim: int) -> list[int]:
+def order_of(node: fx.Node, ndim: int) -> list[int]:
+    """The permutation that a node of `PERMUTES` applies to its `ndim` dims."""
     if node.target is aten.permute.default:
         dims: Any = node.args[1]
         return [int(d) % ndim for d in dims]

@@ -19,6 +19,7 @@ from xdit_ir.pipeline import After, analysis_passes, divide, mesh_of
 from xdit_ir.printer import program_text
 from xdit_ir.program import Program
 from xdit_ir.report import Report, make_report
+from xdit_ir.runtime.execution import Execution
 from xdit_ir.runtime.module import Emitted, emit
 from xdit_ir.simulate import RankObserver, run_ranks
 from xdit_ir.specialize import Specialize
@@ -141,9 +142,17 @@ class ParallelProgram:
         """`simulate` for consecutive denoising steps: a list over steps of the outputs of every rank."""
         return [self.simulate(model, example) for example in examples]
 
-    def emit(self, model: nn.Module, device: torch.device | str | None = None) -> Emitted:
-        """The module of this process's rank; see `xdit_ir.runtime.module.emit`."""
-        return emit(self, model, device)
+    def emit(
+        self,
+        model: nn.Module,
+        device: torch.device | str | None = None,
+        *,
+        compile: bool = False,
+        cuda_graph: bool = False,
+        handshake: bool = True,
+    ) -> Emitted:
+        """The module of this process's rank; see `xdit_ir.runtime.module.emit` and, for the options, `Execution`."""
+        return emit(self, model, device, Execution(compile, cuda_graph, handshake))
 
 
 def run_single(program: Program, model: nn.Module, example: Example) -> Any:

@@ -11,6 +11,7 @@ from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
+from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
 from xdit_ir.program import Program
@@ -26,13 +27,13 @@ def analysis_passes() -> list[Pass]:
 
 def mesh_passes(mesh: Mesh) -> list[Pass]:
     """Passes that divide a program over a mesh; `specialize` follows, per rank."""
-    return [SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh)]
+    return [SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh), OrderExchanges()]
 
 
 def divide(program: Program, mesh: Mesh, after: After | None = None) -> Program:
     """Run the mesh passes over an analysed program and verify that ranks can run the result."""
     divided = run_passes(program, mesh_passes(mesh), after)
-    verify(divided, "lower-attention", runnable=True)
+    verify(divided, "the last pass", runnable=True)
     return divided
 
 

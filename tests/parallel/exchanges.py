@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from xdit_ir.layout import Layout, plan
 from xdit_ir.mesh import Mesh
@@ -52,6 +53,13 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool((a.to(torch.complex64) == b.to(torch.complex64)).all())
 
 
+def perform(modules: tuple[nn.Module, ...], x: torch.Tensor) -> torch.Tensor:
+    """Start a communication and wait for it."""
+    first, *rest = modules
+    result = first(x)
+    return rest[0](*result) if rest else result
+
+
 def _degrees_to_mesh(degrees: dict[str, int]) -> tuple[Mesh, Communicator]:
     torch.set_num_threads(1)
     mesh = Mesh.of(**degrees)
@@ -75,7 +83,7 @@ def reshuffles(degrees: dict[str, int]) -> dict[str, int]:
         group = mesh.group(communicator.rank, steps.mesh_dims)
         node = Reshuffle(steps.kind, steps.mesh_dims, group, steps.ranks[communicator.rank])
         communicator.prepare([steps.mesh_dims])
-        got = lower(node, communicator)(cut(x, source, communicator.rank).contiguous())
+        got = perform(lower(node, communicator), cut(x, source, communicator.rank).contiguous())
         right = same(got, cut(x, target, communicator.rank))
         counts[steps.kind if right else "wrong"] = counts.get(steps.kind if right else "wrong", 0) + 1
     return counts
@@ -86,7 +94,7 @@ def reductions(degrees: dict[str, int]) -> list[bool]:
     mesh, communicator = _degrees_to_mesh(degrees)
     dims = ("ring", "ulysses")
     communicator.prepare([dims])
-    module = lower(Reduce("all_reduce", dims, mesh.group(communicator.rank, dims)), communicator)
+    (module,) = lower(Reduce("all_reduce", dims, mesh.group(communicator.rank, dims)), communicator)
     total = sum(range(1, mesh.world_size + 1))
     right = []
     for dtype in ("float32", "bfloat16", "complex64", "int64"):
@@ -115,7 +123,7 @@ def rings(degrees: dict[str, int]) -> list[float]:
         mask = torch.randn(2, 1, 3, sum(keys), generator=generator) > 0
         mask[..., -1] = True
         own = slice(sum(keys[:at]), sum(keys[: at + 1]))
-        module = lower(Ring("ring_attention", dims, group, tuple(keys)), communicator)
+        (module,) = lower(Ring("ring_attention", dims, group, tuple(keys)), communicator)
         for given in (None, mask):
             got = module(q, k[:, :, own], v[:, :, own], given, None, False, heads == 1)
             want = torch.nn.functional.scaled_dot_product_attention(q, k, v, given, enable_gqa=heads == 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -77,6 +79,7 @@ class _Writer:
         self.env: dict[fx.Node, fx.Node] = {}
         self.state: dict[str, fx.Node] = {}
         self.modules: dict[str, nn.Module] = {}
+        self.pending: dict[fx.Node, tuple[nn.Module, fx.Node]] = {}
 
     def head(self, source: fx.Graph, names: Sequence[str]) -> tuple[str, ...]:
         """Write the placeholders: the inputs, then the weights called `names`."""
@@ -93,6 +96,7 @@ class _Writer:
             if node.op == "get_attr":
                 self.env[node] = self.state[str(node.target)]
             elif node.op != "placeholder":
+                self._wait_for(node)
                 self.env[node] = self._node(node, bodies)
         return fx.GraphModule(self.modules, self.graph, _identifier(self.name))
 
@@ -100,14 +104,33 @@ class _Writer:
         if is_block_call(node):
             return self._block_call(node, bodies)
         if isinstance(node.target, Communicate):
-            place = f"{node.target.kind}_{len(self.modules)}"
-            self.modules[place] = lower(node.target, self.communicator)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
-            return self.graph.create_node("call_module", place, args, dict(kwargs), name=node.name)
+            return self._communication(node, node.target)
         new = self.graph.node_copy(node, self.env.__getitem__)
         if new.kwargs.get("device") == self.traced:
             new.update_kwarg("device", self.device)
         return new
+
+    def _communication(self, node: fx.Node, target: Communicate) -> fx.Node:
+        """Started here; what waits for it is written just before the first operator that needs the result."""
+        first, *rest = lower(target, self.communicator)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        name = f"{node.name}_start" if rest else node.name
+        new = self._call(f"{target.kind}_{len(self.modules)}", first, args, dict(kwargs), name)
+        if rest:
+            self.pending[node] = rest[0], new
+        return new
+
+    def _wait_for(self, node: fx.Node) -> None:
+        """Write the waits for those operands of a node that are on their way."""
+        for source in node.all_input_nodes:
+            if source in self.pending:
+                module, started = self.pending.pop(source)
+                parts = [self.graph.call_function(operator.getitem, (started, place)) for place in range(2)]
+                self.env[source] = self._call(f"wait_{len(self.modules)}", module, tuple(parts), {}, source.name)
+
+    def _call(self, place: str, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> fx.Node:
+        self.modules[place] = module
+        return self.graph.create_node("call_module", place, args, kwargs, name=name)
 
     def _block_call(self, node: fx.Node, bodies: Mapping[str, Body]) -> fx.Node:
         name, prefix, values = node.args

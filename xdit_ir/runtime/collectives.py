@@ -13,24 +13,30 @@ import torch
 import torch.distributed._functional_collectives
 from torch import nn
 
+from xdit_ir.layout import Exchange
 from xdit_ir.runtime.attention import RingMerge
 from xdit_ir.runtime.distributed import Communicator
-from xdit_ir.runtime.exchange import Communicate, Reduce, Reshuffle, Ring, pack, unpack
+from xdit_ir.runtime.exchange import Assembly, Communicate, Reduce, Reshuffle, Ring, pack
 
 # Types that both NCCL and gloo move; all others travel as bytes.
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8)
 
 
-def lower(target: Communicate, communicator: Communicator) -> nn.Module:
-    """The module that executes a communication on this process's rank; its process group exists already."""
+def lower(target: Communicate, communicator: Communicator) -> tuple[nn.Module, ...]:
+    """The modules that execute a communication on this process's rank; its process group exists already.
+
+    One that does all of it, or one that starts it and one that, given what the first returned, waits for it.
+    """
     at = target.group.index(communicator.rank)
     name = communicator.group(target.mesh_dims).group_name if len(target.group) > 1 else ""
     if isinstance(target, Reduce):
-        return AllReduce(name)
+        return (AllReduce(name),)
+    if isinstance(target, Reshuffle) and not name:
+        return (Rearrange(target.exchange),)
     if isinstance(target, Reshuffle):
-        return Exchange(target, at, name)
+        return Send(target, at, name), Receive(target, at)
     assert isinstance(target, Ring)
-    return RingAttention(target, at, name)
+    return (RingAttention(target, at, name),)
 
 
 class AllReduce(nn.Module):
@@ -49,22 +55,60 @@ class AllReduce(nn.Module):
         return torch.view_as_complex(total) if x.is_complex() else total
 
 
-class Exchange(nn.Module):
-    """A change of layout: one all-to-all of pieces of static, uneven sizes. One's own piece stays at home."""
+class Rearrange(nn.Module):
+    """A change of layout without others: cut and put together anew."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self.exchange, self.assembly = exchange, Assembly.of(exchange)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, the part in the old layout -> the part in the new one."""
+        return self.assembly.join(pack(x, self.exchange))
+
+
+class Send(nn.Module):
+    """The first half of a change of layout: start the all-to-all of pieces of static, uneven sizes."""
 
     def __init__(self, target: Reshuffle, at: int, group: str) -> None:
         super().__init__()
         self.exchange, self.at, self.group = target.exchange, at, group
-        self.shapes = tuple((0,) if i == at else tuple(shape) for i, shape in enumerate(target.exchange.shapes))
+        self.direct = Assembly.of(target.exchange).is_contiguous
+        self.shapes = _arriving(target, at)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, this rank's part in the old layout -> its part in the new one, `exchange.shape`."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here.
+
+        Where what arrives is the result as it lies in memory, one's own piece travels too, which saves a copy.
+        """
         pieces = pack(x, self.exchange)
-        if self.group:
-            own, pieces[self.at] = pieces[self.at], x.new_empty(0)
-            pieces = finish(start(pieces, self.shapes, self.group), self.shapes, x.dtype)
-            pieces[self.at] = own
-        return unpack(pieces, self.exchange)
+        own = x.new_empty(0)
+        if not self.direct:
+            own, pieces[self.at] = pieces[self.at], own
+        return start(pieces, self.shapes, self.group), own
+
+
+class Receive(nn.Module):
+    """The second half: wait for the pieces and put them together."""
+
+    def __init__(self, target: Reshuffle, at: int) -> None:
+        super().__init__()
+        self.assembly, self.at = Assembly.of(target.exchange), at
+        self.shapes = _arriving(target, at)
+
+    def forward(self, pending: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """What `Send` gave -> this rank's part in the new layout, `exchange.shape`."""
+        if self.assembly.is_contiguous:
+            return _typed(_wait(pending), self.assembly.shape, own.dtype)
+        pieces = finish(pending, self.shapes, own.dtype)
+        pieces[self.at] = own
+        return self.assembly.join(pieces)
+
+
+def _arriving(target: Reshuffle, at: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what comes from each member."""
+    direct = Assembly.of(target.exchange).is_contiguous
+    return tuple(shape if direct or i != at else (0,) for i, shape in enumerate(target.exchange.shapes))
 
 
 class RingAttention(nn.Module):
@@ -143,9 +187,14 @@ def finish(pending: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torc
     """The pieces that `start` fetches, once they are there."""
     width = _width(dtype)
     parts = torch.split_with_sizes(_wait(pending), [math.prod(shape) * width for shape in shapes])
+    return [_typed(part, shape, dtype) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _typed(flat: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Flat elements as they travelled, as a tensor."""
     if dtype.is_complex:
-        return [torch.view_as_complex(part.view(*shape, 2)) for part, shape in zip(parts, shapes, strict=True)]
-    return [part.view(dtype).view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return torch.view_as_complex(flat.view(*shape, 2))
+    return flat.view(dtype).view(shape)
 
 
 def _wire(x: torch.Tensor) -> torch.Tensor:

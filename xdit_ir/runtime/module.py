@@ -13,6 +13,7 @@ from xdit_ir.program import Program
 from xdit_ir.runtime.agreement import agree, call_facts, digest, failure_text, guarded
 from xdit_ir.runtime.codegen import Body
 from xdit_ir.runtime.distributed import Communicator
+from xdit_ir.runtime.execution import Execution
 from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
 from xdit_ir.runtime.state import running_device
@@ -25,22 +26,24 @@ def emit(
     parallel: ParallelProgram,
     model: nn.Module,
     device: torch.device | str | None = None,
-    *,
-    handshake: bool = True,
+    execution: Execution | None = None,
 ) -> Emitted:
     """The module of this process's rank. Collective: every rank of the job calls it for the same program.
 
     Args:
         model: holds the weights, which are used by reference; it is not changed.
         device: where to run; the model must be there. Default: where the model is.
-        handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
+        execution: how to run it; default: eagerly, with a handshake.
 
     Raises:
         ParallelizeError: the job has another number of processes than the program has ranks.
         MismatchError: the weights are not loaded, or not those of the program; or the ranks differ.
     """
-    communicator = Communicator(parallel.mesh, running_device(model, device), handshake=handshake)
-    return Emitted(model, build(communicator, model, lambda: parallel), communicator)
+    execution = execution or Execution()
+    where = running_device(model, device)
+    execution.check(where)
+    communicator = Communicator(parallel.mesh, where, handshake=execution.handshake)
+    return Emitted(model, build(communicator, model, lambda: parallel, execution), communicator)
 
 
 class Emitted(Shadow):

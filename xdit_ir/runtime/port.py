@@ -18,7 +18,8 @@ from xdit_ir.mesh import Mesh
 from xdit_ir.pipeline import mesh_of
 from xdit_ir.runtime.agreement import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
 from xdit_ir.runtime.distributed import Communicator, check_world_size
-from xdit_ir.runtime.runner import Runner, Tensors, build
+from xdit_ir.runtime.execution import Execution, Tensors
+from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
 from xdit_ir.runtime.state import running_device
 
@@ -34,6 +35,8 @@ def port(
     pipefusion: int = 1,
     patches: int | None = None,
     warmup_steps: int = 1,
+    compile: bool = False,
+    cuda_graph: bool = False,
     handshake: bool = True,
     **unknown: Any,
 ) -> Ported:
@@ -45,7 +48,7 @@ def port(
 
     Args:
         cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`.
-        handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
+        compile, cuda_graph, handshake: as in `xdit_ir.runtime.execution.Execution`.
 
     Raises:
         ParallelizeError: a degree is unknown or no positive integer, or the job has another number of
@@ -55,7 +58,7 @@ def port(
     mesh = mesh_of(unknown | degrees)
     check_world_size(mesh)
     options = {**degrees, "patches": patches, "warmup_steps": warmup_steps}
-    return Ported(model, _Specialisations(mesh, options, handshake))
+    return Ported(model, _Specialisations(mesh, options, Execution(compile, cuda_graph, handshake)))
 
 
 Mode = tuple[Any, ...]
@@ -67,7 +70,7 @@ class _Specialisations:
 
     mesh: Mesh
     options: dict[str, Any]
-    handshake: bool
+    execution: Execution
     communicator: Communicator | None = None
     runners: list[tuple[Mode, Runner]] = field(default_factory=list)
     last: ParallelProgram | None = None
@@ -101,7 +104,7 @@ class Ported(Shadow):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
         made = self._made
-        fresh = _Specialisations(made.mesh, dict(made.options), made.handshake)
+        fresh = _Specialisations(made.mesh, dict(made.options), made.execution)
         return Ported(copy.deepcopy(self._xdit_original, memo), fresh)
 
     @property
@@ -112,7 +115,8 @@ class Ported(Shadow):
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
         made, device = self._made, running_device(self._xdit_original)
         if made.communicator is None or made.communicator.device != device:
-            made.communicator = Communicator(made.mesh, device, handshake=made.handshake)
+            made.execution.check(device)
+            made.communicator = Communicator(made.mesh, device, handshake=made.execution.handshake)
         mode = self._mode(device)
         found = self._find(mode, args, kwargs)
 
@@ -168,7 +172,7 @@ class Ported(Shadow):
 
         made = self._made
         agree_contents(communicator, call_tensors(self._xdit_signature, args, kwargs))
-        runner = build(communicator, self._xdit_original, make)
+        runner = build(communicator, self._xdit_original, make, made.execution)
         if len(made.runners) >= LIMIT:
             del made.runners[LIMIT - 1 :]
             warnings.warn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +18,11 @@ from xdit_ir.program import CONSTANT
 from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact, failure_text
 from xdit_ir.runtime.codegen import communications, generate, state_names
 from xdit_ir.runtime.distributed import Communicator
+from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body
 from xdit_ir.runtime.state import Weights
 
 if TYPE_CHECKING:
     from xdit_ir.api import ParallelProgram
-
-Tensors = list[torch.Tensor]
 
 
 class Runner:
@@ -37,6 +37,7 @@ class Runner:
         model: nn.Module,
         communicator: Communicator,
         facts: Mapping[str, str],
+        execution: Execution,
     ) -> None:
         self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
         self.program, self.device = parallel.rank(communicator.rank), communicator.device
@@ -47,26 +48,37 @@ class Runner:
         ]
         self._binder = InputBinder(model, self.program)
         self.code = generate(self.program, communicator, self.device)
+        if execution.compile:
+            for body in self.code.bodies.values():
+                compile_body(body.module)
+        self._forward = Recording(self._compute) if execution.cuda_graph else self._compute
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
         return self._binder(args, kwargs), self._weights.fetch()
 
-    @torch.no_grad()
     def run(self, inputs: Tensors, weights: Tensors) -> Any:
-        """The model's result. Casts of autocast are in the program already, so none are added here."""
+        """The model's result. Casts of autocast are in the program already, so none are added here.
+
+        Runs outside of inference mode whatever the caller's mode is, so that code is compiled and recorded once.
+        """
         kind = self.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self._run(inputs, weights)
-        with torch.autocast(kind, enabled=False):
-            return self._run(inputs, weights)
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+            if torch.is_autocast_enabled(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+            plain = [x.clone() if x.is_inference() else x for x in inputs]
+            return build_output(self.program.signature, self._forward(plain, weights))
 
-    def _run(self, inputs: Tensors, weights: Tensors) -> Any:
-        tensors = self.code.run.forward(*inputs, *weights, *self._constants)
-        return build_output(self.program.signature, tensors)
+    def _compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
+        tensors: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *weights, *self._constants)
+        return tensors
 
 
-def build(communicator: Communicator, model: nn.Module, make: Callable[[], ParallelProgram]) -> Runner:
+def build(
+    communicator: Communicator, model: nn.Module, make: Callable[[], ParallelProgram], execution: Execution
+) -> Runner:
     """Make a parallel program and its runner; all ranks call it together.
 
     Raises:
@@ -87,7 +99,7 @@ def build(communicator: Communicator, model: nn.Module, make: Callable[[], Paral
     if failure is not None:
         raise failure
     communicator.prepare(target.mesh_dims for target in communications(program) if len(target.group) > 1)
-    return Runner(parallel, model, communicator, facts)
+    return Runner(parallel, model, communicator, facts, execution)
 
 
 def program_facts(parallel: ParallelProgram) -> dict[str, str]:

@@ -1,0 +1,81 @@
+"""How an emitted module runs: eagerly, compiled, or as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_ir.errors import MismatchError
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Options of `emit` and `port`.
+
+    Args:
+        compile: compile each shared block once with torch.compile; all layers use that code.
+        cuda_graph: record the forward as one CUDA graph at the first call and replay it; moved weights are noticed
+            and recorded anew. Inputs are copied in, results copied out.
+        handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
+    """
+
+    compile: bool = False
+    cuda_graph: bool = False
+    handshake: bool = True
+
+    def check(self, device: torch.device) -> None:
+        """Raise `MismatchError` for what `device` cannot do."""
+        if self.cuda_graph and device.type != "cuda":
+            raise MismatchError(f"cuda_graph=True needs a model on a CUDA device, this one is on {device}")
+
+
+def compile_body(module: nn.Module) -> None:
+    """Compile in place; one graph, static shapes, and the order of operators as it is written."""
+    module.compile(fullgraph=True, dynamic=False, options={"reorder_for_peak_memory": False})
+
+
+class Recording:
+    """A function of tensors as one CUDA graph, whose inputs and outputs have fixed addresses.
+
+    Args:
+        run: takes the inputs, which are copied each time, and the weights, which are used where they are.
+    """
+
+    WARMUPS = 2  # the first compiles and makes communicators, the second shows allocators the steady state
+
+    def __init__(self, run: Callable[[Tensors, Tensors], Sequence[torch.Tensor]]) -> None:
+        self._run = run
+        self._addresses: list[int] = []
+        self._inputs: Tensors = []
+        self._outputs: Sequence[torch.Tensor] = ()
+        self._graph: Any = None
+
+    def __call__(self, inputs: Tensors, weights: Tensors) -> Tensors:
+        """The results for these inputs, in tensors of their own."""
+        addresses = [weight.data_ptr() for weight in weights]
+        if self._graph is None or addresses != self._addresses:
+            self._record(inputs, weights)
+            self._addresses = addresses
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        self._graph.replay()
+        return [output.clone() for output in self._outputs]
+
+    def _record(self, inputs: Tensors, weights: Tensors) -> None:
+        self._graph, self._outputs = None, ()
+        self._inputs = [x.clone() for x in inputs]
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(self.WARMUPS):
+                self._run(self._inputs, weights)
+        current.wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = self._run(self._inputs, weights)
