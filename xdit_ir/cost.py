@@ -83,15 +83,22 @@ def graph_flops(graph: fx.Graph, mesh: Mesh | None) -> list[int]:
     ranks = range(mesh.world_size) if mesh else range(1)
     total = [0 for _ in ranks]
     for node in graph.nodes:
-        if not _is_counted(node):
-            continue
-        sources, out = operands(node), node.meta[SPEC].shape
-        for rank in ranks:
-            shapes = [_local(source, rank, mesh) for source in sources]
-            if node.target is ops.ring_attention:
-                shapes[1] = sources[1].meta[SPEC].shape
-            total[rank] += node_flops(node, shapes, _local(node, rank, mesh) if mesh else out)
+        if _is_counted(node):
+            total = [a + b for a, b in zip(total, local_flops(node, mesh), strict=True)]
     return total
+
+
+def local_flops(node: fx.Node, mesh: Mesh | None) -> list[int]:
+    """FLOPs per rank of one node that is no block call."""
+    if not _is_counted(node):
+        return [0] * (mesh.world_size if mesh else 1)
+    sources, counts = operands(node), []
+    for rank in range(mesh.world_size if mesh else 1):
+        shapes = [_local(source, rank, mesh) for source in sources]
+        if node.target is ops.ring_attention:
+            shapes[1] = sources[1].meta[SPEC].shape
+        counts.append(node_flops(node, shapes, _local(node, rank, mesh)))
+    return counts
 
 
 def _local(node: fx.Node, rank: int, mesh: Mesh | None) -> Shape:
@@ -137,10 +144,14 @@ def ring_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds that choices are priced with: FLOP/s of a rank and bytes/s that it can send. Defaults: H100 on NVLink."""
+    """Speeds that choices are priced with: FLOP/s of a rank, bytes/s that it can send and that its memory can write,
+    and the seconds before the first byte arrives. Defaults: H100 on NVLink.
+    """
 
     flops: float = 500e12
     bytes: float = 200e9
+    memory: float = 1.5e12
+    latency: float = 15e-6
 
     def seconds(self, flops: float, sent: float) -> float:
         """Time of so much work and traffic, not overlapped."""

@@ -83,15 +83,26 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Landing:
+    """Where a piece goes in its receiver's result of shape `shape`: positions per dimension (None: all)."""
+
+    places: tuple[Runs | None, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Exchange:
     """One rank's part in a change of layout among `group` (its own place included).
 
-    `sends[i]` goes to `group[i]`, a tensor of shape `shapes[i]` comes from it. The result (of `shape`) has the piece
-    of `group[i]` at the positions `places[i]` of each dimension (None: all).
+    `sends[i]` of the local value (of shape `held`) goes to `group[i]`, where it lands at `landings[i]`; a tensor of
+    shape `shapes[i]` comes from it. The result (of `shape`) has the piece of `group[i]` at the positions `places[i]`
+    of each dimension (None: all).
     """
 
     group: tuple[int, ...]
+    held: tuple[int, ...]
     sends: tuple[Piece, ...]
+    landings: tuple[Landing, ...]
     shapes: tuple[tuple[int, ...], ...]
     places: tuple[tuple[Runs | None, ...], ...]
     shape: tuple[int, ...]
@@ -170,8 +181,12 @@ def plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> 
         group = mesh.group(rank, talk)
         sends = tuple(_send(shape, source, moved, cells[rank, peer], rank) for peer in group)
         shapes = tuple(_send(shape, source, moved, cells[peer, rank], peer).shape for peer in group)
+        landings = tuple(
+            Landing(_place(target, moved, cells[rank, peer], peer), target.local_shape(shape, peer)) for peer in group
+        )
         places = tuple(_place(target, moved, cells[peer, rank], rank) for peer in group)
-        ranks.append(Exchange(group, sends, shapes, places, target.local_shape(shape, rank)))
+        held = source.local_shape(shape, rank)
+        ranks.append(Exchange(group, held, sends, landings, shapes, places, target.local_shape(shape, rank)))
     return Relayout(name, talk, tuple(ranks))
 
 

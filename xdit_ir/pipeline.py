@@ -12,8 +12,10 @@ from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order_exchanges import OrderExchanges
+from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
+from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.program import Program
 from xdit_ir.verify import verify
 
@@ -27,7 +29,8 @@ def analysis_passes() -> list[Pass]:
 
 def mesh_passes(mesh: Mesh) -> list[Pass]:
     """Passes that divide a program over a mesh; `specialize` follows, per rank."""
-    return [SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh), OrderExchanges()]
+    divide = [SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh)]
+    return [*divide, OrderExchanges(), SplitJoins(), Overlap(mesh)]
 
 
 def divide(program: Program, mesh: Mesh, after: After | None = None) -> Program:

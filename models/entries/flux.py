@@ -13,7 +13,7 @@ ENTRIES = {
                   guidance_embeds=True, axes_dims_rope=(16, 56, 56)),
         full_inputs=dict(  # 1024 x 1024
             hidden_states=Normal((1, 4096, 64)), encoder_hidden_states=Normal((1, 512, 4096)),
-            pooled_projections=Normal((1, 768)), timestep=Values([0.75]), guidance=Values([3.5], "float32"),
+            pooled_projections=Normal((1, 768)), timestep=Values([0.5]), guidance=Values([4.0], "float32"),
             img_ids=Ids((64, 64)), txt_ids=Ids((512,), origin=True), return_dict=False),
         tiny=dict(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
                   num_attention_heads=4, joint_attention_dim=32, pooled_projection_dim=24,

@@ -14,38 +14,55 @@ from xdit_ir.program import CONSTANT, Block, Program, is_block_call, qualified
 from xdit_ir.runtime.collectives import lower
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.exchange import Communicate
+from xdit_ir.runtime.fuse import fused, linear_gelu
+from xdit_ir.runtime.mailbox import Mailbox, PeerReceive, slot_sequence
 
 
 @dataclass(frozen=True, eq=False)
 class Body:
     """A block as a module: `module(*values, *weights)`; `weights` are their names relative to a call's prefix.
 
+    One that exchanges over symmetric memory takes the workspace and the slot of the call after these.
+
     `module` has no parameters and is the same for all layers, so compiling it once compiles all of them.
     """
 
     module: fx.GraphModule
     weights: tuple[str, ...]
+    uses_mailbox: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """A rank's forward: `run(*inputs, *weights, *constants)`, ordered as in `state_names`, gives the outputs."""
+    """A rank's forward: `run(*inputs, *weights, *constants)`, ordered as in `state_names`, gives the outputs.
+
+    With a `mailbox`, what that opens comes after these.
+    """
 
     run: fx.GraphModule
     bodies: Mapping[str, Body]
+    mailbox: Mailbox | None = None
 
 
-def generate(program: Program, communicator: Communicator, device: torch.device) -> Code:
-    """Code for one rank's program on `device`; the process groups that it needs exist already."""
+def generate(program: Program, communicator: Communicator, device: torch.device, *, peer: bool = False) -> Code:
+    """Code for one rank's program on `device`; the process groups that it needs exist already.
+
+    `peer`: exchanges inside blocks go over symmetric memory where they can.
+    """
     bodies = {}
+    mailbox = Mailbox.of(program, communicator) if peer else None
     for name, block in program.blocks.items():
         writer = _Writer(name, program.device, device, communicator)
         weights = writer.head(block.graph, _state_names(block.graph))
-        bodies[name] = Body(writer.write(block.graph, {}), weights)
+        writer.mailbox = mailbox
+        bodies[name] = Body(writer.write(block.graph, {}), weights, bool(writer.shared))
     writer = _Writer(program.name, program.device, device, communicator)
     names, constants = state_names(program)
     writer.head(program.graph, names + constants)
-    return Code(writer.write(program.graph, bodies), bodies)
+    mailbox = mailbox if mailbox and mailbox.channels else None
+    if mailbox is not None:
+        writer.share(mailbox)
+    return Code(writer.write(program.graph, bodies), bodies, mailbox)
 
 
 def communications(program: Program) -> Iterator[Communicate]:
@@ -80,6 +97,10 @@ class _Writer:
         self.state: dict[str, fx.Node] = {}
         self.modules: dict[str, nn.Module] = {}
         self.pending: dict[fx.Node, tuple[nn.Module, fx.Node]] = {}
+        self.fusions: dict[fx.Node, fx.Node] = {}
+        self.mailbox: Mailbox | None = None
+        self.shared: list[fx.Node] = []
+        self.slots: dict[str, Iterator[int]] = {}
 
     def head(self, source: fx.Graph, names: Sequence[str]) -> tuple[str, ...]:
         """Write the placeholders: the inputs, then the weights called `names`."""
@@ -90,8 +111,14 @@ class _Writer:
             self.state[name] = self.graph.placeholder(name.replace(".", "_"))
         return tuple(self.state)
 
+    def share(self, mailbox: Mailbox) -> None:
+        """Write the placeholders of an outer graph for what the mailbox opens."""
+        self.shared = [self.graph.placeholder(name) for name in ("workspace", "slot_0", "slot_1", "slot_2")]
+        self.slots = {block: iter(slot_sequence(calls)) for block, calls in mailbox.calls.items()}
+
     def write(self, source: fx.Graph, bodies: Mapping[str, Body]) -> fx.GraphModule:
         """Write the rest and make a module of it."""
+        self.fusions = dict(found for node in source.nodes if (found := self._fused(node)))
         for node in source.nodes:
             if node.op == "get_attr":
                 self.env[node] = self.state[str(node.target)]
@@ -100,7 +127,15 @@ class _Writer:
                 self.env[node] = self._node(node, bodies)
         return fx.GraphModule(self.modules, self.graph, _identifier(self.name))
 
+    def _fused(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        return fused(node) if self.device.type == "cuda" else None
+
     def _node(self, node: fx.Node, bodies: Mapping[str, Body]) -> fx.Node:
+        if node in self.fusions:
+            args = fx.map_arg(node.args, self.env.__getitem__)
+            return self.graph.create_node("call_function", linear_gelu, args, name=node.name)
+        if node in self.fusions.values():
+            return self.env[node.all_input_nodes[0]]
         if is_block_call(node):
             return self._block_call(node, bodies)
         if isinstance(node.target, Communicate):
@@ -112,12 +147,24 @@ class _Writer:
 
     def _communication(self, node: fx.Node, target: Communicate) -> fx.Node:
         """Started here; what waits for it is written just before the first operator that needs the result."""
-        first, *rest = lower(target, self.communicator)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        over_peers = self.mailbox.lower(self.name, node) if self.mailbox is not None else None
+        if over_peers is not None:
+            return self._put(node, args, *over_peers)
+        first, *rest = lower(target, self.communicator)
         name = f"{node.name}_start" if rest else node.name
         new = self._call(f"{target.kind}_{len(self.modules)}", first, args, dict(kwargs), name)
         if rest:
             self.pending[node] = rest[0], new
+        return new
+
+    def _put(self, node: fx.Node, args: Any, send: nn.Module, receive: nn.Module) -> fx.Node:
+        """As `_communication`, with the workspace and the slot of this call."""
+        if not self.shared:
+            with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+                self.shared = [self.graph.placeholder("workspace"), self.graph.placeholder("slot")]
+        new = self._call(f"put_{len(self.modules)}", send, (*args, *self.shared), {}, f"{node.name}_start")
+        self.pending[node] = receive, new
         return new
 
     def _wait_for(self, node: fx.Node) -> None:
@@ -126,7 +173,8 @@ class _Writer:
             if source in self.pending:
                 module, started = self.pending.pop(source)
                 parts = [self.graph.call_function(operator.getitem, (started, place)) for place in range(2)]
-                self.env[source] = self._call(f"wait_{len(self.modules)}", module, tuple(parts), {}, source.name)
+                args = (*parts, *self.shared) if isinstance(module, PeerReceive) else tuple(parts)
+                self.env[source] = self._call(f"wait_{len(self.modules)}", module, args, {}, source.name)
 
     def _call(self, place: str, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> fx.Node:
         self.modules[place] = module
@@ -139,7 +187,8 @@ class _Writer:
         self.modules[place] = body.module
         given = [self.env[value] for value in values]  # type: ignore[union-attr,index]
         state = [self.state[qualified(str(prefix), weight)] for weight in body.weights]
-        return self.graph.create_node("call_module", place, (*given, *state), name=node.name)
+        shared = (self.shared[0], self.shared[1 + next(self.slots[str(name)])]) if body.uses_mailbox else ()
+        return self.graph.create_node("call_module", place, (*given, *state, *shared), name=node.name)
 
 
 def _identifier(name: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -156,3 +159,17 @@ class Communicator:
                 made = dist.new_group(list(members))
                 if self.rank in members:
                     self._groups[wide] = made
+
+
+def peers_reachable(communicator: Communicator) -> bool:
+    """Whether all ranks are GPUs of one host that can read and write each other's memory. Collective."""
+    if communicator.device.type != "cuda" or communicator.mesh.world_size == 1:
+        return False
+    here = communicator.device.index
+    others = [index for index in range(torch.cuda.device_count()) if index != here]
+    reaches = all(torch.cuda.can_device_access_peer(here, other) for other in others)
+    able = reaches and importlib.util.find_spec("cuda.bindings") is not None
+    facts: list[Any] = [None] * communicator.mesh.world_size
+    dist.all_gather_object(facts, (able, platform.node(), here), group=communicator.control)
+    hosts, gpus = {host for _, host, _ in facts}, {gpu for _, _, gpu in facts}
+    return all(fact[0] for fact in facts) and len(hosts) == 1 and len(gpus) == len(facts)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.errors import MismatchError
+from xdit_ir.errors import ParallelizeError
 
 Tensors = list[torch.Tensor]
+TRANSPORTS = ("auto", "collective", "peer")
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,39 @@ class Execution:
         compile: compile each shared block once with torch.compile; all layers use that code.
         cuda_graph: record the forward as one CUDA graph at the first call and replay it; moved weights are noticed
             and recorded anew. Inputs are copied in, results copied out.
+        transport: how exchanges inside blocks travel. "peer": by the GPUs' copy engines over symmetric memory, where all
+            ranks are GPUs of one host that reach each other, else by collectives; "collective": by collectives;
+            "auto": "peer" in a CUDA graph, where starting copies costs no time on the host.
         handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
     """
 
     compile: bool = False
     cuda_graph: bool = False
+    transport: str = "auto"
     handshake: bool = True
 
+    @property
+    def uses_peers(self) -> bool:
+        """Whether exchanges shall go over symmetric memory where they can."""
+        return self.transport == "peer" or (self.transport == "auto" and self.cuda_graph)
+
     def check(self, device: torch.device) -> None:
-        """Raise `MismatchError` for what `device` cannot do."""
+        """Raise `ParallelizeError` for what does not exist, or `device` cannot do."""
+        if self.transport not in TRANSPORTS:
+            raise ParallelizeError(f"transport={self.transport!r}; there are {', '.join(TRANSPORTS)}")
         if self.cuda_graph and device.type != "cuda":
-            raise MismatchError(f"cuda_graph=True needs a model on a CUDA device, this one is on {device}")
+            raise ParallelizeError(f"cuda_graph=True needs a model on a CUDA device, this one is on {device}")
 
 
-def compile_body(module: nn.Module) -> None:
-    """Compile in place; one graph, static shapes, and the order of operators as it is written."""
-    module.compile(fullgraph=True, dynamic=False, options={"reorder_for_peak_memory": False})
+def compile_body(module: nn.Module, *, fixed: bool = False) -> None:
+    """Compile in place; one graph, static shapes, and the order of operators as it is written.
+
+    `fixed`: some intermediate tensors lie in memory that others write to, so none may be used for something else.
+    """
+    options: dict[str, Any] = {"reorder_for_peak_memory": False}
+    if fixed:
+        options |= {"allow_buffer_reuse": False, "inplace_buffers": False}
+    module.compile(fullgraph=True, dynamic=False, options=options)
 
 
 class Recording:

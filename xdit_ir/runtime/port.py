@@ -37,6 +37,7 @@ def port(
     warmup_steps: int = 1,
     compile: bool = False,
     cuda_graph: bool = False,
+    transport: str = "auto",
     handshake: bool = True,
     **unknown: Any,
 ) -> Ported:
@@ -48,7 +49,7 @@ def port(
 
     Args:
         cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`.
-        compile, cuda_graph, handshake: as in `xdit_ir.runtime.execution.Execution`.
+        compile, cuda_graph, transport, handshake: as in `xdit_ir.runtime.execution.Execution`.
 
     Raises:
         ParallelizeError: a degree is unknown or no positive integer, or the job has another number of
@@ -58,7 +59,7 @@ def port(
     mesh = mesh_of(unknown | degrees)
     check_world_size(mesh)
     options = {**degrees, "patches": patches, "warmup_steps": warmup_steps}
-    return Ported(model, _Specialisations(mesh, options, Execution(compile, cuda_graph, handshake)))
+    return Ported(model, _Specialisations(mesh, options, Execution(compile, cuda_graph, transport, handshake)))
 
 
 Mode = tuple[Any, ...]

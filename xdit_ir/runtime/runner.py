@@ -17,7 +17,7 @@ from xdit_ir.interpret import constant_on
 from xdit_ir.program import CONSTANT
 from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact, failure_text
 from xdit_ir.runtime.codegen import communications, generate, state_names
-from xdit_ir.runtime.distributed import Communicator
+from xdit_ir.runtime.distributed import Communicator, peers_reachable
 from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body
 from xdit_ir.runtime.state import Weights
 
@@ -47,10 +47,13 @@ class Runner:
             constant_on(self.program, name.removeprefix(f"{CONSTANT}."), self.device) for name in constants
         ]
         self._binder = InputBinder(model, self.program)
-        self.code = generate(self.program, communicator, self.device)
+        peer = execution.uses_peers and peers_reachable(communicator)
+        self.code = generate(self.program, communicator, self.device, peer=peer)
+        if self.code.mailbox is not None:
+            self._constants += self.code.mailbox.open(self.device)
         if execution.compile:
             for body in self.code.bodies.values():
-                compile_body(body.module)
+                compile_body(body.module, fixed=body.uses_mailbox)
         self._forward = Recording(self._compute) if execution.cuda_graph else self._compute
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:

@@ -1,0 +1,122 @@
+"""`overlap`: order operators so that exchanges start as soon as they can and something else is done meanwhile."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from xdit_ir import ops
+from xdit_ir.cost import Machine, local_flops, relayout_bytes
+from xdit_ir.mesh import Mesh
+from xdit_ir.passes.base import map_graphs
+from xdit_ir.program import LAYOUT, SPEC, Program, TensorSpec
+
+Seconds = dict[fx.Node, float]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """List scheduling on two resources, the processor and the links: of the operators whose operands are there, the one
+    with the longest exchanges still ahead of it goes first (as Jackson's rule does for jobs with tails), and all that
+    one exchange needs before what only the next one needs. Work with none ahead is left to fill the time in which the
+    others wait. An exchange starts where it stands in the graph and is awaited by the first operator that needs it.
+    Numerics: exact.
+    """
+
+    mesh: Mesh
+    machine: Machine = field(default_factory=Machine)
+    name: str = "overlap"
+
+    def apply(self, program: Program) -> Program:
+        """The program with every graph in its new order; the same on all ranks."""
+        return map_graphs(program, self._order)
+
+    def _order(self, graph: fx.Graph) -> None:
+        nodes = [node for node in graph.nodes if node.op == "call_function"]
+        if not any(_travels(node) for node in nodes):
+            return
+        seconds = {node: self._seconds(node) for node in nodes}
+        anchor = next(iter(reversed(graph.nodes)))
+        for node in _schedule(nodes, seconds):
+            anchor.prepend(node)
+
+    def _seconds(self, node: fx.Node) -> float:
+        if _travels(node):
+            return self.machine.latency + self.machine.seconds(0, max(relayout_bytes(node, self.mesh)))
+        work = self.machine.seconds(max(local_flops(node, self.mesh)), 0)
+        return max(work, _written(node, self.mesh) / self.machine.memory)
+
+
+def _travels(node: fx.Node) -> bool:
+    return ops.is_relayout(node.target) and node.target is not ops.shard
+
+
+def _written(node: fx.Node, mesh: Mesh) -> int:
+    """Bytes of the result on the fullest rank; nothing for a view."""
+    spec = node.meta[SPEC]
+    if not isinstance(spec, TensorSpec) or _is_view(node):
+        return 0
+    sizes = (math.prod(node.meta[LAYOUT].local_shape(spec.shape, rank)) for rank in range(mesh.world_size))
+    return max(sizes) * spec.dtype.itemsize
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def _schedule(nodes: list[fx.Node], seconds: Seconds) -> Iterator[fx.Node]:
+    """The nodes in the order in which a rank would best issue them."""
+    place = {node: index for index, node in enumerate(nodes)}
+    ahead, nearest = _ahead(nodes, seconds), _nearest(nodes, place)
+    missing = {node: sum(source in place for source in node.all_input_nodes) for node in nodes}
+    arrival: Seconds = {}
+    ready = [(_kind(node, seconds), -ahead[node], nearest[node], place[node]) for node in nodes if not missing[node]]
+    heapq.heapify(ready)
+    waiting: list[tuple[float, float, int, int]] = []
+    now = link = 0.0
+    while ready or waiting:
+        while waiting and (not ready or waiting[0][0] <= now):
+            time, priority, near, index = heapq.heappop(waiting)
+            now = max(now, time)
+            heapq.heappush(ready, (_kind(nodes[index], seconds), priority, near, index))
+        *_, index = heapq.heappop(ready)
+        node = nodes[index]
+        yield node
+        if _travels(node):
+            link = arrival[node] = max(now, link) + seconds[node]
+        else:
+            now = arrival[node] = now + seconds[node]
+        for user in node.users:
+            if user in missing:
+                missing[user] -= 1
+                if not missing[user]:
+                    when = max(arrival[source] for source in user.all_input_nodes if source in place)
+                    heapq.heappush(waiting, (when, -ahead[user], nearest[user], place[user]))
+
+
+def _kind(node: fx.Node, seconds: Seconds) -> float:
+    """Exchanges are issued first, then what costs nothing, then work."""
+    return -1.0 if _travels(node) else float(seconds[node] > 0)
+
+
+def _ahead(nodes: list[fx.Node], seconds: Seconds) -> Seconds:
+    """The most time that exchanges take on a way from each node to the end of the graph."""
+    ahead: Seconds = {}
+    for node in reversed(nodes):
+        rest = max((ahead[user] for user in node.users if user in ahead), default=0.0)
+        ahead[node] = rest + (seconds[node] if _travels(node) else 0.0)
+    return ahead
+
+
+def _nearest(nodes: list[fx.Node], place: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """The place of the first exchange that each node leads to; behind all places if there is none."""
+    nearest: dict[fx.Node, int] = {}
+    for node in reversed(nodes):
+        found = (place[user] if _travels(user) else nearest[user] for user in node.users if user in place)
+        nearest[node] = min(found, default=len(nodes))
+    return nearest

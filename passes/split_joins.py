@@ -1,0 +1,84 @@
+"""`split-joins`: a projection of joined features whose parts arrive at different times becomes a sum of projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir import ops
+from xdit_ir.layout import Layout
+from xdit_ir.passes.base import map_graphs, remove_dead
+from xdit_ir.program import LAYOUT, SPEC, WHERE, Program, TensorSpec
+from xdit_ir.rules.base import bound_arguments
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class SplitJoins:
+    """`linear(cat(a, b), w)` is `linear(a, w_a) + linear(b, w_b)`: where `b` comes from other ranks and `a` does not,
+    the first product can run while `b` is on its way. Numerics: reassociated.
+    """
+
+    name: str = "split-joins"
+
+    def apply(self, program: Program) -> Program:
+        """The program with such projections split."""
+        return map_graphs(program, _split)
+
+
+def _split(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target is not aten.linear.default:
+            continue
+        join, weight = node.args[:2]
+        parts = _parts(join)
+        late = [_arrives(part) for part in parts]
+        if any(late) and not all(late) and weight.op == "get_attr":
+            _project_parts(graph, node, sorted(range(len(parts)), key=late.__getitem__))
+    remove_dead(graph)
+
+
+def _parts(join: fx.Node) -> list[fx.Node]:
+    """What a join of features over their last, undivided dimension is made of."""
+    if join.target is not aten.cat.default or len(join.users) != 1:
+        return []
+    given = bound_arguments(join)
+    last = len(join.meta[SPEC].shape) - 1
+    parts: list[fx.Node] = list(given["tensors"])
+    whole = all(part.meta[LAYOUT].dims[-1] is None for part in parts)
+    return parts if whole and given["dim"] % (last + 1) == last else []
+
+
+def _arrives(node: fx.Node) -> bool:
+    """Whether a value is what an exchange brings, as it is or seen in another shape."""
+    while node.target in (aten.reshape.default, aten.permute.default, aten.transpose.int):
+        node = node.args[0]  # type: ignore[assignment]
+    return ops.is_relayout(node.target) and node.target is not ops.shard
+
+
+def _project_parts(graph: fx.Graph, node: fx.Node, order: list[int]) -> None:
+    join, weight, *bias = node.args
+    parts = _parts(join)  # type: ignore[arg-type]
+    widths = [part.meta[SPEC].shape[-1] for part in parts]
+    total: fx.Node | None = None
+    for place in order:
+        start = sum(widths[:place])
+        columns = _emit(graph, node, aten.slice.Tensor, (weight, 1, start, start + widths[place]))
+        columns.meta[SPEC] = TensorSpec((weight.meta[SPEC].shape[0], widths[place]), weight.meta[SPEC].dtype)  # type: ignore[union-attr]
+        columns.meta[LAYOUT] = Layout.whole(2)
+        product = _emit(graph, node, aten.linear.default, (parts[place], columns, *(bias if total is None else ())))
+        total = product if total is None else _emit(graph, node, aten.add.Tensor, (total, product))
+    assert total is not None
+    node.replace_all_uses_with(total)
+
+
+def _emit(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """An operator before `node`, of its type and origin."""
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    new.meta = {key: node.meta[key] for key in (SPEC, LAYOUT, WHERE) if key in node.meta}
+    return new

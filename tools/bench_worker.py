@@ -1,0 +1,145 @@
+"""One rank of `bench`: run every contender on equal weights and inputs, check its output, time it.
+
+Started by `xdit-ir bench` under torchrun; rank 0 writes the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_ir import models
+from xdit_ir.tools.contenders import Contender, Forward, release
+
+
+def main() -> None:
+    """Run the contenders given on the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--contenders", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--burst", type=int, default=4)
+    parser.add_argument("--profile", default="")
+    args = parser.parse_args()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    torch._dynamo.config.cache_size_limit = 64
+    model, example = models.load(args.model, device=str(device), dtype=torch.bfloat16)
+    exact = _in_float32(model, example)
+    results = []
+    for text in args.contenders.split(","):
+        contender = Contender.parse(text)
+        results.append(_result(contender, model, example, exact, args))
+        if dist.get_rank() == 0:
+            print(json.dumps(results[-1]), flush=True)
+            args.out.write_text(json.dumps(_document(args, results), indent=1))
+        release(model)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # communicators that CUDA graphs recorded would wait for each other when they are destroyed
+
+
+def _document(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "model": args.model,
+        "gpu": torch.cuda.get_device_name(),
+        "ranks": dist.get_world_size(),
+        "torch": torch.__version__,
+        "samples": args.samples,
+        "burst": args.burst,
+        "results": results,
+    }
+
+
+@torch.no_grad()
+def _in_float32(model: nn.Module, example: dict[str, Any]) -> torch.Tensor:
+    """The output computed in float32; the weights come back as they were, since bf16 to float32 is exact."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model.float()
+    wide = pytree.tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, example)
+    exact = _first(model(**wide)).float()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    model.to(torch.bfloat16)
+    torch.cuda.empty_cache()
+    return exact
+
+
+def _first(output: Any) -> torch.Tensor:
+    tensor: torch.Tensor = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor))
+    return tensor
+
+
+def _result(
+    contender: Contender, model: nn.Module, example: dict[str, Any], exact: torch.Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Time, memory and error of one contender; or why it did not run."""
+    result: dict[str, Any] = {"contender": str(contender)}
+    try:
+        start = time.perf_counter()
+        forward = contender.prepare(model)
+        with torch.no_grad():
+            output = _first(forward(**example)).float()
+            torch.cuda.synchronize()
+            result["first_call_s"] = time.perf_counter() - start
+            result["error"] = ((output - exact).norm() / exact.norm()).item()
+            torch.cuda.reset_peak_memory_stats()
+            times = _times(forward, example, args.samples, args.burst)
+        result |= {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
+        result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if args.profile == str(contender) and dist.get_rank() == 0:
+            _profile(forward, example, args.out.with_suffix(".trace.txt"))
+        elif args.profile == str(contender):
+            _run(forward, example, 3)
+    except Exception as failure:
+        result["failure"] = f"{type(failure).__name__}: {failure}"[:600]
+        traceback.print_exc()
+    return result
+
+
+@torch.no_grad()
+def _run(forward: Forward, example: dict[str, Any], count: int) -> None:
+    for _ in range(count):
+        forward(**example)
+    torch.cuda.synchronize()
+
+
+def _times(forward: Forward, example: dict[str, Any], samples: int, burst: int) -> list[float]:
+    """Milliseconds per forward, each sample over a burst of forwards as in a denoising loop."""
+    _run(forward, example, 2)
+    times = []
+    for _ in range(samples):
+        dist.barrier()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        _run(forward, example, burst)
+        times.append((time.perf_counter() - start) * 1e3 / burst)
+    return times
+
+
+def _profile(forward: Forward, example: dict[str, Any], path: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        _run(forward, example, 3)
+    table = recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
+    path.write_text(table)
+    recorded.export_chrome_trace(str(path.with_suffix(".json")))
+
+
+if __name__ == "__main__":
+    main()

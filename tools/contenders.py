@@ -1,0 +1,107 @@
+"""What `bench` compares: ways to run one forward of a model on the ranks of a job."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import xdit_ir as xir
+from xdit_ir.errors import XditError
+from xdit_ir.tools import degrees as degree_sets
+
+MODES = ("eager", "compiled", "graph", "collective")
+FORM = re.compile(r"(?:(?P<library>[a-z]+)-)?(?P<degrees>[a-z0-9]+):(?P<mode>[a-z]+)")
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`library` (ours: empty) with these degrees in one of `MODES`; the original model alone has degrees `alone`.
+
+    `graph` is compiled and recorded as one CUDA graph; `collective` the same without exchanges by copy engines.
+    """
+
+    library: str
+    degrees: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.library}-{self.degrees}:{self.mode}".lstrip("-")
+
+    @staticmethod
+    def parse(text: str) -> Contender:
+        """From its text, e.g. `alone:compiled`, `u2:graph`, `diffusers-u2:compiled`, `xdit-u2:eager`.
+
+        Raises:
+            XditError: there is no such contender; names what is expected.
+        """
+        found = FORM.fullmatch(text.strip())
+        if found is None or found["mode"] not in MODES or (found["library"] or "") not in PREPARE:
+            known = ", ".join(name for name in PREPARE if name)
+            raise XditError(
+                f"{text!r} is no contender: write [LIBRARY-]DEGREES:MODE with LIBRARY one of {known} (nothing: "
+                f"xdit-ir), DEGREES `alone` or like u2 or c2u2, and MODE one of {', '.join(MODES)}"
+            )
+        if found["degrees"] != "alone":
+            degree_sets.parse(found["degrees"])
+        return Contender(found["library"] or "", found["degrees"], found["mode"])
+
+    def prepare(self, model: nn.Module) -> Forward:
+        """A forward of the model; the model itself may be changed."""
+        return PREPARE[self.library](model, self)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The degrees as keyword arguments; none for the model alone."""
+        return {} if self.degrees == "alone" else degree_sets.parse(self.degrees)[0].as_dict()
+
+
+def _ours(model: nn.Module, contender: Contender) -> Forward:
+    if contender.degrees == "alone":
+        if contender.mode != "eager":
+            _compile_layers(model)
+        return model
+    graph = contender.mode in ("graph", "collective")
+    transport = "collective" if contender.mode == "collective" else "auto"
+    return xir.port(model, **contender.sizes, compile=contender.mode != "eager", cuda_graph=graph, transport=transport)
+
+
+def _compile_layers(model: nn.Module) -> None:
+    """Compile repeated blocks one by one, as diffusers' `compile_repeated_blocks` does."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                if type(block).__name__ in (getattr(model, "_repeated_blocks", None) or [type(block).__name__]):
+                    block.compile(fullgraph=True)
+
+
+def _diffusers(model: nn.Module, contender: Contender) -> Forward:
+    """diffusers' own context parallel (its `ContextParallelConfig`)."""
+    from diffusers import ContextParallelConfig
+
+    sizes = contender.sizes
+    if model.__dict__.get("_parallel_config") is None:
+        model.set_attention_backend("_native_cudnn")  # type: ignore[operator]
+        config = ContextParallelConfig(ulysses_degree=sizes["ulysses"], ring_degree=sizes["ring"])
+        model.enable_parallelism(config=config)  # type: ignore[operator]
+    if contender.mode != "eager":
+        _compile_layers(model)
+    return model
+
+
+PREPARE: dict[str, Callable[[nn.Module, Contender], Forward]] = {"": _ours, "diffusers": _diffusers}
+
+
+def release(model: nn.Module) -> None:
+    """Forget compiled code between contenders."""
+    torch._dynamo.reset()
+    for module in model.modules():
+        module._compiled_call_impl = None
+    torch.cuda.empty_cache()
+    dist.barrier()
