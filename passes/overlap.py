@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -41,7 +41,7 @@ class Overlap:
             return
         seconds = {node: self._seconds(node) for node in nodes}
         anchor = next(iter(reversed(graph.nodes)))
-        for node in _schedule(nodes, seconds):
+        for node in _views_late(_schedule(nodes, seconds)):
             anchor.prepend(node)
 
     def _seconds(self, node: fx.Node) -> float:
@@ -97,6 +97,27 @@ def _schedule(nodes: list[fx.Node], seconds: Seconds) -> Iterator[fx.Node]:
                 if not missing[user]:
                     when = max(arrival[source] for source in user.all_input_nodes if source in place)
                     heapq.heappush(waiting, (when, -ahead[user], nearest[user], place[user]))
+
+
+def _views_late(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """Put off views until something computes with them: to see an exchange's result is to wait for it."""
+    put_off: set[fx.Node] = set()
+
+    def needed(node: fx.Node) -> Iterator[fx.Node]:
+        for source in node.all_input_nodes:
+            if source in put_off:
+                put_off.remove(source)
+                yield from needed(source)
+                yield source
+
+    order = list(nodes)
+    for node in order:
+        if _is_view(node) and not _travels(node):
+            put_off.add(node)
+            continue
+        yield from needed(node)
+        yield node
+    yield from (node for node in order if node in put_off)
 
 
 def _kind(node: fx.Node, seconds: Seconds) -> float:

@@ -15,7 +15,7 @@ from xdit_ir.runtime.collectives import lower
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.exchange import Communicate
 from xdit_ir.runtime.fuse import fused, linear_gelu
-from xdit_ir.runtime.mailbox import Mailbox, PeerReceive, slot_sequence
+from xdit_ir.runtime.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +99,7 @@ class _Writer:
         self.pending: dict[fx.Node, tuple[nn.Module, fx.Node]] = {}
         self.fusions: dict[fx.Node, fx.Node] = {}
         self.mailbox: Mailbox | None = None
+        self.custody = Custody()
         self.shared: list[fx.Node] = []
         self.slots: dict[str, Iterator[int]] = {}
 
@@ -125,6 +126,7 @@ class _Writer:
             elif node.op != "placeholder":
                 self._wait_for(node)
                 self.env[node] = self._node(node, bodies)
+        self.custody.close()
         return fx.GraphModule(self.modules, self.graph, _identifier(self.name))
 
     def _fused(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -158,13 +160,14 @@ class _Writer:
             self.pending[node] = rest[0], new
         return new
 
-    def _put(self, node: fx.Node, args: Any, send: nn.Module, receive: nn.Module) -> fx.Node:
+    def _put(self, node: fx.Node, args: Any, send: PeerSend, receive: PeerReceive) -> fx.Node:
         """As `_communication`, with the workspace and the slot of this call."""
         if not self.shared:
             with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
                 self.shared = [self.graph.placeholder("workspace"), self.graph.placeholder("slot")]
         new = self._call(f"put_{len(self.modules)}", send, (*args, *self.shared), {}, f"{node.name}_start")
         self.pending[node] = receive, new
+        self.custody.start(new)
         return new
 
     def _wait_for(self, node: fx.Node) -> None:
@@ -172,8 +175,11 @@ class _Writer:
         for source in node.all_input_nodes:
             if source in self.pending:
                 module, started = self.pending.pop(source)
-                parts = [self.graph.call_function(operator.getitem, (started, place)) for place in range(2)]
-                args = (*parts, *self.shared) if isinstance(module, PeerReceive) else tuple(parts)
+                args = tuple(self.graph.call_function(operator.getitem, (started, place)) for place in range(2))
+                if isinstance(module, PeerReceive):
+                    send = self.modules[str(started.target)]
+                    assert isinstance(send, PeerSend)
+                    args += (*self.shared, *self.custody.wait(started, args[0], send, module))
                 self.env[source] = self._call(f"wait_{len(self.modules)}", module, args, {}, source.name)
 
     def _call(self, place: str, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> fx.Node:

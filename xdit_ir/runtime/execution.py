@@ -23,8 +23,8 @@ class Execution:
         compile: compile each shared block once with torch.compile; all layers use that code.
         cuda_graph: record the forward as one CUDA graph at the first call and replay it; moved weights are noticed
             and recorded anew. Inputs are copied in, results copied out.
-        transport: how exchanges inside blocks travel. "peer": by the GPUs' copy engines over symmetric memory, where all
-            ranks are GPUs of one host that reach each other, else by collectives; "collective": by collectives;
+        transport: how exchanges inside blocks travel. "peer": by the GPUs' copy engines over symmetric memory, where
+            all ranks are GPUs of one host that reach each other, else by collectives; "collective": by collectives;
             "auto": "peer" in a CUDA graph, where starting copies costs no time on the host.
         handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
     """

@@ -26,7 +26,7 @@ from xdit_ir.runtime.exchange import Reshuffle
 
 ALIGNMENT = 512
 MOST_COPIES = 16  # per peer; an exchange in smaller pieces is left to a collective
-SIGNALS = 512  # words of a signal pad that are surely there; one per channel, slot and member
+SIGNALS = 512  # words of a signal pad for arrivals; one per channel, slot and member
 HEADER = 64
 SLOTS = 3
 
@@ -57,7 +57,7 @@ class Mailbox:
             calls[str(call.args[0])] = calls.get(str(call.args[0]), 0) + 1
         return Mailbox(communicator, calls=calls)
 
-    def lower(self, block: str, node: fx.Node) -> tuple[nn.Module, nn.Module] | None:
+    def lower(self, block: str, node: fx.Node) -> tuple[PeerSend, PeerReceive] | None:
         """Modules that start and await an exchange of a block over symmetric memory; None if it does not fit."""
         target = node.target
         calls = self.calls.get(block, 0)
@@ -86,10 +86,16 @@ class Mailbox:
 
     def open(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """The workspace and the slot numbers, `arguments` of code that uses them; all ranks call this together."""
-        from xdit_ir.runtime.peer_ops import open_workspace
+        from xdit_ir.runtime.peer_ops import open_workspace  # registers operators, and needs CUDA
 
         group = self.communicator.group(self.mesh_dims).group_name
         return open_workspace(self.size, device, group), *(torch.tensor([slot]) for slot in range(SLOTS))
+
+    def join(self, device: torch.device) -> None:
+        """Make the current stream wait for everything sent; at the end of a forward."""
+        from xdit_ir.runtime.peer_ops import join
+
+        join(device, self.communicator.mesh.size(self.mesh_dims))
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class PeerSend(nn.Module):
 
     def __init__(self, place: Place, plans: Sequence[Sequence[Copy]]) -> None:
         super().__init__()
-        self.place = place
+        self.place, self.tell_self = place, False
         self.plan = [
             number
             for member, plan in enumerate(plans)
@@ -128,7 +134,9 @@ class PeerSend(nn.Module):
         """`x`, this rank's part in the old layout -> what `PeerReceive` needs."""
         x = x.contiguous()
         place = self.place
-        token = torch.ops.xdit_ir.peer_put(x, workspace, slot, place.group, place.channel, list(place.slots), self.plan)
+        token = torch.ops.xdit_ir.peer_put(
+            x, workspace, slot, place.group, place.channel, list(place.slots), self.plan, self.tell_self
+        )
         return x, token
 
 
@@ -137,17 +145,58 @@ class PeerReceive(nn.Module):
 
     def __init__(self, place: Place, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.place, self.shape = place, shape
+        self.place, self.shape, self.sent = place, shape, False
 
     def forward(
-        self, x: torch.Tensor, token: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor
+        self,
+        x: torch.Tensor,
+        token: torch.Tensor,
+        workspace: torch.Tensor,
+        slot: torch.Tensor,
+        *earlier: torch.Tensor,
     ) -> torch.Tensor:
         """What `PeerSend` gave -> this rank's part in the new layout, inside the workspace."""
         place = self.place
         result: torch.Tensor = torch.ops.xdit_ir.peer_wait(
-            x, token, workspace, slot, place.group, place.channel, list(place.slots), list(self.shape)
+            [x, *earlier],
+            token,
+            workspace,
+            slot,
+            place.group,
+            place.channel,
+            list(place.slots),
+            list(self.shape),
+            self.sent,
         )
         return result
+
+
+@dataclass
+class Custody:
+    """Who keeps sent values in memory until they have left, as the code of one block is written.
+
+    That something came from a member which it sent after it had received `x` proves that `x` has left. So a value is
+    kept until the next exchange that starts after its own was awaited; behind the last one, flags tell.
+    """
+
+    kept: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    open: list[tuple[fx.Node, PeerSend, PeerReceive]] = field(default_factory=list)
+
+    def start(self, node: fx.Node) -> None:
+        """An exchange starts: its wait will keep what was awaited before."""
+        self.kept[node] = [value for value, _, _ in self.open]
+        self.open.clear()
+
+    def wait(self, node: fx.Node, value: fx.Node, send: PeerSend, receive: PeerReceive) -> list[fx.Node]:
+        """It is awaited, and `value` is what it sent; returns what else to keep until then."""
+        self.open.append((value, send, receive))
+        return self.kept.pop(node)
+
+    def close(self) -> None:
+        """The block ends."""
+        for _, send, receive in self.open:
+            send.tell_self = receive.sent = True
+        self.open.clear()
 
 
 def _escapes(node: fx.Node) -> bool:

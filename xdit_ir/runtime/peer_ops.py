@@ -19,6 +19,7 @@ TIMEOUT_MS = 600_000  # as NCCL's: a peer that died must not hang the others for
 SLOTS = 3  # per channel
 HEADER = 64  # bytes at the start of a workspace; the first word is FLAG, to be copied where a peer waits
 FLAG = 1
+SIGNALS = 512  # words of a signal pad for what has arrived; as many follow for what was sent
 FIELDS = 7  # of one copy in `plan`: member, source, source pitch, target, target pitch, width, height
 
 
@@ -31,6 +32,7 @@ def peer_put(
     channel: int,
     slots: list[int],
     plan: list[int],
+    tell_self: bool,
 ) -> torch.Tensor:
     """Start copies of pieces of `x` (dense) into the members' workspaces, and tell each when its piece is there.
 
@@ -39,24 +41,26 @@ def peer_put(
         slot: int64 `[1]` on the CPU, which of the places `slots` (byte offsets) to write to.
         channel: what the receivers wait for is `SLOTS * channel + slot`.
         plan: `FIELDS` numbers per copy.
+        tell_self: raise a flag here too when everything has been sent.
 
     Returns:
         An empty tensor, for `peer_wait`.
     """
     handle = symmetric_memory.rendezvous(workspace, group)
     at = int(slot.item())
-    own, *wires = _streams(x.device, handle.world_size)
     main = torch.cuda.current_stream(x.device)
-    for stream in (own, *wires):
-        stream.wait_stream(main)
+    wires = _wires(x.device, handle.world_size)
+    for member in _others(handle):
+        wires[member].wait_stream(main)
     for member, source, source_pitch, target, target_pitch, width, height in _rows(plan):
-        stream = own if member == handle.rank else wires[member]
+        stream = main if member == handle.rank else wires[member]
         place = handle.buffer_ptrs[member] + slots[at] + target
         _copy(place, target_pitch, x.data_ptr() + source, source_pitch, width, height, stream)
-    word = 4 * (handle.world_size * (SLOTS * channel + at) + handle.rank)
+    number = SLOTS * channel + at
     for member in _others(handle):
-        flag = handle.signal_pad_ptrs[member] + word
-        _copy(flag, 4, handle.buffer_ptrs[handle.rank], 4, 4, 1, wires[member])
+        _raise_flag(handle, member, number, handle.rank, wires[member])
+        if tell_self:
+            _raise_flag(handle, handle.rank, number + SIGNALS // handle.world_size, member, wires[member])
     return x.new_empty(0)
 
 
@@ -69,13 +73,14 @@ def _(
     channel: int,
     slots: list[int],
     plan: list[int],
+    tell_self: bool,
 ) -> torch.Tensor:
     return x.new_empty(0)
 
 
 @torch.library.custom_op("xdit_ir::peer_wait", mutates_args=())
 def peer_wait(
-    x: torch.Tensor,
+    held: list[torch.Tensor],
     token: torch.Tensor,
     workspace: torch.Tensor,
     slot: torch.Tensor,
@@ -83,28 +88,32 @@ def peer_wait(
     channel: int,
     slots: list[int],
     shape: list[int],
+    sent: bool,
 ) -> torch.Tensor:
     """What all members put into this rank's slot, once it is there.
 
     Args:
-        x, token: what `peer_put` was given and gave; holding `x` keeps its memory until it has been read.
+        held: what was put, here and before, and has surely been sent when this is over; this keeps its memory.
+        token: what `peer_put` gave.
+        sent: wait also until everything has been sent, see `tell_self` there.
 
     Returns:
         A tensor of `shape` that lies in the workspace: nobody may write to it.
     """
     handle = symmetric_memory.rendezvous(workspace, group)
     at = int(slot.item())
-    main = torch.cuda.current_stream(x.device)
-    for stream in _streams(x.device, handle.world_size):
-        main.wait_stream(stream)
+    number = SLOTS * channel + at
     for member in _others(handle):
-        handle.wait_signal(member, SLOTS * channel + at, TIMEOUT_MS)
-    return handle.get_buffer(handle.rank, shape, x.dtype, slots[at] // x.dtype.itemsize)  # type: ignore[no-any-return]
+        handle.wait_signal(member, number, TIMEOUT_MS)
+        if sent:
+            handle.wait_signal(member, number + SIGNALS // handle.world_size, TIMEOUT_MS)
+    dtype = held[0].dtype
+    return handle.get_buffer(handle.rank, shape, dtype, slots[at] // dtype.itemsize)
 
 
 @peer_wait.register_fake
 def _(
-    x: torch.Tensor,
+    held: list[torch.Tensor],
     token: torch.Tensor,
     workspace: torch.Tensor,
     slot: torch.Tensor,
@@ -112,12 +121,23 @@ def _(
     channel: int,
     slots: list[int],
     shape: list[int],
+    sent: bool,
 ) -> torch.Tensor:
-    return x.new_empty(shape)
+    return held[0].new_empty(shape)
+
+
+def join(device: torch.device, members: int) -> None:
+    """Make the current stream wait for everything that was started: at the end of a forward, or of its recording."""
+    main = torch.cuda.current_stream(device)
+    for stream in _wires(device, members):
+        main.wait_stream(stream)
 
 
 def open_workspace(nbytes: int, device: torch.device, group: str) -> torch.Tensor:
     """A workspace of this size on every member of the group, which must all call this."""
+    need = 2 * 4 * SIGNALS
+    if symmetric_memory.get_signal_pad_size() < need:
+        symmetric_memory.set_signal_pad_size(need)
     workspace = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
     workspace[:HEADER].view(torch.int32).fill_(FLAG)
     handle = symmetric_memory.rendezvous(workspace, group)
@@ -129,6 +149,12 @@ def open_workspace(nbytes: int, device: torch.device, group: str) -> torch.Tenso
 def _others(handle: Any) -> Iterator[int]:
     """The other members, each rank beginning with its next one, so that no receiver gets everything at once."""
     return ((handle.rank + step) % handle.world_size for step in range(1, handle.world_size))
+
+
+def _raise_flag(handle: Any, member: int, number: int, source: int, stream: torch.cuda.Stream) -> None:
+    """Let `wait_signal(source, number)` on a member pass, by copying a word: a kernel might find no free processor."""
+    word = handle.signal_pad_ptrs[member] + 4 * (handle.world_size * number + source)
+    _copy(word, 4, handle.buffer_ptrs[handle.rank], 4, 4, 1, stream)
 
 
 def _rows(plan: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -147,6 +173,6 @@ def _copy(
 
 
 @functools.cache
-def _streams(device: torch.device, members: int) -> tuple[torch.cuda.Stream, ...]:
-    """One stream for copies at home, and one per member, so that copies to several run side by side."""
-    return tuple(torch.cuda.Stream(device) for _ in range(members + 1))
+def _wires(device: torch.device, members: int) -> tuple[torch.cuda.Stream, ...]:
+    """One stream per member, so that copies to several run side by side."""
+    return tuple(torch.cuda.Stream(device) for _ in range(members))

@@ -76,6 +76,8 @@ class Runner:
 
     def _compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         tensors: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *weights, *self._constants)
+        if self.code.mailbox is not None:
+            self.code.mailbox.join(self.device)
         return tensors
 
 
