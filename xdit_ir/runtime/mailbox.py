@@ -84,18 +84,22 @@ class Mailbox:
         self.size = start + nbytes
         return start
 
+    @property
+    def group(self) -> str:
+        """The name of the process group."""
+        return str(self.communicator.group(self.mesh_dims).group_name)
+
     def open(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """The workspace and the slot numbers, `arguments` of code that uses them; all ranks call this together."""
         from xdit_ir.runtime.peer_ops import open_workspace  # registers operators, and needs CUDA
 
-        group = self.communicator.group(self.mesh_dims).group_name
-        return open_workspace(self.size, device, group), *(torch.tensor([slot]) for slot in range(SLOTS))
+        return open_workspace(self.size, device, self.group), *(torch.tensor([slot]) for slot in range(SLOTS))
 
-    def join(self, device: torch.device) -> None:
+    def join(self, workspace: torch.Tensor) -> None:
         """Make the current stream wait for everything sent; at the end of a forward."""
         from xdit_ir.runtime.peer_ops import join
 
-        join(device, self.communicator.mesh.size(self.mesh_dims))
+        join(workspace, self.group)
 
 
 @dataclass(frozen=True)

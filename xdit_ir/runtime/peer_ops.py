@@ -126,11 +126,13 @@ def _(
     return held[0].new_empty(shape)
 
 
-def join(device: torch.device, members: int) -> None:
+def join(workspace: torch.Tensor, group: str) -> None:
     """Make the current stream wait for everything that was started: at the end of a forward, or of its recording."""
-    main = torch.cuda.current_stream(device)
-    for stream in _wires(device, members):
-        main.wait_stream(stream)
+    handle = symmetric_memory.rendezvous(workspace, group)
+    main = torch.cuda.current_stream(workspace.device)
+    wires = _wires(workspace.device, handle.world_size)
+    for member in _others(handle):
+        main.wait_stream(wires[member])
 
 
 def open_workspace(nbytes: int, device: torch.device, group: str) -> torch.Tensor:
