@@ -52,7 +52,7 @@ def compile_body(module: nn.Module, *, fixed: bool = False) -> None:
 
     `fixed`: some intermediate tensors lie in memory that others write to, so none may be used for something else.
     """
-    options: dict[str, Any] = {"reorder_for_peak_memory": False}
+    options: dict[str, Any] = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
     if fixed:
         options |= {"allow_buffer_reuse": False, "inplace_buffers": False}
     module.compile(fullgraph=True, dynamic=False, options=options)
