@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -26,7 +28,7 @@ def partitions(draw: st.DrawFn, mesh: Mesh, size: int) -> Partition | None:
     order = draw(st.permutations(range(size)))
     cuts = sorted(draw(st.integers(0, size)) for _ in range(mesh.world_size - 1))
     bounds = [0, *cuts, size]
-    parts = [np.array(order[a:b], dtype=np.int64) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [np.array(order[a:b], dtype=np.int64) for a, b in itertools.pairwise(bounds)]
     return Partition(size, tuple(Indices.of_array(part) for part in parts))
 
 

@@ -1,0 +1,83 @@
+"""Code that exchanges over symmetric memory: slots, custody of what is on its way, and what is left to collectives."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import fx
+
+import xdit_ir as xir
+from xdit_ir import models
+from xdit_ir.mesh import Mesh
+from xdit_ir.runtime.codegen import Code, generate
+from xdit_ir.runtime.mailbox import PeerReceive, PeerSend, slot_sequence
+
+
+@dataclass
+class Here:
+    """What code generation asks of a communicator."""
+
+    mesh: Mesh
+    rank: int = 0
+
+    def group(self, dims: tuple[str, ...]) -> SimpleNamespace:
+        return SimpleNamespace(group_name="0")
+
+
+def code(name: str, **degrees: int) -> Code:
+    parallel = xir.trace(*models.load(name)).parallelize(**degrees)
+    return generate(parallel.rank(0), Here(parallel.mesh), torch.device("cuda", 0), peer=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("calls", range(2, 9))
+def test_neighbouring_calls_take_different_slots_also_over_two_forwards(calls: int) -> None:
+    twice = slot_sequence(calls) * 2
+    assert all(a != b for a, b in itertools.pairwise(twice))
+
+
+def peers(module: fx.GraphModule) -> list[fx.Node]:
+    kinds = (PeerSend, PeerReceive)
+    return [
+        n for n in module.graph.nodes if n.op == "call_module" and isinstance(module.get_submodule(n.target), kinds)
+    ]
+
+
+def test_blocks_exchange_over_peers_and_the_rest_by_collectives() -> None:
+    made = code("flux.1-dev:tiny", ulysses=2)
+    assert made.mailbox is not None and made.mailbox.channels == 8
+    for body in made.bodies.values():
+        assert body.uses_mailbox and len(peers(body.module)) == 8
+    assert not peers(made.run)
+
+
+def test_what_was_sent_is_kept_until_a_later_message_or_a_flag_proves_that_it_left() -> None:
+    for body in code("flux.1-dev:tiny", ulysses=2).bodies.values():
+        calls = peers(body.module)
+        sends = [body.module.get_submodule(str(n.target)) for n in calls]
+        told = [module.tell_self for module in sends if isinstance(module, PeerSend)]
+        assert told == [False, False, False, True], "only the last exchange of a block has no later one"
+        assert len(calls[-1].args) == 4 + 3, "q, k and v are kept until the result has come back"
+
+
+def test_slots_alternate_over_the_calls_of_a_block() -> None:
+    made = code("wan2.1-t2v-14b:tiny", ulysses=2)
+    names = [str(node.args[-1]) for node in made.run.graph.nodes if str(node.target).startswith("block_")]
+    assert all(a != b for a, b in itertools.pairwise(names)) and names[0] != names[-1]
+
+
+def test_offsets_hold_the_largest_part_of_any_member() -> None:
+    made = code("flux.1-dev:tiny", ulysses=3)
+    assert made.mailbox is not None
+    places = sorted(
+        (start, module.place.channel)
+        for body in made.bodies.values()
+        for module in body.module.children()
+        if isinstance(module, PeerSend)
+        for start in module.place.slots
+    )
+    assert len({start for start, _ in places}) == len(places) and places[0][0] >= 64
+    assert made.mailbox.size > places[-1][0]
