@@ -55,8 +55,9 @@ def entry(name: str) -> Entry:
     """The data behind a name (with or without `:tiny`)."""
     registry = _registry()
     base, colon, variant = name.partition(":")
-    if base not in registry or (colon and variant != "tiny"):
-        raise UnknownModelError(name, [known + suffix for known in registry for suffix in ("", ":tiny")])
+    if base not in registry or (colon and variant not in ("tiny", *registry[base].sizes)):
+        variants = ((known, suffix) for known, data in registry.items() for suffix in ("", "tiny", *data.sizes))
+        raise UnknownModelError(name, [f"{known}:{suffix}".rstrip(":") for known, suffix in variants])
     return registry[base]
 
 
@@ -66,19 +67,22 @@ def load(
     """A model with random weights, in eval mode, and the keyword arguments of one forward.
 
     `name` is one of `names()` (published size), or that plus `:tiny`: a few narrow layers of every kind the
-    model has, 256 image or video tokens, 16 text tokens, batch 2, ragged masks. `dtype` defaults to float32.
+    model has, 256 image or video tokens, 16 text tokens, batch 2, ragged masks; or plus `:` and one of the entry's
+    `sizes`. `dtype` defaults to float32.
     On the meta device nothing is allocated: parameters, buffers, latents, text features and rotary tables are
     meta tensors; timesteps, masks and ids are small real CPU tensors, so that a tracer may read their values.
     """
     data = entry(name)
-    tiny = name.endswith(":tiny")
+    variant = name.partition(":")[2]
+    tiny = variant == "tiny"
     config = data.tiny if tiny else data.full
+    inputs = data.tiny_inputs if tiny else {**data.full_inputs, **data.sizes.get(variant, {})}
     if config is None:
         raise LookupError(f"{name!r} has only a tiny configuration in the zoo: load {name + ':tiny'!r}")
     generator = torch.Generator("cpu").manual_seed(seed + 1)
     target = Target(torch.device(device), dtype or torch.float32, generator)
     model = build(data.cls, dict(config), target.device, target.dtype)
-    return randomize(model, seed), materialize(dict(data.tiny_inputs if tiny else data.full_inputs), target)
+    return randomize(model, seed), materialize(dict(inputs), target)
 
 
 def families() -> list[ModuleType]:

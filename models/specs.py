@@ -103,7 +103,8 @@ class ComplexRope:
 class Entry:
     """One model of the zoo: a diffusers class, its published and its tiny configuration, and their inputs.
 
-    Without `full`, only the tiny one can be loaded.
+    Without `full`, only the tiny one can be loaded. `sizes` are other inputs of the published one, by name; what one
+    of them leaves out is as in `full_inputs`.
     """
 
     cls: str
@@ -111,6 +112,7 @@ class Entry:
     full_inputs: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     tiny_inputs: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _written(node: fx.Node, mesh: Mesh) -> int:
     if not isinstance(spec, TensorSpec) or _is_view(node):
         return 0
     sizes = (math.prod(node.meta[LAYOUT].local_shape(spec.shape, rank)) for rank in range(mesh.world_size))
-    return max(sizes) * spec.dtype.itemsize
+    return int(max(sizes) * spec.dtype.itemsize)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -101,6 +101,7 @@ def _result(
             times = _times(forward, example, args.samples, args.burst)
         result |= {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
         result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["communication_ms"] = _communication(forward, example)
         if args.profile == str(contender) and dist.get_rank() == 0:
             _profile(forward, example, args.out.with_suffix(".trace.txt"))
         elif args.profile == str(contender):
@@ -129,6 +130,17 @@ def _times(forward: Forward, example: dict[str, Any], samples: int, burst: int) 
         _run(forward, example, burst)
         times.append((time.perf_counter() - start) * 1e3 / burst)
     return times
+
+
+def _communication(forward: Forward, example: dict[str, Any]) -> float:
+    """Milliseconds of one forward in which kernels on this rank do nothing but move data to others or wait for it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        _run(forward, example, 1)
+    words = ("nccl", "symmetric_memory")
+    found = (event for event in recorded.key_averages() if any(word in event.key.lower() for word in words))
+    return float(sum(event.self_device_time_total for event in found)) / 1e3
 
 
 def _profile(forward: Forward, example: dict[str, Any], path: Path) -> None:

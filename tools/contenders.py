@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,7 +98,50 @@ def _diffusers(model: nn.Module, contender: Contender) -> Forward:
     return model
 
 
-PREPARE: dict[str, Callable[[nn.Module, Contender], Forward]] = {"": _ours, "diffusers": _diffusers}
+def _xdit(model: nn.Module, contender: Contender) -> Forward:
+    """xDiT's own model class (xfuser), on the same weights."""
+    from xfuser.core import distributed as xdit
+
+    sizes = contender.sizes
+    if not xdit.model_parallel_is_initialized():
+        xdit.init_distributed_environment(rank=dist.get_rank(), world_size=dist.get_world_size())
+        xdit.initialize_model_parallel(
+            classifier_free_guidance_degree=sizes["cfg"],
+            sequence_parallel_degree=sizes["ulysses"] * sizes["ring"],
+            ulysses_degree=sizes["ulysses"],
+            ring_degree=sizes["ring"],
+        )
+        xdit.initialize_runtime_state()
+    cls = _xdit_class(type(model))
+    names = set(inspect.signature(cls.__init__).parameters)
+    with torch.device("meta"):
+        theirs = cls(**{name: value for name, value in dict(model.config).items() if name in names})  # type: ignore[arg-type]
+    theirs.load_state_dict(model.state_dict(), assign=True)
+    if contender.mode != "eager":
+        _compile_layers(theirs)
+    return theirs.eval()
+
+
+def _xdit_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class with which xDiT replaces a diffusers class."""
+    from xfuser.model_executor.models import transformers
+
+    for info in pkgutil.iter_modules(transformers.__path__):
+        try:
+            module = importlib.import_module(f"{transformers.__name__}.{info.name}")
+        except ImportError:
+            continue
+        for found in vars(module).values():
+            if isinstance(found, type) and found is not cls and cls in found.__bases__ and "xfuser" in found.__module__:
+                return found
+    raise XditError(f"xDiT has no class for {cls.__name__}")
+
+
+PREPARE: dict[str, Callable[[nn.Module, Contender], Forward]] = {
+    "": _ours,
+    "diffusers": _diffusers,
+    "xdit": _xdit,
+}
 
 
 def release(model: nn.Module) -> None:

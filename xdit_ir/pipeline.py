@@ -29,7 +29,7 @@ def analysis_passes() -> list[Pass]:
 
 def mesh_passes(mesh: Mesh) -> list[Pass]:
     """Passes that divide a program over a mesh; `specialize` follows, per rank."""
-    divide = [SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh)]
+    divide: list[Pass] = [SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh)]
     return [*divide, OrderExchanges(), SplitJoins(), Overlap(mesh)]
 
 

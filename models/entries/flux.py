@@ -15,6 +15,7 @@ ENTRIES = {
             hidden_states=Normal((1, 4096, 64)), encoder_hidden_states=Normal((1, 512, 4096)),
             pooled_projections=Normal((1, 768)), timestep=Values([0.5]), guidance=Values([4.0], "float32"),
             img_ids=Ids((64, 64)), txt_ids=Ids((512,), origin=True), return_dict=False),
+        sizes={"2048px": dict(hidden_states=Normal((1, 16384, 64)), img_ids=Ids((128, 128)))},
         tiny=dict(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
                   num_attention_heads=4, joint_attention_dim=32, pooled_projection_dim=24,
                   guidance_embeds=True, axes_dims_rope=(4, 6, 6)),

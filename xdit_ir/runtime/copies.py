@@ -88,5 +88,11 @@ def _rectangles(dims: list[_Dim], source: int, target: int, itemsize: int) -> It
     for place in itertools.product(*(range(dim.size) for dim in dims)):
         here = source + sum(i * dim.source for i, dim in zip(place, dims, strict=True))
         there = target + sum(i * dim.target for i, dim in zip(place, dims, strict=True))
-        offsets = (here, column.source, there, column.target, row.size)
-        yield Copy(*(offset * itemsize for offset in offsets), column.size)
+        yield Copy(
+            here * itemsize,
+            column.source * itemsize,
+            there * itemsize,
+            column.target * itemsize,
+            row.size * itemsize,
+            column.size,
+        )

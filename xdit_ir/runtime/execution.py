@@ -88,7 +88,7 @@ class Recording:
     def _record(self, inputs: Tensors, weights: Tensors) -> None:
         self._graph, self._outputs = None, ()
         self._inputs = [x.clone() for x in inputs]
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(self.WARMUPS):

@@ -46,7 +46,7 @@ def peer_put(
     Returns:
         An empty tensor, for `peer_wait`.
     """
-    handle = symmetric_memory.rendezvous(workspace, group)
+    handle = _handle(workspace, group)
     at = int(slot.item())
     main = torch.cuda.current_stream(x.device)
     wires = _wires(x.device, handle.world_size)
@@ -100,7 +100,7 @@ def peer_wait(
     Returns:
         A tensor of `shape` that lies in the workspace: nobody may write to it.
     """
-    handle = symmetric_memory.rendezvous(workspace, group)
+    handle = _handle(workspace, group)
     at = int(slot.item())
     number = SLOTS * channel + at
     for member in _others(handle):
@@ -108,7 +108,8 @@ def peer_wait(
         if sent:
             handle.wait_signal(member, number + SIGNALS // handle.world_size, TIMEOUT_MS)
     dtype = held[0].dtype
-    return handle.get_buffer(handle.rank, shape, dtype, slots[at] // dtype.itemsize)
+    result: torch.Tensor = handle.get_buffer(handle.rank, shape, dtype, slots[at] // dtype.itemsize)
+    return result
 
 
 @peer_wait.register_fake
@@ -128,7 +129,7 @@ def _(
 
 def join(workspace: torch.Tensor, group: str) -> None:
     """Make the current stream wait for everything that was started: at the end of a forward, or of its recording."""
-    handle = symmetric_memory.rendezvous(workspace, group)
+    handle = _handle(workspace, group)
     main = torch.cuda.current_stream(workspace.device)
     wires = _wires(workspace.device, handle.world_size)
     for member in _others(handle):
@@ -142,10 +143,15 @@ def open_workspace(nbytes: int, device: torch.device, group: str) -> torch.Tenso
         symmetric_memory.set_signal_pad_size(need)
     workspace = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
     workspace[:HEADER].view(torch.int32).fill_(FLAG)
-    handle = symmetric_memory.rendezvous(workspace, group)
+    handle = _handle(workspace, group)
     torch.cuda.current_stream(device).synchronize()
     handle.barrier(0, TIMEOUT_MS)
     return workspace
+
+
+def _handle(workspace: torch.Tensor, group: str) -> Any:
+    """The symmetric memory behind a workspace; the first call for it is collective."""
+    return symmetric_memory.rendezvous(workspace, group)  # type: ignore[arg-type]
 
 
 def _others(handle: Any) -> Iterator[int]:
@@ -177,4 +183,4 @@ def _copy(
 @functools.cache
 def _wires(device: torch.device, members: int) -> tuple[torch.cuda.Stream, ...]:
     """One stream per member, so that copies to several run side by side."""
-    return tuple(torch.cuda.Stream(device) for _ in range(members))
+    return tuple(torch.cuda.Stream(device) for _ in range(members))  # type: ignore[no-untyped-call]

@@ -1,0 +1,80 @@
+"""Results of `bench` for people: a table on the terminal, a page and a plot, all made from the JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+BASE = "alone:compiled"
+HEADER = ("contender", "median ms", "min to max", "speed-up", "communication ms", "peak GiB", "error", "first call s")
+
+
+def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Benchmark documents, in the order of their paths."""
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row per contender, cells as in `HEADER`; the speed-up is over one compiled GPU."""
+    done = {result["contender"]: result for result in document["results"]}
+    base = done.get(BASE, {}).get("median_ms")
+    return [_row(result, base) for result in document["results"]]
+
+
+def _row(result: Result, base: float | None) -> tuple[str, ...]:
+    if "median_ms" not in result:
+        return (result["contender"], f"failed: {result.get('failure', 'no result')[:120]}", *[""] * (len(HEADER) - 2))
+    return (
+        result["contender"],
+        f"{result['median_ms']:.1f}",
+        f"{result['min_ms']:.1f} to {result['max_ms']:.1f}",
+        f"{base / result['median_ms']:.2f}" if base else "",
+        f"{result['communication_ms']:.1f}" if "communication_ms" in result else "",
+        f"{result['memory_gib']:.1f}",
+        f"{result['error']:.2e}",
+        f"{result['first_call_s']:.0f}",
+    )
+
+
+def title(document: Mapping[str, Any]) -> str:
+    """What was measured, where."""
+    return f"{document['model']} on {document['ranks']} x {document['gpu']}, torch {document['torch']}"
+
+
+def page(documents: Sequence[Mapping[str, Any]], head: str) -> str:
+    """The Markdown page: `head`, then a table per document."""
+    lines = [head.rstrip(), ""]
+    for document in documents:
+        lines += [f"## {title(document)}", "", f"`{document.get('command', '')}`", ""]
+        lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows(document)] + [""]
+    return "\n".join(lines)
+
+
+def plot(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars of the medians with their spread, a panel per document."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(documents), 1, figsize=(8, 0.6 + 2.6 * len(documents)), squeeze=False)
+    for axis, document in zip(axes[:, 0], documents, strict=True):
+        results = [result for result in document["results"] if "median_ms" in result]
+        names = [result["contender"] for result in results]
+        medians = [result["median_ms"] for result in results]
+        spread = [
+            [result["median_ms"] - result["min_ms"] for result in results],
+            [result["max_ms"] - result["median_ms"] for result in results],
+        ]
+        colours = ["tab:gray" if n.startswith("alone") else "tab:orange" if "-" in n else "tab:blue" for n in names]
+        axis.barh(names, medians, xerr=spread, color=colours)
+        axis.invert_yaxis()
+        axis.set_xlabel("ms per forward")
+        axis.set_title(title(document), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, format="svg")
+    pyplot.close(figure)
