@@ -8,6 +8,7 @@ import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ def _diffusers(model: nn.Module, contender: Contender) -> Forward:
 
 def _xdit(model: nn.Module, contender: Contender) -> Forward:
     """xDiT's own model class (xfuser), on the same weights."""
+    from xfuser import xFuserArgs
     from xfuser.core import distributed as xdit
 
     sizes = contender.sizes
@@ -111,7 +113,10 @@ def _xdit(model: nn.Module, contender: Contender) -> Forward:
             ulysses_degree=sizes["ulysses"],
             ring_degree=sizes["ring"],
         )
-        xdit.initialize_runtime_state()
+        config, _ = xFuserArgs(
+            use_cfg_parallel=sizes["cfg"] > 1, ulysses_degree=sizes["ulysses"], ring_degree=sizes["ring"]
+        ).create_config()
+        xdit.initialize_runtime_state(SimpleNamespace(transformer=model), config)
     cls = _xdit_class(type(model))
     names = set(inspect.signature(cls.__init__).parameters)
     with torch.device("meta"):
