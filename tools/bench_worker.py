@@ -91,7 +91,7 @@ def _result(
     result: dict[str, Any] = {"contender": str(contender)}
     try:
         start = time.perf_counter()
-        forward = contender.prepare(model)
+        forward = contender.prepare(model, example)
         with torch.no_grad():
             output = _first(forward(**example)).float()
             torch.cuda.synchronize()

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -56,9 +56,9 @@ class Contender:
             degree_sets.parse(found["degrees"])
         return Contender(found["library"] or "", found["degrees"], found["mode"])
 
-    def prepare(self, model: nn.Module) -> Forward:
-        """A forward of the model; the model itself may be changed."""
-        return PREPARE[self.library](model, self)
+    def prepare(self, model: nn.Module, example: Mapping[str, Any]) -> Forward:
+        """A forward of the model for inputs like `example`; the model itself may be changed."""
+        return PREPARE[self.library](model, example, self)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Contender:
         return {} if self.degrees == "alone" else degree_sets.parse(self.degrees)[0].as_dict()
 
 
-def _ours(model: nn.Module, contender: Contender) -> Forward:
+def _ours(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
     if contender.degrees == "alone":
         if contender.mode != "eager":
             _compile_layers(model)
@@ -85,7 +85,7 @@ def _compile_layers(model: nn.Module) -> None:
                     block.compile(fullgraph=True)
 
 
-def _diffusers(model: nn.Module, contender: Contender) -> Forward:
+def _diffusers(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
     """diffusers' own context parallel (its `ContextParallelConfig`)."""
     from diffusers import ContextParallelConfig
 
@@ -99,7 +99,7 @@ def _diffusers(model: nn.Module, contender: Contender) -> Forward:
     return model
 
 
-def _xdit(model: nn.Module, contender: Contender) -> Forward:
+def _xdit(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
     """xDiT's own model class (xfuser), on the same weights."""
     from xfuser import xFuserArgs
     from xfuser.core import distributed as xdit
@@ -117,6 +117,8 @@ def _xdit(model: nn.Module, contender: Contender) -> Forward:
             use_cfg_parallel=sizes["cfg"] > 1, ulysses_degree=sizes["ulysses"], ring_degree=sizes["ring"]
         ).create_config()
         xdit.initialize_runtime_state(SimpleNamespace(transformer=model), config)
+        if "encoder_hidden_states" in example:
+            xdit.get_runtime_state().max_condition_sequence_length = example["encoder_hidden_states"].shape[1]
     cls = _xdit_class(type(model))
     names = set(inspect.signature(cls.__init__).parameters)
     with torch.device("meta"):
@@ -142,7 +144,7 @@ def _xdit_class(cls: type[nn.Module]) -> type[nn.Module]:
     raise XditError(f"xDiT has no class for {cls.__name__}")
 
 
-PREPARE: dict[str, Callable[[nn.Module, Contender], Forward]] = {
+PREPARE: dict[str, Callable[[nn.Module, Mapping[str, Any], Contender], Forward]] = {
     "": _ours,
     "diffusers": _diffusers,
     "xdit": _xdit,
