@@ -9,6 +9,7 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
+from xdit_ir.passes.compose_attention import ComposeAttention
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order_exchanges import OrderExchanges
@@ -24,7 +25,7 @@ After = Callable[[Pass, Program], None]
 
 def analysis_passes() -> list[Pass]:
     """Passes that do not depend on the mesh."""
-    return [Canonicalize(), FindTokens()]
+    return [Canonicalize(), ComposeAttention(), FindTokens()]
 
 
 def mesh_passes(mesh: Mesh) -> list[Pass]:
