@@ -43,7 +43,7 @@ def _canonicalize(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        for rewrite in (_drop_copy, _type_as, _dense, _empty_parts, _patches, _attention, _collapse_views, _reshape):
+        for rewrite in (_drop_copy, _type_as, _dense, _empty_parts, _padded, _patches, _attention, _collapse_views, _reshape):
             if rewrite(graph, node):
                 break
     remove_dead(graph)
@@ -101,6 +101,27 @@ def _empty_parts(graph: fx.Graph, node: fx.Node) -> bool:
     if len(filled) != 1 or filled[0].meta[SPEC] != node.meta[SPEC]:
         return False
     node.replace_all_uses_with(filled[0])
+    return True
+
+
+def _padded(graph: fx.Graph, node: fx.Node) -> bool:
+    """`pad_sequence`: every sequence padded behind to the length of the longest, then stacked."""
+    if node.target is not aten.pad_sequence.default:
+        return False
+    given = bound_arguments(node)
+    if given["padding_side"] != "right":
+        return False
+    emitter, parts = Emitter(graph, node), []
+    length = max(part.meta[SPEC].shape[0] for part in given["sequences"])
+    for part in given["sequences"]:
+        own, *rest = part.meta[SPEC].shape
+        if own < length:
+            amounts = [0] * (2 * len(rest)) + [0, length - own]
+            args = (part, amounts, given["padding_value"])
+            part = emitter.emit(aten.constant_pad_nd.default, args, (length, *rest))
+        parts.append(part)
+    dim = 0 if given["batch_first"] else 1
+    node.replace_all_uses_with(emitter.emit(aten.stack.default, (parts, dim), node.meta[SPEC].shape))
     return True
 
 
