@@ -43,7 +43,17 @@ def _canonicalize(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        for rewrite in (_drop_copy, _type_as, _dense, _empty_parts, _padded, _patches, _attention, _collapse_views, _reshape):
+        for rewrite in (
+            _drop_copy,
+            _type_as,
+            _dense,
+            _empty_parts,
+            _padded,
+            _patches,
+            _attention,
+            _collapse_views,
+            _reshape,
+        ):
             if rewrite(graph, node):
                 break
     remove_dead(graph)

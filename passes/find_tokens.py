@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from xdit_ir.cost import attention_mesh_dims, program_flops
+from xdit_ir.cost import program_flops
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import SPEC, Program, TokenAxis, is_block_call
@@ -44,13 +44,13 @@ class FindTokens:
                     continue
                 cut = Layout.whole(ndim).with_dims({dim: PROBE.divide(size, ("ulysses",))})
                 axis = TokenAxis(node.name, dim, size)
-                tried = probe.run({node.name: (cut,)})
-                if "ulysses" not in attention_mesh_dims(tried, PROBE, keys=False):
+                tried = probe.attempt({node.name: (cut,)})
+                if "ulysses" not in tried.attention_mesh_dims(keys=False):
                     if not 0 < dim < ndim - 1:
                         continue
                     axis = replace(axis, gathered=True)
-                    tried = probe.run({node.name: (cut, Layout.whole(ndim))})
-                work = max(program_flops(tried, PROBE))
+                    tried = probe.attempt({node.name: (cut, Layout.whole(ndim))})
+                work = max(tried.flops())
                 if work < whole:
                     found.append((axis.gathered, work, len(found), axis))
         axes = [_detailed(program, axis) for *_, axis in sorted(found)]

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from xdit_ir.cost import moved_bytes, program_flops
+from xdit_ir.cost import program_flops
+from xdit_ir.draft import Layouts
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
-from xdit_ir.propagate import Layouts, Propagation, Seeds
+from xdit_ir.propagate import Attempt, Propagation, Seeds
 
 SEQUENCE = ("ring", "ulysses")
 
@@ -27,7 +28,7 @@ class Price:
 @dataclass(frozen=True)
 class _Choice:
     price: Price
-    program: Program
+    attempt: Attempt
     seeds: Seeds
 
 
@@ -52,11 +53,11 @@ class ShardTokens:
         for axis in program.tokens:
             if axis.gathered and best is None:
                 break
-            if best is not None and _layout(best.program, axis).dims[axis.dim] is not None:
+            if best is not None and _is_divided(best.attempt, axis):
                 continue
             for layouts in self._proposals(program, axis):
                 seeds = {**(best.seeds if best else {}), axis.value: layouts}
-                choice = self._priced(trial.run(seeds), seeds)
+                choice = self._priced(program, trial.attempt(seeds), seeds)
                 if best is None or choice.price < best.price:
                     best = choice
         if best is None:
@@ -64,11 +65,11 @@ class ShardTokens:
                 f"ulysses x ring = {degree} divides the tokens, but no attention of this model takes its queries "
                 "from a token stream that could be divided; use ulysses=1, ring=1"
             )
-        return best.program.replace(mesh=self.mesh)
+        return best.attempt.program().replace(mesh=self.mesh)
 
-    def _priced(self, program: Program, seeds: Seeds) -> _Choice:
-        slowest, total = max(program_flops(program, self.mesh)), max(program_flops(program, None)[0], 1)
-        return _Choice(Price(round(10_000 * slowest / total), moved_bytes(program, self.mesh)), program, seeds)
+    def _priced(self, program: Program, tried: Attempt, seeds: Seeds) -> _Choice:
+        slowest, total = max(tried.flops()), max(program_flops(program, None)[0], 1)
+        return _Choice(Price(round(10_000 * slowest / total), tried.moved_bytes()), tried, seeds)
 
     def _proposals(self, program: Program, axis: TokenAxis) -> Iterator[Layouts]:
         have = _layout(program, axis)
@@ -87,3 +88,8 @@ def _layout(program: Program, axis: TokenAxis) -> Layout:
     node = next(node for node in program.graph.nodes if node.name == axis.value)
     layout: Layout = node.meta.get(LAYOUT) or Layout.whole(len(node.meta[SPEC].shape))
     return layout
+
+
+def _is_divided(attempt: Attempt, axis: TokenAxis) -> bool:
+    layout = attempt.layout(axis.value)
+    return layout is None or layout.dims[axis.dim] is not None

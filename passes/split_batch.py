@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xdit_ir.cost import attention_mesh_dims, program_flops
+from xdit_ir.cost import program_flops
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import SPEC, Program
-from xdit_ir.propagate import Propagation
+from xdit_ir.propagate import Attempt, Propagation
 
 # Dividing a batch at least nearly halves the work; a cut that leaves more than this divides something else.
 WORTH = 0.9
@@ -28,23 +28,23 @@ class SplitBatch:
         if degree == 1:
             return program
         trial = Propagation(program, self.mesh)
-        tried: list[tuple[int, int, int, Program]] = []
+        tried: list[tuple[int, int, int, Attempt]] = []
         for node in program.graph.nodes:
             if node.op != "placeholder" or not node.meta[SPEC].shape or not node.meta[SPEC].dtype.is_floating_point:
                 continue
             shape = node.meta[SPEC].shape
             layout = Layout.whole(len(shape)).with_dims({0: self.mesh.divide(shape[0], ("cfg",))})
-            result = trial.run({node.name: (layout,)})
-            if "cfg" in attention_mesh_dims(result, self.mesh):
+            result = trial.attempt({node.name: (layout,)})
+            if "cfg" in result.attention_mesh_dims():
                 continue
-            tried.append((max(program_flops(result, self.mesh)), len(tried), shape[0], result))
+            tried.append((max(result.flops()), len(tried), shape[0], result))
         whole = program_flops(program, None)[0]
         if not tried or min(tried)[0] > WORTH * whole:
             raise ParallelizeError(_explain(degree, [size for _, _, size, _ in tried]))
         best = min(tried, key=lambda one: one[:2])
         if best[2] < degree:
             raise ParallelizeError(_explain(degree, [best[2]]))
-        return best[3].replace(mesh=self.mesh)
+        return best[3].program().replace(mesh=self.mesh)
 
 
 def _explain(degree: int, sizes: list[int]) -> str:
