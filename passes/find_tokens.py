@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from xdit_ir import ops
 from xdit_ir.cost import program_flops
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
@@ -25,9 +26,9 @@ aten = torch.ops.aten
 class FindTokens:
     """Cut every candidate dimension in two on a probe mesh, follow the rules, and keep those that reach a query.
 
-    Candidates are the dimensions of what flows from the prologue into block calls (of the inputs where there are no
-    blocks). The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come streams that reach
-    no query, but whose work before the blocks can be divided and gathered.
+    Candidates are the dimensions of what flows from the prologue into block calls, and of the inputs of a program
+    that has attentions elsewhere. The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come
+    streams that reach no query, but whose work before the blocks can be divided and gathered.
     """
 
     name: str = "find-tokens"
@@ -62,7 +63,8 @@ def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
 
 
 def _candidates(graph: fx.Graph) -> list[fx.Node]:
-    """Floating-point values that enter block calls and do not come out of one; without blocks: the inputs."""
+    """Floating-point values that enter block calls and do not come out of one, and the inputs, if there are
+    attentions outside of blocks."""
     after: set[fx.Node] = set()
     entering: dict[fx.Node, None] = {}
     for node in graph.nodes:
@@ -71,7 +73,9 @@ def _candidates(graph: fx.Graph) -> list[fx.Node]:
             entering |= dict.fromkeys(source for source in sources if source not in after)
         if is_block_call(node) or any(source in after for source in sources):
             after.add(node)
-    chosen = list(entering) or [node for node in graph.nodes if node.op == "placeholder"]
+    chosen = list(entering)
+    if any(node.target is ops.attention for node in graph.nodes):
+        chosen += [node for node in graph.nodes if node.op == "placeholder" and node not in entering]
     return [node for node in chosen if node.meta[SPEC].dtype.is_floating_point and node.op != "get_attr"]
 
 

@@ -15,6 +15,8 @@ from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.propagate import Attempt, Propagation, Seeds
 
 SEQUENCE = ("ring", "ulysses")
+# The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
+WORTH = 0.95
 
 
 @dataclass(frozen=True, order=True)
@@ -37,7 +39,8 @@ class ShardTokens:
     """Propose partitions of the best token stream, propagate each, keep the cheapest, add further streams greedily.
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
-    a view's inner factor (rows, frames). Numerics: exact.
+    a view's inner factor (rows, frames). Streams that reach no query are gathered before the blocks, or their keys are
+    exchanged, where that saves enough work. Numerics: exact.
     """
 
     mesh: Mesh
@@ -58,7 +61,7 @@ class ShardTokens:
             for layouts in self._proposals(program, axis):
                 seeds = {**(best.seeds if best else {}), axis.value: layouts}
                 choice = self._priced(program, trial.attempt(seeds), seeds)
-                if best is None or choice.price < best.price:
+                if best is None or (choice.price < best.price and self._is_worth(choice, best, axis)):
                     best = choice
         if best is None:
             raise ParallelizeError(
@@ -66,6 +69,11 @@ class ShardTokens:
                 "from a token stream that could be divided; use ulysses=1, ring=1"
             )
         return best.attempt.program().replace(mesh=self.mesh)
+
+    def _is_worth(self, choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:
+        """Exchanging keys in every block must save more than a little work."""
+        exchanged = axis.gathered and len(choice.seeds[axis.value]) == 1
+        return not exchanged or choice.price.work <= WORTH * best.price.work
 
     def _priced(self, program: Program, tried: Attempt, seeds: Seeds) -> _Choice:
         slowest, total = max(tried.flops()), max(program_flops(program, None)[0], 1)
@@ -81,7 +89,9 @@ class ShardTokens:
             if partition not in seen:
                 seen.add(partition)
                 cut = have.with_dims({axis.dim: partition})
-                yield (cut, have) if axis.gathered else (cut,)
+                if axis.gathered:
+                    yield cut, have
+                yield (cut,)
 
 
 def _layout(program: Program, axis: TokenAxis) -> Layout:

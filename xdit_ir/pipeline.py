@@ -17,6 +17,7 @@ from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
 from xdit_ir.passes.split_joins import SplitJoins
+from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.program import Program
 from xdit_ir.verify import verify
 
@@ -25,7 +26,7 @@ After = Callable[[Pass, Program], None]
 
 def analysis_passes() -> list[Pass]:
     """Passes that do not depend on the mesh."""
-    return [Canonicalize(), ComposeAttention(), FindTokens()]
+    return [Canonicalize(), ComposeAttention(), SplitStatistics(), FindTokens()]
 
 
 def mesh_passes(mesh: Mesh) -> list[Pass]:
