@@ -88,18 +88,16 @@ class LowerAttention:
         return self.machine.seconds(flops * share, exchange) <= self.machine.seconds(flops / degree, gathering)
 
     def _causal(self, call: Call, ruling: Ruling) -> Ruling:
-        """Causality needs the natural order: divide heads over every sequence mesh dim, or gather everything."""
-        out, q, k = ruling.outputs, ruling.inputs[0], ruling.inputs[1]
+        """Causality needs keys in natural order: divide heads over every sequence mesh dim, or gather the keys and
+        tell each rank the places of its queries."""
+        out, q, k = ruling.outputs, ruling.inputs[0], ruling.inputs[1].with_dims({-2: None})
         assert isinstance(out, Layout)
-        talk = call.varies(k.dims[-2]) | call.varies(q.dims[-2])
+        talk = call.varies(ruling.inputs[1].dims[-2]) | call.varies(q.dims[-2])
         size = call.specs[1].shape[-3] if len(call.out.shape) > 2 else 0
-        q, k = q.with_dims({-2: None}), k.with_dims({-2: None})
-        same = size == call.out.shape[-3] and size >= self.mesh.size(talk) and q.dims[-3] is None
-        if same:
+        if size == call.out.shape[-3] and size >= self.mesh.size(talk) and q.dims[-3] is None:
             heads = self.mesh.divide(size, talk)
-            q, k = q.with_dims({-3: heads}), k.with_dims({-3: heads})
-        fallback = "" if same else "causal attention with fewer heads than ranks"
-        return Ruling((q, k, k, *_masks(call, q, k)), q, after=None if q == out else out, fallback=fallback)
+            q, k = q.with_dims({-3: heads, -2: None}), k.with_dims({-3: heads})
+        return Ruling((q, k, k, *_masks(call, q, k)), q, after=None if q == out else out)
 
 
 def _gathered(call: Call, layout: Layout, dims: Collection[str]) -> Partition | None:

@@ -134,6 +134,10 @@ class Indices:
         """Those of these that `other` holds too, in the order of these."""
         return Indices.of_array(self.array[np.isin(self.array, other.array)])
 
+    def places_in(self, other: Indices) -> Indices:
+        """Local positions, ascending, of those of these that `other` holds too."""
+        return Indices.of_array(np.flatnonzero(np.isin(self.array, other.array)))
+
     def without(self, other: Indices) -> Indices:
         """Those of these that `other` does not hold, in the order of these."""
         return Indices.of_array(self.array[~np.isin(self.array, other.array)])

@@ -18,6 +18,7 @@ from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
 from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
+from xdit_ir.passes.take_known import TakeKnown
 from xdit_ir.program import Program
 from xdit_ir.verify import verify
 
@@ -26,7 +27,7 @@ After = Callable[[Pass, Program], None]
 
 def analysis_passes() -> list[Pass]:
     """Passes that do not depend on the mesh."""
-    return [Canonicalize(), ComposeAttention(), SplitStatistics(), FindTokens()]
+    return [Canonicalize(), TakeKnown(), ComposeAttention(), SplitStatistics(), FindTokens()]
 
 
 def mesh_passes(mesh: Mesh) -> list[Pass]:

@@ -65,8 +65,9 @@ def test_lowering_is_exact_for_any_layouts(data):
 def test_causal_attention_keeps_the_natural_order(data):
     d = Drawer(data.draw)
     batch, heads, tokens, width = d.shape(4, high=5)
-    q, k, v = (d.tensor(batch, heads, tokens, width) for _ in range(3))
-    one = OneOperator(Sample(ops.attention, (q, k, v), {"is_causal": True}))
+    group = d.pick(1, 1, 2)
+    q, k, v = (d.tensor(batch, count, tokens, width) for count in (group * heads, heads, heads))
+    one = OneOperator(Sample(ops.attention, (q, k, v), {"is_causal": True, "enable_gqa": group > 1}))
     mesh, pool = data.draw(meshes(8)), {}
     taken = [layouts(data.draw, mesh, x.shape, pool) for x in one.inputs]
     lowered = LowerAttention(mesh).apply(one.program(taken))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from xdit_ir.layout import Layout
-from xdit_ir.ops import attention, ring_attention
+from xdit_ir.ops import attention, attention_of_rows, ring_attention
 from xdit_ir.partition import Indices, Partition
-from xdit_ir.rules.base import Call, Rule, Ruling, choose, rules_of, verified
+from xdit_ir.rules.base import Call, Localize, Rule, Ruling, choose, rules_of, verified
 
 Dims = tuple[Partition | None, ...]
 
@@ -70,7 +70,17 @@ def _ruling(call: Call, head: Dims, queries: Partition | None, keys: Partition |
     k, v = (Layout((*_fit(call, operand, head), keys, None)) for operand in (1, 2))
     output = Layout((*head, queries, None))
     masks = tuple(_mask_layout(call, operand, output, keys) for operand in range(3, len(call.specs)))
-    return Ruling((q, k, v, *masks), output)
+    return Ruling((q, k, v, *masks), output, _rows(call, queries))
+
+
+def _rows(call: Call, queries: Partition | None) -> Localize | None:
+    """Causal attention of divided queries is told which they are."""
+    given = call.arguments
+    if queries is None or not given["is_causal"]:
+        return None
+    tensors = tuple(given[name] for name in ("q", "k", "v", "mask"))
+    options = {name: given[name] for name in ("scale", "enable_gqa")}
+    return lambda rank: (attention_of_rows, (*tensors, queries.parts[rank].runs), options)
 
 
 def _fit(call: Call, operand: int, head: Dims) -> Dims:
@@ -104,9 +114,9 @@ def _mask_layout(call: Call, operand: int, output: Layout, keys: Partition | Non
 
 
 def _attention_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    """Queries that are cut take the rows of the mask with them; causality forbids it."""
+    """Queries that are cut take the rows of the mask with them."""
     queries = wanted.dims[-2]
-    if wanted.dims[-1] is not None or (queries is not None and call.arguments["is_causal"]):
+    if wanted.dims[-1] is not None:
         return None
     inputs = _ruling(call, wanted.dims[:-2], queries, None).inputs
     masks = []
