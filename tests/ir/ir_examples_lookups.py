@@ -91,6 +91,15 @@ def take(d, packet):
     return Sample(packet, (d.tensor(*shape), dim, kept.runs))
 
 
+@example(ops.put)
+def put(d, packet):
+    shape = list(d.shape(d.int(1, 3)))
+    dim = d.int(0, len(shape) - 1)
+    x, kept = d.tensor(*shape), Indices.of_array(d.distinct(shape[dim], d.int(0, shape[dim])).numpy())
+    shape[dim] = kept.size
+    return Sample(packet, (x, d.tensor(*shape), dim, kept.runs))
+
+
 @example(aten.one_hot)
 def one_hot(d, packet):
     return Sample(packet.default, (d.index(4, *d.shape(d.int(1, 3))), d.pick(-1, 5)))

@@ -7,7 +7,7 @@ from torch import fx
 
 from xdit_ir import ops
 from xdit_ir.layout import Layout
-from xdit_ir.partition import Indices, Partition
+from xdit_ir.partition import Indices, spread
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, gather_all, rules_of, same_call, verified
 from xdit_ir.rules.labels import Labels, Names, by_argument, labelled, plain
 
@@ -108,7 +108,7 @@ def _take(call: Call) -> Ruling:
     partition, wanted = layout.dims[dim], Indices.of_runs(call.arguments["runs"])
     if partition is None:
         return Ruling((layout,), layout)
-    kept = partition.map(wanted.size, lambda part: wanted.places_in(part))
+    kept = partition.map(wanted.size, wanted.places_in)
 
     def local(rank: int) -> LocalCall:
         places = partition.parts[rank].positions(wanted.at(kept.parts[rank]))
@@ -123,10 +123,8 @@ def _take_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
     partition, taken, size = wanted.dims[dim], Indices.of_runs(call.arguments["runs"]), call.specs[0].shape[dim]
     if partition is None:
         return (wanted,)
-    rest = Indices.range(0, size).without(taken)
-    shares = call.mesh.divide(rest.size, call.varies(partition)).parts
-    parts = (taken.at(part).concat(rest.at(share)) for part, share in zip(partition.parts, shares, strict=True))
-    return (wanted.with_dims({dim: Partition(size, tuple(parts))}),)
+    talk = call.varies(partition)
+    return (wanted.with_dims({dim: spread(lambda n: call.mesh.divide(n, talk), partition, taken, size)}),)
 
 
 def _flat(call: Call) -> Ruling:
