@@ -11,12 +11,15 @@ from xdit_ir.draft import Layouts
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
+from xdit_ir.passes.find_tokens import divides
 from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.propagate import Attempt, Propagation, Seeds
 
 SEQUENCE = ("ring", "ulysses")
 # The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
 WORTH = 0.95
+# The work of all ranks, if each had that of the slowest, that is not worth a look for further streams.
+BALANCED = 10_100
 
 
 @dataclass(frozen=True, order=True)
@@ -54,9 +57,9 @@ class ShardTokens:
         trial = Propagation(program, self.mesh)
         best: _Choice | None = None
         for axis in program.tokens:
-            if axis.gathered and best is None:
+            if axis.gathered and (best is None or best.price.work * degree <= BALANCED):
                 break
-            if best is not None and _is_divided(best.attempt, axis):
+            if best is not None and divides(best.attempt, axis.value, axis.dim):
                 continue
             for layouts in self._proposals(program, axis):
                 seeds = {**(best.seeds if best else {}), axis.value: layouts}
@@ -71,9 +74,9 @@ class ShardTokens:
         return best.attempt.program().replace(mesh=self.mesh)
 
     def _is_worth(self, choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:
-        """Exchanging keys in every block must save more than a little work."""
+        """Each further stream costs communication, keys that are exchanged in every block most of all."""
         exchanged = axis.gathered and len(choice.seeds[axis.value]) == 1
-        return not exchanged or choice.price.work <= WORTH * best.price.work
+        return choice.price.work <= (WORTH if exchanged else 1) * best.price.work
 
     def _priced(self, program: Program, tried: Attempt, seeds: Seeds) -> _Choice:
         slowest, total = max(tried.flops()), max(program_flops(program, None)[0], 1)
@@ -83,23 +86,17 @@ class ShardTokens:
         have = _layout(program, axis)
         if have.dims[axis.dim] is not None:
             return
-        seen = set()
-        for unit, segments in itertools.product((1, *axis.units), ((), *axis.segments)):
-            partition = self.mesh.divide(axis.size, SEQUENCE, unit, segments)
-            if partition not in seen:
-                seen.add(partition)
-                cut = have.with_dims({axis.dim: partition})
-                if axis.gathered:
-                    yield cut, have
-                yield (cut,)
+        even = self.mesh.divide(axis.size, SEQUENCE)
+        if axis.gathered:
+            cut = have.with_dims({axis.dim: even})
+            yield from ((cut, have), (cut,))
+            return
+        finer = itertools.product((1, *axis.units), ((), *axis.segments))
+        partitions = (self.mesh.divide(axis.size, SEQUENCE, unit, segments) for unit, segments in finer)
+        yield from ((have.with_dims({axis.dim: one}),) for one in dict.fromkeys((even, *partitions)))
 
 
 def _layout(program: Program, axis: TokenAxis) -> Layout:
     node = next(node for node in program.graph.nodes if node.name == axis.value)
     layout: Layout = node.meta.get(LAYOUT) or Layout.whole(len(node.meta[SPEC].shape))
     return layout
-
-
-def _is_divided(attempt: Attempt, axis: TokenAxis) -> bool:
-    layout = attempt.layout(axis.value)
-    return layout is None or layout.dims[axis.dim] is not None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -100,7 +101,8 @@ def _known(index: Any, constants: Mapping[str, torch.Tensor], size: int) -> Indi
     value = constants[name].detach().cpu().reshape(-1)
     if value.dtype == torch.bool:
         value = value.nonzero().reshape(-1)
-    if value.dtype not in (torch.int64, torch.int32) or value.numel() != value.unique().numel():
+    if value.dtype not in (torch.int64, torch.int32):
         return None
-    places = torch.where(value < 0, value + size, value).long()
-    return Indices.of_array(places.numpy()) if places.unique().numel() == places.numel() else None
+    places: list[int] = torch.where(value < 0, value + size, value).tolist()
+    distinct = len(set(places)) == len(places)
+    return Indices.of_array(np.array(places, dtype=np.int64)) if distinct else None

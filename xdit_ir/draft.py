@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.cost import relayout_sent, step_flops
+from xdit_ir.cost import ATTENTIONS, relayout_sent, step_flops
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import LAYOUT, SPEC, WHERE
@@ -127,13 +127,13 @@ class Draft:
             if step.relayout and step.target is not ops.shard
         )
 
-    def attention_mesh_dims(self, *, keys: bool) -> frozenset[str]:
-        """The mesh dims that divide the queries (and keys) of some attention."""
+    def attention_mesh_dims(self, part: str) -> frozenset[str]:
+        """The mesh dims that divide the `queries`, the `keys` or the `batch` (and heads) of some attention."""
         found: frozenset[str] = frozenset()
         for step in self.steps:
-            if step.target in (ops.attention, ops.ring_attention):
-                for source in step.sources[: 1 + keys]:
-                    found |= self.mesh.varies(source.layout.dims[-2])
+            if step.target in ATTENTIONS:
+                dims = step.sources[1 if part == "keys" else 0].layout.dims
+                found = found.union(*map(self.mesh.varies, dims[:-2] if part == "batch" else dims[-2:-1]))
         return found
 
     def write(self, name_of: Callable[[Any], str]) -> fx.Graph:

@@ -133,17 +133,19 @@ class Attempt:
         bodies = (self.run.bodies[step.body].draft for step in self.draft.calls)
         return self.draft.moved_bytes() + sum(body.moved_bytes() for body in bodies)
 
-    def attention_mesh_dims(self, *, keys: bool = True) -> frozenset[str]:
-        """The mesh dims that divide the queries (or keys, unless told otherwise) of some attention."""
-        found = self.draft.attention_mesh_dims(keys=keys)
-        for variant in {step.body: None for step in self.draft.calls}:
-            found |= self.run.bodies[variant].draft.attention_mesh_dims(keys=keys)
-        return found
+    def attention_mesh_dims(self, *parts: str) -> frozenset[str]:
+        """The mesh dims that divide the `queries`, `keys` or `batch` (and heads) of some attention."""
+        drafts = [self.draft, *(self.run.bodies[v].draft for v in {step.body: None for step in self.draft.calls})]
+        return frozenset().union(*(draft.attention_mesh_dims(part) for draft in drafts for part in parts))
+
+    def sums_up(self) -> bool:
+        """Whether ranks hold summands outside of blocks."""
+        return any(step.relayout and step.target is ops.all_reduce for step in self.draft.steps)
 
     def layout(self, name: str) -> Layout | None:
-        """The layout of the value of this name; None where nothing is left of it."""
-        found = (step.layout for step in self.draft.steps if step.node.name == name and not step.relayout)
-        return next(found, None)
+        """The layout of the value of this name, for an input as it is cut; None where nothing is left of it."""
+        step = next((step for step in self.draft.steps if step.node.name == name and not step.relayout), None)
+        return None if step is None else step.cut_by_all() or step.layout
 
     def program(self) -> Program:
         """Written down. Every variant of a block that is used gets a name of its own: `Block`, `Block.2`, ..."""
@@ -205,6 +207,7 @@ class _Writer:
 
     def _call(self, node: fx.Node, sources: list[Step]) -> Step:
         name, _, _ = call_parts(node)
+        sources = [self.convert(source, source.layout.summed()) for source in sources]
         while True:
             layouts = tuple(source.layout for source in sources)
             body = self.run.body(name, layouts)
