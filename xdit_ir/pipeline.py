@@ -11,6 +11,7 @@ from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.compose_attention import ComposeAttention
 from xdit_ir.passes.find_tokens import FindTokens
+from xdit_ir.passes.group_keys import GroupKeys
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
@@ -27,7 +28,7 @@ After = Callable[[Pass, Program], None]
 
 def analysis_passes() -> list[Pass]:
     """Passes that do not depend on the mesh."""
-    return [Canonicalize(), TakeKnown(), ComposeAttention(), SplitStatistics(), FindTokens()]
+    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), SplitStatistics(), FindTokens()]
 
 
 def mesh_passes(mesh: Mesh) -> list[Pass]:

@@ -113,3 +113,15 @@ def test_tokens_become_heads_or_go_around(degrees, names):
     heads = node.meta[LAYOUT].dims[1]
     assert mesh.varies(heads) == {"ulysses"} & set(degrees)
     one.check(mesh, lowered)
+
+
+def test_ranks_share_a_head_of_keys():
+    mesh = Mesh.of(ulysses=4)
+    d = Drawer(lambda strategy: 0)
+    q, k, v = (d.tensor(1, heads, 64, 3) for heads in (4, 2, 2))
+    one = OneOperator(Sample(ops.attention, (q, k, v), {"enable_gqa": True}))
+    tokens = Layout.whole(4).with_dims({2: mesh.divide(64, ("ulysses",))})
+    lowered = LowerAttention(mesh).apply(one.program([tokens] * 3))
+    keys = operands(the_operator(lowered))[1].meta[LAYOUT].dims[1]
+    assert [part.runs for part in keys.parts] == [((0, 1),), ((0, 1),), ((1, 1),), ((1, 1),)]
+    one.check(mesh, lowered)

@@ -37,7 +37,7 @@ def _candidates(call: Call) -> Iterator[tuple[int, Partition]]:
             if partition is None:
                 continue
             if partition.size == call.out.shape[d]:
-                whole_groups = group == 1 or d != -3 or _shared(partition, group) is not None
+                whole_groups = group == 1 or d != -3 or shared_heads(partition, group) is not None
                 if whole_groups:
                     yield d, partition
             elif group > 1 and d == -3:
@@ -45,10 +45,10 @@ def _candidates(call: Call) -> Iterator[tuple[int, Partition]]:
                 yield d, partition.map(call.out.shape[d], lambda part, e=every: part.outer(e, group))  # type: ignore[misc]
 
 
-def _shared(heads: Partition, group: int) -> Partition | None:
-    """The heads of keys for these heads of queries; None where a rank has part of a group."""
+def shared_heads(heads: Partition, group: int) -> Partition | None:
+    """The heads of keys for these heads of queries; None where a rank has unlike parts of several groups."""
     pairs = {part: part.factor(group) for part in set(heads.parts)}
-    if any(pair is None or not pair[1].is_whole(group) for pair in pairs.values()):
+    if any(pair is None for pair in pairs.values()):
         return None
     return Partition(heads.size // group, tuple(pair[0] for part in heads.parts if (pair := pairs[part])))
 
@@ -91,7 +91,7 @@ def _fit(call: Call, operand: int, head: Dims) -> Dims:
         partition = head[d + ndim]
         if partition is not None and partition.size != shape[d]:
             shared = d == -3 and operand > 0 and _grouped(call) > 1
-            partition = _shared(partition, _grouped(call)) if shared else None
+            partition = shared_heads(partition, _grouped(call)) if shared else None
         dims.append(partition)
     return tuple(dims)
 
