@@ -10,7 +10,7 @@ from torch import fx
 from xdit_ir import ops
 from xdit_ir.passes.base import map_graphs, remove_dead
 from xdit_ir.passes.emit import Emitter
-from xdit_ir.passes.views import PERMUTES, VIEWS, permutation
+from xdit_ir.passes.views import PERMUTES, VIEWS, order_of
 from xdit_ir.program import SPEC, Program
 from xdit_ir.rules.base import bound_arguments, operands
 
@@ -47,7 +47,7 @@ def _unrepeated(emitter: Emitter, x: fx.Node) -> tuple[fx.Node, int] | None:
     """The value before its heads (third dim from the right) were repeated, and how often they were."""
     dims = list(range(len(x.meta[SPEC].shape)))
     while x.target in PERMUTES:
-        before = permutation(x)
+        before = order_of(x, len(dims))
         dims, x = [before[d] for d in dims], operands(x)[0]
     found = _interleaved(x, dims[-3]) or _expanded(emitter, x, dims[-3])
     return None if found is None else (emitter.permute(found[0], dims), found[1])
