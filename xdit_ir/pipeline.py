@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,9 @@ def mesh_of(degrees: dict[str, Any]) -> Mesh:
     """The mesh of these degrees; raises `ParallelizeError` for what is no degree."""
     for name, degree in degrees.items():
         if name not in MESH_DIMS:
-            raise ParallelizeError(f"{name}={degree!r} is no parallel degree; there are {', '.join(MESH_DIMS)}")
+            near = difflib.get_close_matches(name, MESH_DIMS, n=1)
+            hint = f"did you mean {near[0]}={degree!r}? " if near else ""
+            raise ParallelizeError(f"{name}={degree!r} is no parallel degree; {hint}there are {', '.join(MESH_DIMS)}")
         if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
             raise ParallelizeError(f"{name}={degree!r} is not a positive integer; the nearest legal one is {name}=1")
     if degrees.get("pipefusion", 1) != 1:
