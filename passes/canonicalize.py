@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import fx
 
 from xdit_ir import ops
 from xdit_ir.passes.base import map_graphs, remove_dead
+from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
-from xdit_ir.program import SPEC, WHERE, Program, TensorSpec
+from xdit_ir.program import SPEC, Program
 from xdit_ir.rules.base import bound_arguments
 
 aten = torch.ops.aten
@@ -43,7 +43,17 @@ def _canonicalize(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        for rewrite in (_drop_copy, _type_as, _dense, _empty_parts, _patches, _attention, _collapse_views, _reshape):
+        for rewrite in (
+            _drop_copy,
+            _type_as,
+            _dense,
+            _empty_parts,
+            _padded,
+            _patches,
+            _attention,
+            _collapse_views,
+            _reshape,
+        ):
             if rewrite(graph, node):
                 break
     remove_dead(graph)
@@ -51,7 +61,7 @@ def _canonicalize(graph: fx.Graph) -> None:
 
 def _drop_copy(graph: fx.Graph, node: fx.Node) -> bool:
     same = node.target is aten._to_copy.default and _is_noop_cast(node)
-    idle = node.target in (aten.dropout.default, aten.native_dropout.default) and not node.args[2]
+    idle = node.target is aten.dropout.default and not (node.args[1] and node.args[2])
     if node.target not in COPIES and not same and not idle:
         return False
     source = node.args[0]
@@ -104,6 +114,27 @@ def _empty_parts(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
+def _padded(graph: fx.Graph, node: fx.Node) -> bool:
+    """`pad_sequence`: every sequence padded behind to the length of the longest, then stacked."""
+    if node.target is not aten.pad_sequence.default:
+        return False
+    given = bound_arguments(node)
+    if given["padding_side"] != "right":
+        return False
+    emitter, parts = Emitter(graph, node), []
+    length = max(part.meta[SPEC].shape[0] for part in given["sequences"])
+    for part in given["sequences"]:
+        own, *rest = part.meta[SPEC].shape
+        if own < length:
+            amounts = [0] * (2 * len(rest)) + [0, length - own]
+            args = (part, amounts, given["padding_value"])
+            part = emitter.emit(aten.constant_pad_nd.default, args, (length, *rest))
+        parts.append(part)
+    dim = 0 if given["batch_first"] else 1
+    node.replace_all_uses_with(emitter.emit(aten.stack.default, (parts, dim), node.meta[SPEC].shape))
+    return True
+
+
 def _attention(graph: fx.Graph, node: fx.Node) -> bool:
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
@@ -129,7 +160,7 @@ def _collapse_views(graph: fx.Graph, node: fx.Node) -> bool:
         return True
     if source is node.args[0] and node.target in VIEWS:
         return False
-    new = _emit(graph, node)(aten.reshape.default, (source, list(node.meta[SPEC].shape)), node.meta[SPEC].shape)
+    new = Emitter(graph, node).reshape(source, node.meta[SPEC].shape)
     node.replace_all_uses_with(new)
     return True
 
@@ -140,20 +171,6 @@ def _reshape(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     node.target = aten.reshape.default
     return True
-
-
-def _emit(graph: fx.Graph, node: fx.Node) -> Callable[[Any, tuple[Any, ...], tuple[int, ...]], fx.Node]:
-    """A function that adds operators of the node's dtype and origin before it."""
-
-    def emit(target: Any, args: tuple[Any, ...], shape: tuple[int, ...]) -> fx.Node:
-        with graph.inserting_before(node):
-            new = graph.call_function(target, args)
-        new.meta = {SPEC: TensorSpec(tuple(shape), node.meta[SPEC].dtype)}
-        if WHERE in node.meta:
-            new.meta[WHERE] = node.meta[WHERE]
-        return new
-
-    return emit
 
 
 def _patches(graph: fx.Graph, node: fx.Node) -> bool:
@@ -174,16 +191,13 @@ def _patches(graph: fx.Graph, node: fx.Node) -> bool:
     if list(given["stride"]) != kernel and len(set(kernel)) > 1:
         return False
     features, tokens = in_channels * math.prod(kernel), math.prod(grid)
-    emit = _emit(graph, node)
+    emitter = Emitter(graph, node)
     split = [batch, in_channels, *(n for pair in zip(grid, kernel, strict=True) for n in pair)]
-    order = [0, *range(2, 2 + 2 * count, 2), 1, *range(3, 3 + 2 * count, 2)]
-    y = emit(aten.reshape.default, (x, split), tuple(split))
-    y = emit(aten.permute.default, (y, order), tuple(split[d] for d in order))
-    y = emit(aten.reshape.default, (y, [batch, tokens, features]), (batch, tokens, features))
-    matrix = emit(aten.reshape.default, (weight, [out_channels, features]), (out_channels, features))
-    y = emit(aten.linear.default, (y, matrix, given["bias"]), (batch, tokens, out_channels))
-    y = emit(aten.reshape.default, (y, [batch, *grid, out_channels]), (batch, *grid, out_channels))
-    order = [0, count + 1, *range(1, count + 1)]
-    y = emit(aten.permute.default, (y, order), (batch, out_channels, *grid))
-    node.replace_all_uses_with(y)
+    y = emitter.reshape(x, split)
+    y = emitter.permute(y, [0, *range(2, 2 + 2 * count, 2), 1, *range(3, 3 + 2 * count, 2)])
+    y = emitter.reshape(y, [batch, tokens, features])
+    matrix = emitter.reshape(weight, [out_channels, features])
+    y = emitter.emit(aten.linear.default, (y, matrix, given["bias"]), (batch, tokens, out_channels))
+    y = emitter.reshape(y, [batch, *grid, out_channels])
+    node.replace_all_uses_with(emitter.permute(y, [0, count + 1, *range(1, count + 1)]))
     return True

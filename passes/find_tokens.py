@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from xdit_ir.cost import attention_mesh_dims, program_flops
+from xdit_ir.cost import program_flops
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import SPEC, Program, TokenAxis, is_block_call
-from xdit_ir.propagate import Propagation
+from xdit_ir.passes.streams import leading_values
+from xdit_ir.program import SPEC, Program, TokenAxis
+from xdit_ir.propagate import Attempt, Propagation
 from xdit_ir.rules.base import operands
 from xdit_ir.rules.views import groups
 
@@ -25,9 +26,9 @@ aten = torch.ops.aten
 class FindTokens:
     """Cut every candidate dimension in two on a probe mesh, follow the rules, and keep those that reach a query.
 
-    Candidates are the dimensions of what flows from the prologue into block calls (of the inputs where there are no
-    blocks). The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come streams that reach
-    no query, but whose work before the blocks can be divided and gathered.
+    Candidates are the dimensions of what flows from the prologue into block calls, and those of the inputs that no
+    such stream divides. The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come streams
+    that reach no query, but whose work can be divided nevertheless.
     """
 
     name: str = "find-tokens"
@@ -37,42 +38,52 @@ class FindTokens:
         probe = Propagation(program, PROBE)
         whole = program_flops(program, None)[0]
         found: list[tuple[bool, int, int, TokenAxis]] = []
-        for node in _candidates(program.graph):
-            ndim = len(node.meta[SPEC].shape)
+        reaching: list[Attempt] = []
+        for node in leading_values(program.graph):
+            if node.op == "placeholder" and any(_has_divided(one, node) for one in reaching):
+                continue
             for dim, size in enumerate(node.meta[SPEC].shape):
                 if size < 2:
                     continue
-                cut = Layout.whole(ndim).with_dims({dim: PROBE.divide(size, ("ulysses",))})
-                axis = TokenAxis(node.name, dim, size)
-                tried = probe.run({node.name: (cut,)})
-                if "ulysses" not in attention_mesh_dims(tried, PROBE, keys=False):
-                    if not 0 < dim < ndim - 1:
-                        continue
-                    axis = replace(axis, gathered=True)
-                    tried = probe.run({node.name: (cut, Layout.whole(ndim))})
-                work = max(program_flops(tried, PROBE))
-                if work < whole:
-                    found.append((axis.gathered, work, len(found), axis))
+                axis, tried = _probed(probe, node, dim)
+                if tried is None or max(tried.flops()) >= whole:
+                    continue
+                found.append((axis.gathered, max(tried.flops()), len(found), axis))
+                if not axis.gathered:
+                    reaching.append(tried)
         axes = [_detailed(program, axis) for *_, axis in sorted(found)]
         return program.replace(tokens=tuple(axes))
 
 
+def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Attempt | None]:
+    """The stream and what it divides; nothing where it reaches no query and is no dim that could be tokens."""
+    shape = node.meta[SPEC].shape
+    cut = Layout.whole(len(shape)).with_dims({dim: PROBE.divide(shape[dim], ("ulysses",))})
+    axis = TokenAxis(node.name, dim, shape[dim])
+    tried = probe.attempt({node.name: (cut,)})
+    if "ulysses" in tried.attention_mesh_dims("queries"):
+        return axis, tried
+    axis = replace(axis, gathered=True)
+    if node.op == "placeholder":
+        features = tried.sums_up() or dim == len(shape) - 1 > 0
+        return axis, None if features or tried.attention_mesh_dims("batch") else tried
+    inner = 0 < dim < len(shape) - 1
+    return axis, probe.attempt({node.name: (cut, Layout.whole(len(shape)))}) if inner else None
+
+
+def _has_divided(attempt: Attempt, node: fx.Node) -> bool:
+    layout = attempt.layout(node.name)
+    return layout is not None and not layout.is_whole
+
+
+def divides(attempt: Attempt, name: str, dim: int) -> bool:
+    """Whether a dim of the value of this name is divided, or nothing is left of the value."""
+    layout = attempt.layout(name)
+    return layout is None or layout.dims[dim] is not None
+
+
 def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
     return replace(axis, units=_units(program, axis.size), segments=_segments(program, axis.size))
-
-
-def _candidates(graph: fx.Graph) -> list[fx.Node]:
-    """Floating-point values that enter block calls and do not come out of one; without blocks: the inputs."""
-    after: set[fx.Node] = set()
-    entering: dict[fx.Node, None] = {}
-    for node in graph.nodes:
-        sources = operands(node)
-        if is_block_call(node):
-            entering |= dict.fromkeys(source for source in sources if source not in after)
-        if is_block_call(node) or any(source in after for source in sources):
-            after.add(node)
-    chosen = list(entering) or [node for node in graph.nodes if node.op == "placeholder"]
-    return [node for node in chosen if node.meta[SPEC].dtype.is_floating_point and node.op != "get_attr"]
 
 
 def _graphs(program: Program) -> Iterator[fx.Graph]:

@@ -14,6 +14,7 @@ from xdit_ir.partition import Indices, Partition
 from xdit_ir.program import Program
 from xdit_ir.propagate import Propagation
 from xdit_ir.rules import decide
+from xdit_ir.rules.attentions import shared_heads
 from xdit_ir.rules.base import Call, Ruling
 
 ULYSSES, RING = "ulysses", "ring"
@@ -64,42 +65,46 @@ class LowerAttention:
     def _heads(self, call: Call, q: Layout, k: Layout) -> tuple[int, Partition, Partition] | None:
         """The dim to divide for Ulysses and how, or None where gathering keys and values is better."""
         degree = self.mesh.size((ULYSSES,))
-        ndim = len(call.out.shape)
-        for dim in range(ndim - 3, -1, -1):
-            q_size, k_size = call.specs[0].shape[dim], call.specs[1].shape[dim]
-            if q.dims[dim] is None and k.dims[dim] is None and min(q_size, k_size) >= degree:
-                break
-        else:
-            return None
-        if not self._worth(call, k_size, degree):
-            return None
-        k_heads = self.mesh.divide(k_size, (ULYSSES,))
-        group, every = q_size // k_size, Indices.range(0, q_size // k_size)
-        q_heads = k_heads.map(q_size, lambda part: part.outer(every, group)) if group > 1 else k_heads
-        return dim, q_heads, k_heads
+        for dim in range(len(call.out.shape) - 3, -1, -1):
+            sizes = call.specs[0].shape[dim], call.specs[1].shape[dim]
+            found = self._divided(*sizes, degree) if q.dims[dim] is None and k.dims[dim] is None else None
+            if found is not None:
+                return (dim, *found) if self._worth(call, *sizes, degree) else None
+        return None
 
-    def _worth(self, call: Call, heads: int, degree: int) -> bool:
+    def _divided(self, queries: int, keys: int, degree: int) -> tuple[Partition, Partition] | None:
+        """So many heads of queries and of keys, of which several ranks may need the same one."""
+        group = queries // keys
+        if min(queries, keys) >= degree:
+            k_heads, every = self.mesh.divide(keys, (ULYSSES,)), Indices.range(0, group)
+            return (k_heads.map(queries, lambda part: part.outer(every, group)) if group > 1 else k_heads), k_heads
+        if queries < degree or keys == 1:
+            return None
+        q_heads = self.mesh.divide(queries, (ULYSSES,))
+        shared = shared_heads(q_heads, group)
+        return None if shared is None else (q_heads, shared)
+
+    def _worth(self, call: Call, queries: int, heads: int, degree: int) -> bool:
         """Whether Ulysses with possibly uneven heads beats whole heads over gathered keys, per rank."""
         q, k, v = (math.prod(spec.shape) * spec.dtype.itemsize for spec in call.specs[:3])
         flops = 4 * math.prod(call.specs[0].shape) * call.specs[1].shape[-2]
-        share, away = math.ceil(heads / degree) / heads, (degree - 1) / degree
-        exchange = (2 * q + k + v) / degree * away
+        count, away = heads if heads >= degree else queries, (degree - 1) / degree
+        share = math.ceil(count / degree) / count
+        exchange = (2 * q / degree + (k + v) / min(degree, heads)) * away
         gathering = (k + v) * away
         return self.machine.seconds(flops * share, exchange) <= self.machine.seconds(flops / degree, gathering)
 
     def _causal(self, call: Call, ruling: Ruling) -> Ruling:
-        """Causality needs the natural order: divide heads over every sequence mesh dim, or gather everything."""
-        out, q, k = ruling.outputs, ruling.inputs[0], ruling.inputs[1]
+        """Causality needs keys in natural order: divide heads over every sequence mesh dim, or gather the keys and
+        tell each rank the places of its queries."""
+        out, q, k = ruling.outputs, ruling.inputs[0], ruling.inputs[1].with_dims({-2: None})
         assert isinstance(out, Layout)
-        talk = call.varies(k.dims[-2]) | call.varies(q.dims[-2])
+        talk = call.varies(ruling.inputs[1].dims[-2]) | call.varies(q.dims[-2])
         size = call.specs[1].shape[-3] if len(call.out.shape) > 2 else 0
-        q, k = q.with_dims({-2: None}), k.with_dims({-2: None})
-        same = size == call.out.shape[-3] and size >= self.mesh.size(talk) and q.dims[-3] is None
-        if same:
+        if size == call.out.shape[-3] and size >= self.mesh.size(talk) and q.dims[-3] is None:
             heads = self.mesh.divide(size, talk)
-            q, k = q.with_dims({-3: heads}), k.with_dims({-3: heads})
-        fallback = "" if same else "causal attention with fewer heads than ranks"
-        return Ruling((q, k, k, *_masks(call, q, k)), q, after=None if q == out else out, fallback=fallback)
+            q, k = q.with_dims({-3: heads, -2: None}), k.with_dims({-3: heads})
+        return Ruling((q, k, k, *_masks(call, q, k)), q, after=None if q == out else out)
 
 
 def _gathered(call: Call, layout: Layout, dims: Collection[str]) -> Partition | None:

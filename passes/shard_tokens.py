@@ -6,14 +6,20 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from xdit_ir.cost import moved_bytes, program_flops
+from xdit_ir.cost import program_flops
+from xdit_ir.draft import Layouts
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
+from xdit_ir.passes.find_tokens import divides
 from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
-from xdit_ir.propagate import Layouts, Propagation, Seeds
+from xdit_ir.propagate import Attempt, Propagation, Seeds
 
 SEQUENCE = ("ring", "ulysses")
+# The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
+WORTH = 0.95
+# The work of all ranks, if each had that of the slowest, that is not worth a look for further streams.
+BALANCED = 10_100
 
 
 @dataclass(frozen=True, order=True)
@@ -27,7 +33,7 @@ class Price:
 @dataclass(frozen=True)
 class _Choice:
     price: Price
-    program: Program
+    attempt: Attempt
     seeds: Seeds
 
 
@@ -36,7 +42,8 @@ class ShardTokens:
     """Propose partitions of the best token stream, propagate each, keep the cheapest, add further streams greedily.
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
-    a view's inner factor (rows, frames). Numerics: exact.
+    a view's inner factor (rows, frames). Streams that reach no query are gathered before the blocks, or their keys are
+    exchanged, where that saves enough work. Numerics: exact.
     """
 
     mesh: Mesh
@@ -50,37 +57,43 @@ class ShardTokens:
         trial = Propagation(program, self.mesh)
         best: _Choice | None = None
         for axis in program.tokens:
-            if axis.gathered and best is None:
+            if axis.gathered and (best is None or best.price.work * degree <= BALANCED):
                 break
-            if best is not None and _layout(best.program, axis).dims[axis.dim] is not None:
+            if best is not None and divides(best.attempt, axis.value, axis.dim):
                 continue
             for layouts in self._proposals(program, axis):
                 seeds = {**(best.seeds if best else {}), axis.value: layouts}
-                choice = self._priced(trial.run(seeds), seeds)
-                if best is None or choice.price < best.price:
+                choice = self._priced(program, trial.attempt(seeds), seeds)
+                if best is None or (choice.price < best.price and self._is_worth(choice, best, axis)):
                     best = choice
         if best is None:
             raise ParallelizeError(
                 f"ulysses x ring = {degree} divides the tokens, but no attention of this model takes its queries "
                 "from a token stream that could be divided; use ulysses=1, ring=1"
             )
-        return best.program.replace(mesh=self.mesh)
+        return best.attempt.program().replace(mesh=self.mesh)
 
-    def _priced(self, program: Program, seeds: Seeds) -> _Choice:
-        slowest, total = max(program_flops(program, self.mesh)), max(program_flops(program, None)[0], 1)
-        return _Choice(Price(round(10_000 * slowest / total), moved_bytes(program, self.mesh)), program, seeds)
+    def _is_worth(self, choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:
+        """Each further stream costs communication, keys that are exchanged in every block most of all."""
+        exchanged = axis.gathered and len(choice.seeds[axis.value]) == 1
+        return choice.price.work <= (WORTH if exchanged else 1) * best.price.work
+
+    def _priced(self, program: Program, tried: Attempt, seeds: Seeds) -> _Choice:
+        slowest, total = max(tried.flops()), max(program_flops(program, None)[0], 1)
+        return _Choice(Price(round(10_000 * slowest / total), tried.moved_bytes()), tried, seeds)
 
     def _proposals(self, program: Program, axis: TokenAxis) -> Iterator[Layouts]:
         have = _layout(program, axis)
         if have.dims[axis.dim] is not None:
             return
-        seen = set()
-        for unit, segments in itertools.product((1, *axis.units), ((), *axis.segments)):
-            partition = self.mesh.divide(axis.size, SEQUENCE, unit, segments)
-            if partition not in seen:
-                seen.add(partition)
-                cut = have.with_dims({axis.dim: partition})
-                yield (cut, have) if axis.gathered else (cut,)
+        even = self.mesh.divide(axis.size, SEQUENCE)
+        if axis.gathered:
+            cut = have.with_dims({axis.dim: even})
+            yield from ((cut, have), (cut,))
+            return
+        finer = itertools.product((1, *axis.units), ((), *axis.segments))
+        partitions = (self.mesh.divide(axis.size, SEQUENCE, unit, segments) for unit, segments in finer)
+        yield from ((have.with_dims({axis.dim: one}),) for one in dict.fromkeys((even, *partitions)))
 
 
 def _layout(program: Program, axis: TokenAxis) -> Layout:

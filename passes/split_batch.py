@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xdit_ir.cost import attention_mesh_dims, program_flops
+from torch import fx
+
+from xdit_ir.cost import program_flops
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
+from xdit_ir.passes.find_tokens import divides
+from xdit_ir.passes.streams import leading_values
 from xdit_ir.program import SPEC, Program
-from xdit_ir.propagate import Propagation
+from xdit_ir.propagate import Attempt, Propagation, Seeds
 
 # Dividing a batch at least nearly halves the work; a cut that leaves more than this divides something else.
 WORTH = 0.9
+# More cuts are looked for where the work exceeds a fair share by more than this, and kept where they save so much.
+BALANCED, FURTHER = 1.01, 0.995
+
+
+@dataclass(frozen=True)
+class _Choice:
+    work: int
+    size: int
+    seeds: Seeds
+    attempt: Attempt
 
 
 @dataclass(frozen=True)
 class SplitBatch:
-    """Cut the batch of one input and let demand cut the others; the outputs are gathered. Numerics: exact."""
+    """Cut the batch of one input and let demand cut the others; the outputs are gathered. Numerics: exact.
+
+    A batch that the model takes apart and puts together again is cut once more behind that, and before.
+    """
 
     mesh: Mesh
     name: str = "split-batch"
@@ -28,23 +45,32 @@ class SplitBatch:
         if degree == 1:
             return program
         trial = Propagation(program, self.mesh)
-        tried: list[tuple[int, int, int, Program]] = []
-        for node in program.graph.nodes:
-            if node.op != "placeholder" or not node.meta[SPEC].shape or not node.meta[SPEC].dtype.is_floating_point:
-                continue
-            shape = node.meta[SPEC].shape
-            layout = Layout.whole(len(shape)).with_dims({0: self.mesh.divide(shape[0], ("cfg",))})
-            result = trial.run({node.name: (layout,)})
-            if "cfg" in attention_mesh_dims(result, self.mesh):
-                continue
-            tried.append((max(program_flops(result, self.mesh)), len(tried), shape[0], result))
+        values = [node for node in leading_values(program.graph) if node.meta[SPEC].shape]
+        inputs = [node for node in program.graph.nodes if node in values and node.op == "placeholder"]
+        tried = [choice for node in inputs if (choice := self._tried(trial, node, {})) is not None]
         whole = program_flops(program, None)[0]
-        if not tried or min(tried)[0] > WORTH * whole:
-            raise ParallelizeError(_explain(degree, [size for _, _, size, _ in tried]))
-        best = min(tried, key=lambda one: one[:2])
-        if best[2] < degree:
-            raise ParallelizeError(_explain(degree, [best[2]]))
-        return best[3].replace(mesh=self.mesh)
+        best = min(tried, key=lambda one: one.work, default=None)
+        if best is None or best.work > WORTH * whole:
+            raise ParallelizeError(_explain(degree, [one.size for one in tried]))
+        if best.size < degree:
+            raise ParallelizeError(_explain(degree, [best.size]))
+        for node in values:
+            if best.work * degree <= BALANCED * whole:
+                break
+            if node.meta[SPEC].shape[0] == best.size and not divides(best.attempt, node.name, 0):
+                more = self._tried(trial, node, best.seeds)
+                best = more if more is not None and more.work <= FURTHER * best.work else best
+        return best.attempt.program().replace(mesh=self.mesh)
+
+    def _tried(self, trial: Propagation, node: fx.Node, seeds: Seeds) -> _Choice | None:
+        """The choice to cut this value too, unless that divides queries or keys."""
+        shape = node.meta[SPEC].shape
+        layout = Layout.whole(len(shape)).with_dims({0: self.mesh.divide(shape[0], ("cfg",))})
+        seeds = {**seeds, node.name: (layout,)}
+        result = trial.attempt(seeds)
+        if "cfg" in result.attention_mesh_dims("queries", "keys"):
+            return None
+        return _Choice(max(result.flops()), shape[0], seeds, result)
 
 
 def _explain(degree: int, sizes: list[int]) -> str:

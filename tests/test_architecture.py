@@ -19,7 +19,7 @@ LAYERS = (
     ("xdit_ir.layout", "xdit_ir.program"),
     ("xdit_ir.ops", "xdit_ir.interpret", "xdit_ir.capture"),
     ("xdit_ir.rules",),
-    ("xdit_ir.propagate", "xdit_ir.cost", "xdit_ir.printer"),
+    ("xdit_ir.draft", "xdit_ir.propagate", "xdit_ir.cost", "xdit_ir.printer"),
     ("xdit_ir.verify",),
     ("xdit_ir.passes",),
     ("xdit_ir.runtime.exchange", "xdit_ir.runtime.attention"),

@@ -13,12 +13,14 @@ from torch import fx
 from xdit_ir import ops
 from xdit_ir.layout import Layout, plan
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import LAYOUT, SPEC, Program, is_block_call
+from xdit_ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
 from xdit_ir.rules.base import operands
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
 Formula = Callable[[fx.Node, Sequence[Shape], Shape], int]
+Placed = tuple[TensorSpec, Layout]
+ATTENTIONS = (ops.attention, ops.ring_attention)
 
 
 def _product(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
@@ -68,20 +70,31 @@ FORMULAS: dict[Any, Formula] = {
 }
 
 
-def node_flops(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
-    """Multiplications and additions of one node for these operand and result shapes."""
-    formula = FORMULAS.get(getattr(node.target, "overloadpacket", node.target))
+def node_flops(node: fx.Node, target: Any, shapes: Sequence[Shape], out: Shape) -> int:
+    """Multiplications and additions of a node, if its operator were `target`, for these operand and result shapes."""
+    formula = FORMULAS.get(getattr(target, "overloadpacket", target))
     return 0 if formula is None else formula(node, shapes, out)
 
 
-def _is_counted(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "overloadpacket", node.target) in FORMULAS
+def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Placed, mesh: Mesh) -> list[int]:
+    """FLOPs per rank of an operator on values of these types and layouts; nothing where none are counted.
+
+    An attention meets all keys, whoever has them before it is lowered.
+    """
+    if getattr(target, "overloadpacket", target) not in FORMULAS:
+        return []
+    total = []
+    for rank in range(mesh.world_size):
+        shapes = [layout.local_shape(spec.shape, rank) for spec, layout in sources]
+        if target in ATTENTIONS:
+            shapes[1] = sources[1][0].shape
+        total.append(node_flops(node, target, shapes, out[1].local_shape(out[0].shape, rank)))
+    return total
 
 
 def graph_flops(graph: fx.Graph, mesh: Mesh | None) -> list[int]:
     """FLOPs per rank of a graph with layouts, block calls aside; without a mesh: of one device, as a single entry."""
-    ranks = range(mesh.world_size) if mesh else range(1)
-    total = [0 for _ in ranks]
+    total = [0] * (mesh.world_size if mesh else 1)
     for node in graph.nodes:
         if _is_counted(node):
             total = [a + b for a, b in zip(total, local_flops(node, mesh), strict=True)]
@@ -92,19 +105,15 @@ def local_flops(node: fx.Node, mesh: Mesh | None) -> list[int]:
     """FLOPs per rank of one node that is no block call."""
     if not _is_counted(node):
         return [0] * (mesh.world_size if mesh else 1)
-    sources, counts = operands(node), []
-    for rank in range(mesh.world_size if mesh else 1):
-        shapes = [_local(source, rank, mesh) for source in sources]
-        if node.target is ops.ring_attention:
-            shapes[1] = sources[1].meta[SPEC].shape
-        counts.append(node_flops(node, shapes, _local(node, rank, mesh)))
-    return counts
+    sources, out = operands(node), node.meta[SPEC]
+    if mesh is None:
+        return [node_flops(node, node.target, [source.meta[SPEC].shape for source in sources], out.shape)]
+    placed = [(source.meta[SPEC], source.meta[LAYOUT]) for source in sources]
+    return step_flops(node, node.target, placed, (out, node.meta[LAYOUT]), mesh)
 
 
-def _local(node: fx.Node, rank: int, mesh: Mesh | None) -> Shape:
-    shape: Shape = node.meta[SPEC].shape
-    layout: Layout | None = node.meta.get(LAYOUT)
-    return shape if mesh is None or layout is None else layout.local_shape(shape, rank)
+def _is_counted(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "overloadpacket", node.target) in FORMULAS
 
 
 def program_flops(program: Program, mesh: Mesh | None) -> list[int]:
@@ -118,10 +127,13 @@ def program_flops(program: Program, mesh: Mesh | None) -> list[int]:
 
 
 def relayout_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
-    """Bytes that each rank sends in one change of layout; an all-reduce as a ring reduce-scatter and all-gather."""
-    source = operands(node)[0]
-    spec, have, want = node.meta[SPEC], source.meta[LAYOUT], node.meta[LAYOUT]
-    if node.target is ops.all_reduce:
+    """Bytes that each rank sends in one change of layout."""
+    return relayout_sent(node.target, node.meta[SPEC], operands(node)[0].meta[LAYOUT], node.meta[LAYOUT], mesh)
+
+
+def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mesh: Mesh) -> tuple[int, ...]:
+    """The same by type and layouts; an all-reduce as a ring reduce-scatter and all-gather."""
+    if target is ops.all_reduce:
         count = mesh.size(have.partial - want.partial)
         shapes = (want.local_shape(spec.shape, rank) for rank in range(mesh.world_size))
         return tuple(2 * math.prod(s) * spec.dtype.itemsize * (count - 1) // count for s in shapes)
@@ -156,25 +168,3 @@ class Machine:
     def seconds(self, flops: float, sent: float) -> float:
         """Time of so much work and traffic, not overlapped."""
         return flops / self.flops + sent / self.bytes
-
-
-def moved_bytes(program: Program, mesh: Mesh) -> int:
-    """Bytes that the busiest rank sends in changes of layout."""
-    calls = [str(node.args[0]) for node in program.calls]
-    total = 0
-    for graph, count in ((program.graph, 1), *((b.graph, calls.count(name)) for name, b in program.blocks.items())):
-        for node in graph.nodes:
-            if ops.is_relayout(node.target) and node.target is not ops.shard:
-                total += count * max(relayout_bytes(node, mesh))
-    return total
-
-
-def attention_mesh_dims(program: Program, mesh: Mesh, *, keys: bool = True) -> frozenset[str]:
-    """The mesh dims that divide the queries (or keys, unless told otherwise) of some attention."""
-    found: frozenset[str] = frozenset()
-    for graph in (program.graph, *(block.graph for block in program.blocks.values())):
-        for node in graph.nodes:
-            if node.target in (ops.attention, ops.ring_attention):
-                for source in operands(node)[: 1 + keys]:
-                    found |= mesh.varies(source.meta[LAYOUT].dims[-2])
-    return found

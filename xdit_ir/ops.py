@@ -7,6 +7,7 @@ rank does instead is decided by `xdit_ir.specialize` and done by `xdit_ir.runtim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,18 @@ def attention(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def attention_of_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rows: Runs, **options: Any
+) -> torch.Tensor:
+    """Causal `attention` of some queries only, with all keys in natural order; `rows` are their positions."""
+    places = torch.cat([torch.arange(start, start + length, device=q.device) for start, length in rows or ((0, 0),)])
+    past = places[:, None] >= torch.arange(k.shape[-2], device=q.device)
+    if mask is None:
+        return attention(q, k, v, past, **options)
+    hidden = mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, float("-inf"))
+    return attention(q, k, v, hidden, **options)
 
 
 def ring_attention(

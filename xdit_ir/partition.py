@@ -134,6 +134,16 @@ class Indices:
         """Those of these that `other` holds too, in the order of these."""
         return Indices.of_array(self.array[np.isin(self.array, other.array)])
 
+    def places_in(self, other: Indices) -> Indices:
+        """Local positions, ascending, of those of these that `other` holds too."""
+        return Indices.of_array(np.flatnonzero(np.isin(self.array, other.array)))
+
+    def merged(self, others: Indices) -> Indices:
+        """These and others: in natural order if these are, else the others behind."""
+        both = self.concat(others)
+        ascending = bool((np.diff(self.array) > 0).all())
+        return Indices.of_array(np.sort(both.array)) if ascending else both
+
     def without(self, other: Indices) -> Indices:
         """Those of these that `other` does not hold, in the order of these."""
         return Indices.of_array(self.array[~np.isin(self.array, other.array)])
@@ -221,3 +231,16 @@ def even_pieces(size: int, count: int, unit: int = 1, segments: Sequence[int] = 
             pieces[piece] = pieces[piece].concat(run)
         offset += length
     return pieces
+
+
+def selected(partition: Partition | None, places: Indices) -> Partition | None:
+    """The partition of the values at these places of a dimension, in this order, where every rank keeps its own."""
+    return None if partition is None else partition.map(places.size, places.places_in)
+
+
+def spread(mesh_divide: Callable[[int], Partition], kept: Partition, places: Indices, size: int) -> Partition:
+    """A partition of a dimension whose values at these places are divided like `kept`, the others evenly."""
+    rest = Indices.range(0, size).without(places)
+    shares = mesh_divide(rest.size).parts
+    parts = (places.at(own).merged(rest.at(share)) for own, share in zip(kept.parts, shares, strict=True))
+    return Partition(size, tuple(parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,17 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
+from xdit_ir.passes.compose_attention import ComposeAttention
 from xdit_ir.passes.find_tokens import FindTokens
+from xdit_ir.passes.group_keys import GroupKeys
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
 from xdit_ir.passes.split_joins import SplitJoins
+from xdit_ir.passes.split_statistics import SplitStatistics
+from xdit_ir.passes.take_known import TakeKnown
 from xdit_ir.program import Program
 from xdit_ir.verify import verify
 
@@ -24,7 +29,7 @@ After = Callable[[Pass, Program], None]
 
 def analysis_passes() -> list[Pass]:
     """Passes that do not depend on the mesh."""
-    return [Canonicalize(), FindTokens()]
+    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), SplitStatistics(), FindTokens()]
 
 
 def mesh_passes(mesh: Mesh) -> list[Pass]:
@@ -44,7 +49,9 @@ def mesh_of(degrees: dict[str, Any]) -> Mesh:
     """The mesh of these degrees; raises `ParallelizeError` for what is no degree."""
     for name, degree in degrees.items():
         if name not in MESH_DIMS:
-            raise ParallelizeError(f"{name}={degree!r} is no parallel degree; there are {', '.join(MESH_DIMS)}")
+            near = difflib.get_close_matches(name, MESH_DIMS, n=1)
+            hint = f"did you mean {near[0]}={degree!r}? " if near else ""
+            raise ParallelizeError(f"{name}={degree!r} is no parallel degree; {hint}there are {', '.join(MESH_DIMS)}")
         if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
             raise ParallelizeError(f"{name}={degree!r} is not a positive integer; the nearest legal one is {name}=1")
     if degrees.get("pipefusion", 1) != 1:

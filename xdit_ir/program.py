@@ -108,8 +108,8 @@ class Literal:
 class TokenAxis:
     """A stream of tokens: dimension `dim` of the outer value `value` becomes the queries of an attention.
 
-    A `gathered` one reaches no queries (text for cross-attention): only what is computed before `value` can be
-    divided, and `value` is gathered. `units` are inner factors by which views split
+    A `gathered` one reaches no queries (text for cross-attention): what is computed before `value` can be divided,
+    and `value` gathered, or its keys be exchanged. `units` are inner factors by which views split
     it (rows, frames), `segments` the lengths into which it is cut.
     """
 

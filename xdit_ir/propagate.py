@@ -9,30 +9,31 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
 from xdit_ir import ops
+from xdit_ir.draft import FALLBACK as FALLBACK
+from xdit_ir.draft import Draft, Layouts, Step
 from xdit_ir.layout import Layout, kind
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import LAYOUT, SPEC, WHERE, Block, Program, call_block, call_parts, is_block_call
+from xdit_ir.program import LAYOUT, SPEC, Block, Program, call_parts, is_block_call
 from xdit_ir.rules import decide, rule_for
-from xdit_ir.rules.base import Call, Ruling, operands, with_operands
+from xdit_ir.rules.base import Call, Ruling, as_layouts, operands
 
-FALLBACK = "fallback"
 Decide = Callable[[Call], Ruling]
-Layouts = tuple[Layout, ...]
 Seeds = Mapping[str, Layouts]
+# A block, the layouts of its arguments, and those that its results are brought into (None: as they come).
+Variant = tuple[str, Layouts, Layouts | None]
 
 
 @dataclass(frozen=True)
 class Body:
-    """A block for certain layouts of its arguments; `wants` are arguments that it would rather get cut."""
+    """A variant of a block; `wants` are arguments that it would rather get cut."""
 
-    graph: fx.Graph
-    outputs: Layouts
+    draft: Draft
     wants: Mapping[int, Layout]
 
 
@@ -43,220 +44,268 @@ class Propagation:
     program: Program
     mesh: Mesh
     decide: Decide = decide
-    bodies: dict[tuple[str, Layouts], Body] = field(default_factory=dict)
+    bodies: dict[Variant, Body] = field(default_factory=dict)
     rulings: dict[tuple[fx.Node, Layouts], Ruling] = field(default_factory=dict)
+    demands: dict[Any, Layouts | None] = field(default_factory=dict)
+    layouts: dict[Layout, Layout] = field(default_factory=dict)
 
     def run(self, seeds: Seeds | None = None) -> Program:
         """The program with layouts; `seeds` bring the values of these names (nodes of the outer graph) into the given
         layouts, one after the other."""
+        return self.attempt(seeds).program()
+
+    def attempt(self, seeds: Seeds | None = None) -> Attempt:
+        """The same, to be priced before it is written down."""
         inputs = [
             node.meta.get(LAYOUT, Layout.whole(len(node.meta[SPEC].shape)))
             for node in self.program.graph.nodes
             if node.op == "placeholder"
         ]
-        writer = _Writer(self, inputs, seeds or {}, outer=True)
-        for node in self.program.graph.nodes:
-            writer.visit(node)
-        _push_upstream(writer.graph, self)
-        return _named(self.program.replace(graph=writer.graph), writer.calls, self.bodies)
+        draft = _Writer(self, inputs, seeds or {}, None, outer=True).write(self.program.graph)
+        draft.sweep(lambda step: _push(step, self))
+        return Attempt(self, draft)
+
+    def same(self, layout: Layout) -> Layout:
+        """One object for equal layouts, which makes comparing them cheap."""
+        return self.layouts.setdefault(layout, layout)
 
     def rule(self, node: fx.Node, layouts: Layouts) -> Ruling:
         """The ruling for a node of the source program, remembered."""
         key = (node, layouts)
         if key not in self.rulings:
-            self.rulings[key] = self.decide(Call(node, self.mesh, layouts))
+            ruling = self.decide(Call(node, self.mesh, layouts))
+            inputs, outputs = ruling.inputs, ruling.outputs
+            one = isinstance(outputs, Layout)
+            shared = tuple(map(self.same, as_layouts(outputs)))
+            self.rulings[key] = replace(
+                ruling, inputs=tuple(map(self.same, inputs)), outputs=shared[0] if one else shared
+            )
         return self.rulings[key]
 
-    def body(self, name: str, layouts: Layouts) -> Body:
-        """The block `name` for arguments of these layouts."""
-        key = (name, layouts)
+    def body(self, name: str, layouts: Layouts, results: Layouts | None = None) -> Body:
+        """The block `name` for arguments of these layouts, its results brought into those."""
+        key = (name, layouts, results)
         if key not in self.bodies:
-            writer = _Writer(self, layouts, {}, outer=False)
-            for node in self.program.blocks[name].graph.nodes:
-                writer.visit(node)
-            _push_upstream(writer.graph, self)
-            self.bodies[key] = Body(writer.graph, writer.outputs, _wants(writer.graph))
+            draft = _Writer(self, layouts, {}, results, outer=False).write(self.program.blocks[name].graph)
+            draft.sweep(lambda step: _push(step, self))
+            places = [step for step in draft.steps if step.node.op == "placeholder" and not step.relayout]
+            wants = {i: want for i, step in enumerate(places) if (want := step.cut_by_all()) is not None}
+            self.bodies[key] = Body(draft, wants)
         return self.bodies[key]
+
+    def demanded(self, step: Step, target: Any) -> Layouts | None:
+        """Operand layouts that make a step's result `target` without communication, verified by its rule."""
+        layouts = tuple(source.layout for source in step.sources)
+        key = (step.node, step.target, layouts, target)
+        if key not in self.demands:
+            self.demands[key] = self._demanded(step, layouts, target)
+        return self.demands[key]
+
+    def _demanded(self, step: Step, layouts: Layouts, target: Any) -> Layouts | None:
+        rule = rule_for(step.target)
+        if rule is None or any(layout.partial for layout in layouts):
+            return None
+        needs = rule.demand(Call(step.node, self.mesh, layouts), target)
+        if needs is None or len(needs) != len(layouts):
+            return None
+        if any(a != b and kind(self.mesh, a, b)[0] != "shard" for a, b in zip(layouts, needs, strict=True)):
+            return None
+        ruling = rule.forward(Call(step.node, self.mesh, needs))
+        return tuple(map(self.same, needs)) if ruling.outputs == target and ruling.inputs == needs else None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A program whose layouts are decided but not written down."""
+
+    run: Propagation
+    draft: Draft
+
+    def flops(self) -> list[int]:
+        """FLOPs per rank."""
+        total = self.draft.flops()
+        for step in self.draft.calls:
+            total = [a + b for a, b in zip(total, self.run.bodies[step.body].draft.flops(), strict=True)]
+        return total
+
+    def moved_bytes(self) -> int:
+        """Bytes that the busiest rank sends in changes of layout."""
+        bodies = (self.run.bodies[step.body].draft for step in self.draft.calls)
+        return self.draft.moved_bytes() + sum(body.moved_bytes() for body in bodies)
+
+    def attention_mesh_dims(self, *parts: str) -> frozenset[str]:
+        """The mesh dims that divide the `queries`, `keys` or `batch` (and heads) of some attention."""
+        drafts = [self.draft, *(self.run.bodies[v].draft for v in {step.body: None for step in self.draft.calls})]
+        return frozenset().union(*(draft.attention_mesh_dims(part) for draft in drafts for part in parts))
+
+    def sums_up(self) -> bool:
+        """Whether ranks hold summands outside of blocks."""
+        return any(step.relayout and step.target is ops.all_reduce for step in self.draft.steps)
+
+    def layout(self, name: str) -> Layout | None:
+        """The layout of the value of this name, for an input as it is cut; None where nothing is left of it."""
+        step = next((step for step in self.draft.steps if step.node.name == name and not step.relayout), None)
+        return None if step is None else step.cut_by_all() or step.layout
+
+    def program(self) -> Program:
+        """Written down. Every variant of a block that is used gets a name of its own: `Block`, `Block.2`, ..."""
+        names: dict[Variant, str] = {}
+        for step in self.draft.calls:
+            if step.body not in names:
+                block = step.body[0]
+                choices = itertools.chain([block], (f"{block.partition('.')[0]}.{i}" for i in itertools.count(2)))
+                names[step.body] = next(name for name in choices if name not in set(names.values()))
+        blocks = {name: Block(name, self.run.bodies[v].draft.write(names.__getitem__)) for v, name in names.items()}
+        return self.run.program.replace(graph=self.draft.write(names.__getitem__), blocks=blocks)
 
 
 class _Writer:
-    """Copies one graph, deciding a layout for every node and inserting the changes of layout."""
+    """Drafts one graph, deciding a layout for every node and inserting the changes of layout."""
 
-    def __init__(self, run: Propagation, inputs: Sequence[Layout], seeds: Seeds, *, outer: bool) -> None:
-        self.run, self.seeds, self.outer = run, seeds, outer
-        self.graph = fx.Graph()
-        self.env: dict[fx.Node, fx.Node] = {}
+    def __init__(
+        self, run: Propagation, inputs: Sequence[Layout], seeds: Seeds, results: Layouts | None, *, outer: bool
+    ) -> None:
+        self.run, self.seeds, self.results, self.outer = run, seeds, results, outer
+        self.draft = Draft(run.mesh)
+        self.env: dict[fx.Node, Step] = {}
         self.inputs = iter(inputs)
-        self.outputs: Layouts = ()
-        self.calls: dict[fx.Node, tuple[str, Layouts]] = {}
-        self.converted: dict[tuple[fx.Node, Layout], fx.Node] = {}
+        self.converted: dict[tuple[Step, Layout], Step] = {}
 
-    def visit(self, node: fx.Node) -> None:
-        """Write one node of the source graph."""
-        if node.op == "output":
-            self._output(node)
-            return
-        if ops.is_relayout(node.target):
-            new = self.convert(self.env[operands(node)[0]], node.meta[LAYOUT])
-        elif node.op == "placeholder":
-            new = self._copy(node, next(self.inputs))
-        elif node.op == "get_attr":
-            new = self._copy(node, Layout.whole(len(node.meta[SPEC].shape)))
-        elif node.target is operator.getitem:
-            source = self.env[operands(node)[0]]
-            new = self._copy(node, source.meta[LAYOUT][node.args[1]])
-        elif is_block_call(node):
-            new = self._call(node)
-        else:
-            new = self._operator(node)
-        for layout in self.seeds.get(node.name, ()):
-            new = self.convert(new, layout)
-        self.env[node] = new
+    def write(self, graph: fx.Graph) -> Draft:
+        """The draft of a whole graph."""
+        for node in graph.nodes:
+            if node.op == "output":
+                self._output(node)
+                break
+            new = self._step(node)
+            for layout in self.seeds.get(node.name, ()):
+                new = self.convert(new, layout)
+            self.env[node] = new
+        return self.draft
 
-    def _copy(self, node: fx.Node, layout: Any) -> fx.Node:
-        new = self.graph.node_copy(node, self.env.__getitem__)
-        new.meta = {**node.meta, LAYOUT: layout}
-        return new
-
-    def _operator(self, node: fx.Node) -> fx.Node:
+    def _step(self, node: fx.Node) -> Step:
+        if node.op == "placeholder":
+            return self._add(node, node.target, [], self.run.same(next(self.inputs)))
+        if node.op == "get_attr":
+            return self._add(node, node.target, [], self.run.same(Layout.whole(len(node.meta[SPEC].shape))))
         sources = [self.env[operand] for operand in operands(node)]
-        ruling = self.run.rule(node, tuple(source.meta[LAYOUT] for source in sources))
-        args, kwargs = with_operands(
-            node, [self.convert(source, want) for source, want in zip(sources, ruling.inputs, strict=True)]
-        )
-        new = self.graph.create_node(node.op, ruling.target or node.target, args, kwargs, name=node.name)
-        new.meta = {**node.meta, LAYOUT: ruling.outputs}
-        if ruling.fallback:
-            new.meta[FALLBACK] = ruling.fallback
+        if ops.is_relayout(node.target):
+            return self.convert(sources[0], node.meta[LAYOUT])
+        if node.target is operator.getitem:
+            return self._add(node, node.target, sources, sources[0].layout[node.args[1]])
+        return self._call(node, sources) if is_block_call(node) else self._operator(node, sources)
+
+    def _add(self, node: fx.Node, target: Any, sources: list[Step], layout: Any) -> Step:
+        return self.draft.add(Step(node, target, sources, layout))
+
+    def _operator(self, node: fx.Node, sources: list[Step]) -> Step:
+        ruling = self.run.rule(node, tuple(source.layout for source in sources))
+        taken = [self.convert(source, want) for source, want in zip(sources, ruling.inputs, strict=True)]
+        new = self._add(node, ruling.target or node.target, taken, ruling.outputs)
+        new.fallback = ruling.fallback
         return new if ruling.after is None else self.convert(new, ruling.after)
 
-    def _call(self, node: fx.Node) -> fx.Node:
-        name, prefix, values = call_parts(node)
-        sources = [self.env[value] for value in values]
+    def _call(self, node: fx.Node, sources: list[Step]) -> Step:
+        name, _, _ = call_parts(node)
+        sources = [self.convert(source, source.layout.summed()) for source in sources]
         while True:
-            layouts = tuple(source.meta[LAYOUT] for source in sources)
+            layouts = tuple(source.layout for source in sources)
             body = self.run.body(name, layouts)
             if not body.wants:
                 break
             for place, want in body.wants.items():
                 sources[place] = self.convert(sources[place], want)
-        new = self.graph.create_node("call_function", call_block, (name, prefix, sources), name=node.name)
-        new.meta = {**node.meta, LAYOUT: body.outputs}
-        self.calls[new] = (name, layouts)
+        new = self._add(node, node.target, sources, body.draft.outputs)
+        new.body = (name, layouts, None)
         return new
 
     def _output(self, node: fx.Node) -> None:
         results = [self.env[value] for value in operands(node)]
         if self.outer:
-            results = [self.convert(value, Layout.whole(len(value.meta[SPEC].shape))) for value in results]
-        results = [self.convert(value, value.meta[LAYOUT].summed()) for value in results]
-        self.outputs = tuple(value.meta[LAYOUT] for value in results)
-        new = self.graph.output(tuple(results))
-        new.meta = dict(node.meta)
+            results = [self.convert(value, Layout.whole(len(value.spec.shape))) for value in results]
+        results = [self.convert(value, value.layout.summed()) for value in results]
+        if self.results is not None:
+            results = [self.convert(value, want) for value, want in zip(results, self.results, strict=True)]
+        self.draft.outputs = tuple(value.layout for value in results)
+        self._add(node, node.target, results, self.draft.outputs)
 
-    def convert(self, value: fx.Node, want: Layout) -> fx.Node:
+    def convert(self, value: Step, want: Layout) -> Step:
         """The value in another layout."""
-        have: Layout = value.meta[LAYOUT]
+        have: Layout = value.layout
+        want = self.run.same(want)
         if have.partial and not want.partial:
-            value = self._relayout(value, "all_reduce", have.summed())
-            have = have.summed()
-        if have == want:
+            whole = self.run.same(have.summed())
+            value = self._converted(value, whole, ops.all_reduce)
+        if value.layout is want or value.layout == want:
             return value
-        return self._relayout(value, kind(self.run.mesh, have, want)[0], want)
+        return self._converted(value, want, ops.RELAYOUTS[kind(self.run.mesh, value.layout, want)[0]])
 
-    def _relayout(self, value: fx.Node, name: str, want: Layout) -> fx.Node:
+    def _converted(self, value: Step, want: Layout, target: Any) -> Step:
         key = (value, want)
         if key not in self.converted:
-            self.converted[key] = insert_relayout(self.graph, value, name, want)
+            self.converted[key] = self.draft.add(Step(value.node, target, [value], want, relayout=True))
         return self.converted[key]
 
 
-def insert_relayout(graph: fx.Graph, value: fx.Node, name: str, want: Layout) -> fx.Node:
-    """Append a change of layout at the graph's insertion point."""
-    node = graph.create_node("call_function", ops.RELAYOUTS[name], (value,), name=f"{value.name}_{name}")
-    node.meta = {SPEC: value.meta[SPEC], LAYOUT: want}
-    if WHERE in value.meta:
-        node.meta[WHERE] = value.meta[WHERE]
-    return node
+def _push(step: Step, run: Propagation) -> list[Step]:
+    """Move cuts of all results of a step before it; the cuts to insert there."""
+    if step.body is None and not step.is_operator:
+        return []
+    results = list(step.users) if isinstance(step.layout, tuple) else [step]
+    wanted = [result.cut_by_all() for result in results]
+    return _push_call(step, results, wanted, run) if step.body else _push_operator(step, results, wanted, run)
 
 
-def _cut_by_all(node: fx.Node) -> Layout | None:
-    """The layout to which every user of a value cuts it, if they agree."""
-    wanted = {user.meta[LAYOUT] if user.target is ops.shard else None for user in node.users}
-    return wanted.pop() if len(wanted) == 1 else None
-
-
-def _wants(graph: fx.Graph) -> dict[int, Layout]:
-    places = [node for node in graph.nodes if node.op == "placeholder"]
-    return {i: want for i, node in enumerate(places) if (want := _cut_by_all(node)) is not None}
-
-
-def _push_upstream(graph: fx.Graph, run: Propagation) -> None:
-    """Move cuts before the operators whose whole result they cut, in one sweep against the data flow."""
-    for node in reversed(list(graph.nodes)):
-        if node.op != "call_function" or ops.is_relayout(node.target) or is_block_call(node):
-            continue
-        if node.target is not operator.getitem:
-            _push_one(graph, node, run)
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in ("call_function", "get_attr"):
-            graph.erase_node(node)
-
-
-def _push_one(graph: fx.Graph, node: fx.Node, run: Propagation) -> None:
-    several = isinstance(node.meta[LAYOUT], tuple)
-    results = list(node.users) if several else [node]
-    wanted = [_cut_by_all(result) for result in results]
+def _push_operator(step: Step, results: list[Step], wanted: list[Layout | None], run: Propagation) -> list[Step]:
     if not results or any(want is None for want in wanted):
-        return
-    if several and len(results) != len(node.meta[LAYOUT]):
-        return
-    order = sorted(range(len(results)), key=lambda i: results[i].args[1] if several else 0)  # type: ignore[arg-type, return-value]
-    outputs = tuple(wanted[i] for i in order)
-    target = outputs if several else outputs[0]
-    sources = operands(node)
-    needs = _demanded(node, target, run)
-    if needs is None:
-        return
-    with graph.inserting_before(node):
-        cut = [
-            source if need == source.meta[LAYOUT] else insert_relayout(graph, source, "shard", need)
-            for source, need in zip(sources, needs, strict=True)
-        ]
-    node.args, node.kwargs = with_operands(node, cut)
-    node.meta = {**node.meta, LAYOUT: target}
+        return []
+    target: Any = wanted[0]
+    if isinstance(step.layout, tuple):
+        if len(results) != len(step.layout):
+            return []
+        placed = {result.node.args[1]: want for result, want in zip(results, wanted, strict=True)}
+        target = tuple(placed[i] for i in range(len(results)))
+    needs = run.demanded(step, target)
+    return [] if needs is None else _moved(step, needs, target, results, run)
+
+
+def _push_call(step: Step, results: list[Step], wanted: list[Layout | None], run: Propagation) -> list[Step]:
+    """A block whose results are cut becomes one that makes only these parts, if that is less work."""
+    name, layouts, before = step.body
+    if before is not None or all(want is None for want in wanted):
+        return []
+    made = list(step.layout)
     for result, want in zip(results, wanted, strict=True):
-        result.meta = {**result.meta, LAYOUT: want} if several else result.meta
-        for user in list(result.users):
-            user.replace_all_uses_with(result)
-            graph.erase_node(user)
+        made[result.node.args[1]] = want or result.layout  # type: ignore[index]
+    needs = list(layouts)
+    while wants := run.body(name, tuple(needs), tuple(made)).wants:
+        for place, want in wants.items():
+            needs[place] = want
+    variant = (name, tuple(needs), tuple(made))
+    old, new = (run.bodies[one].draft for one in (step.body, variant))
+    if max(new.flops()) >= max(old.flops()) or new.moved_bytes() > old.moved_bytes():
+        return []
+    step.body = variant
+    cut = [result for result, want in zip(results, wanted, strict=True) if want is not None]
+    return _moved(step, variant[1], new.outputs, cut, run)
 
 
-def _demanded(node: fx.Node, target: Any, run: Propagation) -> Layouts | None:
-    """Operand layouts that make a node's result `target` without communication, verified by its rule."""
-    rule = rule_for(node.target)
-    sources = operands(node)
-    layouts = tuple(source.meta[LAYOUT] for source in sources)
-    if rule is None or any(layout.partial for layout in layouts):
-        return None
-    needs = rule.demand(Call(node, run.mesh, layouts), target)
-    if needs is None or len(needs) != len(sources):
-        return None
-    for have, need in zip(layouts, needs, strict=True):
-        if have != need and kind(run.mesh, have, need)[0] != "shard":
-            return None
-    ruling = rule.forward(Call(node, run.mesh, needs))
-    return needs if ruling.outputs == target and ruling.inputs == needs else None
-
-
-def _named(program: Program, calls: Mapping[fx.Node, tuple[str, Layouts]], bodies: Mapping[Any, Body]) -> Program:
-    """Give every used variant of a block a name of its own: `Block`, `Block.2`, ..."""
-    names: dict[tuple[str, Layouts], str] = {}
-    for node, key in calls.items():
-        if key not in names:
-            taken = set(names.values())
-            choices = itertools.chain([key[0]], (f"{key[0].partition('.')[0]}.{i}" for i in itertools.count(2)))
-            names[key] = next(name for name in choices if name not in taken)
-        node.args = (names[key], *node.args[1:])
-    blocks = {name: Block(name, bodies[key].graph) for key, name in names.items()}
-    return program.replace(blocks=blocks)
+def _moved(step: Step, needs: Layouts, target: Any, results: list[Step], run: Propagation) -> list[Step]:
+    """Give a step operands of these layouts; the cuts of its results are then idle and vanish."""
+    before = []
+    taken = []
+    for source, need in zip(step.sources, needs, strict=True):
+        if source.layout != need:
+            before.append(Step(source.node, ops.shard, [source], need, relayout=True))
+            source = before[-1]
+        taken.append(source)
+    step.take(taken)
+    step.layout = target
+    for result in results:
+        if result is not step:
+            result.layout = target[result.node.args[1]]
+        for shard in list(result.users):
+            for user in list(shard.users):
+                user.take([result if source is shard else source for source in user.sources])
+            shard.drop()
+    return before

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from ir_examples import Sample, aten, example
 
+from xdit_ir import ops
+from xdit_ir.partition import Indices
+
 
 @example(aten.embedding)
 def embedding(d, packet):
@@ -78,6 +81,23 @@ def index_write(d, packet):
             Sample(packet.int_Scalar, (x, dim, where, 0.5)), Sample(packet.int_Tensor, (x, dim, where, d.tensor()))
         )
     return Sample(packet.default, (x, dim, where, d.tensor(*shape)))
+
+
+@example(ops.take)
+def take(d, packet):
+    shape = d.shape(d.int(1, 3))
+    dim = d.int(0, len(shape) - 1)
+    kept = Indices.of_array(d.distinct(shape[dim], d.int(0, shape[dim])).numpy())
+    return Sample(packet, (d.tensor(*shape), dim, kept.runs))
+
+
+@example(ops.put)
+def put(d, packet):
+    shape = list(d.shape(d.int(1, 3)))
+    dim = d.int(0, len(shape) - 1)
+    x, kept = d.tensor(*shape), Indices.of_array(d.distinct(shape[dim], d.int(0, shape[dim])).numpy())
+    shape[dim] = kept.size
+    return Sample(packet, (x, d.tensor(*shape), dim, kept.runs))
 
 
 @example(aten.one_hot)

@@ -65,8 +65,9 @@ def test_lowering_is_exact_for_any_layouts(data):
 def test_causal_attention_keeps_the_natural_order(data):
     d = Drawer(data.draw)
     batch, heads, tokens, width = d.shape(4, high=5)
-    q, k, v = (d.tensor(batch, heads, tokens, width) for _ in range(3))
-    one = OneOperator(Sample(ops.attention, (q, k, v), {"is_causal": True}))
+    group = d.pick(1, 1, 2)
+    q, k, v = (d.tensor(batch, count, tokens, width) for count in (group * heads, heads, heads))
+    one = OneOperator(Sample(ops.attention, (q, k, v), {"is_causal": True, "enable_gqa": group > 1}))
     mesh, pool = data.draw(meshes(8)), {}
     taken = [layouts(data.draw, mesh, x.shape, pool) for x in one.inputs]
     lowered = LowerAttention(mesh).apply(one.program(taken))
@@ -111,4 +112,16 @@ def test_tokens_become_heads_or_go_around(degrees, names):
     assert node.meta[LAYOUT].varies(mesh) == set(degrees)
     heads = node.meta[LAYOUT].dims[1]
     assert mesh.varies(heads) == {"ulysses"} & set(degrees)
+    one.check(mesh, lowered)
+
+
+def test_ranks_share_a_head_of_keys():
+    mesh = Mesh.of(ulysses=4)
+    d = Drawer(lambda strategy: 0)
+    q, k, v = (d.tensor(1, heads, 64, 3) for heads in (4, 2, 2))
+    one = OneOperator(Sample(ops.attention, (q, k, v), {"enable_gqa": True}))
+    tokens = Layout.whole(4).with_dims({2: mesh.divide(64, ("ulysses",))})
+    lowered = LowerAttention(mesh).apply(one.program([tokens] * 3))
+    keys = operands(the_operator(lowered))[1].meta[LAYOUT].dims[1]
+    assert [part.runs for part in keys.parts] == [((0, 1),), ((0, 1),), ((1, 1),), ((1, 1),)]
     one.check(mesh, lowered)

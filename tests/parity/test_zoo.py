@@ -20,7 +20,6 @@ NOT_CAPTURED = {
 }
 # What is captured but cannot be divided like this.
 NOT_DIVIDED = {
-    ("t5-film-decoder", "ulysses"): "token stream",
     ("cosmos3-omni", "cfg"): "batch",
 }
 

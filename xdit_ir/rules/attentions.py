@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from xdit_ir.layout import Layout
-from xdit_ir.ops import attention, ring_attention
+from xdit_ir.ops import attention, attention_of_rows, ring_attention
 from xdit_ir.partition import Indices, Partition
-from xdit_ir.rules.base import Call, Rule, Ruling, choose, rules_of, verified
+from xdit_ir.rules.base import Call, Localize, Rule, Ruling, choose, rules_of, verified
 
 Dims = tuple[Partition | None, ...]
 
@@ -37,7 +37,7 @@ def _candidates(call: Call) -> Iterator[tuple[int, Partition]]:
             if partition is None:
                 continue
             if partition.size == call.out.shape[d]:
-                whole_groups = group == 1 or d != -3 or _shared(partition, group) is not None
+                whole_groups = group == 1 or d != -3 or shared_heads(partition, group) is not None
                 if whole_groups:
                     yield d, partition
             elif group > 1 and d == -3:
@@ -45,10 +45,10 @@ def _candidates(call: Call) -> Iterator[tuple[int, Partition]]:
                 yield d, partition.map(call.out.shape[d], lambda part, e=every: part.outer(e, group))  # type: ignore[misc]
 
 
-def _shared(heads: Partition, group: int) -> Partition | None:
-    """The heads of keys for these heads of queries; None where a rank has part of a group."""
+def shared_heads(heads: Partition, group: int) -> Partition | None:
+    """The heads of keys for these heads of queries; None where a rank has unlike parts of several groups."""
     pairs = {part: part.factor(group) for part in set(heads.parts)}
-    if any(pair is None or not pair[1].is_whole(group) for pair in pairs.values()):
+    if any(pair is None for pair in pairs.values()):
         return None
     return Partition(heads.size // group, tuple(pair[0] for part in heads.parts if (pair := pairs[part])))
 
@@ -70,7 +70,17 @@ def _ruling(call: Call, head: Dims, queries: Partition | None, keys: Partition |
     k, v = (Layout((*_fit(call, operand, head), keys, None)) for operand in (1, 2))
     output = Layout((*head, queries, None))
     masks = tuple(_mask_layout(call, operand, output, keys) for operand in range(3, len(call.specs)))
-    return Ruling((q, k, v, *masks), output)
+    return Ruling((q, k, v, *masks), output, _rows(call, queries))
+
+
+def _rows(call: Call, queries: Partition | None) -> Localize | None:
+    """Causal attention of divided queries is told which they are."""
+    given = call.arguments
+    if queries is None or not given["is_causal"]:
+        return None
+    tensors = tuple(given[name] for name in ("q", "k", "v", "mask"))
+    options = {name: given[name] for name in ("scale", "enable_gqa")}
+    return lambda rank: (attention_of_rows, (*tensors, queries.parts[rank].runs), options)
 
 
 def _fit(call: Call, operand: int, head: Dims) -> Dims:
@@ -81,7 +91,7 @@ def _fit(call: Call, operand: int, head: Dims) -> Dims:
         partition = head[d + ndim]
         if partition is not None and partition.size != shape[d]:
             shared = d == -3 and operand > 0 and _grouped(call) > 1
-            partition = _shared(partition, _grouped(call)) if shared else None
+            partition = shared_heads(partition, _grouped(call)) if shared else None
         dims.append(partition)
     return tuple(dims)
 
@@ -104,9 +114,9 @@ def _mask_layout(call: Call, operand: int, output: Layout, keys: Partition | Non
 
 
 def _attention_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    """Queries that are cut take the rows of the mask with them; causality forbids it."""
+    """Queries that are cut take the rows of the mask with them."""
     queries = wanted.dims[-2]
-    if wanted.dims[-1] is not None or (queries is not None and call.arguments["is_causal"]):
+    if wanted.dims[-1] is not None:
         return None
     inputs = _ruling(call, wanted.dims[:-2], queries, None).inputs
     masks = []

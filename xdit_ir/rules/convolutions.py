@@ -113,9 +113,10 @@ def _made(mesh: Mesh, window: _Window, partition: Partition) -> tuple[Partition,
     made = partition.map(window.out, window.makes)
     if all(made.covers(group) for group in groups):
         return partition, made
-    made = partition.map(window.out, window.centred)
-    needs = made.map(window.size, window.needed)
-    return (needs, made) if needs.map(window.out, window.makes) == made else None
+    needs = partition.map(window.out, window.centred).map(window.size, window.needed)
+    made = needs.map(window.out, window.makes)  # at the border a halo is enough for more than was asked for
+    spared = not any(part.is_whole(window.size) for part in needs.parts)
+    return (needs, made) if spared and all(made.covers(group) for group in groups) else None
 
 
 def _conv(call: Call) -> Ruling:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from xdit_ir.rules.base import Call, Rule, Ruling, gather_all, rules_of, same_call
+from xdit_ir import ops
+from xdit_ir.layout import Layout
+from xdit_ir.partition import Indices, spread
+from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, gather_all, rules_of, same_call, verified
 from xdit_ir.rules.labels import Labels, Names, by_argument, labelled, plain
 
 aten = torch.ops.aten
@@ -99,6 +102,31 @@ def _searchsorted(call: Call) -> Labels | str:
     return by_argument(call, names, self=names, sorted_sequence=rows, sorter=rows)
 
 
+def _take(call: Call) -> Ruling:
+    """A rank keeps those of the wanted positions that it holds, in their order."""
+    layout, dim = call.layouts[0].summed(), call.arguments["dim"]
+    partition, wanted = layout.dims[dim], Indices.of_runs(call.arguments["runs"])
+    if partition is None:
+        return Ruling((layout,), layout)
+    kept = partition.map(wanted.size, wanted.places_in)
+
+    def local(rank: int) -> LocalCall:
+        places = partition.parts[rank].positions(wanted.at(kept.parts[rank]))
+        return ops.take, (call.arguments["x"], dim, places.runs), {}
+
+    return Ruling((layout,), layout.with_dims({dim: kept}), local)
+
+
+def _take_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+    """What is not taken is divided evenly."""
+    dim = call.arguments["dim"]
+    partition, taken, size = wanted.dims[dim], Indices.of_runs(call.arguments["runs"]), call.specs[0].shape[dim]
+    if partition is None:
+        return (wanted,)
+    talk = call.varies(partition)
+    return (wanted.with_dims({dim: spread(lambda n: call.mesh.divide(n, talk), partition, taken, size)}),)
+
+
 def _flat(call: Call) -> Ruling:
     return gather_all(call, "addresses the flattened value")
 
@@ -114,5 +142,6 @@ RULES = {
         aten.one_hot,
     ),
     **rules_of(labelled(_searchsorted), aten.searchsorted),
+    **rules_of(verified(Rule(_take, _take_demand)), ops.take),
     **rules_of(Rule(_flat), aten.take, aten.masked_scatter, aten.masked_select, aten.nonzero),
 }

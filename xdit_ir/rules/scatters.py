@@ -8,57 +8,61 @@ import torch
 
 from xdit_ir import ops
 from xdit_ir.layout import Layout
-from xdit_ir.partition import Partition
+from xdit_ir.partition import Indices, Partition, selected, spread
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, by_size, choose, rules_of, verified
-from xdit_ir.rules.joins import concat_partitions, section, slice_start
+from xdit_ir.rules.joins import slice_start
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 from xdit_ir.rules.lookups import indexed
 
 aten = torch.ops.aten
 
 
-def _slice_scatter(call: Call) -> Ruling:
-    """The source is divided like the slice that it replaces; a whole value like a divided source."""
-    dim, step = call.arguments["dim"] % len(call.out.shape), call.arguments["step"]
-    start, size = slice_start(call, dim), call.specs[1].shape[dim]
+def _places(call: Call) -> tuple[int, Indices]:
+    """The dim into which `slice_scatter` or `put` writes, and where."""
+    dim = call.arguments["dim"] % len(call.out.shape)
+    if call.node.target is ops.put:
+        return dim, Indices.of_runs(call.arguments["runs"])
+    start, step, size = slice_start(call, dim), call.arguments["step"], call.specs[1].shape[dim]
+    return dim, Indices.range(0, size).map(lambda array: array * step + start)
+
+
+def _put(call: Call) -> Ruling:
+    """The source is divided like what it replaces; a whole value like a divided source."""
+    dim, places = _places(call)
 
     def candidates() -> Iterator[tuple[int, Partition]]:
         for place in by_size(call):
             for at, partition in enumerate(call.layouts[place].dims):
                 if at == dim and place == 1:
-                    partition = _around(call, dim, partition)
+                    partition = _around(call, dim, places, partition)
                 if partition is not None:
                     yield at, partition
 
     chosen = choose(call.mesh, candidates())
     own = chosen.get(dim)
     layout = Layout(tuple(chosen.get(d) for d in range(len(call.out.shape))))
-    source = layout.with_dims({dim: section(own, start, size, step)})
-    if own is None:
+    kept = selected(own, places)
+    source = layout.with_dims({dim: kept})
+    if own is None or kept is None:
         return Ruling((layout, source), layout)
 
     def local(rank: int) -> LocalCall:
-        runs = own.parts[rank].select(start, start + (size - 1) * step + 1, step)[1].runs
-        return ops.put, (call.arguments["self"], call.arguments["src"], dim, runs), {}
+        runs = own.parts[rank].positions(places.at(kept.parts[rank])).runs
+        return ops.put, (*call.node.args[:2], dim, runs), {}
 
     return Ruling((layout, source), layout, local)
 
 
-def _around(call: Call, dim: int, source: Partition | None) -> Partition | None:
-    """A partition of the whole dim whose slice is divided like the source; None where the value has its own."""
-    own = call.layouts[0].dims[dim]
-    if own is not None or source is None or call.arguments["step"] != 1:
+def _around(call: Call, dim: int, places: Indices, source: Partition | None) -> Partition | None:
+    """A partition of the whole dim of which the places are divided like the source; None where it has its own."""
+    if call.layouts[0].dims[dim] is not None or source is None:
         return None
-    start = slice_start(call, dim)
-    sizes = [start, source.size, call.out.shape[dim] - start - source.size]
-    parts = [source if i == 1 else call.mesh.divide(n, call.varies(source)) for i, n in enumerate(sizes)]
-    return concat_partitions(parts, sizes)
+    return spread(lambda n: call.mesh.divide(n, call.varies(source)), source, places, call.out.shape[dim])
 
 
-def _slice_scatter_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
-    dim = call.arguments["dim"] % len(call.out.shape)
-    part = section(wanted.dims[dim], slice_start(call, dim), call.specs[1].shape[dim], call.arguments["step"])
-    return (wanted, wanted.with_dims({dim: part}))
+def _put_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+    dim, places = _places(call)
+    return (wanted, wanted.with_dims({dim: selected(wanted.dims[dim], places)}))
 
 
 def _select_scatter(call: Call) -> Labels:
@@ -106,7 +110,7 @@ def _index_put(call: Call) -> Labels | str:
 
 
 RULES = {
-    **rules_of(verified(Rule(_slice_scatter, _slice_scatter_demand)), aten.slice_scatter),
+    **rules_of(verified(Rule(_put, _put_demand)), aten.slice_scatter, ops.put),
     **rules_of(labelled(_select_scatter), aten.select_scatter),
     **rules_of(labelled(_diagonal_scatter), aten.diagonal_scatter),
     **rules_of(labelled(_scatter), aten.scatter, aten.scatter_add, aten.scatter_reduce),

@@ -1,0 +1,74 @@
+"""Selections with constants become `take` and `put`, ranks keep their own, and nothing is gathered for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import xdit_ir as xir
+from xdit_ir import ops
+from xdit_ir.interpret import model_state
+from xdit_ir.layout import Layout
+from xdit_ir.mesh import Mesh
+from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.canonicalize import Canonicalize
+from xdit_ir.passes.take_known import TakeKnown
+from xdit_ir.printer import program_text
+from xdit_ir.program import Program
+from xdit_ir.propagate import Propagation
+from xdit_ir.simulate import run_ranks
+from xdit_ir.specialize import Specialize
+
+Golden = Callable[[str, str], None]
+
+
+class Ragged(nn.Module):
+    """Valid text in front, padding behind it; then everything back to where it was."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        valid, empty = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+        packed = torch.cat([x[:, valid], x.index_select(1, empty)], 1) * 2
+        result = torch.zeros_like(x)
+        result[:, valid] = packed[:, : len(valid)]
+        return result
+
+
+class Repeated(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x[:, mask.long()]
+
+
+MASK = torch.tensor([1, 1, 0, 1, 0, 0, 1, 1], dtype=torch.bool)
+
+
+def rewritten(model: nn.Module) -> Program:
+    return run_passes(xir.trace(model, (torch.randn(2, 8, 3), MASK)).ir, [Canonicalize(), TakeKnown()])
+
+
+def test_known_places(golden: Golden) -> None:
+    program = rewritten(Ragged())
+    golden("take_known", program_text(program, bodies=True))
+    mesh = Mesh.of(ulysses=2)
+    cut = Layout((None, mesh.divide(8, ("ulysses",)), None))
+    attempt = Propagation(program, mesh).attempt({"x": (cut,)})
+    moved = [step.target for step in attempt.draft.steps if step.relayout]
+    assert set(moved) == {ops.shard, ops.gather} and moved.count(ops.gather) == 1, "the output is gathered, and it only"
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_equal_on_every_rank(degree: int) -> None:
+    model, x = Ragged(), torch.randn(2, 8, 3)
+    mesh = Mesh.of(ulysses=degree)
+    cut = Layout((None, mesh.divide(8, ("ulysses",)), None))
+    program = Propagation(rewritten(model), mesh).run({"x": (cut,)}).replace(mesh=mesh)
+    ranks = [Specialize(rank).apply(program) for rank in range(degree)]
+    for (got,) in run_ranks(ranks, model_state(program, model), [x, MASK], torch.device("cpu")):
+        assert torch.equal(got, model(x, MASK))
+
+
+def test_places_that_repeat_stay_an_index() -> None:
+    targets = [node.target for node in rewritten(Repeated()).graph.nodes]
+    assert ops.take not in targets
