@@ -36,7 +36,7 @@ class ShardTokens:
     """Propose partitions of the best token stream, propagate each, keep the cheapest, add further streams greedily.
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
-    a view's inner factor (rows, frames). Numerics: exact.
+    a view's inner factor (rows, frames); even within each such unit (places of every frame). Numerics: exact.
     """
 
     mesh: Mesh
@@ -75,7 +75,8 @@ class ShardTokens:
         if have.dims[axis.dim] is not None:
             return
         seen = set()
-        for unit, segments in itertools.product((1, *axis.units), ((), *axis.segments)):
+        inside = [(1, (unit,) * (axis.size // unit)) for unit in axis.units]
+        for unit, segments in [*itertools.product((1, *axis.units), ((), *axis.segments)), *inside]:
             partition = self.mesh.divide(axis.size, SEQUENCE, unit, segments)
             if partition not in seen:
                 seen.add(partition)
