@@ -50,7 +50,7 @@ def test_every_exported_class_has_an_entry() -> None:
 def test_what_is_no_denoiser_says_why() -> None:
     """A class without the word is run by a pipeline's denoising loop: it takes a timestep, under whatever name."""
     silent = [name for name in NAMES if not models.entry(name).no_denoiser]
-    timeless = [name for name in silent if not any("t" == key[0] or "time" in key for key in tiny(name)[1])]
+    timeless = [name for name in silent if not any(key[0] == "t" or "time" in key for key in tiny(name)[1])]
     assert timeless == []
     assert len(NAMES) - len(silent) == 6
 
