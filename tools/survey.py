@@ -1,0 +1,119 @@
+"""Measure what the compiler makes of a model of the zoo, over several sets of degrees: data, no text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xdit_ir as xir
+from xdit_ir import models, passes
+from xdit_ir.api import Example, TracedProgram
+from xdit_ir.check import check_parallel
+from xdit_ir.errors import ParallelizeError, TraceError
+from xdit_ir.tools.degrees import Degrees, parse
+
+DEGREES = tuple(parse("u2,u3,u4,r2,c2,u2r2"))
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One set of degrees: why it was refused, or how exact and how costly it is.
+
+    `slowest` and `work` are FLOPs of the slowest rank and of all ranks, over those of one device; `bytes` is what the
+    busiest rank sends in a forward; `gathered` says where in a block an operand had to be gathered (other than the
+    keys and values of an attention), and `fallbacks` where anything was for want of a rule.
+    """
+
+    degrees: str
+    refused: str = ""
+    error: float = 0.0
+    slowest: float = 1.0
+    work: float = 1.0
+    bytes: int = 0
+    gathered: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether every rank gave the model's output."""
+        return not self.refused and self.error <= TOLERANCE
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A model under all sets of degrees, or the reason why it could not be captured."""
+
+    name: str
+    not_captured: str = ""
+    outcomes: tuple[Outcome, ...] = ()
+
+    def outcome(self, degrees: str) -> Outcome:
+        """The outcome for one set of degrees, by its short form."""
+        return next(one for one in self.outcomes if one.degrees == degrees)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Survey:
+        """The survey that `as_json` wrote."""
+        lists = ("gathered", "fallbacks")
+        outcomes = [Outcome(**{k: tuple(v) if k in lists else v for k, v in one.items()}) for one in data["outcomes"]]
+        return Survey(data["name"], data["not_captured"], tuple(outcomes))
+
+
+@dataclass
+class Subject:
+    """A tiny model of the zoo, captured once."""
+
+    name: str
+    model: Any = field(init=False)
+    example: Example = field(init=False)
+    traced: TracedProgram = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises `TraceError` if the model cannot be captured."""
+        self.model, self.example = models.load(f"{self.name}:tiny")
+        self.traced = xir.trace(self.model, self.example)
+
+    def outcome(self, degrees: Degrees, *, run: bool = True) -> Outcome:
+        """Divide, simulate every rank (unless not `run`), compare with the model, and price."""
+        try:
+            parallel = self.traced.parallelize(**degrees.as_dict())
+        except ParallelizeError as error:
+            return Outcome(str(degrees), refused=str(error))
+        found = check_parallel(parallel, self.model, self.example).max_relative_error if run else 0.0
+        report = parallel.report()
+        inside = [item for item in report.fallbacks if item.place.partition(" ")[0] in parallel.ir.blocks]
+        return Outcome(
+            str(degrees),
+            error=found,
+            slowest=max(report.flops_per_rank) / max(report.flops_total, 1),
+            work=sum(report.flops_per_rank) / max(report.flops_total, 1),
+            bytes=sum(entry.bytes_per_rank for entry in report.collectives),
+            gathered=tuple(f"{item.op}, {item.place}: {item.reason}" for item in inside),
+            fallbacks=tuple(f"{item.op}, {item.place}: {item.reason}" for item in report.fallbacks),
+        )
+
+
+def survey(name: str, degrees: Iterable[Degrees] = DEGREES) -> Survey:
+    """Everything about one model of the zoo; about ten seconds on one core."""
+    try:
+        subject = Subject(name)
+    except TraceError as error:
+        return Survey(name, not_captured=str(error))
+    return Survey(name, outcomes=tuple(subject.outcome(one) for one in degrees))
+
+
+def digest() -> str:
+    """A fingerprint of the compiler and the zoo: results of other sources must not be mixed in."""
+    state = hashlib.sha256()
+    for package in (xir, passes, models):
+        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
+            state.update(path.name.encode() + path.read_bytes())
+    return state.hexdigest()[:16]
