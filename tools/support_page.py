@@ -55,7 +55,7 @@ def _summary(surveys: Sequence[Survey]) -> Iterator[str]:
     local = sum(not outcome.gathered for outcome in widest)
     yield f"* {len(captured)} of {len(surveys)} models captured."
     yield f"* {sum(one.exact for one in run)} of {len(run)} simulations within {TOLERANCE:.0e} of the model."
-    yield f"* {balanced} of {len(surveys)} models: at {WIDEST} the slowest rank does at most {BALANCED:.2f} of the FLOPs."
+    yield f"* {balanced} of {len(surveys)} models: slowest rank at most {BALANCED:.2f} of the FLOPs at {WIDEST}."
     yield f"* {local} of {len(surveys)} models: nothing gathered inside a block at {WIDEST}."
 
 

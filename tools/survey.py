@@ -62,9 +62,10 @@ class Survey:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Survey:
         """The survey that `as_json` wrote."""
-        lists = ("gathered", "fallbacks")
-        outcomes = [Outcome(**{k: tuple(v) if k in lists else v for k, v in one.items()}) for one in data["outcomes"]]
-        return Survey(data["name"], data["not_captured"], tuple(outcomes))
+        outcomes: list[dict[str, Any]] = data["outcomes"]
+        places = [{key: tuple(one[key]) for key in ("gathered", "fallbacks")} for one in outcomes]
+        made = tuple(Outcome(**(one | found)) for one, found in zip(outcomes, places, strict=True))
+        return Survey(data["name"], data["not_captured"], made)
 
 
 @dataclass
@@ -113,7 +114,7 @@ def survey(name: str, degrees: Iterable[Degrees] = DEGREES) -> Survey:
 def digest() -> str:
     """A fingerprint of the compiler and the zoo: results of other sources must not be mixed in."""
     state = hashlib.sha256()
-    for package in (xir, passes, models):
-        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
-            state.update(path.name.encode() + path.read_bytes())
+    folders = [Path(folder) for package in (xir, passes, models) for folder in package.__path__]
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.py"))):
+        state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()[:16]
