@@ -16,7 +16,8 @@ narrow layers of every kind, 256 image or video tokens or a little more, random 
 and compared with the model.
 
 `c` is CFG parallelism (the batch), `u` Ulysses, `r` Ring, `r2u2` a hybrid of both on four ranks. *Exact*: the largest
-relative error of any output on any rank under {degrees}. A cell says which part of one device's FLOPs the
+relative error of any output on any rank under {degrees}; a model that *rounds
+inside* to less than float32 may differ by what that costs itself, compared with float64. A cell says which part of one device's FLOPs the
 slowest rank does, what all ranks do together, how often something other than the keys of an attention is gathered
 inside a block, and MiB sent by the busiest rank in a forward. In tiny models text and fixed parts weigh more than in
 the real ones.
@@ -74,7 +75,10 @@ def _exactness(one: Survey) -> str:
     if not run:
         return "not captured" if one.not_captured else "refused"
     worst = max(outcome.error for outcome in run)
-    return next((f"≤ {bound:.0e}" for bound in (1e-6, TOLERANCE) if worst <= bound), f"**{worst:.0e}**")
+    bounds = [bound for bound in (1e-6, TOLERANCE) if worst <= bound]
+    if bounds:
+        return f"≤ {bounds[0]:.0e}"
+    return f"{worst:.0e}, rounds inside" if all(outcome.exact for outcome in run) else f"**{worst:.0e}**"
 
 
 def _cell(outcome: Outcome | None) -> str:
