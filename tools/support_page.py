@@ -16,9 +16,9 @@ narrow layers of every kind, 256 image or video tokens or a little more, random 
 and compared with the model.
 
 `c` is CFG parallelism (the batch), `u` Ulysses, `r` Ring, `r2u2` a hybrid of both on four ranks. *Exact*: the largest
-relative error of any output on any rank under {degrees}; a model that *rounds
-inside* to less than float32 may differ by what that costs itself, compared with float64. A cell says which part of one device's FLOPs the
-slowest rank does, what all ranks do together, how often something other than the keys of an attention is gathered
+relative error of any output on any rank under {degrees}; a model that *rounds inside* to less
+than float32 may differ by what that costs itself, compared with float64. A cell says which part of one device's FLOPs
+the slowest rank does, what all ranks do together, how often something other than the keys of an attention is gathered
 inside a block, and MiB sent by the busiest rank in a forward. In tiny models text and fixed parts weigh more than in
 the real ones.
 """

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import xdit_ir as xir
 from xdit_ir import models, passes
-from xdit_ir.api import Example, TracedProgram
+from xdit_ir.api import TracedProgram
 from xdit_ir.check import check_parallel, relative_error
 from xdit_ir.errors import ParallelizeError, TraceError
 from xdit_ir.program import SPEC, Program, TensorSpec
@@ -85,7 +85,7 @@ class Subject:
 
     name: str
     model: nn.Module = field(init=False)
-    example: Example = field(init=False)
+    example: dict[str, Any] = field(init=False)
     traced: TracedProgram = field(init=False)
     tolerance: float = TOLERANCE
 
@@ -106,22 +106,18 @@ class Subject:
             except RuntimeError:
                 return 0.0
 
-    def outcome(self, degrees: Degrees, *, run: bool = True) -> Outcome:
-        """Divide, simulate every rank (unless not `run`), compare with the model, and price."""
+    def outcome(self, degrees: Degrees) -> Outcome:
+        """Divide, simulate every rank, compare with the model, and price."""
         try:
             parallel = self.traced.parallelize(**degrees.as_dict())
         except ParallelizeError as error:
             return Outcome(str(degrees), refused=str(error))
-        found = (
-            check_parallel(parallel, self.model, self.example, tolerance=self.tolerance).max_relative_error
-            if run
-            else 0.0
-        )
+        result = check_parallel(parallel, self.model, self.example, tolerance=self.tolerance)
         report = parallel.report()
         inside = [item for item in report.fallbacks if item.place.partition(" ")[0] in parallel.ir.blocks]
         return Outcome(
             str(degrees),
-            error=found,
+            error=result.max_relative_error,
             tolerance=self.tolerance,
             slowest=max(report.flops_per_rank) / max(report.flops_total, 1),
             work=sum(report.flops_per_rank) / max(report.flops_total, 1),
