@@ -32,8 +32,8 @@ def test_survey(packed: Survey) -> None:
 
 
 def test_survey_names_what_is_gathered_inside_a_block() -> None:
-    found = survey("dual-transformer", DEGREES[:1]).outcome("u2")
-    assert any("group_norm" in place and "Transformer2DModel" in place for place in found.gathered)
+    found = survey("nucleus-image", DEGREES[:1]).outcome("u2")
+    assert any(place.startswith("topk, NucleusMoEImageTransformerBlock") for place in found.gathered)
     assert set(found.gathered) <= set(found.fallbacks)
 
 
