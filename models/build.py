@@ -1,8 +1,9 @@
-"""Construct a diffusers model as `from_pretrained` would, but with the constructor's own weights."""
+"""Construct a model as `from_pretrained` would, but with the constructor's own weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +12,13 @@ from torch import nn
 
 
 def build(cls: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The diffusers class `cls` made from `config` on `device` in eval mode.
+    """The class `cls` (of diffusers, or "package.module:Class") made from `config` on `device` in eval mode.
 
     Everything floating is `dtype`, except what the class keeps in float32 (as `from_pretrained` does).
     """
-    import diffusers
-
+    made = _class(cls)
     with device, _default_dtype(dtype):
-        model: nn.Module = (getattr(diffusers, cls, None) or getattr(diffusers.models, cls))(**config)
+        model: nn.Module = made(**config)
     keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     if not keep:
         return nn.Module.to(model, dtype).eval()
@@ -26,6 +26,17 @@ def build(cls: str, config: dict[str, Any], device: torch.device, dtype: torch.d
         wanted = torch.float32 if any(part in name.split(".") for part in keep) else dtype
         parameter.data = parameter.data.to(wanted)
     return model.eval()
+
+
+def _class(name: str) -> Callable[..., nn.Module]:
+    module, _, own = name.rpartition(":")
+    if module:
+        made: Callable[..., nn.Module] = getattr(importlib.import_module(module), own)
+        return made
+    import diffusers
+
+    made = getattr(diffusers, name, None) or getattr(diffusers.models, name)
+    return made
 
 
 @contextmanager

@@ -101,10 +101,11 @@ class ComplexRope:
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of the zoo: a diffusers class, its published and its tiny configuration, and their inputs.
+    """One model of the zoo: a class, its published and its tiny configuration, and their inputs.
 
-    Without `full`, only the tiny one can be loaded. `sizes` are other inputs of the published one, by name; what one
-    of them leaves out is as in `full_inputs`.
+    `cls` is a name that diffusers exports, or "package.module:Class". Without `full`, only the tiny one can be loaded.
+    `sizes` are other inputs of the published one, by name; what one of them leaves out is as in `full_inputs`.
+    `no_denoiser` says what it is if it is no denoiser.
     """
 
     cls: str
@@ -113,6 +114,7 @@ class Entry:
     tiny: Mapping[str, Any] = field(default_factory=dict)
     tiny_inputs: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    no_denoiser: str = ""
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class ShardTokens:
     """Propose partitions of the best token stream, propagate each, keep the cheapest, add further streams greedily.
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
-    a view's inner factor (rows, frames). Streams that reach no query are gathered before the blocks, or their keys are
-    exchanged, where that saves enough work. Numerics: exact.
+    a view's inner factor (rows, frames); even within each such unit (places of every frame). Streams that reach no
+    query are gathered before the blocks, or their keys are exchanged, where that saves enough work. Numerics: exact.
     """
 
     mesh: Mesh
@@ -92,7 +92,8 @@ class ShardTokens:
             yield from ((cut, have), (cut,))
             return
         finer = itertools.product((1, *axis.units), ((), *axis.segments))
-        partitions = (self.mesh.divide(axis.size, SEQUENCE, unit, segments) for unit, segments in finer)
+        inside = ((1, (unit,) * (axis.size // unit)) for unit in axis.units)
+        partitions = (self.mesh.divide(axis.size, SEQUENCE, unit, segments) for unit, segments in (*finer, *inside))
         yield from ((have.with_dims({axis.dim: one}),) for one in dict.fromkeys((even, *partitions)))
 
 

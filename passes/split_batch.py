@@ -75,6 +75,11 @@ class SplitBatch:
 
 def _explain(degree: int, sizes: list[int]) -> str:
     batch = min(sizes, default=0)
+    if batch >= degree:
+        return (
+            f"cfg={degree} divides the batch, but cutting the first dimension of no input divides the work (are "
+            "samples packed into one sequence?); use cfg=1 with ulysses or ring"
+        )
     return (
         f"cfg={degree} divides the batch, but the example has a batch of {batch}: "
         f"give at least {degree} samples (conditional and unconditional), or use cfg={max(batch, 1)}"

@@ -46,6 +46,7 @@ WORDS = {
     "edit",
     "text",
     "stable",
+    "plain",
 }
 
 

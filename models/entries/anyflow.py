@@ -43,7 +43,7 @@ ENTRIES = {
                   num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32,
                   freq_dim=32, ffn_dim=128, num_layers=3, rope_max_seq_len=32, chunk_partition=(1, 1, 2)),
         tiny_inputs=dict(
-            hidden_states=Normal((2, 4, 4, 16, 16)), timestep=Values([[750.0] * 4, [250.0] * 4], "float32"),
+            hidden_states=Normal((2, 4, 4, 20, 20)), timestep=Values([[750.0] * 4, [250.0] * 4], "float32"),
             r_timestep=Values([[500.0] * 4, [125.0] * 4], "float32"),
             encoder_hidden_states=Normal((2, 16, 32)), chunk_partition=[1, 1, 2], return_dict=False),
     ),

@@ -39,7 +39,7 @@ ENTRIES = {
             encoder_hidden_states=Normal((2, 256, 32)), return_dict=False),
     ),
     "minimax-music-3-depth": Entry(
-        cls="MiniMaxMusic3RVQDepthDecoder",
+        cls="MiniMaxMusic3RVQDepthDecoder", no_denoiser="autoregressive over the codebooks of one audio frame",
         tiny=dict(hidden_size=64, num_layers=3, num_attention_heads=4, intermediate_size=96,
                   audio_vocab_size=32, num_codebooks=4, max_position_embeddings=16),
         tiny_inputs=dict(inputs_embeds=Normal((2, 16, 64))),

@@ -8,15 +8,15 @@ from ..specs import Entry, Integers, Mask, Normal, Values
 HEADS = dict(num_attention_heads=4, attention_head_dim=16, num_layers=3)
 
 ENTRIES = {
-    "transformer-2d-continuous": Entry(  # a block of a U-Net: no timestep
-        cls="Transformer2DModel",
+    "transformer-2d-continuous": Entry(
+        cls="Transformer2DModel", no_denoiser="a part of a U-Net: features in and out, no timestep",
         tiny=dict(**HEADS, in_channels=32, norm_num_groups=8, cross_attention_dim=32),
         tiny_inputs=dict(
             hidden_states=Normal((2, 32, 16, 16)), encoder_hidden_states=Normal((2, 16, 32)), timestep=None,
             encoder_attention_mask=Mask(16, (16, 11)), return_dict=False),
     ),
     "transformer-2d-linear": Entry(  # the same with linear projections and doubled self-attention
-        cls="Transformer2DModel",
+        cls="Transformer2DModel", no_denoiser="a part of a U-Net: features in and out, no timestep",
         tiny=dict(**HEADS, in_channels=32, norm_num_groups=8, use_linear_projection=True,
                   double_self_attention=True),
         tiny_inputs=dict(hidden_states=Normal((2, 32, 16, 16)), attention_mask=Mask(256, (256, 200)),
@@ -38,7 +38,7 @@ ENTRIES = {
                          class_labels=Values([3, 7], "int64"), return_dict=False),
     ),
     "transformer-temporal": Entry(  # a block of a video U-Net: frames in the batch, attention along them only
-        cls="TransformerTemporalModel",
+        cls="TransformerTemporalModel", no_denoiser="a part of a video U-Net: features in and out, no timestep",
         tiny=dict(**HEADS, in_channels=32, norm_num_groups=8, positional_embeddings="sinusoidal",
                   num_positional_embeddings=4),
         tiny_inputs=dict(hidden_states=Normal((2 * 4, 32, 8, 8)), num_frames=4, return_dict=False),

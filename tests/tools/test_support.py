@@ -1,0 +1,97 @@
+"""`xdit-ir support`: what it measures, that it resumes, that it works with several processes, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xdit_ir import models
+from xdit_ir.tools import cmd_support
+from xdit_ir.tools.cli import main
+from xdit_ir.tools.support_page import page
+from xdit_ir.tools.survey import DEGREES, Outcome, Survey, survey
+
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+
+
+@pytest.fixture(scope="module")
+def packed() -> Survey:
+    return survey("plain-packed-dit")
+
+
+def test_survey(packed: Survey) -> None:
+    assert [one.degrees for one in packed.outcomes] == [str(one) for one in DEGREES]
+    assert "packed into one sequence" in packed.outcome("c2").refused and not packed.outcome("c2").exact
+    found = packed.outcome("u4")
+    assert found.exact and 0 < found.error <= 1e-5
+    assert 0.25 <= found.slowest < 0.26 and 1.0 <= found.work < 1.01
+    assert found.bytes > 0 and found.gathered == ()
+    assert Survey.from_json(json.loads(json.dumps(packed.as_json()))) == packed
+
+
+def test_survey_names_what_is_gathered_inside_a_block() -> None:
+    found = survey("nucleus-image", DEGREES[:1]).outcome("u2")
+    assert any(place.startswith("topk, NucleusMoEImageTransformerBlock") for place in found.gathered)
+    assert set(found.gathered) <= set(found.fallbacks)
+
+
+def test_page_has_every_reason(packed: Survey) -> None:
+    bad = Outcome("u4", error=0.5, slowest=0.7, work=2.8, gathered=("topk, B x: no\nrule",), fallbacks=("sort, y: no",))
+    text = page(
+        [packed, Survey("dual-transformer", outcomes=(bad,)), Survey("mochi-1", not_captured="reads | a value")]
+    )
+    assert "2 of 3 models captured" in text and "5 of 6 simulations" in text
+    assert "| plain-packed-dit | `PackedDiT` | ≤ 1e-06 | refused | 0.251, 1.00, 0 gathered" in text
+    assert "| dual-transformer | `DualTransformer2DModel` | **5e-01** | - | 0.700, 2.80, 1 gathered, 0.00 MiB |" in text
+    assert "| mochi-1 | `MochiTransformer3DModel` | not captured | - | - | - | - |" in text
+    for line in (
+        "* mochi-1: `reads / a value`",
+        "* plain-packed-dit, c2: `cfg=2 divides",
+        "* dual-transformer: 0.700, 2.80",
+        "* dual-transformer: `topk, B x: no rule`",
+        "* dual-transformer: `sort, y: no`",
+        "* dual-transformer: a part of a U-Net",
+    ):
+        assert f"\n{line}" in text
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, packed: Survey, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops_at_the_second(name: str) -> Survey:
+        if name != "plain-packed-dit":
+            raise KeyboardInterrupt
+        return packed
+
+    argv = ["support", "plain-packed-dit", "plain-uvit", "--cache", str(tmp_path / "cache")]
+    monkeypatch.setattr(cmd_support, "survey", stops_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        main(argv)
+    asked: list[str] = []
+    monkeypatch.setattr(cmd_support, "survey", lambda name: asked.append(name) or Survey(name, "not today"))
+    assert main([*argv, "--output", str(tmp_path / "page.md")]) == 0
+    assert asked == ["plain-uvit"]
+    text = (tmp_path / "page.md").read_text()
+    assert "| plain-packed-dit |" in text and "* plain-uvit: `not today`" in text
+    monkeypatch.setattr(cmd_support, "digest", lambda: "other sources")
+    assert main(argv) == 0
+    assert asked == ["plain-uvit", "plain-packed-dit", "plain-uvit"]
+
+
+def test_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["support", "kandinsky-2.2-prior", "plain-dit", "--jobs", "2"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| model", "| kandinsky-2.2-prior", "| plain-dit"]
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["support", "plain-dot"]) == 2
+    assert "nearest: plain-dit" in capsys.readouterr().err
+    assert main(["support", "--jobs", "0"]) == 2
+    assert "nearest legal one is 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="docs/support.md has not been made yet")
+def test_the_page_is_of_this_zoo() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == models.names()

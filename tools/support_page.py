@@ -1,0 +1,150 @@
+"""The text of docs/support.md, from surveys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from xdit_ir import models
+from xdit_ir.tools.survey import TOLERANCE, Outcome, Survey
+
+SHOWN = ("c2", "u4", "r2", "r2u2")
+BALANCED, WIDEST = 0.30, "u4"
+HEAD = """# What is supported
+
+Made by `xdit-ir support --output docs/support.md`, not edited by hand: every model of the zoo in its tiny size (a few
+narrow layers of every kind, 256 image or video tokens or a little more, random weights, float32), all ranks simulated
+and compared with the model.
+
+`c` is CFG parallelism (the batch), `u` Ulysses, `r` Ring, `r2u2` a hybrid of both on four ranks. *Exact*: the largest
+relative error of any output on any rank under {degrees}; a model that *rounds inside* to less
+than float32 may differ by what that costs itself, compared with float64. A cell says which part of one device's FLOPs
+the slowest rank does, what all ranks do together, how often something other than the keys of an attention is gathered
+inside a block, and MiB sent by the busiest rank in a forward. In tiny models text and fixed parts weigh more than in
+the real ones.
+"""
+
+
+def page(surveys: Sequence[Survey]) -> str:
+    """Markdown: a summary, the table, and every reason behind a number that is not what one would like."""
+    captured = [one for one in surveys if not one.not_captured]
+    degrees = ", ".join(outcome.degrees for outcome in captured[0].outcomes) if captured else "no degrees"
+    return "\n".join(
+        [
+            HEAD.format(degrees=degrees),
+            *_summary(surveys),
+            "",
+            f"| model | class | exact | {' | '.join(SHOWN)} |",
+            "|---" * (3 + len(SHOWN)) + "|",
+            *(_row(one) for one in surveys),
+            *_reasons("Not captured", "Each is a `TraceError` that says:", _not_captured(surveys)),
+            *_reasons("Refused", "Each is a `ParallelizeError` that says:", _refused(captured)),
+            *_reasons(f"Slowest rank above {BALANCED:.2f} at {WIDEST}", "Slowest rank, all ranks:", _uneven(captured)),
+            *_reasons(f"Gathered inside blocks at {WIDEST}", "Operator, place, reason:", _gathered(captured)),
+            *_reasons(f"Other fallbacks at {WIDEST}", "Operator, place, reason:", _fallbacks(captured)),
+            *_reasons(
+                "No denoisers", "In the zoo because diffusers exports them as transformers:", _no_denoisers(surveys)
+            ),
+        ]
+    )
+
+
+def _summary(surveys: Sequence[Survey]) -> Iterator[str]:
+    captured = [one for one in surveys if not one.not_captured]
+    run = [outcome for one in captured for outcome in one.outcomes if not outcome.refused]
+    widest = [found for one in captured for found in [_found(one, WIDEST)] if found is not None and not found.refused]
+    balanced = sum(outcome.slowest <= BALANCED for outcome in widest)
+    local = sum(not outcome.gathered for outcome in widest)
+    yield f"* {len(captured)} of {len(surveys)} models captured."
+    yield f"* {sum(one.exact for one in run)} of {len(run)} simulations within {TOLERANCE:.0e} of the model."
+    yield f"* {balanced} of {len(surveys)} models: slowest rank at most {BALANCED:.2f} of the FLOPs at {WIDEST}."
+    yield f"* {local} of {len(surveys)} models: nothing gathered inside a block at {WIDEST}."
+
+
+def _row(one: Survey) -> str:
+    cells = [one.name, f"`{models.entry(one.name).cls.rpartition(':')[2]}`", _exactness(one)]
+    return f"| {' | '.join([*cells, *(_cell(_found(one, degrees)) for degrees in SHOWN)])} |"
+
+
+def _found(one: Survey, degrees: str) -> Outcome | None:
+    return next((outcome for outcome in one.outcomes if outcome.degrees == degrees), None)
+
+
+def _exactness(one: Survey) -> str:
+    """A bound, not the error itself, which differs between machines."""
+    run = [outcome for outcome in one.outcomes if not outcome.refused]
+    if not run:
+        return "not captured" if one.not_captured else "refused"
+    worst = max(outcome.error for outcome in run)
+    bounds = [bound for bound in (1e-6, TOLERANCE) if worst <= bound]
+    if bounds:
+        return f"≤ {bounds[0]:.0e}"
+    return f"{worst:.0e}, rounds inside" if all(outcome.exact for outcome in run) else f"**{worst:.0e}**"
+
+
+def _cell(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "-"
+    if outcome.refused:
+        return "refused"
+    gathers = f"{len(outcome.gathered)} gathered"
+    return f"{outcome.slowest:.3f}, {outcome.work:.2f}, {gathers}, {outcome.bytes / 2**20:.2f} MiB"
+
+
+def _reasons(title: str, intro: str, lines: Iterable[str]) -> list[str]:
+    listed = list(lines)
+    return ["", f"## {title}", intro, "", *listed] if listed else []
+
+
+def _not_captured(surveys: Sequence[Survey]) -> Iterator[str]:
+    yield from (f"* {one.name}: {_line(one.not_captured)}" for one in surveys if one.not_captured)
+
+
+def _refused(surveys: Sequence[Survey]) -> Iterator[str]:
+    for one in surveys:
+        by_reason: dict[str, list[str]] = {}
+        for outcome in one.outcomes:
+            if outcome.refused:
+                by_reason.setdefault(_line(outcome.refused), []).append(outcome.degrees)
+        yield from (f"* {one.name}, {', '.join(which)}: {reason}" for reason, which in by_reason.items())
+
+
+def _uneven(surveys: Sequence[Survey]) -> Iterator[str]:
+    for one in surveys:
+        outcome = _found(one, WIDEST)
+        if outcome is not None and not outcome.refused and outcome.slowest > BALANCED:
+            yield f"* {one.name}: {outcome.slowest:.3f}, {outcome.work:.2f}"
+
+
+def _gathered(surveys: Sequence[Survey]) -> Iterator[str]:
+    for one in surveys:
+        outcome = _found(one, WIDEST)
+        if outcome is not None:
+            yield from _grouped(one.name, outcome.gathered)
+
+
+def _grouped(name: str, places: Sequence[str]) -> Iterator[str]:
+    """One line for each operator, with its first place."""
+    by_operator: dict[str, list[str]] = {}
+    for place in places:
+        by_operator.setdefault(place.partition(",")[0], []).append(place)
+    for found in by_operator.values():
+        yield f"* {name}: {_line(found[0])}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+
+
+def _fallbacks(surveys: Sequence[Survey]) -> Iterator[str]:
+    for one in surveys:
+        outcome = _found(one, WIDEST)
+        if outcome is not None:
+            yield from _grouped(one.name, [what for what in outcome.fallbacks if what not in outcome.gathered])
+
+
+def _no_denoisers(surveys: Sequence[Survey]) -> Iterator[str]:
+    for one in surveys:
+        reason = models.entry(one.name).no_denoiser
+        if reason:
+            yield f"* {one.name}: {reason}"
+
+
+def _line(text: str) -> str:
+    """One line that Markdown leaves as it is."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "/") + "`"

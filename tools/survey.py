@@ -1,0 +1,163 @@
+"""Measure what the compiler makes of a model of the zoo, over several sets of degrees: data, no text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import xdit_ir as xir
+from xdit_ir import models, passes
+from xdit_ir.api import TracedProgram
+from xdit_ir.check import check_parallel, relative_error
+from xdit_ir.errors import ParallelizeError, TraceError
+from xdit_ir.program import SPEC, Program, TensorSpec
+from xdit_ir.tools.degrees import Degrees, parse
+
+DEGREES = tuple(parse("u2,u3,u4,r2,c2,u2r2"))
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One set of degrees: why it was refused, or how exact (within `tolerance`) and how costly it is.
+
+    `slowest` and `work` are FLOPs of the slowest rank and of all ranks, over those of one device; `bytes` is what the
+    busiest rank sends in a forward; `gathered` says where in a block an operand had to be gathered (other than the
+    keys and values of an attention), and `fallbacks` where anything was for want of a rule.
+    """
+
+    degrees: str
+    refused: str = ""
+    error: float = 0.0
+    tolerance: float = TOLERANCE
+    slowest: float = 1.0
+    work: float = 1.0
+    bytes: int = 0
+    gathered: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether every rank gave the model's output."""
+        return not self.refused and self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A model under all sets of degrees, or the reason why it could not be captured."""
+
+    name: str
+    not_captured: str = ""
+    outcomes: tuple[Outcome, ...] = ()
+
+    def outcome(self, degrees: str) -> Outcome:
+        """The outcome for one set of degrees, by its short form."""
+        return next(one for one in self.outcomes if one.degrees == degrees)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Survey:
+        """The survey that `as_json` wrote."""
+        outcomes: list[dict[str, Any]] = data["outcomes"]
+        places = [{key: tuple(one[key]) for key in ("gathered", "fallbacks")} for one in outcomes]
+        made = tuple(Outcome(**(one | found)) for one, found in zip(outcomes, places, strict=True))
+        return Survey(data["name"], data["not_captured"], made)
+
+
+@dataclass
+class Subject:
+    """A tiny model of the zoo, captured once, in float32.
+
+    Where a model rounds to less inside, say to bfloat16, a sum in another order falls on the other side here and there,
+    and the last bit of bfloat16 is far above the tolerance. Such a model is its own measure: it is off from itself in
+    float64 by some e, and so, up to chance, may a rank be; so the two may differ by a little more than 2 e.
+    """
+
+    name: str
+    model: nn.Module = field(init=False)
+    example: dict[str, Any] = field(init=False)
+    traced: TracedProgram = field(init=False)
+    tolerance: float = TOLERANCE
+
+    def __post_init__(self) -> None:
+        """Raises `TraceError` if the model cannot be captured."""
+        self.model, self.example = models.load(f"{self.name}:tiny")
+        self.traced = xir.trace(self.model, self.example)
+        if _rounds(self.traced.ir):
+            self.tolerance = max(TOLERANCE, 2.25 * self._rounding())
+
+    def _rounding(self) -> float:
+        """How far the model is from itself in float64; nothing if it cannot run in that."""
+        wide, inputs = models.load(f"{self.name}:tiny", dtype=torch.float64)
+        with torch.no_grad():
+            narrow = _tensors(self.model(**self.example))
+            try:
+                return relative_error(narrow, _tensors(wide(**inputs)))
+            except RuntimeError:
+                return 0.0
+
+    def outcome(self, degrees: Degrees) -> Outcome:
+        """Divide, simulate every rank, compare with the model, and price."""
+        try:
+            parallel = self.traced.parallelize(**degrees.as_dict())
+        except ParallelizeError as error:
+            return Outcome(str(degrees), refused=str(error))
+        result = check_parallel(parallel, self.model, self.example, tolerance=self.tolerance)
+        report = parallel.report()
+        inside = [item for item in report.fallbacks if item.place.partition(" ")[0] in parallel.ir.blocks]
+        return Outcome(
+            str(degrees),
+            error=result.max_relative_error,
+            tolerance=self.tolerance,
+            slowest=max(report.flops_per_rank) / max(report.flops_total, 1),
+            work=sum(report.flops_per_rank) / max(report.flops_total, 1),
+            bytes=sum(entry.bytes_per_rank for entry in report.collectives),
+            gathered=tuple(f"{item.op}, {item.place}: {item.reason}" for item in inside),
+            fallbacks=tuple(f"{item.op}, {item.place}: {item.reason}" for item in report.fallbacks),
+        )
+
+
+def _rounds(program: Program) -> bool:
+    """Whether anything is computed in less than float32."""
+    graphs = [program.graph, *(block.graph for block in program.blocks.values())]
+    specs = [spec for graph in graphs for node in graph.nodes for spec in _specs(node.meta.get(SPEC))]
+    return any(spec.dtype in (torch.bfloat16, torch.float16) for spec in specs)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def _specs(spec: object) -> tuple[TensorSpec, ...]:
+    """The types of a node's results."""
+    if isinstance(spec, TensorSpec):
+        return (spec,)
+    return tuple(one for part in spec for one in _specs(part)) if isinstance(spec, tuple) else ()
+
+
+def survey(name: str, degrees: Iterable[Degrees] = DEGREES) -> Survey:
+    """Everything about one model of the zoo; about ten seconds on one core."""
+    try:
+        subject = Subject(name)
+    except TraceError as error:
+        return Survey(name, not_captured=str(error))
+    return Survey(name, outcomes=tuple(subject.outcome(one) for one in degrees))
+
+
+def digest() -> str:
+    """A fingerprint of the compiler and the zoo: results of other sources must not be mixed in."""
+    state = hashlib.sha256()
+    folders = [Path(folder) for package in (xir, passes, models) for folder in package.__path__]
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.py"))):
+        state.update(path.name.encode() + path.read_bytes())
+    return state.hexdigest()[:16]
