@@ -10,10 +10,8 @@ from xdit_ir import models
 # What cannot be captured yet: the error names the operator, the input or the value that the model reads.
 NOT_CAPTURED = {
     "anyflow-far": "flex_attention",
-    "anyflow-far-joint": "flex_attention",
     "hidream-i1": "transformer_hidream_image.py",
     "hunyuanvideo-1.5-i2v": "image_embeds",
-    "kandinsky-6-sr": "flex_attention",
     "sana-wm-refiner": "kv_cache",
     "wan-animate-2": "kv_cache",
     "wan-animate-2-reference": "kv_cache",

@@ -67,6 +67,14 @@ class Recorder:
         finally:
             self.active = before
 
+    def tensor(self, node: fx.Node, roots: Roots) -> torch.Tensor:
+        """A fake tensor for the value of a node of the current frame."""
+        spec = node.meta[SPEC]
+        with self.recording(False), torch.inference_mode(), self.fake_mode:
+            fake = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+        self.bind(fake, node, None, roots)
+        return fake
+
     def blank(self, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """A new fake tensor with the size, strides and dtype of `like`."""
         device = device or (self.device if like.device.type == "meta" else like.device)

@@ -15,6 +15,7 @@ from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import Given
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, merge_equal, name_blocks, rename_device, used_state
+from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
 from xdit_ir.capture.known import PythonReads, readable
 from xdit_ir.capture.outputs import flatten_output, literal
@@ -132,7 +133,7 @@ def _wrap(module: nn.Module, path: str, names: list[str], forward: Any, recorder
 
 def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str, Any]) -> Any:
     try:
-        with Tracer(recorder), PythonReads(recorder):
+        with uncompiled(), Tracer(recorder), PythonReads(recorder):
             return model(*args, **kwargs)
     except (XditError, Unshareable):
         raise
