@@ -12,6 +12,7 @@ from torch import fx
 
 from xdit_ir import ops
 from xdit_ir.layout import Layout, plan
+from xdit_ir.leaf import Leaf
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import LAYOUT, SPEC, Program, is_block_call
 from xdit_ir.rules.base import operands
@@ -70,11 +71,15 @@ FORMULAS: dict[Any, Formula] = {
 
 def node_flops(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
     """Multiplications and additions of one node for these operand and result shapes."""
+    if isinstance(node.target, Leaf):
+        return node.target.flops * math.prod(out) // max(math.prod(node.target.outputs[0].shape), 1)
     formula = FORMULAS.get(getattr(node.target, "overloadpacket", node.target))
     return 0 if formula is None else formula(node, shapes, out)
 
 
 def _is_counted(node: fx.Node) -> bool:
+    if isinstance(node.target, Leaf):
+        return node.target.single
     return node.op == "call_function" and getattr(node.target, "overloadpacket", node.target) in FORMULAS
 
 

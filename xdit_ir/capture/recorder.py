@@ -17,6 +17,7 @@ from xdit_ir.capture.values import (
     KNOWN_NUMEL,
     NO_ROOTS,
     Frame,
+    Opaque,
     Origin,
     Roots,
     Storage,
@@ -28,7 +29,7 @@ from xdit_ir.capture.values import (
     spec_of,
 )
 from xdit_ir.errors import TraceError
-from xdit_ir.program import CONSTANT, SPEC, WHERE, Where
+from xdit_ir.program import CONSTANT, SPEC, WHERE, Where, qualified
 
 
 class Recorder:
@@ -57,6 +58,10 @@ class Recorder:
     def where(self) -> Where:
         """The place in the model that is running."""
         return Where(self.path[-1], source_line())
+
+    def opaque(self, text: str) -> Opaque:
+        """An error that blames the module that is running."""
+        return Opaque(text, qualified(self.frame.prefix, self.path[-1]).rstrip("."))
 
     @contextmanager
     def recording(self, active: bool) -> Iterator[None]:

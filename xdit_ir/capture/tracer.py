@@ -62,7 +62,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(func, HigherOrderOperator) and is_flex(func):
             return self._again(attend, self.recorder, *args, **kwargs)
         if isinstance(func, HigherOrderOperator):
-            raise TraceError(f"{source_line()}: the higher-order operator {func} cannot be captured")
+            raise self.recorder.opaque(f"{source_line()}: the higher-order operator {func} cannot be captured")
         if func is DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         with self.recorder.recording(False):
