@@ -62,7 +62,9 @@ class Leaf:
         tensors = [x for x in pytree.tree_leaves(self.run(inputs, state)) if isinstance(x, torch.Tensor)]
         divisible = {dim for dim, _ in self.aligned}
         for tensor, spec in zip(tensors, self.outputs, strict=True):
-            sizes = [(a, b) for d, (a, b) in enumerate(zip(tensor.shape, spec.shape, strict=False)) if d not in divisible]
+            sizes = [
+                (a, b) for d, (a, b) in enumerate(zip(tensor.shape, spec.shape, strict=False)) if d not in divisible
+            ]
             if tensor.dtype != spec.dtype or tensor.dim() != len(spec.shape) or any(a != b for a, b in sizes):
                 raise MismatchError(
                     f"{self.__name__} returned {tensor.dtype}{list(tensor.shape)}, expected {spec.dtype}{list(spec.shape)}"

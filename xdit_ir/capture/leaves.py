@@ -80,6 +80,10 @@ class Leaves:
         """Whether the module at this path is a leaf."""
         return path in self.paths
 
+    def below(self, path: str) -> frozenset[str]:
+        """The leaves inside the module at `path`, relative to it."""
+        return frozenset(name[len(path) + 1 :] for name in self.paths if name.startswith(f"{path}."))
+
     def call(self, path: str, copied: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Emit the node that stands for a call of the module."""
         recorder, module = self.recorder, self.originals[path]
@@ -150,7 +154,11 @@ class Leaves:
 
 def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        return torch.randn(spec.shape, generator=generator).to(spec.dtype)
+        made = torch.randn(spec.shape, generator=generator)
+        for dim in range(len(spec.shape) - 1):  # small and large rows, so that what mixes or compares them shows
+            shape = [size if d == dim else 1 for d, size in enumerate(spec.shape)]
+            made = made * 10 ** (2 * torch.rand(shape, generator=generator) - 1.3)
+        return made.to(spec.dtype)
     return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
 
 
@@ -168,8 +176,10 @@ def _weights(state: Mapping[str, torch.Tensor]) -> list[torch.Tensor] | None:
 
 
 def _weight(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    made = _random(spec_of(tensor), generator)
-    return made / max(tensor.shape[-1], 1) ** 0.5 if tensor.dim() > 1 and made.is_floating_point() else made
+    if not tensor.is_floating_point():
+        return _random(spec_of(tensor), generator)
+    made = torch.randn(tensor.shape, generator=generator)
+    return (made / max(tensor.shape[-1], 1) ** 0.5 if tensor.dim() > 1 else made).to(tensor.dtype)
 
 
 def _guessed(leaf: Leaf, call: Call) -> _Described:
@@ -189,9 +199,7 @@ def _aligned(
     """The dims along which any selection of indices gives the same selection of the result, in every probe."""
     for dim in range(results[0].dim()):
         size = results[0].shape[dim]
-        operands = tuple(
-            i for i, x in enumerate(inputs[0]) if x.dim() == results[0].dim() and x.shape[dim] == size > 1
-        )
+        operands = tuple(i for i, x in enumerate(inputs[0]) if x.dim() == results[0].dim() and x.shape[dim] == size > 1)
         if operands and all(
             _selects(leaf, weights, given, result, dim, operands, seed)
             for seed, (given, result) in enumerate(zip(inputs, results, strict=True))

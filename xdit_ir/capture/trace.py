@@ -32,9 +32,7 @@ Flat = list[tuple[str, Any]]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def trace(
-    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: Sequence[Wanted] = ()
-) -> Program:
+def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: Sequence[Wanted] = ()) -> Program:
     """Capture a module's forward for one input signature as a `Program`.
 
     `example` holds forward's arguments by name, or its positional arguments. Model and example may be on any
@@ -84,7 +82,9 @@ def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Modul
         skeleton = Skeleton(model, recorder.state)
         recorder.state_of = skeleton.state_of
         blocks = Blocks(recorder, set(chosen), _watch(skeleton, chosen, recorder))
-        _instrument(skeleton, recorder, blocks, Leaves(recorder, opaque, dict(model.named_modules())))
+        called_whole = Leaves(recorder, opaque, dict(model.named_modules()))
+        blocks.leaves_below = called_whole.below
+        _instrument(skeleton, recorder, blocks, called_whole)
         given = Given(args, in_spec, skeleton.copy_of)
         output = _run(skeleton.model, recorder, *call_arguments(inspect.signature(model.forward), given.named))
         given.check_unchanged(values)
