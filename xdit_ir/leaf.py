@@ -67,6 +67,7 @@ class Leaf:
             ]
             if tensor.dtype != spec.dtype or tensor.dim() != len(spec.shape) or any(a != b for a, b in sizes):
                 raise MismatchError(
-                    f"{self.__name__} returned {tensor.dtype}{list(tensor.shape)}, expected {spec.dtype}{list(spec.shape)}"
+                    f"{self.__name__} returned {tensor.dtype}{list(tensor.shape)}, "
+                    f"expected {spec.dtype}{list(spec.shape)}"
                 )
         return tensors[0] if self.single else tuple(tensors)

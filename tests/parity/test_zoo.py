@@ -10,7 +10,6 @@ from xdit_ir import models
 # What cannot be captured yet: the error names the operator, the input or the value that the model reads.
 NOT_CAPTURED = {
     "anyflow-far": "flex_attention",
-    "hunyuanvideo-1.5-i2v": "image_embeds",
     "sana-wm-refiner": "kv_cache",
     "wan-animate-2": "kv_cache",
     "wan-animate-2-reference": "kv_cache",

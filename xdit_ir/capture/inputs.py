@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.program import Guard, Program, TensorSpec
@@ -93,6 +94,7 @@ class InputBinder:
         self._signature = forward if isinstance(forward, inspect.Signature) else inspect.signature(forward.forward)
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
+        self._seen: dict[int, list[tuple[weakref.ref[torch.Tensor], int]]] = {}
         self._accepted: dict[str, tuple[weakref.ref[torch.Tensor], int]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -106,7 +108,26 @@ class InputBinder:
             self._check_leaf(path, expected.spec, leaf)
             if isinstance(leaf, torch.Tensor):
                 tensors.append(leaf)
+        self._check_predicates(dict(leaves))
         return tensors
+
+    def _check_predicates(self, leaves: Mapping[str, Any]) -> None:
+        """What was read of inputs must be as it was; waits for the device, but only if their contents may be new."""
+        for index, fact in enumerate(self._expected.predicates):
+            given = [leaves[path] for path in fact.paths]
+            seen = self._seen.get(index, [])
+            versions = [-1 if leaf.is_inference() else leaf._version for leaf in given]
+            if len(seen) == len(given) and all(
+                ref() is leaf and version == before >= 0
+                for (ref, before), leaf, version in zip(seen, given, versions, strict=True)
+            ):
+                continue
+            with torch.no_grad():
+                same = not any(leaf.is_meta for leaf in given) and torch.equal(evaluate(fact, leaves).cpu(), fact.value)
+            if not same:
+                names = ", ".join(fact.paths)
+                raise MismatchError(f"{names}: what was read of it while tracing ({fact.reason}) has changed")
+            self._seen[index] = [(weakref.ref(leaf), version) for leaf, version in zip(given, versions, strict=True)]
 
     def _reorder(self, leaves: list[tuple[str, Any]], named: dict[str, Any]) -> list[tuple[str, Any]]:
         """The leaves in the order of the trace, if only the order of keys differs."""

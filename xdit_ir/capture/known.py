@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from xdit_ir.capture.operators import aten, facts
+from xdit_ir.capture.predicates import predicate
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
@@ -106,6 +107,10 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
     """The contents of a tensor that Python, a shape or an index wants to see."""
     value = recorder.value(tensor)
     if value.known is None:
+        fact = predicate(recorder, value, what)
+        if fact is not None:
+            recorder.predicates.append(fact)
+            return fact.value.clone()
         raise _unknown(recorder, value.roots, what)
     note_read(recorder, value.roots, what)
     return value.known

@@ -1,4 +1,4 @@
-"""The fallback ladder: a submodule that cannot be captured becomes an opaque leaf, described by running it on probes."""
+"""The fallback ladder: a submodule that cannot be captured becomes an opaque leaf, described by probing it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xdit_ir.errors import TraceError
 from xdit_ir.leaf import Leaf
 from xdit_ir.program import TensorSpec
 
-_PROBES = 3
+_SCALES = (1.0, 0.01, 0.1, 0.3, 3.0, 10.0)  # of the inputs of probes: values may decide differently for each
 _PROBE_BYTES = 1 << 28  # weights made up for the probe of a module on the meta device
 _TOLERANCE = 1e-4
 
@@ -125,7 +125,7 @@ class Leaves:
     def _measured(self, path: str, leaf: Leaf, call: Call, weights: list[torch.Tensor]) -> _Described:
         device = weights[0].device if weights else self.recorder.device
         runs = []
-        for seed in range(_PROBES):
+        for seed in range(len(_SCALES)):
             inputs = self._inputs(call, device, seed)
             with FlopCounterMode(display=False) as counter:
                 output = leaf.run(inputs, weights)
@@ -147,8 +147,11 @@ class Leaves:
         made: list[torch.Tensor] = []
         for item in call.leaves:
             if isinstance(item, torch.Tensor):
-                known, spec = self.recorder.value(item).known, spec_of(item)
-                made.append(_random(spec, generator).to(device) if known is None else known.clone().to(device))
+                known = self.recorder.value(item).known
+                probe = _random(spec_of(item), generator) if known is None else known.clone()
+                if known is None and probe.is_floating_point():
+                    probe *= _SCALES[seed]
+                made.append(probe.to(device))
         return made
 
 
@@ -157,7 +160,8 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
         made = torch.randn(spec.shape, generator=generator)
         for dim in range(len(spec.shape) - 1):  # small and large rows, so that what mixes or compares them shows
             shape = [size if d == dim else 1 for d, size in enumerate(spec.shape)]
-            made = made * 10 ** (2 * torch.rand(shape, generator=generator) - 1.3)
+            order = torch.randperm(spec.shape[dim], generator=generator)
+            made = made * 10 ** torch.linspace(-1, 1, spec.shape[dim])[order].view(shape)
         return made.to(spec.dtype)
     return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
 

@@ -29,7 +29,7 @@ from xdit_ir.capture.values import (
     spec_of,
 )
 from xdit_ir.errors import TraceError
-from xdit_ir.program import CONSTANT, SPEC, WHERE, Where, qualified
+from xdit_ir.program import CONSTANT, SPEC, WHERE, Predicate, Where, qualified
 
 
 class Recorder:
@@ -51,6 +51,7 @@ class Recorder:
         self.held: dict[int, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.read_inputs: dict[str, str] = {}
+        self.predicates: list[Predicate] = []
         self._values: dict[int, Value] = {}
         self._state_names: dict[int, list[str]] = {}
         self.state_of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor

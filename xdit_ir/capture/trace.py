@@ -183,7 +183,7 @@ def _signature(recorder: Recorder, leaves: Flat, in_spec: pytree.TreeSpec, outpu
     places: list[int | Literal] = [next(count) if isinstance(x, torch.Tensor) else literal(x) for x in out_leaves]
     inputs = [InputLeaf(path, spec_of(leaf) if isinstance(leaf, torch.Tensor) else None) for path, leaf in leaves]
     guards = [guard for path, leaf in leaves if (guard := _guard(recorder, path, leaf)) is not None]
-    return Signature(in_spec, tuple(inputs), out_spec, tuple(places), tuple(guards))
+    return Signature(in_spec, tuple(inputs), out_spec, tuple(places), tuple(guards), tuple(recorder.predicates))
 
 
 def _guard(recorder: Recorder, path: str, leaf: Any) -> Guard | None:
