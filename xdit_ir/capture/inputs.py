@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.predicates import evaluate
+from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.program import Guard, Program, TensorSpec
@@ -58,8 +60,55 @@ def call_arguments(signature: inspect.Signature, named: Mapping[str, Any]) -> tu
 
 def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     """Leaves with printable paths, and the structure."""
-    leaves, spec = pytree.tree_flatten_with_path(dict(named))
+    leaves, spec = pytree.tree_flatten_with_path(opened(dict(named)))
     return [(path_name(path), leaf) for path, leaf in leaves], spec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Stands, in the dict of an object's attributes, for its class."""
+
+    kind: type
+
+
+_CLASS = "__class__"
+
+
+def opened(tree: Any) -> Any:
+    """A tree whose plain objects with tensors inside, such as caches of keys, are dicts of their attributes."""
+
+    def leaf(item: Any) -> Any:
+        if not _is_open(item):
+            return item
+        return {_CLASS: _Kind(type(item)), **{name: opened(entry) for name, entry in vars(item).items()}}
+
+    return pytree.tree_map(leaf, tree)
+
+
+def _is_open(item: Any) -> bool:
+    if isinstance(item, (torch.Tensor, nn.Module, type)) or not is_plain_object(type(item)):
+        return False
+    return hasattr(item, "__dict__") and _has_tensors(item)
+
+
+def _has_tensors(item: Any) -> bool:
+    leaves = pytree.tree_leaves(vars(item))
+    return any(isinstance(leaf, torch.Tensor) or _is_open(leaf) for leaf in leaves)
+
+
+def closed(tree: Any) -> Any:
+    """The inverse of `opened`, with objects and containers of its own."""
+    return pytree.tree_map(lambda item: _object(item) if _is_object(item) else item, tree, is_leaf=_is_object)
+
+
+def _is_object(tree: Any) -> bool:
+    return type(tree) is dict and isinstance(tree.get(_CLASS), _Kind)
+
+
+def _object(tree: dict[str, Any]) -> Any:
+    made = object.__new__(tree[_CLASS].kind)
+    made.__dict__.update({name: closed(entry) for name, entry in tree.items() if name != _CLASS})
+    return made
 
 
 def _sorted(tree: Any) -> Any:
@@ -139,7 +188,7 @@ class InputBinder:
             parts += [f"unexpected {', '.join(surplus)}"] if surplus else []
             raise MismatchError(f"inputs differ from those of the trace: {'; '.join(parts)}")
         traced = pytree.tree_unflatten([0] * len(known), self._expected.in_spec)
-        if pytree.tree_structure(_sorted(traced)) != pytree.tree_structure(_sorted(named)):
+        if pytree.tree_structure(_sorted(traced)) != pytree.tree_structure(_sorted(opened(named))):
             raise MismatchError("inputs differ from those of the trace in the types of their containers")
         return [(path, given[path]) for path in known]
 
