@@ -9,14 +9,12 @@ from xdit_ir import models
 
 # What cannot be captured yet: the error names the operator, the input or the value that the model reads.
 NOT_CAPTURED = {
-    "anyflow-far": "flex_attention",
-    "sana-wm-refiner": "kv_cache",
-    "wan-animate-2": "kv_cache",
     "wan-animate-2-reference": "kv_cache",
 }
 # What is captured but cannot be divided like this.
 NOT_DIVIDED = {
     ("t5-film-decoder", "ulysses"): "token stream",
+    ("sana-wm-refiner", "ulysses"): "token stream",
     ("cosmos3-omni", "cfg"): "batch",
 }
 

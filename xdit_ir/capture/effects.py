@@ -43,7 +43,9 @@ class Given:
                 raise TraceError(f"forward writes to its input {path!r}, as to a cache that outlives the call")
         held = {id(leaf) for leaf in self._leaves.values()}
         for name, item in self.named.items():
-            if any(isinstance(leaf, torch.Tensor) and id(leaf) not in held for leaf in pytree.tree_leaves(opened(item))):
+            if any(
+                isinstance(leaf, torch.Tensor) and id(leaf) not in held for leaf in pytree.tree_leaves(opened(item))
+            ):
                 raise TraceError(f"forward puts tensors into its input {name!r}, as into a cache")
 
 
