@@ -217,7 +217,7 @@ def test_what_is_read_of_a_timestep_is_guarded(run: Run) -> None:
     x = torch.randn(2)
     program = trace(Model(), (x, torch.tensor([999.0])))
     assert torch.equal(run(program, Model(), x, torch.tensor([501.0])), x * 2)
-    with pytest.raises(MismatchError, match="^timestep: what was read"):
+    with pytest.raises(MismatchError, match=r"^timestep: what was read"):
         run(program, Model(), x, torch.tensor([499.0]))
     with pytest.raises(TraceError, match="depends on input 'timestep'"):
         trace(Model(), (x, torch.zeros(1, device="meta")))
