@@ -69,6 +69,8 @@ def _contiguous(shape: tuple[int, ...]) -> list[Atoms]:
 
 def _regroup(atoms: Atoms, shape: tuple[int, ...]) -> list[Atoms] | None:
     """Distribute atoms, split where needed, over the dims of a view; None where an atom does not divide."""
+    if 0 in shape:
+        return None
     rest = [atom for atom in atoms if atom[0] != 1]
     dims: list[Atoms] = []
     for size in reversed(shape):

@@ -17,6 +17,7 @@ LAYERS = (
     ("xdit_ir.errors", "xdit_ir.partition"),
     ("xdit_ir.mesh",),
     ("xdit_ir.layout", "xdit_ir.program"),
+    ("xdit_ir.leaf",),
     ("xdit_ir.ops", "xdit_ir.interpret", "xdit_ir.capture"),
     ("xdit_ir.rules",),
     ("xdit_ir.draft", "xdit_ir.propagate", "xdit_ir.cost", "xdit_ir.printer"),

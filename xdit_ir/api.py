@@ -27,18 +27,20 @@ from xdit_ir.specialize import Specialize
 Example = Mapping[str, Any] | tuple[Any, ...]
 
 
-def trace(model: nn.Module, example: Example) -> TracedProgram:
+def trace(model: nn.Module, example: Example, leaf: Sequence[str | type | nn.Module] = ()) -> TracedProgram:
     """Capture `model` for one input signature.
 
     Args:
         model: a module on any device, including meta; it is not changed and nothing of its size is allocated.
         example: forward's arguments, a mapping of keyword arguments or a tuple of positional ones. Tensors give
             shapes and dtypes; contents matter only where the model reads them, and become guards.
+        leaf: submodules, by path, class name, class or instance, that are called as they are instead of being
+            captured. Those that cannot be captured, such as a mixture of experts, are found without being named.
 
     Raises:
         TraceError: the module cannot be captured; names the input or the source line at fault.
     """
-    return TracedProgram(capture.trace(model, example))
+    return TracedProgram(capture.trace(model, example, leaf))
 
 
 @dataclass(frozen=True, eq=False)

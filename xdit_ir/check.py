@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir import ops
 from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, trace
-from xdit_ir.capture.inputs import bind_inputs
+from xdit_ir.capture.inputs import bind_inputs, closed, opened
 from xdit_ir.interpret import Interpreter, model_state
 from xdit_ir.layout import Layout
 from xdit_ir.partition import Indices
@@ -86,7 +86,8 @@ def check_parallel(
 ) -> CheckResult:
     """`check` for a program that is already divided."""
     with torch.no_grad():
-        args, kwargs = ((), dict(example)) if not isinstance(example, tuple) else (example, {})
+        fresh = closed(opened(example))  # a forward may write into containers that it is given
+        args, kwargs = ((), dict(fresh)) if not isinstance(fresh, tuple) else (fresh, {})
         expected = _tensors(model(*args, **kwargs))
     notes = []
     captured = relative_error(_tensors(run_single(parallel.original, model, example)), expected)

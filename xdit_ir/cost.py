@@ -12,6 +12,7 @@ from torch import fx
 
 from xdit_ir import ops
 from xdit_ir.layout import Layout, plan
+from xdit_ir.leaf import Leaf
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
 from xdit_ir.rules.base import operands
@@ -72,8 +73,16 @@ FORMULAS: dict[Any, Formula] = {
 
 def node_flops(node: fx.Node, target: Any, shapes: Sequence[Shape], out: Shape) -> int:
     """Multiplications and additions of a node, if its operator were `target`, for these operand and result shapes."""
+    if isinstance(target, Leaf):
+        return target.flops * math.prod(out) // max(math.prod(target.outputs[0].shape), 1)
     formula = FORMULAS.get(getattr(target, "overloadpacket", target))
     return 0 if formula is None else formula(node, shapes, out)
+
+
+def _is_counted(target: Any) -> bool:
+    if isinstance(target, Leaf):
+        return target.single
+    return getattr(target, "overloadpacket", target) in FORMULAS
 
 
 def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Placed, mesh: Mesh) -> list[int]:
@@ -81,7 +90,7 @@ def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Place
 
     An attention meets all keys, whoever has them before it is lowered.
     """
-    if getattr(target, "overloadpacket", target) not in FORMULAS:
+    if not _is_counted(target):
         return []
     total = []
     for rank in range(mesh.world_size):
@@ -96,24 +105,20 @@ def graph_flops(graph: fx.Graph, mesh: Mesh | None) -> list[int]:
     """FLOPs per rank of a graph with layouts, block calls aside; without a mesh: of one device, as a single entry."""
     total = [0] * (mesh.world_size if mesh else 1)
     for node in graph.nodes:
-        if _is_counted(node):
+        if node.op == "call_function" and _is_counted(node.target):
             total = [a + b for a, b in zip(total, local_flops(node, mesh), strict=True)]
     return total
 
 
 def local_flops(node: fx.Node, mesh: Mesh | None) -> list[int]:
     """FLOPs per rank of one node that is no block call."""
-    if not _is_counted(node):
+    if node.op != "call_function" or not _is_counted(node.target):
         return [0] * (mesh.world_size if mesh else 1)
     sources, out = operands(node), node.meta[SPEC]
     if mesh is None:
         return [node_flops(node, node.target, [source.meta[SPEC].shape for source in sources], out.shape)]
     placed = [(source.meta[SPEC], source.meta[LAYOUT]) for source in sources]
     return step_flops(node, node.target, placed, (out, node.meta[LAYOUT]), mesh)
-
-
-def _is_counted(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "overloadpacket", node.target) in FORMULAS
 
 
 def program_flops(program: Program, mesh: Mesh | None) -> list[int]:

@@ -73,6 +73,21 @@ class Guard:
     reason: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class Predicate:
+    """A fact computed from inputs that the program has burned in: `graph`, run on the leaves at `paths`, gives `value`.
+
+    For what Python reads of floating-point inputs: the program stays good while the summary that was read, not the
+    contents, is the same. `constants` are the values of the graph's `get_attr`s.
+    """
+
+    graph: fx.Graph
+    paths: tuple[str, ...]
+    constants: Mapping[str, torch.Tensor]
+    value: torch.Tensor
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class InputLeaf:
     """One leaf of the (canonicalised keyword) inputs. `spec` is None for a leaf that is no tensor."""
@@ -95,6 +110,7 @@ class Signature:
     out_spec: pytree.TreeSpec
     out_leaves: tuple[int | Literal, ...]
     guards: tuple[Guard, ...] = ()
+    predicates: tuple[Predicate, ...] = ()
 
 
 @dataclass(frozen=True)

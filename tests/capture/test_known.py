@@ -209,13 +209,18 @@ def test_unreadable(function: Callable[..., Any], culprit: str) -> None:
         trace(Reads(function), (torch.randn(2, 3, 4), N))
 
 
-def test_a_timestep_may_not_be_read() -> None:
+def test_what_is_read_of_a_timestep_is_guarded(run: Run) -> None:
     class Model(nn.Module):
         def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> Any:
             return x * 2 if timestep[0] > 500 else x
 
-    with pytest.raises(TraceError, match=r"test_known.py:\d+: return x \* 2 if.*depends on input 'timestep'"):
-        trace(Model(), (torch.randn(2), torch.tensor([999.0])))
+    x = torch.randn(2)
+    program = trace(Model(), (x, torch.tensor([999.0])))
+    assert torch.equal(run(program, Model(), x, torch.tensor([501.0])), x * 2)
+    with pytest.raises(MismatchError, match=r"^timestep: what was read"):
+        run(program, Model(), x, torch.tensor([499.0]))
+    with pytest.raises(TraceError, match="depends on input 'timestep'"):
+        trace(Model(), (x, torch.zeros(1, device="meta")))
     with pytest.raises(TraceError, match=r"input 'timestep'.*pass a small real tensor"):
         trace(Model(), (torch.randn(2), torch.zeros(1, dtype=torch.long, device="meta")))
 

@@ -178,15 +178,25 @@ class Stores(nn.Module):
         return x
 
 
-def test_objects_with_tensors_are_refused() -> None:
-    with pytest.raises(TraceError, match=r"^input 'cache' is of type Cache, inside which tensors"):
-        trace(Stores(lambda cache, x: None), (X, Cache(X)))
+def test_objects_with_tensors_are_followed(check: Check) -> None:
+    class Reads(nn.Module):
+        def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+            return x + cache.value["layers"][0].value * cache.value["scale"]
+
+    def cache(scale: int) -> Cache:
+        return Cache({"layers": [Cache(torch.randn(X.shape))], "scale": scale})
+
+    program = check(Reads(), (X, cache(2)), (X, cache(2)))
+    assert "cache.value.layers[0].value" in [leaf.path for leaf in program.signature.leaves]
+    with pytest.raises(MismatchError, match=r"^cache.value.scale: expected 2, got 3"):
+        bind_inputs(Reads(), program, (X, cache(3)), {})
 
 
 @pytest.mark.parametrize(
     ("cache", "store"),
     [
         (Cache(), lambda cache, x: setattr(cache, "value", x)),
+        (Cache(torch.zeros(2, 3)), lambda cache, x: setattr(cache, "value", x)),
         ({"k": None}, lambda cache, x: cache.update(k=x)),
         ([], lambda cache, x: cache.append(x)),
         ([torch.zeros(2, 3)], lambda cache, x: cache[0].copy_(x)),

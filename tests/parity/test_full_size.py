@@ -25,7 +25,7 @@ print(json.dumps([seconds, peak, max(report.flops_per_rank) / report.flops_total
 """
 
 # Published sizes that cannot be traced or divided yet, as their tiny versions (see test_zoo.py).
-NOT_YET = {"hidream-i1", "plain-uvit", "z-image"}
+NOT_YET = {"hidream-i1"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -22,44 +22,18 @@ from xdit_ir.tools.survey import DEGREES, Outcome, Subject
 # The tables of what is not as it should be. A model that no longer belongs into one fails.
 # What cannot be captured yet: the error names the operator, the input or the value that the model reads.
 NOT_CAPTURED = {
-    "anyflow-far": "flex_attention",
-    "anyflow-far-joint": "flex_attention",
-    "hidream-i1": "transformer_hidream_image.py",
-    "hunyuanvideo-1.5-i2v": "image_embeds",
-    "kandinsky-6-sr": "flex_attention",
-    "sana-wm-refiner": "kv_cache",
-    "wan-animate-2": "kv_cache",
     "wan-animate-2-reference": "kv_cache",
 }
 # What is captured but cannot be divided like this, by model and letter of the degree: what the error says.
 REFUSED = {
     ("cosmos3-omni", "c"): "batch of 1",
     ("plain-packed-dit", "c"): "packed into one sequence",
-    ("plain-uvit", "u"): "no attention",
-    ("plain-uvit", "r"): "no attention",
-    ("t5-film-decoder", "u"): "no attention",
-    ("t5-film-decoder", "r"): "no attention",
 }
 # Where the slowest of four Ulysses ranks does more than this part of the FLOPs.
 BALANCED = 0.30
-GLYPHS = "an encoder of glyphs with a fixed width of 2048 before the blocks: a fifth of this tiny model"
-PADDED = "pad_sequence has no rule: samples are gathered"
-UNEVEN = {
-    "chronoedit-14b": "keys of the text are made on every rank, and the class fixes 512 text tokens",
-    "cosmos3-omni": "causal attention over the text is gathered",
-    "dual-transformer": "a group norm over tokens is gathered",
-    "hunyuanimage-2.1": GLYPHS,
-    "hunyuanvideo-1.5": GLYPHS,
-    "sana-wm-refiner-plain": "an embedding of the timestep of every token is made on every rank",
-    "wan2.2-animate-14b": "keys of the text are made on every rank, and the class fixes 512 text tokens",
-    "z-image": PADDED,
-    "z-image-omni": PADDED,
-}
+UNEVEN: dict[str, str] = {}
 # Where something else than the keys of an attention is gathered inside a block.
 GATHERED = {
-    "cosmos3-omni": "causal attention with fewer heads than ranks",
-    "dual-transformer": "group norm over tokens",
-    "mochi-1": "text tokens selected by the mask",
     "nucleus-image": "each expert takes its best tokens of the whole image",
     "rfd4-proteina": "triangle updates multiply pairs of residues over both dimensions",
     "sana-wm": "one modulation for each frame, of parts of frames",

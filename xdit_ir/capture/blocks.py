@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,7 @@ class Blocks:
     def __init__(self, recorder: Recorder, chosen: set[str], watched: dict[str, set[tuple[str, str]]]) -> None:
         self.recorder, self.chosen, self.watched = recorder, chosen, watched
         self.bodies: list[Body] = []
+        self.leaves_below: Callable[[str], frozenset[str]] = lambda path: frozenset()
 
     def wants(self, path: str) -> bool:
         """Whether a call of this module should become a block call."""
@@ -104,6 +106,8 @@ class Blocks:
         ignored = self.watched.get(path, set())
         for body in self.bodies:
             if body.call.key != call.key or body.print.structure != print_.structure:
+                continue
+            if self.leaves_below(path) != self.leaves_below(body.frame.prefix):
                 continue
             if not print_.differs_from(body.print) <= ignored - body.frame.attributes:
                 continue

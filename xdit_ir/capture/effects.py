@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.fingerprint import describe
+from xdit_ir.capture.inputs import closed, opened
 from xdit_ir.capture.values import Value
 from xdit_ir.errors import TraceError
 
@@ -27,7 +28,7 @@ class Given:
         copies = {path: x if isinstance(x, torch.Tensor) else copy_of(x) for path, x in leaves.items()}
         self._leaves = copies
         self._before = {path: describe(x) for path, x in copies.items() if not isinstance(x, torch.Tensor)}
-        self.named: dict[str, Any] = pytree.tree_unflatten(list(copies.values()), spec)
+        self.named: dict[str, Any] = closed(pytree.tree_unflatten(list(copies.values()), spec))
 
     def check_unchanged(self, values: Mapping[str, Value]) -> None:
         """Refuse writes into containers and objects, and into tensors inside containers, as caches do.
@@ -42,7 +43,9 @@ class Given:
                 raise TraceError(f"forward writes to its input {path!r}, as to a cache that outlives the call")
         held = {id(leaf) for leaf in self._leaves.values()}
         for name, item in self.named.items():
-            if any(isinstance(leaf, torch.Tensor) and id(leaf) not in held for leaf in pytree.tree_leaves(item)):
+            if any(
+                isinstance(leaf, torch.Tensor) and id(leaf) not in held for leaf in pytree.tree_leaves(opened(item))
+            ):
                 raise TraceError(f"forward puts tensors into its input {name!r}, as into a cache")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from xdit_ir.capture.predicates import evaluate
+from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.program import Guard, Program, TensorSpec
@@ -57,8 +60,55 @@ def call_arguments(signature: inspect.Signature, named: Mapping[str, Any]) -> tu
 
 def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     """Leaves with printable paths, and the structure."""
-    leaves, spec = pytree.tree_flatten_with_path(dict(named))
+    leaves, spec = pytree.tree_flatten_with_path(opened(dict(named)))
     return [(path_name(path), leaf) for path, leaf in leaves], spec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Stands, in the dict of an object's attributes, for its class."""
+
+    kind: type
+
+
+_CLASS = "__class__"
+
+
+def opened(tree: Any) -> Any:
+    """A tree whose plain objects with tensors inside, such as caches of keys, are dicts of their attributes."""
+
+    def leaf(item: Any) -> Any:
+        if not _is_open(item):
+            return item
+        return {_CLASS: _Kind(type(item)), **{name: opened(entry) for name, entry in vars(item).items()}}
+
+    return pytree.tree_map(leaf, tree)
+
+
+def _is_open(item: Any) -> bool:
+    if isinstance(item, (torch.Tensor, nn.Module, type)) or not is_plain_object(type(item)):
+        return False
+    return hasattr(item, "__dict__") and _has_tensors(item)
+
+
+def _has_tensors(item: Any) -> bool:
+    leaves = pytree.tree_leaves(vars(item))
+    return any(isinstance(leaf, torch.Tensor) or _is_open(leaf) for leaf in leaves)
+
+
+def closed(tree: Any) -> Any:
+    """The inverse of `opened`, with objects and containers of its own."""
+    return pytree.tree_map(lambda item: _object(item) if _is_object(item) else item, tree, is_leaf=_is_object)
+
+
+def _is_object(tree: Any) -> bool:
+    return type(tree) is dict and isinstance(tree.get(_CLASS), _Kind)
+
+
+def _object(tree: dict[str, Any]) -> Any:
+    made = object.__new__(tree[_CLASS].kind)
+    made.__dict__.update({name: closed(entry) for name, entry in tree.items() if name != _CLASS})
+    return made
 
 
 def _sorted(tree: Any) -> Any:
@@ -93,6 +143,7 @@ class InputBinder:
         self._signature = forward if isinstance(forward, inspect.Signature) else inspect.signature(forward.forward)
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
+        self._seen: dict[int, list[tuple[weakref.ref[torch.Tensor], int]]] = {}
         self._accepted: dict[str, tuple[weakref.ref[torch.Tensor], int]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -106,7 +157,26 @@ class InputBinder:
             self._check_leaf(path, expected.spec, leaf)
             if isinstance(leaf, torch.Tensor):
                 tensors.append(leaf)
+        self._check_predicates(dict(leaves))
         return tensors
+
+    def _check_predicates(self, leaves: Mapping[str, Any]) -> None:
+        """What was read of inputs must be as it was; waits for the device, but only if their contents may be new."""
+        for index, fact in enumerate(self._expected.predicates):
+            given = [leaves[path] for path in fact.paths]
+            seen = self._seen.get(index, [])
+            versions = [-1 if leaf.is_inference() else leaf._version for leaf in given]
+            if len(seen) == len(given) and all(
+                ref() is leaf and version == before >= 0
+                for (ref, before), leaf, version in zip(seen, given, versions, strict=True)
+            ):
+                continue
+            with torch.no_grad():
+                same = not any(leaf.is_meta for leaf in given) and torch.equal(evaluate(fact, leaves).cpu(), fact.value)
+            if not same:
+                names = ", ".join(fact.paths)
+                raise MismatchError(f"{names}: what was read of it while tracing ({fact.reason}) has changed")
+            self._seen[index] = [(weakref.ref(leaf), version) for leaf, version in zip(given, versions, strict=True)]
 
     def _reorder(self, leaves: list[tuple[str, Any]], named: dict[str, Any]) -> list[tuple[str, Any]]:
         """The leaves in the order of the trace, if only the order of keys differs."""
@@ -118,7 +188,7 @@ class InputBinder:
             parts += [f"unexpected {', '.join(surplus)}"] if surplus else []
             raise MismatchError(f"inputs differ from those of the trace: {'; '.join(parts)}")
         traced = pytree.tree_unflatten([0] * len(known), self._expected.in_spec)
-        if pytree.tree_structure(_sorted(traced)) != pytree.tree_structure(_sorted(named)):
+        if pytree.tree_structure(_sorted(traced)) != pytree.tree_structure(_sorted(opened(named))):
             raise MismatchError("inputs differ from those of the trace in the types of their containers")
         return [(path, given[path]) for path in known]
 

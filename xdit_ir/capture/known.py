@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from xdit_ir.capture.operators import aten, facts
+from xdit_ir.capture.predicates import predicate
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
@@ -106,7 +107,11 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
     """The contents of a tensor that Python, a shape or an index wants to see."""
     value = recorder.value(tensor)
     if value.known is None:
-        raise TraceError(_why_unknown(recorder, value.roots, what))
+        fact = predicate(recorder, value, what)
+        if fact is not None:
+            recorder.predicates.append(fact)
+            return fact.value.clone()
+        raise _unknown(recorder, value.roots, what)
     note_read(recorder, value.roots, what)
     return value.known
 
@@ -123,19 +128,20 @@ def note_read(recorder: Recorder, roots: Roots, what: str) -> None:
             recorder.read_inputs.setdefault(origin, f"{source_line()} ({what})")
 
 
-def _why_unknown(recorder: Recorder, roots: Roots, what: str) -> str:
+def _unknown(recorder: Recorder, roots: Roots, what: str) -> TraceError:
     origins = sorted(_expand(roots), key=str)
     blamed = [root for root in origins if root in (Origin.PARAMETER, Origin.RANDOM)]
     inputs = [root for root in origins if isinstance(root, str)]
     hollow = [name for name in inputs if not recorder.inputs[name].dtype.is_floating_point]
     text = f"{source_line()}: {what} needs the contents of a tensor that depends on "
     if hollow and not blamed and len(hollow) == len(inputs):
-        return (
+        return TraceError(
             f"{text}input{_s(hollow)} {_list(hollow)}, which cannot be known while tracing; "
             "pass a small real tensor (on the CPU) instead of one on the meta device"
         )
     names = [f"input {name!r}" for name in inputs] + [root.value for root in blamed]
-    return text + (", ".join(names) or Origin.BUFFER.value) + "; only contents of integer inputs and masks may be read"
+    blame = ", ".join(names) or Origin.BUFFER.value
+    return recorder.opaque(f"{text}{blame}; only contents of integer inputs and masks may be read")
 
 
 def _expand(roots: Roots) -> set[str | Origin]:

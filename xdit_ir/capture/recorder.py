@@ -17,6 +17,7 @@ from xdit_ir.capture.values import (
     KNOWN_NUMEL,
     NO_ROOTS,
     Frame,
+    Opaque,
     Origin,
     Roots,
     Storage,
@@ -28,7 +29,7 @@ from xdit_ir.capture.values import (
     spec_of,
 )
 from xdit_ir.errors import TraceError
-from xdit_ir.program import CONSTANT, SPEC, WHERE, Where
+from xdit_ir.program import CONSTANT, SPEC, WHERE, Predicate, Where, qualified
 
 
 class Recorder:
@@ -50,6 +51,7 @@ class Recorder:
         self.held: dict[int, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.read_inputs: dict[str, str] = {}
+        self.predicates: list[Predicate] = []
         self._values: dict[int, Value] = {}
         self._state_names: dict[int, list[str]] = {}
         self.state_of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
@@ -57,6 +59,10 @@ class Recorder:
     def where(self) -> Where:
         """The place in the model that is running."""
         return Where(self.path[-1], source_line())
+
+    def opaque(self, text: str) -> Opaque:
+        """An error that blames the module that is running."""
+        return Opaque(text, qualified(self.frame.prefix, self.path[-1]).rstrip("."))
 
     @contextmanager
     def recording(self, active: bool) -> Iterator[None]:
@@ -66,6 +72,14 @@ class Recorder:
             yield
         finally:
             self.active = before
+
+    def tensor(self, node: fx.Node, roots: Roots) -> torch.Tensor:
+        """A fake tensor for the value of a node of the current frame."""
+        spec = node.meta[SPEC]
+        with self.recording(False), torch.inference_mode(), self.fake_mode:
+            fake = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+        self.bind(fake, node, None, roots)
+        return fake
 
     def blank(self, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """A new fake tensor with the size, strides and dtype of `like`."""

@@ -145,7 +145,7 @@ class Skeleton:
             copy = item.copy()
             self._remember(item, copy)
             copy.update({key: self._copy(entry) for key, entry in item.items()})
-        elif _is_plain_object(kind) and hasattr(item, "__dict__"):
+        elif is_plain_object(kind) and hasattr(item, "__dict__"):
             copy = object.__new__(kind)
             self._remember(item, copy)
             copy.__dict__.update({name: self._copy(entry) for name, entry in item.__dict__.items()})
@@ -174,7 +174,7 @@ def watch(module: nn.Module, names: set[str], seen: Callable[[str], None]) -> No
     module.__class__ = type(kind.__name__, (kind,), {**body, **members})
 
 
-def _is_plain_object(kind: type) -> bool:
+def is_plain_object(kind: type) -> bool:
     """Whether instances are nothing but their `__dict__`: Python classes all the way, without slots."""
     constructor: Any = kind.__new__
     if constructor is not object.__new__ or issubclass(kind, BaseException):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,42 +15,64 @@ from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import Given
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, merge_equal, name_blocks, rename_device, used_state
+from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
 from xdit_ir.capture.known import PythonReads, readable
+from xdit_ir.capture.leaves import Leaves, Reasons, ShapeDepends, Wanted, like, named_leaves
 from xdit_ir.capture.outputs import flatten_output, literal
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line
 from xdit_ir.capture.tracer import Tracer
-from xdit_ir.capture.values import Unshareable, Value, spec_of
+from xdit_ir.capture.values import Opaque, Unshareable, Value, spec_of
 from xdit_ir.errors import TraceError, XditError
 from xdit_ir.program import Guard, InputLeaf, Literal, Program, Signature, Where
 
-Leaves = list[tuple[str, Any]]
+Flat = list[tuple[str, Any]]
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> Program:
+def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: Sequence[Wanted] = ()) -> Program:
     """Capture a module's forward for one input signature as a `Program`.
 
     `example` holds forward's arguments by name, or its positional arguments. Model and example may be on any
     device, including meta. Nothing is computed but what Python must know, and the model is left as it was.
+    Submodules that cannot be captured, and those named in `leaf`, become opaque leaves.
     """
     named = bind_example(model, example)
-    chosen = candidates(model)
+    chosen, leaves = candidates(model), named_leaves(model, leaf)
     while True:
         try:
             with clean_caches(model):
-                return _attempt(model, named, chosen)
+                return _attempt(model, named, chosen, leaves)
         except Restart as restart:
             kind = type(chosen[restart.path])
             chosen = {path: module for path, module in chosen.items() if type(module) is not kind}
+        except Opaque as error:
+            if not error.path or error.path in leaves:
+                raise
+            leaves |= dict.fromkeys(like(model, error.path), str(error))
+        except ShapeDepends as error:
+            leaves = _widened(model, leaves, error.path)
         except Unshareable as error:
             if not chosen:
                 raise TraceError(f"{failing_line(error)}: {error}") from error
             chosen = {}
 
 
-def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Module]) -> Program:
+def _widened(model: nn.Module, leaves: Reasons, path: str) -> Reasons:
+    """Make leaves of the parents of modules that cannot be leaves themselves."""
+    failed = like(model, path)
+    reason = f"{leaves[path]}; its result has another shape for other contents"
+    parents = {name.rpartition(".")[0] for name in failed}
+    while "" not in parents and any(isinstance(model.get_submodule(name), _CONTAINERS) for name in parents):
+        parents = {name.rpartition(".")[0] for name in parents}
+    if "" in parents:
+        raise TraceError(reason)
+    return {name: why for name, why in leaves.items() if name not in failed} | dict.fromkeys(parents, reason)
+
+
+def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Module], opaque: Reasons) -> Program:
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
     recorder = Recorder(device)
@@ -60,7 +82,9 @@ def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Modul
         skeleton = Skeleton(model, recorder.state)
         recorder.state_of = skeleton.state_of
         blocks = Blocks(recorder, set(chosen), _watch(skeleton, chosen, recorder))
-        _instrument(skeleton, recorder, blocks)
+        called_whole = Leaves(recorder, opaque, dict(model.named_modules()))
+        blocks.leaves_below = called_whole.below
+        _instrument(skeleton, recorder, blocks, called_whole)
         given = Given(args, in_spec, skeleton.copy_of)
         output = _run(skeleton.model, recorder, *call_arguments(inspect.signature(model.forward), given.named))
         given.check_unchanged(values)
@@ -68,7 +92,7 @@ def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Modul
     return _program(type(model).__name__, device, recorder, blocks, signature)
 
 
-def _device(model: nn.Module, leaves: Leaves) -> torch.device:
+def _device(model: nn.Module, leaves: Flat) -> torch.device:
     """The device on which a model runs."""
     inputs = (leaf for _, leaf in leaves if isinstance(leaf, torch.Tensor))
     for tensors in (model.parameters(), model.buffers(), inputs):
@@ -106,17 +130,27 @@ def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorde
         watch(module, names, lambda name: recorder.frame.attributes.add((owner, name)))
 
 
-def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks) -> None:
+def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks, leaves: Leaves) -> None:
     """Wrap every copied module's forward, so that paths are known and blocks are intercepted."""
     for path, module in skeleton.modules.items():
         forward = module.forward
         if getattr(forward, "__name__", "") != "_forward_unimplemented":
             names = skeleton.aliases[id(module)]
-            module.__dict__["forward"] = _wrap(module, path, names, forward, recorder, blocks)
+            module.__dict__["forward"] = _wrap(module, path, names, forward, recorder, blocks, leaves)
 
 
-def _wrap(module: nn.Module, path: str, names: list[str], forward: Any, recorder: Recorder, blocks: Blocks) -> Any:
+def _wrap(
+    module: nn.Module,
+    path: str,
+    names: list[str],
+    forward: Any,
+    recorder: Recorder,
+    blocks: Blocks,
+    leaves: Leaves,
+) -> Any:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if leaves.wants(path):
+            return leaves.call(path, module, args, kwargs)
         if blocks.wants(path):
             return blocks.call(module, path, forward, args, kwargs)
         inside = recorder.relative(names)
@@ -132,15 +166,15 @@ def _wrap(module: nn.Module, path: str, names: list[str], forward: Any, recorder
 
 def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str, Any]) -> Any:
     try:
-        with Tracer(recorder), PythonReads(recorder):
+        with uncompiled(), Tracer(recorder), PythonReads(recorder):
             return model(*args, **kwargs)
-    except (XditError, Unshareable):
+    except (XditError, Unshareable, ShapeDepends):
         raise
     except Exception as error:
         raise TraceError(f"{failing_line(error)}: {type(error).__name__}: {error}") from error
 
 
-def _signature(recorder: Recorder, leaves: Leaves, in_spec: pytree.TreeSpec, output: Any) -> Signature:
+def _signature(recorder: Recorder, leaves: Flat, in_spec: pytree.TreeSpec, output: Any) -> Signature:
     out_leaves, out_spec = flatten_output(output)
     tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
     nodes = tuple(recorder.node(tensor) for tensor in tensors)
@@ -149,7 +183,7 @@ def _signature(recorder: Recorder, leaves: Leaves, in_spec: pytree.TreeSpec, out
     places: list[int | Literal] = [next(count) if isinstance(x, torch.Tensor) else literal(x) for x in out_leaves]
     inputs = [InputLeaf(path, spec_of(leaf) if isinstance(leaf, torch.Tensor) else None) for path, leaf in leaves]
     guards = [guard for path, leaf in leaves if (guard := _guard(recorder, path, leaf)) is not None]
-    return Signature(in_spec, tuple(inputs), out_spec, tuple(places), tuple(guards))
+    return Signature(in_spec, tuple(inputs), out_spec, tuple(places), tuple(guards), tuple(recorder.predicates))
 
 
 def _guard(recorder: Recorder, path: str, leaf: Any) -> Guard | None:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xdit_ir.capture.flex import attend, is_flex
 from xdit_ir.capture.known import compute, read, resolve, separate
 from xdit_ir.capture.operators import (
     DEVICE,
@@ -48,7 +49,7 @@ from xdit_ir.errors import TraceError
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operators that run while it is active."""
 
-    supports_higher_order_operators = True  # to name them in an error
+    supports_higher_order_operators = True
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -58,8 +59,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not self.recorder.active:
             return func(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator) and is_flex(func):
+            return self._again(attend, self.recorder, *args, **kwargs)
         if isinstance(func, HigherOrderOperator):
-            raise TraceError(f"{source_line()}: the higher-order operator {func} cannot be captured")
+            raise self.recorder.opaque(f"{source_line()}: the higher-order operator {func} cannot be captured")
         if func is DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         with self.recorder.recording(False):

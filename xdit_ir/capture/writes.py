@@ -26,7 +26,7 @@ def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         return _change_view(recorder, func, args, kwargs)
     twin = functional_twin(func)
     if twin is None or len(names) > 1:
-        raise TraceError(f"{source_line()}: {func} writes in place and has no functional form")
+        raise recorder.opaque(f"{source_line()}: {func} writes in place and has no functional form")
     value = recorder.value(target)
     _check_writable(recorder, value)
     kept = {key: item for key, item in kwargs.items() if key not in facts(func).out}

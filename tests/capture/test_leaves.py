@@ -1,0 +1,145 @@
+"""The fallback ladder: what cannot be captured becomes a leaf, divided where a probe says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import xdit_ir as xir
+from xdit_ir.capture import trace
+from xdit_ir.errors import TraceError
+from xdit_ir.leaf import Leaf
+from xdit_ir.program import Program
+
+Run = Callable[..., Any]
+
+
+class Experts(nn.Module):
+    """Routes every token to the expert of its greatest score, one expert at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 3)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, 1)
+        chosen = self.gate(flat).argmax(-1)
+        out = torch.zeros_like(flat)
+        for index in chosen.unique().tolist():
+            out[chosen == index] = self.experts[index](flat[chosen == index])
+        return out.view_as(x)
+
+
+class Normalised(nn.Module):
+    """Branches on values and mixes all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x) - x.mean(1, keepdim=True)
+        return y * 2 if y.abs().max().item() > 1 else y
+
+
+class Kept(nn.Module):
+    """Its result has as many rows as values are positive."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[x.sum(-1) > 0]
+
+
+class Owner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(16, 16), Kept()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.kept(x).mean(0)
+
+
+class Layer(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.rest = nn.LayerNorm(16), nn.Linear(16, 48), kind()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.rest(x)
+
+
+class Model(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(kind) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def leaves(program: Program) -> list[Leaf]:
+    graphs = [program.graph, *(block.graph for block in program.blocks.values())]
+    return [node.target for graph in graphs for node in graph.nodes if isinstance(node.target, Leaf)]
+
+
+@pytest.mark.parametrize("kind", [Experts, Normalised, Owner])
+def test_found_by_itself(kind: type[nn.Module], run: Run, same: Run) -> None:
+    model = Model(kind).eval()
+    program = trace(model, (torch.randn(2, 12, 16),))
+    assert len(program.blocks) == 1
+    (leaf,) = leaves(program)
+    assert isinstance(leaf.module, kind)
+    assert [dim for dim, _ in leaf.aligned] == {Experts: [0, 1], Normalised: [], Owner: []}[kind]
+    for scale in (0.1, 1.0, 10.0):
+        x = torch.randn(2, 12, 16) * scale
+        with torch.no_grad():
+            same(run(program, model, x), model(x))
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(Experts, False), (Normalised, True)])
+def test_divided_where_local(kind: type[nn.Module], *, whole: bool) -> None:
+    model, example = Model(kind).eval(), (torch.randn(2, 12, 16),)
+    for degrees in ({"ulysses": 2}, {"ulysses": 3}, {"cfg": 2}):
+        parallel = xir.trace(model, example).parallelize(**degrees)
+        result = xir.check(model, example, **degrees)
+        assert result.ok, str(result)
+        (listed,) = [item for item in parallel.report().fallbacks if "opaque leaf" in item.reason]
+        assert kind.__name__ in listed.op
+        if "ulysses" in degrees:
+            assert (listed.bytes > 0) == whole
+
+
+def test_named(run: Run, same: Run) -> None:
+    model, x = Model(Experts).eval(), torch.randn(2, 12, 16)
+    for wanted in ("layers.0.qkv", "Linear", nn.LayerNorm, model.layers[1].qkv):
+        program = trace(model, (x,), leaf=[wanted])
+        assert len(leaves(program)) > 1
+        with torch.no_grad():
+            same(run(program, model, x * 2), model(x * 2))
+    with pytest.raises(TraceError, match="no submodule 'nothing'"):
+        trace(model, (x,), leaf=["nothing"])
+
+
+def test_from_meta(run: Run, same: Run) -> None:
+    with torch.device("meta"):
+        hollow = Model(Experts).eval()
+    program = trace(hollow, (torch.empty(2, 12, 16, device="meta"),))
+    model, x = Model(Experts).eval(), torch.randn(2, 12, 16)
+    assert [dim for dim, _ in leaves(program)[0].aligned] == [0, 1]
+    with torch.no_grad():
+        same(run(program, model, x), model(x))
+
+
+def test_flops_are_counted() -> None:
+    model, example = Model(Experts).eval(), (torch.randn(2, 12, 16),)
+    report = xir.trace(model, example).parallelize(ulysses=2).report()
+    assert report.flops_total >= 3 * 2 * 24 * (16 * 48 + 16 * 3 + 16 * 16)
+    assert max(report.flops_per_rank) < 0.6 * report.flops_total

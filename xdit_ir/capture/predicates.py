@@ -1,0 +1,75 @@
+"""Facts about floating-point inputs that Python reads: small programs, run again at each call on new contents."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.source import source_line
+from xdit_ir.capture.values import Value
+from xdit_ir.program import CONSTANT, Predicate
+
+_SUMMARY = 64
+
+
+def predicate(recorder: Recorder, value: Value, what: str) -> Predicate | None:
+    """The program that computes a value from inputs alone, if it is a small mask or integer outside of blocks."""
+    dtype = value.fake.dtype
+    small = value.fake.numel() <= _SUMMARY and not (dtype.is_floating_point or dtype.is_complex)
+    if not small or recorder.frame.parent is not None or not all(isinstance(root, str) for root in value.roots):
+        return None
+    if any(recorder.inputs[str(path)].is_meta for path in value.roots):
+        return None
+    graph, paths = _cone(recorder, recorder.node(value.fake))
+    names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    if any(not name.startswith(f"{CONSTANT}.") for name in names):
+        return None
+    constants = {name: recorder.constants[name.partition(".")[2]] for name in names}
+    found = Predicate(graph, paths, constants, torch.empty(0), f"{source_line()} ({what})")
+    with torch.no_grad():
+        known = evaluate(found, recorder.inputs).cpu()
+    return Predicate(graph, paths, constants, known, found.reason)
+
+
+def _cone(recorder: Recorder, result: fx.Node) -> tuple[fx.Graph, tuple[str, ...]]:
+    """A graph of the nodes that a node is computed from, and the paths of the inputs among them."""
+    needed = {result}
+    for node in reversed(list(recorder.frame.graph.nodes)):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    paths: list[str] = []
+    inputs = dict(zip(recorder.frame.placeholders, recorder.inputs, strict=True))
+    for node in recorder.frame.graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            paths += [inputs[node]] if node.op == "placeholder" else []
+    graph.output(copies[result])
+    return graph, tuple(paths)
+
+
+def evaluate(predicate: Predicate, leaves: Mapping[str, Any]) -> torch.Tensor:
+    """What a predicate's program gives for these inputs, where they are."""
+    feed = [leaves[path] for path in predicate.paths]
+    device = feed[0].device if feed else torch.device("cpu")
+    given, env = iter(feed), dict[fx.Node, Any]()
+    for node in predicate.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif node.op == "get_attr":
+            env[node] = predicate.constants[str(node.target)].to(device)
+        elif node.op == "output":
+            break
+        else:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+            if kwargs.get("device") is not None:
+                kwargs = {**kwargs, "device": device}
+            target: Any = operator.getitem if node.target is operator.getitem else node.target
+            env[node] = target(*args, **kwargs)
+    result: torch.Tensor = env[node.args[0]]  # type: ignore[index]
+    return result

@@ -1,0 +1,48 @@
+"""Opaque leaves: divided along the dims that they treat index by index, else run whole."""
+
+from __future__ import annotations
+
+from xdit_ir.layout import Layout
+from xdit_ir.leaf import Leaf
+from xdit_ir.partition import Partition
+from xdit_ir.rules.base import Call, Rule, Ruling, as_outputs, choose, verified, whole
+
+
+def _leaf(call: Call) -> Ruling:
+    """Along an aligned dim its operands agree; everything else is whole."""
+    leaf = _target(call)
+    wanted = (
+        (dim, partition)
+        for dim, aligned in leaf.aligned
+        for operand in aligned
+        if (partition := call.layouts[operand].dims[dim]) is not None
+    )
+    return _ruling(call, choose(call.mesh, wanted))
+
+
+def _ruling(call: Call, chosen: dict[int, Partition]) -> Ruling:
+    leaf, inputs = _target(call), list(whole(call.specs))
+    outputs = [Layout.whole(len(spec.shape)) for spec in call.results]
+    for dim, aligned in leaf.aligned:
+        if dim in chosen:
+            outputs[0] = outputs[0].with_dims({dim: chosen[dim]})
+            for operand in aligned:
+                inputs[operand] = inputs[operand].with_dims({dim: chosen[dim]})
+    kept = any(not layout.is_whole for layout in inputs)
+    how = "runs on each rank's own part" if kept else "runs whole on every rank"
+    return Ruling(tuple(inputs), as_outputs(call, outputs), fallback=f"opaque leaf ({leaf.reason}): {how}")
+
+
+def _demand(call: Call, wanted: Layout | tuple[Layout, ...]) -> tuple[Layout, ...] | None:
+    if not isinstance(wanted, Layout):
+        return None
+    return _ruling(call, {d: partition for d, partition in enumerate(wanted.dims) if partition is not None}).inputs
+
+
+def _target(call: Call) -> Leaf:
+    target = call.node.target
+    assert isinstance(target, Leaf)
+    return target
+
+
+LEAF = verified(Rule(_leaf, _demand))
