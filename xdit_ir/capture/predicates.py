@@ -71,5 +71,5 @@ def evaluate(predicate: Predicate, leaves: Mapping[str, Any]) -> torch.Tensor:
                 kwargs = {**kwargs, "device": device}
             target: Any = operator.getitem if node.target is operator.getitem else node.target
             env[node] = target(*args, **kwargs)
-    result: torch.Tensor = env[node.args[0]]  # type: ignore[index]
+    result: torch.Tensor = env[node.args[0]]
     return result
