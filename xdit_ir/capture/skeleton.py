@@ -30,6 +30,7 @@ _ATOMS = (
 _DICTS = (dict, OrderedDict, defaultdict)
 _HEAP_TYPE = 1 << 9
 _SKIPPED = ("_parameters", "_buffers", "_modules")
+_COMPILED = "_compiled_call_impl"  # of module.compile(): bound to the original
 _DEPTH = 3
 
 
@@ -88,7 +89,9 @@ class Skeleton:
             if name in ("_parameters", "_buffers"):
                 copy.__dict__[name] = LazyState(item, self.state_of)
             else:
-                copy.__dict__[name] = self._copy(item)
+                copy.__dict__[name] = None if name == _COMPILED else self._copy(item)
+        if "_orig_mod" in module._modules and "dynamo_ctx" in module.__dict__:
+            copy.__dict__["forward"] = copy._modules["_orig_mod"]  # torch.compile(module): what it wraps
         return copy
 
     def state_of(self, tensor: Any) -> Any:
