@@ -26,7 +26,11 @@ def rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _row(result: Result, base: float | None) -> tuple[str, ...]:
     if "median_ms" not in result:
-        return (result["contender"], f"failed: {result.get('failure', 'no result')[:120]}", *[""] * (len(HEADER) - 2))
+        return (
+            result["contender"],
+            f"failed: {' '.join(result.get('failure', 'no result').split())[:120]}",
+            *[""] * (len(HEADER) - 2),
+        )
     return (
         result["contender"],
         f"{result['median_ms']:.1f}",

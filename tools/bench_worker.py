@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--burst", type=int, default=4)
     parser.add_argument("--profile", default="")
+    parser.add_argument("--command", default="")
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
@@ -61,6 +62,7 @@ def _document(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[s
         "torch": torch.__version__,
         "samples": args.samples,
         "burst": args.burst,
+        "command": args.command,
         "results": results,
     }
 

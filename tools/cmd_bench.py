@@ -59,14 +59,15 @@ def run(args: argparse.Namespace) -> int:
         *("-m", "xdit_ir.tools.bench_worker", args.what[0], "--contenders", ",".join(map(str, contenders))),
         *("--out", str(out), "--samples", str(args.samples), "--burst", str(args.burst)),
         *(("--profile", args.profile) if args.profile else ()),
+        *(
+            "--command",
+            f"xdit-ir bench {args.what[0]} --gpus {args.gpus} --contenders {','.join(map(str, contenders))}",
+        ),
     ]
     status = subprocess.run([sys.executable, *worker], check=False).returncode
     if not out.exists():
         raise XditError(f"the ranks wrote no result (exit status {status}); see their output above")
-    document = json.loads(out.read_text())
-    document["command"] = " ".join(["xdit-ir bench", *sys.argv[2:]])
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    _show(document)
+    _show(json.loads(out.read_text()))
     return status
 
 

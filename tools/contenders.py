@@ -76,13 +76,13 @@ def _ours(model: nn.Module, example: Mapping[str, Any], contender: Contender) ->
     return xir.port(model, **contender.sizes, compile=contender.mode != "eager", cuda_graph=graph, transport=transport)
 
 
-def _compile_layers(model: nn.Module) -> None:
+def _compile_layers(model: nn.Module, *, fullgraph: bool = True) -> None:
     """Compile repeated blocks one by one, as diffusers' `compile_repeated_blocks` does."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
                 if type(block).__name__ in (getattr(model, "_repeated_blocks", None) or [type(block).__name__]):
-                    block.compile(fullgraph=True)
+                    block.compile(fullgraph=fullgraph)
 
 
 def _diffusers(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
@@ -95,7 +95,7 @@ def _diffusers(model: nn.Module, example: Mapping[str, Any], contender: Contende
         config = ContextParallelConfig(ulysses_degree=sizes["ulysses"], ring_degree=sizes["ring"])
         model.enable_parallelism(config=config)  # type: ignore[operator]
     if contender.mode != "eager":
-        _compile_layers(model)
+        _compile_layers(model, fullgraph=False)
     return model
 
 
@@ -125,7 +125,7 @@ def _xdit(model: nn.Module, example: Mapping[str, Any], contender: Contender) ->
         theirs = cls(**{name: value for name, value in dict(model.config).items() if name in names})  # type: ignore[arg-type]
     theirs.load_state_dict(model.state_dict(), assign=True)
     if contender.mode != "eager":
-        _compile_layers(theirs)
+        _compile_layers(theirs, fullgraph=False)
     return theirs.eval()
 
 

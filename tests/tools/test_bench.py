@@ -1,0 +1,70 @@
+"""What `xdit-ir bench` takes and shows; the measuring itself needs GPUs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xdit_ir.errors import XditError
+from xdit_ir.tools import bench_report
+from xdit_ir.tools.cli import main
+from xdit_ir.tools.contenders import Contender
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
+DOCUMENT = {
+    "model": "some-model",
+    "gpu": "GPU",
+    "ranks": 2,
+    "torch": "2.11",
+    "command": "xdit-ir bench some-model",
+    "results": [
+        {"contender": "alone:compiled", "median_ms": 100.0, "min_ms": 99.0, "max_ms": 101.0, "memory_gib": 1.0}
+        | {"error": 1e-2, "first_call_s": 3.0, "communication_ms": 0.0},
+        {"contender": "u2:graph", "median_ms": 50.0, "min_ms": 49.0, "max_ms": 51.0, "memory_gib": 1.0}
+        | {"error": 1e-2, "first_call_s": 3.0, "communication_ms": 1.0},
+        {"contender": "xdit-u2:compiled", "failure": "Unsupported: two\nlines"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "text", ["alone:compiled", "u2:graph", "c2u2:collective", "diffusers-u2:compiled", "xdit-u2:eager"]
+)
+def test_a_contender_prints_as_it_was_written(text: str) -> None:
+    assert str(Contender.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["u2", "u2:fast", "other-u2:eager", "q2:eager", ""])
+def test_what_is_no_contender_is_refused(text: str) -> None:
+    with pytest.raises(XditError):
+        Contender.parse(text)
+
+
+def test_speed_up_is_over_one_compiled_gpu_and_failures_are_shown() -> None:
+    rows = bench_report.rows(DOCUMENT)
+    assert rows[1][:4] == ("u2:graph", "50.0", "49.0 to 51.0", "2.00")
+    assert rows[2][1] == "failed: Unsupported: two lines"
+    assert all(len(row) == len(bench_report.HEADER) for row in rows)
+
+
+def test_the_page_is_made_from_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, page = tmp_path / "one.json", tmp_path / "page.md"
+    source.write_text(json.dumps(DOCUMENT))
+    assert main(["bench", str(source), "--page", str(page)]) == 0
+    assert "| u2:graph | 50.0 |" in page.read_text()
+    assert page.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_the_page_in_docs_is_that_of_the_stored_results() -> None:
+    from xdit_ir.tools.cmd_bench import HEAD
+
+    made = bench_report.page(bench_report.read(RESULTS), HEAD)
+    assert made == (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_wrong_usage_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "flux.1-dev", "--peers", "foo"]) == 2
+    assert "diffusers, xdit" in capsys.readouterr().err
