@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..specs import Entry, Normal, Values
 
-SHARED = dict(
+SHARED: dict[str, Any] = dict(
     full_inputs=dict(  # 832 x 480, 81 frames
         hidden_states=Normal((1, 16, 21, 60, 104)), timestep=Values([750], "int64"),
         encoder_hidden_states=Normal((1, 512, 4096)), return_dict=False),
