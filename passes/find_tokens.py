@@ -83,7 +83,7 @@ def divides(attempt: Attempt, name: str, dim: int) -> bool:
 
 
 def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
-    return replace(axis, units=_units(program, axis.size), segments=_segments(program, axis.size))
+    return replace(axis, units=units_of(program, axis.size), segments=_segments(program, axis.size))
 
 
 def _graphs(program: Program) -> Iterator[fx.Graph]:
@@ -91,7 +91,7 @@ def _graphs(program: Program) -> Iterator[fx.Graph]:
     yield from (block.graph for block in program.blocks.values())
 
 
-def _units(program: Program, size: int) -> tuple[int, ...]:
+def units_of(program: Program, size: int) -> tuple[int, ...]:
     """Inner factors of the views that split or make a dimension of this size."""
     found: set[int] = set()
     for graph in _graphs(program):

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sections(args: argparse.Namespace, given: dict[str, int]) -> list[str]:
+def _sections(args: argparse.Namespace, given: dict[str, Any]) -> list[str]:
     traced = _trace(args)
     view = _view(args, traced.ir)
     before = [f"# {args.model}\n{view(traced.ir)}"]

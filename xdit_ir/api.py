@@ -15,13 +15,16 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.interpret import Interpreter, model_state
 from xdit_ir.mesh import Mesh
 from xdit_ir.passes.base import run_passes
-from xdit_ir.pipeline import After, analysis_passes, divide, mesh_of
+from xdit_ir.patches import Pipeline, pipeline_text
+from xdit_ir.pipeline import After, analysis_passes, check_schedule, divide, make_pipeline, mesh_of
+from xdit_ir.pipeline_report import pipeline_report
 from xdit_ir.printer import program_text
 from xdit_ir.program import Program
 from xdit_ir.report import Report, make_report
 from xdit_ir.runtime.execution import Execution
 from xdit_ir.runtime.module import Emitted, emit
 from xdit_ir.simulate import RankObserver, run_ranks
+from xdit_ir.simulate_steps import PipelineSimulation
 from xdit_ir.specialize import Specialize
 
 Example = Mapping[str, Any] | tuple[Any, ...]
@@ -69,6 +72,7 @@ class TracedProgram:
         pipefusion: int = 1,
         patches: int | None = None,
         warmup_steps: int = 1,
+        stages: Sequence[int] | None = None,
         after: After | None = None,
         **unknown: Any,
     ) -> ParallelProgram:
@@ -78,37 +82,45 @@ class TracedProgram:
             cfg: ranks that divide the batch (conditional and unconditional halves).
             ulysses: ranks that exchange tokens for heads around attention (arXiv 2309.14509).
             ring: ranks around which keys and values travel (arXiv 2310.01889).
-            pipefusion, patches, warmup_steps: stages and patches of PipeFusion (arXiv 2405.14430).
+            pipefusion: stages of a pipeline through which patches of the latents pass (arXiv 2405.14430).
+            patches: their number; default: as many as stages.
+            warmup_steps: synchronous steps with which a request begins, at least 1.
+            stages: how many of the model's blocks each stage gets; default: balanced, also inside blocks.
             after: called with every pass and the program it made.
 
         Raises:
             ParallelizeError: a degree is illegal for this model and input; names the nearest legal choice.
         """
         mesh = mesh_of({"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **unknown})
-        if patches not in (None, 1):
-            raise ParallelizeError(f"patches={patches} needs pipefusion > 1; use patches=None")
-        return ParallelProgram(self.ir, self.analysed, divide(self.analysed, mesh, after), mesh)
+        count = check_schedule(pipefusion, patches, warmup_steps, stages)
+        if pipefusion == 1:
+            return ParallelProgram(self.ir, self.analysed, divide(self.analysed, mesh, after), mesh)
+        staged, pipeline = make_pipeline(self.analysed, mesh, count, warmup_steps, stages, after)
+        return ParallelProgram(self.ir, staged, pipeline.program, mesh, pipeline)
 
 
 @dataclass(frozen=True, eq=False)
 class ParallelProgram:
     """A program divided over a mesh; rank order outer to inner: cfg, pipefusion, ring, ulysses.
 
-    `original` is the program as traced, `analysed` its canonical form, `ir` that form divided.
+    `original` is the program as traced, `analysed` its canonical form, `ir` that form divided. Under PipeFusion there
+    is a `pipeline`, `analysed` has stages, and in `ir` the mesh dim `pipefusion` counts patches.
     """
 
     original: Program
     analysed: Program
     ir: Program
     mesh: Mesh
+    pipeline: Pipeline | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return program_text(self.ir)
+        return self.text()
 
     def text(self, *, bodies: bool = False) -> str:
-        """The textual form; with `bodies`, every operator."""
-        return program_text(self.ir, bodies=bodies)
+        """The textual form; with `bodies`, every operator. Under PipeFusion also what goes from stage to stage."""
+        program = program_text(self.ir, bodies=bodies)
+        return program if self.pipeline is None else f"{pipeline_text(self.pipeline)}\n{program}"
 
     @property
     def world_size(self) -> int:
@@ -117,10 +129,18 @@ class ParallelProgram:
 
     def report(self) -> Report:
         """FLOPs, weights, communication and fallbacks; `str()` is a table."""
+        if self.pipeline is not None:
+            return pipeline_report(self.original, self.pipeline)
         return make_report(self.original, self.ir)
 
     def rank(self, rank: int) -> Program:
-        """The program of one rank, with static local sizes."""
+        """The program of one rank, with static local sizes.
+
+        Raises:
+            ParallelizeError: under PipeFusion, where a rank has one for each patch (`pipeline.part`).
+        """
+        if self.pipeline is not None:
+            raise ParallelizeError("pipefusion > 1 can be simulated, checked and reported, not yet emitted")
         if rank not in self._ranks:
             self._ranks[rank] = Specialize(rank).apply(self.ir)
         return self._ranks[rank]
@@ -134,6 +154,8 @@ class ParallelProgram:
         Raises:
             MismatchError: `example` differs from what the program was traced for; names the argument.
         """
+        if self.pipeline is not None:
+            return self._steps(self.pipeline, model, [example], observe)[0]
         inputs = capture.bind_inputs(model, self.original, *_split(example))
         ranks = [self.rank(rank) for rank in range(self.world_size)]
         with torch.no_grad():
@@ -141,8 +163,23 @@ class ParallelProgram:
         return [capture.build_output(self.original.signature, tensors) for tensors in outputs]
 
     def simulate_steps(self, model: nn.Module, examples: Sequence[Example]) -> list[list[Any]]:
-        """`simulate` for consecutive denoising steps: a list over steps of the outputs of every rank."""
+        """`simulate` for consecutive denoising steps of one request: a list over steps of the outputs of every rank.
+
+        Under PipeFusion the first `warmup_steps` are synchronous (and exact); later ones read buffers.
+        """
+        if self.pipeline is not None:
+            return self._steps(self.pipeline, model, examples)
         return [self.simulate(model, example) for example in examples]
+
+    def _steps(
+        self, pipeline: Pipeline, model: nn.Module, examples: Sequence[Example], observe: RankObserver | None = None
+    ) -> list[list[Any]]:
+        bound = [capture.bind_inputs(model, self.original, *_split(example)) for example in examples]
+        device = _device(model, bound[0]) if bound else torch.device("cpu")
+        run = PipelineSimulation(pipeline, model_state(self.original, model), device, observe)
+        with torch.no_grad():
+            steps = [run.step(inputs) for inputs in bound]
+        return [[capture.build_output(self.original.signature, tensors) for tensors in step] for step in steps]
 
     def emit(
         self,

@@ -85,6 +85,11 @@ def _is_counted(target: Any) -> bool:
     return getattr(target, "overloadpacket", target) in FORMULAS
 
 
+def is_counted(node: fx.Node) -> bool:
+    """Whether a node's FLOPs are counted."""
+    return node.op == "call_function" and _is_counted(node.target)
+
+
 def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Placed, mesh: Mesh) -> list[int]:
     """FLOPs per rank of an operator on values of these types and layouts; nothing where none are counted.
 

@@ -12,6 +12,8 @@ import numpy as np
 from xdit_ir.partition import Indices, Partition, even_pieces
 
 MESH_DIMS = ("cfg", "pipefusion", "ring", "ulysses")
+# In layouts this mesh dim counts patches, which one rank computes one after the other.
+TIME = "pipefusion"
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.mesh import MESH_DIMS, TIME, Mesh
 from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.compose_attention import ComposeAttention
+from xdit_ir.passes.displace_patches import DisplacePatches
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.group_keys import GroupKeys
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
+from xdit_ir.passes.partition_stages import PartitionStages
+from xdit_ir.passes.separate_time import SeparateTime
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
 from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.passes.take_known import TakeKnown
+from xdit_ir.patches import Pipeline, verify_pipeline
 from xdit_ir.program import Program
 from xdit_ir.verify import verify
 
@@ -45,6 +49,43 @@ def divide(program: Program, mesh: Mesh, after: After | None = None) -> Program:
     return divided
 
 
+def time_passes(mesh: Mesh) -> list[Pass]:
+    """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches."""
+    tokens: Pass = DisplacePatches(mesh) if mesh.size((TIME,)) > 1 else ShardTokens(mesh)
+    return [SplitBatch(mesh), tokens, LowerAttention(mesh), SeparateTime(mesh)]
+
+
+def make_pipeline(
+    program: Program,
+    mesh: Mesh,
+    patches: int,
+    warmup_steps: int = 1,
+    stages: Sequence[int] | None = None,
+    after: After | None = None,
+) -> tuple[Program, Pipeline]:
+    """The analysed program with its stages noted, and the pipeline made from it, verified."""
+    given = None if stages is None else tuple(stages)
+    staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given)], after)
+    cfg, count, ring, ulysses = mesh.sizes
+    divided = run_passes(staged, time_passes(Mesh.of(cfg, patches, ring, ulysses)), after)
+    verify(divided, "separate-time", runnable=True)
+    pipeline = Pipeline(divided, count, warmup_steps)
+    verify_pipeline(pipeline)
+    return staged, pipeline
+
+
+def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stages: Sequence[int] | None) -> int:
+    """The number of patches; raises `ParallelizeError` for settings that mean nothing."""
+    if pipefusion == 1:
+        if patches not in (None, 1) or stages is not None:
+            raise ParallelizeError(f"patches={patches}, stages={stages} need pipefusion > 1; leave them out")
+        return 1
+    for name, value in (("patches", pipefusion if patches is None else patches), ("warmup_steps", warmup_steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ParallelizeError(f"{name}={value!r} is not a positive integer; the nearest legal one is {name}=1")
+    return pipefusion if patches is None else patches
+
+
 def mesh_of(degrees: dict[str, Any]) -> Mesh:
     """The mesh of these degrees; raises `ParallelizeError` for what is no degree."""
     for name, degree in degrees.items():
@@ -54,6 +95,4 @@ def mesh_of(degrees: dict[str, Any]) -> Mesh:
             raise ParallelizeError(f"{name}={degree!r} is no parallel degree; {hint}there are {', '.join(MESH_DIMS)}")
         if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
             raise ParallelizeError(f"{name}={degree!r} is not a positive integer; the nearest legal one is {name}=1")
-    if degrees.get("pipefusion", 1) != 1:
-        raise ParallelizeError("pipefusion is not available yet; use pipefusion=1 with ulysses, ring or cfg")
     return Mesh.of(**degrees)

@@ -26,6 +26,10 @@ from xdit_ir.mesh import Mesh
 SPEC = "spec"
 WHERE = "where"
 LAYOUT = "layout"
+# In a pipeline: the stage of a node of the outer graph; and that a value is computed once a step, with the first patch
+# (True where something that every patch computes uses it, else False).
+STAGE = "stage"
+ONCE = "once"
 CONSTANT = "_constant"
 
 

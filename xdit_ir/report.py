@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +43,10 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Report:
-    """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks."""
+    """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks.
+
+    Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps.
+    """
 
     flops_total: int
     flops_per_rank: list[int]
@@ -51,6 +54,7 @@ class Report:
     weight_bytes_per_rank: list[int]
     collectives: list[Collective]
     fallbacks: list[Fallback]
+    buffer_bytes_per_rank: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table."""
@@ -64,6 +68,8 @@ class Report:
             f"a rank of {self.weight_bytes_total / 2**20:.1f} MiB",
             soft_wrap=True,
         )
+        if any(self.buffer_bytes_per_rank):
+            console.print(f"buffers that outlive a step: {max(self.buffer_bytes_per_rank) / 2**20:.1f} MiB a rank")
         table = Table("collective", "mesh dim", "count", "MiB sent by the busiest rank")
         for entry in self.collectives:
             table.add_row(entry.kind, entry.mesh_dim, str(entry.count), f"{entry.bytes_per_rank / 2**20:.3f}")
@@ -89,7 +95,7 @@ def make_report(original: Program, program: Program) -> Report:
         weight_bytes_total=weights,
         weight_bytes_per_rank=[weights] * mesh.world_size,
         collectives=_collectives(program, mesh),
-        fallbacks=list(_fallbacks(program, mesh)),
+        fallbacks=list(find_fallbacks(program, mesh)),
     )
 
 
@@ -106,17 +112,17 @@ def _collectives(program: Program, mesh: Mesh) -> list[Collective]:
     sent: dict[tuple[str, str], list[int]] = {}
     for _, graph, times in _graphs(program):
         for node in graph.nodes:
-            traffic = _traffic(node, mesh)
-            if traffic is None:
+            found = traffic(node, mesh)
+            if found is None:
                 continue
-            key, amounts = traffic
+            key, amounts = found
             counts[key] = counts.get(key, 0) + times
             before = sent.get(key, [0] * mesh.world_size)
             sent[key] = [a + times * b for a, b in zip(before, amounts, strict=True)]
     return [Collective(*key, counts[key], max(sent[key])) for key in sorted(counts)]
 
 
-def _traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]] | None:
+def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]] | None:
     """The kind and mesh dims of a communication, and bytes per rank; None for what is local."""
     if node.op != "call_function":
         return None
@@ -130,7 +136,8 @@ def _traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...
     return (target_name(node.target), "*".join(dims)), relayout_bytes(node, mesh)
 
 
-def _fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
+def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
+    """Operators for which something had to be gathered."""
     for name, graph, times in _graphs(program):
         for node in graph.nodes:
             reason = node.meta.get(FALLBACK, "")

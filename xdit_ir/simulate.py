@@ -16,7 +16,7 @@ from xdit_ir.runtime.attention import RingMerge
 from xdit_ir.runtime.exchange import Communicate, Reduce, Reshuffle, Ring, pack, unpack
 
 RankObserver = Callable[[int, str, fx.Node, Any], None]
-Steps = Generator["_Meeting", Any, Any]
+Steps = Generator["_Meeting | Waiting", Any, Any]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,16 @@ class _Meeting:
     node: fx.Node
 
 
-class _Rank:
+@dataclass(frozen=True)
+class Waiting:
+    """A rank waits until `ready` says that it may go on."""
+
+    ready: Callable[[], bool]
+    node: fx.Node
+    kind: str = "read"
+
+
+class Rank:
     """Runs one rank's program as a generator that stops wherever it must meet the others."""
 
     def __init__(
@@ -71,13 +80,19 @@ def run_ranks(
     observe: RankObserver | None = None,
 ) -> list[tuple[torch.Tensor, ...]]:
     """Outputs of every rank for the same inputs; `observe(rank, prefix, node, value)` sees every value."""
-    steps = [
-        _Rank(rank, program, state, device, observe).graph(program.graph, inputs, "")
+    steps = {
+        rank: Rank(rank, program, state, device, observe).graph(program.graph, inputs, "")
         for rank, program in enumerate(programs)
-    ]
-    results: list[Any] = [None] * len(steps)
-    waiting: dict[int, _Meeting] = {}
-    ready: list[tuple[int, Any]] = [(rank, None) for rank in range(len(steps))]
+    }
+    results = lockstep(steps)
+    return [results[rank] for rank in range(len(programs))]
+
+
+def lockstep(steps: Mapping[int, Steps]) -> dict[int, Any]:
+    """Run the ranks until each has returned; whoever meets others waits for them."""
+    results: dict[int, Any] = {}
+    waiting: dict[int, _Meeting | Waiting] = {}
+    ready: list[tuple[int, Any]] = [(rank, None) for rank in steps]
     while ready:
         for rank, answer in ready:
             try:
@@ -86,26 +101,33 @@ def run_ranks(
                 results[rank] = stop.value
         ready = []
         for rank in sorted(waiting):
-            group = waiting[rank].target.group if rank in waiting else ()
-            if group and rank == group[0] and _all_met(group, waiting):
-                ready += zip(group, _meet(group, [waiting.pop(member) for member in group]), strict=True)
+            at = waiting.get(rank)
+            if isinstance(at, Waiting) and at.ready():
+                del waiting[rank]
+                ready.append((rank, None))
+            elif isinstance(at, _Meeting) and rank == at.target.group[0]:
+                ready += _met(at.target.group, waiting)
     if waiting:
         raise VerifyError("ranks wait for each other for ever: " + _describe(waiting))
     return results
 
 
-def _all_met(group: tuple[int, ...], waiting: Mapping[int, _Meeting]) -> bool:
-    if any(member not in waiting for member in group):
-        return False
-    first = waiting[group[0]]
-    same = all(waiting[m].target.group == group and waiting[m].node.name == first.node.name for m in group)
-    if not same:
+def _met(group: tuple[int, ...], waiting: dict[int, _Meeting | Waiting]) -> list[tuple[int, Any]]:
+    """The answers for a group, if all its members are there."""
+    meetings = [at for member in group if isinstance(at := waiting.get(member), _Meeting)]
+    if len(meetings) < len(group):
+        return []
+    first = meetings[0]
+    if any(at.target.group != group or at.node.name != first.node.name for at in meetings):
         raise VerifyError("ranks meet at different collectives: " + _describe({m: waiting[m] for m in group}))
-    return True
+    for member in group:
+        del waiting[member]
+    return list(zip(group, _meet(group, meetings), strict=True))
 
 
-def _describe(waiting: Mapping[int, _Meeting]) -> str:
-    return ", ".join(f"rank {rank} at {m.target.kind} {m.node.name}" for rank, m in sorted(waiting.items()))
+def _describe(waiting: Mapping[int, _Meeting | Waiting]) -> str:
+    kinds = {rank: at.kind if isinstance(at, Waiting) else at.target.kind for rank, at in waiting.items()}
+    return ", ".join(f"rank {rank} at {kinds[rank]} {at.node.name}" for rank, at in sorted(waiting.items()))
 
 
 def _meet(group: tuple[int, ...], meetings: Sequence[_Meeting]) -> list[Any]:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.layout import Layout, in_mesh_order, plan
-from xdit_ir.mesh import Mesh
+from xdit_ir.layout import Layout, in_mesh_order, kind, plan
+from xdit_ir.mesh import TIME, Mesh
+from xdit_ir.overtime import buffer_layout, read_of, write_of
 from xdit_ir.partition import Indices
 from xdit_ir.program import LAYOUT as LAYOUT
-from xdit_ir.program import SPEC, WHERE, Program, TensorSpec, is_block_call
+from xdit_ir.program import ONCE, SPEC, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.rules import decide
 from xdit_ir.rules.base import Call, operands, with_operands
 from xdit_ir.runtime.exchange import Reduce, Reshuffle, Ring
@@ -42,7 +43,7 @@ def _localize(graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Graph:
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         env[node] = new = _node(node, env, result, mesh, rank)
-        new.meta = {key: node.meta[key] for key in (WHERE,) if key in node.meta}
+        new.meta = {key: node.meta[key] for key in (WHERE, ONCE) if key in node.meta}
         if LAYOUT in node.meta:
             new.meta[SPEC] = local_spec(node, rank)
     return result
@@ -80,9 +81,11 @@ def _relayout(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: 
     source = operands(node)[0]
     have, want, shape = source.meta[LAYOUT], node.meta[LAYOUT], node.meta[SPEC].shape
     if node.target is ops.all_reduce:
-        dims = in_mesh_order(have.partial)
-        target: Any = Reduce("all_reduce", dims, mesh.group(rank, dims))
-        return graph.create_node("call_function", target, (value,), name=node.name)
+        return _reduce(node, value, graph, mesh, rank)
+    if kind(mesh, have, want)[1] == (TIME,):
+        layout = buffer_layout(mesh, have)
+        wrote = _wrote(source, value, graph, write_of(source, layout, mesh, rank))
+        return graph.create_node("call_function", read_of(node, layout, mesh, rank), (wrote,), name=node.name)
     steps = plan(mesh, shape, have, want)
     if node.target is ops.shard:
         return _shard(node, value, graph, have, want, rank)
@@ -90,12 +93,38 @@ def _relayout(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: 
     return graph.create_node("call_function", target, (value,), name=node.name)
 
 
+def _reduce(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
+    """Sum over ranks, then over patches."""
+    source = operands(node)[0]
+    pending: frozenset[str] = source.meta[LAYOUT].partial
+    dims = in_mesh_order(pending - {TIME})
+    if dims:
+        target: Any = Reduce("all_reduce", dims, mesh.group(rank, dims))
+        name = f"{node.name}_space" if TIME in pending else node.name
+        value = graph.create_node("call_function", target, (value,), name=name)
+        value.meta[SPEC] = local_spec(source, rank)
+    if TIME in pending:
+        wrote = _wrote(source, value, graph, write_of(source, None, mesh, rank))
+        value = graph.create_node("call_function", read_of(node, None, mesh, rank), (wrote,), name=node.name)
+    return value
+
+
+def _wrote(source: fx.Node, value: fx.Node, graph: fx.Graph, target: Any) -> fx.Node:
+    """The node that writes a value to its buffer; all readers share it."""
+    for user in value.users:
+        if user.target == target:
+            return user
+    wrote = graph.create_node("call_function", target, (value,), name=f"{source.name}_write")
+    wrote.meta[SPEC] = value.meta[SPEC]
+    return wrote
+
+
 def _shard(node: fx.Node, value: fx.Node, graph: fx.Graph, have: Layout, want: Layout, rank: int) -> fx.Node:
     shape = node.meta[SPEC].shape
     moved = [dim for dim in range(len(shape)) if have.dims[dim] != want.dims[dim]]
     for place, dim in enumerate(moved):
         held, wanted = (_part(layout, dim, shape[dim], rank) for layout in (have, want))
-        name = node.name if place == len(moved) - 1 else f"{node.name}_{dim}"
+        name = node.name if place == len(moved) - 1 else f"{node.name}_along{dim}"
         value = graph.create_node("call_function", ops.take, (value, dim, held.positions(wanted).runs), name=name)
     return value
 

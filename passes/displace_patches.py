@@ -1,0 +1,158 @@
+"""`displace-patches`: divide the token streams over patches in time, and each patch over `ring` and `ulysses`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from xdit_ir.displacement import Plan, inputs_of, judge, returned
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.layout import Layout
+from xdit_ir.mesh import TIME, Mesh
+from xdit_ir.partition import Indices, Partition, even_pieces
+from xdit_ir.passes.find_tokens import units_of
+from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
+from xdit_ir.propagate import Propagation, Seeds
+
+SEQUENCE = ("ring", "ulysses")
+
+
+@dataclass(frozen=True)
+class DisplacePatches:
+    """PipeFusion's division of the tokens (arXiv 2405.14430): the latents' stream into patches, in whole rows or frames
+    where views have such units; streams that do not depend on the latents (text) go with the first patch.
+
+    The cheapest of the proposals is taken that is not refused, see `xdit_ir.displacement`. Numerics: stale after the
+    warmup steps.
+    """
+
+    mesh: Mesh
+    name: str = "displace-patches"
+
+    def apply(self, program: Program) -> Program:
+        """The program with its token streams divided over `pipefusion` (patches), `ring` and `ulysses`."""
+        if self.mesh.size((TIME,)) == 1:
+            return program
+        trial = Propagation(program, self.mesh)
+        best: Plan | None = None
+        refused: list[str] = []
+        for axis in program.tokens:
+            source = inputs_of(program, axis.value)
+            if axis.gathered or best is not None or not source:
+                continue
+            first = self._first(trial, axis)
+            for partition in self._partitions(program, axis, sum(other.size for other in first)):
+                plan = self._plan(trial, axis, self._seeds(program, axis, partition, first))
+                if plan.refusal:
+                    refused.append(plan.refusal)
+                elif best is None or plan.price < best.price:
+                    best = plan
+        if best is None:
+            reason = refused[0] if refused else "no attention takes its queries from a token stream"
+            raise ParallelizeError(
+                f"patches={self.mesh.size((TIME,))} cannot divide the latents in time: {reason}; use patches=1"
+            )
+        return best.program.replace(mesh=self.mesh)
+
+    def _plan(self, trial: Propagation, axis: TokenAxis, seeds: Seeds) -> Plan:
+        """The division that these seeds give; where it is refused, the one that comes of cutting the latents like the
+        output instead, for what is computed from the latents before the stream begins."""
+        plan = judge(trial.run(seeds), self.mesh)
+        inputs = returned(plan.program, self.mesh) if plan.refusal else {}
+        if not inputs:
+            return plan
+        others = {name: layouts for name, layouts in seeds.items() if name != axis.value}
+        again = judge(trial.run({name: (layout,) for name, layout in inputs.items()} | others), self.mesh)
+        return plan if again.refusal else again
+
+    def _first(self, trial: Propagation, axis: TokenAxis) -> list[TokenAxis]:
+        """The streams that go with the first patch: those of queries which the latents do not reach, and which no
+        operator wants divided like the latents, so that nothing more is published than without."""
+        program = trial.program
+        latents, chosen = inputs_of(program, axis.value), list[TokenAxis]()
+        partition = next(self._partitions(program, axis, 0), None)
+        if partition is None:
+            return []
+        published = judge(trial.run(self._seeds(program, axis, partition, [])), self.mesh).price.bytes
+        for other in program.tokens:
+            source = inputs_of(program, other.value)
+            taken = other.gathered or other.value in (axis.value, *(one.value for one in chosen))
+            if taken or not source or source & latents:
+                continue
+            seeds = self._seeds(program, axis, partition, [*chosen, other])
+            if judge(trial.run(seeds), self.mesh).price.bytes <= published:
+                chosen.append(other)
+        return chosen
+
+    def _seeds(self, program: Program, axis: TokenAxis, partition: Partition, first: Sequence[TokenAxis]) -> Seeds:
+        seeds = {axis.value: (self._layout(program, axis, partition),)}
+        return seeds | {one.value: (self._layout(program, one, _first(self.mesh, one.size)),) for one in first}
+
+    def _partitions(self, program: Program, axis: TokenAxis, load: int) -> Iterator[Partition]:
+        """Divisions of the latents' stream, where the first patch has `load` tokens besides."""
+        found = (self._divide(cut, axis.size, load) for cut in _cuts(program, axis))
+        yield from dict.fromkeys(partition for partition in found if partition is not None)
+
+    def _layout(self, program: Program, axis: TokenAxis, partition: Partition) -> Layout:
+        node = next(node for node in program.graph.nodes if node.name == axis.value)
+        layout: Layout = node.meta.get(LAYOUT) or Layout.whole(len(node.meta[SPEC].shape))
+        return layout.with_dims({axis.dim: partition})
+
+    def _divide(self, cut: _Cut, size: int, load: int) -> Partition | None:
+        """The stream's patches; None where there are fewer units than patches."""
+        count, (main, start) = self.mesh.size((TIME,)), cut.main
+        if main % cut.period or cut.period % cut.unit or cut.period // cut.unit < count:
+            return None
+        repeats = main // cut.period
+        sizes = _sizes(cut.period // cut.unit, count, (load + size - main) / repeats / cut.unit)
+        ends = [cut.unit * end for end in itertools.accumulate(sizes, initial=0)]
+        pieces = []
+        for patch in range(count):
+            runs = [(start + i * cut.period + ends[patch], ends[patch + 1] - ends[patch]) for i in range(repeats)]
+            around = [(0, start), *runs, (start + main, size - start - main)]
+            pieces.append(Indices.of_runs(runs if patch else around))
+        return _spread(self.mesh, size, pieces)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Every `period` of the segment `main` (its length and start) is divided in whole units; what is around the
+    segment goes with the first patch."""
+
+    main: tuple[int, int]
+    period: int
+    unit: int
+
+
+def _cuts(program: Program, axis: TokenAxis) -> Iterator[_Cut]:
+    """Whole frames or rows before single tokens, the stream as one before each frame for itself."""
+    for segments in ((axis.size,), *axis.segments):
+        for place, main in enumerate(segments):
+            units = axis.units if main == axis.size else units_of(program, main)
+            for period in (main, *reversed(units)):
+                for unit in (*reversed(units), 1):
+                    if unit < period <= main:
+                        yield _Cut((main, sum(segments[:place])), period, unit)
+
+
+def _sizes(size: int, count: int, load: float) -> list[int]:
+    """How much each patch gets of `size`, at least 1, where the first one has `load` to do besides."""
+    first = max(1, round((size + load) / count - load))
+    rest = even_pieces(size - first, count - 1)
+    return [first, *(piece.size for piece in rest)]
+
+
+def _first(mesh: Mesh, size: int) -> Partition:
+    pieces = [Indices.range(0, size), *(Indices(()) for _ in range(mesh.size((TIME,)) - 1))]
+    return _spread(mesh, size, pieces)
+
+
+def _spread(mesh: Mesh, size: int, pieces: list[Indices]) -> Partition:
+    """Patches, each divided evenly over the ranks of a sequence group."""
+    count = mesh.size(SEQUENCE)
+    parts = []
+    for rank in range(mesh.world_size):
+        piece = pieces[mesh.index(rank, (TIME,))]
+        parts.append(piece.at(even_pieces(piece.size, count)[mesh.index(rank, SEQUENCE)]))
+    return Partition(size, tuple(parts))

@@ -1,0 +1,52 @@
+"""Every model of the zoo under PipeFusion: equal, or refused for a reason that is written down here."""
+
+from __future__ import annotations
+
+import pytest
+
+import xdit_ir as xir
+from xdit_ir import models
+
+NOT_CAPTURED = {
+    "anyflow-far",
+    "anyflow-far-joint",
+    "hidream-i1",
+    "hunyuanvideo-1.5-i2v",
+    "kandinsky-6-sr",
+    "sana-wm-refiner",
+    "wan-animate-2",
+    "wan-animate-2-reference",
+}
+# What cannot be divided over patches in time.
+REFUSED = {
+    "ace-step-1.5": "output is not divided",
+    "cosmos3-omni": "output is not divided",
+    "dual-transformer": "48% of the FLOPs",
+    "hidream-dense": "output is not divided",
+    "kandinsky-2.2-prior": "output is not divided",
+    "lumina-2": "stale rows",
+    "minimax-h3": "output is not divided",
+    "mochi-1": "stale rows",
+    "nucleus-image": "stale rows",
+    "qwen-image-2.1": "output is not divided",
+    "t5-film-decoder": "token stream",
+    "transformer-2d-vectorized": "token stream",
+    "z-image": "output is not divided",
+    "z-image-omni": "output is not divided",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if name not in NOT_CAPTURED])
+def test_exact_when_synchronous_and_at_the_fixed_point(name: str) -> None:
+    model, example = models.load(f"{name}:tiny")
+    traced = xir.trace(model, example)
+    if name in REFUSED:
+        with pytest.raises(xir.ParallelizeError, match=REFUSED[name]):
+            traced.parallelize(pipefusion=2)
+        result = xir.check(model, example, traced=traced, pipefusion=2, patches=1)
+    else:
+        report = traced.parallelize(pipefusion=2).report()
+        assert sum(report.flops_per_rank) <= 1.05 * report.flops_total
+        assert min(report.buffer_bytes_per_rank) > 0
+        result = xir.check(model, example, traced=traced, pipefusion=2)
+    assert result.ok, str(result)
