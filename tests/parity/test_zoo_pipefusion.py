@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from test_zoo import NOT_CAPTURED
 
 import xdit_ir as xir
 from xdit_ir import models
 
-NOT_CAPTURED = {
-    "anyflow-far",
-    "anyflow-far-joint",
-    "hidream-i1",
-    "hunyuanvideo-1.5-i2v",
-    "kandinsky-6-sr",
-    "sana-wm-refiner",
-    "wan-animate-2",
-    "wan-animate-2-reference",
-}
 # What cannot be divided over patches in time.
 REFUSED = {
     "ace-step-1.5": "output is not divided",
