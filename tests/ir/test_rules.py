@@ -23,7 +23,7 @@ for family in ("pointwise", "views", "lookups", "products"):
 
 USES = Counter(make for makers in EXAMPLES.values() for make in makers)
 CASES = [
-    pytest.param(packet, make, id=f"{packet}-{make.__name__}".removeprefix("aten."))
+    pytest.param(packet, make, id=f"{getattr(packet, '__qualname__', packet)}-{make.__name__}".removeprefix("aten."))
     for packet, makers in EXAMPLES.items()
     for make in makers
 ]
