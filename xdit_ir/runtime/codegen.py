@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class _Writer:
         self.pending: dict[fx.Node, tuple[nn.Module, fx.Node]] = {}
         self.fusions: dict[fx.Node, fx.Node] = {}
         self.mailbox: Mailbox | None = None
+        self.taken: set[str] = set()
         self.custody = Custody()
         self.shared: list[fx.Node] = []
         self.slots: dict[str, Iterator[int]] = {}
@@ -108,9 +110,19 @@ class _Writer:
         for node in source.nodes:
             if node.op == "placeholder":
                 self.env[node] = self.graph.node_copy(node)
+                self.taken.add(str(node.target))
         for name in names:
-            self.state[name] = self.graph.placeholder(name.replace(".", "_"))
+            self.state[name] = self._argument(name)
         return tuple(self.state)
+
+    def _argument(self, name: str) -> fx.Node:
+        """A placeholder whose name, which becomes that of an argument in Python, no other has."""
+        wanted = _identifier(name)
+        wanted = wanted if wanted.isidentifier() else f"_{wanted}"
+        names = itertools.chain([wanted], (f"{wanted}_{count}" for count in itertools.count(1)))
+        name = next(one for one in names if one not in self.taken)
+        self.taken.add(name)
+        return self.graph.placeholder(name)
 
     def share(self, mailbox: Mailbox) -> None:
         """Write the placeholders of an outer graph for what the mailbox opens."""
