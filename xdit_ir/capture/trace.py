@@ -19,8 +19,10 @@ from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
 from xdit_ir.capture.known import PythonReads, readable
 from xdit_ir.capture.leaves import Leaves, Reasons, ShapeDepends, Wanted, like, named_leaves
+from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.outputs import flatten_output, literal
 from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line
 from xdit_ir.capture.tracer import Tracer
@@ -43,8 +45,9 @@ def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: 
     chosen, leaves = candidates(model), named_leaves(model, leaf)
     while True:
         try:
-            with clean_caches(model):
-                return _attempt(model, named, chosen, leaves)
+            functions = replacements()
+            with clean_caches(model), replaced(functions, model.modules()):
+                return _attempt(model, named, chosen, leaves, functions)
         except Restart as restart:
             kind = type(chosen[restart.path])
             chosen = {path: module for path, module in chosen.items() if type(module) is not kind}
@@ -72,14 +75,16 @@ def _widened(model: nn.Module, leaves: Reasons, path: str) -> Reasons:
     return {name: why for name, why in leaves.items() if name not in failed} | dict.fromkeys(parents, reason)
 
 
-def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Module], opaque: Reasons) -> Program:
+def _attempt(
+    model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Module], opaque: Reasons, functions: Functions
+) -> Program:
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
     recorder = Recorder(device)
     values = {path: _input(recorder, path, x) for path, x in leaves if isinstance(x, torch.Tensor)}
     args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
     with torch.inference_mode():
-        skeleton = Skeleton(model, recorder.state)
+        skeleton = Skeleton(model, recorder.state, functions)
         recorder.state_of = skeleton.state_of
         blocks = Blocks(recorder, set(chosen), _watch(skeleton, chosen, recorder))
         called_whole = Leaves(recorder, opaque, dict(model.named_modules()))
