@@ -33,7 +33,7 @@ class Call:
 
 
 def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """Flatten a call's arguments, objects with tensors too; raises `Unshareable` if some hide where none is followed."""
+    """Flatten a call's arguments, plain objects too; raises `Unshareable` if tensors or modules hide elsewhere."""
     paths, spec = pytree.tree_flatten_with_path(opened((args, dict(kwargs))))
     tensors: list[torch.Tensor] = []
     names: list[str] = []

@@ -65,8 +65,9 @@ class Runner:
         return self._binder(args, kwargs), self._weights.fetch()
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The model's result; what forward writes into caches is written into the arguments. Casts of autocast are in the program already, so none are added here.
+        """The model's result; what forward leaves in caches is left in the arguments.
 
+        Casts of autocast are in the program already, so none are added here.
         Runs outside of inference mode whatever the caller's mode is, so that code is compiled and recorded once.
         """
         kind = self.device.type
