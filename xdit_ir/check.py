@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir import ops
 from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, trace
-from xdit_ir.capture.inputs import bind_inputs, closed, opened
+from xdit_ir.capture.effects import copied
+from xdit_ir.capture.inputs import bind_example, bind_inputs, flatten_named
 from xdit_ir.interpret import Interpreter, model_state
 from xdit_ir.layout import Layout
 from xdit_ir.partition import Indices
@@ -86,18 +87,30 @@ def check_parallel(
 ) -> CheckResult:
     """`check` for a program that is already divided."""
     with torch.no_grad():
-        fresh = closed(opened(example))  # a forward may write into containers that it is given
-        args, kwargs = ((), dict(fresh)) if not isinstance(fresh, tuple) else (fresh, {})
-        expected = _tensors(model(*args, **kwargs))
+        expected = _results(model, example, lambda given: [_call(model, given)])[0]
     notes = []
-    captured = relative_error(_tensors(run_single(parallel.original, model, example)), expected)
+    alone = _results(model, example, lambda given: [run_single(parallel.original, model, given)])[0]
+    captured = relative_error(alone, expected)
     if captured > tolerance:
         notes.append(f"the captured program itself differs from the module by {captured:.2e}: a defect of capture")
-    outputs = parallel.simulate(model, example)
-    worst = max(relative_error(_tensors(output), expected) for output in outputs)
+    outputs = _results(model, example, lambda given: parallel.simulate(model, given))
+    worst = max(relative_error(output, expected) for output in outputs)
     ok = worst <= tolerance
     found = None if ok else first_divergence(parallel, model, example, max(tolerance, 1e-5))
     return CheckResult(ok, worst, tolerance, parallel.world_size, found, tuple(notes))
+
+
+def _call(model: nn.Module, example: Example) -> Any:
+    return model(*example) if isinstance(example, tuple) else model(**example)
+
+
+def _results(model: nn.Module, example: Example, run: Callable[[Example], list[Any]]) -> list[list[torch.Tensor]]:
+    """The tensors of outputs, and those in caches that the model was given, after a run on a copy of the example."""
+    given = copied(example)
+    outputs = run(given)
+    named = bind_example(model, given)
+    kept = [leaf for path, leaf in flatten_named(named)[0] if isinstance(leaf, torch.Tensor) and path not in named]
+    return [_tensors(output) + kept for output in outputs]
 
 
 def relative_error(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -216,5 +229,5 @@ def first_divergence(
     state = model_state(parallel.original, model)
     with torch.no_grad():
         Interpreter(parallel.analysed, state, inputs[0].device, comparison.record).run(inputs)
-        parallel.simulate(model, example, comparison.compare)
+        parallel.simulate(model, copied(example), comparison.compare)
     return None if comparison.found is None else comparison.found[1]
