@@ -115,7 +115,7 @@ class Subject:
             return Outcome(str(degrees), refused=str(error))
         result = check_parallel(parallel, self.model, self.example, tolerance=self.tolerance)
         report = parallel.report()
-        inside = [item for item in report.fallbacks if item.place.partition(" ")[0] in parallel.ir.blocks]
+        inside = [i for i in report.fallbacks if i.bytes and i.place.partition(" ")[0] in parallel.ir.blocks]
         return Outcome(
             str(degrees),
             error=result.max_relative_error,
