@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import xdit_ir as xir
 from xdit_ir import models, passes
 from xdit_ir.api import TracedProgram
+from xdit_ir.capture.effects import copied
 from xdit_ir.check import check_parallel, relative_error
 from xdit_ir.errors import ParallelizeError, TraceError
 from xdit_ir.program import SPEC, Program, TensorSpec
@@ -100,7 +101,7 @@ class Subject:
         """How far the model is from itself in float64; nothing if it cannot run in that."""
         wide, inputs = models.load(f"{self.name}:tiny", dtype=torch.float64)
         with torch.no_grad():
-            narrow = _tensors(self.model(**self.example))
+            narrow = _tensors(self.model(**copied(self.example)))
             try:
                 return relative_error(narrow, _tensors(wide(**inputs)))
             except RuntimeError:
@@ -114,7 +115,7 @@ class Subject:
             return Outcome(str(degrees), refused=str(error))
         result = check_parallel(parallel, self.model, self.example, tolerance=self.tolerance)
         report = parallel.report()
-        inside = [item for item in report.fallbacks if item.place.partition(" ")[0] in parallel.ir.blocks]
+        inside = [i for i in report.fallbacks if i.bytes and i.place.partition(" ")[0] in parallel.ir.blocks]
         return Outcome(
             str(degrees),
             error=result.max_relative_error,

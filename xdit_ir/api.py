@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from xdit_ir import capture
+from xdit_ir.capture.inputs import bind_example
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.interpret import Interpreter, model_state
 from xdit_ir.mesh import Mesh
@@ -146,7 +147,7 @@ class ParallelProgram:
         return self._ranks[rank]
 
     def simulate(self, model: nn.Module, example: Example, observe: RankObserver | None = None) -> list[Any]:
-        """Run every rank in this thread, in lockstep.
+        """Run every rank in this thread, in lockstep; what forward writes into caches is written into `example`.
 
         Returns:
             One output of the model (its whole pytree) per rank.
@@ -160,6 +161,7 @@ class ParallelProgram:
         ranks = [self.rank(rank) for rank in range(self.world_size)]
         with torch.no_grad():
             outputs = run_ranks(ranks, model_state(self.original, model), inputs, _device(model, inputs), observe)
+        _leave(self.original, model, example, outputs[0])
         return [capture.build_output(self.original.signature, tensors) for tensors in outputs]
 
     def simulate_steps(self, model: nn.Module, examples: Sequence[Example]) -> list[list[Any]]:
@@ -200,7 +202,14 @@ def run_single(program: Program, model: nn.Module, example: Example) -> Any:
     inputs = capture.bind_inputs(model, program, *_split(example))
     with torch.no_grad():
         tensors = Interpreter(program, model_state(program, model), _device(model, inputs)).run(inputs)
+    _leave(program, model, example, tensors)
     return capture.build_output(program.signature, tensors)
+
+
+def _leave(program: Program, model: nn.Module, example: Example, tensors: Sequence[torch.Tensor]) -> None:
+    """Write into the example what forward would have."""
+    if program.signature.effects:
+        capture.apply_effects(program.signature, tensors, bind_example(model, example))
 
 
 def _split(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:

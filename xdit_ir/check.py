@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir import ops
 from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, trace
-from xdit_ir.capture.inputs import bind_inputs, closed, opened
+from xdit_ir.capture.effects import copied
+from xdit_ir.capture.inputs import bind_example, bind_inputs, flatten_named
 from xdit_ir.displacement import latents
 from xdit_ir.interpret import Interpreter, model_state
 from xdit_ir.layout import Layout
@@ -89,21 +90,26 @@ def check_parallel(
 ) -> CheckResult:
     """`check` for a program that is already divided."""
     with torch.no_grad():
-        fresh = closed(opened(example))  # a forward may write into containers that it is given
-        args, kwargs = ((), dict(fresh)) if not isinstance(fresh, tuple) else (fresh, {})
-        expected = _tensors(model(*args, **kwargs))
+        expected = _results(model, example, lambda given: [_call(model, given)])[0]
     notes = []
-    captured = relative_error(_tensors(run_single(parallel.original, model, example)), expected)
+    alone = _results(model, example, lambda given: [run_single(parallel.original, model, given)])[0]
+    captured = relative_error(alone, expected)
     if captured > tolerance:
         notes.append(f"the captured program itself differs from the module by {captured:.2e}: a defect of capture")
-    outputs = parallel.simulate(model, example)
-    worst = max(relative_error(_tensors(output), expected) for output in outputs)
+    outputs = _results(model, example, lambda given: parallel.simulate(model, given))
+    worst = max(relative_error(output, expected) for output in outputs)
     found = None if worst <= tolerance else first_divergence(parallel, model, example, max(tolerance, 1e-5))
     if found is None and parallel.pipeline is not None:
         later, more = _later_steps(parallel, model, example, expected, tolerance)
         worst = max(worst, later)
         notes += more
     return CheckResult(worst <= tolerance, worst, tolerance, parallel.world_size, found, tuple(notes))
+
+
+def _away(output: Any, expected: list[torch.Tensor]) -> float:
+    """The relative error of an output; what the model leaves in caches is not compared."""
+    tensors = _tensors(output)
+    return relative_error(tensors, expected[: len(tensors)])
 
 
 def _later_steps(
@@ -114,13 +120,13 @@ def _later_steps(
     assert parallel.pipeline is not None
     warmup = parallel.pipeline.warmup_steps
     equal = parallel.simulate_steps(model, [example] * (warmup + 1))[-1]
-    worst = max(relative_error(_tensors(output), expected) for output in equal)
+    worst = max(_away(output, expected) for output in equal)
     notes = [f"a displaced step after one with equal inputs: relative error {worst:.2e}"]
     changed = _changed(parallel, example)
     errors: list[float] = []
     for repeats in REPEATS:
         steps = parallel.simulate_steps(model, [changed] * warmup + [example] * repeats)[warmup:]
-        errors = [max(relative_error(_tensors(output), expected) for output in step) for step in steps]
+        errors = [max(_away(output, expected) for output in step) for step in steps]
         if min(errors) <= tolerance:
             break
     needed = next((step for step, error in enumerate(errors, 1) if error <= tolerance), None)
@@ -138,6 +144,19 @@ def _changed(parallel: ParallelProgram, example: Example) -> Example:
     shapes = {(node.meta[SPEC].shape, node.meta[SPEC].dtype) for node in inputs if node.name in names}
     other = {id(x): x + 0.1 * x.flip(-1) for x in tensors if (tuple(x.shape), x.dtype) in shapes}
     return pytree.tree_map(lambda leaf: other.get(id(leaf), leaf), example)  # type: ignore[no-any-return]
+
+
+def _call(model: nn.Module, example: Example) -> Any:
+    return model(*example) if isinstance(example, tuple) else model(**example)
+
+
+def _results(model: nn.Module, example: Example, run: Callable[[Example], list[Any]]) -> list[list[torch.Tensor]]:
+    """The tensors of outputs, and those in caches that the model was given, after a run on a copy of the example."""
+    given = copied(example)
+    outputs = run(given)
+    named = bind_example(model, given)
+    kept = [leaf for path, leaf in flatten_named(named)[0] if isinstance(leaf, torch.Tensor) and path not in named]
+    return [_tensors(output) + kept for output in outputs]
 
 
 def relative_error(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -256,5 +275,5 @@ def first_divergence(
     state = model_state(parallel.original, model)
     with torch.no_grad():
         Interpreter(parallel.analysed, state, inputs[0].device, comparison.record).run(inputs)
-        parallel.simulate(model, example, comparison.compare)
+        parallel.simulate(model, copied(example), comparison.compare)
     return None if comparison.found is None else comparison.found[1]

@@ -93,6 +93,32 @@ class Predicate:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One step into an argument: the entry `key` of a list or dict, or the `attribute` of an object."""
+
+    key: Any
+    attribute: bool = False
+
+    def __str__(self) -> str:
+        return f".{self.key}" if self.attribute else f"[{self.key!r}]"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What forward leaves in an object, list or dict that it was given, or in a tensor inside of one.
+
+    `path` leads there from the dict of forward's arguments. Where `write`, the tensor there gets the contents of
+    `leaves[0]`; else the entry becomes the tree of `leaves`, which are as in `Signature.out_leaves`, or is removed
+    if `spec` is None.
+    """
+
+    path: tuple[Entry, ...]
+    leaves: tuple[int | Literal, ...] = ()
+    spec: pytree.TreeSpec | None = None
+    write: bool = False
+
+
+@dataclass(frozen=True)
 class InputLeaf:
     """One leaf of the (canonicalised keyword) inputs. `spec` is None for a leaf that is no tensor."""
 
@@ -106,7 +132,7 @@ class Signature:
 
     `parameters` are the names of forward's parameters; inputs are first bound to these (`inspect.Signature.bind`),
     then flattened as a dict of the arguments that were given. `out_leaves[i]` is the index of a tensor in the
-    graph's output tuple, or a `Literal` constant.
+    graph's output tuple, or a `Literal` constant. `effects` happen after the call.
     """
 
     in_spec: pytree.TreeSpec
@@ -115,6 +141,7 @@ class Signature:
     out_leaves: tuple[int | Literal, ...]
     guards: tuple[Guard, ...] = ()
     predicates: tuple[Predicate, ...] = ()
+    effects: tuple[Effect, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -186,14 +186,43 @@ def test_dead_arguments_are_dropped(check: Check) -> None:
     assert [len(node.args[2]) for node in program.calls] == [1, 1]
 
 
-def test_tensors_hidden_in_objects_are_inlined(check: Check) -> None:
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, item: torch.Tensor) -> None:
+        self.value = item
+
+
+@pytest.mark.parametrize(("kind", "count"), [(Holder, 1), (Slotted, 0)])
+def test_tensors_in_objects_are_followed_or_inlined(check: Check, kind: Any, count: int) -> None:
     class Model(Stack):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for layer in self.layers:
-                x = layer(x, Holder(x[0] * 2))
+                x = layer(x, kind(x[0] * 2))
             return x
 
-    assert not check(Model(ReadsHolder(), ReadsHolder()), X).blocks
+    assert len(check(Model(ReadsHolder(), ReadsHolder()), X).blocks) == count
+
+
+def test_blocks_that_change_or_return_objects_are_inlined(check: Check) -> None:
+    class Passes(ReadsHolder):
+        def forward(self, x: torch.Tensor, holder: Any = None) -> Any:
+            return super().forward(x, holder), holder
+
+    class Changes(ReadsHolder):
+        def forward(self, x: torch.Tensor, holder: Any = None) -> Any:
+            x, holder.value = super().forward(x, holder), holder.value + 1
+            return x, holder
+
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            holder = Holder(x[0] * 2)
+            for layer in self.layers:
+                x, holder = layer(x, holder)
+            return x + holder.value
+
+    for kind in (Passes, Changes):
+        assert not check(Model(kind(), kind()), X).blocks
 
 
 def test_tensor_put_on_a_block_is_inlined(check: Check) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections import Counter
 
 import pytest
@@ -23,7 +24,11 @@ for family in ("pointwise", "views", "lookups", "products"):
 
 USES = Counter(make for makers in EXAMPLES.values() for make in makers)
 CASES = [
-    pytest.param(packet, make, id=f"{packet}-{make.__name__}".removeprefix("aten."))
+    pytest.param(
+        packet,
+        make,
+        id=f"{packet.__name__ if inspect.isfunction(packet) else packet}-{make.__name__}".removeprefix("aten."),
+    )
     for packet, makers in EXAMPLES.items()
     for make in makers
 ]

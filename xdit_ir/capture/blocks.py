@@ -11,11 +11,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.calls import Call, describe_call
-from xdit_ir.capture.fingerprint import Fingerprint, fingerprint
+from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
+from xdit_ir.capture.inputs import Kind, closed, opened
 from xdit_ir.capture.known import note_read
 from xdit_ir.capture.outputs import flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, Unshareable, Value, spec_of
+from xdit_ir.errors import TraceError
 from xdit_ir.program import Literal, Where, call_block
 
 
@@ -128,10 +130,15 @@ class Blocks:
             ]
             fakes = {id(tensor): value.fake for tensor, value in zip(call.tensors, inner, strict=True)}
             leaves = [fakes.get(id(leaf), leaf) for leaf in call.leaves]
-            args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+            args, kwargs = closed(pytree.tree_unflatten(leaves, call.spec))
+            before = _described(leaves)
             with recorder.recording(True):
                 output = forward(*args, **kwargs)
-            if _changed(leaves, (args, kwargs), inner) or fingerprint(module, self.recorder.held) != print_:
+            if (
+                _changed(leaves, (args, kwargs), inner)
+                or _described(leaves) != before
+                or fingerprint(module, self.recorder.held) != print_
+            ):
                 raise Unshareable("writes to its arguments or attributes")
             return self._finish(type(module).__name__, print_, call, inner, output)
         finally:
@@ -146,7 +153,7 @@ class Blocks:
         outputs: list[int | Argument | Literal] = []
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
-                outputs.append(literal(leaf))
+                outputs.append(_plain(leaf))
                 continue
             value = recorder.value(leaf)
             if id(value) in arguments:
@@ -205,9 +212,24 @@ def _outside(roots: Roots, values: list[Value]) -> Roots:
 
 def _changed(leaves: list[Any], arguments: Any, inner: list[Value]) -> bool:
     """Whether a block wrote to its arguments: to containers or to tensors."""
-    after = pytree.tree_leaves(arguments)
-    same = len(after) == len(leaves) and all(new is old for new, old in zip(after, leaves, strict=True))
+    after = pytree.tree_leaves(opened(arguments))
+    same = len(after) == len(leaves) and all(_same_leaf(new, old) for new, old in zip(after, leaves, strict=True))
     return not same or any(value.storage.version for value in inner)
+
+
+def _plain(leaf: Any) -> Literal:
+    try:
+        return literal(leaf)
+    except TraceError as error:
+        raise Unshareable("returns an object with tensors inside") from error
+
+
+def _same_leaf(new: Any, old: Any) -> bool:
+    return new is old or (isinstance(new, Kind) and new == old)
+
+
+def _described(leaves: list[Any]) -> list[Any]:
+    return [describe(leaf) for leaf in leaves if not isinstance(leaf, (torch.Tensor, Kind))]
 
 
 def _aliased(results: list[Value], inner: list[Value]) -> set[int]:

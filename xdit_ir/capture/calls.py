@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.fingerprint import describe
-from xdit_ir.capture.inputs import path_name
+from xdit_ir.capture.inputs import Kind, opened, path_name
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import Unshareable, Value
 
@@ -33,8 +33,8 @@ class Call:
 
 
 def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """Flatten a call's arguments; raises `Unshareable` if tensors or modules hide inside an object."""
-    paths, spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
+    """Flatten a call's arguments, plain objects too; raises `Unshareable` if tensors or modules hide elsewhere."""
+    paths, spec = pytree.tree_flatten_with_path(opened((args, dict(kwargs))))
     tensors: list[torch.Tensor] = []
     names: list[str] = []
     places: dict[int, int] = {}
@@ -73,6 +73,8 @@ def _name(path: Any, parameters: list[str]) -> str:
 
 
 def _literal(leaf: Any) -> Any:
+    if isinstance(leaf, Kind):
+        return leaf
     inside = vars(leaf) if hasattr(leaf, "__dict__") and not callable(leaf) else None
     hidden = (torch.Tensor, nn.Module)
     if isinstance(leaf, nn.Module) or any(isinstance(item, hidden) for item in pytree.tree_leaves(inside)):

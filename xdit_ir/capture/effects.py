@@ -1,8 +1,10 @@
-"""What forward was given, and the refusal of forwards that change it in ways that callers rely on."""
+"""What forward was given, what it leaves there, and how the same is done to the arguments of later calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +13,25 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.fingerprint import describe
 from xdit_ir.capture.inputs import closed, opened
+from xdit_ir.capture.outputs import literal
+from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import Value
 from xdit_ir.errors import TraceError
+from xdit_ir.program import Effect, Entry, Literal, Signature
 
 _DEPTH = 4
+_PLAIN = (str, bytes, int, float, bool, complex, type(None))
+_MISSING = object()
+Path = tuple[Entry, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Holder:
+    """A list, dict or object among the arguments, and its entries before the call."""
+
+    path: Path
+    item: Any
+    before: dict[Any, Any]
 
 
 class Given:
@@ -25,28 +42,128 @@ class Given:
             if not isinstance(leaf, torch.Tensor) and _holds_tensors(leaf, _DEPTH):
                 kind = type(leaf).__qualname__
                 raise TraceError(f"input {path!r} is of type {kind}, inside which tensors cannot be followed")
-        copies = {path: x if isinstance(x, torch.Tensor) else copy_of(x) for path, x in leaves.items()}
-        self._leaves = copies
-        self._before = {path: describe(x) for path, x in copies.items() if not isinstance(x, torch.Tensor)}
-        self.named: dict[str, Any] = closed(pytree.tree_unflatten(list(copies.values()), spec))
+        copies = [x if isinstance(x, torch.Tensor) else copy_of(x) for x in leaves.values()]
+        self.named: dict[str, Any] = closed(pytree.tree_unflatten(copies, spec))
+        inside = list(_walk(self.named, (), set()))
+        self._holders = [_Holder(path, item, _entries(item)) for path, item in inside if path and _is_holder(item)]
+        self._tensors = [(path, item) for path, item in inside if isinstance(item, torch.Tensor)]
+        others = [(path, item) for path, item in inside if not _is_holder(item) and not isinstance(item, torch.Tensor)]
+        self._others = [(path, item, describe(item)) for path, item in others]
 
-    def check_unchanged(self, values: Mapping[str, Value]) -> None:
-        """Refuse writes into containers and objects, and into tensors inside containers, as caches do.
+    def effects(self, values: Mapping[str, Value], place: Callable[[torch.Tensor], int]) -> tuple[Effect, ...]:
+        """What forward did to the arguments; `place` makes a tensor one of the program's results.
 
         A write to a tensor that is itself an argument is let pass: the caller's tensor is just not written.
         """
-        for path, before in self._before.items():
-            if describe(self._leaves[path]) != before:
-                raise TraceError(f"forward writes to the object that it is given as {path!r}")
-        for path, value in values.items():
-            if value.storage.version and path not in self.named:
-                raise TraceError(f"forward writes to its input {path!r}, as to a cache that outlives the call")
-        held = {id(leaf) for leaf in self._leaves.values()}
-        for name, item in self.named.items():
-            if any(
-                isinstance(leaf, torch.Tensor) and id(leaf) not in held for leaf in pytree.tree_leaves(opened(item))
-            ):
-                raise TraceError(f"forward puts tensors into its input {name!r}, as into a cache")
+        for path, item, before in self._others:
+            if describe(item) != before:
+                raise TraceError(f"forward writes to {_show(path)}, an object of type {type(item).__qualname__}")
+        written = {id(value.fake) for path, value in values.items() if value.storage.version and path not in self.named}
+        writes = [
+            Effect(path, (place(item),), write=True) for path, item in self._tensors if id(item) in written and path[1:]
+        ]
+        return (*writes, *(effect for holder in self._holders for effect in self._changes(holder, place)))
+
+    def _changes(self, holder: _Holder, place: Callable[[torch.Tensor], int]) -> Iterator[Effect]:
+        after = _entries(holder.item)
+        attribute = not isinstance(holder.item, (list, dict))
+        for key, item in after.items():
+            if not _unchanged(item, holder.before.get(key, _MISSING)):
+                path = (*holder.path, Entry(key, attribute))
+                inside = [entry for _, entry in _walk(item, path, set())]
+                if any(held.item is entry for held in self._holders for entry in inside):
+                    raise TraceError(f"forward moves a container that it was given to {_show(path)}")
+                leaves, spec = pytree.tree_flatten(opened(item))
+                made = (place(x) if isinstance(x, torch.Tensor) else literal(x) for x in leaves)
+                yield Effect(path, tuple(made), spec)
+        for key in [key for key in reversed(holder.before) if key not in after]:
+            yield Effect((*holder.path, Entry(key, attribute)))
+
+
+def apply_effects(signature: Signature, tensors: Sequence[torch.Tensor], named: Mapping[str, Any]) -> None:
+    """Do to a call's arguments what forward would have done; `tensors` are the results of the program."""
+    holders = [_at(named, effect.path[: None if effect.write else -1]) for effect in signature.effects]
+    for effect, holder in zip(signature.effects, holders, strict=True):
+        if effect.write:
+            with torch.inference_mode(holder.is_inference()), torch.no_grad():
+                holder.copy_(tensors[effect.leaves[0]])  # type: ignore[index]
+            continue
+        step = effect.path[-1]
+        if effect.spec is None:
+            delattr(holder, step.key) if step.attribute else holder.pop(step.key)
+            continue
+        leaves = [copy.deepcopy(x.value) if isinstance(x, Literal) else tensors[x] for x in effect.leaves]
+        item = closed(pytree.tree_unflatten(leaves, effect.spec))
+        if step.attribute:
+            setattr(holder, step.key, item)
+        elif isinstance(holder, list) and step.key == len(holder):
+            holder.append(item)
+        else:
+            holder[step.key] = item
+
+
+def copied(item: Any, seen: dict[int, Any] | None = None) -> Any:
+    """A copy of arguments that shares no tensor, container or plain object with them; what is neither is shared."""
+    seen = {} if seen is None else seen
+    if id(item) in seen:
+        return seen[id(item)]
+    if isinstance(item, torch.Tensor):
+        seen[id(item)] = item.detach().clone()
+    elif type(item) is tuple:
+        seen[id(item)] = tuple(copied(entry, seen) for entry in item)
+    elif _is_holder(item):
+        seen[id(item)] = made = copy.copy(item)
+        for key, entry in _entries(item).items():
+            if isinstance(item, (list, dict)):
+                made[key] = copied(entry, seen)
+            else:
+                made.__dict__[key] = copied(entry, seen)
+    return seen.get(id(item), item)
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for step in path:
+        tree = getattr(tree, step.key) if step.attribute else tree[step.key]
+    return tree
+
+
+def _show(path: Path) -> str:
+    return f"{path[0].key}{''.join(map(str, path[1:]))}"
+
+
+def _unchanged(now: Any, before: Any) -> bool:
+    return now is before or (type(now) is type(before) and isinstance(now, _PLAIN) and bool(now == before))
+
+
+def _entries(item: Any) -> dict[Any, Any]:
+    if isinstance(item, dict):
+        return dict(item)
+    return dict(enumerate(item)) if isinstance(item, list) else dict(vars(item))
+
+
+def _is_holder(item: Any) -> bool:
+    """Whether forward can leave something in this, and we can follow it."""
+    if isinstance(item, (torch.Tensor, nn.Module, type)) or callable(item):
+        return False
+    return isinstance(item, (list, dict)) or (is_plain_object(type(item)) and hasattr(item, "__dict__"))
+
+
+def _walk(item: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Any]]:
+    """Everything in a tree of containers and plain objects, with its path; containers once each."""
+    if isinstance(item, tuple):
+        parts: dict[Any, Any] = dict(enumerate(item))
+    elif _is_holder(item):
+        if id(item) in seen:
+            return
+        seen.add(id(item))
+        yield path, item
+        parts = _entries(item)
+    else:
+        yield path, item
+        return
+    attribute = not isinstance(item, (list, dict, tuple))
+    for key, entry in parts.items():
+        yield from _walk(entry, (*path, Entry(key, attribute)), seen)
 
 
 def _holds_tensors(item: Any, depth: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from xdit_ir.capture.fingerprint import describe
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import spec_of
@@ -65,10 +66,26 @@ def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytr
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
+class Kind:
     """Stands, in the dict of an object's attributes, for its class."""
 
     kind: type
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What an object without tensors was like; equal to a later one of the same class and attributes."""
+
+    kind: type
+    description: Any = dataclasses.field(repr=False)
+
+
+def snapshot(leaf: Any) -> Any:
+    """An input that is no tensor, so that it can be compared with later ones even if it is changed in place."""
+    plain = is_plain_object(type(leaf)) and hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, Kind))
+    if not plain or type(leaf).__eq__ is not object.__eq__:
+        return leaf
+    return Snapshot(type(leaf), describe(leaf))
 
 
 _CLASS = "__class__"
@@ -80,7 +97,7 @@ def opened(tree: Any) -> Any:
     def leaf(item: Any) -> Any:
         if not _is_open(item):
             return item
-        return {_CLASS: _Kind(type(item)), **{name: opened(entry) for name, entry in vars(item).items()}}
+        return {_CLASS: Kind(type(item)), **{name: opened(entry) for name, entry in vars(item).items()}}
 
     return pytree.tree_map(leaf, tree)
 
@@ -102,7 +119,7 @@ def closed(tree: Any) -> Any:
 
 
 def _is_object(tree: Any) -> bool:
-    return type(tree) is dict and isinstance(tree.get(_CLASS), _Kind)
+    return type(tree) is dict and isinstance(tree.get(_CLASS), Kind)
 
 
 def _object(tree: dict[str, Any]) -> Any:
@@ -196,7 +213,8 @@ class InputBinder:
         guard = self._guards.get(path)
         if not isinstance(leaf, torch.Tensor) or expected is None:
             wanted = guard.value if guard is not None and expected is None else expected
-            if isinstance(leaf, torch.Tensor) or expected is not None or not _equal(leaf, wanted):
+            now = snapshot(leaf) if isinstance(wanted, Snapshot) else leaf
+            if isinstance(leaf, torch.Tensor) or expected is not None or not _equal(now, wanted):
                 raise MismatchError(f"{path}: expected {_show(wanted)}, got {_show(leaf)}")
             return
         if tuple(leaf.shape) != expected.shape or leaf.dtype != expected.dtype:

@@ -58,10 +58,16 @@ class LazyState(dict[str, Any]):
 
 
 class Skeleton:
-    """The copy: `model`, the copies of all `modules` by path, and all paths of each copy by its id."""
+    """The copy: `model`, the copies of all `modules` by path, and all paths of each copy by its id.
 
-    def __init__(self, model: nn.Module, make_state: MakeState) -> None:
+    `functions` take, by the id of the other, the place of functions in attributes.
+    """
+
+    def __init__(
+        self, model: nn.Module, make_state: MakeState, functions: Mapping[int, Callable[..., Any]] | None = None
+    ) -> None:
         self._copies: dict[int, Any] = {}
+        self._functions = functions or {}
         self._originals: list[Any] = []
         self._make_state = make_state
         self._names, self._registered = _state_names(model)
@@ -109,6 +115,8 @@ class Skeleton:
         return found
 
     def _copy(self, item: Any) -> Any:
+        if id(item) in self._functions:
+            return self._functions[id(item)]
         if isinstance(item, _ATOMS):
             return item
         if isinstance(item, nn.Module):

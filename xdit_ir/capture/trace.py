@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,19 @@ from xdit_ir.capture.effects import Given
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
-from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
+from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named, snapshot
 from xdit_ir.capture.known import PythonReads, readable
 from xdit_ir.capture.leaves import Leaves, Reasons, ShapeDepends, Wanted, like, named_leaves
+from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.outputs import flatten_output, literal
 from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line
 from xdit_ir.capture.tracer import Tracer
 from xdit_ir.capture.values import Opaque, Unshareable, Value, spec_of
 from xdit_ir.errors import TraceError, XditError
-from xdit_ir.program import Guard, InputLeaf, Literal, Program, Signature, Where
+from xdit_ir.program import Effect, Guard, InputLeaf, Literal, Program, Signature, Where
 
 Flat = list[tuple[str, Any]]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -43,8 +45,9 @@ def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: 
     chosen, leaves = candidates(model), named_leaves(model, leaf)
     while True:
         try:
-            with clean_caches(model):
-                return _attempt(model, named, chosen, leaves)
+            functions = replacements()
+            with clean_caches(model), replaced(functions, model.modules()):
+                return _attempt(model, named, chosen, leaves, functions)
         except Restart as restart:
             kind = type(chosen[restart.path])
             chosen = {path: module for path, module in chosen.items() if type(module) is not kind}
@@ -72,14 +75,16 @@ def _widened(model: nn.Module, leaves: Reasons, path: str) -> Reasons:
     return {name: why for name, why in leaves.items() if name not in failed} | dict.fromkeys(parents, reason)
 
 
-def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Module], opaque: Reasons) -> Program:
+def _attempt(
+    model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Module], opaque: Reasons, functions: Functions
+) -> Program:
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
     recorder = Recorder(device)
     values = {path: _input(recorder, path, x) for path, x in leaves if isinstance(x, torch.Tensor)}
     args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
     with torch.inference_mode():
-        skeleton = Skeleton(model, recorder.state)
+        skeleton = Skeleton(model, recorder.state, functions)
         recorder.state_of = skeleton.state_of
         blocks = Blocks(recorder, set(chosen), _watch(skeleton, chosen, recorder))
         called_whole = Leaves(recorder, opaque, dict(model.named_modules()))
@@ -87,8 +92,7 @@ def _attempt(model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Modul
         _instrument(skeleton, recorder, blocks, called_whole)
         given = Given(args, in_spec, skeleton.copy_of)
         output = _run(skeleton.model, recorder, *call_arguments(inspect.signature(model.forward), given.named))
-        given.check_unchanged(values)
-        signature = _signature(recorder, leaves, in_spec, output)
+        signature = _signature(recorder, leaves, in_spec, output, lambda place: given.effects(values, place))
     return _program(type(model).__name__, device, recorder, blocks, signature)
 
 
@@ -174,21 +178,33 @@ def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str
         raise TraceError(f"{failing_line(error)}: {type(error).__name__}: {error}") from error
 
 
-def _signature(recorder: Recorder, leaves: Flat, in_spec: pytree.TreeSpec, output: Any) -> Signature:
+def _signature(
+    recorder: Recorder,
+    leaves: Flat,
+    in_spec: pytree.TreeSpec,
+    output: Any,
+    effects_of: Callable[[Callable[[torch.Tensor], int]], tuple[Effect, ...]],
+) -> Signature:
     out_leaves, out_spec = flatten_output(output)
-    tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+
+    def place(tensor: torch.Tensor) -> int:
+        tensors.append(tensor)
+        return len(tensors) - 1
+
+    places: list[int | Literal] = [place(x) if isinstance(x, torch.Tensor) else literal(x) for x in out_leaves]
+    effects = effects_of(place)
     nodes = tuple(recorder.node(tensor) for tensor in tensors)
     recorder.emit("output", "output", (nodes,), {}, tuple(spec_of(tensor) for tensor in tensors), Where())
-    count = iter(range(len(tensors)))
-    places: list[int | Literal] = [next(count) if isinstance(x, torch.Tensor) else literal(x) for x in out_leaves]
     inputs = [InputLeaf(path, spec_of(leaf) if isinstance(leaf, torch.Tensor) else None) for path, leaf in leaves]
-    guards = [guard for path, leaf in leaves if (guard := _guard(recorder, path, leaf)) is not None]
-    return Signature(in_spec, tuple(inputs), out_spec, tuple(places), tuple(guards), tuple(recorder.predicates))
+    guards = tuple(guard for path, leaf in leaves if (guard := _guard(recorder, path, leaf)) is not None)
+    predicates = tuple(recorder.predicates)
+    return Signature(in_spec, tuple(inputs), out_spec, tuple(places), guards, predicates, effects)
 
 
 def _guard(recorder: Recorder, path: str, leaf: Any) -> Guard | None:
     if not isinstance(leaf, torch.Tensor):
-        return Guard(path, leaf, "not a tensor")
+        return Guard(path, snapshot(leaf), "not a tensor")
     if path not in recorder.read_inputs:
         return None
     return Guard(path, _plain(leaf.detach().cpu()), recorder.read_inputs[path])

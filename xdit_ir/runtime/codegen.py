@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import keyword
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +101,7 @@ class _Writer:
         self.pending: dict[fx.Node, tuple[nn.Module, fx.Node]] = {}
         self.fusions: dict[fx.Node, fx.Node] = {}
         self.mailbox: Mailbox | None = None
+        self.taken: set[str] = set()
         self.custody = Custody()
         self.shared: list[fx.Node] = []
         self.slots: dict[str, Iterator[int]] = {}
@@ -108,13 +111,23 @@ class _Writer:
         for node in source.nodes:
             if node.op == "placeholder":
                 self.env[node] = self.graph.node_copy(node)
+                self.taken.add(str(node.target))
         for name in names:
-            self.state[name] = self.graph.placeholder(name.replace(".", "_"))
+            self.state[name] = self._argument(name)
         return tuple(self.state)
+
+    def _argument(self, name: str) -> fx.Node:
+        """A placeholder whose name, which becomes that of an argument in Python, no other has."""
+        wanted = _identifier(name)
+        wanted = wanted if wanted.isidentifier() and not keyword.iskeyword(wanted) else f"_{wanted}"
+        names = itertools.chain([wanted], (f"{wanted}_{count}" for count in itertools.count(1)))
+        name = next(one for one in names if one not in self.taken)
+        self.taken.add(name)
+        return self.graph.placeholder(name)
 
     def share(self, mailbox: Mailbox) -> None:
         """Write the placeholders of an outer graph for what the mailbox opens."""
-        self.shared = [self.graph.placeholder(name) for name in ("workspace", "slot_0", "slot_1", "slot_2")]
+        self.shared = [self._argument(name) for name in ("workspace", "slot_0", "slot_1", "slot_2")]
         self.slots = {block: iter(slot_sequence(calls)) for block, calls in mailbox.calls.items()}
 
     def write(self, source: fx.Graph, bodies: Mapping[str, Body]) -> fx.GraphModule:
@@ -164,7 +177,7 @@ class _Writer:
         """As `_communication`, with the workspace and the slot of this call."""
         if not self.shared:
             with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
-                self.shared = [self.graph.placeholder("workspace"), self.graph.placeholder("slot")]
+                self.shared = [self._argument("workspace"), self._argument("slot")]
         new = self._call(f"put_{len(self.modules)}", send, (*args, *self.shared), {}, f"{node.name}_start")
         self.pending[node] = receive, new
         self.custody.start(new)

@@ -87,4 +87,4 @@ class Emitted(Shadow):
             raise mismatch from failure
         if failure is not None:
             raise failure
-        return runner.run(inputs, weights)
+        return runner.run(inputs, weights, args, kwargs)

@@ -133,7 +133,7 @@ class Ported(Shadow):
             found = runner, *runner.bind(args, kwargs)
         runner, inputs, weights = found
         made.last = runner.parallel
-        return runner.run(inputs, weights)
+        return runner.run(inputs, weights, args, kwargs)
 
     def _mode(self, device: torch.device) -> Mode:
         """What a trace depends on besides arguments and weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.inputs import InputBinder
+from xdit_ir.capture.effects import apply_effects
+from xdit_ir.capture.inputs import InputBinder, bind_arguments
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.errors import MismatchError
 from xdit_ir.interpret import constant_on
@@ -47,7 +49,8 @@ class Runner:
         self._constants = [
             constant_on(self.program, name.removeprefix(f"{CONSTANT}."), self.device) for name in constants
         ]
-        self._binder = InputBinder(model, self.program)
+        self._parameters = inspect.signature(model.forward)
+        self._binder = InputBinder(self._parameters, self.program)
         peer = execution.uses_peers and peers_reachable(communicator)
         self.code = generate(self.program, communicator, self.device, peer=peer)
         if self.code.mailbox is not None:
@@ -61,9 +64,10 @@ class Runner:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
         return self._binder(args, kwargs), self._weights.fetch()
 
-    def run(self, inputs: Tensors, weights: Tensors) -> Any:
-        """The model's result. Casts of autocast are in the program already, so none are added here.
+    def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The model's result; what forward leaves in caches is left in the arguments.
 
+        Casts of autocast are in the program already, so none are added here.
         Runs outside of inference mode whatever the caller's mode is, so that code is compiled and recorded once.
         """
         kind = self.device.type
@@ -73,7 +77,12 @@ class Runner:
             if torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
             plain = [x.clone() if x.is_inference() else x for x in inputs]
-            return build_output(self.program.signature, self._forward(plain, weights))
+            tensors = self._forward(plain, weights)
+        if self.program.signature.effects:
+            apply_effects(
+                self.program.signature, tensors, bind_arguments(self._parameters, args, kwargs, MismatchError)
+            )
+        return build_output(self.program.signature, tensors)
 
     def _compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         tensors: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *weights, *self._constants)
