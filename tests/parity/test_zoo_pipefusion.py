@@ -27,7 +27,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if name not in NOT_CAPTURED])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every fifth model, all of them with `--zoo-all`."""
+    step = 1 if metafunc.config.getoption("--zoo-all") else 5
+    metafunc.parametrize("name", [name for name in models.names() if name not in NOT_CAPTURED][::step])
+
+
 def test_exact_when_synchronous_and_at_the_fixed_point(name: str) -> None:
     model, example = models.load(f"{name}:tiny")
     traced = xir.trace(model, example)
