@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from xdit_ir.api import run_single
 from xdit_ir.capture import InputBinder, bind_inputs, trace
+from xdit_ir.capture.effects import copied
 from xdit_ir.errors import MismatchError, TraceError
 from xdit_ir.program import Program
 
@@ -202,10 +204,14 @@ def test_objects_with_tensors_are_followed(check: Check) -> None:
         ([torch.zeros(2, 3)], lambda cache, x: cache[0].copy_(x)),
     ],
 )
-def test_caches_are_refused_and_stay_empty(cache: Any, store: Callable[[Any, torch.Tensor], Any]) -> None:
-    with pytest.raises(TraceError, match="'cache"):
-        trace(Stores(store), (X, cache))
-    assert not _tensors(cache) or torch.equal(_tensors(cache)[0], torch.zeros(2, 3))
+def test_caches_are_filled_by_calls_only(cache: Any, store: Callable[[Any, torch.Tensor], Any]) -> None:
+    model, given, expected = Stores(store), copied(cache), copied(cache)
+    program = trace(model, (X, given))
+    assert not _tensors(given) or torch.equal(_tensors(given)[0], torch.zeros(2, 3))
+    model(X, expected)
+    run_single(program, model, (X, given))
+    assert [item.tolist() for item in _tensors(given)] == [item.tolist() for item in _tensors(expected)]
+    assert _tensors(given)[0].any()
 
 
 def test_taking_from_a_dict_is_fine() -> None:

@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.capture.effects import copied
+from xdit_ir.capture.inputs import opened
 
 Degrees = dict[str, int]
 
@@ -59,6 +61,24 @@ def equal_outputs(name: str, degree_sets: list[Degrees]) -> dict[str, Any]:
         errors.append(relative_error(got, want))
         kinds.append(type(got) is type(want))
     return {"errors": errors, "kinds": kinds}
+
+
+def left_behind(name: str, degrees: Degrees) -> dict[str, Any]:
+    """Outputs, and the tensors in what the model was given to write into, of a ported model and of one device."""
+    torch.set_num_threads(1)
+    model, example = models.load(f"{name}:tiny")
+    alone, given = copied(example), copied(example)
+    before = _tensors(example)
+    with torch.no_grad():
+        want = model(**alone)
+        got = xir.port(model, **degrees)(**given)
+    pairs = zip(_tensors(given), _tensors(alone), strict=True)
+    kept = [relative_error([mine], [theirs]) for mine, theirs in pairs if theirs.is_floating_point()]
+    return {"error": relative_error(got, want), "kept": max(kept), "written": len(_tensors(alone)) - len(before)}
+
+
+def _tensors(example: dict[str, Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(opened(example)) if isinstance(leaf, torch.Tensor)]
 
 
 class Reader(nn.Module):

@@ -36,6 +36,16 @@ def test_four_ranks_compute_what_one_device_does(workers: Pools, name: str) -> N
         assert max(result["errors"]) < 1e-5, result
 
 
+def test_a_submodule_that_cannot_be_captured_runs_on_every_rank(workers: Pools) -> None:
+    for result in workers(2).run("equal_outputs", name="hidream-i1", degree_sets=[ULYSSES]):
+        assert max(result["errors"]) < 1e-5, result
+
+
+def test_what_forward_writes_into_a_cache_is_there_on_every_rank(workers: Pools) -> None:
+    for result in workers(2).run("left_behind", name="wan-animate-2-reference", degrees=ULYSSES):
+        assert result["error"] < 1e-5 and result["kept"] < 1e-5 and result["written"] > 0, result
+
+
 def test_reloaded_weights_take_effect(workers: Pools) -> None:
     for result in workers(2).run("reloaded_weights", name="sana-1600m", degrees=ULYSSES):
         assert max(result["errors"]) < 1e-5

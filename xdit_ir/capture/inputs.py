@@ -83,7 +83,8 @@ class Snapshot:
 def snapshot(leaf: Any) -> Any:
     """An input that is no tensor, so that it can be compared with later ones even if it is changed in place."""
     plain = is_plain_object(type(leaf)) and hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, Kind))
-    if not plain or type(leaf).__eq__ is not object.__eq__:
+    comparison: Any = type(leaf).__eq__
+    if not plain or comparison is not object.__eq__:
         return leaf
     return Snapshot(type(leaf), describe(leaf))
 
