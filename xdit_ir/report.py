@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +43,8 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Report:
-    """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks."""
+    """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks; and what is read
+    of inputs at every call whose inputs are new."""
 
     flops_total: int
     flops_per_rank: list[int]
@@ -51,6 +52,7 @@ class Report:
     weight_bytes_per_rank: list[int]
     collectives: list[Collective]
     fallbacks: list[Fallback]
+    reads: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table."""
@@ -75,6 +77,8 @@ class Report:
             console.print(table)
         else:
             console.print("no fallbacks: nothing is gathered inside a block for want of a rule")
+        for read in self.reads:
+            console.print(f"a call with new inputs waits for the device to read {read}", soft_wrap=True)
         return stream.getvalue()
 
 
@@ -90,6 +94,7 @@ def make_report(original: Program, program: Program) -> Report:
         weight_bytes_per_rank=[weights] * mesh.world_size,
         collectives=_collectives(program, mesh),
         fallbacks=list(_fallbacks(program, mesh)),
+        reads=[f"{', '.join(fact.paths)}: {fact.reason}" for fact in original.signature.predicates],
     )
 
 
