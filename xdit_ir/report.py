@@ -43,7 +43,8 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Report:
-    """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks.
+    """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks; and what is read
+    of inputs at every call whose inputs are new.
 
     Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps.
     """
@@ -55,6 +56,7 @@ class Report:
     collectives: list[Collective]
     fallbacks: list[Fallback]
     buffer_bytes_per_rank: list[int] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table."""
@@ -81,7 +83,14 @@ class Report:
             console.print(table)
         else:
             console.print("no fallbacks: nothing is gathered inside a block for want of a rule")
+        for read in self.reads:
+            console.print(f"a call with new inputs waits for the device to read {read}", soft_wrap=True)
         return stream.getvalue()
+
+
+def read_at_calls(original: Program) -> list[str]:
+    """What a call with new inputs reads of them, by input and reason."""
+    return [f"{', '.join(fact.paths)}: {fact.reason}" for fact in original.signature.predicates]
 
 
 def make_report(original: Program, program: Program) -> Report:
@@ -96,6 +105,7 @@ def make_report(original: Program, program: Program) -> Report:
         weight_bytes_per_rank=[weights] * mesh.world_size,
         collectives=_collectives(program, mesh),
         fallbacks=list(find_fallbacks(program, mesh)),
+        reads=read_at_calls(original),
     )
 
 

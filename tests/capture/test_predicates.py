@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import xdit_ir as xir
 from xdit_ir.capture import trace
 from xdit_ir.errors import MismatchError, TraceError
 
@@ -59,3 +60,14 @@ def test_what_depends_on_weights_is_refused() -> None:
 
     with pytest.raises(TraceError, match="the model's parameters"):
         trace(Depends().eval(), (torch.randn(3, 4), torch.rand(3, 4)))
+
+
+def test_the_report_says_what_is_read_at_a_call() -> None:
+    class Branch(torch.nn.Module):
+        def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+            return x + 1 if bool((condition == 0).all()) else x * 2
+
+    example = {"x": torch.randn(2, 4), "condition": torch.zeros(3)}
+    report = xir.trace(Branch(), example).parallelize().report()
+    assert len(report.reads) == 1 and report.reads[0].startswith("condition: ")
+    assert "waits for the device to read condition" in str(report)

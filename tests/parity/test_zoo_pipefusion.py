@@ -12,18 +12,14 @@ from xdit_ir import models
 REFUSED = {
     "ace-step-1.5": "output is not divided",
     "cosmos3-omni": "output is not divided",
-    "dual-transformer": "48% of the FLOPs",
     "hidream-dense": "output is not divided",
     "kandinsky-2.2-prior": "output is not divided",
     "lumina-2": "stale rows",
     "minimax-h3": "output is not divided",
-    "mochi-1": "stale rows",
     "nucleus-image": "stale rows",
     "qwen-image-2.1": "output is not divided",
-    "t5-film-decoder": "token stream",
     "transformer-2d-vectorized": "token stream",
-    "z-image": "output is not divided",
-    "z-image-omni": "output is not divided",
+    "z-image-omni": "stale rows",
 }
 
 

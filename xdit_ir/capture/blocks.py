@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from xdit_ir.capture.calls import Call, describe_call
 from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
 from xdit_ir.capture.inputs import Kind, closed, opened
 from xdit_ir.capture.known import note_read
-from xdit_ir.capture.outputs import flatten_output, literal, unflatten_output
+from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, Unshareable, Value, spec_of
 from xdit_ir.errors import TraceError
@@ -218,6 +218,8 @@ def _changed(leaves: list[Any], arguments: Any, inner: list[Value]) -> bool:
 
 
 def _plain(leaf: Any) -> Literal:
+    if isinstance(leaf, Record) and not is_dataclass(leaf.kind):
+        raise Unshareable("returns an object with tensors inside, which may be one that it was given")
     try:
         return literal(leaf)
     except TraceError as error:

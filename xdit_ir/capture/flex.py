@@ -26,12 +26,13 @@ _GRIDS = 4
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Let `flex_attention` reach the tracer as one operator instead of compiling itself."""
+    """Let `flex_attention` reach the tracer as one operator, and what torch.compile wraps as it was written."""
     name = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
     before = getattr(flex, name)
     setattr(flex, name, True)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         setattr(flex, name, before)
 

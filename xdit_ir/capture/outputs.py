@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.errors import TraceError
 from xdit_ir.program import Literal, Signature
 
@@ -32,10 +33,17 @@ def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
 
 
 def _open(leaf: Any) -> Any:
-    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, (type, Record)):
+    if isinstance(leaf, (type, Record)) or not (dataclasses.is_dataclass(leaf) or _is_result(leaf)):
         return leaf
     names = tuple(vars(leaf)) if hasattr(leaf, "__dict__") else tuple(item.name for item in dataclasses.fields(leaf))
     return [Record(type(leaf), names), *(getattr(leaf, name) for name in names)]
+
+
+def _is_result(leaf: Any) -> bool:
+    """Whether it is an object of a plain class with tensors among its attributes."""
+    if isinstance(leaf, torch.Tensor) or not hasattr(leaf, "__dict__") or not is_plain_object(type(leaf)):
+        return False
+    return any(isinstance(item, torch.Tensor) or _is_result(item) for item in pytree.tree_leaves(vars(leaf)))
 
 
 def unflatten_output(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
