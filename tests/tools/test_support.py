@@ -91,7 +91,6 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nearest legal one is 1" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="docs/support.md has not been made yet")
 def test_the_page_is_of_this_zoo() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == models.names()
