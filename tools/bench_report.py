@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xdit_ir.errors import XditError
+
 Result = Mapping[str, Any]
 BASE = "alone:compiled"
 HEADER = ("contender", "median ms", "min to max", "speed-up", "communication ms", "peak GiB", "error", "first call s")
@@ -60,8 +62,10 @@ def page(documents: Sequence[Mapping[str, Any]], head: str) -> str:
 
 def plot(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of the medians with their spread, a panel per document."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise XditError("a plot needs matplotlib; install xdit-ir[viz]") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
