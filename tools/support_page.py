@@ -57,7 +57,8 @@ def _summary(surveys: Sequence[Survey]) -> Iterator[str]:
     yield f"* {len(captured)} of {len(surveys)} models captured."
     yield f"* {sum(one.exact for one in run)} of {len(run)} simulations within {TOLERANCE:.0e} of the model."
     yield f"* {balanced} of {len(surveys)} models: slowest rank at most {BALANCED:.2f} of the FLOPs at {WIDEST}."
-    yield f"* {local} of {len(surveys)} models: nothing gathered inside a block at {WIDEST}."
+    what = "nothing but keys and values of attention gathered inside a block"
+    yield f"* {local} of {len(surveys)} models: {what} at {WIDEST}."
 
 
 def _row(one: Survey) -> str:
