@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.layout import Layout
 from xdit_ir.passes.views import PERMUTES, VIEWS, order_of
-from xdit_ir.program import SPEC, WHERE, TensorSpec
+from xdit_ir.program import LAYOUT, SPEC, WHERE, TensorSpec
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -19,7 +20,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Emitter:
-    """Adds operators before `node`; what is not said about their results is as of that one."""
+    """Adds operators before `node`; what is not said about their results is as of that one.
+
+    Before layouts are known, `layout` is left out; `permute` knows that of its result if it knows that of its operand.
+    """
 
     graph: fx.Graph
     node: fx.Node
@@ -33,6 +37,7 @@ class Emitter:
         dtype: torch.dtype | None = None,
         kwargs: dict[str, Any] | None = None,
         name: str | None = None,
+        layout: Layout | None = None,
     ) -> fx.Node:
         """One operator."""
         with self.graph.inserting_before(self.node):
@@ -40,6 +45,8 @@ class Emitter:
         new.meta = {SPEC: TensorSpec(tuple(shape), dtype or self.node.meta[SPEC].dtype)}
         if WHERE in self.node.meta:
             new.meta[WHERE] = self.node.meta[WHERE]
+        if layout is not None:
+            new.meta[LAYOUT] = layout
         return new
 
     def reshape(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
@@ -59,8 +66,14 @@ class Emitter:
             return self.permute(source, [before[d] for d in order])
         if list(order) == list(range(len(order))):
             return x
-        spec = x.meta[SPEC]
-        return self.emit(aten.permute.default, (x, list(order)), [spec.shape[d] for d in order], dtype=spec.dtype)
+        spec, layout = x.meta[SPEC], x.meta.get(LAYOUT)
+        return self.emit(
+            aten.permute.default,
+            (x, list(order)),
+            [spec.shape[d] for d in order],
+            dtype=spec.dtype,
+            layout=None if layout is None else layout.permuted(order),
+        )
 
     def expand(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
         """Broadcast dims of length 1."""

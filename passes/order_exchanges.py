@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.layout import Layout
 from xdit_ir.passes.base import map_graphs, remove_dead
+from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.views import PERMUTES, order_of
-from xdit_ir.program import LAYOUT, SPEC, WHERE, Program, TensorSpec
-
-aten = torch.ops.aten
-ATTENTIONS = (ops.attention, ops.ring_attention)
+from xdit_ir.program import LAYOUT, SPEC, Program
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ def _turn(graph: fx.Graph) -> None:
 
 
 def _meets_attention(node: fx.Node) -> bool:
-    return any(other.target in ATTENTIONS for other in (_source(node), *node.users))
+    return any(other.target in ops.ATTENTIONS for other in (_source(node), *node.users))
 
 
 def _moves_heads(node: fx.Node) -> bool:
@@ -50,37 +46,19 @@ def _moves_heads(node: fx.Node) -> bool:
 def _tokens_first(graph: fx.Graph, node: fx.Node) -> None:
     count = len(node.meta[SPEC].shape)
     swap = [*range(count - 3), count - 2, count - 3, count - 1]
-    with graph.inserting_before(node):
-        turned = _permuted(graph, _source(node), swap)
-        exchanged = graph.create_node("call_function", ops.all_to_all, (turned,), name=f"{node.name}_turned")
-        exchanged.meta = _permuted_meta(node, swap)
-        back = _permuted(graph, exchanged, swap)
+    emitter = Emitter(graph, node)
+    exchanged = emitter.emit(
+        ops.all_to_all,
+        (emitter.permute(_source(node), swap),),
+        [node.meta[SPEC].shape[dim] for dim in swap],
+        name=f"{node.name}_turned",
+        layout=node.meta[LAYOUT].permuted(swap),
+    )
+    back = emitter.permute(exchanged, swap)
     node.replace_all_uses_with(back)
     for user in list(back.users):
         if user.target in PERMUTES:
-            with graph.inserting_before(user):
-                user.replace_all_uses_with(_permuted(graph, back, order_of(user, count)))
-
-
-def _permuted(graph: fx.Graph, source: fx.Node, order: list[int]) -> fx.Node:
-    """`permute(source, order)`, joined with a permutation that made `source`; nothing if the two cancel."""
-    if source.target in PERMUTES:
-        before = order_of(source, len(order))
-        source, order = _source(source), [before[dim] for dim in order]
-    if order == sorted(order):
-        return source
-    new = graph.call_function(aten.permute.default, (source, order))
-    new.meta = _permuted_meta(source, order)
-    return new
-
-
-def _permuted_meta(node: fx.Node, order: list[int]) -> dict[str, object]:
-    spec, layout = node.meta[SPEC], node.meta[LAYOUT]
-    turned = {
-        SPEC: TensorSpec(tuple(spec.shape[dim] for dim in order), spec.dtype),
-        LAYOUT: Layout(tuple(layout.dims[dim] for dim in order), layout.partial),
-    }
-    return turned | ({WHERE: node.meta[WHERE]} if WHERE in node.meta else {})
+            user.replace_all_uses_with(Emitter(graph, user).permute(back, order_of(user, count)))
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -37,7 +37,7 @@ class Overlap:
 
     def _order(self, graph: fx.Graph) -> None:
         nodes = [node for node in graph.nodes if node.op == "call_function"]
-        if not any(_travels(node) for node in nodes):
+        if not any(ops.communicates(node.target) for node in nodes):
             return
         seconds = {node: self._seconds(node) for node in nodes}
         anchor = next(iter(reversed(graph.nodes)))
@@ -45,28 +45,19 @@ class Overlap:
             anchor.prepend(node)
 
     def _seconds(self, node: fx.Node) -> float:
-        if _travels(node):
+        if ops.communicates(node.target):
             return self.machine.latency + self.machine.seconds(0, max(relayout_bytes(node, self.mesh)))
         work = self.machine.seconds(max(local_flops(node, self.mesh)), 0)
         return max(work, _written(node, self.mesh) / self.machine.memory)
 
 
-def _travels(node: fx.Node) -> bool:
-    return ops.is_relayout(node.target) and node.target is not ops.shard
-
-
 def _written(node: fx.Node, mesh: Mesh) -> int:
     """Bytes of the result on the fullest rank; nothing for a view."""
     spec = node.meta[SPEC]
-    if not isinstance(spec, TensorSpec) or _is_view(node):
+    if not isinstance(spec, TensorSpec) or ops.is_view(node.target):
         return 0
     sizes = (math.prod(node.meta[LAYOUT].local_shape(spec.shape, rank)) for rank in range(mesh.world_size))
     return int(max(sizes) * spec.dtype.itemsize)
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(result.alias_info is not None for result in schema.returns)
 
 
 def _schedule(nodes: list[fx.Node], seconds: Seconds) -> Iterator[fx.Node]:
@@ -87,7 +78,7 @@ def _schedule(nodes: list[fx.Node], seconds: Seconds) -> Iterator[fx.Node]:
         *_, index = heapq.heappop(ready)
         node = nodes[index]
         yield node
-        if _travels(node):
+        if ops.communicates(node.target):
             link = arrival[node] = max(now, link) + seconds[node]
         else:
             now = arrival[node] = now + seconds[node]
@@ -112,7 +103,7 @@ def _views_late(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
 
     order = list(nodes)
     for node in order:
-        if _is_view(node) and not _travels(node):
+        if ops.is_view(node.target) and not ops.communicates(node.target):
             put_off.add(node)
             continue
         yield from needed(node)
@@ -122,7 +113,7 @@ def _views_late(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
 
 def _kind(node: fx.Node, seconds: Seconds) -> float:
     """Exchanges are issued first, then what costs nothing, then work."""
-    return -1.0 if _travels(node) else float(seconds[node] > 0)
+    return -1.0 if ops.communicates(node.target) else float(seconds[node] > 0)
 
 
 def _ahead(nodes: list[fx.Node], seconds: Seconds) -> Seconds:
@@ -130,7 +121,7 @@ def _ahead(nodes: list[fx.Node], seconds: Seconds) -> Seconds:
     ahead: Seconds = {}
     for node in reversed(nodes):
         rest = max((ahead[user] for user in node.users if user in ahead), default=0.0)
-        ahead[node] = rest + (seconds[node] if _travels(node) else 0.0)
+        ahead[node] = rest + (seconds[node] if ops.communicates(node.target) else 0.0)
     return ahead
 
 
@@ -138,6 +129,8 @@ def _nearest(nodes: list[fx.Node], place: dict[fx.Node, int]) -> dict[fx.Node, i
     """The place of the first exchange that each node leads to; behind all places if there is none."""
     nearest: dict[fx.Node, int] = {}
     for node in reversed(nodes):
-        found = (place[user] if _travels(user) else nearest[user] for user in node.users if user in place)
+        found = (
+            place[user] if ops.communicates(user.target) else nearest[user] for user in node.users if user in place
+        )
         nearest[node] = min(found, default=len(nodes))
     return nearest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -11,7 +10,8 @@ from torch import fx
 from xdit_ir import ops
 from xdit_ir.layout import Layout
 from xdit_ir.passes.base import map_graphs, remove_dead
-from xdit_ir.program import LAYOUT, SPEC, WHERE, Program, TensorSpec
+from xdit_ir.passes.emit import Emitter
+from xdit_ir.program import LAYOUT, SPEC, Program
 from xdit_ir.rules.base import bound_arguments
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ def _split(graph: fx.Graph) -> None:
         parts = _parts(join)
         late = [_arrives(part) for part in parts]
         if any(late) and not all(late) and weight.op == "get_attr":
-            _project_parts(graph, node, sorted(range(len(parts)), key=late.__getitem__))
+            _project_parts(graph, node, parts, sorted(range(len(parts)), key=late.__getitem__))
     remove_dead(graph)
 
 
@@ -57,28 +57,21 @@ def _arrives(node: fx.Node) -> bool:
     """Whether a value is what an exchange brings, as it is or seen in another shape."""
     while node.target in (aten.reshape.default, aten.permute.default, aten.transpose.int):
         node = node.args[0]  # type: ignore[assignment]
-    return ops.is_relayout(node.target) and node.target is not ops.shard
+    return ops.communicates(node.target)
 
 
-def _project_parts(graph: fx.Graph, node: fx.Node, order: list[int]) -> None:
-    join, weight, *bias = node.args
-    parts = _parts(join)  # type: ignore[arg-type]
+def _project_parts(graph: fx.Graph, node: fx.Node, parts: list[fx.Node], order: list[int]) -> None:
+    _, weight, *bias = node.args
+    assert isinstance(weight, fx.Node)
     widths = [part.meta[SPEC].shape[-1] for part in parts]
+    emitter, spec, layout = Emitter(graph, node), node.meta[SPEC], node.meta[LAYOUT]
     total: fx.Node | None = None
     for place in order:
-        start = sum(widths[:place])
-        columns = _emit(graph, node, aten.slice.Tensor, (weight, 1, start, start + widths[place]))
-        columns.meta[SPEC] = TensorSpec((weight.meta[SPEC].shape[0], widths[place]), weight.meta[SPEC].dtype)  # type: ignore[union-attr]
-        columns.meta[LAYOUT] = Layout.whole(2)
-        product = _emit(graph, node, aten.linear.default, (parts[place], columns, *(bias if total is None else ())))
-        total = product if total is None else _emit(graph, node, aten.add.Tensor, (total, product))
+        start, shape = sum(widths[:place]), (weight.meta[SPEC].shape[0], widths[place])
+        cut = (weight, 1, start, start + widths[place])
+        columns = emitter.emit(aten.slice.Tensor, cut, shape, dtype=weight.meta[SPEC].dtype, layout=Layout.whole(2))
+        given = (parts[place], columns, *(bias if total is None else ()))
+        product = emitter.emit(aten.linear.default, given, spec.shape, layout=layout)
+        total = product if total is None else emitter.emit(aten.add.Tensor, (total, product), spec.shape, layout=layout)
     assert total is not None
     node.replace_all_uses_with(total)
-
-
-def _emit(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """An operator before `node`, of its type and origin."""
-    with graph.inserting_before(node):
-        new = graph.call_function(target, args)
-    new.meta = {key: node.meta[key] for key in (SPEC, LAYOUT, WHERE) if key in node.meta}
-    return new

@@ -21,7 +21,6 @@ aten = torch.ops.aten
 Shape = tuple[int, ...]
 Formula = Callable[[fx.Node, Sequence[Shape], Shape], int]
 Placed = tuple[TensorSpec, Layout]
-ATTENTIONS = (ops.attention, ops.ring_attention)
 
 
 def _product(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
@@ -100,7 +99,7 @@ def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Place
     total = []
     for rank in range(mesh.world_size):
         shapes = [layout.local_shape(spec.shape, rank) for spec, layout in sources]
-        if target in ATTENTIONS:
+        if target in ops.ATTENTIONS:
             shapes[1] = sources[1][0].shape
         total.append(node_flops(node, target, shapes, out[1].local_shape(out[0].shape, rank)))
     return total

@@ -102,7 +102,7 @@ def _reach_body(program: Program, call: fx.Node, mine: set[fx.Node], found: Foun
 
 def over_time(node: fx.Node, mesh: Mesh) -> bool:
     """Whether a node changes a layout in a way that needs other patches."""
-    if not ops.is_relayout(node.target) or node.target is ops.shard:
+    if not ops.communicates(node.target):
         return False
     have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
     return TIME in (have.partial if node.target is ops.all_reduce else kind(mesh, have, want)[1])
@@ -257,7 +257,7 @@ def _held_first(layout: Layout, mesh: Mesh) -> bool:
 
 
 def _hands_on(node: fx.Node, hit: list[bool]) -> bool:
-    if node.target in (ops.attention, ops.ring_attention):
+    if node.target in ops.ATTENTIONS:
         return hit[0]
     if node.target is ops.all_reduce:
         return False

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.cost import ATTENTIONS, relayout_sent, step_flops
+from xdit_ir.cost import relayout_sent, step_flops
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import LAYOUT, SPEC, WHERE
@@ -131,7 +131,7 @@ class Draft:
         """The mesh dims that divide the `queries`, the `keys` or the `batch` (and heads) of some attention."""
         found: frozenset[str] = frozenset()
         for step in self.steps:
-            if step.target in ATTENTIONS:
+            if step.target in ops.ATTENTIONS:
                 dims = step.sources[1 if part == "keys" else 0].layout.dims
                 found = found.union(*map(self.mesh.varies, dims[:-2] if part == "batch" else dims[-2:-1]))
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -47,6 +47,10 @@ class Layout:
     def summed(self) -> Layout:
         """The same without a pending sum."""
         return replace(self, partial=frozenset()) if self.partial else self
+
+    def permuted(self, order: Sequence[int]) -> Layout:
+        """That of the value with its dimensions in another order."""
+        return replace(self, dims=tuple(self.dims[dim] for dim in order))
 
     def with_dims(self, changes: dict[int, Partition | None]) -> Layout:
         """The same with some dimensions (negative ones count from the end) replaced."""
@@ -155,7 +159,7 @@ def _reaches(mesh: Mesh, source: Partition | None, target: Partition | None, dim
         return True
     for rank in range(mesh.world_size):
         held = source.counts(mesh.group(rank, dims)) > 0
-        if not held[_part(target, source.size, rank).array].all():
+        if not held[part_of(target, source.size, rank).array].all():
             return False
     return True
 
@@ -190,7 +194,8 @@ def plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> 
     return Relayout(name, talk, tuple(ranks))
 
 
-def _part(partition: Partition | None, size: int, rank: int) -> Indices:
+def part_of(partition: Partition | None, size: int, rank: int) -> Indices:
+    """What a rank holds of a dimension of this size; without a partition: all of it."""
     return Indices.range(0, size) if partition is None else partition.parts[rank]
 
 
@@ -215,7 +220,7 @@ def _piece(
     size: int,
 ) -> Indices:
     """What `receiver` takes of one dimension from `sender`: each index from exactly one holder, itself if possible."""
-    wanted = _part(target, size, receiver)
+    wanted = part_of(target, size, receiver)
     if source is None:
         return wanted
     dims = mesh.varies(source) & set(talk)
@@ -232,7 +237,7 @@ def _send(shape: tuple[int, ...], source: Layout, moved: list[int], cell: list[I
     take: list[Runs | None] = [None] * len(shape)
     sizes = list(source.local_shape(shape, sender))
     for dim, piece in zip(moved, cell, strict=True):
-        held = _part(source.dims[dim], shape[dim], sender)
+        held = part_of(source.dims[dim], shape[dim], sender)
         sizes[dim] = piece.size
         if piece != held:
             take[dim] = held.positions(piece).runs

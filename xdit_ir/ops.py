@@ -6,6 +6,7 @@ rank does instead is decided by `xdit_ir.specialize` and done by `xdit_ir.runtim
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,11 @@ def is_relayout(target: object) -> bool:
     return getattr(target, "__name__", "") in RELAYOUTS and RELAYOUTS[target.__name__] is target  # type: ignore[attr-defined]
 
 
+def communicates(target: object) -> bool:
+    """Whether a node's target is a change of layout for which ranks exchange something."""
+    return is_relayout(target) and target is not shard
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -92,6 +98,9 @@ def ring_attention(
     return attention(q, k, v, mask, scale, is_causal, enable_gqa)
 
 
+ATTENTIONS = (attention, ring_attention)
+
+
 def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
     """The positions `runs` of one dimension, in that order: a view where it is one run."""
     if len(runs) == 1:
@@ -122,6 +131,13 @@ def put(x: torch.Tensor, source: torch.Tensor, dim: int, runs: Runs) -> torch.Te
 def scaled_sum(x: torch.Tensor, dims: Sequence[int], keepdim: bool, count: int) -> torch.Tensor:
     """The sum over `dims` divided by `count`: a rank's share of a mean over `count` elements."""
     return x.sum(tuple(dims), keepdim) / count
+
+
+def is_view(target: object) -> bool:
+    """Whether a node's target computes nothing: its result is (a part of) an operand, perhaps in another shape."""
+    if isinstance(target, torch._ops.OpOverload):
+        return any(result.alias_info is not None for result in target._schema.returns)
+    return target in (operator.getitem, shard, take, take_each)
 
 
 def padded_conv(

@@ -6,9 +6,9 @@ import math
 
 from torch import fx
 
-from xdit_ir.layout import Layout
+from xdit_ir.layout import Layout, part_of
 from xdit_ir.mesh import TIME, Mesh
-from xdit_ir.partition import Indices, Partition
+from xdit_ir.partition import Partition
 from xdit_ir.program import LAYOUT, SPEC
 from xdit_ir.rules.base import operands
 from xdit_ir.runtime.buffers import Places, Read, Write
@@ -45,13 +45,9 @@ def _places(layout: Layout, wanted: Layout, shape: tuple[int, ...], rank: int) -
     """Where in a rank's part of `layout` the parts of `wanted` lie; None: all of it, in order."""
     places = []
     for size, held, want in zip(shape, layout.dims, wanted.dims, strict=True):
-        here, there = _part(held, size, rank), _part(want, size, rank)
+        here, there = part_of(held, size, rank), part_of(want, size, rank)
         places.append(None if here == there else here.positions(there).runs)
     return tuple(places)
-
-
-def _part(partition: Partition | None, size: int, rank: int) -> Indices:
-    return Indices.range(0, size) if partition is None else partition.parts[rank]
 
 
 def before_time(mesh: Mesh, source: Layout, target: Layout) -> Layout:
@@ -67,7 +63,7 @@ def before_time(mesh: Mesh, source: Layout, target: Layout) -> Layout:
         joined = mesh.gathered(have, mesh.varies(have) - {TIME}) if mesh.varies(have) else have
         parts = []
         for rank in range(mesh.world_size):
-            mine = _part(joined, have.size, rank)
-            parts.append(_part(want, have.size, rank).within(mine))
+            mine = part_of(joined, have.size, rank)
+            parts.append(part_of(want, have.size, rank).within(mine))
         dims.append(Partition(have.size, tuple(parts)))
     return Layout(tuple(dims))

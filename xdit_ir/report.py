@@ -139,7 +139,7 @@ def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]
     if node.target is ops.ring_attention:
         around = in_mesh_order(mesh.varies(operands(node)[1].meta[LAYOUT].dims[-2]))
         return ("ring_attention", "*".join(around)), ring_bytes(node, mesh)
-    if not ops.is_relayout(node.target) or node.target is ops.shard:
+    if not ops.communicates(node.target):
         return None
     have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
     dims = in_mesh_order(have.partial) if node.target is ops.all_reduce else kind(mesh, have, want)[1]
@@ -152,7 +152,7 @@ def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
         for node in graph.nodes:
             reason = node.meta.get(FALLBACK, "")
             gathered = [s for s in operands(node) if s.target is ops.gather] if node.op == "call_function" else []
-            wanted = name and gathered and node.target not in (ops.attention, ops.ring_attention)
+            wanted = name and gathered and node.target not in ops.ATTENTIONS
             if not reason and not wanted:
                 continue
             where: Where = node.meta.get(WHERE, Where())

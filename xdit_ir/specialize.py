@@ -9,10 +9,9 @@ from typing import Any
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.layout import Layout, in_mesh_order, kind, plan
+from xdit_ir.layout import Layout, in_mesh_order, kind, part_of, plan
 from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.overtime import buffer_layout, read_of, write_of
-from xdit_ir.partition import Indices
 from xdit_ir.program import LAYOUT as LAYOUT
 from xdit_ir.program import ONCE, SPEC, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.rules import decide
@@ -123,15 +122,10 @@ def _shard(node: fx.Node, value: fx.Node, graph: fx.Graph, have: Layout, want: L
     shape = node.meta[SPEC].shape
     moved = [dim for dim in range(len(shape)) if have.dims[dim] != want.dims[dim]]
     for place, dim in enumerate(moved):
-        held, wanted = (_part(layout, dim, shape[dim], rank) for layout in (have, want))
+        held, wanted = (part_of(layout.dims[dim], shape[dim], rank) for layout in (have, want))
         name = node.name if place == len(moved) - 1 else f"{node.name}_along{dim}"
         value = graph.create_node("call_function", ops.take, (value, dim, held.positions(wanted).runs), name=name)
     return value
-
-
-def _part(layout: Layout, dim: int, size: int, rank: int) -> Indices:
-    partition = layout.dims[dim]
-    return Indices.range(0, size) if partition is None else partition.parts[rank]
 
 
 def _ring(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:

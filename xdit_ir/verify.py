@@ -105,7 +105,7 @@ class _Verifier:
                 self.fail(node, f"operand {place} has a layout that {node.target} cannot take")
         if ruling.outputs != node.meta[LAYOUT]:
             self.fail(node, "its layout is not what the rules infer")
-        if self.runnable and node.target in (ops.attention, ops.ring_attention):
+        if self.runnable and node.target in ops.ATTENTIONS:
             allowed = {"ring"} if node.target is ops.ring_attention else set()
             astray = mesh.varies(layouts[1].dims[-2]) - allowed
             if astray:

@@ -18,6 +18,7 @@ from xdit_ir.runtime.attention import RingMerge
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.exchange import Assembly, Communicate, Reduce, Reshuffle, Ring, pack
 
+Shapes = tuple[tuple[int, ...], ...]
 # Types that both NCCL and gloo move; all others travel as bytes.
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8)
 
@@ -32,9 +33,12 @@ def lower(target: Communicate, communicator: Communicator) -> tuple[nn.Module, .
     if isinstance(target, Reduce):
         return (AllReduce(name),)
     if isinstance(target, Reshuffle) and not name:
-        return (Rearrange(target.exchange),)
+        return (Rearrange(target),)
     if isinstance(target, Reshuffle):
-        return Send(target, at, name), Receive(target, at)
+        assembly = Assembly.of(target.exchange)
+        direct = assembly.is_contiguous
+        shapes = tuple(shape if direct or i != at else (0,) for i, shape in enumerate(target.exchange.shapes))
+        return Send(target.exchange, at, shapes, name, direct=direct), Receive(assembly, at, shapes, direct=direct)
     assert isinstance(target, Ring)
     return (RingAttention(target, at, name),)
 
@@ -58,9 +62,9 @@ class AllReduce(nn.Module):
 class Rearrange(nn.Module):
     """A change of layout without others: cut and put together anew."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, target: Reshuffle) -> None:
         super().__init__()
-        self.exchange, self.assembly = exchange, Assembly.of(exchange)
+        self.exchange, self.assembly = target.exchange, Assembly.of(target.exchange)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x`, the part in the old layout -> the part in the new one."""
@@ -68,19 +72,18 @@ class Rearrange(nn.Module):
 
 
 class Send(nn.Module):
-    """The first half of a change of layout: start the all-to-all of pieces of static, uneven sizes."""
+    """The first half of a change of layout: start the all-to-all of pieces of static, uneven sizes.
 
-    def __init__(self, target: Reshuffle, at: int, group: str) -> None:
+    Pieces of `shapes` come from the members; `direct`: what arrives is the result as it lies in memory, so one's own
+    piece travels too, which saves a copy.
+    """
+
+    def __init__(self, exchange: Exchange, at: int, shapes: Shapes, group: str, *, direct: bool) -> None:
         super().__init__()
-        self.exchange, self.at, self.group = target.exchange, at, group
-        self.direct = Assembly.of(target.exchange).is_contiguous
-        self.shapes = _arriving(target, at)
+        self.exchange, self.at, self.shapes, self.group, self.direct = exchange, at, shapes, group, direct
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here.
-
-        Where what arrives is the result as it lies in memory, one's own piece travels too, which saves a copy.
-        """
+        """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here."""
         pieces = pack(x, self.exchange)
         own = x.new_empty(0)
         if not self.direct:
@@ -91,24 +94,17 @@ class Send(nn.Module):
 class Receive(nn.Module):
     """The second half: wait for the pieces and put them together."""
 
-    def __init__(self, target: Reshuffle, at: int) -> None:
+    def __init__(self, assembly: Assembly, at: int, shapes: Shapes, *, direct: bool) -> None:
         super().__init__()
-        self.assembly, self.at = Assembly.of(target.exchange), at
-        self.shapes = _arriving(target, at)
+        self.assembly, self.at, self.shapes, self.direct = assembly, at, shapes, direct
 
     def forward(self, pending: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """What `Send` gave -> this rank's part in the new layout, `exchange.shape`."""
-        if self.assembly.is_contiguous:
+        if self.direct:
             return _typed(_wait(pending), self.assembly.shape, own.dtype)
         pieces = finish(pending, self.shapes, own.dtype)
         pieces[self.at] = own
         return self.assembly.join(pieces)
-
-
-def _arriving(target: Reshuffle, at: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of what comes from each member."""
-    direct = Assembly.of(target.exchange).is_contiguous
-    return tuple(shape if direct or i != at else (0,) for i, shape in enumerate(target.exchange.shapes))
 
 
 class RingAttention(nn.Module):

@@ -11,7 +11,6 @@ call that started it; and its result is not returned from the block.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,9 +25,9 @@ from xdit_ir.runtime.exchange import Reshuffle
 
 ALIGNMENT = 512
 MOST_COPIES = 16  # per peer; an exchange in smaller pieces is left to a collective
-SIGNALS = 512  # words of a signal pad for arrivals; one per channel, slot and member
-HEADER = 64
-SLOTS = 3
+SLOTS = 3  # per channel
+HEADER = 64  # bytes at the start of a workspace
+SIGNALS = 512  # words of a signal pad for arrivals (one per channel, slot and member); as many follow for what was sent
 
 
 def slot_sequence(calls: int) -> list[int]:
@@ -48,6 +47,7 @@ class Mailbox:
     calls: dict[str, int] = field(default_factory=dict)
     size: int = HEADER
     channels: int = 0
+    workspace: torch.Tensor | None = None
 
     @staticmethod
     def of(program: Program, communicator: Communicator) -> Mailbox:
@@ -93,13 +93,15 @@ class Mailbox:
         """The workspace and the slot numbers, `arguments` of code that uses them; all ranks call this together."""
         from xdit_ir.runtime.peer_ops import open_workspace  # registers operators, and needs CUDA
 
-        return open_workspace(self.size, device, self.group), *(torch.tensor([slot]) for slot in range(SLOTS))
+        self.workspace = open_workspace(self.size, device, self.group)
+        return self.workspace, *(torch.tensor([slot]) for slot in range(SLOTS))
 
-    def join(self, workspace: torch.Tensor) -> None:
+    def join(self) -> None:
         """Make the current stream wait for everything sent; at the end of a forward."""
         from xdit_ir.runtime.peer_ops import join
 
-        join(workspace, self.group)
+        assert self.workspace is not None
+        join(self.workspace, self.group)
 
 
 @dataclass(frozen=True)
@@ -205,10 +207,8 @@ class Custody:
 
 def _escapes(node: fx.Node) -> bool:
     """Whether the block returns the exchanged value or a view of it."""
-    return any(user.op == "output" or (_is_view(user) and _escapes(user)) for user in node.users)
+    return any(user.op == "output" or (_hands_on(user) and _escapes(user)) for user in node.users)
 
 
-def _is_view(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return any(result.alias_info is not None for result in node.target._schema.returns)
-    return node.target in (operator.getitem, ops.take, ops.take_each) or ops.is_relayout(node.target)
+def _hands_on(node: fx.Node) -> bool:
+    return ops.is_view(node.target) or ops.is_relayout(node.target)

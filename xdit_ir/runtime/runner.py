@@ -21,7 +21,6 @@ from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact,
 from xdit_ir.runtime.codegen import communications, generate, state_names
 from xdit_ir.runtime.distributed import Communicator, peers_reachable
 from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body
-from xdit_ir.runtime.mailbox import SLOTS
 from xdit_ir.runtime.state import Weights
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class Runner:
     def _compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         tensors: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *weights, *self._constants)
         if self.code.mailbox is not None:
-            self.code.mailbox.join(self._constants[-SLOTS - 1])
+            self.code.mailbox.join()
         return tensors
 
 
