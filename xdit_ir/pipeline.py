@@ -12,6 +12,7 @@ from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.compose_attention import ComposeAttention
 from xdit_ir.passes.displace_patches import DisplacePatches
+from xdit_ir.passes.divide_conditions import DivideConditions
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.group_keys import GroupKeys
 from xdit_ir.passes.lower_attention import LowerAttention
@@ -39,7 +40,7 @@ def analysis_passes() -> list[Pass]:
 def mesh_passes(mesh: Mesh) -> list[Pass]:
     """Passes that divide a program over a mesh; `specialize` follows, per rank."""
     divide: list[Pass] = [SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh)]
-    return [*divide, OrderExchanges(), SplitJoins(), Overlap(mesh)]
+    return [*divide, DivideConditions(mesh), OrderExchanges(), SplitJoins(), Overlap(mesh)]
 
 
 def divide(program: Program, mesh: Mesh, after: After | None = None) -> Program:
