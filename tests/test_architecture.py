@@ -22,6 +22,8 @@ LAYERS = (
     ("xdit_ir.rules",),
     ("xdit_ir.draft", "xdit_ir.propagate", "xdit_ir.cost", "xdit_ir.printer"),
     ("xdit_ir.verify", "xdit_ir.profile", "xdit_ir.displacement"),
+    ("xdit_ir.runtime.flash_ops",),
+    ("xdit_ir.runtime.backends",),
     ("xdit_ir.runtime.exchange", "xdit_ir.runtime.attention", "xdit_ir.runtime.buffers"),
     ("xdit_ir.overtime",),
     ("xdit_ir.passes",),

@@ -17,10 +17,11 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir.errors import XditError
+from xdit_ir.runtime.backends import NAMES
 from xdit_ir.tools import degrees as degree_sets
 
 MODES = ("eager", "compiled", "graph", "collective")
-FORM = re.compile(r"(?:(?P<library>[a-z]+)-)?(?P<degrees>[a-z0-9]+):(?P<mode>[a-z]+)")
+FORM = re.compile(r"(?:(?P<library>[a-z]+)-)?(?P<degrees>[a-z0-9]+):(?P<mode>[a-z]+)(?:@(?P<attention>[a-z0-9-]+))?")
 Forward = Callable[..., Any]
 
 
@@ -29,18 +30,21 @@ class Contender:
     """`library` (ours: empty) with these degrees in one of `MODES`; the original model alone has degrees `alone`.
 
     `graph` is compiled and recorded as one CUDA graph; `collective` the same without exchanges by copy engines.
+    `attention` is the kernel for attention, as in `port` (ours only).
     """
 
     library: str
     degrees: str
     mode: str
+    attention: str = "auto"
 
     def __str__(self) -> str:
-        return f"{self.library}-{self.degrees}:{self.mode}".lstrip("-")
+        chosen = "" if self.attention == "auto" else f"@{self.attention}"
+        return f"{self.library}-{self.degrees}:{self.mode}{chosen}".lstrip("-")
 
     @staticmethod
     def parse(text: str) -> Contender:
-        """From its text, e.g. `alone:compiled`, `u2:graph`, `diffusers-u2:compiled`, `xdit-u2:eager`.
+        """From its text, e.g. `alone:compiled`, `u2:graph@sdpa`, `diffusers-u2:compiled`, `xdit-u2:eager`.
 
         Raises:
             XditError: there is no such contender; names what is expected.
@@ -49,12 +53,15 @@ class Contender:
         if found is None or found["mode"] not in MODES or (found["library"] or "") not in PREPARE:
             known = ", ".join(name for name in PREPARE if name)
             raise XditError(
-                f"{text!r} is no contender: write [LIBRARY-]DEGREES:MODE with LIBRARY one of {known} (nothing: "
-                f"xdit-ir), DEGREES `alone` or like u2 or c2u2, and MODE one of {', '.join(MODES)}"
+                f"{text!r} is no contender: write [LIBRARY-]DEGREES:MODE[@ATTENTION] with LIBRARY one of {known} "
+                f"(nothing: xdit-ir), DEGREES `alone` or like u2 or c2u2, and MODE one of {', '.join(MODES)}"
             )
         if found["degrees"] != "alone":
             degree_sets.parse(found["degrees"])
-        return Contender(found["library"] or "", found["degrees"], found["mode"])
+        attention = found["attention"] or "auto"
+        if attention != "auto" and (found["library"] or found["degrees"] == "alone" or attention not in NAMES):
+            raise XditError(f"{text!r}: @ names a kernel for attention of xdit-ir, one of {', '.join(NAMES)}")
+        return Contender(found["library"] or "", found["degrees"], found["mode"], attention)
 
     def prepare(self, model: nn.Module, example: Mapping[str, Any]) -> Forward:
         """A forward of the model for inputs like `example`; the model itself may be changed."""
@@ -73,7 +80,14 @@ def _ours(model: nn.Module, example: Mapping[str, Any], contender: Contender) ->
         return model
     graph = contender.mode in ("graph", "collective")
     transport = "collective" if contender.mode == "collective" else "auto"
-    return xir.port(model, **contender.sizes, compile=contender.mode != "eager", cuda_graph=graph, transport=transport)
+    return xir.port(
+        model,
+        **contender.sizes,
+        compile=contender.mode != "eager",
+        cuda_graph=graph,
+        transport=transport,
+        attention=contender.attention,
+    )
 
 
 def _compile_layers(model: nn.Module, *, fullgraph: bool = True) -> None:

@@ -191,10 +191,11 @@ class ParallelProgram:
         compile: bool = False,
         cuda_graph: bool = False,
         transport: str = "auto",
+        attention: str = "auto",
         handshake: bool = True,
     ) -> Emitted:
         """The module of this process's rank; see `xdit_ir.runtime.module.emit` and, for the options, `Execution`."""
-        return emit(self, model, device, Execution(compile, cuda_graph, transport, handshake))
+        return emit(self, model, device, Execution(compile, cuda_graph, transport, attention, handshake))
 
 
 def run_single(program: Program, model: nn.Module, example: Example) -> Any:

@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import nn
+
+from xdit_ir.runtime.backends import Backend
 
 MOST_SCORES = 2**28
 
 
+class Attention(nn.Module):
+    """`ops.attention` of a shape for which a kernel was chosen."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """As `ops.attention`."""
+        return self.backend.run(q, k, v, scale, is_causal)[0]
+
+
 def attention_with_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    kernel: Backend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax(q k^T scale + mask) v` and the log-sum-exp of each row, both fp32 (fp64 for fp64 inputs).
 
-    On CUDA in half precision without a mask by PyTorch's flash kernel (FlashAttention-2, arXiv 2307.08691), else by
-    matrix products over blocks of queries.
+    By a kernel that was chosen for this shape and takes no mask, else by matrix products over blocks of queries.
 
     Args:
         q: `[..., queries, dim]`; k: `[..., keys, dim]`; v: `[..., keys, dim_v]`.
@@ -24,20 +53,15 @@ def attention_with_lse(
     Returns:
         `[..., queries, dim_v]` and `[..., queries, 1]`; rows without any key give 0 and -inf.
     """
-    if _flash_fits(q, v, mask):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
-        return out.float(), lse.float().unsqueeze(-1)
+    if kernel is not None:
+        out, lse = kernel.run(q, k, v, scale, False)
+        return out.float(), lse.unsqueeze(-1)
     rows = max(1, MOST_SCORES // max(1, math.prod(q.shape[:-2]) * k.shape[-2]))
     blocks = []
     for start in range(0, max(q.shape[-2], 1), rows):
         part = mask[..., start : start + rows, :] if mask is not None and mask.shape[-2] > 1 else mask
         blocks.append(_reference(q[..., start : start + rows, :], k, v, part, scale))
     return torch.cat([out for out, _ in blocks], -2), torch.cat([lse for _, lse in blocks], -2)
-
-
-def _flash_fits(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    plain = mask is None and q.is_cuda and q.dim() == 4 and q.shape[-1] == v.shape[-1] and q.numel() > 0
-    return plain and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
 
 
 def _reference(
@@ -74,8 +98,10 @@ class RingMerge:
         keys: tuple[int, ...],
         *,
         enable_gqa: bool = False,
+        kernels: Sequence[Backend | None] = (),
     ) -> None:
         self.q, self.mask, self.scale, self.keys, self.gqa = q, mask, scale, keys, enable_gqa
+        self.kernels = kernels or (None,) * len(keys)
         self.state: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, member: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -88,7 +114,7 @@ class RingMerge:
         mask = self.mask
         if mask is not None and mask.shape[-1] != 1:
             mask = mask.narrow(-1, sum(self.keys[:member]), self.keys[member])
-        out, lse = attention_with_lse(self.q, k, v, mask, self.scale)
+        out, lse = attention_with_lse(self.q, k, v, mask, self.scale, self.kernels[member])
         self.state = (out, lse) if self.state is None else merge(*self.state, out, lse)
 
     def result(self) -> torch.Tensor:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import keyword
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from xdit_ir.program import CONSTANT, Block, Program, is_block_call, qualified
+from xdit_ir import ops
+from xdit_ir.program import CONSTANT, SPEC, Block, Program, is_block_call, qualified
+from xdit_ir.runtime.attention import Attention
+from xdit_ir.runtime.backends import Backend, Problem, choose
 from xdit_ir.runtime.collectives import lower
 from xdit_ir.runtime.distributed import Communicator
-from xdit_ir.runtime.exchange import Communicate
+from xdit_ir.runtime.exchange import Communicate, Ring
+from xdit_ir.runtime.execution import Execution
 from xdit_ir.runtime.fuse import fused, linear_gelu
 from xdit_ir.runtime.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
 
@@ -46,19 +51,27 @@ class Code:
     mailbox: Mailbox | None = None
 
 
-def generate(program: Program, communicator: Communicator, device: torch.device, *, peer: bool = False) -> Code:
+def generate(
+    program: Program,
+    communicator: Communicator,
+    device: torch.device,
+    execution: Execution | None = None,
+    *,
+    peer: bool = False,
+) -> Code:
     """Code for one rank's program on `device`; the process groups that it needs exist already.
 
     `peer`: exchanges inside blocks go over symmetric memory where they can.
     """
+    execution = execution or Execution()
     bodies = {}
     mailbox = Mailbox.of(program, communicator) if peer else None
     for name, block in program.blocks.items():
-        writer = _Writer(name, program.device, device, communicator)
+        writer = _Writer(name, program.device, device, communicator, execution)
         weights = writer.head(block.graph, _state_names(block.graph))
         writer.mailbox = mailbox
         bodies[name] = Body(writer.write(block.graph, {}), weights, bool(writer.shared))
-    writer = _Writer(program.name, program.device, device, communicator)
+    writer = _Writer(program.name, program.device, device, communicator, execution)
     names, constants = state_names(program)
     writer.head(program.graph, names + constants)
     mailbox = mailbox if mailbox and mailbox.channels else None
@@ -92,8 +105,11 @@ def _state_names(graph: fx.Graph) -> list[str]:
 class _Writer:
     """Writes one graph anew: weights become placeholders, communications become calls of modules."""
 
-    def __init__(self, name: str, traced: torch.device, device: torch.device, communicator: Communicator) -> None:
+    def __init__(
+        self, name: str, traced: torch.device, device: torch.device, communicator: Communicator, execution: Execution
+    ) -> None:
         self.name, self.traced, self.device, self.communicator = name, traced, device, communicator
+        self.execution = execution
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.state: dict[str, fx.Node] = {}
@@ -155,10 +171,28 @@ class _Writer:
             return self._block_call(node, bodies)
         if isinstance(node.target, Communicate):
             return self._communication(node, node.target)
+        backend = choose(self.execution.attention, self._problem(node)) if node.target is ops.attention else None
+        if backend is not None:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
+            return self._call(f"attention_{len(self.modules)}", Attention(backend), args, dict(kwargs), node.name)
         new = self.graph.node_copy(node, self.env.__getitem__)
         if new.kwargs.get("device") == self.traced:
             new.update_kwarg("device", self.device)
         return new
+
+    def _problem(self, node: fx.Node) -> Problem:
+        """The shapes of an attention."""
+        given = inspect.signature(ops.attention).bind(*node.args, **node.kwargs).arguments
+        q, k, v = (given[name].meta[SPEC] for name in ("q", "k", "v"))
+        masked, causal = given.get("mask") is not None, bool(given.get("is_causal"))
+        return Problem(q.shape, k.shape, v.shape, q.dtype, self.device, masked, causal, self.execution.cuda_graph)
+
+    def _ring_kernels(self, node: fx.Node, keys: Sequence[int]) -> list[Backend | None]:
+        """The kernels for the keys of each member of a ring, which come with as many heads as queries have."""
+        problem = self._problem(node)
+        parts = ((*problem.q[:-2], count) for count in keys)
+        each = (replace(problem, k=(*part, problem.k[-1]), v=(*part, problem.v[-1])) for part in parts)
+        return [choose(self.execution.attention, one, lse=True) for one in each]
 
     def _communication(self, node: fx.Node, target: Communicate) -> fx.Node:
         """Started here; what waits for it is written just before the first operator that needs the result."""
@@ -166,7 +200,8 @@ class _Writer:
         over_peers = self.mailbox.lower(self.name, node) if self.mailbox is not None else None
         if over_peers is not None:
             return self._put(node, args, *over_peers)
-        first, *rest = lower(target, self.communicator)
+        kernels = self._ring_kernels(node, target.keys) if isinstance(target, Ring) else ()
+        first, *rest = lower(target, self.communicator, kernels)
         name = f"{node.name}_start" if rest else node.name
         new = self._call(f"{target.kind}_{len(self.modules)}", first, args, dict(kwargs), name)
         if rest:

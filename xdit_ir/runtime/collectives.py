@@ -15,6 +15,7 @@ from torch import nn
 
 from xdit_ir.layout import Exchange
 from xdit_ir.runtime.attention import RingMerge
+from xdit_ir.runtime.backends import Backend
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.exchange import Assembly, Communicate, Reduce, Reshuffle, Ring, pack
 
@@ -23,8 +24,12 @@ Shapes = tuple[tuple[int, ...], ...]
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8)
 
 
-def lower(target: Communicate, communicator: Communicator) -> tuple[nn.Module, ...]:
+def lower(
+    target: Communicate, communicator: Communicator, kernels: Sequence[Backend | None] = ()
+) -> tuple[nn.Module, ...]:
     """The modules that execute a communication on this process's rank; its process group exists already.
+
+    `kernels`: for the attention to the keys of each member of a ring.
 
     One that does all of it, or one that starts it and one that, given what the first returned, waits for it.
     """
@@ -40,7 +45,7 @@ def lower(target: Communicate, communicator: Communicator) -> tuple[nn.Module, .
         shapes = tuple(shape if direct or i != at else (0,) for i, shape in enumerate(target.exchange.shapes))
         return Send(target.exchange, at, shapes, name, direct=direct), Receive(assembly, at, shapes, direct=direct)
     assert isinstance(target, Ring)
-    return (RingAttention(target, at, name),)
+    return (RingAttention(target, at, name, kernels),)
 
 
 class AllReduce(nn.Module):
@@ -110,9 +115,9 @@ class Receive(nn.Module):
 class RingAttention(nn.Module):
     """Attention whose keys and values travel around the group, each hop under the previous block's computation."""
 
-    def __init__(self, target: Ring, at: int, group: str) -> None:
+    def __init__(self, target: Ring, at: int, group: str, kernels: Sequence[Backend | None]) -> None:
         super().__init__()
-        self.keys, self.at, self.group = target.keys, at, group
+        self.keys, self.at, self.group, self.kernels = target.keys, at, group, kernels
 
     def forward(
         self,
@@ -129,7 +134,7 @@ class RingAttention(nn.Module):
         Members are visited in the order in which their keys arrive, so a rank's result is deterministic.
         """
         assert not is_causal, "causal attention is never lowered to a ring"
-        merge = RingMerge(q, mask, scale, self.keys, enable_gqa=enable_gqa)
+        merge = RingMerge(q, mask, scale, self.keys, enable_gqa=enable_gqa, kernels=self.kernels)
         members = len(self.keys)
         for hop in range(members):
             member = (self.at - hop) % members

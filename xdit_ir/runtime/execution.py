@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.runtime.backends import check_name
 
 Tensors = list[torch.Tensor]
 TRANSPORTS = ("auto", "collective", "peer")
@@ -26,12 +27,15 @@ class Execution:
         transport: how exchanges inside blocks travel. "peer": by the GPUs' copy engines over symmetric memory, where
             all ranks are GPUs of one host that reach each other, else by collectives; "collective": by collectives;
             "auto": "peer" in a CUDA graph, where starting copies costs no time on the host.
+        attention: the kernel for attention: "auto", by device and shape; "sdpa", what PyTorch chooses; or one of
+            `xdit_ir.runtime.backends.BACKENDS`, for every attention that it can do.
         handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
     """
 
     compile: bool = False
     cuda_graph: bool = False
     transport: str = "auto"
+    attention: str = "auto"
     handshake: bool = True
 
     @property
@@ -43,6 +47,7 @@ class Execution:
         """Raise `ParallelizeError` for what does not exist, or `device` cannot do."""
         if self.transport not in TRANSPORTS:
             raise ParallelizeError(f"transport={self.transport!r}; there are {', '.join(TRANSPORTS)}")
+        check_name(self.attention)
         if self.cuda_graph and device.type != "cuda":
             raise ParallelizeError(f"cuda_graph=True needs a model on a CUDA device, this one is on {device}")
 

@@ -38,6 +38,7 @@ def port(
     compile: bool = False,
     cuda_graph: bool = False,
     transport: str = "auto",
+    attention: str = "auto",
     handshake: bool = True,
     **unknown: Any,
 ) -> Ported:
@@ -49,7 +50,7 @@ def port(
 
     Args:
         cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`.
-        compile, cuda_graph, transport, handshake: as in `xdit_ir.runtime.execution.Execution`.
+        compile, cuda_graph, transport, attention, handshake: as in `xdit_ir.runtime.execution.Execution`.
 
     Raises:
         ParallelizeError: a degree is unknown or no positive integer, or the job has another number of
@@ -59,7 +60,8 @@ def port(
     mesh = mesh_of(unknown | degrees)
     check_world_size(mesh)
     options = {**degrees, "patches": patches, "warmup_steps": warmup_steps}
-    return Ported(model, _Specialisations(mesh, options, Execution(compile, cuda_graph, transport, handshake)))
+    execution = Execution(compile, cuda_graph, transport, attention, handshake)
+    return Ported(model, _Specialisations(mesh, options, execution))
 
 
 Mode = tuple[Any, ...]

@@ -51,7 +51,7 @@ class Runner:
         self._parameters = inspect.signature(model.forward)
         self._binder = InputBinder(self._parameters, self.program)
         peer = execution.uses_peers and peers_reachable(communicator)
-        self.code = generate(self.program, communicator, self.device, peer=peer)
+        self.code = generate(self.program, communicator, self.device, execution, peer=peer)
         if self.code.mailbox is not None:
             self._constants += self.code.mailbox.open(self.device)
         if execution.compile:
