@@ -14,12 +14,10 @@ from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, spl
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_example, flatten_named
 from xdit_ir.difference import relative_error
-from xdit_ir.displacement import latents
 from xdit_ir.divergence import Divergence, first_divergence
 from xdit_ir.errors import ExecutionError
-from xdit_ir.program import SPEC
 
-# Displaced steps within which a change of the latents must have worn off: one for each layer would always do.
+# Displaced steps within which a change of the inputs must have worn off: one for each layer would always do.
 REPEATS = (4, 16)
 
 
@@ -116,7 +114,7 @@ def _later_steps(
     notes = [f"a displaced step after one with equal inputs: relative error {worst:.2e}"]
     if worst > tolerance:
         return worst, equal, notes
-    changed = _changed(parallel, example)
+    changed = _changed(parallel, model, example)
     steps, errors = equal, [0.0]
     for repeats in REPEATS:
         steps = [changed] * warmup + [example] * repeats
@@ -125,19 +123,23 @@ def _later_steps(
             break
     needed = next((step for step, error in enumerate(errors, 1) if error <= tolerance), None)
     after = "no number" if needed is None else str(needed)
-    notes.append(f"displaced steps after other latents: relative error {errors[0]:.2e}, equal after {after} of them")
+    notes.append(f"displaced steps after other inputs: relative error {errors[0]:.2e}, equal after {after} of them")
     return max(worst, min(errors)), steps, notes
 
 
-def _changed(parallel: ParallelProgram, example: Example) -> Example:
-    """The example with other latents."""
-    assert parallel.pipeline is not None
-    names = latents(parallel.ir, parallel.pipeline.virtual)
-    inputs = [node for node in parallel.ir.graph.nodes if node.op == "placeholder"]
-    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
-    shapes = {(node.meta[SPEC].shape, node.meta[SPEC].dtype) for node in inputs if node.name in names}
-    other = {id(x): x + 0.1 * x.flip(-1) for x in tensors if (tuple(x.shape), x.dtype) in shapes}
-    return pytree.tree_map(lambda leaf: other.get(id(leaf), leaf), example)  # type: ignore[no-any-return]
+def _changed(parallel: ParallelProgram, model: nn.Module, example: Example) -> Example:
+    """The example with other contents of all tensors but those that the program was made for."""
+    signature = parallel.original.signature
+    fixed = {guard.path for guard in signature.guards}.union(*(fact.paths for fact in signature.predicates))
+    kept = {id(leaf) for path, leaf in flatten_named(bind_example(model, example))[0] if path in fixed}
+    return pytree.tree_map(lambda leaf: leaf if id(leaf) in kept else _other(leaf), example)  # type: ignore[no-any-return]
+
+
+def _other(leaf: Any) -> Any:
+    """Similar numbers; of integers, which may be indices, the same ones in another order."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.dim() or not leaf.isfinite().all():
+        return leaf
+    return leaf + 0.1 * leaf.flip(-1) if leaf.is_floating_point() else leaf.flip(0)
 
 
 def _call(model: nn.Module, example: Example) -> Any:

@@ -24,7 +24,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of what was expected; infinite where shapes differ."""
     if got.shape != expected.shape:
         return float("inf")
-    if not got.numel():
+    if not got.numel() or (got.dtype == expected.dtype and torch.equal(got, expected)):
         return 0.0
     a, b = _wide(got), _wide(expected)
     same = (a == b) | (a.isnan() & b.isnan())

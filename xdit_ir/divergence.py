@@ -126,11 +126,18 @@ def _failed(comparison: _Comparison, error: ExecutionError, place: Key) -> Diver
 
 @dataclass
 class _Wrong:
-    """A value that differs: on which ranks, and how on the first of them."""
+    """A value that differs: on which ranks, and what the first of them has instead of what."""
 
     ranks: list[int | None]
     error: float
-    difference: Difference
+    got: torch.Tensor
+    whole: torch.Tensor
+    layout: Layout
+
+    @property
+    def difference(self) -> Difference:
+        rank = self.ranks[0] or 0
+        return Difference.of(self.got, shard_of(self.whole, self.layout, rank), self.layout, rank)
 
 
 @dataclass
@@ -185,17 +192,17 @@ class _Comparison:
             elif layout.partial:
                 self._add_up(key, rank, got, whole, layout)
             else:
-                self._judge(key, rank, got, shard_of(whole, layout, rank), layout)
+                self._judge(key, rank, got, whole, layout)
 
-    def _judge(self, key: Key, rank: int | None, got: torch.Tensor, want: torch.Tensor, layout: Layout) -> None:
+    def _judge(self, key: Key, rank: int | None, got: torch.Tensor, whole: torch.Tensor, layout: Layout) -> None:
         self.seen.add(key)
-        error = relative(got, want)
+        error = relative(got, shard_of(whole, layout, rank or 0))
         if error <= self.tolerance:
             return
         if key in self.wrong:
             self.wrong[key].ranks.append(rank)
         else:
-            self.wrong[key] = _Wrong([rank], error, Difference.of(got, want, layout, rank or 0))
+            self.wrong[key] = _Wrong([rank], error, got, whole, layout)
 
     def _add_up(self, key: Key, rank: int, got: torch.Tensor, whole: torch.Tensor, layout: Layout) -> None:
         """Collect the summands of a pending sum until its group is complete."""
@@ -207,7 +214,7 @@ class _Comparison:
             del self.sums[key, id(whole), group]
             same = all(summand.shape == got.shape for summand in summands)
             total = torch.stack(summands).sum(0) if same else got
-            self._judge(key, rank, total, shard_of(whole, layout, rank), layout)
+            self._judge(key, rank, total, whole, layout)
 
     def _mesh(self) -> Mesh:
         assert self.program.mesh is not None

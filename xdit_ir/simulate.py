@@ -20,6 +20,9 @@ RankObserver = Callable[[int, str, fx.Node, Any], None]
 Steps = Generator["_Meeting | Waiting", Any, Any]
 
 
+_FAILURES = (RuntimeError, IndexError, TypeError, ValueError)  # what PyTorch raises for operands that do not fit
+
+
 @dataclass(frozen=True)
 class _Meeting:
     """A rank waits at a communication with these operands."""
@@ -55,7 +58,7 @@ class Rank:
                 return fx.map_arg(node.args[0], env.__getitem__)
             try:
                 env[node] = yield from self.node(node, env, feed, prefix)
-            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            except _FAILURES as error:
                 raise ExecutionError(self.rank, site, node.name, str(error)) from error
             if self.observe is not None:
                 self.observe(self.rank, site, node, env[node])
@@ -110,7 +113,10 @@ def lockstep(steps: Mapping[int, Steps]) -> dict[int, Any]:
                 del waiting[rank]
                 ready.append((rank, None))
             elif isinstance(at, _Meeting) and rank == at.target.group[0]:
-                ready += _met(at.target.group, waiting)
+                try:
+                    ready += _met(at.target.group, waiting)
+                except _FAILURES as error:
+                    steps[rank].throw(error)  # where it stands it knows its place in the program
     if waiting:
         raise VerifyError("ranks wait for each other for ever: " + _describe(waiting))
     return results
