@@ -16,7 +16,7 @@ from xdit_ir import models, passes
 LAYERS = (
     ("xdit_ir.errors", "xdit_ir.partition"),
     ("xdit_ir.mesh",),
-    ("xdit_ir.layout", "xdit_ir.program"),
+    ("xdit_ir.layout", "xdit_ir.program", "xdit_ir.difference"),
     ("xdit_ir.leaf",),
     ("xdit_ir.ops", "xdit_ir.interpret", "xdit_ir.capture"),
     ("xdit_ir.rules",),
@@ -32,7 +32,7 @@ LAYERS = (
     ("xdit_ir.simulate", "xdit_ir.simulate_steps", "xdit_ir.report", "xdit_ir.pipeline", "xdit_ir.runtime"),
     ("xdit_ir.pipeline_report",),
     ("xdit_ir.api",),
-    ("xdit_ir.check", "xdit_ir.runtime.port"),
+    ("xdit_ir.check", "xdit_ir.divergence", "xdit_ir.runtime.port"),
     ("xdit_ir",),
     ("xdit_ir.models",),
     ("xdit_ir.tools",),

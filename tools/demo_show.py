@@ -18,7 +18,7 @@ from torch import fx
 
 from xdit_ir import ops
 from xdit_ir.api import ParallelProgram
-from xdit_ir.check import relative_error
+from xdit_ir.difference import relative_error
 from xdit_ir.mesh import Mesh
 from xdit_ir.printer import node_type, program_text, target_name
 from xdit_ir.program import WHERE, Program, Where

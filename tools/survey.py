@@ -16,7 +16,8 @@ import xdit_ir as xir
 from xdit_ir import models, passes
 from xdit_ir.api import TracedProgram
 from xdit_ir.capture.effects import copied
-from xdit_ir.check import check_parallel, relative_error
+from xdit_ir.check import check_parallel
+from xdit_ir.difference import relative_error
 from xdit_ir.errors import ParallelizeError, TraceError
 from xdit_ir.program import SPEC, Program, TensorSpec
 from xdit_ir.tools.degrees import Degrees, parse

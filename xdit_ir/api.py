@@ -156,31 +156,30 @@ class ParallelProgram:
             MismatchError: `example` differs from what the program was traced for; names the argument.
         """
         if self.pipeline is not None:
-            return self._steps(self.pipeline, model, [example], observe)[0]
-        inputs = capture.bind_inputs(model, self.original, *_split(example))
+            return self.simulate_steps(model, [example], observe)[0]
+        inputs = capture.bind_inputs(model, self.original, *split_example(example))
         ranks = [self.rank(rank) for rank in range(self.world_size)]
         with torch.no_grad():
             outputs = run_ranks(ranks, model_state(self.original, model), inputs, _device(model, inputs), observe)
         _leave(self.original, model, example, outputs[0])
         return [capture.build_output(self.original.signature, tensors) for tensors in outputs]
 
-    def simulate_steps(self, model: nn.Module, examples: Sequence[Example]) -> list[list[Any]]:
+    def simulate_steps(
+        self, model: nn.Module, examples: Sequence[Example], observe: RankObserver | None = None
+    ) -> list[list[Any]]:
         """`simulate` for consecutive denoising steps of one request: a list over steps of the outputs of every rank.
 
-        Under PipeFusion the first `warmup_steps` are synchronous (and exact); later ones read buffers.
+        Under PipeFusion the first `warmup_steps` are synchronous (and exact); later ones read buffers. `observe` sees
+        the values of the last step.
         """
-        if self.pipeline is not None:
-            return self._steps(self.pipeline, model, examples)
-        return [self.simulate(model, example) for example in examples]
-
-    def _steps(
-        self, pipeline: Pipeline, model: nn.Module, examples: Sequence[Example], observe: RankObserver | None = None
-    ) -> list[list[Any]]:
-        bound = [capture.bind_inputs(model, self.original, *_split(example)) for example in examples]
+        watch = [None] * (len(examples) - 1) + [observe]
+        if self.pipeline is None:
+            return [self.simulate(model, example, see) for example, see in zip(examples, watch, strict=False)]
+        bound = [capture.bind_inputs(model, self.original, *split_example(example)) for example in examples]
         device = _device(model, bound[0]) if bound else torch.device("cpu")
-        run = PipelineSimulation(pipeline, model_state(self.original, model), device, observe)
+        run = PipelineSimulation(self.pipeline, model_state(self.original, model), device)
         with torch.no_grad():
-            steps = [run.step(inputs) for inputs in bound]
+            steps = [run.step(inputs, see) for inputs, see in zip(bound, watch, strict=False)]
         return [[capture.build_output(self.original.signature, tensors) for tensors in step] for step in steps]
 
     def emit(
@@ -200,7 +199,7 @@ class ParallelProgram:
 
 def run_single(program: Program, model: nn.Module, example: Example) -> Any:
     """Interpret a program on one device."""
-    inputs = capture.bind_inputs(model, program, *_split(example))
+    inputs = capture.bind_inputs(model, program, *split_example(example))
     with torch.no_grad():
         tensors = Interpreter(program, model_state(program, model), _device(model, inputs)).run(inputs)
     _leave(program, model, example, tensors)
@@ -213,7 +212,8 @@ def _leave(program: Program, model: nn.Module, example: Example, tensors: Sequen
         capture.apply_effects(program.signature, tensors, bind_example(model, example))
 
 
-def _split(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_example(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments of an example."""
     return ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
 
 

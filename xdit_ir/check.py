@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir import ops
-from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, trace
+from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, split_example, trace
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.inputs import bind_example, bind_inputs, flatten_named
-from xdit_ir.displacement import latents
-from xdit_ir.interpret import Interpreter, model_state
-from xdit_ir.layout import Layout
-from xdit_ir.partition import Indices
-from xdit_ir.program import LAYOUT, SPEC, WHERE, Program, Where, call_parts, is_block_call
+from xdit_ir.capture.inputs import bind_example, flatten_named
+from xdit_ir.difference import relative_error
+from xdit_ir.divergence import Divergence, first_divergence
+from xdit_ir.errors import ExecutionError
 
-# Displaced steps within which a change of the latents must have worn off: one for each layer would always do.
+# Displaced steps within which a change of the inputs must have worn off: one for each layer would always do.
 REPEATS = (4, 16)
-UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided")
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first value, in execution order, that is not what the single-device program computes."""
-
-    block: str
-    node: str
-    source: str
-    rank: int
-    relative_error: float
-    statistics: str
-
-    def __str__(self) -> str:
-        return (
-            f"first divergence: {self.block or 'outer graph'}, {self.node} on rank {self.rank}, relative error "
-            f"{self.relative_error:.2e}\n  {self.source or 'no source line known'}\n  {self.statistics}"
-        )
 
 
 @dataclass(frozen=True)
@@ -96,58 +73,78 @@ def check_parallel(
     captured = relative_error(alone, expected)
     if captured > tolerance:
         notes.append(f"the captured program itself differs from the module by {captured:.2e}: a defect of capture")
-    outputs = _results(model, example, lambda given: parallel.simulate(model, given))
-    worst = max(relative_error(output, expected) for output in outputs)
-    found = None if worst <= tolerance else first_divergence(parallel, model, example, max(tolerance, 1e-5))
-    if found is None and parallel.pipeline is not None:
-        later, more = _later_steps(parallel, model, example, expected, tolerance)
+    [worst] = _errors(lambda: [_results(model, example, lambda given: parallel.simulate(model, given))], expected)
+    steps: list[Example] = [example]
+    if worst <= tolerance and parallel.pipeline is not None:
+        later, steps, more = _later_steps(parallel, model, example, expected, tolerance)
         worst = max(worst, later)
         notes += more
-    return CheckResult(worst <= tolerance, worst, tolerance, parallel.world_size, found, tuple(notes))
+    ok = worst <= tolerance
+    found = None if ok else first_divergence(parallel, model, steps, max(tolerance, 1e-5))
+    return CheckResult(ok, worst, tolerance, parallel.world_size, found, tuple(notes))
 
 
-def _away(output: Any, expected: list[torch.Tensor]) -> float:
-    """The relative error of an output; what the model leaves in caches is not compared."""
-    tensors = _tensors(output)
-    return relative_error(tensors, expected[: len(tensors)])
+def _errors(run: Callable[[], list[list[list[torch.Tensor]]]], expected: list[torch.Tensor]) -> list[float]:
+    """Per step the largest relative error of any rank's tensors; infinite if some rank's program cannot be run."""
+    try:
+        return [max(relative_error(output, expected[: len(output)]) for output in step) for step in run()]
+    except ExecutionError:
+        return [float("inf")]
 
 
 def _later_steps(
     parallel: ParallelProgram, model: nn.Module, example: Example, expected: list[torch.Tensor], tolerance: float
-) -> tuple[float, list[str]]:
+) -> tuple[float, list[Example], list[str]]:
     """The largest error of displaced steps where PipeFusion promises the model's output: after a step with equal
-    inputs, and after enough of them when the steps before had others."""
+    inputs, and after enough of them when the steps before had others. Also the steps that lead to the worst one.
+
+    What the model leaves in caches is not compared.
+    """
     assert parallel.pipeline is not None
     warmup = parallel.pipeline.warmup_steps
-    equal = parallel.simulate_steps(model, [example] * (warmup + 1))[-1]
-    worst = max(_away(output, expected) for output in equal)
+
+    def displaced(steps: list[Example]) -> list[float]:
+        def run() -> list[list[list[torch.Tensor]]]:
+            return [[_tensors(output) for output in step] for step in parallel.simulate_steps(model, steps)[warmup:]]
+
+        return _errors(run, expected)
+
+    equal = [example] * (warmup + 1)
+    [worst] = displaced(equal)
     notes = [f"a displaced step after one with equal inputs: relative error {worst:.2e}"]
-    changed = _changed(parallel, example)
-    errors: list[float] = []
+    if worst > tolerance:
+        return worst, equal, notes
+    changed = _changed(parallel, model, example)
+    steps, errors = equal, [0.0]
     for repeats in REPEATS:
-        steps = parallel.simulate_steps(model, [changed] * warmup + [example] * repeats)[warmup:]
-        errors = [max(_away(output, expected) for output in step) for step in steps]
+        steps = [changed] * warmup + [example] * repeats
+        errors = displaced(steps)
         if min(errors) <= tolerance:
             break
     needed = next((step for step, error in enumerate(errors, 1) if error <= tolerance), None)
     after = "no number" if needed is None else str(needed)
-    notes.append(f"displaced steps after other latents: relative error {errors[0]:.2e}, equal after {after} of them")
-    return max(worst, min(errors)), notes
+    notes.append(f"displaced steps after other inputs: relative error {errors[0]:.2e}, equal after {after} of them")
+    return max(worst, min(errors)), steps, notes
 
 
-def _changed(parallel: ParallelProgram, example: Example) -> Example:
-    """The example with other latents."""
-    assert parallel.pipeline is not None
-    names = latents(parallel.ir, parallel.pipeline.virtual)
-    inputs = [node for node in parallel.ir.graph.nodes if node.op == "placeholder"]
-    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
-    shapes = {(node.meta[SPEC].shape, node.meta[SPEC].dtype) for node in inputs if node.name in names}
-    other = {id(x): x + 0.1 * x.flip(-1) for x in tensors if (tuple(x.shape), x.dtype) in shapes}
-    return pytree.tree_map(lambda leaf: other.get(id(leaf), leaf), example)  # type: ignore[no-any-return]
+def _changed(parallel: ParallelProgram, model: nn.Module, example: Example) -> Example:
+    """The example with other contents of all tensors but those that the program was made for."""
+    signature = parallel.original.signature
+    fixed = {guard.path for guard in signature.guards}.union(*(fact.paths for fact in signature.predicates))
+    kept = {id(leaf) for path, leaf in flatten_named(bind_example(model, example))[0] if path in fixed}
+    return pytree.tree_map(lambda leaf: leaf if id(leaf) in kept else _other(leaf), example)  # type: ignore[no-any-return]
+
+
+def _other(leaf: Any) -> Any:
+    """Similar numbers; of integers, which may be indices, the same ones in another order."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.dim() or not leaf.isfinite().all():
+        return leaf
+    return leaf + 0.1 * leaf.flip(-1) if leaf.is_floating_point() else leaf.flip(0)
 
 
 def _call(model: nn.Module, example: Example) -> Any:
-    return model(*example) if isinstance(example, tuple) else model(**example)
+    args, kwargs = split_example(example)
+    return model(*args, **kwargs)
 
 
 def _results(model: nn.Module, example: Example, run: Callable[[Example], list[Any]]) -> list[list[torch.Tensor]]:
@@ -159,121 +156,5 @@ def _results(model: nn.Module, example: Example, run: Callable[[Example], list[A
     return [_tensors(output) + kept for output in outputs]
 
 
-def relative_error(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Largest relative error over corresponding tensors; infinite where shapes differ or a value is not finite."""
-    if len(got) != len(expected):
-        return float("inf")
-    return max((_relative(a, b) for a, b in zip(got, expected, strict=True)), default=0.0)
-
-
-def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    if got.shape != expected.shape:
-        return float("inf")
-    if not got.numel():
-        return 0.0
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = got.to(wide), expected.to(wide)
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0, a - b).norm().item()
-    scale = torch.where(b.isfinite(), b, 0).norm().item()
-    error = difference / scale if scale else difference
-    return error if error == error else float("inf")
-
-
 def _tensors(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-@dataclass
-class _Comparison:
-    """Compares each rank's values with the single-device values of the same nodes, as they appear."""
-
-    program: Program
-    tolerance: float
-    expected: dict[tuple[str, str], Any] = field(default_factory=dict)
-    order: dict[tuple[str, str], int] = field(default_factory=dict)
-    found: tuple[int, Divergence] | None = None
-
-    @cached_property
-    def nodes(self) -> dict[tuple[str, str], fx.Node]:
-        """The nodes of the divided program, by parameter prefix and name."""
-        graphs = [("", self.program.graph)]
-        for call in self.program.calls:
-            name, prefix, _ = call_parts(call)
-            graphs.append((prefix, self.program.blocks[name].graph))
-        return {(prefix, node.name): node for prefix, graph in graphs for node in graph.nodes}
-
-    def record(self, prefix: str, node: fx.Node, value: Any) -> None:
-        """Remember a single-device value."""
-        self.order[prefix, node.name] = len(self.order)
-        self.expected[prefix, node.name] = value
-
-    def compare(self, rank: int, prefix: str, node: fx.Node, value: Any) -> None:
-        """Compare one rank's value; pending sums have no counterpart on one device."""
-        here = self.nodes.get((prefix, node.name))
-        if here is None or here.op != "call_function" or is_block_call(here):
-            return
-        if getattr(getattr(here.target, "overloadpacket", None), "__name__", "") in UNINITIALISED:
-            return
-        key = (prefix, _counterpart(here).name)
-        if key not in self.expected or (self.found is not None and self.order[key] >= self.found[0]):
-            return
-        for got, whole, layout in _parts(value, self.expected[key], here.meta[LAYOUT]):
-            if layout.partial:
-                continue
-            want = shard_of(whole, layout, rank)
-            error = _relative(got, want)
-            if error > self.tolerance:
-                self.found = self.order[key], _describe(prefix, here, rank, error, got, want)
-
-
-def _counterpart(node: fx.Node) -> fx.Node:
-    """The node whose single-device value this one has: changes of layout have their operand's."""
-    while ops.is_relayout(node.target):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _describe(prefix: str, node: fx.Node, rank: int, error: float, got: torch.Tensor, want: torch.Tensor) -> Divergence:
-    where: Where = node.meta.get(WHERE, Where())
-    module = ".".join(part for part in (prefix, where.module) if part)
-    statistics = f"got {_statistics(got)}; expected {_statistics(want)}"
-    source = f"{where.source} (module {module})" if module else where.source
-    return Divergence(prefix, node.name, source, rank, error, statistics)
-
-
-def _statistics(x: torch.Tensor) -> str:
-    wide = x.abs() if x.is_complex() else x
-    wide = wide.double()
-    text = f"shape {tuple(x.shape)}"
-    return f"{text}, mean {wide.mean():.4g}, std {wide.std(correction=0):.4g}" if x.numel() else text
-
-
-def _parts(value: Any, whole: Any, layout: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, Layout]]:
-    if isinstance(layout, Layout):
-        yield value, whole, layout
-    else:
-        yield from zip(value, whole, layout, strict=True)
-
-
-def shard_of(whole: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor:
-    """A rank's part of a global tensor."""
-    for dim, partition in enumerate(layout.dims):
-        if partition is not None:
-            part: Indices = partition.parts[rank]
-            whole = whole.index_select(dim, torch.from_numpy(part.array).to(whole.device))
-    return whole
-
-
-def first_divergence(
-    parallel: ParallelProgram, model: nn.Module, example: Example, tolerance: float
-) -> Divergence | None:
-    """Run the undivided program on one device, then every rank, and find the first value that differs."""
-    args, kwargs = ((), dict(example)) if not isinstance(example, tuple) else (example, {})
-    inputs = bind_inputs(model, parallel.original, args, kwargs)
-    comparison = _Comparison(parallel.ir, tolerance)
-    state = model_state(parallel.original, model)
-    with torch.no_grad():
-        Interpreter(parallel.analysed, state, inputs[0].device, comparison.record).run(inputs)
-        parallel.simulate(model, copied(example), comparison.compare)
-    return None if comparison.found is None else comparison.found[1]

@@ -19,5 +19,16 @@ class VerifyError(XditError):
     """A program breaks an invariant of the IR; names the pass, block and node."""
 
 
+class ExecutionError(XditError):
+    """An operator of some rank's program cannot be run, as PyTorch says; a defect of a rule, a pass or a weight.
+
+    `site` is the name of the block call (empty: outer graph) and `node` the operator's.
+    """
+
+    def __init__(self, rank: int, site: str, node: str, reason: str) -> None:
+        super().__init__(f"rank {rank}, {site or 'outer graph'}, {node}: {reason}")
+        self.rank, self.site, self.node, self.reason = rank, site, node, reason
+
+
 class MismatchError(XditError):
     """Inputs, weights or ranks differ from what a program was made for; names the argument."""

@@ -14,6 +14,7 @@ from xdit_ir.errors import MismatchError
 from xdit_ir.program import CONSTANT, Program, is_block_call, qualified
 
 State = Callable[[str], torch.Tensor]
+# Sees the name of the block call (empty: outer graph), a node of its body, and the value.
 Observer = Callable[[str, fx.Node, Any], None]
 
 
@@ -49,17 +50,17 @@ def _entry(container: Any, part: str) -> Any:
 
 
 class Interpreter:
-    """Runs a program's graphs with `state` as weights, on `device`; `observe(prefix, node, value)` sees every value."""
+    """Runs a program's graphs with `state` as weights, on `device`; `observe` sees every value."""
 
     def __init__(self, program: Program, state: State, device: torch.device, observe: Observer | None = None) -> None:
         self.program, self.state, self.device, self.observe = program, state, device, observe
 
     def run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Outputs of the outer graph for its placeholders' values."""
-        outputs: tuple[torch.Tensor, ...] = self._graph(self.program.graph, inputs, "")
+        outputs: tuple[torch.Tensor, ...] = self._graph(self.program.graph, inputs, "", "")
         return outputs
 
-    def _graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str) -> Any:
+    def _graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str, site: str) -> Any:
         env: dict[fx.Node, Any] = {}
         feed = iter(inputs)
         for node in graph.nodes:
@@ -67,7 +68,7 @@ class Interpreter:
                 return fx.map_arg(node.args[0], env.__getitem__)
             env[node] = self._node(node, env, feed, prefix)
             if self.observe is not None:
-                self.observe(prefix, node, env[node])
+                self.observe(site, node, env[node])
         raise AssertionError("a graph ends with an output")
 
     def _node(self, node: fx.Node, env: Mapping[fx.Node, Any], feed: Any, prefix: str) -> Any:
@@ -78,7 +79,7 @@ class Interpreter:
         args: Any = fx.map_arg(node.args, env.__getitem__)
         if is_block_call(node):
             name, call_prefix, values = args
-            return self._graph(self.program.blocks[name].graph, values, call_prefix)
+            return self._graph(self.program.blocks[name].graph, values, call_prefix, node.name)
         kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
         return execute(self.program, node, args, kwargs, self.device)
 

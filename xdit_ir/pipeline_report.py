@@ -13,7 +13,7 @@ from xdit_ir.displacement import graphs, over_time
 from xdit_ir.mesh import TIME
 from xdit_ir.patches import Part, Pipeline
 from xdit_ir.program import CONSTANT, SPEC, Program, is_block_call, qualified
-from xdit_ir.report import Collective, Report, find_fallbacks, traffic
+from xdit_ir.report import Collective, Report, find_fallbacks, read_at_calls, traffic
 from xdit_ir.runtime.buffers import Keep, Write
 
 Key = tuple[str, str]
@@ -49,6 +49,7 @@ def pipeline_report(original: Program, pipeline: Pipeline) -> Report:
         ],
         fallbacks=list(find_fallbacks(pipeline.program, pipeline.virtual)),
         buffer_bytes_per_rank=[sum(rank.buffers.values()) for rank in ranks],
+        reads=read_at_calls(original),
     )
 
 

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.errors import VerifyError
+from xdit_ir.errors import ExecutionError, VerifyError
 from xdit_ir.interpret import State, execute
 from xdit_ir.program import Program, is_block_call, qualified
 from xdit_ir.runtime.attention import RingMerge
 from xdit_ir.runtime.exchange import Communicate, Reduce, Reshuffle, Ring, pack, unpack
 
+# Sees the rank, the name of the block call (empty: outer graph), a node of its body, and the value.
 RankObserver = Callable[[int, str, fx.Node, Any], None]
 Steps = Generator["_Meeting | Waiting", Any, Any]
+
+
+_FAILURES = (RuntimeError, IndexError, TypeError, ValueError)  # what PyTorch raises for operands that do not fit
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,18 @@ class Rank:
     ) -> None:
         self.rank, self.program, self.state, self.device, self.observe = rank, program, state, device, observe
 
-    def graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str) -> Steps:
+    def graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str = "", site: str = "") -> Steps:
         env: dict[fx.Node, Any] = {}
         feed = iter(inputs)
         for node in graph.nodes:
             if node.op == "output":
                 return fx.map_arg(node.args[0], env.__getitem__)
-            env[node] = yield from self.node(node, env, feed, prefix)
+            try:
+                env[node] = yield from self.node(node, env, feed, prefix)
+            except _FAILURES as error:
+                raise ExecutionError(self.rank, site, node.name, str(error)) from error
             if self.observe is not None:
-                self.observe(self.rank, prefix, node, env[node])
+                self.observe(self.rank, site, node, env[node])
         raise AssertionError("a graph ends with an output")
 
     def node(self, node: fx.Node, env: Mapping[fx.Node, Any], feed: Any, prefix: str) -> Steps:
@@ -65,7 +72,7 @@ class Rank:
         args: Any = fx.map_arg(node.args, env.__getitem__)
         if is_block_call(node):
             name, call_prefix, values = args
-            return (yield from self.graph(self.program.blocks[name].graph, values, call_prefix))
+            return (yield from self.graph(self.program.blocks[name].graph, values, call_prefix, node.name))
         kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
         if isinstance(node.target, Communicate):
             return (yield _Meeting(node.target, args, kwargs, node))
@@ -79,9 +86,9 @@ def run_ranks(
     device: torch.device,
     observe: RankObserver | None = None,
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Outputs of every rank for the same inputs; `observe(rank, prefix, node, value)` sees every value."""
+    """Outputs of every rank for the same inputs; `observe` sees every value."""
     steps = {
-        rank: Rank(rank, program, state, device, observe).graph(program.graph, inputs, "")
+        rank: Rank(rank, program, state, device, observe).graph(program.graph, inputs)
         for rank, program in enumerate(programs)
     }
     results = lockstep(steps)
@@ -106,7 +113,10 @@ def lockstep(steps: Mapping[int, Steps]) -> dict[int, Any]:
                 del waiting[rank]
                 ready.append((rank, None))
             elif isinstance(at, _Meeting) and rank == at.target.group[0]:
-                ready += _met(at.target.group, waiting)
+                try:
+                    ready += _met(at.target.group, waiting)
+                except _FAILURES as error:
+                    steps[rank].throw(error)  # where it stands it knows its place in the program
     if waiting:
         raise VerifyError("ranks wait for each other for ever: " + _describe(waiting))
     return results

@@ -11,7 +11,7 @@ from torch import fx
 from xdit_ir.errors import VerifyError
 from xdit_ir.interpret import State
 from xdit_ir.mesh import TIME
-from xdit_ir.patches import Part, Pipeline
+from xdit_ir.patches import Pipeline
 from xdit_ir.program import Program, qualified
 from xdit_ir.runtime import buffers
 from xdit_ir.runtime.buffers import Keep, Read, Recall, Slot, Write
@@ -112,28 +112,31 @@ class _PatchRank(Rank):
 class PipelineSimulation:
     """Consecutive steps of one request. The first ones are synchronous: every read waits for all patches."""
 
-    def __init__(
-        self, pipeline: Pipeline, state: State, device: torch.device, observe: RankObserver | None = None
-    ) -> None:
-        self.pipeline, self.state, self.device, self.observe = pipeline, state, device, observe
+    def __init__(self, pipeline: Pipeline, state: State, device: torch.device) -> None:
+        self.pipeline, self.state, self.device = pipeline, state, device
         self.stores = [Store() for _ in range(pipeline.mesh.world_size)]
         self.steps = 0
 
-    def step(self, inputs: Sequence[torch.Tensor]) -> list[Tensors]:
-        """The outputs of every rank for the inputs of the next step."""
+    def step(self, inputs: Sequence[torch.Tensor], observe: RankObserver | None = None) -> list[Tensors]:
+        """The outputs of every rank for the inputs of the next step; `observe` sees every value."""
         virtual = self.pipeline.virtual
         synchronous = self.steps < self.pipeline.warmup_steps
         everyone = range(virtual.world_size)
         by_patch = [[v for v in everyone if virtual.index(v, (TIME,)) == p] for p in range(self.pipeline.patches)]
         outputs: dict[int, Tensors] = {}
         for together in [everyone] if synchronous else by_patch:
-            outputs |= self._through(together, inputs, synchronous=synchronous)
+            outputs |= self._through(together, inputs, observe, synchronous=synchronous)
         self.steps += 1
         ranks, last = range(self.pipeline.mesh.world_size), self.pipeline.patches - 1
         return [outputs[self.pipeline.virtual_rank(rank, last)] for rank in ranks]
 
     def _through(
-        self, ranks: Sequence[int], inputs: Sequence[torch.Tensor], *, synchronous: bool
+        self,
+        ranks: Sequence[int],
+        inputs: Sequence[torch.Tensor],
+        observe: RankObserver | None,
+        *,
+        synchronous: bool,
     ) -> dict[int, Tensors]:
         """Pass these virtual ranks through all stages."""
         messages: dict[int, Tensors] = dict.fromkeys(ranks, ())
@@ -142,13 +145,10 @@ class PipelineSimulation:
             parts = {rank: self.pipeline.part(stage, rank) for rank in ranks}
             steps = {}
             for rank, part in parts.items():
-                runner = self._rank(stage, rank, part, synchronous)
-                steps[rank] = runner.graph(part.program.graph, [*inputs, *messages[rank]], "")
+                moment = (self.stores[self.pipeline.rank(stage, rank)], self.steps, synchronous)
+                runner = _PatchRank(rank, part.program, self.state, self.device, observe, moment)
+                steps[rank] = runner.graph(part.program.graph, [*inputs, *messages[rank]])
             done = lockstep(steps)
             messages = {rank: done[rank][: len(part.sends)] for rank, part in parts.items()}
             results = {rank: done[rank][len(part.sends) :] for rank, part in parts.items()}
         return results
-
-    def _rank(self, stage: int, rank: int, part: Part, synchronous: bool) -> _PatchRank:
-        moment = (self.stores[self.pipeline.rank(stage, rank)], self.steps, synchronous)
-        return _PatchRank(rank, part.program, self.state, self.device, self.observe, moment)

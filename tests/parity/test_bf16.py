@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.check import relative_error
+from xdit_ir.difference import relative_error
 
 NAMES = [
     "cogvideox-5b",

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram, TracedProgram
-from xdit_ir.check import relative_error
+from xdit_ir.difference import relative_error
 from xdit_ir.mesh import TIME
 from xdit_ir.program import LAYOUT
 

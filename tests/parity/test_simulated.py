@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import xdit_ir as xir
 from xdit_ir import models, ops
 from xdit_ir.api import TracedProgram
-from xdit_ir.check import relative_error
+from xdit_ir.difference import relative_error
 
 MODELS = (
     "flux.1-dev",

@@ -18,7 +18,7 @@ from xdit_ir import models
 from xdit_ir.api import run_single
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import opened
-from xdit_ir.check import relative_error
+from xdit_ir.difference import relative_error
 from xdit_ir.tools.degrees import Degrees
 from xdit_ir.tools.survey import DEGREES, Outcome, Subject
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from xdit_ir import models
-from xdit_ir.check import CheckResult, Divergence
+from xdit_ir.check import CheckResult
+from xdit_ir.divergence import Divergence
 from xdit_ir.tools import cmd_check
 from xdit_ir.tools.cli import main
 
@@ -162,7 +163,7 @@ def test_check_refused_degrees_are_explained_and_the_others_checked(capsys: Capt
 
 
 def test_check_difference_names_the_place(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Divergence("blocks.3", "linear_2", "model.py:7: y = self.proj(x)", 1, 0.5, "got 1; expected 2")
+    place = Divergence("blocks.3", "linear_2", "model.py:7: y = self.proj(x)", 1, 0.5)
     wrong = CheckResult(False, 0.25, 1e-5, 2, place)
     monkeypatch.setattr(cmd_check, "check_parallel", lambda *args, **kwargs: wrong)
     assert main(["check", TINY, "--degrees", "u2"]) == 1
