@@ -21,3 +21,7 @@ class VerifyError(XditError):
 
 class MismatchError(XditError):
     """Inputs, weights or ranks differ from what a program was made for; names the argument."""
+
+
+class ParseError(XditError):
+    """A program's text cannot be read; names the line, what was expected and what stands there."""
