@@ -28,7 +28,7 @@ class FindTokens:
 
     Candidates are the dimensions of what flows from the prologue into block calls, and those of the inputs that no
     such stream divides. The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come streams
-    that reach no query, but whose work can be divided nevertheless.
+    that reach no query, but whose work can be divided nevertheless. Numerics: exact.
     """
 
     name: str = "find-tokens"

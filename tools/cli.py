@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from xdit_ir.errors import XditError
-from xdit_ir.tools import cmd_bench, cmd_check, cmd_inspect, cmd_models, cmd_support
+from xdit_ir.tools import cmd_bench, cmd_check, cmd_inspect, cmd_models, cmd_opt, cmd_passes, cmd_support
 
 USAGE_ERROR = 2
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xdit-ir {version('xdit-ir')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (cmd_inspect, cmd_check, cmd_bench, cmd_models, cmd_support):
+    for command in (cmd_inspect, cmd_check, cmd_passes, cmd_opt, cmd_bench, cmd_models, cmd_support):
         command.add_parser(commands)
     return parser
 

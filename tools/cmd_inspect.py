@@ -17,6 +17,7 @@ from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.pipeline import analysis_passes, mesh_of
 from xdit_ir.printer import body_text, program_text
 from xdit_ir.program import Program
+from xdit_ir.textual import save
 from xdit_ir.tools import targets
 from xdit_ir.tools.degrees import Degrees
 from xdit_ir.tools.terminal import working, write_text
@@ -41,6 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--passes", action="store_true", help="print the program after each pass")
     parser.add_argument("--report", action="store_true", help="print only the report")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead")
+    parser.add_argument("--ir", type=Path, metavar="FILE", help="write the traced program for `xdit-ir opt` instead")
     parser.add_argument("--device", default="meta", help="where a zoo model is made (default: meta, no memory)")
     parser.add_argument("--dtype", choices=DTYPES, help="of a zoo model (default: bfloat16, for :tiny float32)")
     parser.set_defaults(run=run)
@@ -50,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
     """Print, or write to a file; nothing is printed if a degree is illegal."""
     given = {name: getattr(args, name) for name in Degrees().as_dict() if getattr(args, name) is not None}
     mesh_of(given)
-    sections = _sections(args, given)
+    traced = _trace(args)
+    if args.ir is not None:
+        print(f"wrote {' and '.join(map(str, save(traced.ir, args.ir)))}")
+        return 0
+    sections = _sections(args, traced, given)
     if args.output is None:
         for section in sections:
             write_text(section)
@@ -64,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sections(args: argparse.Namespace, given: dict[str, Any]) -> list[str]:
-    traced = _trace(args)
+def _sections(args: argparse.Namespace, traced: TracedProgram, given: dict[str, Any]) -> list[str]:
     view = _view(args, traced.ir)
     before = [f"# {args.model}\n{view(traced.ir)}"]
     if args.passes:

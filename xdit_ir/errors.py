@@ -32,3 +32,7 @@ class ExecutionError(XditError):
 
 class MismatchError(XditError):
     """Inputs, weights or ranks differ from what a program was made for; names the argument."""
+
+
+class ParseError(XditError):
+    """A program's text cannot be read; names the line, what was expected and what stands there."""

@@ -62,8 +62,12 @@ def type_text(spec: TensorSpec, layout: Layout | None, mesh: Mesh | None) -> str
     if layout is None or mesh is None:
         return f"{name}[{', '.join(map(str, spec.shape))}]"
     dims = (dimension_text(mesh, size, p) for size, p in zip(spec.shape, layout.dims, strict=True))
-    pending = f" partial({', '.join(in_mesh_order(layout.partial))})" if layout.partial else ""
-    return f"{name}[{', '.join(dims)}]{pending}"
+    return f"{name}[{', '.join(dims)}]{partial_text(layout)}"
+
+
+def partial_text(layout: Layout | None) -> str:
+    """` partial(ulysses)` where a sum is pending, else nothing."""
+    return f" partial({', '.join(in_mesh_order(layout.partial))})" if layout is not None and layout.partial else ""
 
 
 def node_type(node: fx.Node, mesh: Mesh | None) -> str:
@@ -130,7 +134,7 @@ def body_text(program: Program, name: str) -> str:
 def program_text(program: Program, *, bodies: bool = False) -> str:
     """The program at block level; with `bodies`, every operator of the outer graph and of every block."""
     mesh = program.mesh
-    over = "" if mesh is None else " on " + _mesh_text(mesh)
+    over = "" if mesh is None else " on " + mesh_text(mesh)
     head = [f"program {program.name}{over} {{"]
     head += [f"  input %{n.name}: {node_type(n, mesh)}" for n in program.graph.nodes if n.op == "placeholder"]
     if bodies:
@@ -144,7 +148,8 @@ def program_text(program: Program, *, bodies: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _mesh_text(mesh: Mesh) -> str:
+def mesh_text(mesh: Mesh) -> str:
+    """`cfg=2 ulysses=2`, or `1 rank`."""
     named = zip(MESH_DIMS, mesh.sizes, strict=True)
     return " ".join(f"{name}={size}" for name, size in named if size > 1) or "1 rank"
 
