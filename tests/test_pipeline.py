@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,10 +17,12 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram
 from xdit_ir.check import check_parallel
+from xdit_ir.mesh import Mesh
 from xdit_ir.passes.base import copy_graph
 from xdit_ir.patches import Part, Pipeline, verify_pipeline
 from xdit_ir.runtime import buffers
 from xdit_ir.runtime.buffers import Read, Write
+from xdit_ir.stages import contiguous, folded
 
 Case = tuple[torch.nn.Module, dict[str, Any]]
 
@@ -105,6 +108,27 @@ def test_every_rank_computes_its_stage_only(case: Case, parallel: ParallelProgra
     report = parallel.report()
     assert sum(report.weight_bytes_per_rank) <= 1.01 * report.weight_bytes_total
     assert max(report.weight_bytes_per_rank) <= 0.7 * report.weight_bytes_total
+
+
+@pytest.mark.parametrize("coordinates", [contiguous(3), folded(3), folded(1)])
+@pytest.mark.parametrize("patches", [1, 3, 5])
+def test_turns_follow_what_they_need_and_never_fall_together(
+    parallel: ParallelProgram, coordinates: tuple[int, ...], patches: int
+) -> None:
+    assert parallel.pipeline is not None
+    program = parallel.pipeline.program.replace(mesh=Mesh.of(pipefusion=patches))
+    pipeline = Pipeline(program, coordinates, warmup_steps=1)
+    last, ranks = pipeline.stages - 1, pipeline.mesh.world_size
+    turns = {job: pipeline.turn(*job) for job in itertools.product(range(last + 1), range(3), range(patches))}
+    for (stage, step, patch), turn in turns.items():
+        assert stage == 0 or turns[stage - 1, step, patch] < turn
+        assert patch == 0 or turns[stage, step, patch - 1] < turn
+        assert stage or step == 0 or turns[last, step - 1, patch] < turn, "the scheduler has made its next latents"
+    for rank in range(ranks):
+        mine = sorted(turn for (stage, _, _), turn in turns.items() if stage in pipeline.stages_of(rank))
+        assert len(set(mine)) == len(mine)
+        steady = [turn for turn in mine if turns[last, 0, 0] <= turn < turns[0, 2, patches - 1]]
+        assert patches < ranks or len(steady) == steady[-1] - steady[0] + 1, "busy all the time"
 
 
 def test_emitting_is_refused_for_now(case: Case, parallel: ParallelProgram) -> None:

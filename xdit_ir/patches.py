@@ -21,12 +21,16 @@ from xdit_ir.stages import Stage, cut_stages
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one stage does for one patch: its program takes the model's inputs and the message of the stage before, and
-    returns the message for the next stage; the last stage returns the model's outputs with the last patch."""
+    """What one stage does for one patch. Its program takes the model's inputs, the message of the stage before
+    (`receives`) and what an earlier stage of this rank held for it (`takes`); it returns the message for the next stage
+    (`sends`), what a later stage of this rank takes (`holds`), and in the last stage, with the last patch, the model's
+    outputs. `takes` and `holds` are of one patch in one step; they are empty where each rank has one stage."""
 
     program: Program
     receives: tuple[str, ...]
     sends: tuple[str, ...]
+    takes: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
 
     def message(self, *, sent: bool) -> tuple[TensorSpec, ...]:
         """Types of what is sent (or received)."""
@@ -34,21 +38,33 @@ class Part:
             [output] = (node for node in self.program.graph.nodes if node.op == "output")
             return tuple(node.meta[SPEC] for node in operands(output)[: len(self.sends)])
         inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
-        return tuple(node.meta[SPEC] for node in inputs[len(inputs) - len(self.receives) :])
+        end = len(inputs) - len(self.takes)
+        return tuple(node.meta[SPEC] for node in inputs[end - len(self.receives) : end])
 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """A program on a mesh whose dim `pipefusion` counts patches, cut into stages.
 
-    `mesh` is that of the ranks, where `pipefusion` counts stages.
+    `coordinates[stage]` is where along `pipefusion` a stage is computed: each on a rank of its own, or (folded) two on
+    each rank, there and back again. `mesh` is that of the ranks. Buffers belong to one stage of one rank.
     """
 
     program: Program
-    stages: int
+    coordinates: tuple[int, ...]
     warmup_steps: int
     _parts: dict[tuple[int, int], Part] = field(default_factory=dict)
     _blocks: dict[int, Program] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.coordinates)
+
+    @property
+    def rounds(self) -> int:
+        """How many stages each rank has."""
+        return self.stages // len(set(self.coordinates))
 
     @property
     def virtual(self) -> Mesh:
@@ -65,7 +81,7 @@ class Pipeline:
     def mesh(self) -> Mesh:
         """The mesh of ranks."""
         cfg, _, ring, ulysses = self.virtual.sizes
-        return Mesh.of(cfg, self.stages, ring, ulysses)
+        return Mesh.of(cfg, len(set(self.coordinates)), ring, ulysses)
 
     def virtual_rank(self, rank: int, patch: int) -> int:
         """The virtual rank that a rank is while it computes a patch."""
@@ -75,12 +91,26 @@ class Pipeline:
     def rank(self, stage: int, virtual: int) -> int:
         """The rank that computes a stage for a virtual rank."""
         cfg, _, ring, ulysses = self.virtual.coordinates[virtual]
-        return self.mesh.coordinates.index((cfg, stage, ring, ulysses))
+        return self.mesh.coordinates.index((cfg, self.coordinates[stage], ring, ulysses))
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that a rank computes, in their order."""
+        place = self.mesh.index(rank, (TIME,))
+        return tuple(stage for stage, coordinate in enumerate(self.coordinates) if coordinate == place)
+
+    def turn(self, stage: int, step: int, patch: int) -> int:
+        """When a stage computes a patch of a displaced step, in units of the time of one stage.
+
+        Each rank works in this order, which never waits for something that comes later; no two turns of a rank are
+        equal, and none is idle where there are at least as many patches as ranks.
+        """
+        patches = max(self.patches, self.stages // self.rounds)
+        return stage + self.rounds * (step * patches + patch)
 
     @cached_property
     def cuts(self) -> tuple[Stage, ...]:
         """The stages, not yet of any rank."""
-        return cut_stages(self.program, self.stages)
+        return cut_stages(self.program, self.coordinates)
 
     def part(self, stage: int, virtual: int) -> Part:
         """What a stage does for a virtual rank."""
@@ -102,11 +132,20 @@ class Pipeline:
 
 
 def verify_pipeline(pipeline: Pipeline) -> None:
-    """Raise `VerifyError` unless every message is received as it is sent, in the same order."""
+    """Raise `VerifyError` unless every message is received as it is sent, in the same order, and between ranks only,
+    and everything that a stage takes is held by an earlier one of its rank."""
     for virtual in range(pipeline.virtual.world_size):
         parts = [pipeline.part(stage, virtual) for stage in range(pipeline.stages)]
         if parts[0].receives or parts[-1].sends:
             raise VerifyError("the first stage receives nothing and the last sends nothing")
+        for stage, part in enumerate(parts):
+            mine = [s for s in range(stage) if pipeline.coordinates[s] == pipeline.coordinates[stage]]
+            if stage - 1 in mine and part.receives:
+                raise VerifyError(f"virtual rank {virtual}: stage {stage} receives {part.receives} from its own rank")
+            if missing := [name for name in part.takes if not any(name in parts[s].holds for s in mine)]:
+                raise VerifyError(
+                    f"virtual rank {virtual}: stage {stage} takes {missing}, which its rank does not hold"
+                )
         for stage, (one, other) in enumerate(itertools.pairwise(parts)):
             if one.sends != other.receives or one.message(sent=True) != other.message(sent=False):
                 raise VerifyError(
@@ -135,17 +174,18 @@ def pipeline_text(pipeline: Pipeline) -> str:
 
 def _part(cut: Stage, program: Program, patch: int, patches: int) -> Part:
     once = {node.name for node in program.graph.nodes if ONCE in node.meta} if patch else set()
-    receives, sends = (tuple(n for n in names if n not in once) for names in (cut.receives, cut.sends))
+    wanted = [tuple(n for n in names if n not in once) for names in (cut.receives, cut.sends, cut.takes, cut.holds)]
+    passed = (*cut.sends, *cut.holds)
     [output] = (node for node in program.graph.nodes if node.op == "output")
     values = operands(output)
-    kept = [value for value, name in zip(values, cut.sends, strict=False) if name not in once]
+    kept = [value for value, name in zip(values, passed, strict=False) if name not in once]
     if patch == patches - 1:
-        kept += values[len(cut.sends) :]
-    graph = _for_patch(program.graph, patch, patches, received=cut.receives, outputs=kept)
+        kept += values[len(passed) :]
+    graph = _for_patch(program.graph, patch, patches, received=(*cut.receives, *cut.takes), outputs=kept)
     _remove_dead(graph, {name for name, block in program.blocks.items() if _has_effects(block.graph)})
     used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
     blocks = {name: block for name, block in program.blocks.items() if name in used}
-    return Part(program.replace(graph=graph, blocks=blocks), receives, sends)
+    return Part(program.replace(graph=graph, blocks=blocks), *wanted)
 
 
 def _for_patch(

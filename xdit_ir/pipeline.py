@@ -27,6 +27,7 @@ from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.passes.take_known import TakeKnown
 from xdit_ir.patches import Pipeline, verify_pipeline
 from xdit_ir.program import Program
+from xdit_ir.stages import contiguous
 from xdit_ir.verify import verify
 
 After = Callable[[Pass, Program], None]
@@ -70,7 +71,7 @@ def make_pipeline(
     cfg, count, ring, ulysses = mesh.sizes
     divided = run_passes(staged, time_passes(Mesh.of(cfg, patches, ring, ulysses)), after)
     verify(divided, "separate-time", runnable=True)
-    pipeline = Pipeline(divided, count, warmup_steps)
+    pipeline = Pipeline(divided, contiguous(count), warmup_steps)
     verify_pipeline(pipeline)
     return staged, pipeline
 

@@ -21,7 +21,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class Store:
-    """The buffers of one rank, for one request; knows in which step each patch wrote its part of each."""
+    """The buffers of one stage on one rank, for one request; knows in which step each patch wrote its part of each."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -114,7 +114,7 @@ class PipelineSimulation:
 
     def __init__(self, pipeline: Pipeline, state: State, device: torch.device) -> None:
         self.pipeline, self.state, self.device = pipeline, state, device
-        self.stores = [Store() for _ in range(pipeline.mesh.world_size)]
+        self.stores = [[Store() for _ in range(pipeline.mesh.world_size)] for _ in range(pipeline.stages)]
         self.steps = 0
 
     def step(self, inputs: Sequence[torch.Tensor], observe: RankObserver | None = None) -> list[Tensors]:
@@ -140,15 +140,19 @@ class PipelineSimulation:
     ) -> dict[int, Tensors]:
         """Pass these virtual ranks through all stages."""
         messages: dict[int, Tensors] = dict.fromkeys(ranks, ())
+        held: dict[int, dict[str, torch.Tensor]] = {rank: {} for rank in ranks}
         results: dict[int, Tensors] = {}
         for stage in range(self.pipeline.stages):
             parts = {rank: self.pipeline.part(stage, rank) for rank in ranks}
             steps = {}
             for rank, part in parts.items():
-                moment = (self.stores[self.pipeline.rank(stage, rank)], self.steps, synchronous)
+                moment = (self.stores[stage][self.pipeline.rank(stage, rank)], self.steps, synchronous)
                 runner = _PatchRank(rank, part.program, self.state, self.device, observe, moment)
-                steps[rank] = runner.graph(part.program.graph, [*inputs, *messages[rank]])
-            done = lockstep(steps)
-            messages = {rank: done[rank][: len(part.sends)] for rank, part in parts.items()}
-            results = {rank: done[rank][len(part.sends) :] for rank, part in parts.items()}
+                taken = [held[rank][name] for name in part.takes]
+                steps[rank] = runner.graph(part.program.graph, [*inputs, *messages[rank], *taken])
+            for rank, values in lockstep(steps).items():
+                sends, holds = parts[rank].sends, parts[rank].holds
+                messages[rank] = values[: len(sends)]
+                held[rank] |= zip(holds, values[len(sends) :], strict=False)
+                results[rank] = values[len(sends) + len(holds) :]
         return results

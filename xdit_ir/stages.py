@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -18,35 +19,76 @@ Homes = dict[fx.Node, frozenset[int]]
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One stage: its program takes the model's inputs and then `receives`, the names of values of earlier stages; it
-    returns `sends`, what later stages want, and then, in the last stage, the outputs of the model."""
+    """One stage. Its program takes the model's inputs, then `receives`, values that the stage before sends from another
+    rank, then `takes`, values that an earlier stage of the same rank holds for it. It returns `sends`, for the next
+    stage, `holds`, for a later stage of its own rank, and then, in the last stage, the outputs of the model."""
 
     program: Program
     receives: tuple[str, ...]
     sends: tuple[str, ...]
+    takes: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
 
 
-def cut_stages(program: Program, count: int) -> tuple[Stage, ...]:
-    """The stages of a program whose token stream has stages noted (`partition-stages`).
+def contiguous(ranks: int) -> tuple[int, ...]:
+    """Coordinates of stages, one stage for each coordinate."""
+    return tuple(range(ranks))
+
+
+def folded(ranks: int) -> tuple[int, ...]:
+    """Coordinates of twice as many stages as there are coordinates: there and back again."""
+    return (*range(ranks), *reversed(range(ranks)))
+
+
+def cut_stages(program: Program, coordinates: Sequence[int]) -> tuple[Stage, ...]:
+    """The stages of a program whose token stream has stages noted (`partition-stages`); `coordinates` says where along
+    `pipefusion` each of them is computed.
 
     What has no stage of its own is repeated in every stage that wants it if that costs nothing, and is computed in the
-    first one otherwise. Values go from neighbour to neighbour.
+    first one otherwise. Values go from neighbour to neighbour, or wait on a rank for a later stage of that rank.
     """
-    homes = _homes(program.graph, count)
-    wanted: list[set[fx.Node]] = [set() for _ in range(count)]
-    for node, stages in homes.items():
+    homes = _homes(program.graph, len(coordinates))
+    routes = {node: _Route(coordinates, set(homes[node])) for node in program.graph.nodes}
+    for node in program.graph.nodes:
         for source in operands(node):
-            for stage in stages - homes[source]:
+            for stage in sorted(homes[node] - homes[source]):
                 if min(homes[source]) > stage:
                     raise VerifyError(f"{node.name} of stage {stage} needs {source.name}, which a later stage computes")
-                for between in range(max(s for s in homes[source] if s < stage) + 1, stage + 1):
-                    wanted[between].add(source)
-    order = {node: place for place, node in enumerate(program.graph.nodes)}
-    incoming = [sorted(values, key=order.__getitem__) for values in wanted]
-    return tuple(
-        _stage(program, homes, stage, incoming[stage], incoming[stage + 1] if stage + 1 < count else [])
-        for stage in range(count)
-    )
+                routes[source].bring(stage)
+    return tuple(_stage(program, homes, routes, stage) for stage in range(len(coordinates)))
+
+
+class _Route:
+    """How a value gets from the stages that compute it to those that want it, with the fewest messages."""
+
+    def __init__(self, coordinates: Sequence[int], has: set[int]) -> None:
+        self.coordinates, self.has = coordinates, has
+        self.messages: set[int] = set()
+        self.waits: dict[int, int] = {}
+
+    def bring(self, stage: int) -> None:
+        """Bring the value to a stage, from the one before, or from an earlier one of the same rank."""
+        if stage in self.has:
+            return
+        source = min(self._sources(stage), key=self._distance)
+        self.bring(source)
+        self.has.add(stage)
+        if self.coordinates[source] == self.coordinates[stage]:
+            self.waits[stage] = source
+        else:
+            self.messages.add(stage)
+
+    def _sources(self, stage: int) -> list[int]:
+        """Where a stage can have it from: those of its own rank first, which cost nothing."""
+        mine = [other for other in range(stage) if self.coordinates[other] == self.coordinates[stage]]
+        return mine if stage - 1 in mine else [*mine, stage - 1]
+
+    def _distance(self, stage: int) -> float:
+        """Messages until a stage has it."""
+        if stage in self.has:
+            return 0
+        costs = (self._distance(s) + (self.coordinates[s] != self.coordinates[stage]) for s in self._sources(stage))
+        return min(costs) if stage > 0 else float("inf")
 
 
 def _homes(graph: fx.Graph, count: int) -> Homes:
@@ -84,11 +126,15 @@ def _free(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _stage(program: Program, homes: Homes, stage: int, incoming: list[fx.Node], outgoing: list[fx.Node]) -> Stage:
+def _stage(program: Program, homes: Homes, routes: Mapping[fx.Node, _Route], stage: int) -> Stage:
+    receives = [node for node, route in routes.items() if stage in route.messages]
+    sends = [node for node, route in routes.items() if stage + 1 in route.messages]
+    takes = [node for node, route in routes.items() if stage in route.waits]
+    holds = [node for node, route in routes.items() if stage in route.waits.values()]
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
-    for node in [*inputs, *incoming]:
+    for node in [*inputs, *receives, *takes]:
         env[node] = graph.create_node("placeholder", node.name, name=node.name)
         env[node].meta = dict(node.meta)
     results: tuple[fx.Node, ...] = ()
@@ -98,8 +144,8 @@ def _stage(program: Program, homes: Homes, stage: int, incoming: list[fx.Node], 
         elif node not in env and stage in homes[node]:
             env[node] = graph.node_copy(node, env.__getitem__)
             env[node].meta = dict(node.meta)
-    graph.output(tuple(env[node] for node in (*outgoing, *results)))
+    graph.output(tuple(env[node] for node in (*sends, *holds, *results)))
     used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
     blocks = {name: block for name, block in program.blocks.items() if name in used}
-    names = [tuple(node.name for node in nodes) for nodes in (incoming, outgoing)]
+    names = [tuple(node.name for node in nodes) for nodes in (receives, sends, takes, holds)]
     return Stage(program.replace(graph=graph, blocks=blocks), *names)
