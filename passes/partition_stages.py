@@ -7,8 +7,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import fx
 
+from xdit_ir.cost import Machine
+from xdit_ir.cuts import Cuts, Marks, contiguous, cut_folded, cut_straight, folded
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.passes.inline import inline
 from xdit_ir.profile import Profile, Value, boundaries, profile
@@ -16,16 +19,21 @@ from xdit_ir.program import STAGE, Program
 
 # "As few bytes as at the boundary": a second, smaller stream may be in two states at once.
 ROOM = 1.5
-# Among cuts that are this close to the best balance, the one with the fewest bytes is taken.
-SLACK = 1.001
+# How much more than its share of the weights a rank may have: the first of these with which a step takes at most EVEN
+# times as long as with contiguous stages without a bound.
+WEIGHTS = (1.1, 1.2, 1.5, 2.0)
+EVEN = 1.05
+Choice = tuple[tuple[int, ...], list[int]]
 
 
 @dataclass(frozen=True)
 class PartitionStages:
-    """Cut the operators, in their order, into `count` runs of equal FLOPs, and note the stage of every outer node that
-    follows the token stream. A cut lies between blocks, or inside one where about as few bytes are alive as around it.
+    """Cut the operators, in their order, into `count` runs of equal FLOPs, or into twice as many, of which the rank of
+    the first one also has the last one (folded); note the stage of every outer node that follows the token stream. A
+    cut lies between blocks, or inside one where about as few bytes are alive as around it.
 
-    `stages`: instead, how many of the blocks each stage gets. Numerics: exact.
+    Folded where the weights, or the bytes of long skips, are spread better so. `stages`: instead, how many of the
+    blocks each stage gets. Numerics: exact.
     """
 
     count: int
@@ -40,7 +48,9 @@ class PartitionStages:
             node.name for node in program.graph.nodes if node.op == "placeholder"
         ]
         found = profile(program, sources)
-        cuts = _balanced(found, self.count) if self.stages is None else _given(found, self.count, self.stages)
+        coordinates, cuts = (
+            _balanced(found, self.count) if self.stages is None else _given(found, self.count, self.stages)
+        )
         calls = {value.call for place in cuts if (value := _crossed(found, place)) is not None}
 
         called = {call: place for place, call in boundaries(found)}
@@ -51,7 +61,8 @@ class PartitionStages:
             if place is not None:
                 new.meta[STAGE] = bisect.bisect_right(cuts, place)
 
-        return inline(program, [call for call in calls if call is not None], note)
+        staged = inline(program, [call for call in calls if call is not None], note)
+        return staged.replace(coordinates=coordinates)
 
 
 def _crossed(found: Profile, place: int) -> Value | None:
@@ -65,69 +76,69 @@ def _candidates(found: Profile) -> list[int]:
     edges = [place for place, _ in boundaries(found)]
     around = [int(found.alive[place]) for place in edges] or [int(found.alive[1:-1].max(initial=0))]
     best: dict[int, tuple[int, int]] = {}
-    done = 0
+    before = [0, *itertools.accumulate(found.flops.tolist())]
     for place in range(len(found.entries)):
         last = bisect.bisect_right(edges, place) - 1
         allowed = max(around[max(last, 0)], around[min(last + 1, len(around) - 1)])
         alive = int(found.alive[place])
-        if 0 < alive <= allowed * ROOM and done:
+        done = before[place]
+        if 0 < alive <= allowed * ROOM and 0 < done < before[-1]:
             best[done] = min(best.get(done, (alive, place)), (alive, place))
-        done += found.flops[place]
-    best.pop(done, None)
     return [place for _, place in best.values()]
 
 
-def _balanced(found: Profile, count: int) -> list[int]:
+def _balanced(found: Profile, count: int) -> Choice:
+    """Contiguous or folded stages: whose slowest rank is done first, among those that spread the weights well."""
     places = _candidates(found)
     if len(places) < count - 1:
         raise ParallelizeError(
             f"pipefusion={count} needs {count - 1} places to cut the model, but it has {len(places)}; "
             f"use at most pipefusion={len(places) + 1}"
         )
-    before = [0, *itertools.accumulate(found.flops)]
-    marks = [0, *(before[place] for place in places), before[-1]]
-    limit = _limit(marks, count)
-    return [places[i - 1] for i in _cheapest(marks, [int(found.alive[p]) for p in places], count, limit * SLACK)]
+    marks = _marks(found, places)
+    straight = cut_straight(marks, count, float("inf"))
+    assert straight is not None
+    for bound in WEIGHTS:
+        best = min(_options(marks, count, bound), key=_seconds, default=None)
+        if best is not None and _seconds(best) <= EVEN * _seconds(straight):
+            break
+    else:
+        best = min(_options(marks, count, float("inf")), key=_seconds)
+    return best.coordinates, [places[mark - 1] for mark in best.marks]
 
 
-def _limit(marks: Sequence[int], count: int) -> int:
-    """The least work of the slowest of `count` runs between `marks`."""
-    low, high = marks[-1] // count, marks[-1]
-    while low < high:
-        middle = (low + high) // 2
-        at = 0
-        for _ in range(count):
-            at = bisect.bisect_right(marks, marks[at] + middle) - 1
-        low, high = (low, middle) if at == len(marks) - 1 else (middle + 1, high)
-    return low
+def _options(marks: Marks, count: int, bound: float) -> list[Cuts]:
+    weights = bound * float(marks.weights[-1]) / count
+    found = (cut(marks, count, weights) for cut in (cut_straight, cut_folded))
+    return [cuts for cuts in found if cuts is not None]
 
 
-def _cheapest(marks: Sequence[int], alive: Sequence[int], count: int, limit: float) -> list[int]:
-    """The marks at which to cut so that no run exceeds the limit: fewest bytes, then least sum of squares."""
-    end = len(marks) - 1
-    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
-    for stage in range(count):
-        reached: dict[int, tuple[int, int, list[int]]] = {}
-        for start, (cost, squares, cuts) in best.items():
-            for stop in range(start + 1, bisect.bisect_right(marks, marks[start] + limit)):
-                if (stop == end) != (stage == count - 1):
-                    continue
-                own = 0 if stop == end else alive[stop - 1]
-                option = (cost + own, squares + (marks[stop] - marks[start]) ** 2, [*cuts, stop])
-                if stop not in reached or option[:2] < reached[stop][:2]:
-                    reached[stop] = option
-        best = reached
-    return best[end][2][:-1]
+def _seconds(cuts: Cuts) -> float:
+    return Machine().seconds(cuts.slowest, cuts.bytes)
 
 
-def _given(found: Profile, count: int, stages: Sequence[int]) -> list[int]:
+def _marks(found: Profile, places: Sequence[int]) -> Marks:
+    edges = [0, *places, len(found.entries)]
+    sent = np.zeros((len(edges), len(edges)), dtype=np.int64)
+    for made, uses, nbytes in found.crossing():
+        first, last = bisect.bisect_right(edges, made), bisect.bisect_right(edges, uses[-1])
+        for mark in range(first, last):
+            following = uses[bisect.bisect_left(uses, edges[mark])]
+            sent[mark, bisect.bisect_right(edges, following) :] += nbytes
+            sent[:first, mark] += nbytes
+    flops, weights = (np.concatenate([[0], np.cumsum(each)])[edges] for each in (found.flops, found.weights))
+    return Marks(flops, weights, sent)
+
+
+def _given(found: Profile, count: int, stages: Sequence[int]) -> Choice:
     edges = [place for place, _ in boundaries(found)]
-    legal = len(stages) == count and all(isinstance(n, int) and n > 0 for n in stages) and sum(stages) == len(edges)
-    if not legal:
+    forms = {len(form): form for form in (folded(count), contiguous(count))}
+    whole = all(isinstance(n, int) and n > 0 for n in stages) and sum(stages) == len(edges)
+    if not whole or len(stages) not in forms:
         share, more = divmod(len(edges), count)
         near = [share + (stage < more) for stage in range(count)]
         raise ParallelizeError(
-            f"stages={list(stages)} must give each of the pipefusion={count} stages at least one of the "
-            f"{len(edges)} blocks, for example {near}"
+            f"stages={list(stages)} must give each of the pipefusion={count} stages (or of twice as many, there and "
+            f"back again) at least one of the {len(edges)} blocks, for example {near}"
         )
-    return [edges[first] for first in itertools.accumulate(stages[:-1])]
+    return forms[len(stages)], [edges[first] for first in itertools.accumulate(stages[:-1])]

@@ -21,7 +21,7 @@ LAYERS = (
     ("xdit_ir.ops", "xdit_ir.interpret", "xdit_ir.capture"),
     ("xdit_ir.rules",),
     ("xdit_ir.draft", "xdit_ir.propagate", "xdit_ir.cost", "xdit_ir.printer"),
-    ("xdit_ir.verify", "xdit_ir.profile", "xdit_ir.displacement", "xdit_ir.textual"),
+    ("xdit_ir.verify", "xdit_ir.profile", "xdit_ir.cuts", "xdit_ir.displacement", "xdit_ir.textual"),
     ("xdit_ir.runtime.flash_ops",),
     ("xdit_ir.runtime.backends",),
     ("xdit_ir.runtime.exchange", "xdit_ir.runtime.attention", "xdit_ir.runtime.buffers"),

@@ -17,12 +17,12 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram
 from xdit_ir.check import check_parallel
+from xdit_ir.cuts import contiguous, folded
 from xdit_ir.mesh import Mesh
 from xdit_ir.passes.base import copy_graph
-from xdit_ir.patches import Part, Pipeline, verify_pipeline
+from xdit_ir.patches import Part, Pipeline, pipeline_text, verify_pipeline
 from xdit_ir.runtime import buffers
 from xdit_ir.runtime.buffers import Read, Write
-from xdit_ir.stages import contiguous, folded
 
 Case = tuple[torch.nn.Module, dict[str, Any]]
 
@@ -86,6 +86,26 @@ def test_messages_that_do_not_match_are_found(parallel: ParallelProgram) -> None
     broken = replace(part, receives=part.receives[:-1])
     with pytest.raises(xir.VerifyError, match="stage 0 sends"):
         verify_pipeline(replace(parallel.pipeline, _parts={(1, 0): broken}))
+
+
+def test_values_that_no_one_holds_are_found() -> None:
+    traced = xir.trace(*models.load("flux.1-dev:tiny"))
+    pipeline = traced.parallelize(pipefusion=2, stages=[1, 1, 1, 1]).pipeline
+    assert pipeline is not None
+    verify_pipeline(pipeline)
+    part = pipeline.part(1, 0)
+    assert not part.sends
+    broken = replace(part, holds=part.holds[:-1])
+    with pytest.raises(xir.VerifyError, match="its rank does not hold"):
+        verify_pipeline(replace(pipeline, _parts={(1, 0): broken}))
+
+
+def test_folded_stages_as_text(golden: Callable[[str, str], None]) -> None:
+    traced = xir.trace(*models.load("flux.1-dev:tiny"))
+    for name, stages in (("straight", [2, 2]), ("folded", [1, 1, 1, 1])):
+        pipeline = traced.parallelize(pipefusion=2, stages=stages).pipeline
+        assert pipeline is not None
+        golden(f"pipeline.{name}", pipeline_text(pipeline))
 
 
 def test_check_says_what_displaced_steps_do(case: Case, parallel: ParallelProgram) -> None:

@@ -86,7 +86,8 @@ class TracedProgram:
             pipefusion: stages of a pipeline through which patches of the latents pass (arXiv 2405.14430).
             patches: their number; default: as many as stages.
             warmup_steps: synchronous steps with which a request begins, at least 1.
-            stages: how many of the model's blocks each stage gets; default: balanced, also inside blocks.
+            stages: how many of the model's blocks each of the `pipefusion` stages gets, or of twice as many, which
+                go there and back again; default: what balances work and weights best, also cut inside blocks.
             after: called with every pass and the program it made.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from torch import fx
 from xdit_ir.errors import VerifyError
 from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.printer import node_type
-from xdit_ir.program import ONCE, SPEC, Block, Program, TensorSpec, is_block_call
+from xdit_ir.program import ONCE, SPEC, Block, Program, TensorSpec, is_block_call, qualified
 from xdit_ir.rules.base import operands
 from xdit_ir.runtime.buffers import Keep, Recall, Write
 from xdit_ir.specialize import Specialize
@@ -98,6 +98,13 @@ class Pipeline:
         place = self.mesh.index(rank, (TIME,))
         return tuple(stage for stage, coordinate in enumerate(self.coordinates) if coordinate == place)
 
+    def weights_of(self, rank: int) -> tuple[str, ...]:
+        """Names of the parameters and buffers that a rank uses, in the order of their first use."""
+        names: dict[str, None] = {}
+        for stage, patch in itertools.product(self.stages_of(rank), range(self.patches)):
+            names |= dict.fromkeys(_weights(self.part(stage, self.virtual_rank(rank, patch)).program))
+        return tuple(names)
+
     def turn(self, stage: int, step: int, patch: int) -> int:
         """When a stage computes a patch of a displaced step, in units of the time of one stage.
 
@@ -131,6 +138,14 @@ class Pipeline:
         return self._blocks[virtual].blocks[name]
 
 
+def _weights(program: Program) -> Iterator[str]:
+    for node in program.graph.nodes:
+        body = program.blocks[str(node.args[0])].graph.nodes if is_block_call(node) else (node,)
+        prefix = str(node.args[1]) if is_block_call(node) else ""
+        names = (qualified(prefix, str(inner.target)) for inner in body if inner.op == "get_attr")
+        yield from (name for name in names if name in program.state)
+
+
 def verify_pipeline(pipeline: Pipeline) -> None:
     """Raise `VerifyError` unless every message is received as it is sent, in the same order, and between ranks only,
     and everything that a stage takes is held by an earlier one of its rank."""
@@ -154,21 +169,25 @@ def verify_pipeline(pipeline: Pipeline) -> None:
 
 
 def pipeline_text(pipeline: Pipeline) -> str:
-    """The stages as text: how many operators and block calls, and the message to the next stage with its types."""
+    """The stages as text: how many operators and block calls, and with their types the message to the next stage and
+    what a later stage of the same rank takes."""
     mesh = pipeline.virtual
+    on = f" folded over {pipeline.mesh.size((TIME,))}" if pipeline.rounds > 1 else ""
     lines = [
-        f"pipeline of {pipeline.stages} stages, {pipeline.patches} patches (in the layouts below: pipefusion), "
+        f"pipeline of {pipeline.stages} stages{on}, {pipeline.patches} patches (in the layouts below: pipefusion), "
         f"{pipeline.warmup_steps} warmup steps {{"
     ]
     for number, stage in enumerate(pipeline.cuts):
         graph = stage.program.graph
         calls = sum(map(is_block_call, graph.nodes))
         work = sum(node.op == "call_function" for node in graph.nodes) - calls
-        lines.append(f"  stage {number}: {calls} block calls, {work} operators")
+        place = f" at {pipeline.coordinates[number]}" if on else ""
+        lines.append(f"  stage {number}{place}: {calls} block calls, {work} operators")
         values = {node.name: node for node in graph.nodes}
-        for name in stage.sends:
-            once = ", once a step" if ONCE in values[name].meta else ""
-            lines.append(f"    sends %{name}: {node_type(values[name], mesh)}{once}")
+        for verb, names in (("sends", stage.sends), ("holds", stage.holds)):
+            for name in names:
+                once = ", once a step" if ONCE in values[name].meta else ""
+                lines.append(f"    {verb} %{name}: {node_type(values[name], mesh)}{once}")
     return "\n".join([*lines, "}"])
 
 

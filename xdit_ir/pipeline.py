@@ -27,7 +27,6 @@ from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.passes.take_known import TakeKnown
 from xdit_ir.patches import Pipeline, verify_pipeline
 from xdit_ir.program import Program
-from xdit_ir.stages import contiguous
 from xdit_ir.verify import verify
 
 After = Callable[[Pass, Program], None]
@@ -68,10 +67,10 @@ def make_pipeline(
     """The analysed program with its stages noted, and the pipeline made from it, verified."""
     given = None if stages is None else tuple(stages)
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given)], after)
-    cfg, count, ring, ulysses = mesh.sizes
+    cfg, _, ring, ulysses = mesh.sizes
     divided = run_passes(staged, time_passes(Mesh.of(cfg, patches, ring, ulysses)), after)
     verify(divided, "separate-time", runnable=True)
-    pipeline = Pipeline(divided, contiguous(count), warmup_steps)
+    pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
     verify_pipeline(pipeline)
     return staged, pipeline
 

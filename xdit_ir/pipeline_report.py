@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class _Rank:
 
     flops: int = 0
     weights: dict[str, int] = field(default_factory=dict)
-    buffers: dict[str, int] = field(default_factory=dict)
+    buffers: dict[tuple[int, str], int] = field(default_factory=dict)
     counts: dict[Key, int] = field(default_factory=dict)
     sent: dict[Key, int] = field(default_factory=dict)
 
@@ -61,26 +62,28 @@ class _Tally:
 
     def rank(self, rank: int) -> _Rank:
         result = _Rank()
-        stage = self.pipeline.mesh.index(rank, (TIME,))
-        for patch in range(self.pipeline.patches):
+        for stage, patch in itertools.product(self.pipeline.stages_of(rank), range(self.pipeline.patches)):
             virtual = self.pipeline.virtual_rank(rank, patch)
             part = self.pipeline.part(stage, virtual)
             if part.sends:
                 result.send(("send", TIME), 1, sum(spec.nbytes for spec in part.message(sent=True)))
             for name, prefix, node in _nodes(part):
-                self._count(result, name, prefix, node, virtual)
+                self._count(result, stage, (name, prefix), node, virtual)
         return result
 
-    def _count(self, result: _Rank, name: str, prefix: str, node: fx.Node, virtual: int) -> None:
+    def _count(self, result: _Rank, stage: int, place: tuple[str, str], node: fx.Node, virtual: int) -> None:
+        name, prefix = place
         if node.op == "get_attr":
             weight = qualified(prefix, str(node.target))
             if not weight.startswith(CONSTANT + "."):
                 result.weights[weight] = self.pipeline.program.state[weight].nbytes
         elif isinstance(node.target, Write):
             spec = node.meta[SPEC]
-            result.buffers[qualified(prefix, node.target.slot)] = math.prod(node.target.shape) * spec.dtype.itemsize
+            result.buffers[stage, qualified(prefix, node.target.slot)] = (
+                math.prod(node.target.shape) * spec.dtype.itemsize
+            )
         elif isinstance(node.target, Keep):
-            result.buffers[qualified(prefix, f"{node.target.slot}_keep")] = node.meta[SPEC].nbytes
+            result.buffers[stage, qualified(prefix, f"{node.target.slot}_keep")] = node.meta[SPEC].nbytes
         source = self.layouts[name].get(node.name)
         if source is None or node.op != "call_function":
             return

@@ -1,4 +1,4 @@
-"""The operators of a program in their order, block calls expanded: FLOPs, and bytes alive between any two of them."""
+"""The operators of a program in their order, block calls expanded: FLOPs, weights, and bytes alive between any two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from xdit_ir.cost import is_counted, local_flops
 from xdit_ir.partition import IntArray
-from xdit_ir.program import SPEC, Program, TensorSpec, call_parts, is_block_call
+from xdit_ir.program import SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
 from xdit_ir.rules.base import operands
 
 
@@ -26,14 +26,28 @@ class Value:
 
 @dataclass
 class Profile:
-    """`flops[i]` of operator i; `alive[i]`: bytes of followed values that exist before operator i and are used from
-    there on; `place`: which operator makes a value; `followed`: the values that depend on the sources."""
+    """What a division of the operators into stages is judged by.
+
+    `followed`: the values that depend on the sources. `place`: which operator makes a value. `flops[i]` and
+    `weights[i]` (bytes): what operator i needs; what is not followed counts where a followed operator first needs it.
+    `uses`: the operators that use a followed value. `alive[i]`: bytes of followed values that are made before operator
+    i and used from there on.
+    """
 
     entries: list[Value] = field(default_factory=list)
-    flops: list[int] = field(default_factory=list)
-    alive: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     place: dict[Value, int] = field(default_factory=dict)
     followed: set[Value] = field(default_factory=set)
+    uses: dict[Value, list[int]] = field(default_factory=dict)
+    flops: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    weights: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    alive: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def crossing(self) -> Iterator[tuple[int, list[int], int]]:
+        """Followed tensors that are used: the operator that makes one, those that use it, and its bytes."""
+        for value, uses in self.uses.items():
+            spec: Any = value.node.meta.get(SPEC)
+            if isinstance(spec, TensorSpec) and value in self.followed:
+                yield self.place[value], uses, spec.nbytes
 
 
 def profile(program: Program, sources: Sequence[str]) -> Profile:
@@ -47,7 +61,6 @@ class _Walk:
         self.result = Profile()
         self.alias: dict[Value, Value] = {}
         self.results: dict[fx.Node, list[Value]] = {}
-        self.last: dict[Value, int] = {}
 
     def run(self) -> Profile:
         for node in self.program.graph.nodes:
@@ -57,6 +70,7 @@ class _Walk:
                 self.alias[Value(None, node)] = self.results[node.args[0]][node.args[1]]
             else:
                 self._visit(Value(None, node))
+        self._due()
         self._liveness()
         return self.result
 
@@ -74,31 +88,48 @@ class _Walk:
     def _source(self, value: Value) -> Value:
         return self.alias.get(value, value)
 
+    def _inputs(self, value: Value) -> list[Value]:
+        return [self._source(Value(value.call, source)) for source in operands(value.node)]
+
     def _visit(self, value: Value) -> None:
-        here, node = len(self.result.entries), value.node
-        inputs = [self._source(Value(value.call, source)) for source in operands(node)]
+        here, node, inputs = len(self.result.entries), value.node, self._inputs(value)
         picks = node.target is operator.getitem
         self.result.entries.append(value)
         self.result.place[value] = self.result.place[inputs[0]] if picks else here
-        self.result.flops.append(_flops(node))
         outer = value.call is None and node.name in self.sources
         if outer or any(source in self.result.followed for source in inputs):
             self.result.followed.add(value)
         for source in inputs:
-            self.last[source] = here
+            self.result.uses.setdefault(source, []).append(here)
+
+    def _due(self) -> None:
+        """Sum up FLOPs and weights where they are first needed."""
+        flops, weights = (np.zeros(len(self.result.entries), dtype=np.int64) for _ in range(2))
+        due: dict[Value, int] = {}
+        first: dict[str, int] = {}
+        for place, value in reversed(list(enumerate(self.result.entries))):
+            at = place if value in self.result.followed else due.get(value, place)
+            for source in self._inputs(value):
+                due[source] = min(at, due.get(source, at))
+            if is_counted(value.node):
+                flops[at] += local_flops(value.node, None)[0]
+            elif value.node.op == "get_attr":
+                name = self._weight(value)
+                first[name] = min(at, first.get(name, at))
+        for name, at in first.items():
+            weights[at] += self.program.state[name].nbytes if name in self.program.state else 0
+        self.result.flops, self.result.weights = flops, weights
+
+    def _weight(self, value: Value) -> str:
+        prefix = "" if value.call is None else call_parts(value.call)[1]
+        return qualified(prefix, str(value.node.target))
 
     def _liveness(self) -> None:
         change = np.zeros(len(self.result.entries) + 1, dtype=np.int64)
-        for value in self.result.followed:
-            spec: Any = value.node.meta.get(SPEC)
-            if isinstance(spec, TensorSpec) and value in self.last:
-                change[self.result.place[value] + 1] += spec.nbytes
-                change[self.last[value] + 1] -= spec.nbytes
+        for made, uses, nbytes in self.result.crossing():
+            change[made + 1] += nbytes
+            change[uses[-1] + 1] -= nbytes
         self.result.alive = np.cumsum(change)
-
-
-def _flops(node: fx.Node) -> int:
-    return local_flops(node, None)[0] if is_counted(node) else 0
 
 
 def boundaries(profile: Profile) -> Iterator[tuple[int, fx.Node]]:

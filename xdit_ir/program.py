@@ -170,7 +170,10 @@ class TokenAxis:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A captured model. `device` is the device it was traced on: nodes that name it mean "the running device"."""
+    """A captured model. `device` is the device it was traced on: nodes that name it mean "the running device".
+
+    In a pipeline, `coordinates[stage]` is where along `pipefusion` a stage is computed.
+    """
 
     name: str
     graph: fx.Graph
@@ -181,6 +184,7 @@ class Program:
     state: Mapping[str, TensorSpec] = field(default_factory=dict)
     mesh: Mesh | None = None
     tokens: tuple[TokenAxis, ...] = ()
+    coordinates: tuple[int, ...] = ()
 
     def replace(self, **changes: Any) -> Program:
         """A copy with fields changed; graphs are shared, so whoever edits one copies it first."""

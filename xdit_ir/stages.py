@@ -30,16 +30,6 @@ class Stage:
     holds: tuple[str, ...] = ()
 
 
-def contiguous(ranks: int) -> tuple[int, ...]:
-    """Coordinates of stages, one stage for each coordinate."""
-    return tuple(range(ranks))
-
-
-def folded(ranks: int) -> tuple[int, ...]:
-    """Coordinates of twice as many stages as there are coordinates: there and back again."""
-    return (*range(ranks), *reversed(range(ranks)))
-
-
 def cut_stages(program: Program, coordinates: Sequence[int]) -> tuple[Stage, ...]:
     """The stages of a program whose token stream has stages noted (`partition-stages`); `coordinates` says where along
     `pipefusion` each of them is computed.

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram, TracedProgram
+from xdit_ir.cuts import folded
 from xdit_ir.difference import relative_error
 from xdit_ir.mesh import TIME
 from xdit_ir.program import LAYOUT
@@ -45,6 +46,12 @@ DEGREES = {
     "p2m2u2": {"pipefusion": 2, "ulysses": 2},
     "p2m4r2": {"pipefusion": 2, "patches": 4, "ring": 2},
     "c2p2m2u2": {"cfg": 2, "pipefusion": 2, "ulysses": 2},
+}
+
+FOLDED = {
+    "flux.1-dev": {"pipefusion": 2},
+    "sd3.5-large": {"cfg": 2, "pipefusion": 2, "patches": 3},
+    "hunyuandit": {"pipefusion": 3, "patches": 4, "ulysses": 2},
 }
 
 
@@ -97,7 +104,22 @@ def token_patches(traced: TracedProgram, parallel: ParallelProgram) -> list[torc
 
 @pytest.mark.parametrize("degrees", DEGREES.values(), ids=DEGREES.keys())
 def test_every_step_is_what_the_method_says(case: Case, degrees: dict[str, int]) -> None:
-    parallel = case.traced.parallelize(**degrees)
+    compare_steps(case, degrees, case.traced.parallelize(**degrees))
+
+
+@pytest.mark.parametrize("case", FOLDED, indirect=True)
+def test_folded_stages_change_nothing(case: Case) -> None:
+    degrees = FOLDED[case.name]
+    blocks, count = len(list(case.traced.analysed.calls)), 2 * degrees["pipefusion"]
+    stages = [blocks // count + (stage < blocks % count) for stage in range(count)]
+    parallel = case.traced.parallelize(**degrees, stages=stages)
+    assert parallel.pipeline is not None
+    assert parallel.pipeline.coordinates == folded(degrees["pipefusion"])
+    compare_steps(case, degrees, parallel)
+
+
+def compare_steps(case: Case, degrees: dict[str, int], parallel: ParallelProgram) -> None:
+    """Compare consecutive steps with the model itself and with the reference of displaced steps."""
     patches = token_patches(case.traced, parallel)
     count = degrees.get("patches", degrees["pipefusion"])
     assert len(patches) == count
