@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from xdit_ir.pipeline_report import pipeline_report
 from xdit_ir.printer import program_text
 from xdit_ir.program import Program
 from xdit_ir.report import Report, make_report
+from xdit_ir.runtime.checkpoint import Loading
 from xdit_ir.runtime.execution import Execution
 from xdit_ir.runtime.module import Emitted, emit
 from xdit_ir.simulate import RankObserver, run_ranks
@@ -193,9 +195,13 @@ class ParallelProgram:
         transport: str = "auto",
         attention: str = "auto",
         handshake: bool = True,
+        weights: str | Path | None = None,
+        release: bool = False,
     ) -> Emitted:
-        """The module of this process's rank; see `xdit_ir.runtime.module.emit` and, for the options, `Execution`."""
-        return emit(self, model, device, Execution(compile, cuda_graph, transport, attention, handshake))
+        """The module of this process's rank; see `xdit_ir.runtime.module.emit` and, for the options, `Execution` and
+        `xdit_ir.runtime.checkpoint.Loading`."""
+        execution = Execution(compile, cuda_graph, transport, attention, handshake)
+        return emit(self, model, device, execution, Loading(weights, release))
 
 
 def run_single(program: Program, model: nn.Module, example: Example) -> Any:

@@ -261,3 +261,17 @@ def pipeline(degrees: Degrees, steps: int) -> dict[str, Any]:
         "spread": want.std().item(),
         "programs": len(pipe.transformer.programs),
     }
+
+
+def from_checkpoint(name: str, folder: str, degrees: Degrees) -> dict[str, Any]:
+    """A model without weights, ported with a checkpoint; then with one that rank 1 cannot read."""
+    from accelerate import init_empty_weights
+
+    model, example, want = _load(name)
+    with init_empty_weights():
+        bare = type(model).from_config(model.config).eval()
+    with torch.no_grad():
+        error = relative_error(xir.port(bare, weights=folder, **degrees)(**example), want)
+    elsewhere = folder if _rank() == 0 else f"{folder}/elsewhere.safetensors"
+    failure = _failure(lambda: xir.port(bare, weights=elsewhere, **degrees)(**example))
+    return failure | {"difference": error, "resident": sum(not tensor.is_meta for tensor in bare.parameters())}

@@ -11,12 +11,12 @@ from torch import nn
 from xdit_ir.errors import MismatchError
 from xdit_ir.program import Program
 from xdit_ir.runtime.agreement import agree, call_facts, digest, failure_text, guarded
+from xdit_ir.runtime.checkpoint import Loading
 from xdit_ir.runtime.codegen import Body
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.execution import Execution
 from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
-from xdit_ir.runtime.state import running_device
 
 if TYPE_CHECKING:
     from xdit_ir.api import ParallelProgram
@@ -27,6 +27,7 @@ def emit(
     model: nn.Module,
     device: torch.device | str | None = None,
     execution: Execution | None = None,
+    loading: Loading | None = None,
 ) -> Emitted:
     """The module of this process's rank. Collective: every rank of the job calls it for the same program.
 
@@ -34,16 +35,18 @@ def emit(
         model: holds the weights, which are used by reference; it is not changed.
         device: where to run; the model must be there. Default: where the model is.
         execution: how to run it; default: eagerly, with a handshake.
+        loading: where weights come from; default: by reference from the model.
 
     Raises:
         ParallelizeError: the job has another number of processes than the program has ranks.
         MismatchError: the weights are not loaded, or not those of the program; or the ranks differ.
     """
-    execution = execution or Execution()
-    where = running_device(model, device)
+    execution, loading = execution or Execution(), loading or Loading()
+    where = loading.device(model, device)
     execution.check(where)
     communicator = Communicator(parallel.mesh, where, handshake=execution.handshake)
-    return Emitted(model, build(communicator, model, lambda: parallel, execution), communicator)
+    runner = build(communicator, model, lambda: parallel, execution, loading.store(model, where))
+    return Emitted(model, runner, communicator)
 
 
 class Emitted(Shadow):

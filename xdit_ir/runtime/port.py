@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from xdit_ir.errors import MismatchError
 from xdit_ir.mesh import Mesh
 from xdit_ir.pipeline import mesh_of
 from xdit_ir.runtime.agreement import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
+from xdit_ir.runtime.checkpoint import Loading, Store
 from xdit_ir.runtime.distributed import Communicator, check_world_size
 from xdit_ir.runtime.execution import Execution, Tensors
 from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
-from xdit_ir.runtime.state import running_device
 
 LIMIT = 32  # specialisations kept per module, the most recently used ones
 
@@ -40,6 +41,8 @@ def port(
     transport: str = "auto",
     attention: str = "auto",
     handshake: bool = True,
+    weights: str | Path | None = None,
+    release: bool = False,
     **unknown: Any,
 ) -> Ported:
     """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
@@ -51,6 +54,10 @@ def port(
     Args:
         cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`.
         compile, cuda_graph, transport, attention, handshake: as in `xdit_ir.runtime.execution.Execution`.
+        weights: the folder (or file) of a checkpoint from which each rank reads what it uses, and nothing else; the
+            model may be on the meta device. Runs where the inputs are. `release`: a loaded model gives up its weights
+            at the first forward: what this rank uses moves to where the inputs are, the rest is dropped. With either,
+            the port holds its weights itself, and others that are loaded into the model do not take effect.
 
     Raises:
         ParallelizeError: a degree is unknown or no positive integer, or the job has another number of
@@ -61,7 +68,7 @@ def port(
     check_world_size(mesh)
     options = {**degrees, "patches": patches, "warmup_steps": warmup_steps}
     execution = Execution(compile, cuda_graph, transport, attention, handshake)
-    return Ported(model, _Specialisations(mesh, options, execution))
+    return Ported(model, _Specialisations(mesh, options, execution, Loading(weights, release)))
 
 
 Mode = tuple[Any, ...]
@@ -74,7 +81,9 @@ class _Specialisations:
     mesh: Mesh
     options: dict[str, Any]
     execution: Execution
+    loading: Loading
     communicator: Communicator | None = None
+    store: Store | None = None
     runners: list[tuple[Mode, Runner]] = field(default_factory=list)
     last: ParallelProgram | None = None
 
@@ -107,7 +116,7 @@ class Ported(Shadow):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
         made = self._made
-        fresh = _Specialisations(made.mesh, dict(made.options), made.execution)
+        fresh = _Specialisations(made.mesh, dict(made.options), made.execution, made.loading)
         return Ported(copy.deepcopy(self._xdit_original, memo), fresh)
 
     @property
@@ -116,10 +125,12 @@ class Ported(Shadow):
         return made
 
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
-        made, device = self._made, running_device(self._xdit_original)
+        made = self._made
+        device = made.loading.device(self._xdit_original, inputs=(*args, *kwargs.values()))
         if made.communicator is None or made.communicator.device != device:
             made.execution.check(device)
             made.communicator = Communicator(made.mesh, device, handshake=made.execution.handshake)
+            made.store = made.loading.store(self._xdit_original, device)
         mode = self._mode(device)
         found = self._find(mode, args, kwargs)
 
@@ -175,7 +186,7 @@ class Ported(Shadow):
 
         made = self._made
         agree_contents(communicator, call_tensors(self._xdit_signature, args, kwargs))
-        runner = build(communicator, self._xdit_original, make, made.execution)
+        runner = build(communicator, self._xdit_original, make, made.execution, made.store)
         if len(made.runners) >= LIMIT:
             del made.runners[LIMIT - 1 :]
             warnings.warn(

@@ -18,6 +18,7 @@ from xdit_ir.errors import MismatchError
 from xdit_ir.interpret import constant_on
 from xdit_ir.program import CONSTANT
 from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact, failure_text
+from xdit_ir.runtime.checkpoint import Held, Store
 from xdit_ir.runtime.codegen import communications, generate, state_names
 from xdit_ir.runtime.distributed import Communicator, peers_reachable
 from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body
@@ -40,11 +41,16 @@ class Runner:
         communicator: Communicator,
         facts: Mapping[str, str],
         execution: Execution,
+        store: Store | None = None,
     ) -> None:
         self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
         self.program, self.device = parallel.rank(communicator.rank), communicator.device
         weights, constants = state_names(self.program)
-        self._weights = Weights(model, weights, self.program.state, self.device)
+        self._weights: Weights | Held = (
+            Weights(model, weights, self.program.state, self.device)
+            if store is None
+            else store.take(weights, self.program.state)
+        )
         self._constants = [
             constant_on(self.program, name.removeprefix(f"{CONSTANT}."), self.device) for name in constants
         ]
@@ -91,7 +97,11 @@ class Runner:
 
 
 def build(
-    communicator: Communicator, model: nn.Module, make: Callable[[], ParallelProgram], execution: Execution
+    communicator: Communicator,
+    model: nn.Module,
+    make: Callable[[], ParallelProgram],
+    execution: Execution,
+    store: Store | None = None,
 ) -> Runner:
     """Make a parallel program and its runner; all ranks call it together.
 
@@ -102,7 +112,11 @@ def build(
     try:
         parallel = make()
         program = parallel.rank(communicator.rank)
-        Weights(model, state_names(program)[0], program.state, communicator.device)
+        names = state_names(program)[0]
+        if store is None:
+            Weights(model, names, program.state, communicator.device)
+        else:
+            store.check(names, program.state)
         facts = program_facts(parallel)
     except Exception as error:
         failure, facts = error, {TRACE: failure_text(error)}
@@ -113,7 +127,7 @@ def build(
     if failure is not None:
         raise failure
     communicator.prepare(target.mesh_dims for target in communications(program) if len(target.group) > 1)
-    return Runner(parallel, model, communicator, facts, execution)
+    return Runner(parallel, model, communicator, facts, execution, store)
 
 
 def program_facts(parallel: ParallelProgram) -> dict[str, str]:

@@ -1,0 +1,192 @@
+"""Each rank reads its own weights: from shards or from a loaded model, tensor by tensor, with errors that say where."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import xdit_ir as xir
+from xdit_ir import models
+from xdit_ir.program import TensorSpec
+from xdit_ir.runtime.checkpoint import Checkpoint, Store
+
+Saved = tuple[nn.Module, dict[str, Any], Path]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A model, its example, and its checkpoint in several shards."""
+    model, example = models.load("flux.1-dev:tiny")
+    folder = tmp_path_factory.mktemp("flux") / "transformer"
+    model.save_pretrained(folder, max_shard_size="400KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return model, example, folder
+
+
+@pytest.fixture
+def damaged(saved: Saved, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to spoil."""
+    for file in saved[2].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def empty(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same model as a diffusers user makes it before its weights are loaded."""
+    with init_empty_weights():
+        return type(model).from_config(model.config).to(dtype).eval()
+
+
+def run(model: nn.Module, example: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**example)[0]
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    [index] = folder.glob("*.index.json")
+    return folder / json.loads(index.read_text())["weight_map"][name]
+
+
+def test_a_model_without_weights_runs_from_a_checkpoint(saved: Saved) -> None:
+    model, example, folder = saved
+    want = run(model, example)
+    bare = empty(model)
+    emitted = xir.trace(bare, example).parallelize().emit(bare, weights=folder)
+    torch.testing.assert_close(run(emitted, example), want, rtol=1e-4, atol=1e-5)
+    ported = xir.port(bare, weights=str(folder))
+    torch.testing.assert_close(run(ported, example), want, rtol=1e-4, atol=1e-5)
+    half = {**example, "hidden_states": example["hidden_states"][:, :128], "img_ids": example["img_ids"][:128]}
+    torch.testing.assert_close(run(ported, half), run(model, half), rtol=1e-4, atol=1e-5)
+    assert len(ported.programs) == 2
+    assert all(tensor.is_meta for tensor in bare.parameters()), "the model holds nothing"
+
+
+def test_floating_point_is_cast_to_the_models_dtype(saved: Saved) -> None:
+    model, example, folder = saved
+    bare = empty(model, torch.bfloat16)
+    example = {
+        name: x.bfloat16() if name in ("hidden_states", "encoder_hidden_states", "pooled_projections") else x
+        for name, x in example.items()
+    }
+    emitted = xir.trace(bare, example).parallelize().emit(bare, weights=folder)
+    got = run(emitted, example)
+    want = run(type(model).from_pretrained(folder, torch_dtype=torch.bfloat16), example)
+    assert got.dtype == torch.bfloat16
+    assert ((got - want).float().norm() / want.float().norm()).item() < 2e-2
+
+
+def test_a_stage_reads_its_own_tensors_only(saved: Saved, damaged: Path) -> None:
+    model, example, _ = saved
+    parallel = xir.trace(empty(model), example).parallelize(pipefusion=2)
+    assert parallel.pipeline is not None
+    names = parallel.pipeline.weights_of(1)
+    specs = parallel.original.state
+    needed = {shard_of(damaged, name) for name in names}
+    others = set(damaged.glob("*.safetensors")) - needed
+    assert others
+    for file in others:
+        file.unlink()
+    held = Store(empty(model), CPU, Checkpoint(damaged)).take(names, specs).fetch()
+    state = model.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in zip(names, held, strict=True))
+    assert sum(x.nbytes for x in held) == sum(specs[name].nbytes for name in names)
+    with pytest.raises(xir.MismatchError, match=r"safetensors is missing \(for tensor '"):
+        Store(empty(model), CPU, Checkpoint(damaged)).check(parallel.pipeline.weights_of(0), specs)
+
+
+NAME = "single_transformer_blocks.0.proj_mlp.weight"
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (Path.unlink, r"\.safetensors is missing \(for tensor 'single_"),
+        (truncate, r"damaged or truncated \(for tensor 'single_"),
+        (edit(lambda tensors: tensors.pop(NAME)), r"\.safetensors has no tensor 'single_.*index\.json says so"),
+        (edit(lambda tensors: tensors.update({NAME: torch.zeros(3)})), r"'single_.*' is F32\[3\], the program needs"),
+        (edit(lambda tensors: tensors.update({NAME: tensors[NAME].int()})), r"' is I32\[.*needs torch\.float32"),
+    ],
+    ids=["missing", "truncated", "without", "shape", "dtype"],
+)
+def test_errors_name_file_and_tensor(saved: Saved, damaged: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spec = TensorSpec(tuple(saved[0].get_parameter(NAME).shape), torch.float32)
+    store = Store(empty(saved[0]), CPU, Checkpoint(damaged))
+    store.check([NAME], {NAME: spec})
+    spoil(shard_of(damaged, NAME))
+    for read in (store.check, store.take):
+        with pytest.raises(xir.MismatchError, match=message):
+            read([NAME], {NAME: spec})
+
+
+def test_errors_of_folders_and_names(saved: Saved, damaged: Path) -> None:
+    spec = TensorSpec((1,), torch.float32)
+    with pytest.raises(xir.MismatchError, match=r"nearest is 'norm_out\.linear\.weight'"):
+        Checkpoint(damaged).check("norm_out.linears.weight", spec)
+    with pytest.raises(xir.MismatchError, match="did you mean its folder transformer"):
+        Checkpoint(saved[2].parent).check("x", spec)
+    with pytest.raises(xir.MismatchError, match="is missing"):
+        Checkpoint(damaged / "no.safetensors").check("x", spec)
+    index = next(damaged.glob("*.index.json"))
+    index.write_text("{}")
+    with pytest.raises(xir.MismatchError, match="is not an index"):
+        Checkpoint(damaged).check("x", spec)
+    index.unlink()
+    with pytest.raises(xir.MismatchError, match="several checkpoints"):
+        Checkpoint(damaged).check("x", spec)
+
+
+def test_buffers_that_are_not_saved_come_from_the_model(tmp_path: Path) -> None:
+    model, example = models.load("wan2.1-t2v-14b:tiny")
+    model.save_pretrained(tmp_path)
+    bare = empty(model)
+    emitted = xir.trace(bare, example).parallelize().emit(bare, weights=tmp_path)
+    torch.testing.assert_close(run(emitted, example), run(model, example), rtol=1e-4, atol=1e-5)
+    nothing = bare.to("meta")
+    with pytest.raises(xir.MismatchError, match=r"no tensor 'rope\.freqs_cos'"):
+        xir.trace(nothing, example).parallelize().emit(nothing, weights=tmp_path)
+
+
+def test_a_loaded_model_is_released(saved: Saved) -> None:
+    _, example, _ = saved
+    model, _ = models.load("flux.1-dev:tiny")
+    want = run(model, example)
+    ported = xir.port(model, release=True)
+    torch.testing.assert_close(run(ported, example), want, rtol=1e-4, atol=1e-5)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    torch.testing.assert_close(run(ported, example), want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_stage_does_not_use_is_freed(saved: Saved) -> None:
+    model, _ = models.load("flux.1-dev:tiny")
+    parallel = xir.trace(model, saved[1]).parallelize(pipefusion=2)
+    assert parallel.pipeline is not None
+    names = parallel.pipeline.weights_of(1)
+    living = {name: weakref.ref(tensor.untyped_storage()) for name, tensor in model.named_parameters()}
+    held = Store(model, CPU, release=True).take(names, parallel.original.state)
+    assert {name for name, ref in living.items() if ref() is not None} <= set(names)
+    assert len(held.fetch()) == len(names) < len(living)
+    with pytest.raises(xir.MismatchError, match="gave it up"):
+        Store(model, CPU, release=True).take(names, parallel.original.state)
