@@ -13,7 +13,9 @@ GOLDEN = Path(__file__).parent / "golden"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden")
     parser.addoption("--zoo-all", action="store_true", help="run every model of the zoo under every set of degrees")
-    parser.addoption("--large", action="store_true", help="also measure memory on more than a gigabyte of weights")
+    parser.addoption(
+        "--large", action="store_true", help="also tests that need gigabytes, or more processes than cores"
+    )
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ class TracedProgram:
         patches: int | None = None,
         warmup_steps: int = 1,
         stages: Sequence[int] | None = None,
+        pair_calls: bool = False,
         after: After | None = None,
         **unknown: Any,
     ) -> ParallelProgram:
@@ -90,6 +91,7 @@ class TracedProgram:
             warmup_steps: synchronous steps with which a request begins, at least 1.
             stages: how many of the model's blocks each of the `pipefusion` stages gets, or of twice as many, which
                 go there and back again; default: what balances work and weights best, also cut inside blocks.
+            pair_calls: `cfg` divides nothing: its halves run whole forwards of two different calls (`port` pairs them).
             after: called with every pass and the program it made.
 
         Raises:
@@ -98,9 +100,12 @@ class TracedProgram:
         mesh = mesh_of({"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **unknown})
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         if pipefusion == 1:
-            return ParallelProgram(self.ir, self.analysed, divide(self.analysed, mesh, after), mesh)
-        staged, pipeline = make_pipeline(self.analysed, mesh, count, warmup_steps, stages, after)
-        return ParallelProgram(self.ir, staged, pipeline.program, mesh, pipeline)
+            divided = divide(self.analysed, mesh, after, split_batch=not pair_calls)
+            return ParallelProgram(self.ir, self.analysed, divided, mesh, pair_calls=pair_calls)
+        staged, pipeline = make_pipeline(
+            self.analysed, mesh, count, warmup_steps, stages, after, split_batch=not pair_calls
+        )
+        return ParallelProgram(self.ir, staged, pipeline.program, mesh, pipeline, pair_calls)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +121,7 @@ class ParallelProgram:
     ir: Program
     mesh: Mesh
     pipeline: Pipeline | None = None
+    pair_calls: bool = False
     _ranks: dict[int, Program] = field(default_factory=dict)
 
     def __str__(self) -> str:

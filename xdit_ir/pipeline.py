@@ -37,23 +37,32 @@ def analysis_passes() -> list[Pass]:
     return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), SplitStatistics(), FindTokens()]
 
 
-def mesh_passes(mesh: Mesh) -> list[Pass]:
+def mesh_passes(mesh: Mesh, *, split_batch: bool = True) -> list[Pass]:
     """Passes that divide a program over a mesh; `specialize` follows, per rank."""
-    divide: list[Pass] = [SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh)]
-    return [*divide, DivideConditions(mesh), OrderExchanges(), SplitJoins(), Overlap(mesh)]
+    batch: list[Pass] = [SplitBatch(mesh)] if split_batch else []
+    return [
+        *batch,
+        ShardTokens(mesh),
+        LowerAttention(mesh),
+        DivideConditions(mesh),
+        OrderExchanges(),
+        SplitJoins(),
+        Overlap(mesh),
+    ]
 
 
-def divide(program: Program, mesh: Mesh, after: After | None = None) -> Program:
+def divide(program: Program, mesh: Mesh, after: After | None = None, *, split_batch: bool = True) -> Program:
     """Run the mesh passes over an analysed program and verify that ranks can run the result."""
-    divided = run_passes(program, mesh_passes(mesh), after)
+    divided = run_passes(program, mesh_passes(mesh, split_batch=split_batch), after)
     verify(divided, "the last pass", runnable=True)
     return divided
 
 
-def time_passes(mesh: Mesh) -> list[Pass]:
+def time_passes(mesh: Mesh, *, split_batch: bool = True) -> list[Pass]:
     """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches."""
     tokens: Pass = DisplacePatches(mesh) if mesh.size((TIME,)) > 1 else ShardTokens(mesh)
-    return [SplitBatch(mesh), tokens, LowerAttention(mesh), SeparateTime(mesh)]
+    batch: list[Pass] = [SplitBatch(mesh)] if split_batch else []
+    return [*batch, tokens, LowerAttention(mesh), SeparateTime(mesh)]
 
 
 def make_pipeline(
@@ -63,12 +72,14 @@ def make_pipeline(
     warmup_steps: int = 1,
     stages: Sequence[int] | None = None,
     after: After | None = None,
+    *,
+    split_batch: bool = True,
 ) -> tuple[Program, Pipeline]:
     """The analysed program with its stages noted, and the pipeline made from it, verified."""
     given = None if stages is None else tuple(stages)
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given)], after)
     cfg, _, ring, ulysses = mesh.sizes
-    divided = run_passes(staged, time_passes(Mesh.of(cfg, patches, ring, ulysses)), after)
+    divided = run_passes(staged, time_passes(Mesh.of(cfg, patches, ring, ulysses), split_batch=split_batch), after)
     verify(divided, "separate-time", runnable=True)
     pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
     verify_pipeline(pipeline)

@@ -207,13 +207,15 @@ def failing_trace(degrees: Degrees) -> dict[str, Any]:
 
 
 def batch_of_one(name: str) -> dict[str, Any]:
-    """cfg=2 with a batch of one, then with two."""
+    """cfg=2 with a batch of one, which emitting refuses and a port puts off, then with two."""
     model, example, want = _load(name)
+    one = _first(example)
+    result = _failure(lambda: xir.trace(model, one).parallelize(cfg=2).emit(model))
     ported = xir.port(model, cfg=2)
     with torch.no_grad():
-        result = _failure(lambda: ported(**_first(example)))
-        result["programs"], result["none"] = len(ported.programs), ported.program is None
+        result["alone"] = relative_error(ported(**one), model(**one))
         result["afterwards"] = relative_error(ported(**example), want)
+    result["programs"] = len(ported.programs)
     return result
 
 
@@ -275,3 +277,62 @@ def from_checkpoint(name: str, folder: str, degrees: Degrees) -> dict[str, Any]:
     elsewhere = folder if _rank() == 0 else f"{folder}/elsewhere.safetensors"
     failure = _failure(lambda: xir.port(bare, weights=elsewhere, **degrees)(**example))
     return failure | {"difference": error, "resident": sum(not tensor.is_meta for tensor in bare.parameters())}
+
+
+def _wan() -> Any:
+    """An unmodified `WanPipeline` of real parts, tiny and with random weights."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+    transformer: Any = models.load("wan2.1-t2v-14b:tiny")[0]
+    channels = transformer.config.in_channels
+    torch.manual_seed(0)
+    flat = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+    vae = AutoencoderKLWan(base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **flat).eval()
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = UniPCMultistepScheduler(**flow)
+    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _video(pipe: Any, steps: int, prompts: int, negative_tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    width = pipe.transformer.config.text_dim
+    embeds = (torch.randn(prompts, tokens, width, generator=generator) for tokens in (16, negative_tokens))
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    size = {"height": 128, "width": 128, "num_frames": 5, "num_inference_steps": steps}
+    video: torch.Tensor = pipe(
+        **dict(zip(names, embeds, strict=True)), **size, guidance_scale=5.0, generator=generator, output_type="pt"
+    ).frames
+    return video
+
+
+def guidance(
+    degrees: Degrees, steps: int, readers: list[int] | None = None, prompts: int = 1, negative_tokens: int = 16
+) -> dict[str, Any]:
+    """A pipeline that calls its transformer twice a step; `readers`: ranks that read every result at once."""
+    import warnings
+
+    from xdit_ir.runtime.runner import Runner
+
+    torch.set_num_threads(1)
+    pipe = _wan()
+    want = _video(pipe, steps, prompts, negative_tokens)
+    pipe.transformer = xir.port(pipe.transformer, **degrees)
+    if _rank() in (readers or ()):
+        pipe.transformer.register_forward_hook(lambda module, args, output: output[0].mean().item() and None)
+    compute, runs = Runner.compute, []
+    Runner.compute = lambda *args: runs.append(1) or compute(*args)  # type: ignore[method-assign, func-returns-value]
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            got = _video(pipe, steps, prompts, negative_tokens)
+    finally:
+        Runner.compute = compute  # type: ignore[method-assign]
+    return {
+        "difference": relative_error(got, want),
+        "spread": want.std().item(),
+        "runs": len(runs),
+        "warned": sum("divides neither a batch nor a pair" in str(one.message) for one in caught),
+        "plain": type(got) is torch.Tensor,
+    }

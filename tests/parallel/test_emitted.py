@@ -103,8 +103,8 @@ def test_a_trace_that_fails_on_one_rank_fails_on_all(workers: Pools) -> None:
 def test_cfg_needs_a_batch(workers: Pools) -> None:
     for result in workers(2).run("batch_of_one", name="sana-1600m"):
         assert result["error"] == "ParallelizeError", result
-        assert (result["programs"], result["none"]) == (0, True)
-        assert result["afterwards"] < 1e-5
+        assert result["programs"] == 2
+        assert max(result["alone"], result["afterwards"]) < 1e-5
 
 
 def test_the_number_of_processes_must_fit(workers: Pools) -> None:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.api import ParallelProgram, trace
+from xdit_ir.api import ParallelProgram, TracedProgram, trace
 from xdit_ir.capture.inputs import bind_arguments
-from xdit_ir.errors import MismatchError
+from xdit_ir.errors import MismatchError, ParallelizeError
 from xdit_ir.mesh import Mesh
 from xdit_ir.pipeline import mesh_of
 from xdit_ir.runtime.agreement import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
 from xdit_ir.runtime.checkpoint import Loading, Store
 from xdit_ir.runtime.distributed import Communicator, check_world_size
 from xdit_ir.runtime.execution import Execution, Tensors
+from xdit_ir.runtime.pairing import Pairing, plain
 from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
 
@@ -52,7 +53,8 @@ def port(
     the job (torchrun) does the same, with the same inputs: give all of them the same seed.
 
     Args:
-        cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`.
+        cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`. Where the batch
+            cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`.
         compile, cuda_graph, transport, attention, handshake: as in `xdit_ir.runtime.execution.Execution`.
         weights: the folder (or file) of a checkpoint from which each rank reads what it uses, and nothing else; the
             model may be on the meta device. Runs where the inputs are. `release`: a loaded model gives up its weights
@@ -84,6 +86,7 @@ class _Specialisations:
     loading: Loading
     communicator: Communicator | None = None
     store: Store | None = None
+    pairing: Pairing | None = None
     runners: list[tuple[Mode, Runner]] = field(default_factory=list)
     last: ParallelProgram | None = None
 
@@ -126,10 +129,13 @@ class Ported(Shadow):
 
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
         made = self._made
+        if made.pairing is not None:
+            args, kwargs = plain((args, kwargs))
         device = made.loading.device(self._xdit_original, inputs=(*args, *kwargs.values()))
         if made.communicator is None or made.communicator.device != device:
             made.execution.check(device)
             made.communicator = Communicator(made.mesh, device, handshake=made.execution.handshake)
+            made.pairing = None
             made.store = made.loading.store(self._xdit_original, device)
         mode = self._mode(device)
         found = self._find(mode, args, kwargs)
@@ -146,6 +152,8 @@ class Ported(Shadow):
             found = runner, *runner.bind(args, kwargs)
         runner, inputs, weights = found
         made.last = runner.parallel
+        if made.pairing is not None and runner.parallel.pair_calls and not runner.program.signature.effects:
+            return made.pairing.call(runner, inputs, weights)
         return runner.run(inputs, weights, args, kwargs)
 
     def _mode(self, device: torch.device) -> Mode:
@@ -182,11 +190,13 @@ class Ported(Shadow):
     ) -> Runner:
         def make() -> ParallelProgram:
             example = bind_arguments(self._xdit_signature, args, kwargs, MismatchError)
-            return trace(self._xdit_original, example).parallelize(**made.options)
+            return _parallelized(trace(self._xdit_original, example), made.options)
 
         made = self._made
         agree_contents(communicator, call_tensors(self._xdit_signature, args, kwargs))
         runner = build(communicator, self._xdit_original, make, made.execution, made.store)
+        if runner.parallel.pair_calls and made.pairing is None:
+            made.pairing = Pairing(communicator)
         if len(made.runners) >= LIMIT:
             del made.runners[LIMIT - 1 :]
             warnings.warn(
@@ -196,6 +206,16 @@ class Ported(Shadow):
             )
         made.runners.insert(0, (mode, runner))
         return runner
+
+
+def _parallelized(traced: TracedProgram, options: Mapping[str, Any]) -> ParallelProgram:
+    """`cfg` divides the batch, or, where it cannot be divided, two calls."""
+    try:
+        return traced.parallelize(**options)
+    except ParallelizeError:
+        if options["cfg"] != 2:
+            raise
+        return traced.parallelize(**options, pair_calls=True)
 
 
 def _changing(last: Runner, new: Runner) -> str:

@@ -16,7 +16,8 @@ from xdit_ir.capture.inputs import InputBinder, bind_arguments
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.errors import MismatchError
 from xdit_ir.interpret import constant_on
-from xdit_ir.program import CONSTANT
+from xdit_ir.program import CONSTANT, SPEC, TensorSpec
+from xdit_ir.rules.base import operands
 from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact, failure_text
 from xdit_ir.runtime.checkpoint import Held, Store
 from xdit_ir.runtime.codegen import communications, generate, state_names
@@ -70,7 +71,22 @@ class Runner:
         return self._binder(args, kwargs), self._weights.fetch()
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The model's result; what forward leaves in caches is left in the arguments.
+        """The model's result; what forward leaves in caches is left in the arguments."""
+        tensors = self.compute(inputs, weights)
+        if self.program.signature.effects:
+            apply_effects(
+                self.program.signature, tensors, bind_arguments(self._parameters, args, kwargs, MismatchError)
+            )
+        return build_output(self.program.signature, tensors)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Types of what `compute` gives."""
+        [output] = (node for node in self.program.graph.nodes if node.op == "output")
+        return tuple(node.meta[SPEC] for node in operands(output))
+
+    def compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
+        """The outputs of the program.
 
         Casts of autocast are in the program already, so none are added here.
         Runs outside of inference mode whatever the caller's mode is, so that code is compiled and recorded once.
@@ -82,12 +98,7 @@ class Runner:
             if torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
             plain = [x.clone() if x.is_inference() else x for x in inputs]
-            tensors = self._forward(plain, weights)
-        if self.program.signature.effects:
-            apply_effects(
-                self.program.signature, tensors, bind_arguments(self._parameters, args, kwargs, MismatchError)
-            )
-        return build_output(self.program.signature, tensors)
+            return self._forward(plain, weights)
 
     def _compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         tensors: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *weights, *self._constants)
