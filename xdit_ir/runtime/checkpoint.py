@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -171,6 +172,8 @@ class Store:
             if name in wanted and not self._saved(name):
                 self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
             _drop(holder, leaf)
+        if self.release:
+            gc.collect()  # cycles that a trace left behind hold the model's old tensors
         for name in names:
             if name not in self._tensors and self.checkpoint is not None and self._saved(name):
                 self._tensors[name] = self.checkpoint.read(name, specs[name], self.device)
