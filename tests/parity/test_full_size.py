@@ -24,16 +24,20 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([seconds, peak, max(report.flops_per_rank) / report.flops_total, len(report.fallbacks)]))
 """
 
+BARS = ("flux.1-dev", "sd3.5-large", "wan2.1-t2v-14b", "hunyuandit")
 # Published sizes that cannot be traced or divided yet, as their tiny versions (see test_zoo.py).
 NOT_YET = {"hidream-i1"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every eighth of the published sizes, all of them with `--zoo-all`."""
+    """Every eighth of the published sizes and two of the bars, all of them with `--zoo-all`."""
     if "published" in metafunc.fixturenames:
         names = [name for name in models.names() if models.entry(name).full is not None and name not in NOT_YET]
         step = 1 if metafunc.config.getoption("--zoo-all") else 8
         metafunc.parametrize("published", names[::step])
+    if "name" in metafunc.fixturenames and "layers" not in metafunc.fixturenames:
+        step = 1 if metafunc.config.getoption("--zoo-all") else 3
+        metafunc.parametrize("name", BARS[::step])
 
 
 def test_published_sizes_are_divided(published: str) -> None:
@@ -44,7 +48,6 @@ def test_published_sizes_are_divided(published: str) -> None:
     assert len(traced.ir.blocks) < len(list(traced.ir.calls))
 
 
-@pytest.mark.parametrize("name", ["flux.1-dev", "sd3.5-large", "wan2.1-t2v-14b", "hunyuandit"])
 def test_traced_and_divided_in_little_memory(name: str) -> None:
     run = subprocess.run([sys.executable, "-c", MEASURE, name], capture_output=True, text=True, check=True)
     _, peak, slowest, fallbacks = json.loads(run.stdout.splitlines()[-1])

@@ -55,6 +55,17 @@ FOLDED = {
 }
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every other set of degrees, another half for each next model; all of them with `--zoo-all`."""
+    if "degrees" in metafunc.fixturenames:
+        step = 1 if metafunc.config.getoption("--zoo-all") else 2
+        chosen = [(model, one) for place, model in enumerate(MODELS) for one in list(DEGREES)[place % step :: step]]
+        values = [(model, DEGREES[one]) for model, one in chosen]
+        metafunc.parametrize(("case", "degrees"), values, ids=map("-".join, chosen), indirect=["case"], scope="module")
+    elif "case" in metafunc.fixturenames and not list(metafunc.definition.iter_markers("parametrize")):
+        metafunc.parametrize("case", MODELS, indirect=True, scope="module")
+
+
 @dataclass
 class Case:
     name: str
@@ -64,7 +75,7 @@ class Case:
     traced: TracedProgram
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     model, example = models.load(f"{request.param}:tiny")
     traced = xir.trace(model, example)
@@ -102,7 +113,6 @@ def token_patches(traced: TracedProgram, parallel: ParallelProgram) -> list[torc
     return [torch.tensor(sorted(tokens)) for tokens in found]
 
 
-@pytest.mark.parametrize("degrees", DEGREES.values(), ids=DEGREES.keys())
 def test_every_step_is_what_the_method_says(case: Case, degrees: dict[str, int]) -> None:
     compare_steps(case, degrees, case.traced.parallelize(**degrees))
 
