@@ -1,0 +1,194 @@
+"""Deferred results through unmodified schedulers: nothing is computed early, and parts are parts of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from xdit_ir.errors import MismatchError
+from xdit_ir.runtime.deferred import Deferred, force, is_separable, pending, pull
+
+SHAPE = (2, 4, 8, 6)
+ROWS = 2  # the dimension of which patches are ranges
+
+
+class Model:
+    """Pointwise, so that the output for some rows follows from these rows; notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, int]] = []
+
+    def exact(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(0.7 * x + 0.01 * t)
+
+    def deferred(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        model = self
+
+        class Rows:
+            def part(self, dim: int, start: int, stop: int) -> torch.Tensor:
+                model.asked.append((dim, start, stop))
+                return model.exact(pull(x, dim, start, stop), t)
+
+            def whole(self) -> torch.Tensor:
+                model.asked.append((-1, 0, 0))
+                return model.exact(force(x), t)
+
+        return pending(Rows(), x.shape, x.dtype, x.device)
+
+
+def schedulers() -> list[Any]:
+    return [
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++"),
+        diffusers.UniPCMultistepScheduler(),
+        diffusers.DDIMScheduler(clip_sample=False),
+        diffusers.EulerAncestralDiscreteScheduler(),
+    ]
+
+
+def denoise(scheduler: Any, model: Callable[..., torch.Tensor], steps: int = 6) -> torch.Tensor:
+    """A loop with guidance, as pipelines write it."""
+    make = torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(steps)
+    latents = torch.randn(SHAPE, generator=make) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        both = torch.cat([latents, latents])
+        if hasattr(scheduler, "scale_model_input"):
+            both = scheduler.scale_model_input(both, t)
+        without, with_text = model(both, t).chunk(2)
+        noise = without + 3.0 * (with_text - without)
+        extra = {} if isinstance(scheduler, NO_GENERATOR) else {"generator": make}
+        latents = scheduler.step(noise, t, latents, **extra, return_dict=False)[0]
+    return latents
+
+
+NO_GENERATOR = (diffusers.UniPCMultistepScheduler,)
+
+
+@pytest.mark.parametrize("scheduler", schedulers(), ids=lambda scheduler: type(scheduler).__name__)
+@torch.no_grad()
+def test_a_loop_computes_nothing_until_rows_are_asked_for(scheduler: Any) -> None:
+    model = Model()
+    want = denoise(scheduler, model.exact)
+    got = denoise(type(scheduler).from_config(scheduler.config), model.deferred)
+    assert isinstance(got, Deferred) and not model.asked
+    assert is_separable(got, ROWS, 0, 4)
+    top = pull(got, ROWS, 0, 4)
+    assert set(model.asked) == {(ROWS, 0, 4)}, "other rows were not needed"
+    torch.testing.assert_close(top, want[:, :, :4])
+    torch.testing.assert_close(pull(got, ROWS, 4, 8), want[:, :, 4:])
+    asked = len(model.asked)
+    torch.testing.assert_close(force(got), want)
+    assert len(model.asked) == asked == 12, "each part once a step"
+
+
+def rows(value: torch.Tensor) -> torch.Tensor:
+    class Rows:
+        def part(self, dim: int, start: int, stop: int) -> torch.Tensor:
+            return value.narrow(dim, start, stop - start)
+
+        def whole(self) -> torch.Tensor:
+            return value
+
+    return pending(Rows(), value.shape, value.dtype, value.device)
+
+
+@pytest.fixture
+def value() -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+OPERATORS: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda x: x.flip(2) + 1,
+    lambda x: x.roll(1, 2) * 2,
+    lambda x: x.permute(0, 2, 3, 1).reshape(2, 48, 4),
+    lambda x: x.flatten(2).transpose(1, 2),
+    lambda x: (x * torch.arange(6.0)).sum(-1),
+    lambda x: torch.stack([x, -x], 1)[:, 1],
+    lambda x: x[:, :, 2:6] + x[:, :1, 2:6],
+    lambda x: torch.einsum("k,bkhw->bhw", torch.arange(4.0), x),
+    lambda x: x.mean((2, 3), keepdim=True) + x,
+    lambda x: torch.where(x > 0, x, x.exp()),
+    lambda x: x.unsqueeze(1).expand(2, 3, 4, 8, 6).contiguous().view(6, 4, 8, 6),
+    lambda x: torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)) * x.double(),
+    lambda x: torch.nn.functional.conv2d(x, torch.ones(1, 4, 3, 3), padding=1),
+    lambda x: x.softmax(2),
+]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_parts_are_parts_of_the_whole_whatever_is_done(
+    operator: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor
+) -> None:
+    want = operator(value)
+    for dim in range(want.dim()):
+        half = max(1, want.shape[dim] // 2)
+        got = operator(rows(value))
+        torch.testing.assert_close(pull(got, dim, 0, half), want.narrow(dim, 0, half))
+    torch.testing.assert_close(force(operator(rows(value))), want)
+
+
+def test_what_moves_rows_needs_more_than_the_same_rows(value: torch.Tensor) -> None:
+    assert not isinstance(rows(value).flip(2), Deferred)
+    assert not is_separable(torch.cat([rows(value), rows(value)], 2), ROWS, 0, 4)
+    assert is_separable(torch.cat([rows(value), rows(value)], 1), ROWS, 0, 4)
+    assert not is_separable(rows(value)[:, :, 1:5], ROWS, 0, 4)
+
+
+def test_writes_in_place(value: torch.Tensor) -> None:
+    x, y = value.clone(), rows(value.clone())
+    before = y * 1
+    for z in (x, y):
+        z.mul_(2).add_(torch.ones(()))
+    assert isinstance(y, Deferred)
+    torch.testing.assert_close(force(y), x)
+    torch.testing.assert_close(force(before), value)
+    for z in (x, y):
+        head = z[:, :, :2]
+        head += 1
+        z[:, 0].zero_()
+        head *= 3
+    torch.testing.assert_close(force(y), x)
+
+
+def test_reading_by_any_means(value: torch.Tensor) -> None:
+    assert rows(value)[0, 0, 0, 0].item() == value[0, 0, 0, 0].item()
+    assert rows(value).numpy().sum() == value.numpy().sum()
+    assert rows(value)[0, 0, 0].tolist() == value[0, 0, 0].tolist()
+    assert bool((rows(value) == value).all())
+    plain = torch.zeros(SHAPE)
+    plain.copy_(rows(value))
+    assert torch.equal(plain, value)
+
+
+def test_printing_reads_nothing(value: torch.Tensor) -> None:
+    model = Model()
+    text = repr(model.deferred(value, torch.zeros(())))
+    assert text == "Deferred([2, 4, 8, 6], dtype=torch.float32, device=cpu)" and not model.asked
+
+
+def test_small_operands_may_be_reused_and_writes_to_large_ones_are_noticed(value: torch.Tensor) -> None:
+    sigma = torch.tensor(2.0)
+    scaled = rows(value) * sigma
+    sigma.fill_(5.0)
+    torch.testing.assert_close(force(scaled), value * 2)
+    noise = torch.randn(64, 64)
+    total = rows(torch.ones(64, 64)) + noise
+    noise.zero_()
+    with pytest.raises(MismatchError, match=r"\[64, 64\] was written to"):
+        force(total)
+
+
+@pytest.mark.parametrize("mode", ["autocast", "inference"])
+def test_the_readers_mode_does_not_matter(mode: str, value: torch.Tensor) -> None:
+    got = rows(value) * 2 + 1
+    context = torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else torch.inference_mode()
+    with context:
+        inside = rows(value) * 3
+        plain = force(got)
+    torch.testing.assert_close(plain, value * 2 + 1)
+    torch.testing.assert_close(force(inside), value * 3)
