@@ -107,8 +107,8 @@ def test_every_rank_computes_its_stage_only(case: Case, parallel: ParallelProgra
     assert max(report.weight_bytes_per_rank) <= 0.7 * report.weight_bytes_total
 
 
-def test_emitting_is_refused_for_now(case: Case, parallel: ParallelProgram) -> None:
-    with pytest.raises(xir.ParallelizeError, match="not yet emitted"):
+def test_a_rank_has_no_single_program(case: Case, parallel: ParallelProgram) -> None:
+    with pytest.raises(xir.ParallelizeError, match="for each patch"):
         parallel.rank(0)
 
 
