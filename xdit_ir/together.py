@@ -1,4 +1,4 @@
-"""All patches of a stage as one program: a synchronous step, in which every read waits for the writes of all patches."""
+"""All patches of a stage as one program: a synchronous step, in which reads wait for the writes of all patches."""
 
 from __future__ import annotations
 
@@ -78,14 +78,15 @@ class _Weaver:
 
     def _inputs(self, own: Collection[str] | None) -> None:
         known: dict[str, fx.Node] = {}
-        for thread in self.threads:
+        for patch, thread in enumerate(self.threads):
             for node in thread.nodes:
                 if node.op != "placeholder":
                     continue
-                if own is None or node.name in own or node.name not in known:
-                    known[node.name] = self.graph.create_node("placeholder", node.name, name=node.name)
-                    known[node.name].meta = dict(node.meta)
-                thread.env[node] = known[node.name]
+                alone = own is None or node.name in own
+                name = f"{node.name}_of_{patch}" if alone else node.name
+                if name not in known:
+                    known[name] = self._noted(node, self.graph.create_node("placeholder", name, name=name))
+                thread.env[node] = known[name]
 
     def _advance(self, patch: int) -> int:
         """Go on until something must be waited for; how many nodes that were."""

@@ -15,7 +15,7 @@ Message = tuple[TensorSpec, ...]
 
 @dataclass(frozen=True)
 class Item:
-    """One run of a stage, for a patch or (None: in a synchronous pass) for all of them, in the `slot`-th unit of time."""
+    """One run of a stage, for a patch or (None: synchronous) for all patches, in the `slot`-th unit of time."""
 
     slot: int
     patch: int | None

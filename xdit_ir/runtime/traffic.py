@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -68,7 +69,7 @@ class Traffic:
         """Channels between the ranks of successive stages; one process group for each, so one direction on each."""
         mine, device = self.communicator.rank, self.communicator.device
         between: list[Channel | None] = [None]
-        for stage, (source, target) in enumerate(zip(ranks, ranks[1:], strict=False), 1):
+        for stage, (source, target) in enumerate(itertools.pairwise(ranks), 1):
             if source == target:
                 between.append(Local(device) if mine == source else None)
                 continue
