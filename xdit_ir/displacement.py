@@ -169,7 +169,8 @@ def _time_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None]
 def _patch_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None], ...]:
     """The same, with what the ranks of a patch have together."""
     return tuple(
-        (d, dim if dim is None else mesh.gathered(dim, mesh.varies(dim) - {TIME})) for d, dim in _time_dims(layout, mesh)
+        (d, dim if dim is None else mesh.gathered(dim, mesh.varies(dim) - {TIME}))
+        for d, dim in _time_dims(layout, mesh)
     )
 
 

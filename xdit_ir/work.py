@@ -249,9 +249,7 @@ def _messages_first(program: Program, sends: Sequence[int], results: Sequence[in
     return program
 
 
-def _trimmed(
-    program: Program, received: Sequence[str], cuts: dict[str, Cut]
-) -> tuple[Program, tuple[Need, ...]]:
+def _trimmed(program: Program, received: Sequence[str], cuts: dict[str, Cut]) -> tuple[Program, tuple[Need, ...]]:
     """The program without inputs that it does not use, which takes of the latents what it needs."""
     needs = []
     for node in list(_placeholders(program.graph)):

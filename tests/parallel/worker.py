@@ -14,10 +14,10 @@ def answer(request: dict[str, Any]) -> Any:
     """Run one job; an exception becomes its result."""
     import exchanges  # type: ignore[import-not-found]
     import jobs  # type: ignore[import-not-found]
-    import pipes  # type: ignore[import-not-found]
+    import stage_jobs  # type: ignore[import-not-found]
 
     try:
-        modules = [module for module in (jobs, exchanges, pipes) if hasattr(module, request["job"])]
+        modules = [module for module in (jobs, exchanges, stage_jobs) if hasattr(module, request["job"])]
         return getattr(modules[0], request["job"])(**request["arguments"])
     except Exception as error:
         traceback.print_exc()

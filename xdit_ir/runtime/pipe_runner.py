@@ -23,7 +23,7 @@ from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.execution import Execution, Tensors, compile_body, plain_modes
 from xdit_ir.runtime.messages import LostError
 from xdit_ir.runtime.pipe_pass import PipelinePass, envelope, outputs_of
-from xdit_ir.runtime.requests import NEW, Lane, Moment
+from xdit_ir.runtime.requests import NEW, Moment
 from xdit_ir.runtime.schedule import Item, Schedule
 from xdit_ir.runtime.state import Weights
 from xdit_ir.runtime.traffic import Traffic
@@ -72,7 +72,7 @@ class PipelineRunner:
         self._names = weights_of(work)
         self._weights = Weights(model, self._names, self.program.state, self.device)
         self._runnables = {
-            key: self._runnable(each, communicator) for key, each in (*work.displaced.items(), *_all(work))
+            key: self._runnable(each, communicator, execution) for key, each in (*work.displaced.items(), *_all(work))
         }
         self._constants = {
             name: constant_on(self.program, name.removeprefix(f"{CONSTANT}."), self.device)
@@ -86,8 +86,8 @@ class PipelineRunner:
                 for body in each.code.bodies.values() if key in work.displaced else ():
                     compile_body(body.module)
 
-    def _runnable(self, work: Work, communicator: Communicator) -> _Runnable:
-        code = generate(work.program, communicator, self.device)
+    def _runnable(self, work: Work, communicator: Communicator, execution: Execution) -> _Runnable:
+        code = generate(work.program, communicator, self.device, execution)
         weights, constants = state_names(work.program)
         return _Runnable(work, code, (*weights, *constants), tuple(slot_specs(work.program)))
 
