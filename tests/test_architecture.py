@@ -28,7 +28,7 @@ LAYERS = (
     ("xdit_ir.overtime",),
     ("xdit_ir.passes",),
     ("xdit_ir.specialize",),
-    ("xdit_ir.stages", "xdit_ir.patches"),
+    ("xdit_ir.stages", "xdit_ir.patches", "xdit_ir.together", "xdit_ir.work"),
     ("xdit_ir.simulate", "xdit_ir.simulate_steps", "xdit_ir.report", "xdit_ir.pipeline", "xdit_ir.runtime"),
     ("xdit_ir.pass_list",),
     ("xdit_ir.pipeline_report",),

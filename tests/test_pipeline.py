@@ -151,8 +151,8 @@ def test_turns_follow_what_they_need_and_never_fall_together(
         assert patches < ranks or len(steady) == steady[-1] - steady[0] + 1, "busy all the time"
 
 
-def test_emitting_is_refused_for_now(case: Case, parallel: ParallelProgram) -> None:
-    with pytest.raises(xir.ParallelizeError, match="not yet emitted"):
+def test_a_rank_has_no_single_program(case: Case, parallel: ParallelProgram) -> None:
+    with pytest.raises(xir.ParallelizeError, match="for each patch"):
         parallel.rank(0)
 
 

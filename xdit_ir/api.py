@@ -150,7 +150,7 @@ class ParallelProgram:
             ParallelizeError: under PipeFusion, where a rank has one for each patch (`pipeline.part`).
         """
         if self.pipeline is not None:
-            raise ParallelizeError("pipefusion > 1 can be simulated, checked and reported, not yet emitted")
+            raise ParallelizeError("under pipefusion a rank runs a program for each patch: see pipeline.part")
         if rank not in self._ranks:
             self._ranks[rank] = Specialize(rank).apply(self.ir)
         return self._ranks[rank]

@@ -122,11 +122,11 @@ def latents(program: Program, mesh: Mesh) -> frozenset[str]:
     for value in operands(output):
         while ops.is_relayout(value.target) and not varies(value, mesh):
             value = operands(value)[0]
-        shapes.add(_time_dims(value.meta[LAYOUT], mesh))
+        shapes.add(_patch_dims(value.meta[LAYOUT], mesh))
     found = set()
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.meta[SPEC].dtype.is_floating_point:
-            cuts = {_time_dims(cut.meta[LAYOUT], mesh) for cut in _cuts(node)}
+            cuts = {_patch_dims(cut.meta[LAYOUT], mesh) for cut in _cuts(node)}
             if any(cut and cut in shapes and _is_shared(cut, mesh) for cut in cuts):
                 found.add(node.name)
     return frozenset(found)
@@ -164,6 +164,14 @@ def _is_shared(cut: tuple[tuple[int, Partition | None], ...], mesh: Mesh) -> boo
 
 def _time_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None], ...]:
     return tuple((d, dim) for d, dim in enumerate(layout.dims) if TIME in mesh.varies(dim))
+
+
+def _patch_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None], ...]:
+    """The same, with what the ranks of a patch have together."""
+    return tuple(
+        (d, dim if dim is None else mesh.gathered(dim, mesh.varies(dim) - {TIME}))
+        for d, dim in _time_dims(layout, mesh)
+    )
 
 
 def judge(program: Program, mesh: Mesh) -> Plan:

@@ -14,10 +14,11 @@ def answer(request: dict[str, Any]) -> Any:
     """Run one job; an exception becomes its result."""
     import exchanges  # type: ignore[import-not-found]
     import jobs  # type: ignore[import-not-found]
+    import stage_jobs  # type: ignore[import-not-found]
 
     try:
-        function = getattr(jobs, request["job"], None) or getattr(exchanges, request["job"])
-        return function(**request["arguments"])
+        modules = [module for module in (jobs, exchanges, stage_jobs) if hasattr(module, request["job"])]
+        return getattr(modules[0], request["job"])(**request["arguments"])
     except Exception as error:
         traceback.print_exc()
         return {"error": type(error).__name__, "message": str(error)}

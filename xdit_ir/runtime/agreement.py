@@ -21,27 +21,46 @@ ARGUMENTS, TRACE = "the arguments of forward", "the trace"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def agree(communicator: Communicator, mine: int, details: Callable[[], Facts]) -> None:
+def agree(communicator: Communicator, mine: int, details: Callable[[], Facts], *, later: bool = False) -> None:
     """Return once every rank has called this with the same number (a `digest` of what it is about to do).
 
-    `details` are asked for only where the numbers differ, to say how. Never waits for the device.
+    `details` are asked for only where the numbers differ, to say how. Never waits for the device. With `later`, waits
+    for nobody: the numbers are compared when this is called again.
 
     Raises:
         MismatchError: on every rank, if some rank differs: names the fact, this rank's value and the other's.
     """
     if communicator.control is None:
         return
+    pending, communicator.vote = communicator.vote, None
+    if pending is not None:
+        _settle(communicator, *pending)
     votes = torch.tensor([mine, -mine])
     try:
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=communicator.control)
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=communicator.control, async_op=True)
+    except RuntimeError as error:
+        raise _stopped(error) from error
+    if later:
+        communicator.vote = votes, work, details
+    else:
+        _settle(communicator, votes, work, details)
+
+
+def _settle(communicator: Communicator, votes: torch.Tensor, work: Any, details: Callable[[], Facts]) -> None:
+    try:
+        work.wait()
         highest, lowest = votes.tolist()
         if highest == -lowest:
             return
         everyone: list[Any] = [None] * communicator.mesh.world_size
         dist.all_gather_object(everyone, dict(details()), group=communicator.control)
     except RuntimeError as error:
-        raise MismatchError(f"another rank stopped instead of making the same call: {error}") from error
+        raise _stopped(error) from error
     raise MismatchError(_difference(communicator.rank, everyone))
+
+
+def _stopped(error: Exception) -> MismatchError:
+    return MismatchError(f"another rank stopped instead of making the same call: {error}")
 
 
 def agree_contents(communicator: Communicator, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -14,20 +14,23 @@ import torch
 from torch import fx, nn
 
 from xdit_ir import ops
-from xdit_ir.program import CONSTANT, SPEC, Block, Program, is_block_call, qualified
+from xdit_ir.program import CONSTANT, SPEC, Block, Program, TensorSpec, call_parts, is_block_call, qualified
 from xdit_ir.runtime.attention import Attention
 from xdit_ir.runtime.backends import Backend, Problem, choose
+from xdit_ir.runtime.buffers import Slot
 from xdit_ir.runtime.collectives import lower
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.exchange import Communicate, Ring
 from xdit_ir.runtime.execution import Execution
 from xdit_ir.runtime.fuse import fused, linear_gelu
 from xdit_ir.runtime.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
+from xdit_ir.runtime.slots import slot_call, slot_spec
 
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """A block as a module: `module(*values, *weights)`; `weights` are their names relative to a call's prefix.
+    """A block as a module: `module(*values, *weights, *slots)`; names of weights and slots are relative to a call's
+    prefix.
 
     One that exchanges over symmetric memory takes the workspace and the slot of the call after these.
 
@@ -36,12 +39,14 @@ class Body:
 
     module: fx.GraphModule
     weights: tuple[str, ...]
+    slots: tuple[str, ...] = ()
     uses_mailbox: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """A rank's forward: `run(*inputs, *weights, *constants)`, ordered as in `state_names`, gives the outputs.
+    """A rank's forward: `run(*inputs, *weights, *constants, *slots)`, ordered as in `state_names` and `slot_specs`,
+    gives the outputs.
 
     With a `mailbox`, what that opens comes after these.
     """
@@ -69,11 +74,13 @@ def generate(
     for name, block in program.blocks.items():
         writer = _Writer(name, program.device, device, communicator, execution)
         weights = writer.head(block.graph, _state_names(block.graph))
+        slots = writer.buffers(list(_slot_specs(block.graph)))
         writer.mailbox = mailbox
-        bodies[name] = Body(writer.write(block.graph, {}), weights, bool(writer.shared))
+        bodies[name] = Body(writer.write(block.graph, {}), weights, slots, bool(writer.shared))
     writer = _Writer(program.name, program.device, device, communicator, execution)
     names, constants = state_names(program)
     writer.head(program.graph, names + constants)
+    writer.buffers(list(slot_specs(program)))
     mailbox = mailbox if mailbox and mailbox.channels else None
     if mailbox is not None:
         writer.share(mailbox)
@@ -102,6 +109,24 @@ def _state_names(graph: fx.Graph) -> list[str]:
     return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"))
 
 
+def slot_specs(program: Program) -> dict[str, TensorSpec | None]:
+    """Qualified names of the buffers that a program uses, in the order of its arguments; None: it only reads it."""
+    found = _slot_specs(program.graph)
+    for call in program.calls:
+        name, prefix, _ = call_parts(call)
+        inner = _slot_specs(program.blocks[name].graph)
+        found |= {key: spec for slot, spec in inner.items() if found.get(key := qualified(prefix, slot)) is None}
+    return found
+
+
+def _slot_specs(graph: fx.Graph) -> dict[str, TensorSpec | None]:
+    found: dict[str, TensorSpec | None] = {}
+    for node in graph.nodes:
+        if isinstance(node.target, Slot) and found.get(node.target.slot) is None:
+            found[node.target.slot] = slot_spec(node)
+    return found
+
+
 class _Writer:
     """Writes one graph anew: weights become placeholders, communications become calls of modules."""
 
@@ -121,6 +146,7 @@ class _Writer:
         self.custody = Custody()
         self.shared: list[fx.Node] = []
         self.slots: dict[str, Iterator[int]] = {}
+        self.kept: dict[str, fx.Node] = {}
 
     def head(self, source: fx.Graph, names: Sequence[str]) -> tuple[str, ...]:
         """Write the placeholders: the inputs, then the weights called `names`."""
@@ -131,6 +157,11 @@ class _Writer:
         for name in names:
             self.state[name] = self._argument(name)
         return tuple(self.state)
+
+    def buffers(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Write the placeholders of the buffers called `names`."""
+        self.kept = {name: self._argument(name) for name in names}
+        return tuple(names)
 
     def _argument(self, name: str) -> fx.Node:
         """A placeholder whose name, which becomes that of an argument in Python, no other has."""
@@ -175,6 +206,9 @@ class _Writer:
         if backend is not None:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
             return self._call(f"attention_{len(self.modules)}", Attention(backend), args, dict(kwargs), node.name)
+        if isinstance(node.target, Slot):
+            values = [self.env[value] for value in node.all_input_nodes]
+            return slot_call(self.graph, node, self.kept[node.target.slot], values)
         new = self.graph.node_copy(node, self.env.__getitem__)
         if new.kwargs.get("device") == self.traced:
             new.update_kwarg("device", self.device)
@@ -241,6 +275,7 @@ class _Writer:
         self.modules[place] = body.module
         given = [self.env[value] for value in values]  # type: ignore[union-attr,index]
         state = [self.state[qualified(str(prefix), weight)] for weight in body.weights]
+        state += [self.kept[qualified(str(prefix), slot)] for slot in body.slots]
         shared = (self.shared[0], self.shared[1 + next(self.slots[str(name)])]) if body.uses_mailbox else ()
         return self.graph.create_node("call_module", place, (*given, *state, *shared), name=node.name)
 

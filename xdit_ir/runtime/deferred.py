@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from xdit_ir.errors import MismatchError
-from xdit_ir.runtime.separable import Range, is_recordable, operand_ranges, resized, tensors_in
+from xdit_ir.runtime.separable import Needs, Range, is_recordable, operand_ranges, resized, tensors_in
 
 aten = torch.ops.aten
 SMALL = 4096  # bytes of a concrete operand that is copied when it is recorded, since schedulers reuse such
@@ -37,6 +37,19 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Descent:
+    """From which pending result of one maker a value was made: the newest one, by number; `dims[d]` is the dimension
+    of it whose positions dimension `d` follows, if any."""
+
+    number: int
+    dims: tuple[int | None, ...]
+
+
+Lineage = Mapping[Any, Descent]
+"""By maker of pending results."""
+
+
 @dataclass(eq=False)
 class Value:
     """A node of what was recorded: `func(*args, **kwargs)[index]`, a pending result, or a finished tensor."""
@@ -52,6 +65,7 @@ class Value:
     index: int | None = None
     done: torch.Tensor | None = None
     parts: dict[Range, torch.Tensor] = field(default_factory=dict)
+    lineage: Lineage = field(default_factory=dict)
 
     def pull(self, wanted: Range) -> torch.Tensor | None:
         """This range of it, or None where it does not follow from the same range of what it was made of."""
@@ -122,6 +136,27 @@ class Value:
         ends = [0, *(part.stop for part in parts)]
         if [part.start for part in parts] == ends[:-1] and ends[-1] == self.shape[dim]:
             self._finish(torch.cat([self.parts[part] for part in parts], dim))
+
+    def descend(self) -> Value:
+        """Note of which pending results this was made."""
+        operands = [operand for operand in self._operands() if isinstance(operand, Value) and operand.lineage]
+        makers = dict.fromkeys(maker for operand in operands for maker in operand.lineage)
+        if makers:
+            needs = [self._needs(Range(dim, 0, size)) for dim, size in enumerate(self.shape)]
+            self.lineage = {maker: self._descent(maker, needs) for maker in makers}
+        return self
+
+    def _descent(self, maker: Any, needs: Sequence[Needs | None]) -> Descent:
+        newest = max(v.lineage[maker].number for v in self._operands() if isinstance(v, Value) and maker in v.lineage)
+        dims: list[int | None] = []
+        for needed in needs:
+            followed = set()
+            for operand, part in zip(self._operands(), needed or (), strict=False):
+                source = operand.lineage.get(maker) if isinstance(operand, Value) else None
+                if source is not None and source.number == newest:
+                    followed.add(None if part is None else source.dims[part.dim])
+            dims.append(followed.pop() if len(followed) == 1 else None)
+        return Descent(newest, tuple(dims))
 
     def _finish(self, value: torch.Tensor) -> None:
         self.done, self.source, self.func = value, None, None
@@ -214,10 +249,19 @@ class Deferred(torch.Tensor):
         return _record(func, args, kwargs or {})
 
 
-def pending(source: Source, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Deferred:
-    """A tensor for what `source` will give."""
+def pending(
+    source: Source,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    maker: Any = None,
+    number: int = 0,
+) -> Deferred:
+    """A tensor for what `source` will give; the result with this `number` of a `maker`, which is noted in what is made
+    of it."""
     like = torch.empty(tuple(shape), device="meta")
-    return Deferred(Value(like.shape, like.stride(), dtype, device, source=source))
+    lineage = {} if maker is None else {maker: Descent(number, tuple(range(len(like.shape))))}
+    return Deferred(Value(like.shape, like.stride(), dtype, device, source=source, lineage=lineage))
 
 
 def is_separable(tensor: torch.Tensor, dim: int, start: int, stop: int) -> bool:
@@ -292,7 +336,7 @@ def _noted(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     def made(meta: torch.Tensor, index: int | None) -> Deferred:
         value = Value(meta.shape, meta.stride(), meta.dtype, meta.device, None, func, frozen_args, frozen_kwargs, index)
-        return _viewed(Deferred(value), func, args, kwargs, index)
+        return _viewed(Deferred(value.descend()), func, args, kwargs, index)
 
     if isinstance(metas, torch.Tensor):
         return made(metas, None)

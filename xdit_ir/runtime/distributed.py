@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -119,10 +120,11 @@ class Communicator:
         self.mesh, self.device = mesh, device
         self.rank = ensure_process_group(device, mesh)
         self.control: dist.ProcessGroup | None = None
+        self.vote: tuple[torch.Tensor, Any, Any] | None = None
         self._device_mesh: DeviceMesh | None = None
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
         if handshake and mesh.world_size > 1:
-            self.control = dist.new_group(backend="gloo")
+            self.control = dist.new_group(backend="gloo", timeout=configured_timeout(device))
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -159,6 +161,15 @@ class Communicator:
                 made = dist.new_group(list(members))
                 if self.rank in members:
                     self._groups[wide] = made
+
+
+def configured_timeout(device: torch.device) -> timedelta | None:
+    """The timeout with which the default process group was made; groups do not inherit it."""
+    default = dist.group.WORLD
+    assert default is not None
+    options = getattr(default._get_backend(device), "options", None)
+    timeout: timedelta | None = getattr(options, "_timeout", None)
+    return timeout
 
 
 def peers_reachable(communicator: Communicator) -> bool:

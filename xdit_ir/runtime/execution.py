@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,18 @@ class Execution:
         check_name(self.attention)
         if self.cuda_graph and device.type != "cuda":
             raise ParallelizeError(f"cuda_graph=True needs a model on a CUDA device, this one is on {device}")
+
+
+@contextmanager
+def plain_modes(device: torch.device) -> Iterator[None]:
+    """Outside of inference mode whatever the caller's mode is, so that code is compiled and recorded once; casts of
+    autocast are in the program already, so none are added."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        if torch.is_autocast_enabled(device.type):
+            modes.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def compile_body(module: nn.Module, *, fixed: bool = False) -> None:

@@ -15,8 +15,10 @@ from xdit_ir.runtime.checkpoint import Loading
 from xdit_ir.runtime.codegen import Body
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.execution import Execution
+from xdit_ir.runtime.pipe_runner import PipelineRunner
 from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
+from xdit_ir.runtime.traffic import Traffic
 
 if TYPE_CHECKING:
     from xdit_ir.api import ParallelProgram
@@ -45,7 +47,8 @@ def emit(
     where = loading.device(model, device)
     execution.check(where)
     communicator = Communicator(parallel.mesh, where, handshake=execution.handshake)
-    runner = build(communicator, model, lambda: parallel, execution, loading.store(model, where))
+    traffic = Traffic(communicator) if parallel.pipeline is not None else None
+    runner = build(communicator, model, lambda: parallel, execution, loading.store(model, where), traffic)
     return Emitted(model, runner, communicator)
 
 
@@ -56,24 +59,24 @@ class Emitted(Shadow):
     their shapes, dtypes or device, or of the module tree, `forward` raises `MismatchError`. Autograd is not recorded.
     """
 
-    def __init__(self, original: nn.Module, runner: Runner, communicator: Communicator) -> None:
+    def __init__(self, original: nn.Module, runner: Runner | PipelineRunner, communicator: Communicator) -> None:
         super().__init__(original)
         self.__dict__["_xdit_runner"], self.__dict__["_xdit_communicator"] = runner, communicator
 
     @property
     def program(self) -> Program:
-        """The program of this rank."""
-        runner: Runner = self._xdit_runner
+        """The program of this rank; under PipeFusion that of all ranks, in which `pipefusion` counts patches."""
+        runner: Runner | PipelineRunner = self._xdit_runner
         return runner.program
 
     @property
     def bodies(self) -> Mapping[str, Body]:
         """The shared blocks as modules without parameters, so that compiling each once compiles all layers."""
-        runner: Runner = self._xdit_runner
-        return runner.code.bodies
+        runner: Runner | PipelineRunner = self._xdit_runner
+        return runner.bodies
 
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
-        runner: Runner = self._xdit_runner
+        runner: Runner | PipelineRunner = self._xdit_runner
         failure: MismatchError | None = None
         try:
             inputs, weights = runner.bind(args, kwargs)
@@ -85,7 +88,8 @@ class Emitted(Shadow):
             return call_facts(self._xdit_signature, args, kwargs, guarded([runner.program])) | refusal
 
         try:
-            agree(self._xdit_communicator, digest(refusal) if refusal else runner.digest, details)
+            mine, later = (digest(refusal), False) if refusal else runner.vote(inputs)
+            agree(self._xdit_communicator, mine, details, later=later)
         except MismatchError as mismatch:
             raise mismatch from failure
         if failure is not None:

@@ -15,15 +15,17 @@ from torch import nn
 from xdit_ir.api import ParallelProgram, TracedProgram, trace
 from xdit_ir.capture.inputs import bind_arguments
 from xdit_ir.errors import MismatchError, ParallelizeError
-from xdit_ir.mesh import Mesh
+from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.pipeline import mesh_of
 from xdit_ir.runtime.agreement import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
 from xdit_ir.runtime.checkpoint import Loading, Store
 from xdit_ir.runtime.distributed import Communicator, check_world_size
 from xdit_ir.runtime.execution import Execution, Tensors
 from xdit_ir.runtime.pairing import Pairing, plain
+from xdit_ir.runtime.pipe_runner import PipelineRunner
 from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
+from xdit_ir.runtime.traffic import Traffic
 
 LIMIT = 32  # specialisations kept per module, the most recently used ones
 
@@ -87,7 +89,8 @@ class _Specialisations:
     communicator: Communicator | None = None
     store: Store | None = None
     pairing: Pairing | None = None
-    runners: list[tuple[Mode, Runner]] = field(default_factory=list)
+    traffic: Traffic | None = None
+    runners: list[tuple[Mode, Runner | PipelineRunner]] = field(default_factory=list)
     last: ParallelProgram | None = None
 
 
@@ -137,6 +140,7 @@ class Ported(Shadow):
             made.communicator = Communicator(made.mesh, device, handshake=made.execution.handshake)
             made.pairing = None
             made.store = made.loading.store(self._xdit_original, device)
+            made.traffic = Traffic(made.communicator) if made.mesh.size((TIME,)) > 1 else None
         mode = self._mode(device)
         found = self._find(mode, args, kwargs)
 
@@ -144,15 +148,20 @@ class Ported(Shadow):
             return self._facts(mode, args, kwargs)
 
         if made.communicator.control is not None:
-            mine = found[0].digest if found is not None else digest(facts())
+            mine, later = found[0].vote(found[1]) if found is not None else (digest(facts()), False)
             state = {"the program of this call": "made before" if found is not None else "not made yet"}
-            agree(made.communicator, mine, lambda: facts() | state)
+            agree(made.communicator, mine, lambda: facts() | state, later=later)
         if found is None:
             runner = self._specialise(made.communicator, mode, args, kwargs)
             found = runner, *runner.bind(args, kwargs)
         runner, inputs, weights = found
         made.last = runner.parallel
-        if made.pairing is not None and runner.parallel.pair_calls and not runner.program.signature.effects:
+        if (
+            made.pairing is not None
+            and isinstance(runner, Runner)
+            and runner.parallel.pair_calls
+            and not runner.program.signature.effects
+        ):
             return made.pairing.call(runner, inputs, weights)
         return runner.run(inputs, weights, args, kwargs)
 
@@ -163,7 +172,7 @@ class Ported(Shadow):
 
     def _find(
         self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Runner, Tensors, Tensors] | None:
+    ) -> tuple[Runner | PipelineRunner, Tensors, Tensors] | None:
         """The specialisation for a call, moved to the front, with its inputs and weights."""
         runners = self._made.runners
         for place, (made_for, runner) in enumerate(runners):
@@ -187,14 +196,14 @@ class Ported(Shadow):
 
     def _specialise(
         self, communicator: Communicator, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Runner:
+    ) -> Runner | PipelineRunner:
         def make() -> ParallelProgram:
             example = bind_arguments(self._xdit_signature, args, kwargs, MismatchError)
             return _parallelized(trace(self._xdit_original, example), made.options)
 
         made = self._made
         agree_contents(communicator, call_tensors(self._xdit_signature, args, kwargs))
-        runner = build(communicator, self._xdit_original, make, made.execution, made.store)
+        runner = build(communicator, self._xdit_original, make, made.execution, made.store, made.traffic)
         if runner.parallel.pair_calls and made.pairing is None:
             made.pairing = Pairing(communicator)
         if len(made.runners) >= LIMIT:
@@ -218,7 +227,7 @@ def _parallelized(traced: TracedProgram, options: Mapping[str, Any]) -> Parallel
         return traced.parallelize(**options, pair_calls=True)
 
 
-def _changing(last: Runner, new: Runner) -> str:
+def _changing(last: Runner | PipelineRunner, new: Runner | PipelineRunner) -> str:
     """The inputs in which two specialisations differ."""
     names = [name for name, value in new.facts.items() if last.facts.get(name) != value]
     return ", ".join(name for name in names if not name.startswith("the ")) or "the model"

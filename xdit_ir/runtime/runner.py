@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +19,14 @@ from xdit_ir.program import CONSTANT, SPEC, TensorSpec
 from xdit_ir.rules.base import operands
 from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact, failure_text
 from xdit_ir.runtime.checkpoint import Held, Store
-from xdit_ir.runtime.codegen import communications, generate, state_names
+from xdit_ir.runtime.codegen import Body, communications, generate, state_names
 from xdit_ir.runtime.distributed import Communicator, peers_reachable
-from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body
+from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body, plain_modes
+from xdit_ir.runtime.pipe_runner import PipelineRunner, check_pipeline, weights_of
+from xdit_ir.runtime.schedule import verify_schedule
 from xdit_ir.runtime.state import Weights
+from xdit_ir.runtime.traffic import Traffic
+from xdit_ir.work import RankWork
 
 if TYPE_CHECKING:
     from xdit_ir.api import ParallelProgram
@@ -66,9 +69,18 @@ class Runner:
                 compile_body(body.module, fixed=body.uses_mailbox)
         self._forward = Recording(self._compute) if execution.cuda_graph else self._compute
 
+    @property
+    def bodies(self) -> Mapping[str, Body]:
+        """The shared blocks."""
+        return self.code.bodies
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
         return self._binder(args, kwargs), self._weights.fetch()
+
+    def vote(self, inputs: Tensors) -> tuple[int, bool]:
+        """What all ranks must agree on before a call, and whether that may be compared later."""
+        return self.digest, False
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result; what forward leaves in caches is left in the arguments."""
@@ -86,17 +98,8 @@ class Runner:
         return tuple(node.meta[SPEC] for node in operands(output))
 
     def compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
-        """The outputs of the program.
-
-        Casts of autocast are in the program already, so none are added here.
-        Runs outside of inference mode whatever the caller's mode is, so that code is compiled and recorded once.
-        """
-        kind = self.device.type
-        with ExitStack() as modes:
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.no_grad())
-            if torch.is_autocast_enabled(kind):
-                modes.enter_context(torch.autocast(kind, enabled=False))
+        """The outputs of the program."""
+        with plain_modes(self.device):
             plain = [x.clone() if x.is_inference() else x for x in inputs]
             return self._forward(plain, weights)
 
@@ -113,21 +116,26 @@ def build(
     make: Callable[[], ParallelProgram],
     execution: Execution,
     store: Store | None = None,
-) -> Runner:
-    """Make a parallel program and its runner; all ranks call it together.
+    traffic: Traffic | None = None,
+) -> Runner | PipelineRunner:
+    """Make a parallel program and its runner; all ranks call it together. A pipeline needs `traffic`.
 
     Raises:
         MismatchError: on all ranks, if `make` fails on some only, or the programs of the ranks differ.
     """
     failure: Exception | None = None
+    work: RankWork | None = None
     try:
         parallel = make()
-        program = parallel.rank(communicator.rank)
-        names = state_names(program)[0]
+        if parallel.pipeline is not None:
+            check_pipeline(parallel.pipeline.program, execution)
+            verify_schedule(parallel.pipeline)
+            work = RankWork(parallel.pipeline, communicator.rank)
+        names = state_names(parallel.rank(communicator.rank))[0] if work is None else weights_of(work)
         if store is None:
-            Weights(model, names, program.state, communicator.device)
+            Weights(model, names, parallel.ir.state, communicator.device)
         else:
-            store.check(names, program.state)
+            store.check(names, parallel.ir.state)
         facts = program_facts(parallel)
     except Exception as error:
         failure, facts = error, {TRACE: failure_text(error)}
@@ -137,8 +145,23 @@ def build(
         raise mismatch from failure
     if failure is not None:
         raise failure
-    communicator.prepare(target.mesh_dims for target in communications(program) if len(target.group) > 1)
-    return Runner(parallel, model, communicator, facts, execution, store)
+    communicator.prepare(_groups(parallel, communicator.rank))
+    if work is None:
+        return Runner(parallel, model, communicator, facts, execution, store)
+    assert traffic is not None
+    return PipelineRunner(parallel, model, communicator, facts, execution, work, traffic, store)
+
+
+def _groups(parallel: ParallelProgram, rank: int) -> Iterator[tuple[str, ...]]:
+    """The sets of mesh dims over which some rank talks; for a pipeline, whatever its stage."""
+    pipeline = parallel.pipeline
+    if pipeline is None:
+        programs = [parallel.rank(rank)]
+    else:
+        everyone = range(pipeline.virtual.world_size)
+        programs = [pipeline.part(stage, v).program for stage in range(pipeline.stages) for v in everyone]
+    for program in programs:
+        yield from (target.mesh_dims for target in communications(program) if len(target.group) > 1)
 
 
 def program_facts(parallel: ParallelProgram) -> dict[str, str]:

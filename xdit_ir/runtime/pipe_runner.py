@@ -1,0 +1,265 @@
+"""One rank of a pipeline in this process: a call runs its stages for all patches and returns what is not there yet."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from xdit_ir.capture.inputs import InputBinder
+from xdit_ir.capture.outputs import build_output
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.interpret import constant_on
+from xdit_ir.program import CONSTANT, SPEC, Program
+from xdit_ir.rules.base import operands
+from xdit_ir.runtime.agreement import digest
+from xdit_ir.runtime.checkpoint import Held, Store
+from xdit_ir.runtime.codegen import Body, Code, generate, slot_specs, state_names
+from xdit_ir.runtime.deferred import Deferred, force
+from xdit_ir.runtime.distributed import Communicator
+from xdit_ir.runtime.execution import Execution, Tensors, compile_body, plain_modes
+from xdit_ir.runtime.messages import LostError
+from xdit_ir.runtime.pipe_pass import PipelinePass, envelope, outputs_of
+from xdit_ir.runtime.requests import NEW, Moment
+from xdit_ir.runtime.schedule import Item, Schedule
+from xdit_ir.runtime.state import Weights
+from xdit_ir.runtime.traffic import Traffic
+from xdit_ir.work import RankWork, Work
+
+if TYPE_CHECKING:
+    from xdit_ir.api import ParallelProgram
+
+
+@dataclass(frozen=True, eq=False)
+class _Runnable:
+    """A stage's work with its code; `state` names its weights and constants in the order of arguments."""
+
+    work: Work
+    code: Code
+    state: tuple[str, ...]
+    slots: tuple[str, ...]
+
+
+class PipelineRunner:
+    """Runs one rank's stages in this process; made together by all ranks.
+
+    A call posts all receives of its pass, then runs this rank's stages patch by patch and sends on. The first stage
+    waits for nothing but the last outputs of the patch that it runs, so that passes follow each other without a gap.
+    """
+
+    def __init__(
+        self,
+        parallel: ParallelProgram,
+        model: nn.Module,
+        communicator: Communicator,
+        facts: Mapping[str, str],
+        execution: Execution,
+        work: RankWork,
+        traffic: Traffic,
+        store: Store | None = None,
+    ) -> None:
+        self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
+        self.pipeline, self.work, self.traffic = work.pipeline, work, traffic
+        self.program, self.device = work.pipeline.program, communicator.device
+        self.schedule = Schedule(self.pipeline.stages, self.pipeline.patches)
+        self.channels = traffic.open(self.pipeline)
+        self._binder = InputBinder(inspect.signature(model.forward), self.program)
+        self._inputs = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
+        [output] = (node for node in self.program.graph.nodes if node.op == "output")
+        self._specs = [value.meta[SPEC] for value in operands(output)]
+        self._names = weights_of(work)
+        self._weights: Weights | Held = (
+            Weights(model, self._names, self.program.state, self.device)
+            if store is None
+            else store.take(self._names, self.program.state)
+        )
+        self._runnables = {
+            key: self._runnable(each, communicator, execution) for key, each in (*work.displaced.items(), *_all(work))
+        }
+        self._constants = {
+            name: constant_on(self.program, name.removeprefix(f"{CONSTANT}."), self.device)
+            for each in self._runnables.values()
+            for name in each.state
+            if name.startswith(f"{CONSTANT}.")
+        }
+        self._types = [work.result_types(patch) for patch in range(self.pipeline.patches)]
+        if execution.compile:
+            for key, each in self._runnables.items():
+                for body in each.code.bodies.values() if key in work.displaced else ():
+                    compile_body(body.module)
+
+    def _runnable(self, work: Work, communicator: Communicator, execution: Execution) -> _Runnable:
+        code = generate(work.program, communicator, self.device, execution)
+        weights, constants = state_names(work.program)
+        return _Runnable(work, code, (*weights, *constants), tuple(slot_specs(work.program)))
+
+    @property
+    def bodies(self) -> Mapping[str, Body]:
+        """The shared blocks of all stages and patches."""
+        found = {}
+        for (stage, patch), each in self._runnables.items():
+            where = f"stage {stage}, {'all patches' if patch is None else f'patch {patch}'}"
+            found |= {f"{name} ({where})": body for name, body in each.code.bodies.items()}
+        return found
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
+        """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
+        return self._binder(args, kwargs), self._weights.fetch()
+
+    def moment(self, inputs: Tensors) -> Moment:
+        """To which step of which request a call with these inputs belongs."""
+        if self.pipeline.patches == 1:
+            return Moment(NEW, 0, synchronous=False)
+        return self.traffic.requests.moment(self._latents(inputs), self.work.latents, self, self.pipeline.warmup_steps)
+
+    def vote(self, inputs: Tensors) -> tuple[int, bool]:
+        """What all ranks must agree on before a call, and whether that may be compared later."""
+        moment = self.moment(inputs)
+        found = digest({"the program": str(self.digest), "the call": str(moment)})
+        return found, moment.kind != NEW and self.traffic.requests.number > 0
+
+    def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The model's result, whose tensors are `Deferred`."""
+        with plain_modes(self.device):
+            try:
+                outputs = self._pass(inputs, weights)
+            except BaseException as error:
+                self._give_up(error)
+                raise
+        return build_output(self.program.signature, outputs)
+
+    def _pass(self, inputs: Tensors, weights: Tensors) -> list[Deferred]:
+        moment, latents, traffic = self.moment(inputs), self._latents(inputs), self.traffic
+        if moment.synchronous or any(isinstance(x, Deferred) and n not in latents for n, x in self._named(inputs)):
+            traffic.run()
+        lane = traffic.requests.enter(moment, latents, self)
+        if not lane.buffers:
+            lane.buffers.update(self._buffers())
+        traffic.requests.number += 1
+        plain = {name: x if isinstance(x, Deferred) else _outside(x) for name, x in self._named(inputs)}
+        state = dict(zip(self._names, weights, strict=True)) | self._constants
+        made = PipelinePass(traffic.requests.number, lane, plain, state, self._run, demand=traffic.run)
+        items = self.schedule.items(traffic.slot, self.work.stages, synchronous=moment.synchronous)
+        self._expect(made, items, synchronous=moment.synchronous)
+        traffic.slot += self.schedule.slots
+        traffic.put_off(made, items)
+        traffic.run(before=traffic.slot if len(self.work.stages) > 1 else None)
+        outputs = outputs_of(
+            made,
+            self._types,
+            self.work.cuts,
+            self._specs,
+            self.device,
+            traffic.requests,
+            synchronous=moment.synchronous,
+        )
+        divided = (x for x, cut in zip(outputs, self.work.cuts, strict=True) if cut is not None)
+        traffic.requests.returned(made.number, next(divided, None))
+        for x in traffic.previous:
+            force(x)  # long there, since what was made of it is: so nothing is remembered for more than two steps
+        traffic.previous = [x for x in inputs if isinstance(x, Deferred)]
+        return outputs
+
+    def _expect(self, made: PipelinePass, items: Sequence[Item], *, synchronous: bool) -> None:
+        """Post all receives of a pass."""
+        for item in items:
+            channel = self.channels.between[item.stage]
+            message = envelope(self._of(item).work.receives)
+            if channel is not None and message is not None:
+                made.arrivals[item.stage, item.patch] = channel.expect(message)
+        for patch in (None,) if synchronous else range(self.pipeline.patches):
+            if not self.channels.is_last:
+                message = envelope(self._result_types(patch))
+                if message is None:
+                    made.results[patch] = []
+                else:
+                    made.returns[patch] = self.channels.returns.expect(message)
+
+    def _result_types(self, patch: int | None) -> list[Any]:
+        patches = range(self.pipeline.patches) if patch is None else (patch,)
+        return [spec for p in patches for spec in self._types[p]]
+
+    def _run(self, made: PipelinePass, item: Item) -> None:
+        """Run a stage for a patch, or for all of them, and send what it gives."""
+        each = self._of(item)
+        arrival = made.arrivals.pop((item.stage, item.patch), None)
+        received = arrival.take() if arrival is not None else [self._nothing(spec) for spec in each.work.receives]
+        given = [made.given(need, self.work.latents) for need in each.work.needs]
+        state = [made.weights[name] for name in each.state]
+        buffers = [made.lane.buffers[item.stage][name] for name in each.slots]
+        self._deliver(made, item, each.code.run.forward(*given, *received, *state, *buffers))
+
+    def _deliver(self, made: PipelinePass, item: Item, outputs: Sequence[torch.Tensor]) -> None:
+        work = self._of(item).work
+        if item.stage == self.pipeline.stages - 1:
+            results = list(outputs)
+            message = envelope(self._result_types(item.patch))
+            if message is not None:
+                self.channels.returns.send(message, results)
+            made.results[item.patch] = results
+            return
+        channel, message = self.channels.between[item.stage + 1], envelope(work.sends)
+        if channel is not None and message is not None:
+            channel.send(message, outputs[: len(work.sends)])
+
+    def _give_up(self, error: BaseException) -> None:
+        """Forget the request. Unless others are gone, send what they expect of this pass, whatever is in it, so that
+        no message of it is left over; that the ranks are not of one mind is found at their next call."""
+        for item, made in self.traffic.abandon():
+            if isinstance(error, LostError) or not isinstance(error, Exception) or not isinstance(made, PipelinePass):
+                continue
+            arrival = made.arrivals.pop((item.stage, item.patch), None)
+            if arrival is not None:
+                arrival.take()
+            work = self._of(item).work
+            types = work.sends or tuple(spec for specs in work.results for spec in specs)
+            self._deliver(made, item, [self._nothing(spec) for spec in types])
+
+    def _nothing(self, spec: Any) -> torch.Tensor:
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=self.device)
+
+    def _of(self, item: Item) -> _Runnable:
+        return self._runnables[item.stage, item.patch]
+
+    def _buffers(self) -> dict[int, dict[str, torch.Tensor]]:
+        found: dict[int, dict[str, torch.Tensor]] = {stage: {} for stage in self.work.stages}
+        for (stage, _), each in self._runnables.items():
+            for name, spec in slot_specs(each.work.program).items():
+                if spec is not None and name not in found[stage]:
+                    found[stage][name] = self._nothing(spec)
+        return found
+
+    def _named(self, inputs: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+        return zip(self._inputs, inputs, strict=True)
+
+    def _latents(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        return {name: x for name, x in self._named(inputs) if name in self.work.latents}
+
+
+def _all(work: RankWork) -> Iterator[tuple[tuple[int, int | None], Work]]:
+    if work.pipeline.patches > 1:
+        yield from (((stage, None), each) for stage, each in work.synchronous.items())
+
+
+def _outside(x: torch.Tensor) -> torch.Tensor:
+    return x.clone() if x.is_inference() else x
+
+
+def weights_of(work: RankWork) -> list[str]:
+    """The names of the weights that a rank's stages read."""
+    programs = [each.program for each in (*work.displaced.values(), *work.synchronous.values())]
+    return list(dict.fromkeys(name for program in programs for name in state_names(program)[0]))
+
+
+def check_pipeline(program: Program, execution: Execution) -> None:
+    """Raise `ParallelizeError` for what a pipeline cannot do."""
+    if program.signature.effects:
+        raise ParallelizeError("pipefusion > 1: forward writes into what it is given (a cache); use ulysses or ring")
+    if execution.cuda_graph:
+        raise ParallelizeError("cuda_graph=True cannot record the passes of a pipeline; leave it out, or pipefusion=1")
+    if execution.transport == "peer":
+        raise ParallelizeError("transport='peer' does not exist for pipefusion > 1; leave it out")

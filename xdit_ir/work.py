@@ -1,0 +1,296 @@
+"""What one rank of a pipeline runs: a program for every patch of its stages, and one for all patches together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import fx
+
+from xdit_ir import ops
+from xdit_ir.displacement import latents
+from xdit_ir.partition import Indices
+from xdit_ir.patches import Part, Pipeline
+from xdit_ir.program import SPEC, Block, Program, TensorSpec
+from xdit_ir.rules.base import operands
+from xdit_ir.runtime.buffers import Read, Write
+from xdit_ir.runtime.exchange import Communicate
+from xdit_ir.together import together
+
+Specs = tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How an output (and the latents) is divided over patches: `parts[p]` of dimension `dim` belong to patch p."""
+
+    dim: int
+    parts: tuple[Indices, ...]
+
+    @property
+    def size(self) -> int:
+        """Positions of all patches."""
+        return sum(part.size for part in self.parts)
+
+    def meeting(self, wanted: Indices) -> tuple[int, ...]:
+        """The patches that have something of what is wanted."""
+        return tuple(p for p, part in enumerate(self.parts) if part.within(wanted).size)
+
+    def joined(self, patches: Sequence[int]) -> Indices:
+        """What these patches have, in order of position."""
+        runs = sorted(run for patch in patches for run in self.parts[patch].runs)
+        return Indices.of_runs(runs)
+
+
+@dataclass(frozen=True)
+class Need:
+    """An input of a program: all of it, or what the `patches` have of its cut."""
+
+    name: str
+    patches: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One run of a stage: `program` takes the `needs`, then what is received, and returns what is sent, then results.
+
+    `results` says for each patch that ends here which of the outputs it has, with their types.
+    """
+
+    program: Program
+    needs: tuple[Need, ...]
+    receives: Specs
+    sends: Specs
+    results: tuple[Specs, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RankWork:
+    """Everything that one rank runs. Made without the other ranks."""
+
+    pipeline: Pipeline
+    rank: int
+
+    @cached_property
+    def stages(self) -> tuple[int, ...]:
+        """The stages of this rank."""
+        return tuple(s for s in range(self.pipeline.stages) if self.pipeline.rank(s, self.virtual(0)) == self.rank)
+
+    def virtual(self, patch: int) -> int:
+        """The virtual rank that this rank is for a patch."""
+        return self.pipeline.virtual_rank(self.rank, patch)
+
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of all stages that work together with this one, by stage."""
+        return tuple(self.pipeline.rank(stage, self.virtual(0)) for stage in range(self.pipeline.stages))
+
+    @cached_property
+    def cuts(self) -> tuple[Cut | None, ...]:
+        """How each output of the model is divided over patches; None where it is had with the last patch, whole."""
+        last = [self._part(self.pipeline.stages - 1, patch) for patch in range(self.pipeline.patches)]
+        return tuple(_cut(value, last) for value in _outputs(last[-1].program))
+
+    @cached_property
+    def latents(self) -> dict[str, Cut]:
+        """The inputs that are divided over patches like an output."""
+        found: dict[str, Cut] = {}
+        for name in latents(self.pipeline.program, self.pipeline.virtual):
+            [node] = (n for n in self.pipeline.program.graph.nodes if n.op == "placeholder" and n.name == name)
+            shape = node.meta[SPEC].shape
+            for cut in self.cuts:
+                if cut is not None and cut.dim < len(shape) and cut.size == shape[cut.dim]:
+                    found.setdefault(name, cut)
+        return found
+
+    @cached_property
+    def displaced(self) -> dict[tuple[int, int], Work]:
+        """What is run for a stage and a patch."""
+        return {(s, p): self._alone(s, p) for s in self.stages for p in range(self.pipeline.patches)}
+
+    @cached_property
+    def synchronous(self) -> dict[int, Work]:
+        """What is run for a stage and all patches."""
+        return {s: self._together(s) for s in self.stages}
+
+    def result_types(self, patch: int) -> Specs:
+        """Types of what the last stage gives for a patch, whichever rank that is."""
+        program = self._part(self.pipeline.stages - 1, patch).program
+        return tuple(value.meta[SPEC] for value in self._results(program, patch))
+
+    def _part(self, stage: int, patch: int) -> Part:
+        return self.pipeline.part(stage, self.virtual(patch))
+
+    def _finished(self, stage: int, patch: int) -> tuple[Program, Specs]:
+        """A part that returns the patch's own part of the outputs, and the types of those."""
+        part = self._part(stage, patch)
+        if stage < self.pipeline.stages - 1:
+            return _mapped(part.program, self), ()
+        results = self._results(part.program, patch)
+        types = tuple(value.meta[SPEC] for value in results)
+        return _mapped(_returning(part.program, len(part.sends), results), self), types
+
+    def _results(self, program: Program, patch: int) -> list[fx.Node]:
+        last = self._part(self.pipeline.stages - 1, self.pipeline.patches - 1).program
+        slots = [_slot(value) if cut is not None else "" for value, cut in zip(_outputs(last), self.cuts, strict=True)]
+        whole = iter(_outputs(program)) if patch == self.pipeline.patches - 1 else None
+        results = []
+        for slot in slots:
+            value = next(whole) if whole is not None else None
+            if slot:
+                results.append(operands(_write(program, slot))[0])
+            elif value is not None:
+                results.append(value)
+        return results
+
+    def _alone(self, stage: int, patch: int) -> Work:
+        program, results = self._finished(stage, patch)
+        part = self._part(stage, patch)
+        program, needs = _trimmed(program, part.receives, self.latents)
+        return Work(program, needs, part.message(sent=False), part.message(sent=True), (results,))
+
+    def _together(self, stage: int) -> Work:
+        patches = range(self.pipeline.patches)
+        if len(patches) == 1:
+            return self.displaced[stage, 0]
+        parts, finished = [self._part(stage, p) for p in patches], [self._finished(stage, p) for p in patches]
+        merged = together([program for program, _ in finished], {name for part in parts for name in part.receives})
+        merged = _messages_first(merged, [len(part.sends) for part in parts], [len(types) for _, types in finished])
+        count = sum(len(part.receives) for part in parts)
+        received = [node.name for node in _placeholders(merged.graph)]
+        program, needs = _trimmed(merged, received[len(received) - count :] if count else [], {})
+        receives = tuple(spec for part in parts for spec in part.message(sent=False))
+        sends = tuple(spec for part in parts for spec in part.message(sent=True))
+        return Work(program, needs, receives, sends, tuple(types for _, types in finished))
+
+
+def _outputs(program: Program) -> list[fx.Node]:
+    [output] = (node for node in program.graph.nodes if node.op == "output")
+    return operands(output)
+
+
+def _placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
+    return (node for node in graph.nodes if node.op == "placeholder")
+
+
+def _slot(value: fx.Node) -> str:
+    """The slot in which the parts of an output are collected; empty if it is no such thing."""
+    target = value.target
+    if not isinstance(target, Read) or target.summed or any(places is not None for places in target.places):
+        return ""
+    return target.slot
+
+
+def _write(program: Program, slot: str) -> fx.Node:
+    [found] = (n for n in program.graph.nodes if isinstance(n.target, Write) and n.target.slot == slot)
+    return found
+
+
+def _cut(value: fx.Node, parts: Sequence[Part]) -> Cut | None:
+    """How the parts of the patches lie in an output, if along one dimension and none twice."""
+    slot = _slot(value)
+    if not slot:
+        return None
+    targets = [_write(part.program, slot).target for part in parts]
+    places = [target.places for target in targets if isinstance(target, Write)]
+    dims = {dim for place in places for dim, runs in enumerate(place) if runs is not None}
+    if len(dims) != 1 or value.meta[SPEC].shape != targets[0].shape:  # type: ignore[union-attr]
+        return None
+    [dim] = dims
+    size = value.meta[SPEC].shape[dim]
+    cut = Cut(dim, tuple(Indices(((0, size),) if place[dim] is None else place[dim] or ()) for place in places))
+    return cut if cut.size == cut.joined(range(len(parts))).size == size else None
+
+
+def _returning(program: Program, sends: int, results: Sequence[fx.Node]) -> Program:
+    """The program with other results; buffers that only these were collected in are gone."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in program.graph.nodes:
+        if node.op == "output":
+            graph.output(tuple(env[value] for value in [*operands(node)[:sends], *results]))
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node].meta = dict(node.meta)
+    for node in reversed(list(graph.nodes)):
+        unread = isinstance(node.target, Write) and operands(node)[0] in _outputs(program.replace(graph=graph))
+        if not node.users and (isinstance(node.target, Read) or unread):
+            graph.erase_node(node)
+    return program.replace(graph=graph)
+
+
+def _mapped(program: Program, work: RankWork) -> Program:
+    """The program whose communications name ranks instead of virtual ranks."""
+    stage = work.ranks().index(work.rank)
+
+    def mapped(graph: fx.Graph) -> fx.Graph:
+        result, env = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in graph.nodes:
+            env[node] = result.node_copy(node, env.__getitem__)
+            env[node].meta = dict(node.meta)
+            if isinstance(node.target, Communicate):
+                group = tuple(work.pipeline.rank(stage, member) for member in node.target.group)
+                env[node].target = replace(node.target, group=group)
+        return result
+
+    blocks = {name: Block(name, mapped(block.graph)) for name, block in program.blocks.items()}
+    return program.replace(graph=mapped(program.graph), blocks=blocks)
+
+
+def _messages_first(program: Program, sends: Sequence[int], results: Sequence[int]) -> Program:
+    """What is sent before the results, instead of patch by patch."""
+    [output] = (node for node in program.graph.nodes if node.op == "output")
+    values, messages, rest = operands(output), list[fx.Node](), list[fx.Node]()
+    for sent, returned in zip(sends, results, strict=True):
+        messages += values[:sent]
+        rest += values[sent : sent + returned]
+        values = values[sent + returned :]
+    output.args = (tuple(messages + rest),)
+    return program
+
+
+def _trimmed(program: Program, received: Sequence[str], cuts: dict[str, Cut]) -> tuple[Program, tuple[Need, ...]]:
+    """The program without inputs that it does not use, which takes of the latents what it needs."""
+    needs = []
+    for node in list(_placeholders(program.graph)):
+        if node.name in received:
+            continue
+        if not node.users:
+            program.graph.erase_node(node)
+            continue
+        needs.append(Need(node.name, _narrowed(node, cuts[node.name]) if node.name in cuts else None))
+    return program, tuple(needs)
+
+
+def _narrowed(node: fx.Node, cut: Cut) -> tuple[int, ...] | None:
+    """The patches that have what a program takes of an input; its `take`s then are of what those have together."""
+    takes = _takes(node, cut.dim)
+    if takes is None:
+        return None
+    wanted = Indices.of_runs(sorted({run for take in takes for run in take.args[2]}))  # type: ignore[union-attr,arg-type]
+    patches = cut.meeting(wanted)
+    held = cut.joined(patches)
+    for take in takes:
+        take.args = (take.args[0], cut.dim, held.positions(Indices(take.args[2])).runs)  # type: ignore[arg-type]
+    return patches
+
+
+def _takes(node: fx.Node, dim: int) -> list[fx.Node] | None:
+    """The first `take`s along a dimension; None if something else uses the value before."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        if user.target is not ops.take:
+            return None
+        if user.args[1] == dim:
+            found.append(user)
+            continue
+        further = _takes(user, dim)
+        if further is None:
+            return None
+        found += further
+    return found
+
+
+def nbytes(specs: Sequence[TensorSpec]) -> int:
+    """Bytes of tensors of these types."""
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
