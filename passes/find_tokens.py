@@ -83,7 +83,7 @@ def divides(attempt: Attempt, name: str, dim: int) -> bool:
 
 
 def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
-    return replace(axis, units=units_of(program, axis.size), segments=_segments(program, axis.size))
+    return replace(axis, units=units_of(program, axis.size), segments=segments_of(program, axis.size))
 
 
 def _graphs(program: Program) -> Iterator[fx.Graph]:
@@ -109,7 +109,7 @@ def units_of(program: Program, size: int) -> tuple[int, ...]:
     return tuple(sorted(unit for unit in found if 1 < unit < size))
 
 
-def _segments(program: Program, size: int) -> tuple[tuple[int, ...], ...]:
+def segments_of(program: Program, size: int) -> tuple[tuple[int, ...], ...]:
     """Ways in which joins and splits cut a dimension of this size."""
     found: set[tuple[int, ...]] = set()
     for graph in _graphs(program):
