@@ -16,7 +16,6 @@ from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.propagate import Propagation, Seeds
 
 
-
 @dataclass(frozen=True)
 class DisplacePatches:
     """PipeFusion's division of the tokens (arXiv 2405.14430): the latents' stream into patches, in whole rows or frames

@@ -43,7 +43,8 @@ class ShardTokens:
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
     a view's inner factor (rows, frames); even within each such unit (places of every frame). Streams that reach no
-    query are gathered before the blocks, or their keys are exchanged, where that saves enough work. Numerics: exact.
+    query are gathered before the blocks, or their keys are exchanged, where that saves enough work. `GatherOnce` then
+    looks for values that had better be whole. Numerics: exact.
     """
 
     mesh: Mesh
@@ -71,8 +72,8 @@ class ShardTokens:
                 f"ulysses x ring = {degree} divides the tokens, but no attention of this model takes its queries "
                 "from a token stream that could be divided; use ulysses=1, ring=1"
             )
-        seeds = GatherOnce(self.mesh).improved(program, best.seeds)
-        chosen = best.attempt if seeds is best.seeds else trial.attempt(seeds)
+        wanted = GatherOnce(self.mesh).improved(program, best.seeds)
+        chosen = best.attempt if wanted is best.seeds else trial.attempt(wanted)
         return chosen.program().replace(mesh=self.mesh)
 
     def _is_worth(self, choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:

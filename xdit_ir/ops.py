@@ -119,11 +119,6 @@ def put(x: torch.Tensor, source: torch.Tensor, dim: int, runs: Runs) -> torch.Te
     return result
 
 
-def scaled_sum(x: torch.Tensor, dims: Sequence[int], keepdim: bool, count: int) -> torch.Tensor:
-    """The sum over `dims` divided by `count`: a rank's share of a mean over `count` elements."""
-    return x.sum(tuple(dims), keepdim) / count
-
-
 def padded_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
