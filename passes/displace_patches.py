@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from xdit_ir.displacement import Plan, inputs_of, judge, returned
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
-from xdit_ir.mesh import TIME, Mesh
+from xdit_ir.mesh import SEQUENCE, TIME, Mesh
 from xdit_ir.partition import Indices, Partition, even_pieces
 from xdit_ir.passes.find_tokens import units_of
 from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.propagate import Propagation, Seeds
-
-SEQUENCE = ("ring", "ulysses")
 
 
 @dataclass(frozen=True)

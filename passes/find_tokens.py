@@ -20,6 +20,7 @@ from xdit_ir.rules.views import groups
 
 PROBE = Mesh.of(ulysses=2)
 aten = torch.ops.aten
+JOINS = (aten.cat, aten.concat, aten.concatenate)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def divides(attempt: Attempt, name: str, dim: int) -> bool:
 
 
 def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
-    return replace(axis, units=units_of(program, axis.size), segments=_segments(program, axis.size))
+    return replace(axis, units=units_of(program, axis.size), segments=segments_of(program, axis.size))
 
 
 def _graphs(program: Program) -> Iterator[fx.Graph]:
@@ -109,15 +110,15 @@ def units_of(program: Program, size: int) -> tuple[int, ...]:
     return tuple(sorted(unit for unit in found if 1 < unit < size))
 
 
-def _segments(program: Program, size: int) -> tuple[tuple[int, ...], ...]:
+def segments_of(program: Program, size: int) -> tuple[tuple[int, ...], ...]:
     """Ways in which joins and splits cut a dimension of this size."""
     found: set[tuple[int, ...]] = set()
     for graph in _graphs(program):
         for node in graph.nodes:
             packet = getattr(node.target, "overloadpacket", None)
-            if packet in (aten.cat, aten.split, aten.split_with_sizes) and not node.kwargs:
+            if packet in (*JOINS, aten.split, aten.split_with_sizes) and not node.kwargs:
                 dim = node.args[-1] if isinstance(node.args[-1], int) and packet is not aten.split else 0
-                many = node.meta[SPEC] if packet is not aten.cat else [s.meta[SPEC] for s in operands(node)]
+                many = node.meta[SPEC] if packet not in JOINS else [s.meta[SPEC] for s in operands(node)]
                 sizes = tuple(spec.shape[dim] for spec in many)
                 if sum(sizes) == size and len(sizes) < 4:
                     found.add(sizes)

@@ -35,9 +35,10 @@ class LowerAttention:
 
     def apply(self, program: Program) -> Program:
         """The program whose attentions each rank can compute with what the layouts give it."""
-        return Propagation(program, self.mesh, self._decide).run().replace(mesh=self.mesh)
+        return Propagation(program, self.mesh, self.decide).run().replace(mesh=self.mesh)
 
-    def _decide(self, call: Call) -> Ruling:
+    def decide(self, call: Call) -> Ruling:
+        """The rules' decision, lowered where it is about an attention."""
         ruling = decide(call)
         return self._lower(call, ruling) if call.node.target is ops.attention else ruling
 

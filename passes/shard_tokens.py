@@ -10,12 +10,12 @@ from xdit_ir.cost import program_flops
 from xdit_ir.draft import Layouts
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
+from xdit_ir.mesh import SEQUENCE, Mesh
 from xdit_ir.passes.find_tokens import divides
+from xdit_ir.passes.gather_once import GatherOnce
 from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.propagate import Attempt, Propagation, Seeds
 
-SEQUENCE = ("ring", "ulysses")
 # The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
 WORTH = 0.95
 # The work of all ranks, if each had that of the slowest, that is not worth a look for further streams.
@@ -43,7 +43,8 @@ class ShardTokens:
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
     a view's inner factor (rows, frames); even within each such unit (places of every frame). Streams that reach no
-    query are gathered before the blocks, or their keys are exchanged, where that saves enough work. Numerics: exact.
+    query are gathered before the blocks, or their keys are exchanged, where that saves enough work. `GatherOnce` then
+    looks for values that had better be whole. Numerics: exact.
     """
 
     mesh: Mesh
@@ -71,7 +72,9 @@ class ShardTokens:
                 f"ulysses x ring = {degree} divides the tokens, but no attention of this model takes its queries "
                 "from a token stream that could be divided; use ulysses=1, ring=1"
             )
-        return best.attempt.program().replace(mesh=self.mesh)
+        wanted = GatherOnce(self.mesh).improved(program, best.seeds)
+        chosen = best.attempt if wanted is best.seeds else trial.attempt(wanted)
+        return chosen.program().replace(mesh=self.mesh)
 
     def _is_worth(self, choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:
         """Each further stream costs communication, keys that are exchanged in every block most of all."""

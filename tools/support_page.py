@@ -19,8 +19,8 @@ and compared with the model.
 relative error of any output on any rank under {degrees}; a model that *rounds inside* to less
 than float32 may differ by what that costs itself, compared with float64. A cell says which part of one device's FLOPs
 the slowest rank does, what all ranks do together, how often something other than the keys of an attention is gathered
-inside a block, and MiB sent by the busiest rank in a forward. In tiny models text and fixed parts weigh more than in
-the real ones.
+inside a block, and MiB sent by the busiest rank in a forward. *Gathers in blocks* counts every gather in the block
+bodies at {widest}, those of keys and values too. In tiny models text and fixed parts weigh more than in the real ones.
 """
 
 
@@ -30,16 +30,20 @@ def page(surveys: Sequence[Survey]) -> str:
     degrees = ", ".join(outcome.degrees for outcome in captured[0].outcomes) if captured else "no degrees"
     return "\n".join(
         [
-            HEAD.format(degrees=degrees),
+            HEAD.format(degrees=degrees, widest=WIDEST),
             *_summary(surveys),
             "",
-            f"| model | class | exact | {' | '.join(SHOWN)} |",
-            "|---" * (3 + len(SHOWN)) + "|",
+            f"| model | class | exact | gathers in blocks | {' | '.join(SHOWN)} |",
+            "|---" * (4 + len(SHOWN)) + "|",
             *(_row(one) for one in surveys),
             *_reasons("Not captured", "Each is a `TraceError` that says:", _not_captured(surveys)),
             *_reasons("Refused", "Each is a `ParallelizeError` that says:", _refused(captured)),
             *_reasons(f"Slowest rank above {BALANCED:.2f} at {WIDEST}", "Slowest rank, all ranks:", _uneven(captured)),
-            *_reasons(f"Gathered inside blocks at {WIDEST}", "Operator, place, reason:", _gathered(captured)),
+            *_reasons(
+                f"Gathered inside blocks at {WIDEST}",
+                "Every gather, by what it is for, and where:",
+                _gathered(captured),
+            ),
             *_reasons(f"Other fallbacks at {WIDEST}", "Operator, place, reason:", _fallbacks(captured)),
             *_reasons(
                 "No denoisers", "In the zoo because diffusers exports them as transformers:", _no_denoisers(surveys)
@@ -53,17 +57,28 @@ def _summary(surveys: Sequence[Survey]) -> Iterator[str]:
     run = [outcome for one in captured for outcome in one.outcomes if not outcome.refused]
     widest = [found for one in captured for found in [_found(one, WIDEST)] if found is not None and not found.refused]
     balanced = sum(outcome.slowest <= BALANCED for outcome in widest)
-    local = sum(not outcome.gathered for outcome in widest)
+    local = sum(not outcome.gathers for outcome in widest)
+    keys = sum(not outcome.gathered for outcome in widest)
     yield f"* {len(captured)} of {len(surveys)} models captured."
     yield f"* {sum(one.exact for one in run)} of {len(run)} simulations within {TOLERANCE:.0e} of the model."
     yield f"* {balanced} of {len(surveys)} models: slowest rank at most {BALANCED:.2f} of the FLOPs at {WIDEST}."
+    yield f"* {local} of {len(surveys)} models: nothing gathered inside a block at {WIDEST}."
     what = "nothing but keys and values of attention gathered inside a block"
-    yield f"* {local} of {len(surveys)} models: {what} at {WIDEST}."
+    yield f"* {keys} of {len(surveys)} models: {what} at {WIDEST}."
 
 
 def _row(one: Survey) -> str:
-    cells = [one.name, f"`{models.entry(one.name).cls.rpartition(':')[2]}`", _exactness(one)]
+    cells = [
+        one.name,
+        f"`{models.entry(one.name).cls.rpartition(':')[2]}`",
+        _exactness(one),
+        _gathers(_found(one, WIDEST)),
+    ]
     return f"| {' | '.join([*cells, *(_cell(_found(one, degrees)) for degrees in SHOWN)])} |"
+
+
+def _gathers(outcome: Outcome | None) -> str:
+    return "-" if outcome is None or outcome.refused else str(len(outcome.gathers))
 
 
 def _found(one: Survey, degrees: str) -> Outcome | None:
@@ -120,14 +135,14 @@ def _gathered(surveys: Sequence[Survey]) -> Iterator[str]:
     for one in surveys:
         outcome = _found(one, WIDEST)
         if outcome is not None:
-            yield from _grouped(one.name, outcome.gathered)
+            yield from _grouped(one.name, outcome.gathers)
 
 
 def _grouped(name: str, places: Sequence[str]) -> Iterator[str]:
     """One line for each operator, with its first place."""
     by_operator: dict[str, list[str]] = {}
     for place in places:
-        by_operator.setdefault(place.partition(",")[0], []).append(place)
+        by_operator.setdefault(place.partition(":")[0].partition(",")[0], []).append(place)
     for found in by_operator.values():
         yield f"* {name}: {_line(found[0])}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
 

@@ -20,6 +20,7 @@ from xdit_ir.check import check_parallel
 from xdit_ir.difference import relative_error
 from xdit_ir.errors import ParallelizeError, TraceError
 from xdit_ir.program import SPEC, Program, TensorSpec
+from xdit_ir.report import find_gathers
 from xdit_ir.tools.degrees import Degrees, parse
 
 DEGREES = tuple(parse("u2,u3,u4,r2,c2,u2r2"))
@@ -31,8 +32,8 @@ class Outcome:
     """One set of degrees: why it was refused, or how exact (within `tolerance`) and how costly it is.
 
     `slowest` and `work` are FLOPs of the slowest rank and of all ranks, over those of one device; `bytes` is what the
-    busiest rank sends in a forward; `gathered` says where in a block an operand had to be gathered (other than the
-    keys and values of an attention), and `fallbacks` where anything was for want of a rule.
+    busiest rank sends in a forward; `gathers` are all gathers in blocks, `gathered` the operators in blocks other
+    than attention that need one, and `fallbacks` where anything was gathered for want of a rule.
     """
 
     degrees: str
@@ -42,6 +43,7 @@ class Outcome:
     slowest: float = 1.0
     work: float = 1.0
     bytes: int = 0
+    gathers: tuple[str, ...] = ()
     gathered: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
 
@@ -71,7 +73,7 @@ class Survey:
     def from_json(data: dict[str, Any]) -> Survey:
         """The survey that `as_json` wrote."""
         outcomes: list[dict[str, Any]] = data["outcomes"]
-        places = [{key: tuple(one[key]) for key in ("gathered", "fallbacks")} for one in outcomes]
+        places = [{key: tuple(one[key]) for key in ("gathers", "gathered", "fallbacks")} for one in outcomes]
         made = tuple(Outcome(**(one | found)) for one, found in zip(outcomes, places, strict=True))
         return Survey(data["name"], data["not_captured"], made)
 
@@ -124,6 +126,7 @@ class Subject:
             slowest=max(report.flops_per_rank) / max(report.flops_total, 1),
             work=sum(report.flops_per_rank) / max(report.flops_total, 1),
             bytes=sum(entry.bytes_per_rank for entry in report.collectives),
+            gathers=tuple(find_gathers(parallel.ir)),
             gathered=tuple(f"{item.op}, {item.place}: {item.reason}" for item in inside),
             fallbacks=tuple(f"{item.op}, {item.place}: {item.reason}" for item in report.fallbacks),
         )

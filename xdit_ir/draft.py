@@ -127,6 +127,11 @@ class Draft:
             if step.relayout and step.target is not ops.shard
         )
 
+    def exchanges(self) -> int:
+        """How many changes of layout send anything, and attentions that pass their keys around a ring."""
+        sent = (step.relayout and step.target is not ops.shard for step in self.steps)
+        return sum(sent) + sum(step.target is ops.ring_attention for step in self.steps)
+
     def attention_mesh_dims(self, part: str) -> frozenset[str]:
         """The mesh dims that divide the `queries`, the `keys` or the `batch` (and heads) of some attention."""
         found: frozenset[str] = frozenset()

@@ -14,6 +14,8 @@ from xdit_ir.partition import Indices, Partition, even_pieces
 MESH_DIMS = ("cfg", "pipefusion", "ring", "ulysses")
 # In layouts this mesh dim counts patches, which one rank computes one after the other.
 TIME = "pipefusion"
+# The mesh dims that divide tokens.
+SEQUENCE = ("ring", "ulysses")
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,6 @@ def put(x: torch.Tensor, source: torch.Tensor, dim: int, runs: Runs) -> torch.Te
     return result
 
 
-def scaled_sum(x: torch.Tensor, dims: Sequence[int], keepdim: bool, count: int) -> torch.Tensor:
-    """The sum over `dims` divided by `count`: a rank's share of a mean over `count` elements."""
-    return x.sum(tuple(dims), keepdim) / count
-
-
 def is_view(target: object) -> bool:
     """Whether a node's target computes nothing: its result is (a part of) an operand, perhaps in another shape."""
     if isinstance(target, torch._ops.OpOverload):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,17 +121,28 @@ class Attempt:
     run: Propagation
     draft: Draft
 
+    def body(self, call: Step) -> Draft:
+        """What a block call runs."""
+        return self.run.bodies[call.body].draft
+
+    def bodies(self) -> Iterator[Draft]:
+        """What every block call runs, once a call."""
+        return map(self.body, self.draft.calls)
+
     def flops(self) -> list[int]:
         """FLOPs per rank."""
         total = self.draft.flops()
-        for step in self.draft.calls:
-            total = [a + b for a, b in zip(total, self.run.bodies[step.body].draft.flops(), strict=True)]
+        for body in self.bodies():
+            total = [a + b for a, b in zip(total, body.flops(), strict=True)]
         return total
 
     def moved_bytes(self) -> int:
         """Bytes that the busiest rank sends in changes of layout."""
-        bodies = (self.run.bodies[step.body].draft for step in self.draft.calls)
-        return self.draft.moved_bytes() + sum(body.moved_bytes() for body in bodies)
+        return self.draft.moved_bytes() + sum(body.moved_bytes() for body in self.bodies())
+
+    def exchanges(self) -> int:
+        """How often ranks exchange anything in a forward."""
+        return self.draft.exchanges() + sum(body.exchanges() for body in self.bodies())
 
     def attention_mesh_dims(self, *parts: str) -> frozenset[str]:
         """The mesh dims that divide the `queries`, `keys` or `batch` (and heads) of some attention."""

@@ -146,6 +146,17 @@ def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]
     return (target_name(node.target), "*".join(dims)), relayout_bytes(node, mesh)
 
 
+def find_gathers(program: Program) -> Iterator[str]:
+    """Every gather inside a block, whatever it is for: the operators that need it, and where."""
+    for name, block in program.blocks.items():
+        for node in block.graph.nodes:
+            if node.target is ops.gather:
+                names = (user.op if user.op == "output" else target_name(user.target) for user in node.users)
+                users = ", ".join(dict.fromkeys(names))
+                where: Where = node.meta.get(WHERE, Where())
+                yield f"{users}: {' '.join(part for part in (name, where.module, node.name, where.source) if part)}"
+
+
 def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
     """Operators for which something had to be gathered."""
     for name, graph, times in _graphs(program):

@@ -33,8 +33,12 @@ REFUSED = {
 # Where the slowest of four Ulysses ranks does more than this part of the FLOPs.
 BALANCED = 0.30
 UNEVEN: dict[str, str] = {}
-# Where something else than the keys of an attention is gathered inside a block.
+# Where anything is gathered inside a block, be it the keys of an attention.
 GATHERED = {
+    "kandinsky-6": "video attends to the audio stream of every block, too short for Ulysses",
+    "ltx-2": "audio, too short to be divided, attends to the video of every block",
+    "ltx-2.3": "audio, too short to be divided, attends to the video of every block",
+    "motif-video": "the image attends once more to the text stream of every block, too short for Ulysses",
     "nucleus-image": "each expert takes its best tokens of the whole image",
     "rfd4-proteina": "triangle updates multiply pairs of residues over both dimensions",
     "sana-wm": "one modulation for each frame, of parts of frames",
@@ -66,7 +70,7 @@ def judge(name: str, degrees: Degrees, outcome: Outcome) -> None:
     assert outcome.exact, f"{degrees}: relative error {outcome.error:.1e}"
     if degrees == WIDEST:
         assert (outcome.slowest > BALANCED) == (name in UNEVEN), f"slowest rank {outcome.slowest:.3f}"
-        assert bool(outcome.gathered) == (name in GATHERED), f"gathered: {outcome.gathered}"
+        assert bool(outcome.gathers) == (name in GATHERED), f"gathered: {outcome.gathers}"
 
 
 def tensors(output: Any) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ def test_survey(packed: Survey) -> None:
     found = packed.outcome("u4")
     assert found.exact and 0 < found.error <= 1e-5
     assert 0.25 <= found.slowest < 0.26 and 1.0 <= found.work < 1.01
-    assert found.bytes > 0 and found.gathered == ()
+    assert found.bytes > 0 and found.gathers == found.gathered == ()
     assert Survey.from_json(json.loads(json.dumps(packed.as_json()))) == packed
 
 
@@ -35,22 +35,33 @@ def test_survey_names_what_is_gathered_inside_a_block() -> None:
     found = survey("nucleus-image", DEGREES[:1]).outcome("u2")
     assert any(place.startswith("topk, NucleusMoEImageTransformerBlock") for place in found.gathered)
     assert set(found.gathered) <= set(found.fallbacks)
+    assert len(found.gathers) >= 3
+
+
+def test_survey_counts_gathers_of_keys() -> None:
+    """The audio stream of each block is what its video attends to."""
+    found = survey("kandinsky-6", DEGREES[2:3]).outcome("u4")
+    assert found.gathered == ()
+    assert len(found.gathers) == 2 and all(place.startswith("attention: ") for place in found.gathers)
 
 
 def test_page_has_every_reason(packed: Survey) -> None:
-    bad = Outcome("u4", error=0.5, slowest=0.7, work=2.8, gathered=("topk, B x: no\nrule",), fallbacks=("sort, y: no",))
+    bad = Outcome("u4", error=0.5, slowest=0.7, work=2.8, gathers=("topk: B x\ny",), fallbacks=("sort, y: no",))
     text = page(
         [packed, Survey("dual-transformer", outcomes=(bad,)), Survey("mochi-1", not_captured="reads | a value")]
     )
     assert "2 of 3 models captured" in text and "5 of 6 simulations" in text
-    assert "| plain-packed-dit | `PackedDiT` | ≤ 1e-06 | refused | 0.251, 1.00, 0 gathered" in text
-    assert "| dual-transformer | `DualTransformer2DModel` | **5e-01** | - | 0.700, 2.80, 1 gathered, 0.00 MiB |" in text
-    assert "| mochi-1 | `MochiTransformer3DModel` | not captured | - | - | - | - |" in text
+    assert "| plain-packed-dit | `PackedDiT` | ≤ 1e-06 | 0 | refused | 0.251, 1.00, 0 gathered" in text
+    assert (
+        "| dual-transformer | `DualTransformer2DModel` | **5e-01** | 1 | - | 0.700, 2.80, 0 gathered, 0.00 MiB |"
+        in text
+    )
+    assert "| mochi-1 | `MochiTransformer3DModel` | not captured | - | - | - | - | - |" in text
     for line in (
         "* mochi-1: `reads / a value`",
         "* plain-packed-dit, c2: `cfg=2 divides",
         "* dual-transformer: 0.700, 2.80",
-        "* dual-transformer: `topk, B x: no rule`",
+        "* dual-transformer: `topk: B x y`",
         "* dual-transformer: `sort, y: no`",
         "* dual-transformer: a part of a U-Net",
     ):

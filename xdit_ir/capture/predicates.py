@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,7 +68,7 @@ def evaluate(predicate: Predicate, leaves: Mapping[str, Any]) -> torch.Tensor:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             if kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": device}
-            target: Any = operator.getitem if node.target is operator.getitem else node.target
+            target: Any = node.target
             env[node] = target(*args, **kwargs)
     result: torch.Tensor = env[node.args[0]]
     return result

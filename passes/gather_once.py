@@ -1,0 +1,108 @@
+"""Keys that every block would gather of a value that they share: gather that value once, or do not divide it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from xdit_ir import ops
+from xdit_ir.cost import Machine
+from xdit_ir.draft import Draft, Step
+from xdit_ir.layout import Layout
+from xdit_ir.mesh import SEQUENCE, Mesh
+from xdit_ir.partition import Partition
+from xdit_ir.passes.find_tokens import segments_of
+from xdit_ir.passes.lower_attention import LowerAttention
+from xdit_ir.program import Program
+from xdit_ir.propagate import Attempt, Propagation, Seeds
+from xdit_ir.rules.joins import concat_partitions, section
+
+# The work of the slowest rank that may be done for fewer exchanges, whatever they cost, to what it was.
+REPEATED = 1.10
+
+
+@dataclass(frozen=True)
+class GatherOnce:
+    """Given how token streams are divided, which of them, or of what is made of them, every rank should have whole.
+
+    A short text that is divided saves the projections of its keys, but each block then waits for a gather of them.
+    What all calls of a block share is gathered before them instead (or one segment of it is, or a stream is not
+    divided in the first place) where that takes less time: more FLOPs of the slowest rank, fewer bytes and exchanges.
+    """
+
+    mesh: Mesh
+    machine: Machine = field(default_factory=Machine)
+
+    def improved(self, program: Program, seeds: Seeds) -> Seeds:
+        """The seeds with such values whole; the first one stays."""
+        run = Propagation(program, self.mesh, LowerAttention(self.mesh, self.machine).decide)
+        best, limit = run.attempt(seeds), None
+        while any(_gathers(body) for body in best.bodies()):
+            limit = limit or REPEATED * max(best.flops())
+            tried = [(run.attempt(one), one) for one in self._candidates(program, best, seeds)]
+            better = [pair for pair in tried if max(pair[0].flops()) <= limit]
+            if not better:
+                break
+            choice, chosen = min(better, key=lambda pair: self._seconds(pair[0]))
+            if self._seconds(choice) >= self._seconds(best):
+                break
+            best, seeds = choice, chosen
+        return seeds
+
+    def _seconds(self, attempt: Attempt) -> float:
+        waited = self.machine.latency * attempt.exchanges()
+        return waited + self.machine.seconds(max(attempt.flops()), attempt.moved_bytes())
+
+    def _candidates(self, program: Program, attempt: Attempt, seeds: Seeds) -> Iterator[Seeds]:
+        for name in list(seeds)[1:]:
+            yield {other: layouts for other, layouts in seeds.items() if other != name}
+        for value in _shared(attempt):
+            name = value.node.name
+            for layout in dict.fromkeys(self._wider(program, value.layout)):
+                if layout != value.layout:
+                    yield {**seeds, name: (*seeds.get(name, ()), layout)}
+
+    def _wider(self, program: Program, layout: Layout) -> Iterator[Layout]:
+        """The layout with a divided dim whole, or one of the segments that it is joined of."""
+        for dim, partition in enumerate(layout.dims):
+            if partition is None or not self.mesh.varies(partition) & set(SEQUENCE):
+                continue
+            yield layout.with_dims({dim: self.mesh.gathered(partition, SEQUENCE)})
+            if self.mesh.varies(partition) <= set(SEQUENCE):
+                for sizes in segments_of(program, partition.size):
+                    yield from (layout.with_dims({dim: _with_whole(partition, sizes, i)}) for i in range(len(sizes)))
+
+
+def _with_whole(partition: Partition, sizes: tuple[int, ...], whole: int) -> Partition | None:
+    """The partition with one of its segments on every rank."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = [section(partition, start, size) for start, size in zip(starts, sizes, strict=True)]
+    return concat_partitions([None if i == whole else part for i, part in enumerate(parts)], sizes)
+
+
+def _gathers(body: Draft) -> list[Step]:
+    return [step for step in body.steps if step.target is ops.gather]
+
+
+def _shared(attempt: Attempt) -> list[Step]:
+    """The values that every call of a block is given in the same place and of which that block gathers something."""
+    given: dict[tuple[str, int], list[Step]] = {}
+    wanted: dict[tuple[str, int], None] = {}
+    for call in attempt.draft.calls:
+        body = attempt.body(call)
+        for place, source in enumerate(call.sources):
+            given.setdefault((call.body[0], place), []).append(source)
+        wanted |= dict.fromkeys((call.body[0], place) for place in _origins(body, _gathers(body)))
+    found = [given[key] for key in wanted]
+    return list({values[0].node: values[0] for values in found if len({value.node for value in values}) == 1}.values())
+
+
+def _origins(body: Draft, steps: list[Step]) -> list[int]:
+    """The places of the arguments that values come from."""
+    before, waiting = set(steps), list(steps)
+    while waiting:
+        new = [source for source in waiting.pop().sources if source not in before]
+        before |= set(new)
+        waiting += new
+    arguments = [step for step in body.steps if step.node.op == "placeholder" and not step.relayout]
+    return [place for place, step in enumerate(arguments) if step in before]
