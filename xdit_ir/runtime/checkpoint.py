@@ -168,12 +168,12 @@ class Store:
         """The tensors of these names, on the device; each is read or moved once, one after the other."""
         self.check(names, specs)
         wanted = {name for name in names if name not in self._tensors}
+        if self.release:
+            gc.collect()  # cycles that a trace left behind hold the model's tensors, which would pile up below
         for name, holder, leaf in _tensors_of(self.model) if self.release else ():
             if name in wanted and not self._saved(name):
                 self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
             _drop(holder, leaf)
-        if self.release:
-            gc.collect()  # cycles that a trace left behind hold the model's old tensors
         for name in names:
             if name not in self._tensors and self.checkpoint is not None and self._saved(name):
                 self._tensors[name] = self.checkpoint.read(name, specs[name], self.device)
