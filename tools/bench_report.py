@@ -11,7 +11,17 @@ from xdit_ir.errors import XditError
 
 Result = Mapping[str, Any]
 BASE = "alone:compiled"
-HEADER = ("contender", "median ms", "min to max", "speed-up", "communication ms", "peak GiB", "error", "first call s")
+HEADER = (
+    "contender",
+    "median ms",
+    "min to max",
+    "speed-up",
+    "communication ms",
+    "peak GiB",
+    "weights",
+    "error",
+    "first call s",
+)
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -40,6 +50,7 @@ def _row(result: Result, base: float | None) -> tuple[str, ...]:
         f"{base / result['median_ms']:.2f}" if base else "",
         f"{result['communication_ms']:.1f}" if "communication_ms" in result else "",
         f"{result['memory_gib']:.1f}",
+        f"{result.get('weights', 1.0):.2f}",
         f"{result['error']:.2e}",
         f"{result['first_call_s']:.0f}",
     )

@@ -98,6 +98,7 @@ def _result(
             output = _first(forward(**example)).float()
             torch.cuda.synchronize()
             result["first_call_s"] = time.perf_counter() - start
+            result["weights"] = _weights(forward)
             result["error"] = ((output - exact).norm() / exact.norm()).item()
             torch.cuda.reset_peak_memory_stats()
             times = _times(forward, example, args.samples, args.burst)
@@ -114,11 +115,39 @@ def _result(
     return result
 
 
+def _weights(forward: Forward) -> float:
+    """The most weights that a rank needs, as a part of the model's."""
+    program = getattr(forward, "program", None)
+    if program is None:
+        return 1.0
+    report = program.report()
+    return float(max(report.weight_bytes_per_rank) / report.weight_bytes_total)
+
+
 @torch.no_grad()
 def _run(forward: Forward, example: dict[str, Any], count: int) -> None:
+    """One image in `count` steps: Euler's method on the latents, which are read at the end."""
+    given = dict(example)
     for _ in range(count):
-        forward(**example)
+        output = _first(forward(**given))
+        name = _latents(example, output)
+        if name is not None:
+            given[name] = given[name] - output.chunk(output.shape[1] // given[name].shape[1], 1)[0] / count
+    if count:
+        torch.isfinite(given[name] if name is not None else output).all().item()
     torch.cuda.synchronize()
+
+
+def _latents(example: dict[str, Any], output: torch.Tensor) -> str | None:
+    """The input that an output moves: of its shape, but for more channels (a predicted variance)."""
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, torch.Tensor) or value.dim() != output.dim() or value.dtype != output.dtype:
+            return False
+        alike = value.shape[:1] + value.shape[2:] == output.shape[:1] + output.shape[2:]
+        return alike and output.shape[1] % value.shape[1] == 0
+
+    return next((name for name, value in example.items() if fits(value)), None)
 
 
 def _times(forward: Forward, example: dict[str, Any], samples: int, burst: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""The short form of parallel degrees: `u2`, `r3`, `c2u2r2`, and comma-separated lists of them."""
+"""The short form of parallel degrees: `u2`, `r3`, `c2u2r2`, `p2m4` (four patches), and comma-separated lists."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ from typing import Any
 from xdit_ir.errors import ParallelizeError
 
 LETTERS = {"c": "cfg", "p": "pipefusion", "r": "ring", "u": "ulysses"}
-ITEM = re.compile(r"(?:[cpru][1-9]\d*)+")
+PATCHES = "m"
+ITEM = re.compile(r"(?:[cprum][1-9]\d*)+")
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """One set of degrees; `str()` is its short form, in rank order."""
+    """One set of degrees; `str()` is its short form, in rank order. `patches`: None for as many as stages."""
 
     cfg: int = 1
     pipefusion: int = 1
     ring: int = 1
     ulysses: int = 1
+    patches: int | None = None
 
     def __str__(self) -> str:
-        named = {letter: self.as_dict()[name] for letter, name in LETTERS.items()}
-        return "".join(f"{letter}{size}" for letter, size in named.items() if size > 1) or "u1"
+        named = {letter: getattr(self, name) for letter, name in LETTERS.items()}
+        degrees = "".join(f"{letter}{size}" for letter, size in named.items() if size > 1) or "u1"
+        return degrees if self.patches is None else f"{degrees}{PATCHES}{self.patches}"
 
     @property
     def ranks(self) -> int:
         """Their product."""
-        return math.prod(self.as_dict().values())
+        return math.prod(getattr(self, name) for name in LETTERS.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Keyword arguments for `parallelize`, `check` and `port`."""
-        return {name: getattr(self, name) for name in LETTERS.values()}
+        degrees = {name: getattr(self, name) for name in LETTERS.values()}
+        return degrees if self.patches is None else degrees | {"patches": self.patches}
 
 
 def parse(text: str) -> list[Degrees]:
@@ -48,14 +52,14 @@ def parse(text: str) -> list[Degrees]:
 
 def _one(item: str, text: str) -> Degrees:
     item = item.strip()
-    pairs = re.findall(r"([cpru])(\d+)", item)
+    pairs = re.findall(r"([cprum])(\d+)", item)
     letters = [letter for letter, _ in pairs]
     if not ITEM.fullmatch(item) or len(set(letters)) != len(letters):
         raise ParallelizeError(
             f"{item!r} is no set of parallel degrees: write c (cfg), p (pipefusion), r (ring), u (ulysses), "
-            f"each at most once, with a number; the nearest legal form is {nearest(text)!r}"
+            f"m (patches), each at most once, with a number; the nearest legal form is {nearest(text)!r}"
         )
-    return Degrees(**{LETTERS[letter]: int(number) for letter, number in pairs})
+    return Degrees(**{LETTERS.get(letter, "patches"): int(number) for letter, number in pairs})
 
 
 def nearest(text: str) -> str:
