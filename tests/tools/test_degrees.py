@@ -19,6 +19,7 @@ from xdit_ir.tools.degrees import Degrees, nearest, parse
         ("u16, c2", [Degrees(ulysses=16), Degrees(cfg=2)]),
         ("u2,r2,u2", [Degrees(ulysses=2), Degrees(ring=2)]),
         ("u1", [Degrees()]),
+        ("p2m4u2", [Degrees(pipefusion=2, ulysses=2, patches=4)]),
     ],
 )
 def test_parse(text: str, expected: list[Degrees]) -> None:
@@ -31,6 +32,7 @@ def test_text_is_in_rank_order_and_parses_back() -> None:
     assert degrees.ranks == 120
     assert [str(degrees), str(Degrees())] == ["c2p3r4u5", "u1"]
     assert parse(str(degrees)) == [degrees]
+    assert str(Degrees(pipefusion=2, patches=5)) == "p2m5"
 
 
 @pytest.mark.parametrize(
