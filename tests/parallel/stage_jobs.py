@@ -118,15 +118,15 @@ SCHEDULERS = {
 }
 
 
-def images(cases: list[dict[str, Any]], steps: int = 8) -> list[dict[str, Any]]:
+def images(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per case: how far the latents that an unmodified pipeline ends with are from those of the simulation, and from
     those of the model itself. A case names a pipeline, degrees, and maybe a scheduler and modes."""
     torch.set_num_threads(1)
-    return [_image(steps=steps, **case) for case in cases]
+    return [_image(**case) for case in cases]
 
 
 def _image(
-    pipeline: str, degrees: Degrees, steps: int, scheduler: str = "", lanes: int = 1, modes: tuple[str, ...] = ()
+    pipeline: str, degrees: Degrees, steps: int = 8, scheduler: str = "", lanes: int = 1, modes: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     pipe, call = pipelines.BUILDERS[pipeline]()
     if scheduler:
@@ -317,3 +317,15 @@ def folded_stages(name: str, stages: int, patches: Sequence[int]) -> list[dict[s
         errors = [relative_error(mine, step[0]) for mine, step in zip(got, want, strict=True)]
         found.append({"errors": errors, "trace": trace})
     return found
+
+
+def compiled_stages(name: str, degrees: Degrees) -> dict[str, Any]:
+    """Every block of every stage and patch compiles as one graph, buffers and all."""
+    torch.set_num_threads(1)
+    model, example = models.load(f"{name}:tiny")
+    parallel, inputs = xir.trace(model, example).parallelize(**degrees), _inputs(example, 4)
+    module = parallel.emit(model)
+    for body in module.bodies.values():
+        body.module.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    got, want = _run(module, inputs), parallel.simulate_steps(model, inputs)
+    return {"errors": [relative_error(mine, step[0]) for mine, step in zip(got, want, strict=True)]}

@@ -119,6 +119,11 @@ def test_ranks_with_several_stages(workers: Pools) -> None:
             assert trace.index((3, 0, 0)) < trace.index((2, 3, 3)), "the next step begins while this one drains"
 
 
+def test_blocks_with_buffers_compile(workers: Pools) -> None:
+    for result in workers(2).run("compiled_stages", name=SMALL, degrees={"pipefusion": 2}):
+        assert max(result["errors"]) <= 1e-5
+
+
 def test_an_exception_leaves_the_module_usable(workers: Pools) -> None:
     for result in workers(2).run("interrupted", name=SMALL, degrees=P2M4):
         assert result["failures"] == ["ArithmeticError"] * 2

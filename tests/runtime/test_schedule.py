@@ -22,8 +22,8 @@ def plans(ranks: Sequence[int], patches: int, modes: Sequence[bool] = (True, Fal
         mine = [stage for stage, owner in enumerate(ranks) if owner == rank]
         entries = [
             (number, item)
-            for number, synchronous in enumerate(modes)
-            for item in schedule.items(number * schedule.slots, mine, synchronous=synchronous)
+            for number, (start, synchronous) in enumerate(zip(schedule.starts(modes), modes, strict=True))
+            for item in schedule.items(start, mine, synchronous=synchronous)
         ]
         found[rank] = sorted(entries, key=lambda entry: entry[1].key)
     return found

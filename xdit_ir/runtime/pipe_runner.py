@@ -100,7 +100,7 @@ class PipelineRunner:
     @property
     def bodies(self) -> Mapping[str, Body]:
         """The shared blocks of all stages and patches."""
-        found = {}
+        found: dict[str, Body] = {}
         for (stage, patch), each in self._runnables.items():
             where = f"stage {stage}, {'all patches' if patch is None else f'patch {patch}'}"
             found |= {f"{name} ({where})": body for name, body in each.code.bodies.items()}
