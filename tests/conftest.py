@@ -16,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--large", action="store_true", help="also tests that need gigabytes, or more processes than cores"
     )
+    parser.addoption("--pipefusion-all", action="store_true", help="run every PipeFusion case on real processes")
 
 
 @pytest.fixture

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import fx
 
 from xdit_ir import ops
 from xdit_ir.displacement import latents
-from xdit_ir.partition import Indices
+from xdit_ir.partition import Indices, Runs
 from xdit_ir.patches import Part, Pipeline
 from xdit_ir.program import SPEC, Block, Program, TensorSpec
 from xdit_ir.rules.base import operands
@@ -183,8 +183,9 @@ def _slot(value: fx.Node) -> str:
 
 
 def _write(program: Program, slot: str) -> fx.Node:
-    [found] = (n for n in program.graph.nodes if isinstance(n.target, Write) and n.target.slot == slot)
-    return found
+    found: list[fx.Node] = [n for n in program.graph.nodes if isinstance(n.target, Write) and n.target.slot == slot]
+    [write] = found
+    return write
 
 
 def _cut(value: fx.Node, parts: Sequence[Part]) -> Cut | None:
@@ -267,12 +268,18 @@ def _narrowed(node: fx.Node, cut: Cut) -> tuple[int, ...] | None:
     takes = _takes(node, cut.dim)
     if takes is None:
         return None
-    wanted = Indices.of_runs(sorted({run for take in takes for run in take.args[2]}))  # type: ignore[union-attr,arg-type]
+    runs: set[tuple[int, int]] = {run for take in takes for run in _runs(take)}
+    wanted = Indices.of_runs(sorted(runs))
     patches = cut.meeting(wanted)
     held = cut.joined(patches)
     for take in takes:
-        take.args = (take.args[0], cut.dim, held.positions(Indices(take.args[2])).runs)  # type: ignore[arg-type]
+        take.args = (take.args[0], cut.dim, held.positions(Indices(_runs(take))).runs)
     return patches
+
+
+def _runs(take: fx.Node) -> Runs:
+    runs: Any = take.args[2]
+    return tuple(runs)
 
 
 def _takes(node: fx.Node, dim: int) -> list[fx.Node] | None:
@@ -289,8 +296,3 @@ def _takes(node: fx.Node, dim: int) -> list[fx.Node] | None:
             return None
         found += further
     return found
-
-
-def nbytes(specs: Sequence[TensorSpec]) -> int:
-    """Bytes of tensors of these types."""
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)

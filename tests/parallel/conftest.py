@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,8 +30,9 @@ class Workers:
         self._logs: list[IO[str]] = []
         self._store: TCPStore | None = None
 
-    def run(self, job: str, limit: float = 240, **arguments: Any) -> list[Any]:
-        """Results of all ranks; a rank's exception comes as `{"error": class name, "message": text}`."""
+    def run(self, job: str, limit: float = 240, lost: Sequence[int] = (), **arguments: Any) -> list[Any]:
+        """Results of all ranks; a rank's exception comes as `{"error": class name, "message": text}`. Ranks that will
+        be `lost` give none."""
         if not self._processes:
             self._start()
         for process in self._processes:
@@ -39,7 +40,7 @@ class Workers:
             process.stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
             process.stdin.flush()
         deadline = time.monotonic() + limit
-        results = [self._answer(answers, deadline) for answers in self._answers]
+        results = [self._answer(answers, deadline) for rank, answers in enumerate(self._answers) if rank not in lost]
         if None in results:
             logs = "\n".join(f"rank {rank}:\n{self._tail(rank)}" for rank in range(self.count))
             self.stop()

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import diffusers
 import pipelines
 import torch
 import torch.distributed as dist
-from jobs import Degrees, _plain, relative_error
+from jobs import Degrees, _failure, _load, _plain, relative_error
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.api import ParallelProgram
 from xdit_ir.capture.inputs import bind_arguments, bind_inputs
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.interpret import model_state
+from xdit_ir.mesh import Mesh
+from xdit_ir.patches import Pipeline
 from xdit_ir.runtime.deferred import Deferred, force
 from xdit_ir.runtime.execution import plain_modes
 from xdit_ir.runtime.shadow import Shadow
@@ -79,17 +85,19 @@ def emitted_steps(name: str, degree_sets: list[Degrees], steps: int = 4) -> list
 
 
 class Simulated(Shadow):
-    """A model whose consecutive calls are the steps of one simulated request; `lanes` calls make a step."""
+    """A model whose consecutive calls are the steps of one simulated request; `lanes` calls make a step. Where an input
+    is of another type than in the step before, a request begins."""
 
     def __init__(self, original: nn.Module, lanes: int, **degrees: Any) -> None:
         super().__init__(original)
-        self.__dict__["_state"] = {"lanes": lanes, "degrees": degrees, "runs": [], "calls": 0}
+        self.__dict__["_state"] = {"lanes": lanes, "degrees": degrees, "calls": 0, "types": None}
 
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
         state, model = self.__dict__["_state"], self._xdit_original
         example = bind_arguments(self._xdit_signature, args, kwargs, xir.MismatchError)
-        if "program" not in state:
-            state["program"] = xir.trace(model, example).parallelize(**state["degrees"])
+        types = [leaf.dtype for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+        if types != state["types"]:
+            state |= {"types": types, "program": xir.trace(model, example).parallelize(**state["degrees"]), "runs": []}
         program = state["program"].original
         if len(state["runs"]) < state["lanes"]:
             weights = model_state(program, model)
@@ -110,15 +118,15 @@ SCHEDULERS = {
 }
 
 
-def images(cases: list[dict[str, Any]], steps: int = 8) -> list[dict[str, Any]]:
+def images(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per case: how far the latents that an unmodified pipeline ends with are from those of the simulation, and from
     those of the model itself. A case names a pipeline, degrees, and maybe a scheduler and modes."""
     torch.set_num_threads(1)
-    return [_image(steps=steps, **case) for case in cases]
+    return [_image(**case) for case in cases]
 
 
 def _image(
-    pipeline: str, degrees: Degrees, steps: int, scheduler: str = "", lanes: int = 1, modes: tuple[str, ...] = ()
+    pipeline: str, degrees: Degrees, steps: int = 8, scheduler: str = "", lanes: int = 1, modes: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     pipe, call = pipelines.BUILDERS[pipeline]()
     if scheduler:
@@ -147,3 +155,177 @@ def _image(
         "stale": ((got - exact).norm() / scale).item(),
         "programs": len(ported.programs),
     }
+
+
+def _traffic(module: Any) -> Any:
+    return module._xdit_runner.traffic
+
+
+def counted_sends(name: str, degrees: Degrees, steps: int) -> dict[str, Any]:
+    """The messages that this rank sent over each boundary, and back to all, for one image."""
+    torch.set_num_threads(1)
+    model, example = models.load(f"{name}:tiny")
+    module = xir.trace(model, example).parallelize(**degrees).emit(model)
+    _run(module, _inputs(example, steps))
+    channels, rank = module._xdit_runner.channels, dist.get_rank()
+    mine = [channel for channel in channels.between if channel is not None and channel.source == rank]
+    return {"forward": [channel.sent for channel in mine], "back": channels.returns.sent}
+
+
+def overlapping_steps(name: str, degrees: Degrees, steps: int) -> dict[str, Any]:
+    """The last stage does not run the last patch of a step before the first stage has begun the next step: if steps
+    did not overlap, this would never end. Also the order in which this rank ran patches."""
+    torch.set_num_threads(1)
+    model, example = models.load(f"{name}:tiny")
+    parallel = xir.trace(model, example).parallelize(**degrees)
+    module = parallel.emit(model)
+    store: Any = dist.distributed_c10d._get_default_store()
+    last, patches = parallel.pipeline.stages - 1, parallel.pipeline.patches
+    trace: list[list[Any]] = []
+
+    def observe(number: int, item: Any) -> None:
+        if item.stage == 0 and item.patch == 0:
+            store.set(f"{name} began {number}", "")
+        if item.stage == last and item.patch == patches - 1 and number < steps:
+            store.wait([f"{name} began {number + 1}"], timedelta(seconds=100))
+        trace.append([number, item.stage, item.patch, time.monotonic()])
+
+    _traffic(module).observe = observe
+    inputs = _inputs(example, steps)
+    outputs = _run(module, inputs)
+    want = parallel.simulate_steps(model, inputs)
+    return {"trace": trace, "error": relative_error(outputs[-1], want[-1][0])}
+
+
+def interrupted(name: str, degrees: Degrees) -> dict[str, Any]:
+    """A run that ends with an exception between steps, then one that ends inside a step, then a whole one; a read on
+    one rank only."""
+    torch.set_num_threads(1)
+    model, example = models.load(f"{name}:tiny")
+    parallel = xir.trace(model, example).parallelize(**degrees)
+    module, inputs = parallel.emit(model), _inputs(example, 4)
+    want = parallel.simulate_steps(model, inputs)
+
+    def failing(number: int, item: Any) -> None:
+        if item.patch == 1:
+            raise ArithmeticError("in the middle")
+
+    def reading(**given: Any) -> Any:
+        output = module(**given)
+        if dist.get_rank() == 0:
+            _tensor(output).sum().item()
+        return output
+
+    _run(module, inputs[:3])
+    _traffic(module).observe = failing
+    failures = [_failure(lambda: _run(module, inputs))["error"] for _ in range(2)]
+    _traffic(module).observe = None
+    errors = []
+    for run in (module, reading):
+        got = _run(run, inputs)
+        errors += [relative_error(mine, step[0]) for mine, step in zip(got, want, strict=True)]
+    return {"failures": failures, "errors": errors}
+
+
+def plain_latents(name: str, degrees: Degrees) -> dict[str, Any]:
+    """Latents that are not made from the last output begin a request: each call is exact. So are latents that are made
+    from it with other positions, or from an older one."""
+    model, example, want = _load(name)
+    module = xir.trace(model, example).parallelize(**degrees).emit(model)
+    other = example | {LATENTS: example[LATENTS].flip(1) + 0.1}
+    with torch.no_grad():
+        exact = model(**other)
+        errors = [relative_error(module(**example), want), relative_error(module(**other), exact)]
+        first = _tensor(module(**example))
+        module(**example | {LATENTS: _following(example[LATENTS] + 1, first)})
+        again = module(**other | {LATENTS: _following(other[LATENTS], first)})
+        errors.append(relative_error(again, exact))
+        output = _tensor(module(**example))
+        turned = module(**other | {LATENTS: _following(other[LATENTS], output.roll(3, -2))})
+        errors.append(relative_error(turned, exact))
+        step = module(**other | {LATENTS: _following(other[LATENTS], _tensor(turned))})
+        errors.append(relative_error(step, exact))
+        stale = relative_error(module(**example | {LATENTS: _following(example[LATENTS], _tensor(step))}), want)
+    return {"errors": errors, "stale": stale}
+
+
+def lost_rank(name: str, degrees: Degrees, how: str, seconds: int) -> dict[str, Any]:
+    """Rank 1 dies, or sleeps, in the middle of a step."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+    model, example = models.load(f"{name}:tiny")
+    module = xir.trace(model, example).parallelize(**degrees).emit(model)
+
+    def stop(number: int, item: Any) -> None:
+        if dist.get_rank() == 1 and number == 3 and item.patch == 1:
+            if how == "dies":
+                os._exit(1)
+            time.sleep(1000)
+
+    def run() -> None:
+        for output in _run(module, _inputs(example, 5)):
+            force(_tensor(output))
+
+    _traffic(module).observe = stop
+    return _failure(run)
+
+
+def only_its_stages(name: str, degrees: Degrees) -> dict[str, Any]:
+    """The weights of other stages are not needed: they may be on the meta device."""
+    model, example, want = _load(name)
+    parallel = xir.trace(model, example).parallelize(**degrees)
+    module = parallel.emit(model)
+    mine = set(module._xdit_runner.weights)
+    for path, parameter in model.named_parameters():
+        if path not in mine:
+            owner, _, leaf = path.rpartition(".")
+            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            setattr(model.get_submodule(owner), leaf, empty)
+    again = parallel.emit(model)
+    with torch.no_grad():
+        errors = [relative_error(run(**example), want) for run in (module, again)]
+    bytes_here = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+    return {"errors": errors, "share": bytes_here / sum(p.nbytes for p in model.parameters())}
+
+
+class Folded(Pipeline):
+    """Twice as many stages as ranks: there and back."""
+
+    @property
+    def mesh(self) -> Mesh:  # type: ignore[override]
+        cfg, _, ring, ulysses = self.virtual.sizes
+        return Mesh.of(cfg, self.stages // 2, ring, ulysses)
+
+    def rank(self, stage: int, virtual: int) -> int:
+        cfg, _, ring, ulysses = self.virtual.coordinates[virtual]
+        return self.mesh.coordinates.index((cfg, min(stage, self.stages - 1 - stage), ring, ulysses))
+
+
+def folded_stages(name: str, stages: int, patches: Sequence[int]) -> list[dict[str, Any]]:
+    """As `emitted_steps`, where every rank has two stages."""
+    torch.set_num_threads(1)
+    model, example = models.load(f"{name}:tiny")
+    inputs, traced, found = _inputs(example, 4), xir.trace(model, example), []
+    for count in patches:
+        straight = traced.parallelize(pipefusion=stages, patches=count)
+        assert straight.pipeline is not None
+        pipeline = Folded(straight.pipeline.program, stages, 1)
+        parallel = ParallelProgram(straight.original, straight.analysed, straight.ir, pipeline.mesh, pipeline)
+        module, trace = parallel.emit(model), list[list[Any]]()
+        _traffic(module).observe = lambda number, item, trace=trace: trace.append([number, item.patch, item.stage])
+        got, want = _run(module, inputs), straight.simulate_steps(model, inputs)
+        errors = [relative_error(mine, step[0]) for mine, step in zip(got, want, strict=True)]
+        found.append({"errors": errors, "trace": trace})
+    return found
+
+
+def compiled_stages(name: str, degrees: Degrees) -> dict[str, Any]:
+    """Every block of every stage and patch compiles as one graph, buffers and all."""
+    torch.set_num_threads(1)
+    model, example = models.load(f"{name}:tiny")
+    parallel, inputs = xir.trace(model, example).parallelize(**degrees), _inputs(example, 4)
+    module = parallel.emit(model)
+    for body in module.bodies.values():
+        body.module.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    got, want = _run(module, inputs), parallel.simulate_steps(model, inputs)
+    return {"errors": [relative_error(mine, step[0]) for mine, step in zip(got, want, strict=True)]}

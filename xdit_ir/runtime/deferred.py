@@ -214,9 +214,10 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(cls, value: Value) -> Deferred:
-        made: Deferred = torch.Tensor._make_wrapper_subclass(
-            cls, value.shape, strides=value.stride, dtype=value.dtype, device=value.device, requires_grad=False
-        )
+        with torch.inference_mode(False):  # views of what was made outside must be as that is
+            made: Deferred = torch.Tensor._make_wrapper_subclass(
+                cls, value.shape, strides=value.stride, dtype=value.dtype, device=value.device, requires_grad=False
+            )
         made.value, made.views, made.origin = value, [], None
         return made
 
@@ -304,9 +305,11 @@ def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if func._schema.is_mutable:
         return _in_place(func, args, kwargs)
-    if not is_recordable(func):
-        return _eager(func, args, kwargs)
-    return _noted(func, args, kwargs)
+    if is_recordable(func):
+        return _noted(func, args, kwargs)
+    if func._can_decompose():  # in inference mode, what is made of other operators arrives here as it is
+        return func.decompose(*args, **kwargs)
+    return _eager(func, args, kwargs)
 
 
 def _needs_shapes_only(func: Any) -> bool:

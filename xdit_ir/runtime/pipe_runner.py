@@ -71,11 +71,11 @@ class PipelineRunner:
         self._inputs = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
         [output] = (node for node in self.program.graph.nodes if node.op == "output")
         self._specs = [value.meta[SPEC] for value in operands(output)]
-        self._names = weights_of(work)
+        self.weights = weights_of(work)
         self._weights: Weights | Held = (
-            Weights(model, self._names, self.program.state, self.device)
+            Weights(model, self.weights, self.program.state, self.device)
             if store is None
-            else store.take(self._names, self.program.state)
+            else store.take(self.weights, self.program.state)
         )
         self._runnables = {
             key: self._runnable(each, communicator, execution) for key, each in (*work.displaced.items(), *_all(work))
@@ -100,7 +100,7 @@ class PipelineRunner:
     @property
     def bodies(self) -> Mapping[str, Body]:
         """The shared blocks of all stages and patches."""
-        found = {}
+        found: dict[str, Body] = {}
         for (stage, patch), each in self._runnables.items():
             where = f"stage {stage}, {'all patches' if patch is None else f'patch {patch}'}"
             found |= {f"{name} ({where})": body for name, body in each.code.bodies.items()}
@@ -141,7 +141,7 @@ class PipelineRunner:
             lane.buffers.update(self._buffers())
         traffic.requests.number += 1
         plain = {name: x if isinstance(x, Deferred) else _outside(x) for name, x in self._named(inputs)}
-        state = dict(zip(self._names, weights, strict=True)) | self._constants
+        state = dict(zip(self.weights, weights, strict=True)) | self._constants
         made = PipelinePass(traffic.requests.number, lane, plain, state, self._run, demand=traffic.run)
         items = self.schedule.items(traffic.slot, self.work.stages, synchronous=moment.synchronous)
         self._expect(made, items, synchronous=moment.synchronous)

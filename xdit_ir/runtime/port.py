@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from xdit_ir.api import ParallelProgram, TracedProgram, trace
 from xdit_ir.capture.inputs import bind_arguments
@@ -19,6 +20,7 @@ from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.pipeline import mesh_of
 from xdit_ir.runtime.agreement import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
 from xdit_ir.runtime.checkpoint import Loading, Store
+from xdit_ir.runtime.deferred import Deferred, force
 from xdit_ir.runtime.distributed import Communicator, check_world_size
 from xdit_ir.runtime.execution import Execution, Tensors
 from xdit_ir.runtime.pairing import Pairing, plain
@@ -199,6 +201,7 @@ class Ported(Shadow):
     ) -> Runner | PipelineRunner:
         def make() -> ParallelProgram:
             example = bind_arguments(self._xdit_signature, args, kwargs, MismatchError)
+            example = pytree.tree_map_only(Deferred, force, example)
             return _parallelized(trace(self._xdit_original, example), made.options)
 
         made = self._made

@@ -40,6 +40,13 @@ class Schedule:
         has passed the last stage."""
         return max(self.patches, self.stages)
 
+    def starts(self, modes: Sequence[bool]) -> list[int]:
+        """The slots in which passes begin; a synchronous one (True) wants all of the outputs before it."""
+        starts = [0]
+        for synchronous in modes[1:]:
+            starts.append(starts[-1] + (self.stages + self.patches if synchronous else self.slots))
+        return starts
+
     def items(self, start: int, stages: Sequence[int], *, synchronous: bool) -> list[Item]:
         """What a rank with these stages runs of the pass that begins in slot `start`."""
         patches: Sequence[int | None] = (None,) if synchronous else range(self.patches)
@@ -47,7 +54,7 @@ class Schedule:
         return sorted(items, key=lambda item: item.key)
 
 
-def verify_schedule(pipeline: Pipeline, modes: Sequence[bool] = (True, False, False)) -> None:
+def verify_schedule(pipeline: Pipeline, modes: Sequence[bool] = (True, False, False, True)) -> None:
     """Run passes (`modes`: whether synchronous) of all ranks abstractly; raise `VerifyError` unless all of them end.
 
     A rank runs its items in order; receiving waits for the message that was sent as so-manieth between these stages,
@@ -77,8 +84,8 @@ def _verify_column(pipeline: Pipeline, virtual: tuple[int, ...], modes: Sequence
         mine = [stage for stage, owner in enumerate(ranks) if owner == rank]
         items = [
             (number, item)
-            for number, synchronous in enumerate(modes)
-            for item in schedule.items(number * schedule.slots, mine, synchronous=synchronous)
+            for number, (start, synchronous) in enumerate(zip(schedule.starts(modes), modes, strict=True))
+            for item in schedule.items(start, mine, synchronous=synchronous)
         ]
         plans[rank] = sorted(items, key=lambda entry: entry[1].key)
     run_plans(plans, pipeline.stages, pipeline.patches, message)

@@ -96,9 +96,12 @@ def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
 
 
 def running_device(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
-    """Where to run: `device`, or where the model is; raises `MismatchError` if the model has no weights yet."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    found = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    """Where to run: `device`, or where the model is; raises `MismatchError` if the model has no weights yet.
+
+    Some may be on the meta device: those that other ranks have.
+    """
+    devices = [tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())]
+    found = next((one for one in devices if one.type != "meta"), devices[0] if devices else torch.device("cpu"))
     if found.type == "meta":
         raise MismatchError("the model is on the meta device: load weights first (`to_empty` and `load_state_dict`)")
     if device is None:
