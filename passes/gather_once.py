@@ -37,13 +37,11 @@ class GatherOnce:
         """The seeds with such values whole; the first one stays."""
         run = Propagation(program, self.mesh, LowerAttention(self.mesh, self.machine).decide)
         best, limit = run.attempt(seeds), None
-        while any(_gathers(body) for body in best.bodies()):
+        while count := _count(best):
             limit = limit or REPEATED * max(best.flops())
             tried = [(run.attempt(one), one) for one in self._candidates(program, best, seeds)]
-            better = [pair for pair in tried if max(pair[0].flops()) <= limit]
-            if not better:
-                break
-            choice, chosen = min(better, key=lambda pair: self._seconds(pair[0]))
+            fewer = [pair for pair in tried if _count(pair[0]) < count and max(pair[0].flops()) <= limit]
+            choice, chosen = min(fewer, key=lambda pair: self._seconds(pair[0]), default=(best, seeds))
             if self._seconds(choice) >= self._seconds(best):
                 break
             best, seeds = choice, chosen
@@ -82,6 +80,10 @@ def _with_whole(partition: Partition, sizes: tuple[int, ...], whole: int) -> Par
 
 def _gathers(body: Draft) -> list[Step]:
     return [step for step in body.steps if step.target is ops.gather]
+
+
+def _count(attempt: Attempt) -> int:
+    return sum(len(_gathers(body)) for body in attempt.bodies())
 
 
 def _shared(attempt: Attempt) -> list[Step]:

@@ -41,7 +41,6 @@ GATHERED = {
     "motif-video": "the image attends once more to the text stream of every block, too short for Ulysses",
     "nucleus-image": "each expert takes its best tokens of the whole image",
     "rfd4-proteina": "triangle updates multiply pairs of residues over both dimensions",
-    "sana-wm": "one modulation for each frame, of parts of frames",
 }
 
 NAMES = models.names()
