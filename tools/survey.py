@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,18 +111,20 @@ class Subject:
             except RuntimeError:
                 return 0.0
 
-    def outcome(self, degrees: Degrees) -> Outcome:
-        """Divide, simulate every rank, compare with the model, and price."""
+    def outcome(self, degrees: Degrees, *, run: bool = True) -> Outcome:
+        """Divide, simulate every rank, compare with the model, and price; without `run` the error is unknown (nan)."""
         try:
             parallel = self.traced.parallelize(**degrees.as_dict())
-        except ParallelizeError as error:
-            return Outcome(str(degrees), refused=str(error))
-        result = check_parallel(parallel, self.model, self.example, tolerance=self.tolerance)
+        except ParallelizeError as refusal:
+            return Outcome(str(degrees), refused=str(refusal))
+        error = math.nan
+        if run:
+            error = check_parallel(parallel, self.model, self.example, tolerance=self.tolerance).max_relative_error
         report = parallel.report()
         inside = [i for i in report.fallbacks if i.bytes and i.place.partition(" ")[0] in parallel.ir.blocks]
         return Outcome(
             str(degrees),
-            error=result.max_relative_error,
+            error=error,
             tolerance=self.tolerance,
             slowest=max(report.flops_per_rank) / max(report.flops_total, 1),
             work=sum(report.flops_per_rank) / max(report.flops_total, 1),
