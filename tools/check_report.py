@@ -58,7 +58,7 @@ def junit(model: str, rows: Sequence[Row]) -> str:
 _KINDS = {"failure": ("DIFFERENT",), "error": ("refused", "ERROR")}
 
 
-def annotations(model: str, rows: Sequence[Row]) -> Iterator[str]:
+def github_commands(model: str, rows: Sequence[Row]) -> Iterator[str]:
     """A GitHub workflow command for every set of degrees that is not equal, at the model's source line if known."""
     for row in rows:
         if row.verdict == "equal":

@@ -15,7 +15,7 @@ from xdit_ir.api import TracedProgram
 from xdit_ir.check import check_parallel
 from xdit_ir.errors import XditError
 from xdit_ir.tools import degrees, targets
-from xdit_ir.tools.check_report import Row, annotations, junit
+from xdit_ir.tools.check_report import Row, github_commands, junit
 from xdit_ir.tools.terminal import progress_bar, working, write
 
 EQUAL, DIFFERENT, REFUSED = 0, 1, 2
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _for_machines(rows: list[Row], args: argparse.Namespace) -> None:
     if args.github:
-        for line in annotations(args.model, rows):
+        for line in github_commands(args.model, rows):
             print(line)
     if args.junit is not None:
         try:

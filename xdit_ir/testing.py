@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.api import Example, TracedProgram, split_example, trace
@@ -92,7 +92,7 @@ def run_processes(model: nn.Module, example: Example, degrees: Mapping[str, Any]
         expected = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
     with tempfile.TemporaryDirectory() as folder:
         job = (count, folder, model, example, dict(degrees), torch.get_num_threads())
-        context = multiprocessing.spawn(_process, job, nprocs=count, join=False)
+        context = spawn(_process, job, nprocs=count, join=False)  # type: ignore[no-untyped-call]
         deadline = time.monotonic() + limit
         while not context.join(timeout=1):
             if time.monotonic() > deadline:
