@@ -33,10 +33,10 @@ LAYERS = (
     ("xdit_ir.pass_list",),
     ("xdit_ir.pipeline_report",),
     ("xdit_ir.api",),
-    ("xdit_ir.check", "xdit_ir.divergence", "xdit_ir.runtime.port"),
+    ("xdit_ir.check", "xdit_ir.divergence", "xdit_ir.modules", "xdit_ir.runtime.port"),
     ("xdit_ir",),
     ("xdit_ir.models",),
-    ("xdit_ir.tools",),
+    ("xdit_ir.tools", "xdit_ir.testing", "xdit_ir.pytest_plugin"),
 )
 FOLDERS = {"xdit_ir": Path(xdit_ir.__file__).parent, "xdit_ir.passes": Path(passes.__file__).parent}
 # Parts of class names that are words of the field, not names of models.

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import xdit_ir as xir
 from xdit_ir import models, ops
-from xdit_ir.api import ParallelProgram
+from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.check import check_parallel
-from xdit_ir.passes.base import map_graphs
+from xdit_ir.passes.base import copy_graph, map_graphs
 
 aten = torch.ops.aten
 Mutation = Callable[[fx.Graph], bool]
@@ -124,3 +124,71 @@ def test_a_changed_shape_is_refused(case: tuple[Any, dict[str, Any]], parallel: 
     other = {**example, "hidden_states": torch.zeros(2, 4, 16, 16)}
     with pytest.raises(xir.MismatchError, match="hidden_states"):
         parallel.simulate(model, other)
+
+
+class Counting(nn.Module):
+    """A layer that does something else at every other forward, or something more."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.forwards = how, 0
+        self.qkv, self.more = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if self.how == "value":
+            return x * (1 + self.forwards % 2)
+        return self.more(x) if self.forwards % 2 else x
+
+
+@pytest.mark.parametrize(("how", "named"), [("value", "0"), ("call", "0.more")])
+def test_a_model_that_remembers_is_found(how: str, named: str) -> None:
+    model = nn.Sequential(Counting(how), nn.Linear(8, 8))
+    result = xir.check(model, (torch.randn(1, 12, 8),), ulysses=2)
+    assert not result.ok
+    assert any("keeps a state" in note for note in result.notes) or "captured" in result.notes[0]
+    found = result.first_divergence
+    assert found is not None and found.block == named and found.rank is None
+    assert "second forward" in found.problem and "test_check.py:" in found.source
+
+
+def test_a_capture_that_is_not_the_module_is_located(case: tuple[Any, dict[str, Any]]) -> None:
+    """As if the tracer had taken a layer's activation for another one."""
+    model, example = case
+    traced = xir.trace(model, example)
+
+    def wrong(graph: fx.Graph) -> None:
+        for node in nodes(graph, aten.gelu.default):
+            node.target, node.kwargs = aten.relu.default, {}
+
+    result = xir.check(model, example, traced=TracedProgram(map_graphs(traced.ir, wrong)), ulysses=2)
+    found = result.first_divergence
+    assert not result.ok and found is not None
+    assert found.node in ("GELU", "GELUTanh") or "act" in found.block or found.block.endswith("ff.net.0"), found
+    assert "computes this nowhere" in found.problem
+
+
+def test_where_a_rank_is_wrong_is_said(case: tuple[Any, dict[str, Any]], parallel: ParallelProgram) -> None:
+    """One token of one rank's part: the ranks that are right, the global index and the extent are named."""
+    bad = parallel.rank(1)
+    graph = copy_graph(bad.graph)
+    [shard] = [node for node in nodes(graph, ops.take) if node.args[0].name == "hidden_states"]
+    with graph.inserting_after(shard):
+        added = graph.call_function(spoiled, (shard,))
+    shard.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+    added.name, shard.name = shard.name, "before"
+    result = check_parallel(replace(parallel, _ranks={1: bad.replace(graph=graph)}), *case)
+    text = str(result)
+    assert "wrong on rank 1 of 0-1" in text
+    assert "wrong only in dim 1 at 2 (of 0-3), dim 2 at 19 (of 16-31)" in text
+    found = result.first_divergence
+    assert found is not None and found.difference is not None
+    assert found.difference.at[1:3] == (2, 19) and found.difference.got.shape == (2, 4, 16, 32)
+
+
+def spoiled(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[:, 2, 3] += 5
+    return y

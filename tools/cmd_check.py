@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+import time
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 import xdit_ir as xir
 from xdit_ir.api import TracedProgram
-from xdit_ir.check import CheckResult, check_parallel
+from xdit_ir.check import check_parallel
 from xdit_ir.errors import XditError
-from xdit_ir.report import Report
 from xdit_ir.tools import degrees, targets
+from xdit_ir.tools.check_report import Row, github_commands, junit
 from xdit_ir.tools.terminal import progress_bar, working, write
 
 EQUAL, DIFFERENT, REFUSED = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was found for one set of degrees: a result and its cost, or the error that refused it."""
-
-    degrees: degrees.Degrees
-    result: CheckResult | None = None
-    report: Report | None = None
-    error: XditError | None = None
-
-    def cells(self) -> list[str]:
-        """The row's text."""
-        if self.result is None or self.report is None:
-            return [str(self.degrees), "-", "-", "-", "-", "[yellow]refused[/]"]
-        share = max(self.report.flops_per_rank) / max(self.report.flops_total, 1)
-        sent = sum(entry.bytes_per_rank for entry in self.report.collectives) / 2**20
-        verdict = "[green]equal[/]" if self.result.ok else "[bold red]DIFFERENT[/]"
-        error = f"{self.result.max_relative_error:.1e}"
-        return [str(self.degrees), str(self.result.world_size), error, f"{share:.4f}", f"{sent:.3f}", verdict]
 
 
 def add_parser(commands: Any) -> None:
@@ -50,9 +31,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=targets.HELP)
     parser.add_argument(
-        "--degrees", default="u2,r2,u2r2", metavar="LIST", help="such as u2,r3,c2u2 (default: %(default)s)"
+        "--degrees", default="u2,r2,u2r2", metavar="LIST", help="such as u2,r3,c2u2,p2 (default: %(default)s)"
     )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative error (default: %(default)s)")
+    parser.add_argument("--junit", metavar="FILE", type=Path, help="write a test report for a CI server")
+    parser.add_argument("--github", action="store_true", help="also print annotations for GitHub Actions")
     parser.add_argument("--device", help="where to run (default: cpu)")
     parser.add_argument("--force", action="store_true", help="allow a full-size model of the zoo on the CPU")
     parser.set_defaults(run=run)
@@ -72,9 +55,22 @@ def run(args: argparse.Namespace) -> int:
             rows.append(_check(one, traced, target, args.tolerance))
             progress.advance(task)
     _print(rows, args)
-    if any(row.result is not None and not row.result.ok for row in rows):
+    _for_machines(rows, args)
+    verdicts = {row.verdict for row in rows}
+    if "DIFFERENT" in verdicts:
         return DIFFERENT
-    return REFUSED if any(row.error is not None for row in rows) else EQUAL
+    return EQUAL if verdicts == {"equal"} else REFUSED
+
+
+def _for_machines(rows: list[Row], args: argparse.Namespace) -> None:
+    if args.github:
+        for line in github_commands(args.model, rows):
+            print(line)
+    if args.junit is not None:
+        try:
+            args.junit.write_text(junit(args.model, rows))
+        except OSError as error:
+            raise XditError(f"cannot write {args.junit}: {error.strerror}") from error
 
 
 def _load(args: argparse.Namespace) -> targets.Target:
@@ -92,12 +88,16 @@ def _load(args: argparse.Namespace) -> targets.Target:
 
 
 def _check(one: degrees.Degrees, traced: TracedProgram, target: targets.Target, tolerance: float) -> Row:
+    start = time.monotonic()
     try:
         parallel = traced.parallelize(**one.as_dict())
         result = check_parallel(parallel, target.model, target.example, tolerance=tolerance)
     except XditError as error:
-        return Row(one, error=error)
-    return Row(one, result, parallel.report())
+        return Row(one, error=error, seconds=time.monotonic() - start)
+    return Row(one, result, parallel.report(), seconds=time.monotonic() - start)
+
+
+COLOURS = {"equal": "green", "DIFFERENT": "bold red", "refused": "yellow", "ERROR": "bold red"}
 
 
 def _print(rows: list[Row], args: argparse.Namespace) -> None:
@@ -107,10 +107,21 @@ def _print(rows: list[Row], args: argparse.Namespace) -> None:
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for row in rows:
-        table.add_row(*row.cells())
+        table.add_row(*_cells(row))
     write(table)
     for row in rows:
-        if row.result is not None and not row.result.ok:
-            print(f"{row.degrees}: {row.result}")
+        if row.verdict == "DIFFERENT":
+            print(f"{row.degrees}: {row.explanation}")
         elif row.error is not None:
             print(f"xdit-ir: {row.degrees}: {row.error}", file=sys.stderr)
+
+
+def _cells(row: Row) -> list[str]:
+    """The row's text."""
+    verdict = f"[{COLOURS[row.verdict]}]{row.verdict}[/]"
+    if row.result is None or row.report is None:
+        return [str(row.degrees), str(row.degrees.ranks), "-", "-", "-", verdict]
+    share = max(row.report.flops_per_rank) / max(row.report.flops_total, 1)
+    sent = sum(entry.bytes_per_rank for entry in row.report.collectives) / 2**20
+    error = f"{row.result.max_relative_error:.1e}"
+    return [str(row.degrees), str(row.result.world_size), error, f"{share:.4f}", f"{sent:.3f}", verdict]

@@ -16,6 +16,7 @@ from xdit_ir.capture.inputs import bind_example, flatten_named
 from xdit_ir.difference import relative_error
 from xdit_ir.divergence import Divergence, first_divergence
 from xdit_ir.errors import ExecutionError
+from xdit_ir.modules import uncaptured, unrepeatable
 
 # Displaced steps within which a change of the inputs must have worn off: one for each layer would always do.
 REPEATS = (4, 16)
@@ -72,7 +73,9 @@ def check_parallel(
     alone = _results(model, example, lambda given: [run_single(parallel.original, model, given)])[0]
     captured = relative_error(alone, expected)
     if captured > tolerance:
-        notes.append(f"the captured program itself differs from the module by {captured:.2e}: a defect of capture")
+        notes.append(f"the captured program itself differs from the module by {captured:.2e}")
+        found = unrepeatable(model, example, tolerance) or uncaptured(parallel, model, example, tolerance)
+        return CheckResult(False, captured, tolerance, parallel.world_size, found, tuple(notes))
     [worst] = _errors(lambda: [_results(model, example, lambda given: parallel.simulate(model, given))], expected)
     steps: list[Example] = [example]
     if worst <= tolerance and parallel.pipeline is not None:
@@ -81,6 +84,13 @@ def check_parallel(
         notes += more
     ok = worst <= tolerance
     found = None if ok else first_divergence(parallel, model, steps, max(tolerance, 1e-5))
+    if ok:
+        with torch.no_grad():
+            [outputs] = _results(model, example, lambda given: [_call(model, given)])
+        worst = max(worst, relative_error(outputs, expected))
+        if worst > tolerance:
+            notes.append("the module differs from itself when it is called again: it keeps a state, or draws")
+            ok, found = False, unrepeatable(model, example, tolerance)
     return CheckResult(ok, worst, tolerance, parallel.world_size, found, tuple(notes))
 
 

@@ -76,12 +76,12 @@ def first_divergence(
     example = examples[-1]
     inputs = bind_inputs(model, parallel.original, *split_example(example))
     state = model_state(parallel.original, model)
-    traced = _values(parallel.original, state, inputs)
+    traced = program_values(parallel.original, state, inputs)
     for program, reason in (
         (parallel.analysed, "on one device too: an analysis pass is wrong"),
         (parallel.ir, "on one device too: a pass is wrong, or what followed it; not the division itself"),
     ):
-        values = _values(program, state, inputs)
+        values = program_values(program, state, inputs)
         found = _rewritten(program, traced, values, tolerance, reason)
         if found is not None:
             return found
@@ -96,7 +96,7 @@ def first_divergence(
     return comparison.cause()
 
 
-def _values(program: Program, state: State, inputs: Sequence[torch.Tensor]) -> Values:
+def program_values(program: Program, state: State, inputs: Sequence[torch.Tensor]) -> Values:
     """Every value of a program on one device."""
     values: Values = {}
     names = call_names(program)

@@ -12,13 +12,15 @@ from typing import Any
 
 def answer(request: dict[str, Any]) -> Any:
     """Run one job; an exception becomes its result."""
+    import broken  # type: ignore[import-not-found]
     import exchanges  # type: ignore[import-not-found]
     import jobs  # type: ignore[import-not-found]
     import stage_jobs  # type: ignore[import-not-found]
 
     try:
-        modules = [module for module in (jobs, exchanges, stage_jobs) if hasattr(module, request["job"])]
-        return getattr(modules[0], request["job"])(**request["arguments"])
+        modules = (jobs, exchanges, stage_jobs, broken)
+        function = next(f for module in modules if (f := getattr(module, request["job"], None)))
+        return function(**request["arguments"])
     except Exception as error:
         traceback.print_exc()
         return {"error": type(error).__name__, "message": str(error)}

@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from xdit_ir import models
+from xdit_ir import models, simulate
 from xdit_ir.check import CheckResult
 from xdit_ir.divergence import Divergence
 from xdit_ir.tools import cmd_check
@@ -160,6 +161,31 @@ def test_check_refused_degrees_are_explained_and_the_others_checked(capsys: Capt
     out, err = capsys.readouterr()
     assert "refused" in out and "equal" in out
     assert re.search(r"c3: cfg=3 .* cfg=2", err)
+
+
+def test_check_writes_what_servers_read(capsys: Capture, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of one's own with a rank that is wrong: a failure in the report, an annotation at the model's line."""
+    right = simulate.unpack
+    monkeypatch.setattr(simulate, "unpack", lambda pieces, exchange: 2 * right(pieces, exchange))
+    assert main(["check", "cli_targets:build", "--degrees", "u2,r2,c3", "--junit", "out.xml", "--github"]) == 1
+    out = capsys.readouterr().out
+    suite = ElementTree.parse(here / "out.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("3", "2", "1")
+    cases = {case.get("name"): case for case in suite.iter("testcase")}
+    failure = cases["u2"].find("failure")
+    assert failure is not None and failure.text is not None
+    assert "DIFFERENT" in failure.attrib["message"] and "expected float32[" in failure.text
+    assert cases["c3"].find("error") is not None
+    commands = [line for line in out.splitlines() if line.startswith("::error ")]
+    line = next(n for n, text in enumerate(TARGETS.splitlines(), 1) if "self.heads(x)" in text)
+    assert len(commands) == 3
+    assert commands[0].startswith(f"::error file=cli_targets.py,line={line},title=xdit-ir check cli_targets%3Abuild u2")
+    assert "%0A" in commands[0]
+
+
+def test_check_cannot_write(capsys: Capture, here: Path) -> None:
+    assert main(["check", "cli_targets:build", "--degrees", "u2", "--junit", "no/such/folder.xml"]) == 2
+    assert "cannot write no/such/folder.xml" in capsys.readouterr().err
 
 
 def test_check_difference_names_the_place(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

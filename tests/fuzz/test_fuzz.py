@@ -1,0 +1,89 @@
+"""Random small models under random degrees: what the ranks compute is what the module computes, or it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import dits
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+import xdit_ir as xir
+from xdit_ir.check import check_parallel
+
+FEW = 12
+TOLERANCE = 1e-9
+DEGREES: tuple[dict[str, int], ...] = (
+    {"ulysses": 2},
+    {"ulysses": 3},
+    {"ring": 2},
+    {"ring": 3},
+    {"cfg": 2},
+    {"ulysses": 2, "ring": 2},
+    {"cfg": 2, "ulysses": 2},
+    {"cfg": 2, "ring": 2},
+    {"pipefusion": 2},
+    {"pipefusion": 2, "patches": 3},
+    {"pipefusion": 2, "ulysses": 2},
+    {"pipefusion": 2, "cfg": 2},
+)
+
+
+def judge(recipe: dits.Recipe, degrees: dict[str, int]) -> str:
+    """`equal` or `refused`; anything else is raised."""
+    model, example = dits.build(recipe)
+    traced = xir.trace(model, example)
+    try:
+        parallel = traced.parallelize(**degrees)
+    except xir.ParallelizeError:
+        return "refused"
+    result = check_parallel(parallel, model, example, tolerance=TOLERANCE)
+    assert result.ok, f"{recipe}\n{degrees}\n{result}"
+    assert parallel.report().flops_total > 0
+    return "equal"
+
+
+def test_random_models(request: pytest.FixtureRequest) -> None:
+    """The same examples at every run; `--fuzz N` tries N others."""
+    count: int = request.config.getoption("--fuzz")
+    seen: dict[str, int] = {}
+
+    @settings(
+        max_examples=count or FEW,
+        derandomize=not count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink] if not count else [Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(recipe=dits.recipes(), degrees=st.sampled_from(DEGREES))
+    def run(recipe: dits.Recipe, degrees: dict[str, int]) -> None:
+        note(str(degrees))
+        verdict = judge(recipe, degrees)
+        seen[verdict] = seen.get(verdict, 0) + 1
+
+    run()
+    assert seen["equal"] >= seen.get("refused", 0), seen
+
+
+def test_the_models_are_deterministic_and_depend_on_every_input() -> None:
+    """Or there would be nothing to compare."""
+    recipe = dits.Recipe(
+        batch=2, grid=(2, 4, 3), patch=2, text=5, mask="bool", heads=2, groups=1, head_dim=8,
+        kinds=("joint", "cross", "window", "conv"),
+        between=("registers", "pool"), style="biased", norm="layer", rotary="input", modulation="block", mlp="conv",
+        qk_norm=True, skips=True, spare=True, refiner=True, output="dict", seed=0,
+    )  # fmt: skip
+    model, example = dits.build(recipe)
+    run: Callable[..., Any] = model
+    with torch.no_grad():
+        [want] = pytree.tree_leaves(run(**example))
+        assert torch.equal(want, pytree.tree_leaves(run(**example))[0])
+        for name, value in example.items():
+            other = ~value if value.dtype == torch.bool else 2 * value
+            assert not torch.allclose(want, pytree.tree_leaves(run(**{**example, name: other}))[0]), name

@@ -1,0 +1,78 @@
+"""Jobs in which one rank's runtime is broken on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import jobs  # type: ignore[import-not-found]
+import torch
+
+import xdit_ir as xir
+from xdit_ir.runtime import collectives
+
+# What is broken, on rank 1, the model that shows it, and its degrees.
+RUNTIMES = {
+    "pieces to the wrong ranks": ("pixart-sigma", {"ulysses": 2}),
+    "pieces that arrived in reverse": ("pixart-sigma", {"ulysses": 2}),
+    "keys of the wrong member": ("pixart-sigma", {"ring": 2}),
+    "own summand only": ("sana-1600m", {"ulysses": 2}),
+}
+
+
+@contextmanager
+def _broken(how: str) -> Iterator[None]:
+    pack, finish, add = collectives.pack, collectives.finish, collectives.RingMerge.add
+
+    def same_keys(self: Any, member: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        add(self, member, k.roll(1, -2), v)
+
+    def reverse(x: torch.Tensor, exchange: Any) -> list[torch.Tensor]:
+        return pack(x, exchange)[::-1]
+
+    def turned(pending: Any, shapes: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        return [piece.flip(-1) for piece in finish(pending, shapes, dtype)]
+
+    target: Any = {
+        "pieces to the wrong ranks": (collectives, "pack", reverse),
+        "pieces that arrived in reverse": (collectives, "finish", turned),
+        "keys of the wrong member": (collectives.RingMerge, "add", same_keys),
+        "own summand only": (
+            collectives.AllReduce,
+            "forward",
+            lambda self, x: collectives._wait(_summed(self, x)) * 0 + x,
+        ),
+    }[how]
+    with patch.object(*target):
+        yield
+
+
+def _summed(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Takes part, so that the other ranks do not wait for ever."""
+    total: torch.Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", self.group)
+    return total
+
+
+def broken_runtime(how: str) -> dict[str, float]:
+    """Errors of the output before and after rank 1's runtime is broken."""
+    name, degrees = RUNTIMES[how]
+    model, example, want = jobs._load(name)
+    module = xir.trace(model, example).parallelize(**degrees).emit(model)
+    with torch.no_grad():
+        before = jobs.relative_error(module(**example), want)
+        if jobs._rank() == 0:
+            return {"before": before, "after": jobs.relative_error(module(**example), want)}
+        with _broken(how):
+            return {"before": before, "after": jobs.relative_error(module(**example), want)}
+
+
+def other_program() -> dict[str, Any]:
+    """Rank 1 has another program than rank 0."""
+    model, example, _ = jobs._load("pixart-sigma")
+    degrees = {"ring": 2} if jobs._rank() else {"ulysses": 2}
+    result: dict[str, Any] = jobs._failure(
+        lambda: xir.trace(model, example).parallelize(**degrees).emit(model)(**example)
+    )
+    return result

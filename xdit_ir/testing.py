@@ -1,0 +1,116 @@
+"""For test suites of models: one assertion that a model can be divided, and stays right."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+from torch.utils import _pytree as pytree
+
+from xdit_ir.api import Example, TracedProgram, split_example, trace
+from xdit_ir.check import check
+from xdit_ir.difference import relative_error
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.tools import degrees as short
+
+Degrees = str | Mapping[str, Any]
+
+
+def assert_parallel(
+    model: nn.Module,
+    example: Example,
+    degrees: Degrees | Iterable[Degrees] = ("u2", "r2"),
+    *,
+    tolerance: float = 1e-5,
+    processes: bool = False,
+    traced: TracedProgram | None = None,
+) -> None:
+    """Assert that the model divided over ranks computes what it computes alone; see `xdit_ir.check`.
+
+    Args:
+        model: with real weights, in eval mode; `example`: its arguments, as for `xdit_ir.trace`.
+        degrees: sets of degrees, in short (`"c2u2,r2"`) or as keyword arguments of `parallelize`.
+        tolerance: largest accepted relative error.
+        processes: also run what `emit` gives in one gloo process per rank (takes seconds); model and example must be
+            picklable, and the test module importable.
+        traced: an earlier trace of the same model and example.
+
+    Raises:
+        AssertionError: names every set that differs, with the first diverging node.
+        XditError: the model cannot be captured or some degrees are illegal.
+    """
+    traced = trace(model, example) if traced is None else traced
+    problems = []
+    for name, one in degree_sets(degrees).items():
+        result = check(model, example, tolerance=tolerance, traced=traced, **one)
+        if not result.ok:
+            problems.append(f"{name}: {result}")
+        elif processes:
+            errors = run_processes(model, example, one)
+            if not max(errors) <= tolerance:
+                worst = errors.index(max(errors))
+                problems.append(f"{name}: equal in simulation, but process {worst} differs by {errors[worst]:.2e}")
+    if problems:
+        raise AssertionError("\n".join(problems))
+
+
+def degree_sets(degrees: Degrees | Iterable[Degrees]) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of `parallelize` by a printable name."""
+    if isinstance(degrees, str):
+        return {str(one): one.as_dict() for one in short.parse(degrees)}
+    if isinstance(degrees, Mapping):
+        return {",".join(f"{name}={value}" for name, value in degrees.items()): dict(degrees)}
+    return {name: one for several in degrees for name, one in degree_sets(several).items()}
+
+
+def degrees_of(world_size: int) -> list[str]:
+    """All ways to spend this many ranks on `cfg` (at most 2), `ring` and `ulysses`, in short."""
+    sizes = range(1, world_size + 1)
+    every = (short.Degrees(cfg=c, ring=r, ulysses=u) for c in (1, 2) for r in sizes for u in sizes)
+    return [str(one) for one in every if one.ranks == world_size]
+
+
+def run_processes(model: nn.Module, example: Example, degrees: Mapping[str, Any], limit: float = 300) -> list[float]:
+    """Emit and run the model in one gloo process per rank on this machine; the relative error of every rank's output.
+
+    Raises:
+        ParallelizeError: the degrees cannot be emitted.
+        TimeoutError: some process did not end within `limit` seconds.
+    """
+    count = short.Degrees(**degrees).ranks
+    if degrees.get("pipefusion", 1) > 1:
+        raise ParallelizeError("pipefusion > 1 can be simulated and checked, not yet run in processes")
+    with torch.no_grad():
+        args, kwargs = split_example(example)
+        expected = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+    with tempfile.TemporaryDirectory() as folder:
+        job = (count, folder, model, example, dict(degrees), torch.get_num_threads())
+        context = spawn(_process, job, nprocs=count, join=False)  # type: ignore[no-untyped-call]
+        deadline = time.monotonic() + limit
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                for process in context.processes:
+                    process.kill()
+                raise TimeoutError(f"{count} processes did not end within {limit} s")
+        return [relative_error(torch.load(Path(folder, str(rank))), expected) for rank in range(count)]
+
+
+def _process(
+    rank: int, count: int, folder: str, model: nn.Module, example: Example, degrees: dict[str, Any], threads: int
+) -> None:
+    torch.set_num_threads(max(1, threads // count))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+    module = trace(model, example).parallelize(**degrees).emit(model)
+    args, kwargs = split_example(example)
+    with torch.no_grad():
+        output = module(*args, **kwargs)
+    tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    torch.save(tensors, Path(folder, str(rank)))
+    dist.destroy_process_group()
