@@ -91,4 +91,4 @@ def _plain(value: Any) -> Any:
         return ("slice", value.start, value.stop, value.step)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return (type(value), *(_plain(getattr(value, item.name)) for item in dataclasses.fields(value)))
-    return (type(value), value) if isinstance(value, (bool, int, float)) else value
+    return (type(value), repr(value)) if isinstance(value, (bool, int, float, complex)) else value  # nan is nan
