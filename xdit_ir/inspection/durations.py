@@ -17,15 +17,15 @@ from xdit_ir.report import traffic
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on every rank; `travels`: an exchange, of this kind over these mesh dims. `around`: work during which
-    values travel around a ring."""
+    """Seconds on every rank; `travels`: an exchange, of this kind over these mesh dims. `around`: seconds in which keys
+    and values travel around a ring, beside the work."""
 
     seconds: tuple[float, ...]
     sent: tuple[int, ...]
     kind: str = ""
     over: tuple[str, ...] = ()
     travels: bool = False
-    around: bool = False
+    around: tuple[float, ...] = ()
 
 
 class Durations:
@@ -49,8 +49,8 @@ class Durations:
             return Cost(self._work(node), idle)
         (kind, over), sent = found
         if node.target is ops.ring_attention:
-            pairs = zip(self._work(node), sent, strict=True)
-            return Cost(tuple(max(w, self.machine.seconds(0, b)) for w, b in pairs), sent, kind, around=True)
+            around = tuple(self.machine.seconds(0, b) for b in sent)
+            return Cost(tuple(map(max, self._work(node), around)), sent, kind, around=around)
         seconds = tuple(self.machine.latency + self.machine.seconds(0, b) for b in sent)
         return Cost(seconds, sent, kind, tuple(over.split("*")), travels=True)
 

@@ -18,7 +18,7 @@ from torch import fx
 from xdit_ir.api import ParallelProgram
 from xdit_ir.cost import Machine
 from xdit_ir.displacement import graphs
-from xdit_ir.inspection.durations import Durations
+from xdit_ir.inspection.durations import Cost, Durations
 from xdit_ir.inspection.model import Span, Timeline
 from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.patches import Pipeline
@@ -145,22 +145,29 @@ def _run(todo: Sequence[Task], team: Team, durations: Durations, clocks: Sequenc
         known = [ready.get(source, start) for source in task.sources]
         when = [max((one[i] for one in known), default=0.0) for i in range(len(team.ranks))]
         if cost.travels:
-            when = _exchange(task, when, team, durations, clocks)
+            ready[task.key] = _exchange(task, when, team, cost, clocks)
         else:
-            for i, (rank, at) in enumerate(zip(team.ranks, team.places, strict=True)):
-                seconds = cost.seconds[at]
-                if seconds > 0:
-                    clock = clocks[rank]
-                    begin = max(clock.now, when[i])
-                    clock.now = when[i] = begin + seconds
-                    clock.add(_span(task.name, "compute", "compute", begin, clock.now, team))
-                    if cost.around:
-                        clock.add(_span(task.node.name, "link", cost.kind, begin, clock.now, team, cost.sent[at]))
-        ready[task.key] = when
+            ready[task.key] = [
+                _work(task, when[i], team, cost, clocks[rank], team.places[i]) for i, rank in enumerate(team.ranks)
+            ]
 
 
-def _exchange(task: Task, when: list[float], team: Team, durations: Durations, clocks: Sequence[Clock]) -> list[float]:
-    cost = durations.of(task.node)
+def _work(task: Task, when: float, team: Team, cost: Cost, clock: Clock, place: int) -> float:
+    """Let one rank compute, if there is anything to compute; returns when the result is there."""
+    seconds = cost.seconds[place]
+    if seconds == 0:
+        return when
+    begin = max(clock.now, when)
+    clock.now = begin + seconds
+    clock.add(_span(task.name, "compute", "compute", begin, clock.now, team))
+    if cost.around and cost.sent[place]:
+        sent = begin + cost.around[place]
+        clock.add(_span(f"{task.name}: {task.node.name}", "link", cost.kind, begin, sent, team, cost.sent[place]))
+    return clock.now
+
+
+def _exchange(task: Task, when: list[float], team: Team, cost: Cost, clocks: Sequence[Clock]) -> list[float]:
+    """Let the ranks exchange as soon as all of a group can; returns when the result is there, on each rank."""
     begin = [max(at, clocks[rank].now, clocks[rank].link) for at, rank in zip(when, team.ranks, strict=True)]
     done = list(begin)
     place = {at: i for i, at in enumerate(team.places)}
