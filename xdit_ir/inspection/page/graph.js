@@ -100,7 +100,7 @@ function drawBox(box) {
 
 function drawGraph() {
   layoutGraph();
-  const arrow = el("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto-start-reverse" }, el("path", { class: "arrow", d: "M0,0 L8,4 L0,8 z" }));
+  const arrow = el("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 8, markerHeight: 8, markerUnits: "userSpaceOnUse", orient: "auto-start-reverse" }, el("path", { class: "arrow", d: "M0,0 L8,4 L0,8 z" }));
   const world = el("g", { id: "world" }, picture.edges.map(drawEdge), picture.boxes.map(drawBox));
   canvasSvg.replaceChildren(el("defs", {}, arrow), world);
   byId("expand").textContent = picture.open.size ? "fold layers" : "show every layer";
