@@ -22,7 +22,7 @@ from xdit_ir.inspection.schedule import Clock, Team, _run, tasks, timeline
 from xdit_ir.inspection.svg import svg_text
 from xdit_ir.mesh import Mesh
 from xdit_ir.printer import body_text, outer_text
-from xdit_ir.textual import parse
+from xdit_ir.textual import difference, parse, write
 
 NAME = "flux.1-dev:tiny"
 USP = {"ulysses": 2, "ring": 2}
@@ -173,6 +173,21 @@ def test_schedule_and_work_agree(traced: TracedProgram) -> None:
     found = timeline(parallel, slow)
     assert found.total / 1e6 == pytest.approx(max(parallel.report().flops_per_rank) / 1e6, rel=1e-3)
     assert found.busy == pytest.approx([1.0, 1.0], abs=1e-3)
+
+
+def test_folded_stages_take_turns(traced: TracedProgram) -> None:
+    """There and back again: each rank has two stages, and what it computes is in the order of the turns."""
+    folded_twice = inspect(traced, NAME, pipefusion=2, stages=(1, 1, 1, 1))
+    assert [stage.place for stage in folded_twice.stages] == [0, 1, 1, 0]
+    assert any(stage.holds for stage in folded_twice.stages)
+    pipeline = traced.parallelize(pipefusion=2, stages=(1, 1, 1, 1)).pipeline
+    assert pipeline is not None and folded_twice.timeline is not None
+    again = parse(write(pipeline.program).text)
+    assert difference(pipeline.program, again) is None and again.coordinates == (0, 1, 1, 0)
+    for rank in range(2):
+        own = [s for s in folded_twice.timeline.spans if (s.rank, s.lane) == (rank, "compute") and s.step > 0]
+        turns = [pipeline.turn(span.stage, span.step, span.patch) for span in sorted(own, key=lambda span: span.start)]
+        assert turns == sorted(turns)
 
 
 def test_stages_are_seen(stages: Inspection) -> None:

@@ -128,6 +128,7 @@ def test_what_surrounds_the_graphs_is_compared_too(divided: Program) -> None:
         "constants": {"c": torch.ones(1)},
         "state": {},
         "mesh": None,
+        "coordinates": (0, 1),
         "device": torch.device("meta"),
         "blocks": {},
     }

@@ -93,7 +93,7 @@ def _stages_of(pipeline: Pipeline | None) -> dict[str, int] | None:
         return None
     found: dict[str, list[int]] = {}
     for number, stage in enumerate(pipeline.cuts):
-        received = set(stage.receives)
+        received = {*stage.receives, *stage.takes}
         for node in stage.program.graph.nodes:
             if node.name not in received and node.op == "call_function":
                 found.setdefault(node.name, []).append(number)
@@ -107,8 +107,8 @@ def _stage_views(pipeline: Pipeline | None) -> Iterator[StageView]:
         calls = sum(map(is_block_call, graph.nodes))
         operators = sum(node.op == "call_function" for node in graph.nodes) - calls
         values = {node.name: node for node in graph.nodes}
-        sends = [_sent_text(values[name], pipeline) for name in stage.sends]
-        yield StageView(number, calls, operators, sends)
+        sends, holds = ([_sent_text(values[n], pipeline) for n in names] for names in (stage.sends, stage.holds))
+        yield StageView(number, pipeline.coordinates[number], calls, operators, sends, holds)
 
 
 def _sent_text(node: fx.Node, pipeline: Pipeline) -> str:

@@ -61,9 +61,8 @@ class Durations:
 
     def _written(self, node: fx.Node) -> list[float]:
         """Bytes of the result on every rank; nothing for a view."""
-        spec, schema = node.meta[SPEC], getattr(node.target, "_schema", None)
-        is_view = schema is None or any(result.alias_info is not None for result in schema.returns)
-        if not isinstance(spec, TensorSpec) or (is_view and node.target not in (ops.attention, ops.ring_attention)):
+        spec = node.meta[SPEC]
+        if not isinstance(spec, TensorSpec) or ops.is_view(node.target):
             return [0.0] * self.mesh.world_size
         layout = node.meta[LAYOUT]
         sizes = (math.prod(layout.local_shape(spec.shape, rank)) for rank in range(self.mesh.world_size))

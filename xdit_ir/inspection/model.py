@@ -95,12 +95,15 @@ class PassStep:
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage of a pipeline, and what it sends to the next one for each patch."""
+    """A stage of a pipeline, at a place along `pipefusion`; for each patch it sends values to the next stage, and holds
+    others for a later stage of its rank."""
 
     number: int
+    place: int
     calls: int
     operators: int
     sends: Sequence[str]
+    holds: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 A rank has a processor and links. An exchange starts where it stands, as soon as all that take part in it have its
 operand and free links, and is awaited by the first operator that computes with its result; views do not wait. A stage
-of a pipeline starts a patch when it is free and the message of the stage before is there; a warmup step passes the
-stages with all patches together. A step begins when the output of the one before is whole, as in `simulate_steps`.
+of a pipeline starts a patch when it is free, its turn has come and the message of the stage before is there. A warmup
+step passes each stage with all patches before the next one; in displaced steps a patch begins when it is back from the
+step before, as deferred results allow.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -188,12 +190,12 @@ def _span(name: str, lane: str, kind: str, start: float, end: float, team: Team,
 
 def _run_pipeline(pipeline: Pipeline, machine: Machine, clocks: Sequence[Clock]) -> list[str]:
     runner = _PipelineClock(pipeline, machine, clocks)
-    names = []
-    for step in range(pipeline.warmup_steps + DISPLACED):
-        warmup = step < pipeline.warmup_steps
-        names.append(f"step {step}: {'warmup, all patches together' if warmup else 'displaced'}")
-        runner.step(step, together=warmup)
-    return names
+    warmup = range(pipeline.warmup_steps)
+    displaced = range(pipeline.warmup_steps, pipeline.warmup_steps + DISPLACED)
+    for step in warmup:
+        runner.warmup(step)
+    runner.displaced(displaced)
+    return [f"step {n}: warmup, all patches together" for n in warmup] + [f"step {n}: displaced" for n in displaced]
 
 
 class _PipelineClock:
@@ -202,19 +204,29 @@ class _PipelineClock:
         self.durations = Durations(pipeline.virtual, machine, over_time=True)
         self._todo: dict[tuple[int, int], list[Task]] = {}
 
-    def step(self, number: int, *, together: bool) -> None:
-        """One step: each patch through all stages; together: all patches through each stage."""
-        begin = max(clock.now for clock in self.clocks)
-        patches = range(self.pipeline.patches)
-        arrived = [[begin] * len(self.clocks) for _ in patches]
+    def warmup(self, number: int) -> None:
+        """One step in which all patches pass each stage before the next one begins."""
+        gate = max(clock.now for clock in self.clocks)
         for stage in range(self.pipeline.stages):
-            teams = [self._team(stage, patch, number) for patch in patches]
-            gate = max(max(arrived[patch]) for patch in patches) if together else 0.0
-            for patch, team in zip(patches, teams, strict=True):
-                for rank in team.ranks:
-                    self.clocks[rank].now = max(self.clocks[rank].now, gate, arrived[patch][rank])
-                _run(self._tasks(stage, team), team, self.durations, self.clocks)
-                arrived[patch] = self._send(stage, team)
+            arrived = [max(self._compute(stage, patch, number, [gate])) for patch in range(self.pipeline.patches)]
+            gate = max(arrived)
+
+    def displaced(self, numbers: Sequence[int]) -> None:
+        """Steps in which each rank takes its turns; a patch begins when it is back from the step before."""
+        begin = max(clock.now for clock in self.clocks)
+        stages, patches = range(self.pipeline.stages), range(self.pipeline.patches)
+        arrived: dict[int, list[float]] = {patch: [begin] for patch in patches}
+        turns = itertools.product(numbers, stages, patches)
+        for step, stage, patch in sorted(turns, key=lambda one: self.pipeline.turn(one[1], one[0], one[2])):
+            arrived[patch] = self._compute(stage, patch, step, arrived[patch])
+
+    def _compute(self, stage: int, patch: int, step: int, arrived: Sequence[float]) -> list[float]:
+        """Let the ranks of a stage compute a patch; returns when what they made is where it is wanted."""
+        team = self._team(stage, patch, step)
+        for rank in team.ranks:
+            self.clocks[rank].now = max(self.clocks[rank].now, *arrived)
+        _run(self._tasks(stage, team), team, self.durations, self.clocks)
+        return [self._send(stage, rank, place, team) for rank, place in zip(team.ranks, team.places, strict=True)]
 
     def _team(self, stage: int, patch: int, step: int) -> Team:
         virtual = self.pipeline.virtual
@@ -230,16 +242,13 @@ class _PipelineClock:
             self._todo[key] = list(tasks(self.pipeline.program, wanted))
         return self._todo[key]
 
-    def _send(self, stage: int, team: Team) -> list[float]:
-        """When the message of each rank of the team is with the next stage."""
-        arrived = [0.0] * len(self.clocks)
-        for rank, at in zip(team.ranks, team.places, strict=True):
-            part, clock = self.pipeline.part(stage, at), self.clocks[rank]
-            if not part.sends:
-                continue
-            size = sum(spec.nbytes for spec in part.message(sent=True))
-            begin = max(clock.now, clock.link)
-            clock.link = begin + self.machine.latency + self.machine.seconds(0, size)
-            clock.add(_span(f"to stage {stage + 1}", "link", "send", begin, clock.link, team, size))
-            arrived[self.pipeline.rank(stage + 1, at)] = clock.link
-        return arrived
+    def _send(self, stage: int, rank: int, place: int, team: Team) -> float:
+        """When the message of a rank is with the next stage; what stays on the rank is there at once."""
+        part, clock = self.pipeline.part(stage, place), self.clocks[rank]
+        if not part.sends:
+            return clock.now
+        size = sum(spec.nbytes for spec in part.message(sent=True))
+        begin = max(clock.now, clock.link)
+        clock.link = begin + self.machine.latency + self.machine.seconds(0, size)
+        clock.add(_span(f"to stage {stage + 1}", "link", "send", begin, clock.link, team, size))
+        return clock.link

@@ -18,6 +18,8 @@ from xdit_ir.program import LAYOUT, ONCE, SPEC, STAGE, WHERE, Program, Where
 from xdit_ir.propagate import FALLBACK
 from xdit_ir.textual.attachments import digest
 
+# The graphs are compared last, since what surrounds them says more about why they differ.
+SURROUNDINGS = tuple(item.name for item in dataclasses.fields(Program) if item.name not in ("graph", "blocks"))
 USUAL = {WHERE: Where(), FALLBACK: ""}
 
 
@@ -32,7 +34,7 @@ def equal(one: Program, other: Program) -> bool:
 
 
 def _differences(one: Program, other: Program) -> Iterator[str]:
-    for name in ("name", "mesh", "tokens", "device", "state", "constants", "signature"):
+    for name in SURROUNDINGS:
         left, right = _plain(getattr(one, name)), _plain(getattr(other, name))
         if left != right:
             yield f"{name}: {left!r} and {right!r}"

@@ -118,9 +118,9 @@ function emptyPanel() {
     return el("tr", { class: "link", onclick: () => box && selectBox(box.id) }, [el("b", {}, body.name), body.calls, body.lines.length, flops(body.flops * body.calls), sent ? bytes(sent * body.calls) : "nothing", bytes(body.weight_bytes * body.calls)].map((cell) => el("td", {}, cell)));
   });
   const stages = DATA.stages.map((stage) => el("tr", {},
-    el("td", {}, el("span", { class: "key", style: `--swatch: ${stageColour(stage.number)}` }, `stage ${stage.number}`)),
+    el("td", {}, el("span", { class: "key", style: `--swatch: ${stageColour(stage.number)}` }, `stage ${stage.number}`), DATA.stages.some((one) => one.place !== one.number) ? el("div", { class: "muted" }, `at pipefusion ${stage.place}`) : ""),
     el("td", {}, `${stage.calls} block calls, ${stage.operators} operators`),
-    el("td", { class: "code" }, stage.sends.length ? stage.sends.map((value) => el("div", {}, typeText(value))) : "nothing")));
+    el("td", { class: "code" }, stage.sends.length ? stage.sends.map((value) => el("div", {}, typeText(value))) : "nothing", stage.holds.map((value) => el("div", {}, "holds ", typeText(value))))));
   byId("panel").replaceChildren(
     el("h2", {}, "Blocks"), el("p", { class: "muted" }, "Select one, or a box of the picture: its body, every value with its layout, what is sent, and the source line of the model behind it. Work and bytes: of the busiest rank, all calls together."), el("h3"),
     tableOf(["block", "calls", "operators", "work", "sent", "weights"], blocks, "no layer of the model is repeated"),
