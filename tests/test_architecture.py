@@ -33,6 +33,7 @@ LAYERS = (
     ("xdit_ir.pass_list",),
     ("xdit_ir.pipeline_report",),
     ("xdit_ir.api",),
+    ("xdit_ir.inspection",),
     ("xdit_ir.check", "xdit_ir.divergence", "xdit_ir.modules", "xdit_ir.runtime.port"),
     ("xdit_ir",),
     ("xdit_ir.models",),

@@ -13,6 +13,7 @@ import torch
 import xdit_ir as xir
 from xdit_ir.api import TracedProgram
 from xdit_ir.errors import XditError
+from xdit_ir.inspection import WRITERS, inspect
 from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.pipeline import analysis_passes, mesh_of
 from xdit_ir.printer import body_text, program_text
@@ -24,6 +25,13 @@ from xdit_ir.tools.terminal import working, write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 View = Callable[[Program], str]
+DRAWINGS = {
+    "html": "a page that needs nothing else: the blocks, every value, what passes changed, the schedule",
+    "svg": "a drawing of the blocks",
+    "dot": "the same for Graphviz",
+    "json": "all of it as data",
+    "trace": "the schedule for Perfetto or Chrome's trace viewer",
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -41,8 +49,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--block", metavar="NAME", help="print only this block, with every operator")
     parser.add_argument("--passes", action="store_true", help="print the program after each pass")
     parser.add_argument("--report", action="store_true", help="print only the report")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead")
-    parser.add_argument("--ir", type=Path, metavar="FILE", help="write the traced program for `xdit-ir opt` instead")
+    parser.add_argument("--output", "--text", type=Path, metavar="FILE", help="write the text to FILE instead")
+    for name, what in DRAWINGS.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"instead, write {what}")
+    parser.add_argument("--ir", type=Path, metavar="FILE", help="instead, write the traced program for `xdit-ir opt`")
     parser.add_argument("--device", default="meta", help="where a zoo model is made (default: meta, no memory)")
     parser.add_argument("--dtype", choices=DTYPES, help="of a zoo model (default: bfloat16, for :tiny float32)")
     parser.set_defaults(run=run)
@@ -55,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     traced = _trace(args)
     if args.ir is not None:
         print(f"wrote {' and '.join(map(str, save(traced.ir, args.ir)))}")
+    drawn = _draw(args, traced, given)
+    if (args.ir is not None or drawn) and args.output is None:
         return 0
     sections = _sections(args, traced, given)
     if args.output is None:
@@ -62,12 +74,29 @@ def run(args: argparse.Namespace) -> int:
             write_text(section)
         return 0
     text = "\n".join(sections) + "\n"
-    try:
-        args.output.write_text(text)
-    except OSError as error:
-        raise XditError(f"cannot write {args.output}: {error.strerror}") from None
+    _write(args.output, text)
     print(f"wrote {len(text.splitlines())} lines to {args.output}")
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise XditError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _draw(args: argparse.Namespace, traced: TracedProgram, given: dict[str, Any]) -> bool:
+    """Write the pages and drawings that were asked for; whether there were any."""
+    wanted = {name: getattr(args, name) for name in DRAWINGS if getattr(args, name) is not None}
+    if wanted:
+        with working("gathering what each pass changed"):
+            inspection = inspect(traced, args.model, **given)
+    for name, path in wanted.items():
+        text = WRITERS[name](inspection)
+        _write(path, text)
+        print(f"wrote {path} ({len(text) / 1e3:.0f} kB)")
+    return bool(wanted)
 
 
 def _sections(args: argparse.Namespace, traced: TracedProgram, given: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.compose_attention import ComposeAttention
 from xdit_ir.passes.displace_patches import DisplacePatches
+from xdit_ir.passes.divide_conditions import DivideConditions
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.group_keys import GroupKeys
 from xdit_ir.passes.lower_attention import LowerAttention
@@ -39,6 +40,7 @@ from xdit_ir.program import Program
 PASSES: tuple[type[Any], ...] = (
     *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, SplitStatistics, FindTokens),
     *(PartitionStages, SplitBatch, ShardTokens, DisplacePatches, LowerAttention),
+    DivideConditions,
     *(OrderExchanges, SplitJoins, Overlap, SeparateTime),
 )
 NUMERICS = ("exact", "reassociated", "stale")

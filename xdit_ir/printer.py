@@ -109,8 +109,12 @@ def node_text(node: fx.Node, mesh: Mesh | None) -> str:
     if is_block_call(node):
         name, prefix, values = call_parts(node)
         return f"%{node.name} = {name}<{prefix}>({', '.join(map(_argument, values))})"
-    given = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
-    return f"%{node.name}: {node_type(node, mesh)} = {target_name(node.target)}({', '.join(given)})"
+    return f"%{node.name}: {node_type(node, mesh)} = {target_name(node.target)}({arguments_text(node)})"
+
+
+def arguments_text(node: fx.Node) -> str:
+    """`%x, @proj.weight, alpha=2`."""
+    return ", ".join([_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()])
 
 
 def _lines(graph: fx.Graph, mesh: Mesh | None) -> Iterator[str]:
@@ -133,19 +137,27 @@ def body_text(program: Program, name: str) -> str:
 
 def program_text(program: Program, *, bodies: bool = False) -> str:
     """The program at block level; with `bodies`, every operator of the outer graph and of every block."""
-    mesh = program.mesh
-    over = "" if mesh is None else " on " + mesh_text(mesh)
-    head = [f"program {program.name}{over} {{"]
-    head += [f"  input %{n.name}: {node_type(n, mesh)}" for n in program.graph.nodes if n.op == "placeholder"]
     if bodies:
-        text = "\n".join([*head, *_lines(program.graph, mesh), "}"])
-        return "\n\n".join([text, *(body_text(program, name) for name in program.blocks)])
-    lines = [*head, *_block_level(program, mesh), "}"]
+        return "\n\n".join([outer_text(program), *(body_text(program, name) for name in program.blocks)])
+    mesh = program.mesh
+    lines = [*_head(program), *_block_level(program, mesh), "}"]
     lines += [
         f"block {name}({_parameters(block.graph, mesh)}): {_summary(block.graph)}"
         for name, block in program.blocks.items()
     ]
     return "\n".join(lines)
+
+
+def outer_text(program: Program) -> str:
+    """The outer graph with every operator."""
+    return "\n".join([*_head(program), *_lines(program.graph, program.mesh), "}"])
+
+
+def _head(program: Program) -> list[str]:
+    mesh = program.mesh
+    over = "" if mesh is None else " on " + mesh_text(mesh)
+    inputs = (node for node in program.graph.nodes if node.op == "placeholder")
+    return [f"program {program.name}{over} {{", *(f"  input %{n.name}: {node_type(n, mesh)}" for n in inputs)]
 
 
 def mesh_text(mesh: Mesh) -> str:

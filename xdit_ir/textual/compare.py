@@ -18,6 +18,8 @@ from xdit_ir.program import LAYOUT, ONCE, SPEC, STAGE, WHERE, Program, Where
 from xdit_ir.propagate import FALLBACK
 from xdit_ir.textual.attachments import digest
 
+# The graphs are compared last, since what surrounds them says more about why they differ.
+SURROUNDINGS = tuple(item.name for item in dataclasses.fields(Program) if item.name not in ("graph", "blocks"))
 USUAL = {WHERE: Where(), FALLBACK: ""}
 
 
@@ -32,7 +34,7 @@ def equal(one: Program, other: Program) -> bool:
 
 
 def _differences(one: Program, other: Program) -> Iterator[str]:
-    for name in ("name", "mesh", "tokens", "device", "state", "constants", "signature"):
+    for name in SURROUNDINGS:
         left, right = _plain(getattr(one, name)), _plain(getattr(other, name))
         if left != right:
             yield f"{name}: {left!r} and {right!r}"
@@ -91,4 +93,4 @@ def _plain(value: Any) -> Any:
         return ("slice", value.start, value.stop, value.step)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return (type(value), *(_plain(getattr(value, item.name)) for item in dataclasses.fields(value)))
-    return (type(value), value) if isinstance(value, (bool, int, float)) else value
+    return (type(value), repr(value)) if isinstance(value, (bool, int, float, complex)) else value  # nan is nan

@@ -21,7 +21,7 @@ from xdit_ir.textual.scanner import Scanner
 from xdit_ir.textual.signature import SignatureReader
 from xdit_ir.textual.types import TypeReader, read_partition
 
-KEYWORDS = ("program", "block", "device", "weights", "constants", "tokens", "signature", "partitions")
+KEYWORDS = ("program", "block", "device", "coordinates", "weights", "constants", "tokens", "signature", "partitions")
 CALLS = re.compile(r"= ([\w.$-]+)<([^>]*)>\(")
 
 
@@ -93,6 +93,7 @@ class _Reader:
     def program(self) -> Program:
         """All sections in the order in which they need each other."""
         self._change(state=self._weights(), constants=self._constants(), device=self._device(), tokens=self._tokens())
+        self._change(coordinates=self._coordinates())
         signature = self._lines("signature")
         if signature:
             self._change(signature=SignatureReader(self.attachments, self._predicate).read(signature))
@@ -141,6 +142,12 @@ class _Reader:
             found = self._literal(section.head)
             return found if isinstance(found, torch.device) else section.head.fail("a device")
         return torch.device("cpu")
+
+    def _coordinates(self) -> tuple[int, ...]:
+        for section in self._all("coordinates"):
+            found = self._literal(section.head)
+            return found if isinstance(found, tuple) else section.head.fail("the coordinates of stages, such as (0, 1)")
+        return ()
 
     def _weights(self) -> dict[str, Any]:
         types, found = TypeReader(None, {}), {}

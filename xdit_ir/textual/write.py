@@ -65,6 +65,8 @@ def write(program: Program) -> Document:
 def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterator[list[str]]:
     literal, plain = Writer(collected), TypeWriter(None)
     yield [f"device {literal(program.device)}"]
+    if program.coordinates:
+        yield [f"coordinates {literal(program.coordinates)}"]
     if program.state:
         yield ["weights {", *(f"  {name_text(name)}: {plain(spec, None)}" for name, spec in program.state.items()), "}"]
     if program.constants:

@@ -1,0 +1,156 @@
+"""Gathers an inspection: pictures before and after, what each pass changed, the report, the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from xdit_ir.api import ParallelProgram, TracedProgram
+from xdit_ir.inspection.model import Fact, Inspection, PassStep, Rows, StageView
+from xdit_ir.inspection.schedule import timeline
+from xdit_ir.inspection.views import view
+from xdit_ir.mesh import MESH_DIMS
+from xdit_ir.pass_list import describe
+from xdit_ir.passes.base import Pass, run_passes
+from xdit_ir.patches import Pipeline
+from xdit_ir.pipeline import analysis_passes
+from xdit_ir.printer import body_text, node_type, outer_text
+from xdit_ir.program import ONCE, Program, is_block_call
+from xdit_ir.report import Report
+
+MESH_DIMS_SAY = {
+    "cfg": "the batch, conditional and unconditional",
+    "pipefusion": "stages of a pipeline; in layouts: patches",
+    "ring": "tokens; keys and values travel",
+    "ulysses": "tokens; exchanged for heads around attention",
+}
+
+
+def inspect(traced: TracedProgram, model: str, **degrees: Any) -> Inspection:
+    """Everything that there is to see of a program, and of what these degrees make of it; none: of the program alone.
+
+    Raises:
+        ParallelizeError: as `parallelize`.
+    """
+    history = History(traced.ir)
+    run_passes(traced.ir, analysis_passes(), history.after)
+    named = ", ".join(f"{name} {size}" for name, size in degrees.items() if name in MESH_DIMS) or "one device"
+    if not degrees:
+        before = view(traced.ir)
+        return Inspection(traced.ir.name, model, named, {}, before, None, history.steps, list(history.lines))
+    parallel = traced.parallelize(**degrees, after=history.after)
+    report, stages = parallel.report(), _stages_of(parallel.pipeline)
+    schedule = timeline(parallel)
+    sizes = dict(zip(MESH_DIMS, parallel.mesh.sizes, strict=True))
+    return Inspection(
+        title=traced.ir.name,
+        model=model,
+        degrees=named,
+        mesh={name: size for name, size in sizes.items() if size > 1},
+        before=view(traced.ir),
+        after=view(parallel.ir, stages),
+        passes=history.steps,
+        lines=list(history.lines),
+        facts=list(_facts(parallel, report, schedule.total)),
+        tables=list(_tables(report)),
+        stages=list(_stage_views(parallel.pipeline)),
+        timeline=schedule,
+        legend={name: MESH_DIMS_SAY[name] for name, size in sizes.items() if size > 1},
+    )
+
+
+class History:
+    """What each pass left of the text of every graph; equal lines are kept once."""
+
+    def __init__(self, program: Program) -> None:
+        self.lines: dict[str, int] = {}
+        self.steps: list[PassStep] = []
+        self._texts: dict[str, list[int]] = {}
+        self._note("as traced", "The model as it was captured.", "exact", program)
+
+    def after(self, one: Pass, program: Program) -> None:
+        """Note what a pass made."""
+        about = describe(type(one))
+        self._note(about.name, about.does, about.numerics, program)
+
+    def _note(self, name: str, does: str, numerics: str, program: Program) -> None:
+        texts = {"": outer_text(program)} | {block: body_text(program, block) for block in program.blocks}
+        found = {graph: [self._line(text) for text in lines.splitlines()] for graph, lines in texts.items()}
+        changed = {graph: places for graph, places in found.items() if self._texts.get(graph) != places}
+        gone = [graph for graph in self._texts if graph not in found]
+        self.steps.append(PassStep(name, does, numerics, changed, gone))
+        self._texts = found
+
+    def _line(self, text: str) -> int:
+        return self.lines.setdefault(text, len(self.lines))
+
+
+def _stages_of(pipeline: Pipeline | None) -> dict[str, int] | None:
+    """The stage of every outer node that one stage alone computes."""
+    if pipeline is None:
+        return None
+    found: dict[str, list[int]] = {}
+    for number, stage in enumerate(pipeline.cuts):
+        received = {*stage.receives, *stage.takes}
+        for node in stage.program.graph.nodes:
+            if node.name not in received and node.op == "call_function":
+                found.setdefault(node.name, []).append(number)
+    return {name: numbers[0] for name, numbers in found.items() if len(numbers) == 1}
+
+
+def _stage_views(pipeline: Pipeline | None) -> Iterator[StageView]:
+    for number, stage in enumerate(pipeline.cuts if pipeline is not None else ()):
+        assert pipeline is not None
+        graph = stage.program.graph
+        calls = sum(map(is_block_call, graph.nodes))
+        operators = sum(node.op == "call_function" for node in graph.nodes) - calls
+        values = {node.name: node for node in graph.nodes}
+        sends, holds = ([_sent_text(values[n], pipeline) for n in names] for names in (stage.sends, stage.holds))
+        yield StageView(number, pipeline.coordinates[number], calls, operators, sends, holds)
+
+
+def _sent_text(node: fx.Node, pipeline: Pipeline) -> str:
+    once = ", once a step" if ONCE in node.meta else ""
+    return f"%{node.name}: {node_type(node, pipeline.virtual)}{once}"
+
+
+def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[Fact]:
+    flops, slowest = max(report.flops_total, 1), max(report.flops_per_rank)
+    yield Fact("ranks", str(parallel.world_size))
+    yield Fact("a forward", f"{flops / 1e12:.3g} TFLOP")
+    yield Fact("slowest rank", f"{slowest / flops:.1%}", "of that")
+    yield Fact("all ranks", f"{sum(report.flops_per_rank) / flops:.1%}", "of that")
+    yield Fact("sent by a rank", _size(sum(one.bytes_per_rank for one in report.collectives)))
+    yield Fact("weights a rank", _size(max(report.weight_bytes_per_rank)))
+    if any(report.buffer_bytes_per_rank):
+        yield Fact("buffers a rank", _size(max(report.buffer_bytes_per_rank)))
+    yield Fact("schedule", f"{total / 1000:.3g} ms", "estimate")
+
+
+def _tables(report: Report) -> Iterator[Rows]:
+    sent = [[c.kind, c.mesh_dim, str(c.count), _size(c.bytes_per_rank)] for c in report.collectives]
+    head = ["collective", "mesh dim", "times", "sent by the busiest rank"]
+    yield Rows("Communication in a forward", head, sent, "nothing is sent")
+    flops = max(report.flops_total, 1)
+    ranks = [
+        [str(rank), f"{work / 1e12:.4g}", f"{work / flops:.2%}", _size(weights), *_buffers(report, rank)]
+        for rank, (work, weights) in enumerate(zip(report.flops_per_rank, report.weight_bytes_per_rank, strict=True))
+    ]
+    yield Rows("Ranks", ["rank", "TFLOP", "of one device", "weights", "buffers"], ranks)
+    fallbacks = [[f.op, f.place, f.reason, _size(f.bytes)] for f in report.fallbacks]
+    none = "nothing is gathered inside a block for want of a rule"
+    yield Rows("Fallbacks: where something was gathered", ["operator", "place", "reason", "sent"], fallbacks, none)
+    reads = [[read] for read in report.reads]
+    yield Rows("Read from new inputs at every call", ["input and reason"], reads, "nothing")
+
+
+def _buffers(report: Report, rank: int) -> Sequence[str]:
+    return [_size(report.buffer_bytes_per_rank[rank]) if report.buffer_bytes_per_rank else "none"]
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    units: Mapping[str, int] = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    return next((f"{count / size:.3g} {unit}" for unit, size in units.items() if count >= size), f"{count} B")

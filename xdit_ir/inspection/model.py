@@ -1,0 +1,171 @@
+"""What an inspection shows, as plain data: dataclasses of numbers, texts and lists, which become JSON as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A communication: its kind, the mesh dims that talk, bytes that the busiest rank sends in one execution."""
+
+    kind: str
+    over: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One value: `op` of `args` gives `name` of `type`; `dims` are the mesh dims that divide it."""
+
+    name: str
+    op: str
+    args: str
+    type: str
+    dims: Sequence[str] = ()
+    module: str = ""
+    source: str = ""
+    flops: int = 0
+    exchange: Exchange | None = None
+    fallback: str = ""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A block, shared by `calls` calls; FLOPs of one call on the slowest rank."""
+
+    name: str
+    calls: int
+    inputs: Sequence[Line]
+    lines: Sequence[Line]
+    results: Sequence[str]
+    flops: int = 0
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Box:
+    """A node of the picture: an `input`, a `call` of a block, some `operators` around the blocks, or the `output`.
+
+    `title` is the parameter prefix or module path; calls in a row of the same block have the same `run`.
+    """
+
+    id: str
+    kind: str
+    title: str
+    block: str = ""
+    run: int = -1
+    stage: int = -1
+    dims: Sequence[str] = ()
+    flops: int = 0
+    sent: int = 0
+    lines: Sequence[Line] = ()
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Values that go from box to box: names, with types."""
+
+    source: str
+    target: str
+    values: Sequence[str]
+    dims: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """A program as a picture."""
+
+    boxes: Sequence[Box]
+    edges: Sequence[Edge]
+    bodies: Mapping[str, Body]
+
+
+@dataclass(frozen=True)
+class PassStep:
+    """What a pass left: for every graph that it changed (the outer one is "") its lines, as places in the table."""
+
+    name: str
+    does: str
+    numerics: str
+    graphs: Mapping[str, Sequence[int]]
+    gone: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage of a pipeline, at a place along `pipefusion`; for each patch it sends values to the next stage, and holds
+    others for a later stage of its rank."""
+
+    number: int
+    place: int
+    calls: int
+    operators: int
+    sends: Sequence[str]
+    holds: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that a rank does: on its processor (`compute`), on its links (`link`), in microseconds."""
+
+    rank: int
+    lane: str
+    name: str
+    kind: str
+    start: float
+    end: float
+    stage: int = -1
+    patch: int = -1
+    step: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A schedule worked out from sizes and speeds; not a measurement. `busy[rank]`: part of the time it computes."""
+
+    spans: Sequence[Span]
+    total: float
+    busy: Sequence[float]
+    steps: Sequence[str]
+    note: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A figure with its name, for the head of the page."""
+
+    name: str
+    value: str
+    more: str = ""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table of the report."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    empty: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything; `lines` is the table of texts that passes refer to."""
+
+    title: str
+    model: str
+    degrees: str
+    mesh: Mapping[str, int]
+    before: View
+    after: View | None
+    passes: Sequence[PassStep]
+    lines: Sequence[str]
+    facts: Sequence[Fact] = ()
+    tables: Sequence[Rows] = ()
+    stages: Sequence[StageView] = ()
+    timeline: Timeline | None = None
+    legend: Mapping[str, str] = field(default_factory=dict)

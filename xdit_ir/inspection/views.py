@@ -1,0 +1,143 @@
+"""A program as a picture: boxes, edges, bodies, every value with its layout, origin and cost."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from xdit_ir.cost import graph_flops, is_counted, local_flops
+from xdit_ir.displacement import over_time
+from xdit_ir.inspection.boxes import Group, module_of, owners, runs
+from xdit_ir.inspection.model import Body, Box, Edge, Exchange, Line, View
+from xdit_ir.layout import Layout, in_mesh_order
+from xdit_ir.mesh import TIME, Mesh
+from xdit_ir.printer import arguments_text, node_type, target_name
+from xdit_ir.program import LAYOUT, WHERE, Program, Where, call_parts, is_block_call, qualified
+from xdit_ir.propagate import FALLBACK
+from xdit_ir.report import traffic
+from xdit_ir.rules.base import operands
+
+BUFFER = "buffer"
+
+
+def view(program: Program, stages: Mapping[str, int] | None = None) -> View:
+    """The picture of a program; `stages` are those of outer nodes, by name, in a pipeline."""
+    return _Viewer(program, stages).view()
+
+
+def line(node: fx.Node, mesh: Mesh | None, *, in_time: bool) -> Line:
+    """One value. `in_time`: what changes a layout over `pipefusion` goes through a buffer."""
+    where: Where = node.meta.get(WHERE, Where())
+    op = "input" if node.op == "placeholder" else target_name(node.target)
+    return Line(
+        name=node.name,
+        op="result" if node.target is operator.getitem else op,
+        args="" if node.op == "placeholder" else arguments_text(node),
+        type=node_type(node, mesh),
+        dims=dims_of(node, mesh),
+        module=where.module,
+        source=where.source,
+        flops=max(local_flops(node, mesh)) if is_counted(node) else 0,
+        exchange=exchange(node, mesh, in_time=in_time) if mesh is not None else None,
+        fallback=node.meta.get(FALLBACK, ""),
+    )
+
+
+def exchange(node: fx.Node, mesh: Mesh, *, in_time: bool) -> Exchange | None:
+    """What a node sends, or that it meets other patches in a buffer; None for what is local."""
+    if in_time and node.op == "call_function" and over_time(node, mesh):
+        return Exchange(BUFFER, TIME, 0)
+    found = traffic(node, mesh)
+    return None if found is None else Exchange(*found[0], max(found[1]))
+
+
+def dims_of(node: fx.Node, mesh: Mesh | None) -> tuple[str, ...]:
+    """The mesh dims along which ranks hold different parts of a value."""
+    if mesh is None:
+        return ()
+    layouts = node.meta.get(LAYOUT, ())
+    each = [layouts] if isinstance(layouts, Layout) else layouts
+    return in_mesh_order({dim for layout in each for dim in layout.varies(mesh)})
+
+
+class _Viewer:
+    def __init__(self, program: Program, stages: Mapping[str, int] | None) -> None:
+        self.program, self.stages, self.mesh = program, stages or {}, program.mesh
+        self.in_time = stages is not None
+        self.owner = owners(program, self.stages)
+        self.ids = {group: group[0].name for group in self.owner.values()}
+        self.bodies = {name: self._body(name) for name in program.blocks}
+
+    def _line(self, node: fx.Node) -> Line:
+        return line(node, self.mesh, in_time=self.in_time)
+
+    def view(self) -> View:
+        edges = self._edges()
+        calls = [(n.name, call_parts(n)[0], self.stages.get(n.name, -1)) for n in self.program.calls]
+        joined = runs(calls, [(edge.source, edge.target) for edge in edges])
+        boxes = [self._box(group, joined) for group in dict.fromkeys(self.owner.values())]
+        return View(boxes, edges, self.bodies)
+
+    def _body(self, name: str) -> Body:
+        graph = self.program.blocks[name].graph
+        calls = [node for node in self.program.calls if node.args[0] == name]
+        prefix = call_parts(calls[0])[1] if calls else ""
+        weights = {qualified(prefix, str(node.target)) for node in graph.nodes if node.op == "get_attr"}
+        return Body(
+            name,
+            len(calls),
+            [self._line(node) for node in graph.nodes if node.op == "placeholder"],
+            [self._line(node) for node in graph.nodes if node.op == "call_function"],
+            [node.name for node in operands(next(iter(reversed(graph.nodes))))],
+            max(graph_flops(graph, self.mesh)),
+            sum(self.program.state[w].nbytes for w in weights if w in self.program.state),
+        )
+
+    def _box(self, group: Group, joined: Mapping[str, int]) -> Box:
+        first = group[0]
+        stage = self.stages.get(first.name, -1)
+        if is_block_call(first):
+            name, prefix, _ = call_parts(first)
+            body = self.bodies[name]
+            sent = sum(one.exchange.bytes for one in body.lines if one.exchange)
+            results = [self._line(node) for node in group[1:]]
+            dims = in_mesh_order({dim for one in results for dim in one.dims})
+            return Box(first.name, "call", prefix, name, joined[first.name], stage, dims, body.flops, sent, results)
+        if first.op == "output":
+            results = [self._line(node) for node in operands(first)]
+            return Box("output", "output", "output", stage=stage, lines=results)
+        lines = [self._line(node) for node in group]
+        dims = in_mesh_order({dim for one in lines for dim in one.dims})
+        if first.op == "placeholder":
+            return Box(first.name, "input", first.name, stage=-1, dims=dims, lines=lines)
+        flops = sum(one.flops for one in lines)
+        sent = sum(one.exchange.bytes for one in lines if one.exchange)
+        title = _title(lines)
+        return Box(first.name, "operators", title, stage=stage, dims=dims, flops=flops, sent=sent, lines=lines)
+
+    def _edges(self) -> list[Edge]:
+        found: dict[tuple[Group, Group], dict[str, fx.Node]] = {}
+        for node, group in self.owner.items():
+            for source in node.all_input_nodes:
+                if source in self.owner and self.owner[source] is not group:
+                    found.setdefault((self.owner[source], group), {})[source.name] = source
+        return [
+            Edge(
+                "output" if source[0].op == "output" else self.ids[source],
+                "output" if target[0].op == "output" else self.ids[target],
+                [f"%{name}: {node_type(node, self.mesh)}" for name, node in nodes.items()],
+                in_mesh_order({dim for node in nodes.values() for dim in dims_of(node, self.mesh)}),
+            )
+            for (source, target), nodes in found.items()
+        ]
+
+
+def _title(lines: Sequence[Line]) -> str:
+    """The modules of some operators; where they are the model's own, what they are."""
+    modules = list(dict.fromkeys(module_of(one.module) for one in lines if one.module))
+    if modules:
+        return ", ".join(modules[:2]) + (", ..." if len(modules) > 2 else "")
+    ops = list(dict.fromkeys(one.op.partition(".")[0] for one in lines))
+    return ", ".join(ops[:2]) + (", ..." if len(ops) > 2 else "")
