@@ -18,8 +18,8 @@ from xdit_ir.runtime.buffers import Keep, Read, Recall, Write
 def together(programs: Sequence[Program], received: Collection[str]) -> Program:
     """One program for the programs of a stage's patches, in which they go on in turns, each as far as it can.
 
-    Inputs are the model's, then those called `received` of the first patch, then those of the second, and so on;
-    outputs those of the first patch, then those of the second, and so on.
+    Inputs are the model's, then those called `received` of the first patch, then those of the second, and so on, see
+    `of_patch`; outputs those of the first patch, then those of the second, and so on.
 
     Raises:
         VerifyError: the patches wait for each other for ever.
@@ -29,6 +29,11 @@ def together(programs: Sequence[Program], received: Collection[str]) -> Program:
     weaver = _Weaver([program.graph for program in programs], programs)
     graph = weaver.run(received)
     return programs[0].replace(graph=graph, blocks=weaver.blocks)
+
+
+def of_patch(name: str, patch: int) -> str:
+    """The name of an input that each patch has for itself."""
+    return f"{name}_of_{patch}"
 
 
 @dataclass(eq=False)
@@ -83,7 +88,7 @@ class _Weaver:
                 if node.op != "placeholder":
                     continue
                 alone = own is None or node.name in own
-                name = f"{node.name}_of_{patch}" if alone else node.name
+                name = of_patch(node.name, patch) if alone else node.name
                 if name not in known:
                     known[name] = self._noted(node, self.graph.create_node("placeholder", name, name=name))
                 thread.env[node] = known[name]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,9 +18,10 @@ from xdit_ir.program import SPEC, Block, Program, TensorSpec
 from xdit_ir.rules.base import operands
 from xdit_ir.runtime.buffers import Read, Write
 from xdit_ir.runtime.exchange import Communicate
-from xdit_ir.together import together
+from xdit_ir.together import of_patch, together
 
 Specs = tuple[TensorSpec, ...]
+Held = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,19 @@ class Need:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One run of a stage: `program` takes the `needs`, then what is received, and returns what is sent, then results.
+    """One run of a stage: `program` takes the `needs`, then the `feed`, and returns what is sent, what is held for a
+    later stage of this rank, and results.
 
-    `results` says for each patch that ends here which of the outputs it has, with their types.
+    `feed`: for each input, its place in the message that is received, or the name and patch of a value that is held.
     """
 
     program: Program
     needs: tuple[Need, ...]
+    feed: tuple[int | Held, ...]
     receives: Specs
     sends: Specs
-    results: tuple[Specs, ...]
+    holds: tuple[Held, ...]
+    results: Specs
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +81,7 @@ class RankWork:
     @cached_property
     def stages(self) -> tuple[int, ...]:
         """The stages of this rank."""
-        return tuple(s for s in range(self.pipeline.stages) if self.pipeline.rank(s, self.virtual(0)) == self.rank)
+        return self.pipeline.stages_of(self.rank)
 
     def virtual(self, patch: int) -> int:
         """The virtual rank that this rank is for a patch."""
@@ -129,7 +134,7 @@ class RankWork:
             return _mapped(part.program, self), ()
         results = self._results(part.program, patch)
         types = tuple(value.meta[SPEC] for value in results)
-        return _mapped(_returning(part.program, len(part.sends), results), self), types
+        return _mapped(_returning(part.program, results), self), types
 
     def _results(self, program: Program, patch: int) -> list[fx.Node]:
         last = self._part(self.pipeline.stages - 1, self.pipeline.patches - 1).program
@@ -147,22 +152,41 @@ class RankWork:
     def _alone(self, stage: int, patch: int) -> Work:
         program, results = self._finished(stage, patch)
         part = self._part(stage, patch)
-        program, needs = _trimmed(program, part.receives, self.latents)
-        return Work(program, needs, part.message(sent=False), part.message(sent=True), (results,))
+        program, needs = _trimmed(program, {*part.receives, *part.takes}, self.latents)
+        feed = _feed([(part, patch)])
+        holds = tuple((name, patch) for name in part.holds)
+        return Work(program, needs, feed, part.message(sent=False), part.message(sent=True), holds, results)
 
     def _together(self, stage: int) -> Work:
         patches = range(self.pipeline.patches)
         if len(patches) == 1:
             return self.displaced[stage, 0]
         parts, finished = [self._part(stage, p) for p in patches], [self._finished(stage, p) for p in patches]
-        merged = together([program for program, _ in finished], {name for part in parts for name in part.receives})
-        merged = _messages_first(merged, [len(part.sends) for part in parts], [len(types) for _, types in finished])
-        count = sum(len(part.receives) for part in parts)
-        received = [node.name for node in _placeholders(merged.graph)]
-        program, needs = _trimmed(merged, received[len(received) - count :] if count else [], {})
-        receives = tuple(spec for part in parts for spec in part.message(sent=False))
-        sends = tuple(spec for part in parts for spec in part.message(sent=True))
-        return Work(program, needs, receives, sends, tuple(types for _, types in finished))
+        own = {name for part in parts for name in (*part.receives, *part.takes)}
+        program = together([program for program, _ in finished], own)
+        counts = [(len(part.sends), len(part.holds), len(r)) for part, (_, r) in zip(parts, finished, strict=True)]
+        _sort_outputs(program, counts)
+        program, needs = _trimmed(program, {of_patch(name, patch) for name in own for patch in patches}, {})
+        return Work(
+            program,
+            needs,
+            _feed(list(zip(parts, patches, strict=True))),
+            tuple(spec for part in parts for spec in part.message(sent=False)),
+            tuple(spec for part in parts for spec in part.message(sent=True)),
+            tuple((name, patch) for part, patch in zip(parts, patches, strict=True) for name in part.holds),
+            tuple(spec for _, results in finished for spec in results),
+        )
+
+
+def _feed(parts: Sequence[tuple[Part, int]]) -> tuple[int | Held, ...]:
+    """What the inputs behind the model's own get, patch by patch: what is received, then what is held."""
+    feed: list[int | Held] = []
+    place = 0
+    for part, patch in parts:
+        feed += range(place, place + len(part.receives))
+        feed += [(name, patch) for name in part.takes]
+        place += len(part.receives)
+    return tuple(feed)
 
 
 def _outputs(program: Program) -> list[fx.Node]:
@@ -204,12 +228,12 @@ def _cut(value: fx.Node, parts: Sequence[Part]) -> Cut | None:
     return cut if cut.size == cut.joined(range(len(parts))).size == size else None
 
 
-def _returning(program: Program, sends: int, results: Sequence[fx.Node]) -> Program:
-    """The program with other results; buffers that only these were collected in are gone."""
+def _returning(program: Program, results: Sequence[fx.Node]) -> Program:
+    """The program of a last stage with other results; buffers that only these were collected in are gone."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in program.graph.nodes:
         if node.op == "output":
-            graph.output(tuple(env[value] for value in [*operands(node)[:sends], *results]))
+            graph.output(tuple(env[value] for value in results))
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
             env[node].meta = dict(node.meta)
@@ -238,19 +262,18 @@ def _mapped(program: Program, work: RankWork) -> Program:
     return program.replace(graph=mapped(program.graph), blocks=blocks)
 
 
-def _messages_first(program: Program, sends: Sequence[int], results: Sequence[int]) -> Program:
-    """What is sent before the results, instead of patch by patch."""
+def _sort_outputs(program: Program, counts: Sequence[tuple[int, ...]]) -> None:
+    """Outputs by kind instead of by patch; of each patch there are so many of each kind."""
     [output] = (node for node in program.graph.nodes if node.op == "output")
-    values, messages, rest = operands(output), list[fx.Node](), list[fx.Node]()
-    for sent, returned in zip(sends, results, strict=True):
-        messages += values[:sent]
-        rest += values[sent : sent + returned]
-        values = values[sent + returned :]
-    output.args = (tuple(messages + rest),)
-    return program
+    values = iter(operands(output))
+    kinds: list[list[fx.Node]] = [[] for _ in counts[0]]
+    for patch in counts:
+        for kind, count in zip(kinds, patch, strict=True):
+            kind += itertools.islice(values, count)
+    output.args = (tuple(itertools.chain(*kinds)),)
 
 
-def _trimmed(program: Program, received: Sequence[str], cuts: dict[str, Cut]) -> tuple[Program, tuple[Need, ...]]:
+def _trimmed(program: Program, received: Collection[str], cuts: dict[str, Cut]) -> tuple[Program, tuple[Need, ...]]:
     """The program without inputs that it does not use, which takes of the latents what it needs."""
     needs = []
     for node in list(_placeholders(program.graph)):

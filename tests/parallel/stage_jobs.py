@@ -19,12 +19,9 @@ from torch.utils import _pytree as pytree
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.api import ParallelProgram
 from xdit_ir.capture.inputs import bind_arguments, bind_inputs
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.interpret import model_state
-from xdit_ir.mesh import Mesh
-from xdit_ir.patches import Pipeline
 from xdit_ir.runtime.deferred import Deferred, force
 from xdit_ir.runtime.execution import plain_modes
 from xdit_ir.runtime.shadow import Shadow
@@ -184,8 +181,11 @@ def overlapping_steps(name: str, degrees: Degrees, steps: int) -> dict[str, Any]
     trace: list[list[Any]] = []
 
     def observe(number: int, item: Any) -> None:
-        if item.stage == 0 and item.patch == 0:
-            store.set(f"{name} began {number}", "")
+        if item.stage == 0:
+            trace.append([number, item.stage, item.patch, time.monotonic()])
+            if item.patch == 0:
+                store.set(f"{name} began {number}", "")
+            return
         if item.stage == last and item.patch == patches - 1 and number < steps:
             store.wait([f"{name} began {number + 1}"], timedelta(seconds=100))
         trace.append([number, item.stage, item.patch, time.monotonic()])
@@ -288,34 +288,19 @@ def only_its_stages(name: str, degrees: Degrees) -> dict[str, Any]:
     return {"errors": errors, "share": bytes_here / sum(p.nbytes for p in model.parameters())}
 
 
-class Folded(Pipeline):
-    """Twice as many stages as ranks: there and back."""
-
-    @property
-    def mesh(self) -> Mesh:  # type: ignore[override]
-        cfg, _, ring, ulysses = self.virtual.sizes
-        return Mesh.of(cfg, self.stages // 2, ring, ulysses)
-
-    def rank(self, stage: int, virtual: int) -> int:
-        cfg, _, ring, ulysses = self.virtual.coordinates[virtual]
-        return self.mesh.coordinates.index((cfg, min(stage, self.stages - 1 - stage), ring, ulysses))
-
-
-def folded_stages(name: str, stages: int, patches: Sequence[int]) -> list[dict[str, Any]]:
-    """As `emitted_steps`, where every rank has two stages."""
+def folded_stages(name: str, stages: list[int], patches: Sequence[int]) -> list[dict[str, Any]]:
+    """As `emitted_steps`, where every rank has two stages; and the order in which this rank ran them."""
     torch.set_num_threads(1)
     model, example = models.load(f"{name}:tiny")
     inputs, traced, found = _inputs(example, 4), xir.trace(model, example), []
     for count in patches:
-        straight = traced.parallelize(pipefusion=stages, patches=count)
-        assert straight.pipeline is not None
-        pipeline = Folded(straight.pipeline.program, stages, 1)
-        parallel = ParallelProgram(straight.original, straight.analysed, straight.ir, pipeline.mesh, pipeline)
+        parallel = traced.parallelize(pipefusion=len(stages) // 2, patches=count, stages=stages)
         module, trace = parallel.emit(model), list[list[Any]]()
         _traffic(module).observe = lambda number, item, trace=trace: trace.append([number, item.patch, item.stage])
-        got, want = _run(module, inputs), straight.simulate_steps(model, inputs)
+        got, want = _run(module, inputs), parallel.simulate_steps(model, inputs)
         errors = [relative_error(mine, step[0]) for mine, step in zip(got, want, strict=True)]
-        found.append({"errors": errors, "trace": trace})
+        held = sum(len(work.holds) for work in module._xdit_runner.work.displaced.values())
+        found.append({"errors": errors, "trace": trace, "held": held})
     return found
 
 

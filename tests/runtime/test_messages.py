@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from xdit_ir.program import TensorSpec
-from xdit_ir.runtime.messages import ALIGNMENT, Envelope, Local
+from xdit_ir.runtime.messages import ALIGNMENT, Envelope
 
 
 def tensors() -> list[torch.Tensor]:
@@ -22,11 +22,3 @@ def test_what_is_packed_is_unpacked() -> None:
     assert message.numel() == envelope.size
     for got, want in zip(envelope.unpack(message), given, strict=True):
         assert got.dtype == want.dtype and torch.equal(got, want)
-
-
-def test_a_rank_sends_to_itself_in_order() -> None:
-    envelope, channel = Envelope.of([TensorSpec((2,), torch.float32)]), Local(torch.device("cpu"))
-    arrivals = [channel.expect(envelope) for _ in range(2)]
-    for value in (1.0, 2.0):
-        channel.send(envelope, [torch.full((2,), value)])
-    assert [arrival.take()[0].tolist() for arrival in arrivals] == [[1.0, 1.0], [2.0, 2.0]]

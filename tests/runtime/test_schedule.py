@@ -7,26 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 from xdit_ir.errors import VerifyError
-from xdit_ir.program import TensorSpec
-from xdit_ir.runtime.schedule import Item, Schedule, run_plans
+from xdit_ir.mesh import Mesh
+from xdit_ir.patches import Pipeline
+from xdit_ir.program import Program, TensorSpec
+from xdit_ir.runtime.schedule import plans_of, run_plans
 
-Plan = list[tuple[int, Item]]
-FOLDS = [(0, 1), (0, 1, 2), (0, 1, 1, 0), (0, 1, 0, 1), (0, 1, 2, 2, 1, 0), (0, 1, 2, 0, 1, 2)]
+MAPS = [(0, 1), (0, 1, 2, 3), (0, 1, 1, 0), (0, 1, 2, 2, 1, 0)]
 
 
-def plans(ranks: Sequence[int], patches: int, modes: Sequence[bool] = (True, False, False, True)) -> dict[int, Plan]:
-    schedule, found = Schedule(len(ranks), patches), {}
-    for rank in set(ranks):
-        mine = [stage for stage, owner in enumerate(ranks) if owner == rank]
-        entries = [
-            (number, item)
-            for number, (start, synchronous) in enumerate(zip(schedule.starts(modes), modes, strict=True))
-            for item in schedule.items(start, mine, synchronous=synchronous)
-        ]
-        found[rank] = sorted(entries, key=lambda entry: entry[1].key)
-    return found
+def pipeline(coordinates: Sequence[int], patches: int) -> Pipeline:
+    program = Program("", fx.Graph(), {}, None, {}, torch.device("cpu"), mesh=Mesh.of(pipefusion=patches))  # type: ignore[arg-type]
+    return Pipeline(program, tuple(coordinates), 1)
+
+
+def plans(coordinates: Sequence[int], patches: int, modes: Sequence[bool] = (True, False, False, True)) -> Any:
+    return plans_of(pipeline(coordinates, patches), modes)
 
 
 def message(stage: int, patch: int | None, *, sent: bool) -> tuple[TensorSpec, ...]:
@@ -34,21 +32,19 @@ def message(stage: int, patch: int | None, *, sent: bool) -> tuple[TensorSpec, .
     return (TensorSpec((boundary, -1 if patch is None else patch), torch.float32),)
 
 
-@pytest.mark.parametrize("ranks", FOLDS)
+@pytest.mark.parametrize("ranks", MAPS)
 @pytest.mark.parametrize("patches", [1, 2, 4, 7])
 def test_nobody_waits_for_ever(ranks: Sequence[int], patches: int) -> None:
     run_plans(plans(ranks, patches), len(ranks), patches, message)
 
 
-@pytest.mark.parametrize("ranks", FOLDS)
+@pytest.mark.parametrize("ranks", MAPS)
 def test_steps_overlap(ranks: Sequence[int]) -> None:
     """The first stage begins a step while the last patches of the one before are on their way."""
     entries = [entry for plan in plans(ranks, 5, (False, False)).values() for entry in plan]
-    begins = next(item.slot for number, item in entries if number == 1 and item.stage == item.patch == 0)
-    ends = max(item.slot for number, item in entries if number == 0)
+    begins = next(item.turn for number, item in entries if number == 1 and item.stage == item.patch == 0)
+    ends = max(item.turn for number, item in entries if number == 0)
     assert begins <= ends
-    taken = [(rank, item.slot, item.stage) for rank, plan in plans(ranks, 5).items() for _, item in plan]
-    assert len(taken) == len(set(taken)), "a stage is wanted once at a time"
 
 
 def test_a_message_of_another_type_is_found() -> None:
@@ -68,7 +64,7 @@ def test_patches_in_another_order_are_found() -> None:
 
 def test_waiting_for_ever_is_found() -> None:
     wrong: Any = plans((0, 1, 1, 0), 2)
-    wrong[0].insert(0, wrong[0].pop(1))
+    wrong[0].insert(0, wrong[0].pop(1))  # stage 3 before stage 0
     with pytest.raises(VerifyError, match="rank 0 before"):
         run_plans(wrong, 4, 2, message)
 

@@ -92,26 +92,6 @@ class Channel(Protocol):
 
 
 @dataclass(eq=False)
-class Local:
-    """A channel from a rank to itself."""
-
-    device: torch.device
-    waiting: deque[Arrival] = field(default_factory=deque)
-    expected: deque[Arrival] = field(default_factory=deque)
-
-    def send(self, envelope: Envelope, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy to the message that was expected first."""
-        for mine, tensor in zip(envelope.unpack(self.expected.popleft().message), tensors, strict=True):
-            mine.copy_(tensor)
-
-    def expect(self, envelope: Envelope) -> Arrival:
-        """A message that will be there once it is sent."""
-        arrival = Arrival(envelope, torch.empty(envelope.size, dtype=torch.uint8, device=self.device))
-        self.expected.append(arrival)
-        return arrival
-
-
-@dataclass(eq=False)
 class Pair:
     """A channel between two ranks, over a process group that nothing else uses, so that messages cannot overtake.
 

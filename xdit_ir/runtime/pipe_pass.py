@@ -12,24 +12,27 @@ from xdit_ir.runtime.deferred import Deferred, force, pending, pull
 from xdit_ir.runtime.messages import Arrival, Envelope
 from xdit_ir.runtime.requests import Lane
 from xdit_ir.runtime.schedule import Item
-from xdit_ir.work import Cut, Need
+from xdit_ir.runtime.traffic import Traffic
+from xdit_ir.work import Cut, Held, Need
 
 Tensors = list[torch.Tensor]
 
 
 @dataclass(eq=False)
 class PipelinePass:
-    """The inputs by name, the messages that are expected, and the results (by patch; None: of all patches)."""
+    """The inputs by name, the messages that are expected, the results (by patch; None: of all patches), and what this
+    rank's first stages hold for its later ones."""
 
     number: int
     lane: Lane
     inputs: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor]
     run: Callable[[PipelinePass, Item], None]
+    traffic: Traffic
     arrivals: dict[tuple[int, int | None], Arrival] = field(default_factory=dict)
     returns: dict[int | None, Arrival] = field(default_factory=dict)
     results: dict[int | None, Tensors] = field(default_factory=dict)
-    demand: Callable[[Callable[[], bool]], None] | None = None
+    held: dict[Held, torch.Tensor] = field(default_factory=dict)
 
     def execute(self, item: Item) -> None:
         """Run a stage."""
@@ -38,9 +41,10 @@ class PipelinePass:
     def result(self, patch: int | None) -> Tensors:
         """The results of a patch; waits for them."""
         if patch in self.returns:
+            self.traffic.settle()
             self.results[patch] = self.returns.pop(patch).take()
-        if patch not in self.results and self.demand is not None:
-            self.demand(lambda: patch in self.results)
+        if patch not in self.results:
+            self.traffic.run(until=lambda: patch in self.results)
         return self.results[patch]
 
     def given(self, need: Need, cuts: Mapping[str, Cut]) -> torch.Tensor:

@@ -25,7 +25,7 @@ from xdit_ir.runtime.execution import Execution, Tensors, compile_body, plain_mo
 from xdit_ir.runtime.messages import LostError
 from xdit_ir.runtime.pipe_pass import PipelinePass, envelope, outputs_of
 from xdit_ir.runtime.requests import NEW, Moment
-from xdit_ir.runtime.schedule import Item, Schedule
+from xdit_ir.runtime.schedule import Item, items_of
 from xdit_ir.runtime.state import Weights
 from xdit_ir.runtime.traffic import Traffic
 from xdit_ir.work import RankWork, Work
@@ -65,13 +65,12 @@ class PipelineRunner:
         self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
         self.pipeline, self.work, self.traffic = work.pipeline, work, traffic
         self.program, self.device = work.pipeline.program, communicator.device
-        self.schedule = Schedule(self.pipeline.stages, self.pipeline.patches)
         self.channels = traffic.open(self.pipeline)
         self._binder = InputBinder(inspect.signature(model.forward), self.program)
         self._inputs = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
         [output] = (node for node in self.program.graph.nodes if node.op == "output")
         self._specs = [value.meta[SPEC] for value in operands(output)]
-        self.weights = weights_of(work)
+        self.weights = self.pipeline.weights_of(communicator.rank)
         self._weights: Weights | Held = (
             Weights(model, self.weights, self.program.state, self.device)
             if store is None
@@ -134,20 +133,21 @@ class PipelineRunner:
 
     def _pass(self, inputs: Tensors, weights: Tensors) -> list[Deferred]:
         moment, latents, traffic = self.moment(inputs), self._latents(inputs), self.traffic
-        if moment.synchronous or any(isinstance(x, Deferred) and n not in latents for n, x in self._named(inputs)):
+        wanted_whole = any(isinstance(x, Deferred) and name not in latents for name, x in self._named(inputs))
+        if moment.synchronous or wanted_whole or traffic.last is not self:
             traffic.run()
+        traffic.last = self
         lane = traffic.requests.enter(moment, latents, self)
         if not lane.buffers:
             lane.buffers.update(self._buffers())
         traffic.requests.number += 1
         plain = {name: x if isinstance(x, Deferred) else _outside(x) for name, x in self._named(inputs)}
         state = dict(zip(self.weights, weights, strict=True)) | self._constants
-        made = PipelinePass(traffic.requests.number, lane, plain, state, self._run, demand=traffic.run)
-        items = self.schedule.items(traffic.slot, self.work.stages, synchronous=moment.synchronous)
+        made = PipelinePass(traffic.requests.number, lane, plain, state, self._run, traffic)
+        items = self._items(made.number, synchronous=moment.synchronous)
         self._expect(made, items, synchronous=moment.synchronous)
-        traffic.slot += self.schedule.slots
         traffic.put_off(made, items)
-        traffic.run(before=traffic.slot if len(self.work.stages) > 1 else None)
+        traffic.run(before=self.pipeline.turn(0, made.number + 1, 0) if len(self.work.stages) > 1 else None)
         outputs = outputs_of(
             made,
             self._types,
@@ -163,6 +163,9 @@ class PipelineRunner:
             force(x)  # long there, since what was made of it is: so nothing is remembered for more than two steps
         traffic.previous = [x for x in inputs if isinstance(x, Deferred)]
         return outputs
+
+    def _items(self, number: int, *, synchronous: bool) -> list[Item]:
+        return items_of(self.pipeline, number, self.work.stages, synchronous=synchronous)
 
     def _expect(self, made: PipelinePass, items: Sequence[Item], *, synchronous: bool) -> None:
         """Post all receives of a pass."""
@@ -189,22 +192,26 @@ class PipelineRunner:
         arrival = made.arrivals.pop((item.stage, item.patch), None)
         received = arrival.take() if arrival is not None else [self._nothing(spec) for spec in each.work.receives]
         given = [made.given(need, self.work.latents) for need in each.work.needs]
+        given += [received[one] if isinstance(one, int) else made.held.pop(one) for one in each.work.feed]
         state = [made.weights[name] for name in each.state]
         buffers = [made.lane.buffers[item.stage][name] for name in each.slots]
-        self._deliver(made, item, each.code.run.forward(*given, *received, *state, *buffers))
+        self._deliver(made, item, each.code.run.forward(*given, *state, *buffers))
 
     def _deliver(self, made: PipelinePass, item: Item, outputs: Sequence[torch.Tensor]) -> None:
+        """Hand on what a stage gave: to the next one, to a later one of this rank, or as results to all ranks."""
         work = self._of(item).work
-        if item.stage == self.pipeline.stages - 1:
-            results = list(outputs)
-            message = envelope(self._result_types(item.patch))
+        sent = len(work.sends)
+        made.held |= dict(zip(work.holds, outputs[sent:], strict=False))
+        if sent:
+            channel, message = self.channels.between[item.stage + 1], envelope(work.sends)
+            assert channel is not None
             if message is not None:
-                self.channels.returns.send(message, results)
-            made.results[item.patch] = results
-            return
-        channel, message = self.channels.between[item.stage + 1], envelope(work.sends)
-        if channel is not None and message is not None:
-            channel.send(message, outputs[: len(work.sends)])
+                channel.send(message, outputs[:sent])
+        if item.stage == self.pipeline.stages - 1:
+            made.results[item.patch] = list(outputs)
+            message = envelope(work.results)
+            if message is not None:
+                self.channels.returns.send(message, outputs)
 
     def _give_up(self, error: BaseException) -> None:
         """Forget the request. Unless others are gone, send what they expect of this pass, whatever is in it, so that
@@ -216,8 +223,7 @@ class PipelineRunner:
             if arrival is not None:
                 arrival.take()
             work = self._of(item).work
-            types = work.sends or tuple(spec for specs in work.results for spec in specs)
-            self._deliver(made, item, [self._nothing(spec) for spec in types])
+            self._deliver(made, item, [self._nothing(spec) for spec in (*work.sends, *work.results)])
 
     def _nothing(self, spec: Any) -> torch.Tensor:
         return torch.zeros(spec.shape, dtype=spec.dtype, device=self.device)
@@ -247,12 +253,6 @@ def _all(work: RankWork) -> Iterator[tuple[tuple[int, int | None], Work]]:
 
 def _outside(x: torch.Tensor) -> torch.Tensor:
     return x.clone() if x.is_inference() else x
-
-
-def weights_of(work: RankWork) -> list[str]:
-    """The names of the weights that a rank's stages read."""
-    programs = [each.program for each in (*work.displaced.values(), *work.synchronous.values())]
-    return list(dict.fromkeys(name for program in programs for name in state_names(program)[0]))
 
 
 def check_pipeline(program: Program, execution: Execution) -> None:

@@ -22,7 +22,7 @@ from xdit_ir.runtime.checkpoint import Held, Store
 from xdit_ir.runtime.codegen import Body, communications, generate, state_names
 from xdit_ir.runtime.distributed import Communicator, peers_reachable
 from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body, plain_modes
-from xdit_ir.runtime.pipe_runner import PipelineRunner, check_pipeline, weights_of
+from xdit_ir.runtime.pipe_runner import PipelineRunner, check_pipeline
 from xdit_ir.runtime.schedule import verify_schedule
 from xdit_ir.runtime.state import Weights
 from xdit_ir.runtime.traffic import Traffic
@@ -131,7 +131,11 @@ def build(
             check_pipeline(parallel.pipeline.program, execution)
             verify_schedule(parallel.pipeline)
             work = RankWork(parallel.pipeline, communicator.rank)
-        names = state_names(parallel.rank(communicator.rank))[0] if work is None else weights_of(work)
+        names: Sequence[str] = (
+            state_names(parallel.rank(communicator.rank))[0]
+            if work is None
+            else work.pipeline.weights_of(communicator.rank)
+        )
         if store is None:
             Weights(model, names, parallel.ir.state, communicator.device)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xdit_ir.errors import VerifyError
@@ -11,89 +11,68 @@ from xdit_ir.patches import Pipeline
 from xdit_ir.program import TensorSpec
 
 Message = tuple[TensorSpec, ...]
+Plan = list[tuple[int, "Item"]]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One run of a stage, for a patch or (None: synchronous) for all patches, in the `slot`-th unit of time."""
+    """One run of a stage, for a patch or (None: synchronous) for all patches; a rank goes by `turn`."""
 
-    slot: int
+    turn: int
     patch: int | None
     stage: int
 
-    @property
-    def key(self) -> tuple[int, int]:
-        """Items of a rank run in this order: in the same slot, what is nearer to the output goes first."""
-        return self.slot, -self.stage
+
+def items_of(pipeline: Pipeline, number: int, stages: Sequence[int], *, synchronous: bool) -> list[Item]:
+    """What a rank with these stages runs of the pass with this number."""
+    patches: Sequence[int | None] = (None,) if synchronous else range(pipeline.patches)
+    items = [Item(pipeline.turn(stage, number, patch or 0), patch, stage) for patch in patches for stage in stages]
+    return sorted(items, key=lambda item: item.turn)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Passes of a pipeline of `stages` with `patches` follow each other at a distance of `slots`."""
-
-    stages: int
-    patches: int
-
-    @property
-    def slots(self) -> int:
-        """Units of time from the start of one pass to that of the next: no stage is wanted twice, and the first patch
-        has passed the last stage."""
-        return max(self.patches, self.stages)
-
-    def starts(self, modes: Sequence[bool]) -> list[int]:
-        """The slots in which passes begin; a synchronous one (True) wants all of the outputs before it."""
-        starts = [0]
-        for synchronous in modes[1:]:
-            starts.append(starts[-1] + (self.stages + self.patches if synchronous else self.slots))
-        return starts
-
-    def items(self, start: int, stages: Sequence[int], *, synchronous: bool) -> list[Item]:
-        """What a rank with these stages runs of the pass that begins in slot `start`."""
-        patches: Sequence[int | None] = (None,) if synchronous else range(self.patches)
-        items = [Item(start + (patch or 0) + stage, patch, stage) for patch in patches for stage in stages]
-        return sorted(items, key=lambda item: item.key)
-
-
-def verify_schedule(pipeline: Pipeline, modes: Sequence[bool] = (True, False, False, True)) -> None:
-    """Run passes (`modes`: whether synchronous) of all ranks abstractly; raise `VerifyError` unless all of them end.
+def verify_schedule(pipeline: Pipeline) -> None:
+    """Run passes of all ranks abstractly; raise `VerifyError` unless all of them end.
 
     A rank runs its items in order; receiving waits for the message that was sent as so-manieth between these stages,
     which must be of the types that are expected; the first stage waits for the outputs of the last pass.
     """
-    for column in _columns(pipeline):
-        _verify_column(pipeline, column, modes)
-
-
-def _columns(pipeline: Pipeline) -> Iterator[tuple[int, ...]]:
-    """Per group of ranks that pass patches to each other: its virtual rank for each patch."""
     for rank in range(pipeline.mesh.world_size):
         if pipeline.rank(0, pipeline.virtual_rank(rank, 0)) == rank:
-            yield tuple(pipeline.virtual_rank(rank, patch) for patch in range(pipeline.patches))
+            _verify_column(pipeline, tuple(pipeline.virtual_rank(rank, patch) for patch in range(pipeline.patches)))
 
 
-def _verify_column(pipeline: Pipeline, virtual: tuple[int, ...], modes: Sequence[bool]) -> None:
-    schedule = Schedule(pipeline.stages, pipeline.patches)
-    ranks = [pipeline.rank(stage, virtual[0]) for stage in range(pipeline.stages)]
+def _verify_column(pipeline: Pipeline, virtual: tuple[int, ...]) -> None:
+    """The ranks that pass patches to each other, by their virtual rank for each patch."""
 
     def message(stage: int, patch: int | None, *, sent: bool) -> Message:
         patches = range(pipeline.patches) if patch is None else (patch,)
         return tuple(spec for p in patches for spec in pipeline.part(stage, virtual[p]).message(sent=sent))
 
-    plans: dict[int, list[tuple[int, Item]]] = {}
-    for rank in sorted(set(ranks)):
-        mine = [stage for stage, owner in enumerate(ranks) if owner == rank]
-        items = [
-            (number, item)
-            for number, (start, synchronous) in enumerate(zip(schedule.starts(modes), modes, strict=True))
-            for item in schedule.items(start, mine, synchronous=synchronous)
-        ]
-        plans[rank] = sorted(items, key=lambda entry: entry[1].key)
-    run_plans(plans, pipeline.stages, pipeline.patches, message)
+    run_plans(plans_of(pipeline), pipeline.stages, pipeline.patches, message)
 
 
-def run_plans(
-    plans: dict[int, list[tuple[int, Item]]], stages: int, patches: int, message: Callable[..., Message]
-) -> None:
+def plans_of(pipeline: Pipeline, modes: Sequence[bool] = (True, False, False, True)) -> dict[int, Plan]:
+    """What is run at each place along `pipefusion` in passes of these `modes` (whether synchronous), in order; before
+    a synchronous pass, which wants all of the outputs before it, everything else is done."""
+    plans: dict[int, Plan] = {}
+    for place in sorted(set(pipeline.coordinates)):
+        mine = [stage for stage, coordinate in enumerate(pipeline.coordinates) if coordinate == place]
+        plans[place] = []
+        pending: Plan = []
+        for number, synchronous in enumerate(modes):
+            if synchronous:
+                plans[place] += _in_turn(pending)
+                pending = []
+            pending += [(number, item) for item in items_of(pipeline, number, mine, synchronous=synchronous)]
+        plans[place] += _in_turn(pending)
+    return plans
+
+
+def _in_turn(plan: Plan) -> Plan:
+    return sorted(plan, key=lambda entry: entry[1].turn)
+
+
+def run_plans(plans: dict[int, Plan], stages: int, patches: int, message: Callable[..., Message]) -> None:
     """Run the items `(pass, item)` of every rank; `message(stage, patch, sent=...)` are the types that a stage sends
     or receives. Raises `VerifyError` where a message is not what is expected, or ranks wait for ever."""
     between: list[deque[Message]] = [deque() for _ in range(stages)]

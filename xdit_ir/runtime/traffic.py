@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from xdit_ir.patches import Pipeline
 from xdit_ir.runtime.distributed import Communicator, configured_timeout
-from xdit_ir.runtime.messages import Broadcast, Channel, Local, Pair
+from xdit_ir.runtime.messages import Broadcast, Channel, Pair
 from xdit_ir.runtime.requests import Requests
 from xdit_ir.runtime.schedule import Item
 from xdit_ir.work import RankWork
@@ -41,15 +41,16 @@ Observer = Callable[[int, Item], None]
 
 
 class Traffic:
-    """One for each module and process. `observe(pass, item)` is told before every run of a stage."""
+    """One for each module and process. `observe(pass, item)` is told before every run of a stage; `last` is the runner
+    that made the last call."""
 
     def __init__(self, communicator: Communicator) -> None:
         self.communicator, self.requests = communicator, Requests()
         self.observe: Observer | None = None
-        self.slot = 0
+        self.last: Any = None
         self.previous: list[torch.Tensor] = []
         self._queue: list[tuple[Item, Pass]] = []
-        self._running: tuple[Item, Pass] | None = None
+        self._running: list[tuple[Item, Pass]] = []
         self._groups: dict[tuple[Any, ...], dist.ProcessGroup] = {}
         self._channels: dict[tuple[int, ...], Channels] = {}
         cuda = communicator.device.type == "cuda"
@@ -71,7 +72,7 @@ class Traffic:
         between: list[Channel | None] = [None]
         for stage, (source, target) in enumerate(itertools.pairwise(ranks), 1):
             if source == target:
-                between.append(Local(device) if mine == source else None)
+                between.append(None)
                 continue
             group = self._group((stage, source, target), (source, target))
             ends = mine in (source, target)
@@ -88,22 +89,29 @@ class Traffic:
 
     def put_off(self, work: Pass, items: list[Item]) -> None:
         """Add items to what is to be done."""
-        self._queue = sorted([*self._queue, *((item, work) for item in items)], key=lambda entry: entry[0].key)
+        self._queue = sorted([*self._queue, *((item, work) for item in items)], key=lambda entry: entry[0].turn)
 
     def run(self, until: Callable[[], bool] | None = None, before: int | None = None) -> None:
-        """Do it in order: all, or only until something is true, or what belongs into a slot before this one."""
+        """Do it in turn: all, or only until something is true, or what comes before this turn."""
         while self._queue and not (until is not None and until()):
-            if before is not None and self._queue[0][0].slot >= before:
+            if before is not None and self._queue[0][0].turn >= before:
                 return
-            self._running = item, work = self._queue.pop(0)
+            item, work = self._queue.pop(0)
+            self._running.append((item, work))
             if self.observe is not None:
                 self.observe(work.number, item)
             work.execute(item)
-            self._running = None
+            self._running.pop()
+
+    def settle(self) -> None:
+        """Before something is waited for that others make of what this rank sends: do all, unless a run waits for it,
+        which then needs nothing that comes later."""
+        if not self._running:
+            self.run()
 
     def abandon(self) -> list[tuple[Item, Pass]]:
         """Forget the request; what was still to be done."""
-        queue = [self._running, *self._queue] if self._running else self._queue
-        self._queue, self._running, self.previous = [], None, []
+        queue = [*reversed(self._running), *self._queue]
+        self._queue, self._running, self.previous, self.last = [], [], [], None
         self.requests.forget()
         return queue
