@@ -76,7 +76,7 @@ def test_a_person_looks_around(browser: Any, flux: Path, width: int, scheme: str
     assert visit.overflow() <= 0, "the page is wider than the window"
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
 
-    page.click('.box.call:has-text("FluxTransformerBlock × 19")')
+    page.click('.box.call:has-text("FluxSingleTransformerBlock × 38")')
     body = visit.text("#panel")
     assert "%attention: bf16" in body and "ring_attention(" in body and "all_to_all over ulysses" in body
     assert "4096/(ring*ulysses)" in body and "attention_dispatch.py" in body

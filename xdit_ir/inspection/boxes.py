@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,32 +121,29 @@ def _acyclic(numbers: Mapping[fx.Node, int]) -> dict[fx.Node, Group]:
     return {node: groups[merged[number]] for node, number in numbers.items()}
 
 
-def runs(calls: Sequence[tuple[str, str, int]], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Calls `(id, block, stage)` in their order that may be shown as one: the number of the run of each.
+def runs(kinds: Mapping[str, Hashable], edges: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Which boxes may be shown as one: the number of the run of each box that has a kind, in their order.
 
-    They follow one another, and nothing outside of a run comes between two of its calls.
+    Layers of one kind are one run, behind each other or side by side, as long as the picture stays acyclic.
     """
-    graph = networkx.DiGraph(list(edges))
-    graph.add_nodes_from(call for call, _, _ in calls)
+    graph: networkx.DiGraph[str] = networkx.DiGraph(list(edges))
+    graph.add_nodes_from(kinds)
+    latest: dict[Hashable, str] = {}
     found: dict[str, int] = {}
-    current: list[str] = []
-    for place, (call, block, stage) in enumerate(calls):
-        fits = place > 0 and calls[place - 1][1:] == (block, stage)
-        if fits and graph.has_edge(current[-1], call) and _is_closed(graph, current, call):
-            current.append(call)
+    for box, kind in kinds.items():
+        run = latest.get(kind)
+        if run is None or _comes_between(graph, run, box):
+            latest[kind] = box
+            found[box] = len(set(found.values()))
         else:
-            current = [call]
-        found[call] = found[current[0]] if len(current) > 1 else len(set(found.values()))
+            networkx.contracted_nodes(graph, run, box, self_loops=False, copy=False)
+            found[box] = found[run]
     return found
 
 
-def _is_closed(graph: networkx.DiGraph[str], run: Sequence[str], call: str) -> bool:
-    """Whether no way from the run to the call leads through anything else."""
-    outside = {source for source in graph.predecessors(call) if source not in run}
-    seen = set(outside)
-    while outside:
-        outside = {before for one in outside for before in graph.predecessors(one)} - seen
-        if outside & set(run) or any(one in run for one in outside):
-            return False
-        seen |= outside
-    return True
+def _comes_between(graph: networkx.DiGraph[str], run: str, box: str) -> bool:
+    """Whether a way leads from the run to the box, or back, through anything else."""
+    ways = [*graph.successors(run)], [*graph.successors(box)]
+    return any(networkx.has_path(graph, next_, box) for next_ in ways[0] if next_ != box) or any(
+        networkx.has_path(graph, next_, run) for next_ in ways[1] if next_ != run
+    )

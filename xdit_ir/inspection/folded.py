@@ -40,5 +40,6 @@ def label(boxes: list[Box]) -> list[str]:
     if one.kind == "call":
         return [title, one.block + (f" x {len(boxes)}" if len(boxes) > 1 else "") + stage]
     if one.kind == "operators":
-        return [title, f"{len(one.lines)} operators{stage}"]
+        times = f" x {len(boxes)}" if len(boxes) > 1 else ""
+        return [title, f"{len(one.lines)} operators{times}{stage}"]
     return [title]

@@ -48,7 +48,7 @@ class Body:
 class Box:
     """A node of the picture: an `input`, a `call` of a block, some `operators` around the blocks, or the `output`.
 
-    `title` is the parameter prefix or module path; calls in a row of the same block have the same `run`.
+    `title` is the parameter prefix or module path; layers of one kind that may be shown as one have the same `run`.
     """
 
     id: str

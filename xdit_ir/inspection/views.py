@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -75,10 +76,10 @@ class _Viewer:
 
     def view(self) -> View:
         edges = self._edges()
-        calls = [(n.name, call_parts(n)[0], self.stages.get(n.name, -1)) for n in self.program.calls]
-        joined = runs(calls, [(edge.source, edge.target) for edge in edges])
-        boxes = [self._box(group, joined) for group in dict.fromkeys(self.owner.values())]
-        return View(boxes, edges, self.bodies)
+        boxes = [self._box(group) for group in dict.fromkeys(self.owner.values())]
+        kinds = {box.id: kind for box in boxes if (kind := _kind(box)) is not None}
+        joined = runs(kinds, [(edge.source, edge.target) for edge in edges])
+        return View([replace(box, run=joined.get(box.id, -1)) for box in boxes], edges, self.bodies)
 
     def _body(self, name: str) -> Body:
         graph = self.program.blocks[name].graph
@@ -95,7 +96,7 @@ class _Viewer:
             sum(self.program.state[w].nbytes for w in weights if w in self.program.state),
         )
 
-    def _box(self, group: Group, joined: Mapping[str, int]) -> Box:
+    def _box(self, group: Group) -> Box:
         first = group[0]
         stage = self.stages.get(first.name, -1)
         if is_block_call(first):
@@ -104,7 +105,7 @@ class _Viewer:
             sent = sum(one.exchange.bytes for one in body.lines if one.exchange)
             results = [self._line(node) for node in group[1:]]
             dims = in_mesh_order({dim for one in results for dim in one.dims})
-            return Box(first.name, "call", prefix, name, joined[first.name], stage, dims, body.flops, sent, results)
+            return Box(first.name, "call", prefix, name, -1, stage, dims, body.flops, sent, results)
         if first.op == "output":
             results = [self._line(node) for node in operands(first)]
             return Box("output", "output", "output", stage=stage, lines=results)
@@ -132,6 +133,16 @@ class _Viewer:
             )
             for (source, target), nodes in found.items()
         ]
+
+
+def _kind(box: Box) -> Hashable | None:
+    """What boxes have in common that may be shown as one: calls of a block, or the same operators of several layers."""
+    if box.kind == "call":
+        return box.block, box.stage
+    layers, _, number = box.title.rpartition(".")
+    if box.kind != "operators" or not number.isdigit():
+        return None
+    return layers, tuple(line.op for line in box.lines), box.stage
 
 
 def _title(lines: Sequence[Line]) -> str:

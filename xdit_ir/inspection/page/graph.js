@@ -11,7 +11,7 @@ const program = () => (picture.side === "after" && DATA.after) || DATA.before;
 function shownBoxes() {
   const members = new Map();
   for (const box of program().boxes) {
-    const key = box.kind === "call" && !picture.open.has(box.run) ? `run ${box.run}` : box.id;
+    const key = box.run >= 0 && !picture.open.has(box.run) ? `run ${box.run}` : box.id;
     if (!members.has(key)) members.set(key, []);
     members.get(key).push(box);
   }
@@ -24,7 +24,7 @@ function boxTexts(box) {
   const title = many ? `${box.calls[0].title} … ${last.split(".").pop()}` : box.title;
   const work = box.calls.reduce((sum, one) => sum + one.flops, 0), sent = box.calls.reduce((sum, one) => sum + one.sent, 0);
   const figures = [work >= 1e6 ? flops(work) : "", sent ? `${bytes(sent)} sent` : ""].filter(Boolean).join(" · ");
-  const what = box.kind === "call" ? box.block + (many ? ` × ${box.calls.length}` : "") : box.kind === "operators" ? `${box.lines.length} operators` : "";
+  const what = box.kind === "call" ? box.block + (many ? ` × ${box.calls.length}` : "") : box.kind === "operators" ? `${box.lines.length} operators${many ? ` × ${box.calls.length}` : ""}` : "";
   return { title, small: [what, figures].filter(Boolean) };
 }
 
@@ -36,7 +36,7 @@ function layoutGraph() {
   for (const box of picture.boxes) {
     box.calls.forEach((call) => home.set(call.id, box));
     box.texts = boxTexts(box);
-    const head = box.texts.title.length * CHAR * 1.06 + (box.dims.length ? 12 + 11 * box.dims.length : 0);
+    const head = box.texts.title.length * CHAR * 1.1 + (box.dims.length ? 12 + 11 * box.dims.length : 0);
     const width = Math.max(head, ...box.texts.small.map((text) => text.length * CHAR * 0.88)) + 26;
     graph.setNode(box.id, { width: Math.min(Math.max(width, 90), 400), height: 24 + 15 * box.texts.small.length + (box.texts.small.length ? 5 : 6) });
   }
@@ -121,12 +121,13 @@ function place() {
   byId("world").setAttribute("transform", `translate(${x},${y}) scale(${scale})`);
 }
 
-/** All in view where it can then be read; else the top, with the first block in the middle. */
+/** All in view where it can then be read; else the top, with the most work in the middle. */
 function fitGraph() {
   const space = canvasSvg.getBoundingClientRect();
   if (!space.width) return;
-  const scale = Math.max(Math.min(space.width / picture.size.width, space.height / picture.size.height, 1.1), 0.66);
-  const first = picture.boxes.find((box) => box.kind === "call") || picture.boxes[0];
+  const scale = Math.max(Math.min(space.width / picture.size.width, space.height / picture.size.height, 1.1), 0.6);
+  const work = (box) => box.calls.reduce((sum, call) => sum + call.flops, 0);
+  const first = picture.boxes.reduce((most, box) => (work(box) > work(most) ? box : most), picture.boxes[0]);
   const over = picture.size.width * scale - space.width;
   const x = over > 0 ? -Math.min(Math.max(first.x * scale - space.width / 2, 0), over) : -over / 2;
   picture.view = { x, y: 0, scale };

@@ -59,7 +59,7 @@ function panelHead(box, call) {
 
 function bodyTab(box, call) {
   const body = program().bodies[box.block];
-  if (!body) return el("div", { class: "lines" }, valueRows(box.lines));
+  if (!body) return el("div", { class: "lines" }, valueRows(call.lines));
   const results = el("div", { class: "value" }, "return ", el("span", { class: "args" }, body.results.map((name, i) => [i ? ", " : "", el("span", { class: "use", "data-use": name, onclick: () => lightUp(name) }, `%${name}`)]).flat()));
   return el("div", { class: "lines" }, el("h3", {}, "Inputs"), valueRows(body.inputs), el("h3", {}, "Body"), valueRows(body.lines), results,
     el("h3", {}, `Results of ${call.title}`), valueRows(call.lines));
@@ -101,7 +101,7 @@ function showPanel(box, id, value = null) {
   if (value) panelTab = "body";
   const tabs = [["body", box.kind === "call" ? "body" : "values"], ...(DATA.after ? [["diff", "before and after"]] : []), ["edges", "in and out"], ...(box.calls.length > 1 ? [["run", `${box.calls.length} layers`]] : [])];
   if (!tabs.some(([key]) => key === panelTab)) panelTab = "body";
-  const content = { body: () => bodyTab(box, call), diff: () => beforeAfterTab(box), edges: () => edgesTab(box), run: () => runTab(box, id) }[panelTab]();
+  const content = { body: () => bodyTab(box, call), diff: () => beforeAfterTab(call), edges: () => edgesTab(box), run: () => runTab(box, id) }[panelTab]();
   const buttons = el("div", { class: "choice subtabs", role: "group" });
   choice(buttons, tabs, panelTab, (key) => { panelTab = key; showPanel(box, id); });
   byId("panel").replaceChildren(...panelHead(box, call), buttons, content);
