@@ -59,8 +59,9 @@ def test_all_models_and_degrees(workers: Pools, name: str, count: int) -> None:
         check_steps(workers, count, name, [degrees])
 
 
-def check_images(workers: Pools, **case: Any) -> None:
-    for [result] in workers(2).run("images", cases=[case]):
+def check_images(workers: Pools, count: int = 2, passes: int | None = None, **case: Any) -> None:
+    for [result] in workers(count).run("images", cases=[case]):
+        assert passes in (None, result["passes"])
         assert max(result["error"], result["again"]) <= 1e-5 < 1e-3 < result["stale"], result
 
 
@@ -76,7 +77,12 @@ def test_flow_matching_with_autocast(workers: Pools) -> None:
 
 
 def test_two_calls_in_a_step_keep_their_buffers_apart(workers: Pools) -> None:
-    check_images(workers, pipeline="wan", lanes=2, degrees={"pipefusion": 2}, steps=4)
+    check_images(workers, pipeline="wan", lanes=2, degrees={"pipefusion": 2}, steps=4, passes=8)
+
+
+def test_each_half_of_cfg_runs_one_of_two_calls(workers: Pools) -> None:
+    degrees = {"cfg": 2, "pipefusion": 2, "patches": 4}
+    check_images(workers, 4, pipeline="wan", lanes=2, degrees=degrees, steps=4, passes=4)
 
 
 @pytest.mark.usefixtures("everything")

@@ -21,9 +21,10 @@ Tensors = list[torch.Tensor]
 @dataclass(eq=False)
 class PipelinePass:
     """The inputs by name, the messages that are expected, the results (by patch; None: of all patches), and what this
-    rank's first stages hold for its later ones."""
+    rank's first stages hold for its later ones. `half`: which half of `cfg` runs it, where they run calls apart."""
 
     number: int
+    half: int
     lane: Lane
     inputs: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor]

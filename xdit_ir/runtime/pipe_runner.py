@@ -65,7 +65,8 @@ class PipelineRunner:
         self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
         self.pipeline, self.work, self.traffic = work.pipeline, work, traffic
         self.program, self.device = work.pipeline.program, communicator.device
-        self.channels = traffic.open(self.pipeline)
+        self.channels = traffic.open(self.pipeline, apart=parallel.pair_calls)
+        self._half = self.pipeline.mesh.index(communicator.rank, ("cfg",)) if parallel.pair_calls else 0
         self._binder = InputBinder(inspect.signature(model.forward), self.program)
         self._inputs = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
         [output] = (node for node in self.program.graph.nodes if node.op == "output")
@@ -138,34 +139,34 @@ class PipelineRunner:
             traffic.run()
         traffic.last = self
         lane = traffic.requests.enter(moment, latents, self)
-        if not lane.buffers:
-            lane.buffers.update(self._buffers())
         traffic.requests.number += 1
-        plain = {name: x if isinstance(x, Deferred) else _outside(x) for name, x in self._named(inputs)}
+        half = (moment.place if self.pipeline.patches > 1 else traffic.requests.number) % len(self.channels.returns)
+        mine = half == self._half
+        if mine and not lane.buffers:
+            lane.buffers.update(self._buffers())
+        given = {name: self._kept(x) for name, x in self._named(inputs)}
         state = dict(zip(self.weights, weights, strict=True)) | self._constants
-        made = PipelinePass(traffic.requests.number, lane, plain, state, self._run, traffic)
-        items = self._items(made.number, synchronous=moment.synchronous)
+        made = PipelinePass(traffic.requests.number, half, lane, given, state, self._run, traffic)
+        stages = self.work.stages if mine else ()
+        items = items_of(self.pipeline, made.number, stages, synchronous=moment.synchronous)
         self._expect(made, items, synchronous=moment.synchronous)
         traffic.put_off(made, items)
         traffic.run(before=self.pipeline.turn(0, made.number + 1, 0) if len(self.work.stages) > 1 else None)
-        outputs = outputs_of(
-            made,
-            self._types,
-            self.work.cuts,
-            self._specs,
-            self.device,
-            traffic.requests,
-            synchronous=moment.synchronous,
-        )
+        types, cuts = self._types, self.work.cuts
+        maker, synchronous = traffic.requests, moment.synchronous
+        outputs = outputs_of(made, types, cuts, self._specs, self.device, maker, synchronous=synchronous)
         divided = (x for x, cut in zip(outputs, self.work.cuts, strict=True) if cut is not None)
         traffic.requests.returned(made.number, next(divided, None))
         for x in traffic.previous:
             force(x)  # long there, since what was made of it is: so nothing is remembered for more than two steps
-        traffic.previous = [x for x in inputs if isinstance(x, Deferred)]
+        traffic.previous = [x for x in given.values() if isinstance(x, Deferred)]
         return outputs
 
-    def _items(self, number: int, *, synchronous: bool) -> list[Item]:
-        return items_of(self.pipeline, number, self.work.stages, synchronous=synchronous)
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        """An input as it is now, whatever the caller does to it before all that was put off is done."""
+        if isinstance(x, Deferred):
+            return Deferred(x.value)
+        return x.clone() if x.is_inference() or len(self.work.stages) > 1 else x
 
     def _expect(self, made: PipelinePass, items: Sequence[Item], *, synchronous: bool) -> None:
         """Post all receives of a pass."""
@@ -175,12 +176,12 @@ class PipelineRunner:
             if channel is not None and message is not None:
                 made.arrivals[item.stage, item.patch] = channel.expect(message)
         for patch in (None,) if synchronous else range(self.pipeline.patches):
-            if not self.channels.is_last:
+            if not (self.channels.is_last and made.half == self._half):
                 message = envelope(self._result_types(patch))
                 if message is None:
                     made.results[patch] = []
                 else:
-                    made.returns[patch] = self.channels.returns.expect(message)
+                    made.returns[patch] = self.channels.returns[made.half].expect(message)
 
     def _result_types(self, patch: int | None) -> list[Any]:
         patches = range(self.pipeline.patches) if patch is None else (patch,)
@@ -211,7 +212,7 @@ class PipelineRunner:
             made.results[item.patch] = list(outputs)
             message = envelope(work.results)
             if message is not None:
-                self.channels.returns.send(message, outputs)
+                self.channels.returns[made.half].send(message, outputs)
 
     def _give_up(self, error: BaseException) -> None:
         """Forget the request. Unless others are gone, send what they expect of this pass, whatever is in it, so that
@@ -249,10 +250,6 @@ class PipelineRunner:
 def _all(work: RankWork) -> Iterator[tuple[tuple[int, int | None], Work]]:
     if work.pipeline.patches > 1:
         yield from (((stage, None), each) for stage, each in work.synchronous.items())
-
-
-def _outside(x: torch.Tensor) -> torch.Tensor:
-    return x.clone() if x.is_inference() else x
 
 
 def check_pipeline(program: Program, execution: Execution) -> None:

@@ -207,7 +207,7 @@ class Ported(Shadow):
         made = self._made
         agree_contents(communicator, call_tensors(self._xdit_signature, args, kwargs))
         runner = build(communicator, self._xdit_original, make, made.execution, made.store, made.traffic)
-        if runner.parallel.pair_calls and made.pairing is None:
+        if isinstance(runner, Runner) and runner.parallel.pair_calls and made.pairing is None:
             made.pairing = Pairing(communicator)
         if len(made.runners) >= LIMIT:
             del made.runners[LIMIT - 1 :]
