@@ -1,0 +1,165 @@
+"""Which call is the next step, which another call of the same step, and which begins a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from xdit_ir.partition import Indices
+from xdit_ir.runtime.deferred import Deferred, pending
+from xdit_ir.runtime.requests import AGAIN, NEW, NEXT, Moment, Requests
+from xdit_ir.work import Cut
+
+ROWS = 1
+SHAPE = (2, 8, 3)
+
+
+class Module:
+    """Decides like a pipeline, computes nothing; `owner` stands for a specialisation."""
+
+    def __init__(self, warmup: int = 1) -> None:
+        self.requests, self.warmup, self.owner = Requests(), warmup, "one"
+        self.cuts = {"x": Cut(ROWS, (Indices.range(0, 4), Indices.range(4, 8)))}
+        self.moments: list[Moment] = []
+
+    def __call__(self, x: torch.Tensor) -> Deferred:
+        moment = self.requests.moment({"x": x}, self.cuts, self.owner, self.warmup)
+        self.requests.enter(moment, {"x": x}, self.owner)
+        self.requests.number += 1
+        self.moments.append(moment)
+        value = torch.zeros(SHAPE)
+
+        class Source:
+            def part(self, dim: int, start: int, stop: int) -> torch.Tensor:
+                return value.narrow(dim, start, stop - start)
+
+            def whole(self) -> torch.Tensor:
+                return value
+
+        number = self.requests.number
+        output = pending(Source(), SHAPE, torch.float32, torch.device("cpu"), self.requests, number)
+        self.requests.returned(number, output)
+        return output
+
+    @property
+    def kinds(self) -> list[str]:
+        return [moment.kind for moment in self.moments]
+
+
+@pytest.fixture
+def module() -> Module:
+    return Module()
+
+
+def test_steps_of_one_call(module: Module) -> None:
+    x: Any = torch.ones(SHAPE)
+    for _ in range(3):
+        x = x - 0.1 * module(x)
+    assert module.kinds == [NEW, NEXT, NEXT]
+    assert [moment.synchronous for moment in module.moments] == [True, False, False]
+
+
+def test_steps_of_two_calls_with_the_output_cast_and_read(module: Module) -> None:
+    x: Any = torch.ones(SHAPE)
+    for step in range(3):
+        one = module(x).float()
+        if step == 1:
+            x.sum().item()
+        two = module(x).double().float()
+        x = x - 0.1 * (one + 2 * (two - one))
+    assert module.kinds == [NEW, AGAIN, NEXT, AGAIN, NEXT, AGAIN]
+    assert [moment.place for moment in module.moments] == [0, 1] * 3
+    assert [moment.synchronous for moment in module.moments] == [True, True, *[False] * 4]
+
+
+def test_a_call_that_is_left_out_warms_up_again(module: Module) -> None:
+    x: Any = torch.ones(SHAPE)
+    for step in range(4):
+        outputs = [module(x) for _ in range(1 if step == 1 else 2)]
+        x = x + sum(outputs)
+    late = [moment.synchronous for moment in module.moments if moment.place == 1]
+    assert late == [True, True, False]
+
+
+def test_equal_latents_in_other_memory_are_the_same(module: Module) -> None:
+    x = torch.ones(SHAPE)
+    one, two = module(x.clone()), module(x.clone())
+    three = module(x + 1)
+    assert module.kinds == [NEW, AGAIN, NEW] and one.shape == two.shape == three.shape
+
+
+def test_an_output_that_is_thrown_away_is_no_part_of_a_pair(module: Module) -> None:
+    x = torch.ones(SHAPE)
+    for _ in range(3):
+        module(x)
+    assert module.kinds == [NEW] * 3
+
+
+def test_latents_written_to_are_others(module: Module) -> None:
+    x = torch.ones(SHAPE)
+    held = [module(x)]
+    x += 1
+    held.append(module(x))
+    assert module.kinds == [NEW, NEW]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y.flip(ROWS),
+        lambda y: y.roll(1, ROWS),
+        lambda y: y[:, [1, 0, 2, 3, 4, 5, 6, 7]],
+        lambda y: y.mean(ROWS, keepdim=True) + torch.ones(SHAPE),
+        lambda y: torch.cat([y[:, 4:], y[:, :4]], ROWS),
+        lambda y: torch.tensor(y.tolist()),
+        lambda y: y[:, :1] + torch.ones(SHAPE),
+    ],
+)
+def test_other_positions_begin_a_request(module: Module, change: Any) -> None:
+    x: Any = torch.ones(SHAPE)
+    module(x + change(module(x)))
+    assert module.kinds == [NEW, NEW]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        lambda y: torch.cat([y, y])[:2],
+        lambda y: y.clamp(-1, 1),
+        lambda y: y.reshape(2, 8, 3, 1).squeeze(-1),
+        lambda y: torch.stack([y, 2 * y]).unbind(0)[1],
+    ],
+)
+def test_the_same_positions_are_the_next_step(module: Module, change: Any) -> None:
+    x: Any = torch.ones(SHAPE)
+    module(x + change(module(x)))
+    assert module.kinds == [NEW, NEXT]
+
+
+def test_an_older_output_begins_a_request(module: Module) -> None:
+    x: Any = torch.ones(SHAPE)
+    first = module(x)
+    module(x + first)
+    module(x + 2 * first)
+    second = module(x + 3 * first)
+    assert module.kinds == [NEW, NEXT, NEW, NEW] and second.shape == SHAPE
+
+
+def test_another_specialisation_warms_up(module: Module) -> None:
+    x: Any = torch.ones(SHAPE)
+    x = x + module(x)
+    module.owner = "two"
+    x = x + module(x)
+    x = x + module(x)
+    assert module.kinds == [NEW, NEXT, NEXT]
+    assert [moment.synchronous for moment in module.moments] == [True, True, False]
+
+
+def test_outputs_of_another_module_are_foreign(module: Module) -> None:
+    other, x = Module(), torch.ones(SHAPE)
+    module(x + module(x + other(x)))
+    module(x + other(x))
+    assert module.kinds == [NEW, NEXT, NEW]
