@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -253,3 +255,24 @@ def test_tables_on_meta(run: Callable[..., Any]) -> None:
     model = Tables()
     with torch.no_grad():
         assert torch.equal(run(program, model, *X), model(*X))
+
+
+MADE_BY_EXEC = """
+from types import FunctionType
+from torch import nn
+
+class Layer(nn.Linear):
+    kind = FunctionType
+"""
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_code_that_was_executed_not_imported(imported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As notebooks and loaders of remote code make it; and a module that holds the class of functions."""
+    code = types.ModuleType("made_by_exec")
+    if imported:
+        monkeypatch.setitem(sys.modules, "made_by_exec", code)
+    exec(MADE_BY_EXEC, code.__dict__)
+    layer = code.Layer(4, 4)
+    graph = trace(layer, (torch.randn(2, 4),)).graph
+    assert any(node.target is torch.ops.aten.linear.default for node in graph.nodes)

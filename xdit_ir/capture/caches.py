@@ -46,10 +46,12 @@ def _reachable(model: nn.Module) -> Iterator[Any]:
     names = {name for name in names if name.partition(".")[0] not in ("torch", "builtins")}
     seen: set[int] = set()
     for name in names:
-        for item in list(vars(sys.modules.get(name, types)).values()):
+        if name not in sys.modules:
+            continue  # code that was executed without being imported
+        for item in list(vars(sys.modules[name]).values()):
             if isinstance(item, types.ModuleType) and item.__name__.partition(".")[0] == name.partition(".")[0]:
                 yield from _stores(vars(item), seen)
-        yield from _stores(vars(sys.modules.get(name, types)), seen)
+        yield from _stores(vars(sys.modules[name]), seen)
 
 
 def _stores(names: Any, seen: set[int]) -> Iterator[Any]:
@@ -74,7 +76,8 @@ def _stores(names: Any, seen: set[int]) -> Iterator[Any]:
 def _inside(function: Any) -> Iterator[Any]:
     """Caches that a decorated function wraps."""
     function = getattr(function, "__func__", function)
-    for cell in getattr(function, "__closure__", None) or ():
+    closure = getattr(function, "__closure__", None)  # of the class of functions: a descriptor
+    for cell in closure if isinstance(closure, tuple) else ():
         try:
             held = cell.cell_contents
         except ValueError:
