@@ -252,8 +252,13 @@ def _all(work: RankWork) -> Iterator[tuple[tuple[int, int | None], Work]]:
         yield from (((stage, None), each) for stage, each in work.synchronous.items())
 
 
-def check_pipeline(program: Program, execution: Execution) -> None:
+def check_pipeline(program: Program, execution: Execution, device: torch.device) -> None:
     """Raise `ParallelizeError` for what a pipeline cannot do."""
+    if device.type == "cuda":
+        raise ParallelizeError(
+            "pipefusion > 1 does not run on GPUs yet: over NCCL its first step did not end; use ulysses, ring or cfg "
+            "there (on the CPU, over gloo, it runs)"
+        )
     if program.signature.effects:
         raise ParallelizeError("pipefusion > 1: forward writes into what it is given (a cache); use ulysses or ring")
     if execution.cuda_graph:

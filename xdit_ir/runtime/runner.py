@@ -128,7 +128,7 @@ def build(
     try:
         parallel = make()
         if parallel.pipeline is not None:
-            check_pipeline(parallel.pipeline.program, execution)
+            check_pipeline(parallel.pipeline.program, execution, communicator.device)
             verify_schedule(parallel.pipeline)
             work = RankWork(parallel.pipeline, communicator.rank)
         names: Sequence[str] = (

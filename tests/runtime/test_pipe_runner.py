@@ -1,0 +1,26 @@
+"""What a pipeline on processes refuses, before it touches any."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import xdit_ir as xir
+from xdit_ir import models
+from xdit_ir.runtime.execution import Execution
+from xdit_ir.runtime.pipe_runner import check_pipeline
+
+
+@pytest.mark.parametrize(
+    ("execution", "device", "reason"),
+    [
+        (Execution(), "cuda", "GPUs"),
+        (Execution(cuda_graph=True), "cpu", "cuda_graph"),
+        (Execution(transport="peer"), "cpu", "transport"),
+    ],
+)
+def test_refused_with_the_reason(execution: Execution, device: str, reason: str) -> None:
+    program = xir.trace(*models.load("pixart-sigma:tiny")).ir
+    check_pipeline(program, Execution(), torch.device("cpu"))
+    with pytest.raises(xir.ParallelizeError, match=reason):
+        check_pipeline(program, execution, torch.device(device))
