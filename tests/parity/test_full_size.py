@@ -30,10 +30,10 @@ NOT_YET = {"hidream-i1"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every eighth of the published sizes and two of the bars, all of them with `--zoo-all`."""
+    """Every twelfth of the published sizes and two of the bars, all of them with `--zoo-all`."""
     if "published" in metafunc.fixturenames:
         names = [name for name in models.names() if models.entry(name).full is not None and name not in NOT_YET]
-        step = 1 if metafunc.config.getoption("--zoo-all") else 8
+        step = 1 if metafunc.config.getoption("--zoo-all") else 12
         metafunc.parametrize("published", names[::step])
     if "name" in metafunc.fixturenames and "layers" not in metafunc.fixturenames:
         step = 1 if metafunc.config.getoption("--zoo-all") else 3

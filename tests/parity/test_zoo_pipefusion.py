@@ -24,8 +24,8 @@ REFUSED = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every fifth model, all of them with `--zoo-all`."""
-    step = 1 if metafunc.config.getoption("--zoo-all") else 5
+    """Every eighth model, all of them with `--zoo-all`."""
+    step = 1 if metafunc.config.getoption("--zoo-all") else 8
     metafunc.parametrize("name", [name for name in models.names() if name not in NOT_CAPTURED][::step])
 
 
