@@ -24,13 +24,14 @@ class Execution:
     Args:
         compile: compile each shared block once with torch.compile; all layers use that code.
         cuda_graph: record the forward as one CUDA graph at the first call and replay it; moved weights are noticed
-            and recorded anew. Inputs are copied in, results copied out.
+            and recorded anew. Inputs are copied in, results copied out. Not for pipelines.
         transport: how exchanges inside blocks travel. "peer": by the GPUs' copy engines over symmetric memory, where
             all ranks are GPUs of one host that reach each other, else by collectives; "collective": by collectives;
             "auto": "peer" in a CUDA graph, where starting copies costs no time on the host.
         attention: the kernel for attention: "auto", by device and shape; "sdpa", what PyTorch chooses; or one of
             `xdit_ir.runtime.backends.BACKENDS`, for every attention that it can do.
-        handshake: before every forward, make sure that all ranks make the same call, and raise on all if not.
+        handshake: before every forward, make sure that all ranks make the same call, and raise on all if not; under
+            PipeFusion, a further step of a request is compared when the next one is called.
     """
 
     compile: bool = False

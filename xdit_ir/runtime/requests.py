@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from xdit_ir.runtime.deferred import Deferred, Descent, Value
+from xdit_ir.runtime.deferred import Deferred
+from xdit_ir.runtime.recorded import Descent, Value
 from xdit_ir.work import Cut
 
 Buffers = dict[str, torch.Tensor]
