@@ -16,7 +16,7 @@ from xdit_ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.passes.base import copy_graph, remove_dead
 from xdit_ir.program import LAYOUT, SPEC, Block, Program, TensorSpec, call_block, call_parts, is_block_call
 from xdit_ir.rules import decide
-from xdit_ir.rules.base import Call, operands
+from xdit_ir.rules.base import Call, operands, results_of
 
 aten = torch.ops.aten
 Projections = Mapping[str, list[fx.Node]]
@@ -55,7 +55,8 @@ class DivideConditions:
                 known.add(node)
                 if node.op == "call_function" and self._waits_for_weights(node):
                     found.append(node)
-        return [node for node in found if not any(node in _ancestors(operands(other)) for other in found)]
+        before = _ancestors(source for node in found for source in operands(node))
+        return [node for node in found if node not in before]
 
     def _waits_for_weights(self, node: fx.Node) -> bool:
         if node.target is not aten.linear.default or any(w.op != "get_attr" for w in operands(node)[1:]):
@@ -170,8 +171,7 @@ class _Rewrite:
         _, prefix, values = call_parts(call)
         given = [self._gathered(self.env[values[place]]) for place in places]
         new = self.graph.call_function(call_block, (block.name, prefix, given))
-        [output] = (node for node in block.graph.nodes if node.op == "output")
-        results = operands(output)
+        results = results_of(block.graph)
         new.meta = {
             **call.meta,
             SPEC: tuple(r.meta[SPEC] for r in results),

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from xdit_ir.program import WHERE, Program, Where, call_parts, is_block_call, qualified
+from xdit_ir.program import WHERE, Program, call_parts, is_block_call, qualified, where_of
 from xdit_ir.rules.base import operands
 
 Note = Callable[[fx.Node | None, fx.Node, fx.Node], None]
@@ -60,6 +60,6 @@ def _copy(node: fx.Node, prefix: str, graph: fx.Graph, env: dict[fx.Node, fx.Nod
     target: Any = qualified(prefix, str(node.target)) if node.op == "get_attr" else node.target
     new = graph.create_node(node.op, target, args, dict(kwargs), name=f"{prefix}_{node.name}".replace(".", "_"))
     new.meta = dict(node.meta)
-    where: Where = node.meta.get(WHERE, Where())
-    new.meta[WHERE] = replace(where, module=".".join(part for part in (prefix, where.module) if part))
+    where = where_of(node)
+    new.meta[WHERE] = replace(where, module=where.below(prefix))
     return new

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.cost import Machine, local_flops, relayout_bytes
+from xdit_ir.cost import Machine, relayout_bytes
 from xdit_ir.mesh import Mesh
 from xdit_ir.passes.base import map_graphs
-from xdit_ir.program import LAYOUT, SPEC, Program, TensorSpec
+from xdit_ir.program import Program
 
 Seconds = dict[fx.Node, float]
 
@@ -47,17 +46,7 @@ class Overlap:
     def _seconds(self, node: fx.Node) -> float:
         if ops.communicates(node.target):
             return self.machine.latency + self.machine.seconds(0, max(relayout_bytes(node, self.mesh)))
-        work = self.machine.seconds(max(local_flops(node, self.mesh)), 0)
-        return max(work, _written(node, self.mesh) / self.machine.memory)
-
-
-def _written(node: fx.Node, mesh: Mesh) -> int:
-    """Bytes of the result on the fullest rank; nothing for a view."""
-    spec = node.meta[SPEC]
-    if not isinstance(spec, TensorSpec) or ops.is_view(node.target):
-        return 0
-    sizes = (math.prod(node.meta[LAYOUT].local_shape(spec.shape, rank)) for rank in range(mesh.world_size))
-    return int(max(sizes) * spec.dtype.itemsize)
+        return max(self.machine.work_seconds(node, self.mesh))
 
 
 def _schedule(nodes: list[fx.Node], seconds: Seconds) -> Iterator[fx.Node]:

@@ -16,7 +16,7 @@ from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.overtime import before_time
 from xdit_ir.passes.base import map_graphs
 from xdit_ir.program import LAYOUT, ONCE, Program, call_parts, is_block_call
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import operands, results_of
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def _placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _outputs(graph: fx.Graph, once: set[fx.Node]) -> list[bool]:
-    [output] = (node for node in graph.nodes if node.op == "output")
-    return [value in once for value in operands(output)]
+    return [value in once for value in results_of(graph)]
 
 
 def _once(graph: fx.Graph, mesh: Mesh, varying: set[int], outputs: dict[str, list[bool]]) -> set[fx.Node]:

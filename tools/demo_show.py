@@ -21,7 +21,7 @@ from xdit_ir.api import ParallelProgram
 from xdit_ir.difference import relative_error
 from xdit_ir.mesh import Mesh
 from xdit_ir.printer import node_type, program_text, target_name
-from xdit_ir.program import WHERE, Program, Where
+from xdit_ir.program import Program, where_of
 from xdit_ir.tools.degrees import Degrees
 from xdit_ir.tools.terminal import coloured
 
@@ -105,7 +105,7 @@ def _communication(divided: Program) -> None:
 
 def _caused(node: fx.Node, mesh: Mesh | None) -> str:
     """A communication's types before and after, and where it comes from."""
-    where: Where = node.meta.get(WHERE, Where())
+    where = where_of(node)
     before, after = node_type(node.all_input_nodes[0], mesh), node_type(node, mesh)
     return f"{target_name(node.target)}(): {before} -> {after}\n      {where.module}, {where.source}"
 

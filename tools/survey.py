@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import xdit_ir as xir
 from xdit_ir import models, passes
 from xdit_ir.api import TracedProgram
 from xdit_ir.capture.effects import copied
 from xdit_ir.check import check_parallel
-from xdit_ir.difference import relative_error
+from xdit_ir.difference import relative_error, tensors_of
 from xdit_ir.errors import ParallelizeError, TraceError
 from xdit_ir.program import SPEC, Program, TensorSpec
 from xdit_ir.report import find_gathers
@@ -105,9 +104,9 @@ class Subject:
         """How far the model is from itself in float64; nothing if it cannot run in that."""
         wide, inputs = models.load(f"{self.name}:tiny", dtype=torch.float64)
         with torch.no_grad():
-            narrow = _tensors(self.model(**copied(self.example)))
+            narrow = tensors_of(self.model(**copied(self.example)))
             try:
-                return relative_error(narrow, _tensors(wide(**inputs)))
+                return relative_error(narrow, tensors_of(wide(**inputs)))
             except RuntimeError:
                 return 0.0
 
@@ -140,10 +139,6 @@ def _rounds(program: Program) -> bool:
     graphs = [program.graph, *(block.graph for block in program.blocks.values())]
     specs = [spec for graph in graphs for node in graph.nodes for spec in _specs(node.meta.get(SPEC))]
     return any(spec.dtype in (torch.bfloat16, torch.float16) for spec in specs)
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _specs(spec: object) -> tuple[TensorSpec, ...]:

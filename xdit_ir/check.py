@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, split_example, trace
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_example, flatten_named
-from xdit_ir.difference import relative_error
+from xdit_ir.difference import relative_error, tensors_of
 from xdit_ir.divergence import Divergence, first_divergence
 from xdit_ir.errors import ExecutionError
 from xdit_ir.modules import uncaptured, unrepeatable
@@ -115,7 +115,7 @@ def _later_steps(
 
     def displaced(steps: list[Example]) -> list[float]:
         def run() -> list[list[list[torch.Tensor]]]:
-            return [[_tensors(output) for output in step] for step in parallel.simulate_steps(model, steps)[warmup:]]
+            return [[tensors_of(output) for output in step] for step in parallel.simulate_steps(model, steps)[warmup:]]
 
         return _errors(run, expected)
 
@@ -163,8 +163,4 @@ def _results(model: nn.Module, example: Example, run: Callable[[Example], list[A
     outputs = run(given)
     named = bind_example(model, given)
     kept = [leaf for path, leaf in flatten_named(named)[0] if isinstance(leaf, torch.Tensor) and path not in named]
-    return [_tensors(output) + kept for output in outputs]
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return [tensors_of(output) + kept for output in outputs]

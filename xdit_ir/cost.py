@@ -163,6 +163,15 @@ def ring_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
     return tuple(total)
 
 
+def written_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
+    """Bytes of the result on every rank; nothing for a view."""
+    spec = node.meta[SPEC]
+    if not isinstance(spec, TensorSpec) or ops.is_view(node.target):
+        return [0] * mesh.world_size
+    shapes = (node.meta[LAYOUT].local_shape(spec.shape, rank) for rank in range(mesh.world_size))
+    return [math.prod(shape) * spec.dtype.itemsize for shape in shapes]
+
+
 @dataclass(frozen=True)
 class Machine:
     """Speeds that choices are priced with: FLOP/s of a rank, bytes/s that it can send and that its memory can write,
@@ -177,3 +186,8 @@ class Machine:
     def seconds(self, flops: float, sent: float) -> float:
         """Time of so much work and traffic, not overlapped."""
         return flops / self.flops + sent / self.bytes
+
+    def work_seconds(self, node: fx.Node, mesh: Mesh) -> tuple[float, ...]:
+        """Time of an operator on every rank: of its FLOPs, or of writing its result."""
+        pairs = zip(local_flops(node, mesh), written_bytes(node, mesh), strict=True)
+        return tuple(max(self.seconds(flops, 0), written / self.memory) for flops, written in pairs)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from xdit_ir.layout import Layout
 
 # An element counts as different from this share of the largest difference on: rounding elsewhere must not hide where.
 SHARE = 1e-3
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors in an output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def relative_error(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

@@ -14,7 +14,7 @@ from xdit_ir.layout import Layout, kind
 from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.partition import Partition
 from xdit_ir.program import LAYOUT, SPEC, Program, call_parts, is_block_call
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import operands, results_of
 
 aten = torch.ops.aten
 OUTER = ""
@@ -87,8 +87,7 @@ def _reach_one(program: Program, graph: fx.Graph, mine: set[fx.Node], found: Fou
         source = node.args[0] if node.args else None
         if isinstance(source, fx.Node) and is_block_call(source):
             block = str(source.args[0])
-            [output] = (n for n in program.blocks[block].graph.nodes if n.op == "output")
-            if operands(output)[node.args[1]] in found[block]:
+            if results_of(program.blocks[block].graph)[node.args[1]] in found[block]:
                 mine.add(node)
         elif any(hit) and (passes is None or passes(node, hit)):
             mine.add(node)
@@ -117,9 +116,8 @@ def varies(node: fx.Node, mesh: Mesh) -> bool:
 def latents(program: Program, mesh: Mesh) -> frozenset[str]:
     """The inputs that are divided over time just like an output, so that a scheduler can work patch by patch; every
     patch has a part of them, but for the first one, which may have enough to do with what goes with it."""
-    [output] = (node for node in program.graph.nodes if node.op == "output")
     shapes = set()
-    for value in operands(output):
+    for value in results_of(program.graph):
         while ops.is_relayout(value.target) and not varies(value, mesh):
             value = operands(value)[0]
         shapes.add(_patch_dims(value.meta[LAYOUT], mesh))
@@ -134,10 +132,9 @@ def latents(program: Program, mesh: Mesh) -> frozenset[str]:
 
 def returned(program: Program, mesh: Mesh) -> dict[str, Layout]:
     """Inputs that could be divided over time like an output is, and how: of its shape, and not yet divided."""
-    [output] = (node for node in program.graph.nodes if node.op == "output")
     known = latents(program, mesh)
     found: dict[str, Layout] = {}
-    for value in operands(output):
+    for value in results_of(program.graph):
         while ops.is_relayout(value.target) and not varies(value, mesh):
             value = operands(value)[0]
         cut = dict(_time_dims(value.meta[LAYOUT], mesh))
@@ -249,9 +246,8 @@ def _stale(program: Program, mesh: Mesh, dependent: Found) -> str:
                 seeds.setdefault(name, set()).add(node)
     if not seeds:
         return ""
-    [output] = (node for node in program.graph.nodes if node.op == "output")
     hit = reach(program, seeds, _hands_on)
-    if not any(source in hit[OUTER] for source in operands(output)):
+    if not any(source in hit[OUTER] for source in results_of(program.graph)):
         return ""
     node = next(iter(next(iter(seeds.values()))))
     place = node.meta.get("where")

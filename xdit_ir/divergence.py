@@ -18,8 +18,8 @@ from xdit_ir.errors import ExecutionError
 from xdit_ir.interpret import Interpreter, State, model_state
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import TIME, Mesh
-from xdit_ir.program import LAYOUT, SPEC, WHERE, Program, TensorSpec, Where, call_parts, is_block_call
-from xdit_ir.rules.base import operands
+from xdit_ir.program import LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, where_of
+from xdit_ir.rules.base import operands, results_of
 
 UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided")
 OUTER = ""
@@ -238,8 +238,7 @@ class _Comparison:
         return None if first is None else self._describe(first)
 
     def _outputs(self) -> list[Key]:
-        [output] = (node for node in self.program.graph.nodes if node.op == "output")
-        return [(OUTER, value.name) for value in operands(output)]
+        return [(OUTER, value.name) for value in results_of(self.program.graph)]
 
     def _order(self) -> Iterator[Key]:
         """Nodes in the order in which they run."""
@@ -263,8 +262,8 @@ class _Comparison:
             return []
         if prefix == OUTER and node.op == "call_function" and any(is_block_call(s) for s in operands(node)):
             [call] = operands(node)
-            [output] = (n for n in self.program.blocks[call_parts(call)[0]].graph.nodes if n.op == "output")
-            return [(self.names[call.name], operands(output)[node.args[1]].name)]  # type: ignore[index]
+            results = results_of(self.program.blocks[call_parts(call)[0]].graph)
+            return [(self.names[call.name], results[node.args[1]].name)]  # type: ignore[index]
         return [(prefix, source.name) for source in operands(node)]
 
     def _describe(self, key: Key) -> Divergence:
@@ -309,8 +308,8 @@ def _is_uninitialised(node: fx.Node) -> bool:
 
 def source_of(prefix: str, node: fx.Node) -> str:
     """The model's source line and the module of a node."""
-    where: Where = node.meta.get(WHERE, Where())
-    module = ".".join(part for part in (prefix, where.module) if part)
+    where = where_of(node)
+    module = where.below(prefix)
     return f"{where.source} (module {module})" if module else where.source
 
 

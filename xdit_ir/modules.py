@@ -9,16 +9,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from xdit_ir.api import Example, ParallelProgram, split_example
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_inputs
-from xdit_ir.difference import Difference, relative
+from xdit_ir.difference import Difference, relative, tensors_of
 from xdit_ir.divergence import Divergence, call_names, program_values
 from xdit_ir.interpret import model_state
 from xdit_ir.layout import Layout
-from xdit_ir.program import WHERE, Program, Where, call_parts
+from xdit_ir.program import Program, call_parts, where_of
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,8 @@ def uncaptured(parallel: ParallelProgram, model: nn.Module, example: Example, to
     inputs = bind_inputs(model, program, *split_example(copied(example)))
     found = defaultdict(list)
     for value in program_values(program, model_state(program, model), inputs).values():
-        for tensor in pytree.tree_leaves(value):
-            if isinstance(tensor, torch.Tensor):
-                found[tensor.shape].append(tensor)
+        for tensor in tensors_of(value):
+            found[tensor.shape].append(tensor)
     known = _paths(program)
     for output in _outputs(model, example):
         if not any(path == output.path or path.startswith(f"{output.path}.") for path in known):
@@ -82,7 +80,7 @@ def _outputs(model: nn.Module, example: Example) -> list[Output]:
     for path, module in model.named_modules():
 
         def hook(module: nn.Module, args: object, output: object, path: str = path) -> None:
-            tensors = [leaf.clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+            tensors = [tensor.clone() for tensor in tensors_of(output)]
             done.append(Output(path, module, tuple(tensors)))
 
         handles.append(module.register_forward_hook(hook))
@@ -101,17 +99,11 @@ def _paths(program: Program) -> set[str]:
     prefixes = {call_parts(call)[0]: set[str]() for call in program.calls}
     for call in program.calls:
         prefixes[call_parts(call)[0]].add(call_parts(call)[1])
-    found = {where(node).module for node in program.graph.nodes} | set(call_names(program).values())
+    found = {where_of(node).module for node in program.graph.nodes} | set(call_names(program).values())
     for name, block in program.blocks.items():
         for prefix in prefixes.get(name, ()):
-            found |= {".".join(part for part in (prefix, where(node).module) if part) for node in block.graph.nodes}
+            found |= {where_of(node).below(prefix) for node in block.graph.nodes}
     return found
-
-
-def where(node: torch.fx.Node) -> Where:
-    """Where a node comes from."""
-    origin: Where = node.meta.get(WHERE, Where())
-    return origin
 
 
 def _source(kind: type[nn.Module]) -> str:

@@ -11,9 +11,8 @@ from torch import fx
 
 from xdit_ir.errors import VerifyError
 from xdit_ir.mesh import TIME, Mesh
-from xdit_ir.printer import node_type
 from xdit_ir.program import ONCE, SPEC, Block, Program, TensorSpec, is_block_call, qualified
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import operands, results_of
 from xdit_ir.runtime.buffers import Keep, Recall, Write
 from xdit_ir.specialize import Specialize
 from xdit_ir.stages import Stage, cut_stages
@@ -35,8 +34,7 @@ class Part:
     def message(self, *, sent: bool) -> tuple[TensorSpec, ...]:
         """Types of what is sent (or received)."""
         if sent:
-            [output] = (node for node in self.program.graph.nodes if node.op == "output")
-            return tuple(node.meta[SPEC] for node in operands(output)[: len(self.sends)])
+            return tuple(node.meta[SPEC] for node in results_of(self.program.graph)[: len(self.sends)])
         inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
         end = len(inputs) - len(self.takes)
         return tuple(node.meta[SPEC] for node in inputs[end - len(self.receives) : end])
@@ -178,16 +176,11 @@ def pipeline_text(pipeline: Pipeline) -> str:
         f"{pipeline.warmup_steps} warmup steps {{"
     ]
     for number, stage in enumerate(pipeline.cuts):
-        graph = stage.program.graph
-        calls = sum(map(is_block_call, graph.nodes))
-        work = sum(node.op == "call_function" for node in graph.nodes) - calls
+        calls, work = stage.counts()
         place = f" at {pipeline.coordinates[number]}" if on else ""
         lines.append(f"  stage {number}{place}: {calls} block calls, {work} operators")
-        values = {node.name: node for node in graph.nodes}
         for verb, names in (("sends", stage.sends), ("holds", stage.holds)):
-            for name in names:
-                once = ", once a step" if ONCE in values[name].meta else ""
-                lines.append(f"    {verb} %{name}: {node_type(values[name], mesh)}{once}")
+            lines += [f"    {verb} {text}" for text in stage.passed(names, mesh)]
     return "\n".join([*lines, "}"])
 
 
@@ -195,8 +188,7 @@ def _part(cut: Stage, program: Program, patch: int, patches: int) -> Part:
     once = {node.name for node in program.graph.nodes if ONCE in node.meta} if patch else set()
     wanted = [tuple(n for n in names if n not in once) for names in (cut.receives, cut.sends, cut.takes, cut.holds)]
     passed = (*cut.sends, *cut.holds)
-    [output] = (node for node in program.graph.nodes if node.op == "output")
-    values = operands(output)
+    values = results_of(program.graph)
     kept = [value for value, name in zip(values, passed, strict=False) if name not in once]
     if patch == patches - 1:
         kept += values[len(passed) :]

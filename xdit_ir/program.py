@@ -56,6 +56,16 @@ class Where:
     module: str = ""
     source: str = ""
 
+    def below(self, prefix: str) -> str:
+        """The module path, if the traced module is at `prefix`."""
+        return ".".join(part for part in (prefix, self.module) if part)
+
+
+def where_of(node: fx.Node) -> Where:
+    """Where a node comes from; empty where that is not known."""
+    where: Where = node.meta.get(WHERE, Where())
+    return where
+
 
 @dataclass(frozen=True, eq=False)
 class Block:

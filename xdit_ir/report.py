@@ -15,7 +15,7 @@ from xdit_ir.cost import program_flops, relayout_bytes, ring_bytes
 from xdit_ir.layout import in_mesh_order, kind
 from xdit_ir.mesh import Mesh
 from xdit_ir.printer import target_name
-from xdit_ir.program import LAYOUT, WHERE, Program, Where, is_block_call
+from xdit_ir.program import LAYOUT, Program, is_block_call, where_of
 from xdit_ir.propagate import FALLBACK
 from xdit_ir.rules.base import operands
 
@@ -153,7 +153,7 @@ def find_gathers(program: Program) -> Iterator[str]:
             if node.target is ops.gather:
                 names = (user.op if user.op == "output" else target_name(user.target) for user in node.users)
                 users = ", ".join(dict.fromkeys(names))
-                where: Where = node.meta.get(WHERE, Where())
+                where = where_of(node)
                 yield f"{users}: {' '.join(part for part in (name, where.module, node.name, where.source) if part)}"
 
 
@@ -166,7 +166,7 @@ def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
             wanted = name and gathered and node.target not in ops.ATTENTIONS
             if not reason and not wanted:
                 continue
-            where: Where = node.meta.get(WHERE, Where())
+            where = where_of(node)
             bytes_sent = times * sum(max(relayout_bytes(source, mesh)) for source in gathered)
             place = " ".join(part for part in (name, where.module, node.name, where.source) if part)
             yield Fallback(target_name(node.target), place, reason or "needs the dimension whole", bytes_sent)

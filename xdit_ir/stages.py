@@ -11,7 +11,9 @@ from torch import fx
 from xdit_ir import ops
 from xdit_ir.cost import is_counted
 from xdit_ir.errors import VerifyError
-from xdit_ir.program import STAGE, Program, is_block_call
+from xdit_ir.mesh import Mesh
+from xdit_ir.printer import node_type
+from xdit_ir.program import ONCE, STAGE, Program, is_block_call
 from xdit_ir.rules.base import operands
 
 Homes = dict[fx.Node, frozenset[int]]
@@ -28,6 +30,17 @@ class Stage:
     sends: tuple[str, ...]
     takes: tuple[str, ...] = ()
     holds: tuple[str, ...] = ()
+
+    def counts(self) -> tuple[int, int]:
+        """How many block calls and how many operators it computes."""
+        calls = sum(map(is_block_call, self.program.graph.nodes))
+        return calls, sum(node.op == "call_function" for node in self.program.graph.nodes) - calls
+
+    def passed(self, names: Sequence[str], mesh: Mesh) -> list[str]:
+        """What it sends or holds, as text with types."""
+        values = {node.name: node for node in self.program.graph.nodes}
+        once = (", once a step" if ONCE in values[name].meta else "" for name in names)
+        return [f"%{name}: {node_type(values[name], mesh)}{text}" for name, text in zip(names, once, strict=True)]
 
 
 def cut_stages(program: Program, coordinates: Sequence[int]) -> tuple[Stage, ...]:

@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
-from torch.utils import _pytree as pytree
 
 from xdit_ir.api import Example, TracedProgram, split_example, trace
 from xdit_ir.check import check
-from xdit_ir.difference import relative_error
+from xdit_ir.difference import relative_error, tensors_of
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.tools import degrees as short
 
@@ -89,7 +88,7 @@ def run_processes(model: nn.Module, example: Example, degrees: Mapping[str, Any]
         raise ParallelizeError("pipefusion > 1 can be simulated and checked, not yet run in processes")
     with torch.no_grad():
         args, kwargs = split_example(example)
-        expected = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        expected = tensors_of(model(*args, **kwargs))
     with tempfile.TemporaryDirectory() as folder:
         job = (count, folder, model, example, dict(degrees), torch.get_num_threads())
         context = spawn(_process, job, nprocs=count, join=False)  # type: ignore[no-untyped-call]
@@ -110,7 +109,6 @@ def _process(
     module = trace(model, example).parallelize(**degrees).emit(model)
     args, kwargs = split_example(example)
     with torch.no_grad():
-        output = module(*args, **kwargs)
-    tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_of(module(*args, **kwargs))
     torch.save(tensors, Path(folder, str(rank)))
     dist.destroy_process_group()

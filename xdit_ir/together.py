@@ -11,7 +11,7 @@ from torch import fx
 
 from xdit_ir.errors import VerifyError
 from xdit_ir.program import Block, Program, call_parts, is_block_call
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import operands, results_of
 from xdit_ir.runtime.buffers import Keep, Read, Recall, Write
 
 
@@ -167,6 +167,5 @@ class _Weaver:
         for patch in members:
             thread = self.threads[patch]
             thread.env[thread.next], thread.first[thread.next] = new, first
-            [output] = (n for n in self.programs[patch].blocks[name].graph.nodes if n.op == "output")
-            first += len(operands(output))
+            first += len(results_of(self.programs[patch].blocks[name].graph))
             thread.at += 1

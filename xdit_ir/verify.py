@@ -14,7 +14,7 @@ from xdit_ir.mesh import Mesh
 from xdit_ir.printer import target_name
 from xdit_ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
 from xdit_ir.rules import decide
-from xdit_ir.rules.base import Call, operands
+from xdit_ir.rules.base import Call, operands, results_of
 
 
 def verify(program: Program, after: str = "", *, runnable: bool = False) -> None:
@@ -118,7 +118,7 @@ class _Verifier:
             self.fail(node, f"calls {name}, which does not exist")
         assert block is not None
         inputs = [n for n in block.graph.nodes if n.op == "placeholder"]
-        results = operands(next(n for n in block.graph.nodes if n.op == "output"))
+        results = results_of(block.graph)
         if len(inputs) != len(values):
             self.fail(node, f"gives {len(values)} values to {len(inputs)} arguments of {name}")
         for given, taken in zip(values, inputs, strict=True):
@@ -137,7 +137,7 @@ class _Verifier:
     def _outputs(self) -> None:
         if self.program.mesh is None:
             return
-        for value in operands(next(node for node in self.program.graph.nodes if node.op == "output")):
+        for value in results_of(self.program.graph):
             if not value.meta[LAYOUT].is_whole:
                 self.fail(value, "is an output of the model and not whole on every rank")
 

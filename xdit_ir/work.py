@@ -13,9 +13,10 @@ from torch import fx
 from xdit_ir import ops
 from xdit_ir.displacement import latents
 from xdit_ir.partition import Indices, Runs
+from xdit_ir.passes.base import copy_graph, map_graphs
 from xdit_ir.patches import Part, Pipeline
-from xdit_ir.program import SPEC, Block, Program, TensorSpec
-from xdit_ir.rules.base import operands
+from xdit_ir.program import SPEC, Program, TensorSpec
+from xdit_ir.rules.base import operands, results_of
 from xdit_ir.runtime.buffers import Read, Write
 from xdit_ir.runtime.exchange import Communicate
 from xdit_ir.together import of_patch, together
@@ -95,7 +96,7 @@ class RankWork:
     def cuts(self) -> tuple[Cut | None, ...]:
         """How each output of the model is divided over patches; None where it is had with the last patch, whole."""
         last = [self._part(self.pipeline.stages - 1, patch) for patch in range(self.pipeline.patches)]
-        return tuple(_cut(value, last) for value in _outputs(last[-1].program))
+        return tuple(_cut(value, last) for value in results_of(last[-1].program.graph))
 
     @cached_property
     def latents(self) -> dict[str, Cut]:
@@ -138,8 +139,11 @@ class RankWork:
 
     def _results(self, program: Program, patch: int) -> list[fx.Node]:
         last = self._part(self.pipeline.stages - 1, self.pipeline.patches - 1).program
-        slots = [_slot(value) if cut is not None else "" for value, cut in zip(_outputs(last), self.cuts, strict=True)]
-        whole = iter(_outputs(program)) if patch == self.pipeline.patches - 1 else None
+        slots = [
+            _slot(value) if cut is not None else ""
+            for value, cut in zip(results_of(last.graph), self.cuts, strict=True)
+        ]
+        whole = iter(results_of(program.graph)) if patch == self.pipeline.patches - 1 else None
         results = []
         for slot in slots:
             value = next(whole) if whole is not None else None
@@ -189,11 +193,6 @@ def _feed(parts: Sequence[tuple[Part, int]]) -> tuple[int | Held, ...]:
     return tuple(feed)
 
 
-def _outputs(program: Program) -> list[fx.Node]:
-    [output] = (node for node in program.graph.nodes if node.op == "output")
-    return operands(output)
-
-
 def _placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if node.op == "placeholder")
 
@@ -230,15 +229,13 @@ def _cut(value: fx.Node, parts: Sequence[Part]) -> Cut | None:
 
 def _returning(program: Program, results: Sequence[fx.Node]) -> Program:
     """The program of a last stage with other results; buffers that only these were collected in are gone."""
-    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in program.graph.nodes:
-        if node.op == "output":
-            graph.output(tuple(env[value] for value in results))
-        else:
-            env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].meta = dict(node.meta)
+    graph = copy_graph(program.graph)
+    values = {node.name: node for node in graph.nodes}
+    outputs = tuple(values[node.name] for node in results)
+    [output] = (node for node in graph.nodes if node.op == "output")
+    output.args = (outputs,)
     for node in reversed(list(graph.nodes)):
-        unread = isinstance(node.target, Write) and operands(node)[0] in _outputs(program.replace(graph=graph))
+        unread = isinstance(node.target, Write) and operands(node)[0] in outputs
         if not node.users and (isinstance(node.target, Read) or unread):
             graph.erase_node(node)
     return program.replace(graph=graph)
@@ -248,18 +245,13 @@ def _mapped(program: Program, work: RankWork) -> Program:
     """The program whose communications name ranks instead of virtual ranks."""
     stage = work.ranks().index(work.rank)
 
-    def mapped(graph: fx.Graph) -> fx.Graph:
-        result, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    def rename(graph: fx.Graph) -> None:
         for node in graph.nodes:
-            env[node] = result.node_copy(node, env.__getitem__)
-            env[node].meta = dict(node.meta)
             if isinstance(node.target, Communicate):
                 group = tuple(work.pipeline.rank(stage, member) for member in node.target.group)
-                env[node].target = replace(node.target, group=group)
-        return result
+                node.target = replace(node.target, group=group)
 
-    blocks = {name: Block(name, mapped(block.graph)) for name, block in program.blocks.items()}
-    return program.replace(graph=mapped(program.graph), blocks=blocks)
+    return map_graphs(program, rename)
 
 
 def _sort_outputs(program: Program, counts: Sequence[tuple[int, ...]]) -> None:

@@ -21,6 +21,18 @@ def _transformer(name: str) -> Any:
     return models.load(f"{name}:tiny")[0]
 
 
+def _video() -> dict[str, Any]:
+    """A prompt, another one for guidance, and four frames of latents."""
+    return {
+        "prompt_embeds": _noise(1, 1, 16, 32),
+        "negative_prompt_embeds": _noise(2, 1, 16, 32),
+        "height": 128,
+        "width": 128,
+        "num_frames": 13,
+        "output_type": "latent",
+    }
+
+
 def flux() -> tuple[Any, dict[str, Any]]:
     """One call per step, whole batch."""
     pipe = diffusers.FluxPipeline(
@@ -91,14 +103,7 @@ def wan() -> tuple[Any, dict[str, Any]]:
         vae=None,
         scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     )
-    return pipe, {
-        "prompt_embeds": _noise(1, 1, 16, 32),
-        "negative_prompt_embeds": _noise(2, 1, 16, 32),
-        "height": 128,
-        "width": 128,
-        "num_frames": 13,
-        "output_type": "latent",
-    }
+    return pipe, _video()
 
 
 def cogvideo() -> tuple[Any, dict[str, Any]]:
@@ -110,14 +115,7 @@ def cogvideo() -> tuple[Any, dict[str, Any]]:
         transformer=_transformer("cogvideox-5b"),
         scheduler=diffusers.CogVideoXDDIMScheduler(),
     )
-    return pipe, {
-        "prompt_embeds": _noise(1, 1, 16, 32),
-        "negative_prompt_embeds": _noise(2, 1, 16, 32),
-        "height": 128,
-        "width": 128,
-        "num_frames": 13,
-        "output_type": "latent",
-    }
+    return pipe, _video()
 
 
 def hunyuandit() -> tuple[Any, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import networkx
 from torch import fx
 
-from xdit_ir.program import WHERE, Program, Where, is_block_call
+from xdit_ir.program import Program, is_block_call, where_of
 from xdit_ir.rules.base import operands
 
 Group = tuple[fx.Node, ...]
@@ -60,7 +60,7 @@ def _keys(program: Program, stages: Mapping[str, int]) -> dict[fx.Node, Key]:
         elif node.op != "call_function":
             keys[node] = Key("", alone=node.name)
         else:
-            keys[node] = Key(module_of(node.meta.get(WHERE, Where()).module), stages.get(node.name, -1), after[node])
+            keys[node] = Key(module_of(where_of(node).module), stages.get(node.name, -1), after[node])
     return keys
 
 

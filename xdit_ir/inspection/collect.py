@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import fx
-
 from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.inspection.model import Fact, Inspection, PassStep, Rows, StageView
 from xdit_ir.inspection.schedule import timeline
@@ -16,8 +14,8 @@ from xdit_ir.pass_list import describe
 from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.patches import Pipeline
 from xdit_ir.pipeline import analysis_passes
-from xdit_ir.printer import body_text, node_type, outer_text
-from xdit_ir.program import ONCE, Program, is_block_call
+from xdit_ir.printer import body_text, outer_text
+from xdit_ir.program import Program
 from xdit_ir.report import Report
 
 MESH_DIMS_SAY = {
@@ -103,17 +101,8 @@ def _stages_of(pipeline: Pipeline | None) -> dict[str, int] | None:
 def _stage_views(pipeline: Pipeline | None) -> Iterator[StageView]:
     for number, stage in enumerate(pipeline.cuts if pipeline is not None else ()):
         assert pipeline is not None
-        graph = stage.program.graph
-        calls = sum(map(is_block_call, graph.nodes))
-        operators = sum(node.op == "call_function" for node in graph.nodes) - calls
-        values = {node.name: node for node in graph.nodes}
-        sends, holds = ([_sent_text(values[n], pipeline) for n in names] for names in (stage.sends, stage.holds))
-        yield StageView(number, pipeline.coordinates[number], calls, operators, sends, holds)
-
-
-def _sent_text(node: fx.Node, pipeline: Pipeline) -> str:
-    once = ", once a step" if ONCE in node.meta else ""
-    return f"%{node.name}: {node_type(node, pipeline.virtual)}{once}"
+        sends, holds = (stage.passed(names, pipeline.virtual) for names in (stage.sends, stage.holds))
+        yield StageView(number, pipeline.coordinates[number], *stage.counts(), sends, holds)
 
 
 def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[Fact]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.cost import Machine, local_flops
+from xdit_ir.cost import Machine
 from xdit_ir.displacement import over_time
 from xdit_ir.mesh import Mesh
-from xdit_ir.program import LAYOUT, SPEC, TensorSpec
 from xdit_ir.report import traffic
 
 
@@ -46,24 +44,10 @@ class Durations:
         local = self.over_time and over_time(node, self.mesh)
         found = None if local else traffic(node, self.mesh)
         if found is None:
-            return Cost(self._work(node), idle)
+            return Cost(self.machine.work_seconds(node, self.mesh), idle)
         (kind, over), sent = found
         if node.target is ops.ring_attention:
             around = tuple(self.machine.seconds(0, b) for b in sent)
-            return Cost(tuple(map(max, self._work(node), around)), sent, kind, around=around)
+            return Cost(tuple(map(max, self.machine.work_seconds(node, self.mesh), around)), sent, kind, around=around)
         seconds = tuple(self.machine.latency + self.machine.seconds(0, b) for b in sent)
         return Cost(seconds, sent, kind, tuple(over.split("*")), travels=True)
-
-    def _work(self, node: fx.Node) -> tuple[float, ...]:
-        flops = local_flops(node, self.mesh)
-        pairs = zip(flops, self._written(node), strict=True)
-        return tuple(max(self.machine.seconds(f, 0), b / self.machine.memory) for f, b in pairs)
-
-    def _written(self, node: fx.Node) -> list[float]:
-        """Bytes of the result on every rank; nothing for a view."""
-        spec = node.meta[SPEC]
-        if not isinstance(spec, TensorSpec) or ops.is_view(node.target):
-            return [0.0] * self.mesh.world_size
-        layout = node.meta[LAYOUT]
-        sizes = (math.prod(layout.local_shape(spec.shape, rank)) for rank in range(self.mesh.world_size))
-        return [size * spec.dtype.itemsize for size in sizes]

@@ -15,10 +15,10 @@ from xdit_ir.inspection.model import Body, Box, Edge, Exchange, Line, View
 from xdit_ir.layout import Layout, in_mesh_order
 from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.printer import arguments_text, node_type, target_name
-from xdit_ir.program import LAYOUT, WHERE, Program, Where, call_parts, is_block_call, qualified
+from xdit_ir.program import LAYOUT, Program, call_parts, is_block_call, qualified, where_of
 from xdit_ir.propagate import FALLBACK
 from xdit_ir.report import traffic
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import operands, results_of
 
 BUFFER = "buffer"
 
@@ -30,7 +30,7 @@ def view(program: Program, stages: Mapping[str, int] | None = None) -> View:
 
 def line(node: fx.Node, mesh: Mesh | None, *, in_time: bool) -> Line:
     """One value. `in_time`: what changes a layout over `pipefusion` goes through a buffer."""
-    where: Where = node.meta.get(WHERE, Where())
+    where = where_of(node)
     op = "input" if node.op == "placeholder" else target_name(node.target)
     return Line(
         name=node.name,
@@ -91,7 +91,7 @@ class _Viewer:
             len(calls),
             [self._line(node) for node in graph.nodes if node.op == "placeholder"],
             [self._line(node) for node in graph.nodes if node.op == "call_function"],
-            [node.name for node in operands(next(iter(reversed(graph.nodes))))],
+            [node.name for node in results_of(graph)],
             max(graph_flops(graph, self.mesh)),
             sum(self.program.state[w].nbytes for w in weights if w in self.program.state),
         )

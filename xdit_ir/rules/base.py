@@ -37,6 +37,12 @@ def operands(node: fx.Node) -> list[fx.Node]:
     return nodes_in((node.args, node.kwargs))
 
 
+def results_of(graph: fx.Graph) -> list[fx.Node]:
+    """What a graph returns."""
+    [output] = (node for node in graph.nodes if node.op == "output")
+    return operands(output)
+
+
 def with_operands(node: fx.Node, new: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The node's arguments with its operands replaced, by position."""
     feed = iter(new)

@@ -79,10 +79,14 @@ def _write(buffer: torch.Tensor, value: torch.Tensor, places: Places, dim: int) 
 
 def read(buffer: torch.Tensor, target: Read) -> torch.Tensor:
     """What `target` wants of the buffer: a copy, which later writes leave alone."""
-    if target.summed:
-        buffer = buffer.sum(0)
-    result = buffer
-    for dim, runs in enumerate(target.places):
+    result = read_places(buffer, target.places, summed=target.summed)
+    return result if target.summed else result.clone()
+
+
+def read_places(buffer: torch.Tensor, places: Places, *, summed: bool) -> torch.Tensor:
+    """The positions `places` of a buffer (`summed`: of its slots' sum); may be a view of it."""
+    result = buffer.sum(0) if summed else buffer
+    for dim, runs in enumerate(places):
         if runs is not None:
             result = take(result, dim, runs)
-    return result if target.summed else result.clone()
+    return result

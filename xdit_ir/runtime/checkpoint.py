@@ -17,7 +17,7 @@ from torch import nn
 
 from xdit_ir.errors import MismatchError
 from xdit_ir.program import TensorSpec
-from xdit_ir.runtime.state import running_device
+from xdit_ir.runtime.state import Weights, running_device
 
 INDEX, SHARD = ".safetensors.index.json", ".safetensors"
 # What safetensors calls dtypes that may stand for each other, as in `from_pretrained(..., torch_dtype=...)`.
@@ -203,6 +203,13 @@ class Store:
                 f"the model has {found.dtype}{list(found.shape)}"
             )
         return found
+
+
+def rank_weights(
+    model: nn.Module, store: Store | None, names: Sequence[str], specs: Mapping[str, TensorSpec], device: torch.device
+) -> Weights | Held:
+    """The weights that a rank uses: by reference, or taken from a store."""
+    return Weights(model, names, specs, device) if store is None else store.take(names, specs)
 
 
 @dataclass(frozen=True)

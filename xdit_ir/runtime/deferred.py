@@ -8,19 +8,20 @@ everything else (reading a value, an operator that mixes positions) computes the
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from xdit_ir.runtime.execution import plain_modes
 from xdit_ir.runtime.recorded import Descent, Kept, Source, Value
 from xdit_ir.runtime.separable import Range, is_recordable
 
 aten = torch.ops.aten
+KINDS = ("cpu", "cuda")  # devices on which whoever reads may be under autocast
 
 
 class Deferred(torch.Tensor):
@@ -92,7 +93,7 @@ def pull(tensor: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
     """A range of one dimension, from as little of what it was made of as possible."""
     if not isinstance(tensor, Deferred):
         return tensor.narrow(dim, start, stop - start)
-    with _clean():
+    with plain_modes(*KINDS):
         part = tensor.value.pull(Range(dim, start, stop))
         return tensor.value.whole().narrow(dim, start, stop - start) if part is None else part
 
@@ -101,20 +102,8 @@ def force(tensor: torch.Tensor) -> torch.Tensor:
     """A plain tensor; waits for all of it."""
     if not isinstance(tensor, Deferred):
         return tensor
-    with _clean():
+    with plain_modes(*KINDS):
         return tensor.value.whole()
-
-
-@contextlib.contextmanager
-def _clean() -> Iterator[None]:
-    """Whatever mode the reader is in: casts and gradients were dealt with when operators were recorded."""
-    with contextlib.ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.no_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                modes.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -55,15 +55,23 @@ class Execution:
 
 
 @contextmanager
-def plain_modes(device: torch.device) -> Iterator[None]:
-    """Outside of inference mode whatever the caller's mode is, so that code is compiled and recorded once; casts of
-    autocast are in the program already, so none are added."""
+def plain_modes(*kinds: str) -> Iterator[None]:
+    """Outside of inference mode, gradients and autocast on devices of these `kinds`, whatever the caller's mode is.
+
+    So code is compiled and recorded once; casts of autocast are in programs already, or were recorded as operators.
+    """
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(device.type):
-            modes.enter_context(torch.autocast(device.type, enabled=False))
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def outside(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that can be used outside of inference mode: itself, or a copy."""
+    return x.clone() if x.is_inference() else x
 
 
 def compile_body(module: nn.Module, *, fixed: bool = False) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from xdit_ir.program import TensorSpec
 from xdit_ir.runtime.deferred import Deferred, force, pending, pull
+from xdit_ir.runtime.execution import outside
 from xdit_ir.runtime.messages import Arrival, Envelope
 from xdit_ir.runtime.requests import Lane
 from xdit_ir.runtime.schedule import Item
@@ -52,22 +53,18 @@ class PipelinePass:
         """What a stage wants of an input; waits for no more of the results that it was made of."""
         x = self.inputs[need.name]
         if need.patches is None:
-            return _plain(force(x))
+            return outside(force(x))
         cut = cuts[need.name]
         if not isinstance(x, Deferred):
             return _joined([x.narrow(cut.dim, *run) for run in cut.joined(need.patches).runs], x, cut.dim)
         runs = sorted(run for patch in need.patches for run in cut.parts[patch].runs)
-        return _plain(_joined([pull(x, cut.dim, start, start + size) for start, size in runs], x, cut.dim))
+        return outside(_joined([pull(x, cut.dim, start, start + size) for start, size in runs], x, cut.dim))
 
 
 def _joined(pieces: Sequence[torch.Tensor], x: torch.Tensor, dim: int) -> torch.Tensor:
     if not pieces:
         return torch.empty([0 if d == dim else size for d, size in enumerate(x.shape)], dtype=x.dtype, device=x.device)
     return torch.cat(list(pieces), dim) if len(pieces) > 1 else pieces[0]
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    return x.clone() if x.is_inference() else x
 
 
 @dataclass(frozen=True, eq=False)

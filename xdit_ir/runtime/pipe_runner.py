@@ -15,18 +15,17 @@ from xdit_ir.capture.outputs import build_output
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.interpret import constant_on
 from xdit_ir.program import CONSTANT, SPEC, Program
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import results_of
 from xdit_ir.runtime.agreement import digest
-from xdit_ir.runtime.checkpoint import Held, Store
+from xdit_ir.runtime.checkpoint import Store, rank_weights
 from xdit_ir.runtime.codegen import Body, Code, generate, slot_specs, state_names
 from xdit_ir.runtime.deferred import Deferred, force
 from xdit_ir.runtime.distributed import Communicator
-from xdit_ir.runtime.execution import Execution, Tensors, compile_body, plain_modes
+from xdit_ir.runtime.execution import Execution, Tensors, compile_body, outside, plain_modes
 from xdit_ir.runtime.messages import LostError
 from xdit_ir.runtime.pipe_pass import PipelinePass, envelope, outputs_of
 from xdit_ir.runtime.requests import NEW, Moment
 from xdit_ir.runtime.schedule import Item, items_of
-from xdit_ir.runtime.state import Weights
 from xdit_ir.runtime.traffic import Traffic
 from xdit_ir.work import RankWork, Work
 
@@ -69,14 +68,9 @@ class PipelineRunner:
         self._half = self.pipeline.mesh.index(communicator.rank, ("cfg",)) if parallel.pair_calls else 0
         self._binder = InputBinder(inspect.signature(model.forward), self.program)
         self._inputs = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
-        [output] = (node for node in self.program.graph.nodes if node.op == "output")
-        self._specs = [value.meta[SPEC] for value in operands(output)]
+        self._specs = [value.meta[SPEC] for value in results_of(self.program.graph)]
         self.weights = self.pipeline.weights_of(communicator.rank)
-        self._weights: Weights | Held = (
-            Weights(model, self.weights, self.program.state, self.device)
-            if store is None
-            else store.take(self.weights, self.program.state)
-        )
+        self._weights = rank_weights(model, store, self.weights, self.program.state, self.device)
         self._runnables = {
             key: self._runnable(each, communicator, execution) for key, each in (*work.displaced.items(), *_all(work))
         }
@@ -124,7 +118,7 @@ class PipelineRunner:
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result, whose tensors are `Deferred`."""
-        with plain_modes(self.device):
+        with plain_modes(self.device.type):
             try:
                 outputs = self._pass(inputs, weights)
             except BaseException as error:
@@ -166,7 +160,7 @@ class PipelineRunner:
         """An input as it is now, whatever the caller does to it before all that was put off is done."""
         if isinstance(x, Deferred):
             return Deferred(x.value)
-        return x.clone() if x.is_inference() or len(self.work.stages) > 1 else x
+        return x.clone() if len(self.work.stages) > 1 else outside(x)
 
     def _expect(self, made: PipelinePass, items: Sequence[Item], *, synchronous: bool) -> None:
         """Post all receives of a pass."""

@@ -16,12 +16,12 @@ from xdit_ir.capture.outputs import build_output
 from xdit_ir.errors import MismatchError
 from xdit_ir.interpret import constant_on
 from xdit_ir.program import CONSTANT, SPEC, TensorSpec
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import results_of
 from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact, failure_text
-from xdit_ir.runtime.checkpoint import Held, Store
+from xdit_ir.runtime.checkpoint import Store, rank_weights
 from xdit_ir.runtime.codegen import Body, communications, generate, state_names
 from xdit_ir.runtime.distributed import Communicator, peers_reachable
-from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body, plain_modes
+from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body, outside, plain_modes
 from xdit_ir.runtime.pipe_runner import PipelineRunner, check_pipeline
 from xdit_ir.runtime.schedule import verify_schedule
 from xdit_ir.runtime.state import Weights
@@ -50,11 +50,7 @@ class Runner:
         self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
         self.program, self.device = parallel.rank(communicator.rank), communicator.device
         weights, constants = state_names(self.program)
-        self._weights: Weights | Held = (
-            Weights(model, weights, self.program.state, self.device)
-            if store is None
-            else store.take(weights, self.program.state)
-        )
+        self._weights = rank_weights(model, store, weights, self.program.state, self.device)
         self._constants = [
             constant_on(self.program, name.removeprefix(f"{CONSTANT}."), self.device) for name in constants
         ]
@@ -94,14 +90,12 @@ class Runner:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Types of what `compute` gives."""
-        [output] = (node for node in self.program.graph.nodes if node.op == "output")
-        return tuple(node.meta[SPEC] for node in operands(output))
+        return tuple(node.meta[SPEC] for node in results_of(self.program.graph))
 
     def compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         """The outputs of the program."""
-        with plain_modes(self.device):
-            plain = [x.clone() if x.is_inference() else x for x in inputs]
-            return self._forward(plain, weights)
+        with plain_modes(self.device.type):
+            return self._forward([outside(x) for x in inputs], weights)
 
     def _compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         tensors: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *weights, *self._constants)

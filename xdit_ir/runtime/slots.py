@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from xdit_ir.ops import take
 from xdit_ir.program import SPEC, TensorSpec
 from xdit_ir.runtime import buffers
 from xdit_ir.runtime.buffers import Keep, Places, Read, Recall, Slot, Write
@@ -51,10 +50,7 @@ def keep_value(buffer: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def read_parts(buffer: torch.Tensor, places: Places, summed: bool, copied: bool) -> torch.Tensor:
     """What a patch wants of the buffer; not `copied`, it may be the buffer itself, which the next patch changes."""
-    result = buffer.sum(0) if summed else buffer
-    for dim, runs in enumerate(places):
-        if runs is not None:
-            result = take(result, dim, runs)
+    result = buffers.read_places(buffer, places, summed=summed)
     return result.clone() if copied and not summed else result
 
 

@@ -22,7 +22,6 @@ from xdit_ir.program import (
     ONCE,
     SPEC,
     STAGE,
-    WHERE,
     Program,
     TensorSpec,
     TokenAxis,
@@ -30,9 +29,10 @@ from xdit_ir.program import (
     call_parts,
     is_block_call,
     qualified,
+    where_of,
 )
 from xdit_ir.propagate import FALLBACK
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import results_of
 from xdit_ir.textual.attachments import Collected
 from xdit_ir.textual.literals import Writer, name_text
 from xdit_ir.textual.signature import write_signature
@@ -164,7 +164,7 @@ class GraphWriter:
 
 def result_types(graph: fx.Graph) -> tuple[Any, Any]:
     """Types and layouts (None without) of what a body returns."""
-    results = operands(next(iter(reversed(graph.nodes))))
+    results = results_of(graph)
     layouts = tuple(value.meta.get(LAYOUT) for value in results)
     return tuple(value.meta.get(SPEC) for value in results), None if None in layouts else layouts
 
@@ -187,7 +187,7 @@ def is_usual_layout(node: fx.Node, mesh: Mesh | None) -> bool:
 def clauses(node: fx.Node, *, origin: bool = True) -> str:
     """What else is known of a node: where it comes from, its stage, whether it runs once a step, why it is whole."""
     text = ""
-    where: Where = node.meta.get(WHERE, Where())
+    where = where_of(node)
     if origin and where != Where():
         text += " at" + (f" {name_text(where.module)}" if where.module else "")
         text += f" {where.source!r}" if where.source else " ''"
