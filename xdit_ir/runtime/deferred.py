@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from xdit_ir.runtime.execution import plain_modes
-from xdit_ir.runtime.recorded import Descent, Kept, Source, Value
+from xdit_ir.runtime.recorded import Descent, Kept, Numbered, Source, Value
 from xdit_ir.runtime.separable import Range, is_recordable
 
 aten = torch.ops.aten
@@ -80,7 +80,7 @@ def pending(
     """A tensor for what `source` will give; the result with this `number` of a `maker`, which is noted in what is made
     of it."""
     like = torch.empty(tuple(shape), device="meta")
-    lineage = {} if maker is None else {maker: Descent(number, tuple(range(len(like.shape))))}
+    lineage = {} if maker is None else {maker: Descent(Numbered(number), tuple(range(len(like.shape))))}
     return Deferred(Value(like.shape, like.stride(), dtype, device, source=source, lineage=lineage))
 
 

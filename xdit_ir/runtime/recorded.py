@@ -28,13 +28,25 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Descent:
-    """From which pending result of one maker a value was made: the newest one, by number; `dims[d]` is the dimension
-    of it whose positions dimension `d` follows, if any."""
+@dataclass(frozen=True, eq=False)
+class Numbered:
+    """Stands for a result of a maker; lives as long as what was made from it, whether that is finished or not."""
 
     number: int
+
+
+@dataclass(frozen=True)
+class Descent:
+    """From which pending result of one maker a value was made: the newest one; `dims[d]` is the dimension of it whose
+    positions dimension `d` follows, if any."""
+
+    result: Numbered
     dims: tuple[int | None, ...]
+
+    @property
+    def number(self) -> int:
+        """Of the result."""
+        return self.result.number
 
 
 Lineage = Mapping[Any, Descent]
@@ -138,14 +150,15 @@ class Value:
         return self
 
     def _descent(self, maker: Any, needs: Sequence[Needs | None]) -> Descent:
-        newest = max(v.lineage[maker].number for v in self._operands() if isinstance(v, Value) and maker in v.lineage)
+        descents = [v.lineage.get(maker) if isinstance(v, Value) else None for v in self._operands()]
+        newest = max((one for one in descents if one is not None), key=lambda one: one.number).result
         dims: list[int | None] = []
         for needed in needs:
-            followed = set()
-            for operand, part in zip(self._operands(), needed or (), strict=False):
-                source = operand.lineage.get(maker) if isinstance(operand, Value) else None
-                if source is not None and source.number == newest:
-                    followed.add(None if part is None else source.dims[part.dim])
+            followed = {
+                None if part is None else source.dims[part.dim]
+                for source, part in zip(descents, needed or (), strict=False)
+                if source is not None and source.number == newest.number
+            }
             dims.append(followed.pop() if len(followed) == 1 else None)
         return Descent(newest, tuple(dims))
 

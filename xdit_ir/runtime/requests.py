@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from xdit_ir.runtime.deferred import Deferred
-from xdit_ir.runtime.recorded import Descent, Value
+from xdit_ir.runtime.recorded import Descent, Numbered
 from xdit_ir.work import Cut
 
 Buffers = dict[str, torch.Tensor]
@@ -58,7 +58,7 @@ class Requests:
         self._given: list[tuple[torch.Tensor, int]] | None = None
         self._began: int | None = None
         self._latest: int | None = None
-        self._outputs: list[weakref.ref[Value]] = []
+        self._outputs: list[weakref.ref[Numbered]] = []
 
     def moment(self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut], owner: Any, warmup: int) -> Moment:
         """What a call with these latents is, for a program that begins with `warmup` synchronous steps."""
@@ -93,7 +93,7 @@ class Requests:
         """The call that was entered gave this."""
         self._latest = number
         if output is not None:
-            self._outputs.append(weakref.ref(output.value))
+            self._outputs.append(weakref.ref(output.value.lineage[self].result))
 
     def _kind(self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut]) -> str:
         if self._latest is None:
@@ -112,7 +112,7 @@ class Requests:
         return NEW
 
     def _unread(self) -> bool:
-        """Whether something still holds the outputs of all calls of this step."""
+        """Whether something that was made from each output of this step is still held."""
         return all(output() is not None for output in self._outputs)
 
     def _same(self, latents: Mapping[str, torch.Tensor]) -> bool:
