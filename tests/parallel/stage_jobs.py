@@ -101,7 +101,7 @@ class Simulated(Shadow):
             state["runs"].append(PipelineSimulation(state["program"].pipeline, weights, torch.device("cpu")))
         run = state["runs"][state["calls"] % state["lanes"]]
         state["calls"] += 1
-        with plain_modes(torch.device("cpu")):
+        with plain_modes("cpu"):
             outputs = run.step(bind_inputs(model, program, (), example))[0]
         return build_output(program.signature, outputs)
 

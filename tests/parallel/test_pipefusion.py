@@ -60,7 +60,9 @@ def test_all_models_and_degrees(workers: Pools, name: str, count: int) -> None:
 
 
 def check_images(workers: Pools, count: int = 2, passes: int | None = None, **case: Any) -> None:
-    for [result] in workers(count).run("images", cases=[case]):
+    for answer in workers(count).run("images", cases=[case]):
+        assert isinstance(answer, list), answer
+        [result] = answer
         assert passes in (None, result["passes"])
         assert max(result["error"], result["again"]) <= 1e-5 < 1e-3 < result["stale"], result
 
