@@ -167,8 +167,8 @@ def counted_sends(name: str, degrees: Degrees, steps: int) -> dict[str, Any]:
     model, example = models.load(f"{name}:tiny")
     module = xir.trace(model, example).parallelize(**degrees).emit(model)
     _run(module, _inputs(example, steps))
-    channels, rank = module._xdit_runner.channels, dist.get_rank()
-    mine = [channel for channel in channels.between if channel is not None and channel.source == rank]
+    channels = module._xdit_runner.channels
+    mine = [channel for channel in channels.between if channel is not None and channel.sent]
     return {"forward": [channel.sent for channel in mine], "back": channels.returns[0].sent}
 
 

@@ -5,7 +5,33 @@ from __future__ import annotations
 import torch
 
 from xdit_ir.program import TensorSpec
-from xdit_ir.runtime.messages import ALIGNMENT, Envelope
+from xdit_ir.runtime.messages import ALIGNMENT, Arrival, Channel, Envelope
+
+
+class Counting(Channel):
+    """Gives messages the numbers in which their receives are posted."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(torch.device(device))
+        self.posted = 0
+
+    def _send(self, message: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _receive(self, arrival: Arrival) -> None:
+        self.posted += 1
+        arrival.message = torch.tensor([self.posted]).view(torch.uint8)
+
+
+NUMBER = Envelope((TensorSpec((1,), torch.int64),), (0,), 8)
+
+
+def test_receives_are_posted_ahead_on_the_cpu_and_when_taken_on_gpus() -> None:
+    for device, ahead in (("cpu", 3), ("cuda", 0)):
+        channel = Counting(device)
+        arrivals = [channel.expect(NUMBER) for _ in range(3)]
+        assert channel.posted == ahead
+        assert [int(arrivals[place].take()[0]) for place in (1, 0, 2)] == [2, 1, 3], "in the order of expectation"
 
 
 def tensors() -> list[torch.Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,10 +59,11 @@ class Envelope:
 
 @dataclass(eq=False)
 class Arrival:
-    """A message on its way: its memory, and what waits for it."""
+    """A message that will come through a channel; `message` is its memory once it is posted."""
 
     envelope: Envelope
-    message: torch.Tensor
+    channel: Channel
+    message: torch.Tensor | None = None
     work: Any = None
 
     def take(self) -> list[torch.Tensor]:
@@ -70,8 +72,10 @@ class Arrival:
         Raises:
             LostError: they will not come.
         """
+        self.channel.post(self)
+        assert self.message is not None
         if self.work is not None:
-            with _lost():
+            with lost():
                 self.work.wait()
             self.work = None
             if self.message.is_cuda:
@@ -79,90 +83,116 @@ class Arrival:
         return self.envelope.unpack(self.message)
 
 
-class Channel(Protocol):
-    """Messages in one direction, in order."""
-
-    def send(self, envelope: Envelope, tensors: Sequence[torch.Tensor]) -> None:
-        """Send to the other end; waits for nobody."""
-        ...
-
-    def expect(self, envelope: Envelope) -> Arrival:
-        """Receive the next message."""
-        ...
-
-
 @dataclass(eq=False)
-class Pair:
-    """A channel between two ranks, over a process group that nothing else uses, so that messages cannot overtake.
+class Channel(ABC):
+    """Messages in one direction, in order.
 
-    Receives are posted aside from the stream that computes, so that they start before what was computed before ends.
+    On GPUs a receive is posted when it is taken, not before: until its message is there it holds up whoever waits for
+    the device, a caller who times or a kernel that is loaded at its first use, and with it what others wait for.
     """
 
-    group: dist.ProcessGroup
-    source: int
-    target: int
     device: torch.device
-    aside: torch.cuda.Stream | None = None
-    leaving: deque[Arrival] = field(default_factory=deque)
-    sent: int = 0
-    expected: int = 0
+    sent: int = field(default=0, init=False)
+    expected: deque[Arrival] = field(default_factory=deque, init=False)
 
     def send(self, envelope: Envelope, tensors: Sequence[torch.Tensor]) -> None:
-        """Start to send; the message is kept until it is gone."""
-        message = envelope.pack(tensors, self.device)
-        with _lost():
-            work = dist.isend(message, self.target, group=self.group, tag=self.sent % TAGS)
+        """Send to the other end; the host waits for nobody."""
+        self._send(envelope.pack(tensors, self.device))
         self.sent += 1
-        keep(self.leaving, Arrival(envelope, message, work))
 
     def expect(self, envelope: Envelope) -> Arrival:
-        """Post the receive."""
-        with on_stream(self.aside), _lost():
-            message = torch.empty(envelope.size, dtype=torch.uint8, device=self.device)
-            work = dist.irecv(message, self.source, group=self.group, tag=self.expected % TAGS)
-        self.expected += 1
-        return Arrival(envelope, message, work)
+        """The next message to come."""
+        arrival = Arrival(envelope, self)
+        self.expected.append(arrival)
+        if self.device.type == "cpu":
+            self.post(arrival)
+        return arrival
+
+    def post(self, arrival: Arrival) -> None:
+        """Start to receive it, after what comes before it."""
+        while arrival.message is None:
+            first = self.expected.popleft()
+            self._receive(first)
+
+    def connect(self, *, source: bool) -> None:
+        """Exchange a first message and wait for it, at all ends.
+
+        A backend may connect ranks at their first message of a kind and block the hosts until then (NCCL does). Ranks
+        that wait for others like that would wait for ever, so it is done before anybody waits for anything else.
+        """
+        greeting = Envelope.of([TensorSpec((1,), torch.int64)])
+        if source:
+            self.send(greeting, [torch.ones(1, dtype=torch.int64, device=self.device)])
+        else:
+            self.expect(greeting).take()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.sent = 0
+
+    @abstractmethod
+    def _send(self, message: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def _receive(self, arrival: Arrival) -> None:
+        """Fill in the message's memory, and the work to wait for if there is any."""
 
 
 @dataclass(eq=False)
-class Broadcast:
-    """A channel from one rank to all others of a process group that nothing else uses."""
+class Collective(Channel):
+    """A channel over a process group that nothing else uses, so that messages cannot overtake, and run on a stream
+    aside from the one that computes."""
 
     group: dist.ProcessGroup
     source: int
-    device: torch.device
     aside: torch.cuda.Stream | None = None
-    leaving: deque[Arrival] = field(default_factory=deque)
-    sent: int = 0
+    leaving: deque[tuple[torch.Tensor, Any]] = field(default_factory=deque, init=False)
 
-    def send(self, envelope: Envelope, tensors: Sequence[torch.Tensor]) -> None:
-        """Start to send to all; the message is kept until it is gone."""
-        message = envelope.pack(tensors, self.device)
-        with _lost():
-            work = dist.broadcast(message, self.source, group=self.group, async_op=True)
-        self.sent += 1
-        keep(self.leaving, Arrival(envelope, message, work))
+    def _send(self, message: torch.Tensor) -> None:
+        """Start to send; the message is kept until it is gone."""
+        with lost():
+            work = self._start(message, outgoing=True)
+        keep(self.leaving, message, work)
 
-    def expect(self, envelope: Envelope) -> Arrival:
-        """Post the receive."""
-        with on_stream(self.aside), _lost():
-            message = torch.empty(envelope.size, dtype=torch.uint8, device=self.device)
-            work = dist.broadcast(message, self.source, group=self.group, async_op=True)
-        return Arrival(envelope, message, work)
+    def _receive(self, arrival: Arrival) -> None:
+        with on_stream(self.aside), lost():
+            arrival.message = torch.empty(arrival.envelope.size, dtype=torch.uint8, device=self.device)
+            arrival.work = self._start(arrival.message, outgoing=False)
+
+    @abstractmethod
+    def _start(self, message: torch.Tensor, *, outgoing: bool) -> Any: ...
 
 
-TAGS = 2**20
+@dataclass(eq=False)
+class Pair(Collective):
+    """Between two ranks."""
+
+    target: int = field(kw_only=True)
+
+    def _start(self, message: torch.Tensor, *, outgoing: bool) -> Any:
+        if outgoing:
+            return dist.isend(message, self.target, group=self.group)
+        return dist.irecv(message, self.source, group=self.group)
+
+
+@dataclass(eq=False)
+class Broadcast(Collective):
+    """From one rank to all others of the group."""
+
+    def _start(self, message: torch.Tensor, *, outgoing: bool) -> Any:
+        return dist.broadcast(message, self.source, group=self.group, async_op=True)
+
+
 LEAVING = 64  # messages that may be on their way; the receiver is never that far behind, so none waits for it
 
 
-def keep(leaving: deque[Arrival], message: Arrival) -> None:
+def keep(leaving: deque[tuple[torch.Tensor, Any]], message: torch.Tensor, work: Any) -> None:
     """Hold a message that is being sent, and let go of those that are gone."""
-    leaving.append(message)
-    while leaving and leaving[0].work.is_completed():
+    leaving.append((message, work))
+    while leaving and leaving[0][1].is_completed():
         leaving.popleft()
     while len(leaving) > LEAVING:
-        with _lost():
-            leaving.popleft().work.wait()
+        with lost():
+            leaving.popleft()[1].wait()
 
 
 @contextlib.contextmanager
@@ -173,7 +203,8 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lost() -> Iterator[None]:
+def lost() -> Iterator[None]:
+    """A failure inside means that a message is lost."""
     try:
         yield
     except RuntimeError as error:

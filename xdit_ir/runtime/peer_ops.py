@@ -45,7 +45,7 @@ def peer_put(
     Returns:
         An empty tensor, for `peer_wait`.
     """
-    handle = _handle(workspace, group)
+    handle = symmetric(workspace, group)
     at = int(slot.item())
     main = torch.cuda.current_stream(x.device)
     wires = _wires(x.device, handle.world_size)
@@ -57,9 +57,9 @@ def peer_put(
         _copy(place, target_pitch, x.data_ptr() + source, source_pitch, width, height, stream)
     number = SLOTS * channel + at
     for member in _others(handle):
-        _raise_flag(handle, member, number, handle.rank, wires[member])
+        raise_flag(handle, member, number, handle.rank, wires[member])
         if tell_self:
-            _raise_flag(handle, handle.rank, number + SIGNALS // handle.world_size, member, wires[member])
+            raise_flag(handle, handle.rank, number + SIGNALS // handle.world_size, member, wires[member])
     return x.new_empty(0)
 
 
@@ -90,7 +90,7 @@ def peer_wait(
     Returns:
         A tensor of `shape` that lies in the workspace: nobody may write to it.
     """
-    handle = _handle(workspace, group)
+    handle = symmetric(workspace, group)
     at = int(slot.item())
     number = SLOTS * channel + at
     for member in _others(handle):
@@ -110,7 +110,7 @@ def _(held: list[torch.Tensor], *rest: Any) -> torch.Tensor:
 
 def join(workspace: torch.Tensor, group: str) -> None:
     """Make the current stream wait for everything that was started: at the end of a forward, or of its recording."""
-    handle = _handle(workspace, group)
+    handle = symmetric(workspace, group)
     main = torch.cuda.current_stream(workspace.device)
     wires = _wires(workspace.device, handle.world_size)
     for member in _others(handle):
@@ -124,13 +124,13 @@ def open_workspace(nbytes: int, device: torch.device, group: str) -> torch.Tenso
         symmetric_memory.set_signal_pad_size(need)
     workspace = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
     workspace[:HEADER].view(torch.int32).fill_(FLAG)
-    handle = _handle(workspace, group)
+    handle = symmetric(workspace, group)
     torch.cuda.current_stream(device).synchronize()
     handle.barrier(0, TIMEOUT_MS)
     return workspace
 
 
-def _handle(workspace: torch.Tensor, group: str) -> Any:
+def symmetric(workspace: torch.Tensor, group: str) -> Any:
     """The symmetric memory behind a workspace; the first call for it is collective."""
     return symmetric_memory.rendezvous(workspace, group)  # type: ignore[arg-type]
 
@@ -140,10 +140,15 @@ def _others(handle: Any) -> Iterator[int]:
     return ((handle.rank + step) % handle.world_size for step in range(1, handle.world_size))
 
 
-def _raise_flag(handle: Any, member: int, number: int, source: int, stream: torch.cuda.Stream) -> None:
+def raise_flag(handle: Any, member: int, number: int, source: int, stream: torch.cuda.Stream) -> None:
     """Let `wait_signal(source, number)` on a member pass, by copying a word: a kernel might find no free processor."""
     word = handle.signal_pad_ptrs[member] + 4 * (handle.world_size * number + source)
-    _copy(word, 4, handle.buffer_ptrs[handle.rank], 4, 4, 1, stream)
+    copy_bytes(word, handle.buffer_ptrs[handle.rank], 4, stream)
+
+
+def copy_bytes(target: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
+    """Start to copy memory between addresses of this GPU or of peers."""
+    _copy(target, size, source, size, size, 1, stream)
 
 
 def _rows(plan: Sequence[int]) -> Iterator[Sequence[int]]:

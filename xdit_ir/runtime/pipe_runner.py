@@ -46,7 +46,7 @@ class _Runnable:
 class PipelineRunner:
     """Runs one rank's stages in this process; made together by all ranks.
 
-    A call posts all receives of its pass, then runs this rank's stages patch by patch and sends on. The first stage
+    A call expects all messages of its pass, then runs this rank's stages patch by patch and sends on. The first stage
     waits for nothing but the last outputs of the patch that it runs, so that passes follow each other without a gap.
     """
 
@@ -64,7 +64,7 @@ class PipelineRunner:
         self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
         self.pipeline, self.work, self.traffic = work.pipeline, work, traffic
         self.program, self.device = work.pipeline.program, communicator.device
-        self.channels = traffic.open(self.pipeline, apart=parallel.pair_calls)
+        self.channels = traffic.channels.open(self.pipeline, apart=parallel.pair_calls)
         self._half = self.pipeline.mesh.index(communicator.rank, ("cfg",)) if parallel.pair_calls else 0
         self._binder = InputBinder(inspect.signature(model.forward), self.program)
         self._inputs = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
@@ -163,7 +163,7 @@ class PipelineRunner:
         return x.clone() if len(self.work.stages) > 1 else outside(x)
 
     def _expect(self, made: PipelinePass, items: Sequence[Item], *, synchronous: bool) -> None:
-        """Post all receives of a pass."""
+        """Prepare for all messages of a pass."""
         for item in items:
             channel = self.channels.between[item.stage]
             message = envelope(self._of(item).work.receives)
@@ -246,13 +246,8 @@ def _all(work: RankWork) -> Iterator[tuple[tuple[int, int | None], Work]]:
         yield from (((stage, None), each) for stage, each in work.synchronous.items())
 
 
-def check_pipeline(program: Program, execution: Execution, device: torch.device) -> None:
+def check_pipeline(program: Program, execution: Execution) -> None:
     """Raise `ParallelizeError` for what a pipeline cannot do."""
-    if device.type == "cuda":
-        raise ParallelizeError(
-            "pipefusion > 1 does not run on GPUs yet: over NCCL its first step did not end; use ulysses, ring or cfg "
-            "there (on the CPU, over gloo, it runs)"
-        )
     if program.signature.effects:
         raise ParallelizeError("pipefusion > 1: forward writes into what it is given (a cache); use ulysses or ring")
     if execution.cuda_graph:

@@ -122,7 +122,7 @@ def build(
     try:
         parallel = make()
         if parallel.pipeline is not None:
-            check_pipeline(parallel.pipeline.program, execution, communicator.device)
+            check_pipeline(parallel.pipeline.program, execution)
             verify_schedule(parallel.pipeline)
             work = RankWork(parallel.pipeline, communicator.rank)
         names: Sequence[str] = (
