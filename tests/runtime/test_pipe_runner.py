@@ -12,7 +12,7 @@ from xdit_ir.runtime.pipe_runner import check_pipeline
 
 @pytest.mark.parametrize(
     ("execution", "reason"),
-    [(Execution(cuda_graph=True), "cuda_graph"), (Execution(transport="peer"), "transport")],
+    [(Execution(transport="peer"), "transport")],
 )
 def test_refused_with_the_reason(execution: Execution, reason: str) -> None:
     program = xir.trace(*models.load("pixart-sigma:tiny")).ir

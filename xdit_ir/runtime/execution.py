@@ -24,7 +24,8 @@ class Execution:
     Args:
         compile: compile each shared block once with torch.compile; all layers use that code.
         cuda_graph: record the forward as one CUDA graph at the first call and replay it; moved weights are noticed
-            and recorded anew. Inputs are copied in, results copied out. Not for pipelines.
+            and recorded anew. Inputs are copied in, results copied out. In a pipeline: one graph for each stage and
+            patch of a rank, and one for each stage of a synchronous step.
         transport: how exchanges inside blocks travel. "peer": by the GPUs' copy engines over symmetric memory, where
             all ranks are GPUs of one host that reach each other, else by collectives; "collective": by collectives;
             "auto": "peer" in a CUDA graph, where starting copies costs no time on the host.
@@ -90,12 +91,13 @@ class Recording:
 
     Args:
         run: takes the inputs, which are copied each time, and the weights, which are used where they are.
+        pool: memory shared with other recordings, of which no two are replayed at the same time.
     """
 
     WARMUPS = 2  # the first compiles and makes communicators, the second shows allocators the steady state
 
-    def __init__(self, run: Callable[[Tensors, Tensors], Sequence[torch.Tensor]]) -> None:
-        self._run = run
+    def __init__(self, run: Callable[[Tensors, Tensors], Sequence[torch.Tensor]], pool: Any = None) -> None:
+        self._run, self._pool = run, pool
         self._addresses: list[int] = []
         self._inputs: Tensors = []
         self._outputs: Sequence[torch.Tensor] = ()
@@ -122,5 +124,5 @@ class Recording:
                 self._run(self._inputs, weights)
         current.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=self._pool):
             self._outputs = self._run(self._inputs, weights)

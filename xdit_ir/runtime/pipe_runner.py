@@ -14,7 +14,7 @@ from xdit_ir.capture.inputs import InputBinder
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.interpret import constant_on
-from xdit_ir.program import CONSTANT, SPEC, Program
+from xdit_ir.program import CONSTANT, SPEC, Program, TensorSpec
 from xdit_ir.rules.base import results_of
 from xdit_ir.runtime.agreement import digest
 from xdit_ir.runtime.checkpoint import Store, rank_weights
@@ -22,6 +22,7 @@ from xdit_ir.runtime.codegen import Body, Code, generate, slot_specs, state_name
 from xdit_ir.runtime.deferred import Deferred, force
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.execution import Execution, Tensors, compile_body, outside, plain_modes
+from xdit_ir.runtime.memory import Memories
 from xdit_ir.runtime.messages import LostError
 from xdit_ir.runtime.pipe_pass import PipelinePass, envelope, outputs_of
 from xdit_ir.runtime.requests import NEW, Moment
@@ -41,6 +42,11 @@ class _Runnable:
     code: Code
     state: tuple[str, ...]
     slots: tuple[str, ...]
+
+    def __call__(self, inputs: Tensors, state: Tensors) -> Sequence[torch.Tensor]:
+        """Run it; `state` with the buffers behind it."""
+        outputs: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *state)
+        return outputs
 
 
 class PipelineRunner:
@@ -80,6 +86,8 @@ class PipelineRunner:
             for name in each.state
             if name.startswith(f"{CONSTANT}.")
         }
+        self._memories = Memories(self._buffer_types(), self.device)
+        self._pool = torch.cuda.graph_pool_handle() if execution.cuda_graph else None
         self._types = [work.result_types(patch) for patch in range(self.pipeline.patches)]
         if execution.compile:
             for key, each in self._runnables.items():
@@ -136,8 +144,8 @@ class PipelineRunner:
         traffic.requests.number += 1
         half = (moment.place if self.pipeline.patches > 1 else traffic.requests.number) % len(self.channels.returns)
         mine = half == self._half
-        if mine and not lane.buffers:
-            lane.buffers.update(self._buffers())
+        if mine and lane.memory is None:
+            lane.memory = self._memories.lend(lane)
         given = {name: self._kept(x) for name, x in self._named(inputs)}
         state = dict(zip(self.weights, weights, strict=True)) | self._constants
         made = PipelinePass(traffic.requests.number, half, lane, given, state, self._run, traffic)
@@ -189,8 +197,9 @@ class PipelineRunner:
         given = [made.given(need, self.work.latents) for need in each.work.needs]
         given += [received[one] if isinstance(one, int) else made.held.pop(one) for one in each.work.feed]
         state = [made.weights[name] for name in each.state]
-        buffers = [made.lane.buffers[item.stage][name] for name in each.slots]
-        self._deliver(made, item, each.code.run.forward(*given, *state, *buffers))
+        assert made.lane.memory is not None
+        run = made.lane.memory.run((item.stage, item.patch), each.slots, each, self._pool)
+        self._deliver(made, item, run(given, state))
 
     def _deliver(self, made: PipelinePass, item: Item, outputs: Sequence[torch.Tensor]) -> None:
         """Hand on what a stage gave: to the next one, to a later one of this rank, or as results to all ranks."""
@@ -226,12 +235,12 @@ class PipelineRunner:
     def _of(self, item: Item) -> _Runnable:
         return self._runnables[item.stage, item.patch]
 
-    def _buffers(self) -> dict[int, dict[str, torch.Tensor]]:
-        found: dict[int, dict[str, torch.Tensor]] = {stage: {} for stage in self.work.stages}
+    def _buffer_types(self) -> dict[int, dict[str, TensorSpec]]:
+        found: dict[int, dict[str, TensorSpec]] = {stage: {} for stage in self.work.stages}
         for (stage, _), each in self._runnables.items():
             for name, spec in slot_specs(each.work.program).items():
-                if spec is not None and name not in found[stage]:
-                    found[stage][name] = self._nothing(spec)
+                if spec is not None:
+                    found[stage].setdefault(name, spec)
         return found
 
     def _named(self, inputs: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
@@ -250,7 +259,5 @@ def check_pipeline(program: Program, execution: Execution) -> None:
     """Raise `ParallelizeError` for what a pipeline cannot do."""
     if program.signature.effects:
         raise ParallelizeError("pipefusion > 1: forward writes into what it is given (a cache); use ulysses or ring")
-    if execution.cuda_graph:
-        raise ParallelizeError("cuda_graph=True cannot record the passes of a pipeline; leave it out, or pipefusion=1")
     if execution.transport == "peer":
         raise ParallelizeError("transport='peer' does not exist for pipefusion > 1; leave it out")

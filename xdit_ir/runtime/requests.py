@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from xdit_ir.runtime.deferred import Deferred
+from xdit_ir.runtime.memory import Memory
 from xdit_ir.runtime.recorded import Descent, Numbered
 from xdit_ir.work import Cut
 
-Buffers = dict[str, torch.Tensor]
 NEW, NEXT, AGAIN = "a new request", "the next step", "the same step again"
 
 
@@ -21,13 +21,13 @@ NEW, NEXT, AGAIN = "a new request", "the next step", "the same step again"
 class Lane:
     """One of the calls that a pipeline makes in every step, such as that without the prompt; `steps` in a row so far.
 
-    Its buffers, by stage, belong to it alone.
+    Its memory belongs to it alone.
     """
 
     owner: Any
     steps: int = 0
     last: int = -1
-    buffers: dict[int, Buffers] = field(default_factory=dict)
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
