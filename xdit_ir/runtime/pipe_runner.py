@@ -90,8 +90,8 @@ class PipelineRunner:
         self._pool = torch.cuda.graph_pool_handle() if execution.cuda_graph else None
         self._types = [work.result_types(patch) for patch in range(self.pipeline.patches)]
         if execution.compile:
-            for key, each in self._runnables.items():
-                for body in each.code.bodies.values() if key in work.displaced else ():
+            for each in self._runnables.values():
+                for body in each.code.bodies.values():
                     compile_body(body.module)
 
     def _runnable(self, work: Work, communicator: Communicator, execution: Execution) -> _Runnable:
