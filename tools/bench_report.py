@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,27 +74,40 @@ def page(documents: Sequence[Mapping[str, Any]], head: str) -> str:
 
 def plot(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of the medians with their spread, a panel per document."""
+    with with_pyplot() as pyplot:
+        figure, axes = pyplot.subplots(len(documents), 1, figsize=(8, 0.6 + 2.6 * len(documents)), squeeze=False)
+        for axis, document in zip(axes[:, 0], documents, strict=True):
+            _bars(axis, document)
+        figure.tight_layout()
+        figure.savefig(path, format="svg")
+        pyplot.close(figure)
+
+
+def _bars(axis: Any, document: Mapping[str, Any]) -> None:
+    results = [result for result in document["results"] if "median_ms" in result]
+    names = [result["contender"] for result in results]
+    medians = [result["median_ms"] for result in results]
+    spread = [
+        [result["median_ms"] - result["min_ms"] for result in results],
+        [result["max_ms"] - result["median_ms"] for result in results],
+    ]
+    colours = ["tab:gray" if n.startswith("alone") else "tab:orange" if "-" in n else "tab:blue" for n in names]
+    axis.barh(names, medians, xerr=spread, color=colours)
+    axis.invert_yaxis()
+    axis.set_xlabel("ms per forward")
+    axis.set_title(title(document), fontsize=9)
+
+
+@contextmanager
+def with_pyplot() -> Iterator[Any]:
+    """matplotlib's pyplot, drawing without a screen."""
     try:
         import matplotlib
     except ImportError:
         raise XditError("a plot needs matplotlib; install xdit-ir[viz]") from None
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(documents), 1, figsize=(8, 0.6 + 2.6 * len(documents)), squeeze=False)
-    for axis, document in zip(axes[:, 0], documents, strict=True):
-        results = [result for result in document["results"] if "median_ms" in result]
-        names = [result["contender"] for result in results]
-        medians = [result["median_ms"] for result in results]
-        spread = [
-            [result["median_ms"] - result["min_ms"] for result in results],
-            [result["max_ms"] - result["median_ms"] for result in results],
-        ]
-        colours = ["tab:gray" if n.startswith("alone") else "tab:orange" if "-" in n else "tab:blue" for n in names]
-        axis.barh(names, medians, xerr=spread, color=colours)
-        axis.invert_yaxis()
-        axis.set_xlabel("ms per forward")
-        axis.set_title(title(document), fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, format="svg")
-    pyplot.close(figure)
+    before = matplotlib.get_backend()
+    pyplot.switch_backend("Agg")
+    yield pyplot
+    pyplot.switch_backend(before)

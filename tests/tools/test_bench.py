@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xdit_ir.errors import XditError
-from xdit_ir.tools import bench_report
+from xdit_ir.tools import bench_report, scale
 from xdit_ir.tools.cli import main
 from xdit_ir.tools.contenders import Contender
 
@@ -70,3 +70,22 @@ def test_the_page_in_docs_is_that_of_the_stored_results() -> None:
 def test_wrong_usage_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "flux.1-dev", "--peers", "foo"]) == 2
     assert "diffusers, xdit" in capsys.readouterr().err
+
+
+def test_scaling_tries_every_way_to_use_the_gpus() -> None:
+    assert scale.counts(8) == [2, 4, 8]
+    assert list(map(str, scale.degree_sets(2))) == ["u2", "r2", "p2m2", "p2m4"]
+    eight = list(map(str, scale.degree_sets(8)))
+    assert set(eight) >= {"u8", "r8", "r2u4", "c2u4", "p2u4m2", "p4u2m8", "p8m8", "p8m16"}
+    for gpus in (2, 4, 8):
+        assert all(degrees.ranks == gpus for degrees in scale.degree_sets(gpus))
+        assert [str(Contender.parse(text)) for text in scale.contenders(gpus)] == scale.contenders(gpus)
+    with pytest.raises(XditError, match="nearest: 4"):
+        scale.counts(6)
+
+
+def test_the_best_of_each_kind_is_drawn_against_the_gpus(tmp_path: Path) -> None:
+    four = DOCUMENT | {"ranks": 4, "results": [DOCUMENT["results"][0], {"contender": "u4:graph", "median_ms": 25.0}]}  # type: ignore[index]
+    assert scale.speed_ups([DOCUMENT, four]) == {"some-model": {"u": {2: 2.0, 4: 4.0}}}
+    scale.plot([DOCUMENT, four], tmp_path / "scaling.svg")
+    assert (tmp_path / "scaling.svg").read_text().lstrip().startswith("<?xml")
