@@ -15,6 +15,9 @@ class Counting(Channel):
         super().__init__(torch.device(device))
         self.posted = 0
 
+    def post_sent(self, limit: float) -> None:
+        raise NotImplementedError
+
     def _send(self, message: torch.Tensor) -> None:
         raise NotImplementedError
 
@@ -29,7 +32,7 @@ NUMBER = Envelope((TensorSpec((1,), torch.int64),), (0,), 8)
 def test_receives_are_posted_ahead_on_the_cpu_and_when_taken_on_gpus() -> None:
     for device, ahead in (("cpu", 3), ("cuda", 0)):
         channel = Counting(device)
-        arrivals = [channel.expect(NUMBER) for _ in range(3)]
+        arrivals = [channel.expect(NUMBER, turn) for turn in range(3)]
         assert channel.posted == ahead
         assert [int(arrivals[place].take()[0]) for place in (1, 0, 2)] == [2, 1, 3], "in the order of expectation"
 

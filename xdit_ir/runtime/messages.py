@@ -59,10 +59,12 @@ class Envelope:
 
 @dataclass(eq=False)
 class Arrival:
-    """A message that will come through a channel; `message` is its memory once it is posted."""
+    """A message that will come through a channel; `message` is its memory once it is posted, `due` the turn in which
+    it is sent."""
 
     envelope: Envelope
     channel: Channel
+    due: int
     message: torch.Tensor | None = None
     work: Any = None
 
@@ -87,8 +89,8 @@ class Arrival:
 class Channel(ABC):
     """Messages in one direction, in order.
 
-    On GPUs a receive is posted when it is taken, not before: until its message is there it holds up whoever waits for
-    the device, a caller who times or a kernel that is loaded at its first use, and with it what others wait for.
+    On GPUs no receive is posted before its message is sent: until that is there it holds up whoever waits for the
+    device, a caller who times or a kernel that is loaded at its first use, and with it what others wait for.
     """
 
     device: torch.device
@@ -100,9 +102,9 @@ class Channel(ABC):
         self._send(envelope.pack(tensors, self.device))
         self.sent += 1
 
-    def expect(self, envelope: Envelope) -> Arrival:
+    def expect(self, envelope: Envelope, due: int) -> Arrival:
         """The next message to come."""
-        arrival = Arrival(envelope, self)
+        arrival = Arrival(envelope, self, due)
         self.expected.append(arrival)
         if self.device.type == "cpu":
             self.post(arrival)
@@ -114,6 +116,10 @@ class Channel(ABC):
             first = self.expected.popleft()
             self._receive(first)
 
+    @abstractmethod
+    def post_sent(self, limit: float) -> None:
+        """Post what was sent before this turn, if a sender's device waits for that."""
+
     def connect(self, *, source: bool) -> None:
         """Exchange a first message and wait for it, at all ends.
 
@@ -124,7 +130,7 @@ class Channel(ABC):
         if source:
             self.send(greeting, [torch.ones(1, dtype=torch.int64, device=self.device)])
         else:
-            self.expect(greeting).take()
+            self.expect(greeting, 0).take()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.sent = 0
@@ -152,6 +158,11 @@ class Collective(Channel):
         with lost():
             work = self._start(message, outgoing=True)
         keep(self.leaving, message, work)
+
+    def post_sent(self, limit: float) -> None:
+        """Post what was sent before this turn."""
+        while self.expected and self.expected[0].due < limit:
+            self._receive(self.expected.popleft())
 
     def _receive(self, arrival: Arrival) -> None:
         with on_stream(self.aside), lost():

@@ -80,6 +80,9 @@ class PeerChannel(Channel):
 
     links: Sequence[PeerLink]
 
+    def post_sent(self, limit: float) -> None:
+        """Nothing: what was sent lies here already."""
+
     def _send(self, message: torch.Tensor) -> None:
         for link in self.links:
             link.send(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -153,7 +154,10 @@ class PipelineRunner:
         items = items_of(self.pipeline, made.number, stages, synchronous=moment.synchronous)
         self._expect(made, items, synchronous=moment.synchronous)
         traffic.put_off(made, items)
-        traffic.run(before=self.pipeline.turn(0, made.number + 1, 0) if len(self.work.stages) > 1 else None)
+        limit = self.pipeline.turn(0, made.number + 1, 0) if len(self.work.stages) > 1 else math.inf
+        traffic.run(before=limit)
+        for channel in (*filter(None, self.channels.between), *self.channels.returns):
+            channel.post_sent(limit)
         types, cuts = self._types, self.work.cuts
         maker, synchronous = traffic.requests, moment.synchronous
         outputs = outputs_of(made, types, cuts, self._specs, self.device, maker, synchronous=synchronous)
@@ -176,14 +180,15 @@ class PipelineRunner:
             channel = self.channels.between[item.stage]
             message = envelope(self._of(item).work.receives)
             if channel is not None and message is not None:
-                made.arrivals[item.stage, item.patch] = channel.expect(message)
+                made.arrivals[item.stage, item.patch] = channel.expect(message, item.turn - 1)
         for patch in (None,) if synchronous else range(self.pipeline.patches):
             if not (self.channels.is_last and made.half == self._half):
                 message = envelope(self._result_types(patch))
                 if message is None:
                     made.results[patch] = []
                 else:
-                    made.returns[patch] = self.channels.returns[made.half].expect(message)
+                    due = self.pipeline.turn(self.pipeline.stages - 1, made.number, patch or 0)
+                    made.returns[patch] = self.channels.returns[made.half].expect(message, due)
 
     def _result_types(self, patch: int | None) -> list[Any]:
         patches = range(self.pipeline.patches) if patch is None else (patch,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -43,10 +44,10 @@ class Traffic:
         """Add items to what is to be done."""
         self._queue = sorted([*self._queue, *((item, work) for item in items)], key=lambda entry: entry[0].turn)
 
-    def run(self, until: Callable[[], bool] | None = None, before: int | None = None) -> None:
+    def run(self, until: Callable[[], bool] | None = None, before: float = math.inf) -> None:
         """Do it in turn: all, or only until something is true, or what comes before this turn."""
         while self._queue and not (until is not None and until()):
-            if before is not None and self._queue[0][0].turn >= before:
+            if self._queue[0][0].turn >= before:
                 return
             item, work = self._queue.pop(0)
             self._running.append((item, work))
