@@ -22,6 +22,7 @@ from xdit_ir.inspection.schedule import Clock, Team, _run, tasks, timeline
 from xdit_ir.inspection.svg import svg_text
 from xdit_ir.mesh import Mesh
 from xdit_ir.printer import body_text, outer_text
+from xdit_ir.report import traffic
 from xdit_ir.textual import difference, parse, write
 
 NAME = "flux.1-dev:tiny"
@@ -86,6 +87,24 @@ def test_bytes_are_those_of_the_report(traced: TracedProgram, usp: Inspection) -
         assert sum(span.bytes for span in usp.timeline.spans if span.rank == rank) == expected
     attention = [line for line in usp.after.bodies["FluxTransformerBlock"].lines if line.op == "ring_attention"]
     assert "scaled_dot_product_attention" in attention[0].source
+
+
+def test_bytes_of_uneven_ranks_are_those_of_each_rank() -> None:
+    """The report names the busiest rank of each kind of communication, which need not be the same one for all."""
+    traced = xir.trace(*models.load("dual-transformer:tiny"))
+    for degrees in ({"ulysses": 3}, {"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}):
+        parallel = traced.parallelize(**degrees)
+        calls = [str(node.args[0]) for node in parallel.ir.calls]
+        graphs = [parallel.ir.graph, *(parallel.ir.blocks[name].graph for name in calls)]
+        found = [one for graph in graphs for node in graph.nodes if (one := traffic(node, parallel.mesh)) is not None]
+        spans = timeline(parallel).spans
+        for rank in range(parallel.world_size):
+            sent = sum(amounts[rank] for _, amounts in found)
+            assert sum(span.bytes for span in spans if span.rank == rank) == sent, (degrees, rank)
+        for one in parallel.report().collectives:
+            same = [amounts for key, amounts in found if key == (one.kind, one.mesh_dim)]
+            assert one.count == len(same)
+            assert one.bytes_per_rank == max(map(sum, zip(*same, strict=True)))
 
 
 def test_passes_lead_from_the_first_text_to_the_last(traced: TracedProgram, usp: Inspection) -> None:
