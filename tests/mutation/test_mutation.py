@@ -341,6 +341,9 @@ def test_it_is_caught(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_most_are_located() -> None:
     inside = {name: result for name, result in RESULTS.items() if result.inside}
     astray = {name: result.named for name, result in inside.items() if not result.located}
+    caught = sum(result.by != "nobody" for result in RESULTS.values())
+    print(f"{caught} of {len(RESULTS)} corruptions caught, {len(inside)} of them inside a block, ", end="")
+    print(f"located: {len(inside) - len(astray)}; astray: {', '.join(astray) or 'none'}")
     assert len(RESULTS) < len(CASES) or len(inside) >= 25
     assert len(astray) <= 0.1 * len(inside), astray
 
