@@ -24,10 +24,9 @@ steps (`--burst`), each step's latents made from the last one's output: the medi
 speed-up is over the original model on one GPU with its repeated blocks compiled (`alone:compiled`). The error is
 relative to the same model computed in float32 on one GPU; that of `alone` is bf16's own. Communication is the time that
 kernels spend on nothing but moving data to other GPUs or waiting for it (of a pipeline: in one synchronous step, which
-does not overlap); weights are the part of the model's that the
-fullest rank needs (the bench itself keeps the whole model). `graph` is compiled, recorded as one CUDA graph, with
-exchanges by copy engines; `collective` the same with NCCL; `@` names a kernel for attention (default: by device and
-shape, FlashAttention 4 if installed).
+does not overlap with others); weights are the part of the model's that the fullest rank needs (the bench itself keeps
+the whole model). `graph` is compiled, recorded as one CUDA graph, with exchanges by copy engines; `collective` the same
+with NCCL; `@` names a kernel for attention (default: by device and shape, FlashAttention 4 if installed).
 
 ![medians](performance.svg)
 """

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.api import ParallelProgram
 from xdit_ir.runtime import channels
 
 CASES = [
@@ -51,7 +52,7 @@ def image(forward: Callable[..., Any], example: Example) -> torch.Tensor:
     return given[LATENTS].cpu()
 
 
-def expected(parallel: xir.ParallelProgram, model: torch.nn.Module, example: Example) -> torch.Tensor:
+def expected(parallel: ParallelProgram, model: torch.nn.Module, example: Example) -> torch.Tensor:
     """The same by `simulate_steps`."""
     steps: list[Example] = [dict(example)]
     for _ in range(STEPS):
