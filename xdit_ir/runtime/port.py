@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from xdit_ir.pipeline import mesh_of
 from xdit_ir.runtime.agreement import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
 from xdit_ir.runtime.checkpoint import Loading, Store
 from xdit_ir.runtime.deferred import Deferred, force
+from xdit_ir.runtime.denoisers import denoisers as find_denoisers
+from xdit_ir.runtime.denoisers import replace
 from xdit_ir.runtime.distributed import Communicator, check_world_size
 from xdit_ir.runtime.execution import Execution, Tensors
 from xdit_ir.runtime.pairing import Pairing, plain
@@ -29,11 +31,20 @@ from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
 from xdit_ir.runtime.traffic import Traffic
 
+Pipe = TypeVar("Pipe")
 LIMIT = 32  # specialisations kept per module, the most recently used ones
 
 
+@overload
+def port(model: nn.Module, **options: Any) -> Ported: ...
+
+
+@overload
+def port(model: Pipe, **options: Any) -> Pipe: ...
+
+
 def port(
-    model: nn.Module,
+    model: Any,
     *,
     cfg: int = 1,
     ulysses: int = 1,
@@ -48,9 +59,14 @@ def port(
     handshake: bool = True,
     weights: str | Path | None = None,
     release: bool = False,
+    denoisers: Sequence[str] | None = None,
     **unknown: Any,
-) -> Ported:
+) -> Any:
     """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
+
+    Given a pipeline instead, its denoisers are replaced by their drop-ins, in place, and the pipeline is returned. A
+    pipeline is any object with a mapping `components`; its denoisers are the modules there whose forward takes a
+    timestep, or those that `denoisers` names.
 
     Like torch.compile it does nothing until the first forward, which traces the model for the inputs it gets.
     Inputs of other structure, shapes, dtypes or guarded values get a specialisation of their own. Every process of
@@ -63,18 +79,33 @@ def port(
         weights: the folder (or file) of a checkpoint from which each rank reads what it uses, and nothing else; the
             model may be on the meta device. Runs where the inputs are. `release`: a loaded model gives up its weights
             at the first forward: what this rank uses moves to where the inputs are, the rest is dropped. With either,
-            the port holds its weights itself, and others that are loaded into the model do not take effect.
+            the port holds its weights itself, and others that are loaded into the model do not take effect. For a
+            pipeline: the folder with a folder for each component, as its `save_pretrained` writes it.
+        denoisers: the names of the components to replace.
 
     Raises:
-        ParallelizeError: a degree is unknown or no positive integer, or the job has another number of
-            processes; at the first forward, also if a degree is illegal for the model and its inputs.
+        ParallelizeError: a degree is unknown or no positive integer, the job has another number of processes, or a
+            pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
     degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses}
     mesh = mesh_of(unknown | degrees)
     check_world_size(mesh)
     options = {**degrees, "patches": patches, "warmup_steps": warmup_steps}
     execution = Execution(compile, cuda_graph, transport, attention, handshake)
-    return Ported(model, _Specialisations(mesh, options, execution, Loading(weights, release)))
+
+    def ported(original: nn.Module, checkpoint: str | Path | None) -> Ported:
+        if type(original) is Ported:
+            raise ParallelizeError("the module is ported already; its original is needed to port it otherwise")
+        return Ported(original, _Specialisations(mesh, options, execution, Loading(checkpoint, release)))
+
+    if isinstance(model, nn.Module):
+        if denoisers is not None:
+            raise ParallelizeError(f"denoisers={denoisers!r} names components of a pipeline, but a module was given")
+        return ported(model, weights)
+    found = find_denoisers(model, denoisers)
+    folders = {name: None if weights is None else Path(weights) / name for name in found}
+    replace(model, found, lambda name, original: ported(original, folders[name]))
+    return model
 
 
 Mode = tuple[Any, ...]
