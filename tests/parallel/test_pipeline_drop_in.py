@@ -140,3 +140,23 @@ def test_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
     xir.port(pipe).save_pretrained(tmp_path)
     again = type(pipe).from_pretrained(tmp_path, **absent)
     close(generate(xir.port(again), STEPS), want)
+
+
+@pytest.mark.parametrize("how", ["weights", "release"])
+def test_a_port_that_holds_its_weights_is_where_it_runs(pipe: Any, tmp_path: Path, how: str) -> None:
+    """Each component reads its own folder; moving such a pipeline leaves what is on the meta device there."""
+    want = generate(pipe, STEPS)
+    pipe.transformer.save_pretrained(tmp_path / "transformer")
+    if how == "weights":
+        pipe.transformer.to("meta")
+    xir.port(pipe, **({"weights": tmp_path} if how == "weights" else {"release": True}))
+    for _ in range(2):
+        assert pipe.to("cpu") is pipe and pipe.transformer.cpu() is pipe.transformer
+        assert pipe.transformer.device.type == pipe.device.type == "cpu"
+        close(generate(pipe, STEPS), want)
+        assert all(tensor.is_meta for tensor in pipe.transformer.parameters())
+    assert len(pipe.transformer.programs) == 1
+    pipe.transformer.to(torch.float64)
+    assert pipe.transformer.dtype == torch.float64
+    with pytest.raises(xir.MismatchError, match=r"needs torch\.float64.*has torch\.float32"):
+        generate(pipe, STEPS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -127,6 +128,20 @@ class _Specialisations:
     last: ParallelProgram | None = None
 
 
+def _moving(name: str) -> Any:
+    """A method that moves the module: by the original's own, unless some of it is on the meta device and stays there,
+    because the port holds the weights."""
+
+    def method(self: Ported, /, *args: Any, **kwargs: Any) -> Ported:
+        if self._holds:
+            getattr(nn.Module, name)(self, *args, **kwargs)
+        else:
+            getattr(Shadow, name)(self, *args, **kwargs)
+        return self
+
+    return functools.wraps(getattr(nn.Module, name))(method)
+
+
 class Ported(Shadow):
     """`original`, parallel: the same state, attributes, class and `forward` signature.
 
@@ -157,6 +172,27 @@ class Ported(Shadow):
         made = self._made
         fresh = _Specialisations(made.mesh, dict(made.options), made.execution, made.loading)
         return Ported(copy.deepcopy(self._xdit_original, memo), fresh)
+
+    def __getattr__(self, name: str) -> Any:
+        """`device` of a port that holds its weights itself is where it runs: its original is on the meta device."""
+        found = Shadow.__getattr__(self, name)
+        return self._made.loading.device(self._xdit_original) if name == "device" and self._holds else found
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Ported:
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(fn(torch.empty_like(tensor, device="cpu")[:0]).dtype) if tensor.is_meta else fn(tensor)
+
+        self._xdit_original._apply(apply if self._holds else fn, recurse)
+        return self
+
+    to = _moving("to")
+    cuda = _moving("cuda")
+    cpu = _moving("cpu")
+
+    @property
+    def _holds(self) -> bool:
+        """Whether weights are elsewhere than in the original, which may be on the meta device."""
+        return self._made.loading.holds
 
     @property
     def _made(self) -> _Specialisations:
