@@ -130,7 +130,7 @@ def qwen_edit() -> Case:
     """An image to edit, which the pipeline brings to 1024 x 1024: the VAE makes 32 x 32 latents of that."""
     flat = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
     levels = {"dim_mult": [1] * 6, "temperal_downsample": [False] * 5, "num_res_blocks": 1}
-    vae = models.randomize(diffusers.AutoencoderKLQwenImage(base_dim=4, z_dim=4, **levels, **flat).eval())
+    vae = models.randomize(diffusers.AutoencoderKLQwenImage(base_dim=2, z_dim=4, **levels, **flat).eval())
     transformer, scheduler = _transformer("qwen-image"), _flow(use_dynamic_shifting=True)
     pipe = _assembled(diffusers.QwenImageEditPipeline, transformer, scheduler, vae=vae)
     prompts = _guided(1, 2, masks="prompt_embeds_mask")

@@ -29,6 +29,7 @@ from xdit_ir.runtime.execution import Execution, Tensors
 from xdit_ir.runtime.pairing import Pairing, plain
 from xdit_ir.runtime.pipe_runner import PipelineRunner
 from xdit_ir.runtime.runner import Runner, build
+from xdit_ir.runtime.settings import Settings
 from xdit_ir.runtime.shadow import Shadow
 from xdit_ir.runtime.traffic import Traffic
 
@@ -112,9 +113,18 @@ def port(
 Mode = tuple[Any, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Specialisation:
+    """What runs calls of some kind, and what it was made for besides inputs and weights."""
+
+    mode: Mode
+    settings: Settings
+    runner: Runner | PipelineRunner
+
+
 @dataclass(eq=False)
 class _Specialisations:
-    """What a ported module has made so far; `runners` with the most recently used first."""
+    """What a ported module has made so far; `made` with the most recently used first."""
 
     mesh: Mesh
     options: dict[str, Any]
@@ -124,7 +134,7 @@ class _Specialisations:
     store: Store | None = None
     pairing: Pairing | None = None
     traffic: Traffic | None = None
-    runners: list[tuple[Mode, Runner | PipelineRunner]] = field(default_factory=list)
+    made: list[Specialisation] = field(default_factory=list)
     last: ParallelProgram | None = None
 
 
@@ -145,8 +155,9 @@ def _moving(name: str) -> Any:
 class Ported(Shadow):
     """`original`, parallel: the same state, attributes, class and `forward` signature.
 
-    Reloaded weights take effect at once. Weights of other shapes, dtypes or device, and replaced submodules,
-    are noticed and the model is traced anew; after a change of plain attributes that forward reads, call `reset`.
+    Reloaded weights take effect at once. Weights of other shapes, dtypes or device, replaced submodules, changed plain
+    attributes and hooks are noticed and the model is traced anew, so that adapters may come, go and change their scale.
+    After a change of anything else that forward reads (globals, objects without a `__dict__`), call `reset`.
     """
 
     def __init__(self, original: nn.Module, specialisations: _Specialisations) -> None:
@@ -161,11 +172,11 @@ class Ported(Shadow):
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
         """The parallel programs of all specialisations, the most recently used first."""
-        return tuple(runner.parallel for _, runner in self._made.runners)
+        return tuple(one.runner.parallel for one in self._made.made)
 
     def reset(self) -> None:
         """Forget all specialisations, on every rank, so that the next forward traces the model anew."""
-        self._made.runners.clear()
+        self._made.made.clear()
         self._made.last = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
@@ -243,22 +254,22 @@ class Ported(Shadow):
         self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Runner | PipelineRunner, Tensors, Tensors] | None:
         """The specialisation for a call, moved to the front, with its inputs and weights."""
-        runners = self._made.runners
-        for place, (made_for, runner) in enumerate(runners):
-            if made_for == mode:
+        made = self._made.made
+        for place, one in enumerate(made):
+            if one.mode == mode:
                 try:
-                    inputs, weights = runner.bind(args, kwargs)
+                    inputs, weights = one.runner.bind(args, kwargs)
                 except MismatchError:
                     continue
-                if place:
-                    runners.insert(0, runners.pop(place))
-                return runner, inputs, weights
+                if one.settings.unchanged():
+                    made.insert(0, made.pop(place))
+                    return one.runner, inputs, weights
         return None
 
     def _facts(self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
         """This call as text; contents only of inputs that some specialisation was made for."""
         made = self._made
-        contents = guarded(runner.program for _, runner in made.runners)
+        contents = guarded(one.runner.program for one in made.made)
         facts = call_facts(self._xdit_signature, args, kwargs, contents)
         options = {"the degrees of port": fact(made.options), "training mode and autocast": fact(mode[1:])}
         return facts | options
@@ -267,23 +278,23 @@ class Ported(Shadow):
         self, communicator: Communicator, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Runner | PipelineRunner:
         def make() -> ParallelProgram:
-            example = bind_arguments(self._xdit_signature, args, kwargs, MismatchError)
-            example = pytree.tree_map_only(Deferred, force, example)
+            named = bind_arguments(self._xdit_signature, args, kwargs, MismatchError)
+            example = pytree.tree_map_only(Deferred, force, tuple(args) if args and not kwargs else named)
             return _parallelized(trace(self._xdit_original, example), made.options)
 
-        made = self._made
+        made, settings = self._made, Settings(self._xdit_original)
         agree_contents(communicator, call_tensors(self._xdit_signature, args, kwargs))
         runner = build(communicator, self._xdit_original, make, made.execution, made.store, made.traffic)
         if isinstance(runner, Runner) and runner.parallel.pair_calls and made.pairing is None:
             made.pairing = Pairing(communicator)
-        if len(made.runners) >= LIMIT:
-            del made.runners[LIMIT - 1 :]
+        if len(made.made) >= LIMIT:
+            del made.made[LIMIT - 1 :]
             warnings.warn(
                 f"more than {LIMIT} specialisations: forward is traced again and again because of changes in "
-                f"{_changing(made.runners[0][1], runner)}; pass what changes at every step as a tensor",
+                f"{_changing(made.made[0].runner, runner)}; pass what changes at every step as a tensor",
                 stacklevel=2,
             )
-        made.runners.insert(0, (mode, runner))
+        made.made.insert(0, Specialisation(mode, settings, runner))
         return runner
 
 
