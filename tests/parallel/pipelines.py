@@ -210,6 +210,44 @@ def hunyuandit() -> Case:
     return pipe, embeds | {"use_resolution_binning": False} | _image()
 
 
+def flux_controlnet() -> Case:
+    """A second denoiser, whose results are arguments of the transformer."""
+    parts = build_pipeline().components
+    small = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4}
+    net = diffusers.FluxControlNetModel.from_transformer(parts["transformer"], **small).eval()
+    pipe = diffusers.FluxControlNetPipeline(**parts, controlnet=models.randomize(net, 1))
+    own = {"control_image": _picture(), "pooled_prompt_embeds": _noise(2, 1, 24), "controlnet_conditioning_scale": 0.7}
+    return pipe, _guided(1) | own | _image()
+
+
+def sd3_controlnet() -> Case:
+    """The same with both halves of guidance in one batch."""
+    parts = {"vae": build_pipeline().vae, "transformer": _transformer("sd3.5-large")}
+    entry = models.entry("sd3.5-large")
+    net = diffusers.SD3ControlNetModel(**{**entry.tiny, "num_layers": 2}).eval()
+    kind = diffusers.StableDiffusion3ControlNetPipeline
+    pipe = _assembled(kind, scheduler=_flow(), controlnet=models.randomize(net, 1), **parts)
+    pooled = {"pooled_prompt_embeds": _noise(3, 1, 24), "negative_pooled_prompt_embeds": _noise(4, 1, 24)}
+    return pipe, _guided(1, 2) | pooled | {"control_image": _picture()} | _image()
+
+
+def flux_ip_adapter() -> Case:
+    """The features of an image in attentions of their own."""
+    pipe, call = flux()
+    shapes = {"proj.weight": (4 * 32, 24), "proj.bias": (4 * 32,), "norm.weight": (32,), "norm.bias": (32,)}
+    projection = {name: _noise(7, *shape) for name, shape in shapes.items()}
+    layers = {
+        f"{index}.to_{part}_ip.{kind}": _noise(index, *shape) * 0.3
+        for index in range(2)
+        for part in "kv"
+        for kind, shape in (("weight", (64, 32)), ("bias", (64,)))
+    }
+    weights = {"image_proj": projection, "ip_adapter": layers}
+    pipe.load_ip_adapter(weights, None, image_encoder_pretrained_model_name_or_path=None)
+    return pipe, call | {f"{kind}ip_adapter_image_embeds": [_noise(8, 1, 1, 24)] for kind in ("", "negative_")}
+
+
 IMAGES = (flux, kontext, img2img, flux2, sd3, pixart, hunyuandit, sana, qwen, qwen_edit, zimage, lumina2)
+ADDED = (flux_controlnet, sd3_controlnet, flux_ip_adapter)
 VIDEOS = (wan, wan22, wan_i2v, cogvideo, hunyuanvideo, ltx)
-BUILDERS: dict[str, Callable[[], Case]] = {builder.__name__: builder for builder in (*IMAGES, *VIDEOS)}
+BUILDERS: dict[str, Callable[[], Case]] = {builder.__name__: builder for builder in (*IMAGES, *ADDED, *VIDEOS)}

@@ -27,7 +27,11 @@ def test_on_two_processes(workers: Pools) -> None:
 
 
 @pytest.mark.parametrize("port_at", ["load", "scale", "fuse"])
-def test_whenever_the_port_is_made(port_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whenever_the_port_is_made(
+    port_at: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--pipelines-all"):
+        pytest.skip("needs --pipelines-all")
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
     import pipeline_jobs  # type: ignore[import-not-found]
 

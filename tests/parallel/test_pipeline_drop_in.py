@@ -17,7 +17,7 @@ from torch import nn
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.runtime.denoisers import takes_timestep
-from xdit_ir.runtime.port import Ported
+from xdit_ir.runtime.ported import Ported
 from xdit_ir.tools.demo_pipeline import build_pipeline, generate
 
 STEPS = 2
@@ -159,4 +159,48 @@ def test_a_port_that_holds_its_weights_is_where_it_runs(pipe: Any, tmp_path: Pat
     pipe.transformer.to(torch.float64)
     assert pipe.transformer.dtype == torch.float64
     with pytest.raises(xir.MismatchError, match=r"needs torch\.float64.*has torch\.float32"):
+        generate(pipe, STEPS)
+
+
+def test_model_offloading_after_port(pipe: Any) -> None:
+    """Hooks of the stand-in move the original's weights before forward, and back after a call."""
+    want = generate(pipe, STEPS)
+    xir.port(pipe).enable_model_cpu_offload(device="cpu")
+    assert pipe.transformer._hf_hook is not None and not hasattr(pipe.transformer._xdit_original, "_hf_hook")
+    for _ in range(2):
+        close(generate(pipe, STEPS), want)
+    assert len(pipe.transformer.programs) == 1
+
+
+@pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading_before_port_is_refused(pipe: Any, how: str) -> None:
+    getattr(pipe, how)(device="cpu")
+    with pytest.raises(xir.ParallelizeError, match=r"offload.*port first"):
+        xir.port(pipe)
+
+
+def test_offloading_piece_by_piece_after_port_is_refused(pipe: Any) -> None:
+    xir.port(pipe).enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(xir.MismatchError, match="moved to the device piece by piece"):
+        generate(pipe, STEPS)
+
+
+def test_what_holds_its_weights_refuses_adapters(pipe: Any, tmp_path: Path) -> None:
+    """A layer that is put around one of the checkpoint would hide it: said, and not ignored."""
+    pipe.transformer.save_pretrained(tmp_path / "transformer")
+    xir.port(pipe, weights=tmp_path)
+    generate(pipe, STEPS)
+
+    class Around(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.more = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.more(x)
+
+    pipe.transformer.to("meta")
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.to_q = Around(attention.to_q)
+    with pytest.raises(xir.MismatchError, match=r"has no tensor '.*to_q\.base\.weight'"):
         generate(pipe, STEPS)
