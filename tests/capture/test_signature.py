@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -226,3 +227,26 @@ def test_taking_from_a_dict_is_fine() -> None:
 def _tensors(cache: Any) -> list[Any]:
     held = vars(cache) if isinstance(cache, Cache) else cache
     return [item for item in (held.values() if isinstance(held, dict) else held) if item is not None]
+
+
+class Looked(nn.Module):
+    """Code around forward that looks for an argument among the keywords, or by its place."""
+
+    def _around(function: Any) -> Any:  # type: ignore[misc]
+        @functools.wraps(function)
+        def around(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return function(self, *args, **kwargs) * kwargs.get("options", {}).get("scale", 1) * (10 if args else 1)
+
+        return around
+
+    @_around
+    def forward(self, x: torch.Tensor, options: dict[str, float] | None = None) -> torch.Tensor:
+        return x + 1
+
+
+def test_arguments_are_passed_as_the_caller_passes_them() -> None:
+    model, x, options = Looked(), torch.ones(2), {"scale": 3.0}
+    named, placed = {"x": x, "options": options}, (x, options)
+    assert torch.equal(run_single(trace(model, named), model, named), model(**named))
+    assert torch.equal(run_single(trace(model, placed), model, placed), model(*placed))
+    assert model(**named)[0] == 6 and model(*placed)[0] == 20

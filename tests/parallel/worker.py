@@ -15,10 +15,11 @@ def answer(request: dict[str, Any]) -> Any:
     import broken  # type: ignore[import-not-found]
     import exchanges  # type: ignore[import-not-found]
     import jobs  # type: ignore[import-not-found]
+    import pipeline_jobs  # type: ignore[import-not-found]
     import stage_jobs  # type: ignore[import-not-found]
 
     try:
-        modules = (jobs, exchanges, stage_jobs, broken)
+        modules = (jobs, exchanges, stage_jobs, pipeline_jobs, broken)
         function = next(f for module in modules if (f := getattr(module, request["job"], None)))
         return function(**request["arguments"])
     except Exception as error:

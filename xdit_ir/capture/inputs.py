@@ -44,17 +44,26 @@ def bind_arguments(
     return named
 
 
-def call_arguments(signature: inspect.Signature, named: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The inverse of `bind_arguments`."""
-    bound = signature.bind_partial()
-    extra: dict[str, Any] = {}
+def call_arguments(
+    signature: inspect.Signature, named: Mapping[str, Any], by_name: bool
+) -> tuple[list[Any], dict[str, Any]]:
+    """The inverse of `bind_arguments`; `by_name`: keyword arguments, where a parameter allows both, as code around
+    forward (a decorator, a hook) may look for an argument only where its caller puts it."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    positional = {inspect.Parameter.POSITIONAL_ONLY}
+    if not by_name or any(kinds.get(name) is inspect.Parameter.VAR_POSITIONAL for name in named):
+        positional.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     for name, item in named.items():
-        parameter = signature.parameters.get(name)
-        if parameter is None or parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            extra[name] = item
+        kind = kinds.get(name, inspect.Parameter.VAR_KEYWORD)
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            args.extend(item)
+        elif kind in positional and not kwargs and len(args) == list(kinds).index(name):
+            args.append(item)
         else:
-            bound.arguments[name] = item
-    return list(bound.args), {**bound.kwargs, **extra}
+            kwargs[name] = item
+    return args, kwargs
 
 
 def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:

@@ -41,13 +41,13 @@ def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: 
     device, including meta. Nothing is computed but what Python must know, and the model is left as it was.
     Submodules that cannot be captured, and those named in `leaf`, become opaque leaves.
     """
-    named = bind_example(model, example)
+    named, by_name = bind_example(model, example), isinstance(example, Mapping)
     chosen, leaves = candidates(model), named_leaves(model, leaf)
     while True:
         try:
             functions = replacements()
             with clean_caches(model), replaced(functions, model.modules()):
-                return _attempt(model, named, chosen, leaves, functions)
+                return _attempt(model, named, by_name, chosen, leaves, functions)
         except Restart as restart:
             kind = type(chosen[restart.path])
             chosen = {path: module for path, module in chosen.items() if type(module) is not kind}
@@ -76,7 +76,12 @@ def _widened(model: nn.Module, leaves: Reasons, path: str) -> Reasons:
 
 
 def _attempt(
-    model: nn.Module, named: dict[str, Any], chosen: dict[str, nn.Module], opaque: Reasons, functions: Functions
+    model: nn.Module,
+    named: dict[str, Any],
+    by_name: bool,
+    chosen: dict[str, nn.Module],
+    opaque: Reasons,
+    functions: Functions,
 ) -> Program:
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
@@ -91,7 +96,8 @@ def _attempt(
         blocks.leaves_below = called_whole.below
         _instrument(skeleton, recorder, blocks, called_whole)
         given = Given(args, in_spec, skeleton.copy_of)
-        output = _run(skeleton.model, recorder, *call_arguments(inspect.signature(model.forward), given.named))
+        call = call_arguments(inspect.signature(model.forward), given.named, by_name)
+        output = _run(skeleton.model, recorder, *call)
         signature = _signature(recorder, leaves, in_spec, output, lambda place: given.effects(values, place))
     return _program(type(model).__name__, device, recorder, blocks, signature)
 

@@ -158,8 +158,8 @@ class Store:
         """Raise `MismatchError` unless `take` can give all of these; reads no data."""
         for name in names:
             if name in self._tensors:
-                continue
-            if self.checkpoint is not None and self._saved(name):
+                self._same(name, self._tensors[name], specs[name])
+            elif self.checkpoint is not None and self._saved(name):
                 self.checkpoint.check(name, specs[name])
             else:
                 self._own(name, specs[name])
@@ -197,12 +197,15 @@ class Store:
                 f"{name} has no values: the model is on the meta device, or gave it up (release=True) when it was made "
                 "parallel for other inputs; give weights=, the folder of a checkpoint"
             )
+        self._same(name, found, spec)
+        return found
+
+    def _same(self, name: str, found: torch.Tensor, spec: TensorSpec) -> None:
         if (tuple(found.shape), found.dtype) != (spec.shape, spec.dtype):
             raise MismatchError(
                 f"parameter {name}: the program needs {spec.dtype}{list(spec.shape)}, "
                 f"the model has {found.dtype}{list(found.shape)}"
             )
-        return found
 
 
 def rank_weights(
@@ -224,9 +227,14 @@ class Loading:
     weights: str | Path | None = None
     release: bool = False
 
+    @property
+    def holds(self) -> bool:
+        """Whether weights are held besides those of the model."""
+        return self.weights is not None or self.release
+
     def store(self, model: nn.Module, device: torch.device) -> Store | None:
         """A new store; None where weights are used by reference."""
-        if self.weights is None and not self.release:
+        if not self.holds:
             return None
         checkpoint = None if self.weights is None else Checkpoint(Path(self.weights))
         return Store(model, device, checkpoint, self.release)

@@ -1,39 +1,36 @@
-"""`port`: the one call that makes a model parallel, tracing it at its first forward."""
+"""`port`: the one call that makes a model, or the denoisers of a pipeline, parallel."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
-import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from xdit_ir.api import ParallelProgram, TracedProgram, trace
-from xdit_ir.capture.inputs import bind_arguments
-from xdit_ir.errors import MismatchError, ParallelizeError
-from xdit_ir.mesh import TIME, Mesh
+from xdit_ir.errors import ParallelizeError
 from xdit_ir.pipeline import mesh_of
-from xdit_ir.runtime.agreement import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
-from xdit_ir.runtime.checkpoint import Loading, Store
-from xdit_ir.runtime.deferred import Deferred, force
-from xdit_ir.runtime.distributed import Communicator, check_world_size
-from xdit_ir.runtime.execution import Execution, Tensors
-from xdit_ir.runtime.pairing import Pairing, plain
-from xdit_ir.runtime.pipe_runner import PipelineRunner
-from xdit_ir.runtime.runner import Runner, build
-from xdit_ir.runtime.shadow import Shadow
-from xdit_ir.runtime.traffic import Traffic
+from xdit_ir.runtime.checkpoint import Loading
+from xdit_ir.runtime.denoisers import denoisers as find_denoisers
+from xdit_ir.runtime.denoisers import replace
+from xdit_ir.runtime.distributed import check_world_size
+from xdit_ir.runtime.execution import Execution
+from xdit_ir.runtime.ported import Ported, Specialisations
+from xdit_ir.runtime.state import hooked
 
-LIMIT = 32  # specialisations kept per module, the most recently used ones
+Pipe = TypeVar("Pipe")
+
+
+@overload
+def port(model: nn.Module, **options: Any) -> Ported: ...
+
+
+@overload
+def port(model: Pipe, **options: Any) -> Pipe: ...
 
 
 def port(
-    model: nn.Module,
+    model: Any,
     *,
     cfg: int = 1,
     ulysses: int = 1,
@@ -48,9 +45,14 @@ def port(
     handshake: bool = True,
     weights: str | Path | None = None,
     release: bool = False,
+    denoisers: Sequence[str] | None = None,
     **unknown: Any,
-) -> Ported:
+) -> Any:
     """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
+
+    Given a pipeline instead, its denoisers are replaced by their drop-ins, in place, and the pipeline is returned. A
+    pipeline is any object with a mapping `components`; its denoisers are the modules there whose forward takes a
+    timestep, or those that `denoisers` names.
 
     Like torch.compile it does nothing until the first forward, which traces the model for the inputs it gets.
     Inputs of other structure, shapes, dtypes or guarded values get a specialisation of their own. Every process of
@@ -63,174 +65,32 @@ def port(
         weights: the folder (or file) of a checkpoint from which each rank reads what it uses, and nothing else; the
             model may be on the meta device. Runs where the inputs are. `release`: a loaded model gives up its weights
             at the first forward: what this rank uses moves to where the inputs are, the rest is dropped. With either,
-            the port holds its weights itself, and others that are loaded into the model do not take effect.
+            the port holds its weights itself, and others that are loaded into the model do not take effect. For a
+            pipeline: the folder with a folder for each component, as its `save_pretrained` writes it.
+        denoisers: the names of the components to replace.
 
     Raises:
-        ParallelizeError: a degree is unknown or no positive integer, or the job has another number of
-            processes; at the first forward, also if a degree is illegal for the model and its inputs.
+        ParallelizeError: a degree is unknown or no positive integer, the job has another number of processes, or a
+            pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
     degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses}
     mesh = mesh_of(unknown | degrees)
     check_world_size(mesh)
     options = {**degrees, "patches": patches, "warmup_steps": warmup_steps}
     execution = Execution(compile, cuda_graph, transport, attention, handshake)
-    return Ported(model, _Specialisations(mesh, options, execution, Loading(weights, release)))
 
+    def ported(original: nn.Module, checkpoint: str | Path | None) -> Ported:
+        if type(original) is Ported:
+            raise ParallelizeError("the module is ported already; its original is needed to port it otherwise")
+        if (where := hooked(original)) is not None:
+            raise ParallelizeError(f"{where} has a hook of accelerate, which offloads or spreads weights: port first")
+        return Ported(original, Specialisations(mesh, options, execution, Loading(checkpoint, release)))
 
-Mode = tuple[Any, ...]
-
-
-@dataclass(eq=False)
-class _Specialisations:
-    """What a ported module has made so far; `runners` with the most recently used first."""
-
-    mesh: Mesh
-    options: dict[str, Any]
-    execution: Execution
-    loading: Loading
-    communicator: Communicator | None = None
-    store: Store | None = None
-    pairing: Pairing | None = None
-    traffic: Traffic | None = None
-    runners: list[tuple[Mode, Runner | PipelineRunner]] = field(default_factory=list)
-    last: ParallelProgram | None = None
-
-
-class Ported(Shadow):
-    """`original`, parallel: the same state, attributes, class and `forward` signature.
-
-    Reloaded weights take effect at once. Weights of other shapes, dtypes or device, and replaced submodules,
-    are noticed and the model is traced anew; after a change of plain attributes that forward reads, call `reset`.
-    """
-
-    def __init__(self, original: nn.Module, specialisations: _Specialisations) -> None:
-        super().__init__(original)
-        self.__dict__["_xdit"] = specialisations
-
-    @property
-    def program(self) -> ParallelProgram | None:
-        """The parallel program of the last forward; None before the first."""
-        return self._made.last
-
-    @property
-    def programs(self) -> tuple[ParallelProgram, ...]:
-        """The parallel programs of all specialisations, the most recently used first."""
-        return tuple(runner.parallel for _, runner in self._made.runners)
-
-    def reset(self) -> None:
-        """Forget all specialisations, on every rank, so that the next forward traces the model anew."""
-        self._made.runners.clear()
-        self._made.last = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
-        made = self._made
-        fresh = _Specialisations(made.mesh, dict(made.options), made.execution, made.loading)
-        return Ported(copy.deepcopy(self._xdit_original, memo), fresh)
-
-    @property
-    def _made(self) -> _Specialisations:
-        made: _Specialisations = self.__dict__["_xdit"]
-        return made
-
-    def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
-        made = self._made
-        if made.pairing is not None:
-            args, kwargs = plain((args, kwargs))
-        device = made.loading.device(self._xdit_original, inputs=(*args, *kwargs.values()))
-        if made.communicator is None or made.communicator.device != device:
-            made.execution.check(device)
-            made.communicator = Communicator(made.mesh, device, handshake=made.execution.handshake)
-            made.pairing = None
-            made.store = made.loading.store(self._xdit_original, device)
-            made.traffic = Traffic(made.communicator) if made.mesh.size((TIME,)) > 1 else None
-        mode = self._mode(device)
-        found = self._find(mode, args, kwargs)
-
-        def facts() -> dict[str, str]:
-            return self._facts(mode, args, kwargs)
-
-        if made.communicator.control is not None:
-            mine, later = found[0].vote(found[1]) if found is not None else (digest(facts()), False)
-            state = {"the program of this call": "made before" if found is not None else "not made yet"}
-            agree(made.communicator, mine, lambda: facts() | state, later=later)
-        if found is None:
-            runner = self._specialise(made.communicator, mode, args, kwargs)
-            found = runner, *runner.bind(args, kwargs)
-        runner, inputs, weights = found
-        made.last = runner.parallel
-        if (
-            made.pairing is not None
-            and isinstance(runner, Runner)
-            and runner.parallel.pair_calls
-            and not runner.program.signature.effects
-        ):
-            return made.pairing.call(runner, inputs, weights)
-        return runner.run(inputs, weights, args, kwargs)
-
-    def _mode(self, device: torch.device) -> Mode:
-        """What a trace depends on besides arguments and weights."""
-        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return device, self._xdit_original.training, cast
-
-    def _find(
-        self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Runner | PipelineRunner, Tensors, Tensors] | None:
-        """The specialisation for a call, moved to the front, with its inputs and weights."""
-        runners = self._made.runners
-        for place, (made_for, runner) in enumerate(runners):
-            if made_for == mode:
-                try:
-                    inputs, weights = runner.bind(args, kwargs)
-                except MismatchError:
-                    continue
-                if place:
-                    runners.insert(0, runners.pop(place))
-                return runner, inputs, weights
-        return None
-
-    def _facts(self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
-        """This call as text; contents only of inputs that some specialisation was made for."""
-        made = self._made
-        contents = guarded(runner.program for _, runner in made.runners)
-        facts = call_facts(self._xdit_signature, args, kwargs, contents)
-        options = {"the degrees of port": fact(made.options), "training mode and autocast": fact(mode[1:])}
-        return facts | options
-
-    def _specialise(
-        self, communicator: Communicator, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Runner | PipelineRunner:
-        def make() -> ParallelProgram:
-            example = bind_arguments(self._xdit_signature, args, kwargs, MismatchError)
-            example = pytree.tree_map_only(Deferred, force, example)
-            return _parallelized(trace(self._xdit_original, example), made.options)
-
-        made = self._made
-        agree_contents(communicator, call_tensors(self._xdit_signature, args, kwargs))
-        runner = build(communicator, self._xdit_original, make, made.execution, made.store, made.traffic)
-        if isinstance(runner, Runner) and runner.parallel.pair_calls and made.pairing is None:
-            made.pairing = Pairing(communicator)
-        if len(made.runners) >= LIMIT:
-            del made.runners[LIMIT - 1 :]
-            warnings.warn(
-                f"more than {LIMIT} specialisations: forward is traced again and again because of changes in "
-                f"{_changing(made.runners[0][1], runner)}; pass what changes at every step as a tensor",
-                stacklevel=2,
-            )
-        made.runners.insert(0, (mode, runner))
-        return runner
-
-
-def _parallelized(traced: TracedProgram, options: Mapping[str, Any]) -> ParallelProgram:
-    """`cfg` divides the batch, or, where it cannot be divided, two calls."""
-    try:
-        return traced.parallelize(**options)
-    except ParallelizeError:
-        if options["cfg"] != 2:
-            raise
-        return traced.parallelize(**options, pair_calls=True)
-
-
-def _changing(last: Runner | PipelineRunner, new: Runner | PipelineRunner) -> str:
-    """The inputs in which two specialisations differ."""
-    names = [name for name, value in new.facts.items() if last.facts.get(name) != value]
-    return ", ".join(name for name in names if not name.startswith("the ")) or "the model"
+    if isinstance(model, nn.Module):
+        if denoisers is not None:
+            raise ParallelizeError(f"denoisers={denoisers!r} names components of a pipeline, but a module was given")
+        return ported(model, weights)
+    found = find_denoisers(model, denoisers)
+    folders = {name: None if weights is None else Path(weights) / name for name in found}
+    replace(model, found, lambda name, original: ported(original, folders[name]))
+    return model

@@ -95,6 +95,12 @@ def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
         raise MismatchError(f"{name} is on {tensor.device} and the module runs on {device}; move the model there")
 
 
+def hooked(model: nn.Module) -> str | None:
+    """The first module around whose forward accelerate has put a hook, which moves weights; None without any."""
+    found = (path for path, module in model.named_modules() if "_hf_hook" in vars(module))
+    return next((path or type(model).__name__ for path in found), None)
+
+
 def running_device(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
     """Where to run: `device`, or where the model is; raises `MismatchError` if the model has no weights yet.
 
@@ -102,6 +108,11 @@ def running_device(model: nn.Module, device: torch.device | str | None = None) -
     """
     devices = [tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())]
     found = next((one for one in devices if one.type != "meta"), devices[0] if devices else torch.device("cpu"))
+    if found.type == "meta" and (where := hooked(model)) is not None:
+        raise MismatchError(
+            f"weights are moved to the device piece by piece, by hooks of accelerate ({where}), which a parallel "
+            "program does not call; offload whole modules (`enable_model_cpu_offload`), or give weights="
+        )
     if found.type == "meta":
         raise MismatchError("the model is on the meta device: load weights first (`to_empty` and `load_state_dict`)")
     if device is None:

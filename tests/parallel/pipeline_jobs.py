@@ -1,0 +1,99 @@
+"""Jobs about whole pipelines: what every rank does; each returns plain data for the test to judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pipelines
+import torch
+from jobs import Degrees, _plain
+from torch.utils import _pytree as pytree
+
+import xdit_ir as xir
+from xdit_ir.runtime.ported import Ported
+
+
+def run(pipe: Any, call: dict[str, Any], steps: int = 2) -> torch.Tensor:
+    """The latents that a pipeline ends with."""
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)  # some pipelines sample the latents of an image without the generator
+    result = pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **call)
+    [latents] = [leaf for leaf in pytree.tree_leaves(_plain(result)) if isinstance(leaf, torch.Tensor)]
+    return latents.float()
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest error, relative to the largest value."""
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def whole_pipelines(name: str, degree_sets: list[Degrees], steps: int = 2) -> list[dict[str, Any]]:
+    """Per set of degrees: how far a ported pipeline is from itself on one process, and what was made."""
+    torch.set_num_threads(1)
+    pipe, call = pipelines.BUILDERS[name]()
+    want, found = run(pipe, call, steps), []
+    for degrees in degree_sets:
+        pipe, call = pipelines.BUILDERS[name]()
+        xir.port(pipe, **degrees)
+        got = run(pipe, call, steps)
+        ported = [component for component in pipe.components.values() if type(component) is Ported]
+        programs = [len(component.programs) for component in ported]
+        found.append({"error": error(got, want), "spread": want.std().item(), "programs": programs})
+    return found
+
+
+LAYERS = ("attn.to_q", "attn.to_k", "attn.to_out.0", "ff.net.2", "proj_mlp")
+
+
+def adapter(transformer: Any, rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA of some linear layers, as diffusers loads it."""
+    make, found = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith(LAYERS):
+            shapes = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
+            found |= {
+                f"transformer.{name}.{part}.weight": torch.randn(shape, generator=make) * shape[1] ** -0.5
+                for part, shape in shapes.items()
+            }
+    return found
+
+
+Act = Callable[[Any], dict[str, Any] | None]
+
+
+def lora_acts(pipe: Any) -> dict[str, Act]:
+    """What a user does to the adapters of a pipeline, one after the other; some give arguments for the next call."""
+    one, other, swapped = (adapter(pipe.transformer, rank, seed) for rank, seed in ((4, 1), (2, 2), (4, 3)))
+    return {
+        "load": lambda pipe: pipe.load_lora_weights(dict(one), adapter_name="one"),
+        "scale": lambda pipe: pipe.set_adapters("one", 0.3),
+        "second": lambda pipe: pipe.load_lora_weights(dict(other), adapter_name="other"),
+        "both": lambda pipe: pipe.set_adapters(["one", "other"], [0.5, 0.7]),
+        "scale of a call": lambda pipe: {"joint_attention_kwargs": {"scale": 0.4}},
+        "hot-swap": lambda pipe: pipe.load_lora_weights(dict(swapped), adapter_name="one", hotswap=True),
+        "disable": lambda pipe: pipe.disable_lora(),
+        "enable": lambda pipe: pipe.enable_lora(),
+        "fuse": lambda pipe: pipe.fuse_lora(lora_scale=0.6),
+        "unfuse": lambda pipe: pipe.unfuse_lora(),
+        "delete": lambda pipe: pipe.delete_adapters("other"),
+        "unload": lambda pipe: pipe.unload_lora_weights(),
+    }
+
+
+def adapters(degrees: Degrees, port_at: str) -> list[dict[str, Any]]:
+    """After every act: how far the ported pipeline is from another one to which the same was done, how far that is
+    from its latents before the act, and the number of programs. The port is made before the act `port_at`."""
+    torch.set_num_threads(1)
+    (alone, call), (pipe, _) = pipelines.flux(), pipelines.flux()
+    found, before = [], run(alone, call)
+    for name, act in lora_acts(alone).items():
+        if name == port_at:
+            xir.port(pipe, **degrees)
+        extra = act(alone) or {}
+        act(pipe)
+        want, got = run(alone, call | extra), run(pipe, call | extra)
+        programs = len(pipe.transformer.programs) if type(pipe.transformer) is Ported else 0
+        found.append({"act": name, "error": error(got, want), "change": error(want, before), "programs": programs})
+        before = want
+    return found

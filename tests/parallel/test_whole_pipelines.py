@@ -1,0 +1,45 @@
+"""Unmodified diffusers pipelines on several processes: the same latents as on one, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+Pools = Callable[[int], Any]
+Degrees = dict[str, int]
+
+DEGREES: dict[str, Degrees] = {
+    "u2": {"ulysses": 2},
+    "c2": {"cfg": 2},
+    "p2": {"pipefusion": 2, "patches": 2, "warmup_steps": 2},  # as many warmup steps as steps
+    "c2u2": {"cfg": 2, "ulysses": 2},
+}
+# What CI runs: every pipeline once or twice, every set of degrees with several pipelines.
+TURNS = {
+    "u2": ("kontext", "flux2", "qwen_edit", "wan_i2v", "lumina2", "sana", "flux_controlnet", "flux_ip_adapter"),
+    "c2": ("qwen", "wan22", "hunyuanvideo", "ltx", "sd3_controlnet"),
+    "p2": ("flux", "pixart", "img2img", "cogvideo"),
+    "c2u2": ("sd3", "zimage", "wan", "hunyuandit"),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "pipeline" not in metafunc.fixturenames:
+        return
+    cases = [(name, kind) for kind, names in TURNS.items() for name in names]
+    if metafunc.config.getoption("--pipelines-all"):
+        cases = [(name, kind) for name in sorted({name for name, _ in cases}) for kind in DEGREES]
+    metafunc.parametrize(("pipeline", "kind"), cases)
+
+
+def test_latents_are_those_of_one_process(workers: Pools, pipeline: str, kind: str) -> None:
+    degrees = DEGREES[kind]
+    count = degrees.get("cfg", 1) * degrees.get("ulysses", 1) * degrees.get("pipefusion", 1)
+    for answer in workers(count).run("whole_pipelines", name=pipeline, degree_sets=[degrees]):
+        assert isinstance(answer, list), answer
+        [result] = answer
+        assert result["error"] <= 1e-4, result
+        assert result["spread"] > 0.1 and min(result["programs"]) >= 1
+        assert len(result["programs"]) == (2 if pipeline == "wan22" or "controlnet" in pipeline else 1)
