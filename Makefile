@@ -10,7 +10,7 @@ demo: env
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m xdit_ir.tools.demo
 
 test: env
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The packages are mapped by setup.cfg (xdit_ir.passes lives in passes/), which mypy cannot know.
 # So it is shown the tree as it is installed, made of links and made anew each time.

@@ -37,7 +37,9 @@ def test_two_ranks_compute_what_one_device_does(workers: Pools, name: str) -> No
         assert all(result["kinds"])
 
 
-def test_four_ranks_compute_what_one_device_does(workers: Pools, name: str) -> None:
+def test_four_ranks_compute_what_one_device_does(workers: Pools, name: str, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--large"):
+        pytest.skip("needs --large: four processes")
     for result in workers(4).run("equal_outputs", name=name, degree_sets=[{"ulysses": 2, "ring": 2}]):
         assert max(result["errors"]) < 1e-5, result
 

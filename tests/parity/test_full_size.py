@@ -29,8 +29,20 @@ BARS = ("flux.1-dev", "sd3.5-large", "wan2.1-t2v-14b", "hunyuandit")
 NOT_YET = {"hidream-i1"}
 
 
+# Layers, tokens and width of self-attention.
+THEORY = {
+    "flux.1-dev": (57, 4096 + 512, 3072),
+    "wan2.1-t2v-14b": (40, 32760, 5120),
+    "hunyuandit": (40, 4096, 1408),
+}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every twelfth of the published sizes and two of the bars, all of them with `--zoo-all`."""
+    """Every twelfth of the published sizes, two of the bars, one of the theory; all of them with `--zoo-all`."""
+    everything = metafunc.config.getoption("--zoo-all")
+    if "layers" in metafunc.fixturenames:
+        cases = [(name, *sizes) for name, sizes in THEORY.items()]
+        metafunc.parametrize(("name", "layers", "tokens", "hidden"), cases if everything else cases[:1])
     if "published" in metafunc.fixturenames:
         names = [name for name in models.names() if models.entry(name).full is not None and name not in NOT_YET]
         step = 1 if metafunc.config.getoption("--zoo-all") else 12
@@ -56,10 +68,6 @@ def test_traced_and_divided_in_little_memory(name: str) -> None:
     assert fallbacks == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "tokens", "hidden"),
-    [("flux.1-dev", 57, 4096 + 512, 3072), ("wan2.1-t2v-14b", 40, 32760, 5120), ("hunyuandit", 40, 4096, 1408)],
-)
 def test_ulysses_sends_what_theory_says(name: str, layers: int, tokens: int, hidden: int) -> None:
     """Four exchanges a self-attention layer, of which each rank keeps 1/N of its 1/N."""
     ranks = 8

@@ -56,9 +56,9 @@ FOLDED = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every other set of degrees, another half for each next model; all of them with `--zoo-all`."""
+    """A quarter of the sets of degrees, another one for each next model; all of them with `--zoo-all`."""
     if "degrees" in metafunc.fixturenames:
-        step = 1 if metafunc.config.getoption("--zoo-all") else 2
+        step = 1 if metafunc.config.getoption("--zoo-all") else 4
         chosen = [(model, one) for place, model in enumerate(MODELS) for one in list(DEGREES)[place % step :: step]]
         values = [(model, DEGREES[one]) for model, one in chosen]
         metafunc.parametrize(("case", "degrees"), values, ids=map("-".join, chosen), indirect=["case"], scope="module")
