@@ -52,7 +52,7 @@ def call_arguments(
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    positional = {inspect.Parameter.POSITIONAL_ONLY}
+    positional: set[Any] = {inspect.Parameter.POSITIONAL_ONLY}
     if not by_name or any(kinds.get(name) is inspect.Parameter.VAR_POSITIONAL for name in named):
         positional.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     for name, item in named.items():

@@ -113,7 +113,7 @@ class Ported(Shadow):
         def apply(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(fn(torch.empty_like(tensor, device="cpu")[:0]).dtype) if tensor.is_meta else fn(tensor)
 
-        self._xdit_original._apply(apply if self._holds else fn, recurse)
+        self._xdit_original._apply(apply if self._holds else fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     to = _moving("to")
