@@ -28,14 +28,16 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-def whole_pipelines(name: str, degree_sets: list[Degrees], steps: int = 2) -> list[dict[str, Any]]:
+def whole_pipelines(
+    name: str, degree_sets: list[Degrees], denoisers: list[str] | None, steps: int = 2
+) -> list[dict[str, Any]]:
     """Per set of degrees: how far a ported pipeline is from itself on one process, and what was made."""
     torch.set_num_threads(1)
     pipe, call = pipelines.BUILDERS[name]()
     want, found = run(pipe, call, steps), []
     for degrees in degree_sets:
         pipe, call = pipelines.BUILDERS[name]()
-        xir.port(pipe, **degrees)
+        xir.port(pipe, denoisers=denoisers, **degrees)
         got = run(pipe, call, steps)
         ported = [component for component in pipe.components.values() if type(component) is Ported]
         programs = [len(component.programs) for component in ported]

@@ -18,11 +18,13 @@ DEGREES: dict[str, Degrees] = {
 }
 # What CI runs: every pipeline once or twice, every set of degrees with several pipelines.
 TURNS = {
-    "u2": ("kontext", "flux2", "qwen_edit", "wan_i2v", "lumina2", "sana", "flux_controlnet", "flux_ip_adapter"),
-    "c2": ("qwen", "wan22", "hunyuanvideo", "ltx", "sd3_controlnet"),
-    "p2": ("flux", "pixart", "img2img", "cogvideo"),
-    "c2u2": ("sd3", "zimage", "wan", "hunyuandit"),
+    "u2": ("kontext", "flux2", "qwen_edit", "wan_i2v", "lumina2", "sana", "flux_controlnet"),
+    "c2": ("qwen", "zimage", "wan22", "hunyuanvideo", "ltx", "sd3_controlnet"),
+    "p2": ("flux", "hunyuandit", "pixart", "img2img", "cogvideo"),
+    "c2u2": ("sd3", "wan", "flux_ip_adapter"),
 }
+# A control network whose results are not divided like its latents cannot be a pipeline of patches; it runs whole.
+NAMED = {("sd3_controlnet", "p2"): ["transformer"]}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -37,9 +39,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_latents_are_those_of_one_process(workers: Pools, pipeline: str, kind: str) -> None:
     degrees = DEGREES[kind]
     count = degrees.get("cfg", 1) * degrees.get("ulysses", 1) * degrees.get("pipefusion", 1)
-    for answer in workers(count).run("whole_pipelines", name=pipeline, degree_sets=[degrees]):
+    named = NAMED.get((pipeline, kind))
+    for answer in workers(count).run("whole_pipelines", name=pipeline, degree_sets=[degrees], denoisers=named):
         assert isinstance(answer, list), answer
         [result] = answer
         assert result["error"] <= 1e-4, result
         assert result["spread"] > 0.1 and min(result["programs"]) >= 1
-        assert len(result["programs"]) == (2 if pipeline == "wan22" or "controlnet" in pipeline else 1)
+        expected = 2 if pipeline == "wan22" or "controlnet" in pipeline else 1
+        assert len(result["programs"]) == (expected if named is None else len(named))
+
+
+def test_a_control_network_without_patches_is_refused(workers: Pools) -> None:
+    arguments = {"name": "sd3_controlnet", "degree_sets": [DEGREES["p2"]], "denoisers": None}
+    for answer in workers(2).run("whole_pipelines", **arguments):
+        assert answer["error"] == "ParallelizeError"
+        assert "the output is not divided like the latents" in answer["message"], answer
