@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +73,12 @@ def page(documents: Sequence[Mapping[str, Any]], head: str) -> str:
 
 def plot(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of the medians with their spread, a panel per document."""
-    with with_pyplot() as pyplot:
-        figure, axes = pyplot.subplots(len(documents), 1, figsize=(8, 0.6 + 2.6 * len(documents)), squeeze=False)
-        for axis, document in zip(axes[:, 0], documents, strict=True):
-            _bars(axis, document)
-        figure.tight_layout()
-        figure.savefig(path, format="svg")
-        pyplot.close(figure)
+    figure = empty_figure(8, 0.6 + 2.6 * len(documents))
+    axes = figure.subplots(len(documents), 1, squeeze=False)
+    for axis, document in zip(axes[:, 0], documents, strict=True):
+        _bars(axis, document)
+    figure.tight_layout()
+    figure.savefig(path, format="svg")
 
 
 def _bars(axis: Any, document: Mapping[str, Any]) -> None:
@@ -98,16 +96,10 @@ def _bars(axis: Any, document: Mapping[str, Any]) -> None:
     axis.set_title(title(document), fontsize=9)
 
 
-@contextmanager
-def with_pyplot() -> Iterator[Any]:
-    """matplotlib's pyplot, drawing without a screen."""
+def empty_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib, in inches, that is on no screen."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise XditError("a plot needs matplotlib; install xdit-ir[viz]") from None
-    from matplotlib import pyplot
-
-    before = matplotlib.get_backend()
-    pyplot.switch_backend("Agg")
-    yield pyplot
-    pyplot.switch_backend(before)
+    return Figure(figsize=(width, height))

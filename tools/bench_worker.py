@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir import models
+from xdit_ir.difference import tensors_of
 from xdit_ir.tools.contenders import Contender, Forward, release
 
 
@@ -82,7 +83,7 @@ def _in_float32(model: nn.Module, example: dict[str, Any]) -> torch.Tensor:
 
 
 def _first(output: Any) -> torch.Tensor:
-    tensor: torch.Tensor = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor))
+    tensor: torch.Tensor = tensors_of(output)[0]
     return tensor
 
 

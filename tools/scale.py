@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xdit_ir.errors import XditError
-from xdit_ir.tools.bench_report import BASE, with_pyplot
+from xdit_ir.tools.bench_report import BASE, empty_figure
 from xdit_ir.tools.degrees import Degrees
 
 MODELS = ("flux.1-dev", "flux.1-dev:2048px", "wan2.1-t2v-14b")
@@ -64,17 +64,15 @@ def _kind(contender: str) -> str:
 
 def plot(documents: Sequence[Document], path: Path) -> None:
     """Speed-up over one compiled GPU against GPUs, a panel per model, with the line that nothing can pass."""
-    with with_pyplot() as pyplot:
-        models = speed_ups(documents)
-        figure, axes = pyplot.subplots(1, len(models), figsize=(0.6 + 4.2 * len(models), 4), squeeze=False)
-        for axis, (model, kinds) in zip(axes[0], models.items(), strict=True):
-            most = max(max(points) for points in kinds.values())
-            axis.plot([1, most], [1, most], color="tab:gray", linestyle=":", label="ideal")
-            for kind, points in sorted(kinds.items()):
-                shown = {1: 1.0} | points
-                axis.plot(list(shown), list(shown.values()), "--o" if "-" in kind else "-o", label=kind)
-            axis.set(title=model, xlabel="GPUs", ylabel="speed-up over one compiled GPU")
-            axis.legend(fontsize=7)
-        figure.tight_layout()
-        figure.savefig(path, format="svg")
-        pyplot.close(figure)
+    models = speed_ups(documents)
+    figure = empty_figure(0.6 + 4.2 * len(models), 4)
+    for axis, (model, kinds) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+        most = max(max(points) for points in kinds.values())
+        axis.plot([1, most], [1, most], color="tab:gray", linestyle=":", label="ideal")
+        for kind, points in sorted(kinds.items()):
+            shown = {1: 1.0} | points
+            axis.plot(list(shown), list(shown.values()), "--o" if "-" in kind else "-o", label=kind)
+        axis.set(title=model, xlabel="GPUs", ylabel="speed-up over one compiled GPU")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, format="svg")

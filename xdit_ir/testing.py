@@ -85,7 +85,7 @@ def run_processes(model: nn.Module, example: Example, degrees: Mapping[str, Any]
     """
     count = short.Degrees(**degrees).ranks
     if degrees.get("pipefusion", 1) > 1:
-        raise ParallelizeError("pipefusion > 1 can be simulated and checked, not yet run in processes")
+        raise ParallelizeError("processes=True does not run pipefusion > 1; leave it out to simulate these degrees")
     with torch.no_grad():
         args, kwargs = split_example(example)
         expected = tensors_of(model(*args, **kwargs))

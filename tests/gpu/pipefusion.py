@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram
+from xdit_ir.difference import tensors_of
 from xdit_ir.runtime import channels
 
 CASES = [
@@ -38,7 +39,7 @@ Example = dict[str, Any]
 
 def euler(latents: torch.Tensor, output: Any) -> torch.Tensor:
     """The latents of the next step."""
-    tensor = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor))
+    tensor = tensors_of(output)[0]
     return latents - tensor.narrow(1, 0, latents.shape[1]) / STEPS
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pipelines
 import torch
 from jobs import Degrees, _plain
-from torch.utils import _pytree as pytree
 
 import xdit_ir as xir
+from xdit_ir.difference import tensors_of
 from xdit_ir.runtime.ported import Ported
 
 
@@ -19,7 +19,7 @@ def run(pipe: Any, call: dict[str, Any], steps: int = 2) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(0)  # some pipelines sample the latents of an image without the generator
     result = pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **call)
-    [latents] = [leaf for leaf in pytree.tree_leaves(_plain(result)) if isinstance(leaf, torch.Tensor)]
+    [latents] = tensors_of(_plain(result))
     return latents.float()
 
 

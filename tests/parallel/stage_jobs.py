@@ -21,6 +21,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture.inputs import bind_arguments, bind_inputs
 from xdit_ir.capture.outputs import build_output
+from xdit_ir.difference import tensors_of
 from xdit_ir.interpret import model_state
 from xdit_ir.runtime.deferred import Deferred, force
 from xdit_ir.runtime.execution import plain_modes
@@ -43,7 +44,7 @@ def _inputs(example: dict[str, Any], steps: int) -> list[dict[str, Any]]:
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    [found] = [leaf for leaf in pytree.tree_leaves(_plain(output)) if isinstance(leaf, torch.Tensor)]
+    [found] = tensors_of(_plain(output))
     return found
 
 
@@ -138,7 +139,7 @@ def _image(
             if "autocast" in modes:
                 entered.enter_context(torch.autocast("cpu", torch.bfloat16))
             result = pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **call)
-        [latents] = [leaf for leaf in pytree.tree_leaves(_plain(result)) if isinstance(leaf, torch.Tensor)]
+        [latents] = tensors_of(_plain(result))
         return force(latents).float()
 
     exact = run(original)

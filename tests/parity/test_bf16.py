@@ -12,15 +12,14 @@ rank and the model may differ by 2.25 e.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.difference import relative_error
+from xdit_ir.difference import relative_error, tensors_of
 
 NAMES = [
     "cogvideox-5b",
@@ -36,10 +35,6 @@ NAMES = [
 MARGIN = 1.25
 
 
-def tensors(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
 def widened(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.dtype == torch.bfloat16 else value
 
@@ -48,14 +43,14 @@ def widened(value: torch.Tensor) -> torch.Tensor:
 def test_as_good_as_the_model(name: str) -> None:
     model, example = models.load(f"{name}:tiny", dtype=torch.bfloat16)
     with torch.no_grad():
-        single = tensors(model(**example))
-        truth = tensors(copy.deepcopy(model).float()(**tree_map_only(torch.Tensor, widened, example)))
+        single = tensors_of(model(**example))
+        truth = tensors_of(copy.deepcopy(model).float()(**tree_map_only(torch.Tensor, widened, example)))
     rounding = relative_error(single, truth)
     assert 1e-4 < rounding < 5e-2, "the model does not compute in bfloat16"
     traced = xir.trace(model, example)
     for degrees in ({"ulysses": 3}, {"ring": 2}):
         for rank, output in enumerate(traced.parallelize(**degrees).simulate(model, example)):
-            found = tensors(output)
+            found = tensors_of(output)
             assert [one.dtype for one in found] == [one.dtype for one in single]
             assert relative_error(found, truth) <= MARGIN * rounding, f"{degrees}, rank {rank}"
             assert relative_error(found, single) <= (1 + MARGIN) * rounding, f"{degrees}, rank {rank}"

@@ -10,13 +10,12 @@ import pytest
 import torch
 from displaced import DisplacedReference
 from torch import nn
-from torch.utils import _pytree as pytree
 
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.cuts import folded
-from xdit_ir.difference import relative_error
+from xdit_ir.difference import relative_error, tensors_of
 from xdit_ir.mesh import TIME
 from xdit_ir.program import LAYOUT
 
@@ -86,17 +85,13 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     yield Case(request.param, model, example, other, traced)
 
 
-def tensors(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
 def plain(model: nn.Module, example: dict[str, Any]) -> list[torch.Tensor]:
     with torch.no_grad():
-        return tensors(model(**example))
+        return tensors_of(model(**example))
 
 
 def worst(step: list[Any], expected: list[torch.Tensor]) -> float:
-    return max(relative_error(tensors(output), expected) for output in step)
+    return max(relative_error(tensors_of(output), expected) for output in step)
 
 
 def token_patches(traced: TracedProgram, parallel: ParallelProgram) -> list[torch.Tensor]:

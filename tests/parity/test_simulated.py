@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import xdit_ir as xir
 from xdit_ir import models, ops
 from xdit_ir.api import TracedProgram
-from xdit_ir.difference import relative_error
+from xdit_ir.difference import relative_error, tensors_of
 
 MODELS = (
     "flux.1-dev",
@@ -58,12 +57,8 @@ class Case:
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     model, example = models.load(f"{request.param}:tiny")
     traced = xir.trace(model, example)
-    expected, flops = counted(lambda: tensors(model(**example)))
+    expected, flops = counted(lambda: tensors_of(model(**example)))
     yield Case(model, example, traced, expected, flops)
-
-
-def tensors(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def counted(run: Any) -> tuple[Any, int]:
@@ -80,7 +75,7 @@ def test_every_rank_gives_the_models_output_and_does_its_share(case: Case, degre
 
     assert len(outputs) == parallel.world_size
     for rank, output in enumerate(outputs):
-        assert relative_error(tensors(output), case.expected) <= 1e-5, f"rank {rank}"
+        assert relative_error(tensors_of(output), case.expected) <= 1e-5, f"rank {rank}"
     assert work <= 1.10 * case.flops
     report = parallel.report()
     assert report.fallbacks == []

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import run_single
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import opened
-from xdit_ir.difference import relative_error
+from xdit_ir.difference import relative_error, tensors_of
 from xdit_ir.tools.degrees import Degrees
 from xdit_ir.tools.survey import DEGREES, Outcome, Subject
 
@@ -74,14 +74,12 @@ def judge_price(name: str, outcome: Outcome) -> None:
     assert bool(outcome.gathers) == (name in GATHERED), f"gathered: {outcome.gathers}"
 
 
-def tensors(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
 def left(example: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> list[torch.Tensor]:
     """The tensors of an output, and those in what the model was given, after a run on a copy of the example."""
     given = copied(example)
-    return tensors(run(given)) + [x for x in tensors(opened(given)) if not any(x is item for item in given.values())]
+    return tensors_of(run(given)) + [
+        x for x in tensors_of(opened(given)) if not any(x is item for item in given.values())
+    ]
 
 
 def right_elsewhere(subject: Subject) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from xdit_ir.runtime.messages import Broadcast, Channel, Envelope, Pair
 from xdit_ir.work import RankWork
 
 Key = tuple[Any, ...]
-Sizes = Sequence[int]
+Sizes = Callable[[], Sequence[int]]  # bytes of the messages of a pass, which only peers ask for
 BETWEEN = "between stages"
 SMALLEST, LARGEST = 2**12, 2**22  # bytes of a slot of a peer channel
 MOST = 128  # slots; a message that finds none free waits on the device for the receiver to take one
@@ -66,7 +67,8 @@ class ChannelMaker:
         found: list[Channel | None] = [None]
         for stage, (source, target) in enumerate(itertools.pairwise(ranks), 1):
             key = (BETWEEN, stage, source, target)
-            made = self._channel(key, source, (target,), _sent_to(pipeline, stage)) if source != target else None
+            sizes = functools.partial(_sent_to, pipeline, stage)
+            made = self._channel(key, source, (target,), sizes) if source != target else None
             found.append(made if self.communicator.rank in (source, target) else None)
         return tuple(found)
 
@@ -74,12 +76,13 @@ class ChannelMaker:
         """From the last stage of a half to the ranks of all halves."""
         source = half[-1]
         targets = tuple(sorted({rank for ranks in halves for rank in ranks} - {source}))
-        return self._channel(("returns", source, *targets), source, targets, _returned(pipeline))
+        sizes = functools.partial(_returned, pipeline)
+        return self._channel(("returns", source, *targets), source, targets, sizes)
 
     def _channel(self, key: Key, source: int, targets: tuple[int, ...], sizes: Sizes) -> Channel:
         """One channel from `source`; ranks without an end of it only take part in making its process groups."""
         if self._peers:
-            key = (*key, Slots.of(sizes))
+            key = (*key, Slots.of(sizes()))
         if key not in self._channels:
             self._channels[key] = made = self._make(key, source, targets)
             if self.communicator.rank in (source, *targets):
@@ -114,7 +117,7 @@ class Slots:
     count: int
 
     @staticmethod
-    def of(sizes: Sizes) -> Slots:
+    def of(sizes: Sequence[int]) -> Slots:
         """For messages of these sizes in a pass; rounded, so that programs for similar inputs share a channel."""
         size = min(LARGEST, _power_of_two(max(*sizes, SMALLEST)))
         return Slots(size, min(MOST, _power_of_two(2 * sum(-(-one // size) for one in sizes))))

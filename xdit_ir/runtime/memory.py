@@ -27,7 +27,9 @@ class Memory:
         """`run` with the buffers of a stage appended to its weights; recorded where there is a `pool`."""
         buffers = [self.buffers[key[0]][name] for name in names]
         if pool is not None:
-            run = self.recordings.setdefault(key, Recording(run, pool))
+            if key not in self.recordings:
+                self.recordings[key] = Recording(run, pool)
+            run = self.recordings[key]
         return lambda inputs, weights: run(inputs, [*weights, *buffers])
 
 
@@ -47,9 +49,16 @@ class Memories:
                     buffer.zero_()
                 self._made[place] = weakref.ref(owner), memory
                 return memory
-        memory = Memory({stage: self._zeros(types) for stage, types in self.types.items()})
+        memory = Memory(
+            {
+                stage: {name: zeros(spec, self.device) for name, spec in types.items()}
+                for stage, types in self.types.items()
+            }
+        )
         self._made.append((weakref.ref(owner), memory))
         return memory
 
-    def _zeros(self, types: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in types.items()}
+
+def zeros(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    """A tensor of this type."""
+    return torch.zeros(spec.shape, dtype=spec.dtype, device=device)

@@ -23,7 +23,7 @@ from xdit_ir.runtime.codegen import Body, Code, generate, slot_specs, state_name
 from xdit_ir.runtime.deferred import Deferred, force
 from xdit_ir.runtime.distributed import Communicator
 from xdit_ir.runtime.execution import Execution, Tensors, compile_body, outside, plain_modes
-from xdit_ir.runtime.memory import Memories
+from xdit_ir.runtime.memory import Memories, zeros
 from xdit_ir.runtime.messages import LostError
 from xdit_ir.runtime.pipe_pass import PipelinePass, envelope, outputs_of
 from xdit_ir.runtime.requests import NEW, Moment
@@ -198,7 +198,7 @@ class PipelineRunner:
         """Run a stage for a patch, or for all of them, and send what it gives."""
         each = self._of(item)
         arrival = made.arrivals.pop((item.stage, item.patch), None)
-        received = arrival.take() if arrival is not None else [self._nothing(spec) for spec in each.work.receives]
+        received = arrival.take() if arrival is not None else [zeros(spec, self.device) for spec in each.work.receives]
         given = [made.given(need, self.work.latents) for need in each.work.needs]
         given += [received[one] if isinstance(one, int) else made.held.pop(one) for one in each.work.feed]
         state = [made.weights[name] for name in each.state]
@@ -232,10 +232,7 @@ class PipelineRunner:
             if arrival is not None:
                 arrival.take()
             work = self._of(item).work
-            self._deliver(made, item, [self._nothing(spec) for spec in (*work.sends, *work.results)])
-
-    def _nothing(self, spec: Any) -> torch.Tensor:
-        return torch.zeros(spec.shape, dtype=spec.dtype, device=self.device)
+            self._deliver(made, item, [zeros(spec, self.device) for spec in (*work.sends, *work.results)])
 
     def _of(self, item: Item) -> _Runnable:
         return self._runnables[item.stage, item.patch]
