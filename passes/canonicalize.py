@@ -28,8 +28,8 @@ COPIES = (
 
 @dataclass(frozen=True)
 class Canonicalize:
-    """Drop copies and no-op casts, collapse view chains, write patchifying convolutions as matrix products, and
-    attention as one `attention` operator. Numerics: reassociated (the matrix product of a patch embedding only).
+    """Drop copies and no-op casts, collapse view chains, write convolutions that make tokens of patches, or patches of
+    tokens, as matrix products, and attention as one `attention` operator. Numerics: reassociated (these products only).
     """
 
     name: str = "canonicalize"
@@ -50,6 +50,7 @@ def _canonicalize(graph: fx.Graph) -> None:
             _empty_parts,
             _padded,
             _patches,
+            _unpatches,
             _attention,
             _collapse_views,
             _reshape,
@@ -200,4 +201,34 @@ def _patches(graph: fx.Graph, node: fx.Node) -> bool:
     y = emitter.emit(aten.linear.default, (y, matrix, given["bias"]), (batch, tokens, out_channels))
     y = emitter.reshape(y, [batch, *grid, out_channels])
     node.replace_all_uses_with(emitter.permute(y, [0, count + 1, *range(1, count + 1)]))
+    return True
+
+
+def _unpatches(graph: fx.Graph, node: fx.Node) -> bool:
+    """A transposed convolution whose windows do not overlap, as a matrix product that makes each token's patch."""
+    transposed = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
+    if getattr(node.target, "overloadpacket", None) not in transposed:
+        return False
+    given = bound_arguments(node)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    batch, *_ = shape = x.meta[SPEC].shape
+    in_channels, out_channels, *kernel = weight.meta[SPEC].shape
+    count = len(kernel)
+    stride = list(given["stride"]) * (count if len(given["stride"]) == 1 else 1)
+    if len(shape) != count + 2 or given["groups"] != 1 or stride != kernel or set(given["dilation"]) != {1}:
+        return False
+    if any(given["padding"]) or any(given["output_padding"]):
+        return False
+    grid, features = shape[2:], out_channels * math.prod(kernel)
+    emitter = Emitter(graph, node)
+    y = emitter.permute(x, [0, *range(2, 2 + count), 1])
+    matrix = emitter.permute(emitter.reshape(weight, [in_channels, features]), [1, 0])
+    y = emitter.emit(aten.linear.default, (y, matrix), (batch, *grid, features))
+    y = emitter.reshape(y, [batch, *grid, out_channels, *kernel])
+    pairs = (dim for d in range(count) for dim in (1 + d, 2 + count + d))
+    y = emitter.reshape(emitter.permute(y, [0, count + 1, *pairs]), node.meta[SPEC].shape)
+    if bias is not None:
+        column = emitter.reshape(bias, [out_channels, *[1] * count])
+        y = emitter.emit(aten.add.Tensor, (y, column), node.meta[SPEC].shape)
+    node.replace_all_uses_with(y)
     return True

@@ -15,7 +15,7 @@ from xdit_ir.mesh import Mesh
 from xdit_ir.passes.streams import leading_values
 from xdit_ir.program import SPEC, Program, TokenAxis
 from xdit_ir.propagate import Attempt, Propagation
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import bound_arguments, operands
 from xdit_ir.rules.views import groups
 
 PROBE = Mesh.of(ulysses=2)
@@ -84,7 +84,8 @@ def divides(attempt: Attempt, name: str, dim: int) -> bool:
 
 
 def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
-    return replace(axis, units=units_of(program, axis.size), segments=segments_of(program, axis.size))
+    segments = {*segments_of(program, axis.size), *_slices_of(program, axis.size)}
+    return replace(axis, units=units_of(program, axis.size), segments=tuple(sorted(segments)))
 
 
 def _graphs(program: Program) -> Iterator[fx.Graph]:
@@ -123,3 +124,18 @@ def segments_of(program: Program, size: int) -> tuple[tuple[int, ...], ...]:
                 if sum(sizes) == size and len(sizes) < 4:
                     found.add(sizes)
     return tuple(sorted(found))
+
+
+def _slices_of(program: Program, size: int) -> set[tuple[int, ...]]:
+    """How slices cut a dimension of this size, where views make rows of what is taken: the rest may be padding."""
+    found: set[tuple[int, ...]] = set()
+    for node in (node for graph in _graphs(program) for node in graph.nodes):
+        if node.target is not aten.slice.Tensor:
+            continue
+        given = bound_arguments(node)
+        whole, taken = (value.meta[SPEC].shape[given["dim"]] for value in (operands(node)[0], node))
+        if whole == size and given["step"] == 1 and 0 < taken < size and units_of(program, taken):
+            start = given["start"] or 0
+            start = max(start + size, 0) if start < 0 else start
+            found.add(tuple(n for n in (start, taken, size - start - taken) if n))
+    return found

@@ -10,9 +10,7 @@ from xdit_ir import models
 
 # What cannot be divided over patches in time.
 REFUSED = {
-    "ace-step-1.5": "output is not divided",
     "cosmos3-omni": "output is not divided",
-    "hidream-dense": "output is not divided",
     "kandinsky-2.2-prior": "output is not divided",
     "lumina-2": "stale rows",
     "minimax-h3": "output is not divided",
