@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +44,29 @@ class Plan:
 
 
 def inputs_of(program: Program, value: str) -> frozenset[str]:
-    """Names of the floating-point inputs that an outer value is made from."""
+    """Names of the floating-point inputs that an outer value is made from; where there are none, of its codes."""
     start = next(node for node in program.graph.nodes if node.name == value)
     seen, todo = {start}, [start]
     while todo:
         fresh = [source for source in operands(todo.pop()) if source not in seen]
         seen.update(fresh)
         todo += fresh
-    return frozenset(n.name for n in seen if n.op == "placeholder" and n.meta[SPEC].dtype.is_floating_point)
+    inputs = [node for node in seen if node.op == "placeholder"]
+    floating = frozenset(node.name for node in inputs if node.meta[SPEC].dtype.is_floating_point)
+    return floating or frozenset(node.name for node in inputs if _is_code(node))
+
+
+def _is_code(node: fx.Node) -> bool:
+    """Whether an input is integers that are only looked up in tables: discrete latents, or a text."""
+    looked_up = (user for user in _users(node) if user.target is not ops.shard)
+    found = {getattr(user.target, "overloadpacket", None) for user in looked_up}
+    return not node.meta[SPEC].dtype.is_floating_point and found == {aten.embedding}
+
+
+def _users(node: fx.Node) -> Iterator[fx.Node]:
+    yield from node.users
+    for cut in _cuts(node):
+        yield from cut.users
 
 
 def graphs(program: Program) -> Iterator[tuple[str, fx.Graph, int]]:
@@ -115,19 +130,33 @@ def varies(node: fx.Node, mesh: Mesh) -> bool:
 
 def latents(program: Program, mesh: Mesh) -> frozenset[str]:
     """The inputs that are divided over time just like an output, so that a scheduler can work patch by patch; every
-    patch has a part of them, but for the first one, which may have enough to do with what goes with it."""
-    shapes = set()
+    patch has a part of them, but for the first one, which may have enough to do with what goes with it. Where none is,
+    the codes of which an output has the scores, that is one dim more."""
+    shapes, scores = set(), set()
     for value in results_of(program.graph):
         while ops.is_relayout(value.target) and not varies(value, mesh):
             value = operands(value)[0]
-        shapes.add(_patch_dims(value.meta[LAYOUT], mesh))
-    found = set()
+        cut, shape = _patch_dims(value.meta[LAYOUT], mesh), value.meta[SPEC].shape
+        shapes.add(cut)
+        for dim in range(len(shape)):
+            if all(d != dim for d, _ in cut):
+                scores.add((without(shape, dim), tuple((d - (d > dim), one) for d, one in cut)))
+    found, codes = set(), set()
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.meta[SPEC].dtype.is_floating_point:
-            cuts = {_patch_dims(cut.meta[LAYOUT], mesh) for cut in _cuts(node)}
-            if any(cut and cut in shapes and _is_shared(cut, mesh) for cut in cuts):
-                found.add(node.name)
-    return frozenset(found)
+        if node.op != "placeholder":
+            continue
+        cuts = {_patch_dims(cut.meta[LAYOUT], mesh) for cut in _cuts(node)}
+        cuts = {cut for cut in cuts if cut and _is_shared(cut, mesh)}
+        if node.meta[SPEC].dtype.is_floating_point and cuts & shapes:
+            found.add(node.name)
+        elif _is_code(node) and any((node.meta[SPEC].shape, cut) in scores for cut in cuts):
+            codes.add(node.name)
+    return frozenset(found or codes)
+
+
+def without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    """A shape without one dim."""
+    return (*shape[:dim], *shape[dim + 1 :])
 
 
 def returned(program: Program, mesh: Mesh) -> dict[str, Layout]:

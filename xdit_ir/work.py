@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.displacement import latents
+from xdit_ir.displacement import latents, without
 from xdit_ir.partition import Indices, Runs
 from xdit_ir.passes.base import copy_graph, map_graphs
 from xdit_ir.patches import Part, Pipeline
@@ -105,9 +105,10 @@ class RankWork:
         for name in latents(self.pipeline.program, self.pipeline.virtual):
             [node] = (n for n in self.pipeline.program.graph.nodes if n.op == "placeholder" and n.name == name)
             shape = node.meta[SPEC].shape
-            for cut in self.cuts:
-                if cut is not None and cut.dim < len(shape) and cut.size == shape[cut.dim]:
-                    found.setdefault(name, cut)
+            for cut, output in zip(self.cuts, results_of(self.pipeline.program.graph), strict=True):
+                own = None if cut is None else _own_dim(cut, output.meta[SPEC].shape, shape)
+                if cut is not None and own is not None:
+                    found.setdefault(name, replace(cut, dim=own))
         return found
 
     @cached_property
@@ -180,6 +181,14 @@ class RankWork:
             tuple((name, patch) for part, patch in zip(parts, patches, strict=True) for name in part.holds),
             tuple(spec for _, results in finished for spec in results),
         )
+
+
+def _own_dim(cut: Cut, output: Sequence[int], shape: Sequence[int]) -> int | None:
+    """The dim of an input of this shape that is cut like the output's; codes lack the dim of their scores."""
+    if cut.dim < len(shape) and cut.size == shape[cut.dim]:
+        return cut.dim
+    lacks = (dim for dim in range(cut.dim) if without(output, dim) == tuple(shape))
+    return None if next(lacks, None) is None else cut.dim - 1
 
 
 def _feed(parts: Sequence[tuple[Part, int]]) -> tuple[int | Held, ...]:

@@ -16,7 +16,6 @@ REFUSED = {
     "minimax-h3": "output is not divided",
     "nucleus-image": "stale rows",
     "qwen-image-2.1": "output is not divided",
-    "transformer-2d-vectorized": "token stream",
     "z-image-omni": "stale rows",
 }
 
