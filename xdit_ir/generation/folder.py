@@ -50,7 +50,7 @@ def load(source: str | Path, dtype: Dtypes = None, *, whole: bool = False) -> Lo
     check(folder)
     bare = {} if whole else _bare(folder, dtype)
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **bare)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **bare)
     except (OSError, ValueError, AttributeError, ImportError) as error:
         raise GenerationError(f"{folder} cannot be loaded: {error}") from error
     check_dtypes(pipe, dtype)

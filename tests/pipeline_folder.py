@@ -41,13 +41,25 @@ def build() -> Any:
     )
 
 
+def build_video() -> tuple[Any, dict[str, Any]]:
+    """A `WanPipeline` without text encoder, and embeddings for it."""
+    import diffusers
+    import torch
+
+    from xdit_ir import models
+
+    transformer = models.load("wan2.1-t2v-14b:tiny")[0]
+    channels = transformer.config.in_channels
+    flat = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **flat)
+    parts = {"vae": models.randomize(vae).eval(), "transformer": transformer, "tokenizer": None, "text_encoder": None}
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    noise = torch.randn(2, 1, 16, transformer.config.text_dim, generator=torch.Generator().manual_seed(1))
+    pipe = diffusers.WanPipeline(scheduler=scheduler, **parts)
+    return pipe, {"prompt_embeds": noise[0], "negative_prompt_embeds": noise[1]}
+
+
 def save(folder: Path) -> Path:
-    """Write one, the transformer in several shards."""
+    """Write the first, its transformer and its autoencoder in several shards."""
     build().save_pretrained(folder, max_shard_size="100KB")
     return folder
-
-
-if __name__ == "__main__":
-    import sys
-
-    save(Path(sys.argv[1]))
