@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from xdit_ir.runtime.denoisers import components
 from xdit_ir.runtime.port import port
 from xdit_ir.runtime.ported import Ported
 
+NEEDED = ("diffusers", "transformers", "accelerate")
 REPORT = "generate.json"
 
 
@@ -85,6 +87,9 @@ def generate(
         XditError: of the kinds that `load`, `start`, `port` and `Request` name, before anything is generated where
             that is possible. GenerationError: the pipeline refuses its arguments.
     """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise GenerationError(f"generate needs {', '.join(missing)}: pip install xdit-ir[zoo]")
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
     degrees = {name: parallel.get(name, 1) for name in MESH_DIMS}
     dealt(prompts, 0, data)
@@ -162,7 +167,7 @@ def _prepared(
     _adapt(pipe, lora)
     meter.end("load")
     if options or not _is_ported(pipe):
-        port(pipe, **({"weights": weights} if weights is not None else {}) | options)
+        port(pipe, **{"weights": weights, **options})
     if offload:
         pipe.enable_model_cpu_offload(device=job.device)
     else:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.mesh import Mesh
@@ -93,13 +95,13 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def _initialise(device: torch.device, world: int, groups: int) -> Job:
-    store, rank, _ = next(iter(dist.rendezvous("env://")))
+    store, rank, _ = next(iter(rendezvous("env://")))
     if device.type == "cuda":
         _compare_gpus(store, rank, world, str(torch.cuda.get_device_properties(device).uuid))
     size = world // groups
     group, within = divmod(rank, size)
     if size > 1:
-        own = dist.PrefixStore(f"data{group}", store)
+        own = PrefixStore(f"data{group}", store)
         dist.init_process_group(BACKENDS[device.type], store=own, rank=within, world_size=size)
     return Job(device, within, size, group, groups)
 

@@ -152,10 +152,11 @@ def _moved(embeddings: Mapping[str, Any], pipe: Any) -> dict[str, Any]:
     """Embeddings where the pipeline runs; floating-point ones in its denoisers' dtype."""
     if not embeddings:
         return {}
-    dtype, device = next(iter(denoisers(pipe).values())).dtype, pipe.device
+    device: torch.device = pipe.device
+    dtype: Any = next(iter(denoisers(pipe).values())).dtype
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)  # type: ignore[call-overload, no-any-return]
+        return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
 
     return {
         name: [move(one) for one in value] if isinstance(value, list) else move(value)
