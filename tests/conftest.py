@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +32,16 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text + "\n" == path.read_text(), f"differs from {path.name}; if meant, run pytest --update-golden"
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def pipeline_builders() -> dict[str, Any]:
+    """What `pipeline_folder.py` defines."""
+    return runpy.run_path(str(Path(__file__).with_name("pipeline_folder.py")))
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(pipeline_builders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline, as `save_pretrained` writes it."""
+    folder: Path = pipeline_builders["save"](tmp_path_factory.mktemp("saved") / "pipeline")
+    return folder

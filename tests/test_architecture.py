@@ -35,6 +35,7 @@ LAYERS = (
     ("xdit_ir.api",),
     ("xdit_ir.inspection",),
     ("xdit_ir.check", "xdit_ir.divergence", "xdit_ir.modules", "xdit_ir.runtime.port", "xdit_ir.runtime.ported"),
+    ("xdit_ir.generation",),
     ("xdit_ir",),
     ("xdit_ir.models",),
     ("xdit_ir.tools", "xdit_ir.testing", "xdit_ir.pytest_plugin"),

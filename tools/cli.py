@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from xdit_ir.errors import XditError
-from xdit_ir.tools import cmd_bench, cmd_check, cmd_inspect, cmd_models, cmd_opt, cmd_passes, cmd_support
+from xdit_ir.tools import cmd_bench, cmd_check, cmd_generate, cmd_inspect, cmd_models, cmd_opt, cmd_passes, cmd_support
 
 USAGE_ERROR = 2
 
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse: --help, or wrong usage
         return stop.code if isinstance(stop.code, int) else USAGE_ERROR
     except XditError as error:
-        print(f"xdit-ir: {error}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"xdit-ir: {rank}{error}", file=sys.stderr)
         return USAGE_ERROR
     except BrokenPipeError:  # `xdit-ir inspect ... | head`; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xdit-ir {version('xdit-ir')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (cmd_inspect, cmd_check, cmd_passes, cmd_opt, cmd_bench, cmd_models, cmd_support):
+    for command in (cmd_generate, cmd_inspect, cmd_check, cmd_passes, cmd_opt, cmd_bench, cmd_models, cmd_support):
         command.add_parser(commands)
     return parser
 

@@ -2,16 +2,20 @@
 
 from xdit_ir.api import trace
 from xdit_ir.check import check
-from xdit_ir.errors import MismatchError, ParallelizeError, TraceError, VerifyError, XditError
+from xdit_ir.errors import GenerationError, MismatchError, ParallelizeError, TraceError, VerifyError, XditError
+from xdit_ir.generation import Generation, generate
 from xdit_ir.runtime.port import port
 
 __all__ = [
+    "Generation",
+    "GenerationError",
     "MismatchError",
     "ParallelizeError",
     "TraceError",
     "VerifyError",
     "XditError",
     "check",
+    "generate",
     "port",
     "trace",
 ]

@@ -30,6 +30,10 @@ class ExecutionError(XditError):
         self.rank, self.site, self.node, self.reason = rank, site, node, reason
 
 
+class GenerationError(XditError):
+    """A pipeline's folder, or what it shall generate, is not usable; names the file, argument or component."""
+
+
 class MismatchError(XditError):
     """Inputs, weights or ranks differ from what a program was made for; names the argument."""
 

@@ -99,3 +99,20 @@ def adapters(degrees: Degrees, port_at: str) -> list[dict[str, Any]]:
         found.append({"act": name, "error": error(got, want), "change": error(want, before), "programs": programs})
         before = want
     return found
+
+
+def generate_files(arguments: list[str]) -> dict[str, Any]:
+    """The command on this rank of a job: its status, and what it prints."""
+    import contextlib
+    import io
+
+    from xdit_ir.mesh import Mesh
+    from xdit_ir.runtime.distributed import ensure_process_group
+    from xdit_ir.tools.cli import main
+
+    torch.set_num_threads(1)
+    ensure_process_group(torch.device("cpu"), Mesh.of(ulysses=2))  # left to the jobs that follow
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(["generate", *arguments])
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 from collections.abc import Callable
@@ -190,3 +191,22 @@ def test_what_a_stage_does_not_use_is_freed(saved: Saved) -> None:
     assert len(held.fetch()) == len(names) < len(living)
     with pytest.raises(xir.MismatchError, match="gave it up"):
         Store(model, CPU, release=True).take(names, parallel.original.state)
+
+
+def test_resident_memory_grows_by_what_is_read(tmp_path: Path) -> None:
+    """By a rank's own tensors and at most one more, whatever else the file has."""
+    status = Path("/proc/self/status")
+
+    def resident(kind: str) -> float:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(kind)) / 1024
+
+    save_file(
+        {f"layer{place}": torch.full((1 << 22,), float(place)) for place in range(12)}, tmp_path / "a.safetensors"
+    )
+    gc.collect()
+    spec, names = TensorSpec((1 << 22,), torch.float32), [f"layer{place}" for place in range(0, 12, 2)]
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    held = Store(nn.Module(), CPU, Checkpoint(tmp_path)).take(names, dict.fromkeys(names, spec)).fetch()
+    assert [tensor[-1].item() for tensor in held] == list(range(0, 12, 2))
+    assert resident("VmHWM") - before <= (len(names) + 1) * 16 + 8, "MiB: tensors of 16 each"

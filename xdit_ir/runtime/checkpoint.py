@@ -78,6 +78,21 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MismatchError(f"{self.source} is not an index of safetensors files: {error!r}") from error
 
+    def verify(self, names: Iterable[str] = ()) -> None:
+        """Raise unless every file is whole and has the tensors that are listed, and `names` are among them; reads
+        headers only."""
+        listed: dict[Path, list[str]] = {}
+        for name, path in self.files.items():
+            listed.setdefault(path, []).append(name)
+        for path, expected in listed.items():
+            with _opened(path, expected[0]) as file:
+                held = set(file.keys())
+            for name in expected:
+                if name not in held:
+                    raise MismatchError(f"{path} has no tensor {name!r}, though {self.source.name} says so")
+        for name in names:
+            self._file(name)
+
     def check(self, name: str, spec: TensorSpec) -> None:
         """Raise unless the tensor is there and fits; reads headers only."""
         path = self._file(name)
@@ -155,7 +170,10 @@ class Store:
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> None:
-        """Raise `MismatchError` unless `take` can give all of these; reads no data."""
+        """Raise `MismatchError` unless `take` can give all of these; reads no data, and the index anew, so that a
+        checkpoint can be mended and what needs it be called again."""
+        if self.checkpoint is not None:
+            self.checkpoint = Checkpoint(self.checkpoint.path)
         for name in names:
             if name in self._tensors:
                 self._same(name, self._tensors[name], specs[name])
@@ -252,8 +270,10 @@ class Loading:
         found = next(given, None)
         if found is not None:
             return found
-        gpu = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())) if torch.cuda.is_available() else None
-        return torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+        return torch.device("cuda", local % torch.cuda.device_count())  # a launcher may show each process one GPU
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:

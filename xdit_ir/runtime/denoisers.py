@@ -28,7 +28,7 @@ def components(pipe: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
-def takes_timestep(module: nn.Module) -> bool:
+def takes_timestep(module: nn.Module | type[nn.Module]) -> bool:
     """Whether a parameter of `forward` is a timestep by its name, which is part of the interface of a denoiser: text
     and image encoders, autoencoders and vocoders have none, since they run before or after the denoising steps."""
     try:

@@ -35,7 +35,7 @@ def ensure_process_group(device: torch.device, mesh: Mesh) -> int:
     if not dist.is_available():
         raise ParallelizeError(f"{_degrees(mesh)} needs torch.distributed, which this build of torch lacks")
     if dist.is_initialized():
-        _check_size(mesh, dist.get_world_size())
+        check_processes(mesh, dist.get_world_size())
         _check_backend(device)
     else:
         _initialise(device, mesh)
@@ -45,7 +45,7 @@ def ensure_process_group(device: torch.device, mesh: Mesh) -> int:
 def check_world_size(mesh: Mesh) -> None:
     """Raise `ParallelizeError` if the running job is known to have another number of processes than the mesh."""
     if mesh.world_size > 1 and dist.is_available() and dist.is_initialized():
-        _check_size(mesh, dist.get_world_size())
+        check_processes(mesh, dist.get_world_size())
 
 
 def _initialise(device: torch.device, mesh: Mesh) -> None:
@@ -56,7 +56,7 @@ def _initialise(device: torch.device, mesh: Mesh) -> None:
             f"{_degrees(mesh)} needs {count} processes, but torch.distributed is not initialised and "
             f"{', '.join(missing)} not set; start with `torchrun --nproc-per-node {count} ...`"
         )
-    _check_size(mesh, int(os.environ["WORLD_SIZE"]))
+    check_processes(mesh, int(os.environ["WORLD_SIZE"]))
     if device.type == "cuda":
         _select_gpu(device)
     dist.init_process_group(BACKENDS.get(device.type))
@@ -73,7 +73,8 @@ def _select_gpu(device: torch.device) -> None:
     torch.cuda.set_device(local)
 
 
-def _check_size(mesh: Mesh, processes: int) -> None:
+def check_processes(mesh: Mesh, processes: int) -> None:
+    """Raise `ParallelizeError`, which names the nearest legal degrees, unless a job of so many fits the mesh."""
     if processes == mesh.world_size:
         return
     needs = f"{mesh.world_size} processes" if mesh.world_size > 1 else "1 process"

@@ -1,0 +1,239 @@
+"""`xdit-ir generate` and `xir.generate` on one process: files, phases, options, and every error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import xdit_ir as xir
+from xdit_ir.generation import files
+from xdit_ir.generation.folder import Checkpoint, load
+from xdit_ir.generation.job import check_distinct, check_size
+from xdit_ir.generation.request import dealt, parse_size, read_embeddings
+from xdit_ir.mesh import Mesh
+from xdit_ir.runtime.ported import Ported
+from xdit_ir.tools.cli import main
+
+Capture = pytest.CaptureFixture[str]
+OPTIONS: dict[str, Any] = {"width": 128, "height": 128, "steps": 2, "arguments": {"use_resolution_binning": False}}
+CALL = ["--size", "128x128", "--steps", "2", "--set", "use_resolution_binning=false"]
+PROMPT = "a lighthouse at dusk"
+
+
+def by_hand(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The image that the pipeline itself makes."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    shape = {"width": 128, "height": 128, "num_inference_steps": 2, "use_resolution_binning": False}
+    return pipe(PROMPT, generator=torch.Generator().manual_seed(0), **shape).images[0]
+
+
+def close(got: Any, want: Any, steps: int = 1) -> None:
+    got, want = np.array(got).astype(int), np.array(want).astype(int)
+    assert got.shape == want.shape and want.std() > 10
+    assert abs(got - want).max() <= steps
+
+
+def test_the_command_writes_the_image_of_the_pipeline(pipeline_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    output = ["--output", str(tmp_path), "--benchmark", "2"]
+    assert main(["generate", str(pipeline_folder), "--prompt", PROMPT, *CALL, *output]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "generate.json"]
+    close(Image.open(tmp_path / "0000.png"), by_hand(pipeline_folder))
+    out = capsys.readouterr().out
+    assert str(tmp_path / "0000.png") in out and "denoise" in out and "total: median" in out
+    report = json.loads((tmp_path / "generate.json").read_text())
+    assert report["weights"] == "read by each rank" and report["files"] == ["0000.png"]
+    assert list(report["phases"]) == ["load", "port", "encode", "denoise", "decode"]
+    assert all(phase["seconds"] > 0 and phase["host_gib"] > 0.05 for phase in report["phases"].values())
+    bench = report["benchmark"]
+    assert len(bench["runs"]) == 2 and list(bench["seconds"]) == ["encode", "denoise", "decode", "total"]
+    for times in bench["seconds"].values():
+        assert 0 < times["min"] <= times["median"] <= times["max"]
+
+
+def test_a_given_pipeline_is_ported_once(pipeline_folder: Path) -> None:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder)
+    decode = pipe.vae.decode
+    first = xir.generate(pipe, PROMPT, **OPTIONS)
+    assert type(pipe.transformer) is Ported and first.pipe is pipe and first.files == []
+    again = xir.generate(pipe, [PROMPT, "a cat"], **OPTIONS, offload=True)
+    close(first.results[0][0], by_hand(pipeline_folder))
+    close(again.results[0][0], first.results[0][0])
+    assert abs(np.array(again.results[1][0]).astype(int) - np.array(first.results[0][0])).max() > 1
+    assert len(pipe.transformer.programs) == 1 and pipe.vae.decode == decode
+    with pytest.raises(xir.ParallelizeError, match="ported already"):
+        xir.generate(pipe, PROMPT, ulysses=1, **OPTIONS)
+
+
+def test_dtypes(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Read by each rank, weights have the dtypes that `from_pretrained` gives them; a mixture is refused by name."""
+    want = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder, dtype=torch.bfloat16).transformer
+    bare = load(pipeline_folder, torch.bfloat16).pipe.transformer
+    kinds = {name: tensor.dtype for name, tensor in bare.state_dict().items()}
+    assert kinds == {name: tensor.dtype for name, tensor in want.state_dict().items()}
+    assert all(tensor.is_meta for tensor in bare.parameters()) and not bare.training
+    made = xir.generate(pipeline_folder, PROMPT, dtype=torch.bfloat16, **OPTIONS)
+    close(made.results[0][0], by_hand(pipeline_folder, torch.bfloat16), 16)
+    mixed = shutil.copytree(pipeline_folder, tmp_path / "mixed")
+    diffusers.DiffusionPipeline.from_pretrained(mixed).text_encoder.bfloat16().save_pretrained(mixed / "text_encoder")
+    named = "different dtypes: text_encoder bfloat16, transformer float32"
+    with pytest.raises(xir.GenerationError, match=named):
+        xir.generate(mixed, PROMPT, **OPTIONS)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder)
+    pipe.text_encoder.bfloat16()
+    with pytest.raises(xir.GenerationError, match=named):
+        xir.generate(pipe, PROMPT, **OPTIONS)
+    close(
+        xir.generate(pipe, PROMPT, dtype=torch.float32, **OPTIONS).results[0][0],
+        by_hand(pipeline_folder),
+        16,
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["{}x", "--prompt", "a"], "there is no folder {}x; did you mean {}?"),
+        (["{}/transformer", "--prompt", "a"], "{}/transformer has no model_index.json; did you mean {}?"),
+        (["{}", "--prompt", "a", "--ulysses", "2"], "needs 2 processes, this job has 1; nearest legal: ulysses=1"),
+        (["{}", "--prompt", "a", "--ulysses", "0"], "ulysses=0 is not a positive integer"),
+        (["{}", "--prompt", "a", "--data", "2"], "1 cannot be divided evenly; nearest legal: data=1, or 2 prompts"),
+        (["{}", "--prompt", "a", "--prompt", "b", "--data", "2"], "and this job has 1; nearest legal: data=1"),
+        (["{}", "--prompt", "a", "--device", "cuda"], "rank 0 sees no GPU"),
+        (["{}", "--prompt", "a", "--size", "128x132"], "PixArtSigmaPipeline refuses its arguments: `height` and"),
+        (["{}", "--prompt", "a", "--size", "big"], "size 'big': expected WIDTHxHEIGHT"),
+        (["{}", "--prompt", "a", "--frames", "3"], "does not take frames (num_frames)"),
+        (["{}", "--prompt", "a", "--set", "heigth=3"], "does not take heigth; the nearest that it takes is 'height'"),
+        (["{}", "--prompt", "a", "--set", "height"], "--set height: expected NAME=VALUE"),
+        (["{}", "--prompt", "a", "--image", "{}/no.png"], "no.png cannot be read"),
+        (["{}", "--prompt", "a", "--dtype", "bf17"], "dtype 'bf17': expected one of bf16"),
+        (["{}", "--prompt", "a", "--lora", "{}/no:0.5"], "cannot be loaded into PixArtSigmaPipeline"),
+        (["{}", "--prompts", "{}/none.txt"], "prompts {}/none.txt cannot be read"),
+        (["{}", "--embeddings", "{}/model_index.json"], "model_index.json cannot be read"),
+        (["{}"], "expected --prompt, --prompts or --embeddings"),
+        (["{}", "--prompt", "a", "--embeddings", "{}"], "embeddings alone"),
+    ],
+)
+def test_errors(pipeline_folder: Path, argv: list[str], said: str, capsys: Capture, tmp_path: Path) -> None:
+    filled = [text.replace("{}", str(pipeline_folder)) for text in argv]
+    assert main(["generate", *filled, *CALL[2:], "--output", str(tmp_path / "out")]) == 2
+    assert said.replace("{}", str(pipeline_folder)) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_processes_prompts_and_gpus() -> None:
+    check_size(Mesh.of(cfg=2), 4, groups=2)
+    with pytest.raises(xir.ParallelizeError, match=r"in each of data=2 groups: cfg=2 needs 2 .* --nproc-per-node 4 "):
+        check_size(Mesh.of(cfg=2), 6, groups=2)
+    assert [dealt("abcdef", group, 3) for group in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(xir.ParallelizeError, match="6 cannot be divided evenly; nearest legal: data=3, or 8 prompts"):
+        dealt("abcdef", 0, 4)
+    with pytest.raises(xir.ParallelizeError, match="data=0 is not a positive integer"):
+        dealt("ab", 0, 0)
+    check_distinct(["GPU-a", "GPU-b"])
+    with pytest.raises(
+        xir.ParallelizeError, match=r"rank 2 has no GPU of its own: it shares GPU-a with rank 0; 3 .* 2"
+    ):
+        check_distinct(["GPU-a", "GPU-b", "GPU-a"])
+    assert parse_size("1024x768") == (1024, 768)
+
+
+def test_embeddings_are_named_by_argument(tmp_path: Path) -> None:
+    tensors = {name: torch.full((2,), float(place)) for place, name in enumerate(["a.1", "a.0", "b", "a.10", "c.d"])}
+    save_file(tensors, tmp_path / "some.safetensors")
+    found = read_embeddings(tmp_path / "some.safetensors")
+    assert sorted(found) == ["a", "b", "c.d"] and [one[0].item() for one in found["a"]] == [1, 0, 3]
+
+
+def test_a_video_from_embeddings_with_an_adapter(pipeline_builders: dict[str, Any], tmp_path: Path) -> None:
+    pipe, embeddings = pipeline_builders["build_video"]()
+    make, layers = torch.Generator().manual_seed(3), dict[str, torch.Tensor]()
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith("attn1.to_q"):
+            layers[f"transformer.{name}.lora_A.weight"] = torch.randn(2, module.in_features, generator=make)
+            layers[f"transformer.{name}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=make)
+    save_file(layers, tmp_path / "pytorch_lora_weights.safetensors")
+    size = {"width": 128, "height": 128, "frames": 5, "steps": 2, "embeddings": embeddings}
+    plain = xir.generate(pipe, **size, output=tmp_path / "plain")
+    [video] = plain.files
+    assert video.suffix == (".mp4" if files.writes_mp4() else ".gif")
+    if video.suffix == ".gif":
+        assert Image.open(video).n_frames == 5 and Image.open(video).size == (128, 128)
+    other, _ = pipeline_builders["build_video"]()
+    adapted = xir.generate(other, **size, lora=[f"{tmp_path}:0.5"])
+    other, _ = pipeline_builders["build_video"]()
+    other.load_lora_weights(dict(layers), adapter_name="by hand")
+    other.set_adapters("by hand", 0.5)
+    want = xir.generate(other, **size)
+    before, got, by_hand = (np.stack(one.results[0][0]).astype(int) for one in (plain, adapted, want))
+    assert abs(got - by_hand).max() <= 1 and abs(got - before).max() > 4
+
+
+def lose(name: str) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors, path)
+
+    return apply
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+NAME = "transformer_blocks.0.attn1.to_q.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (Path.unlink, "is missing"),
+        (truncate, "is damaged or truncated"),
+        (lose(NAME), f"has no tensor '{NAME}', though"),
+    ],
+)
+def test_a_damaged_shard_is_named_and_can_be_mended(
+    pipeline_folder: Path, tmp_path: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    """Before anything is loaded, and, if the damage comes later, before any weight is read."""
+    folder = shutil.copytree(pipeline_folder, tmp_path / "copy")
+    shard = Checkpoint(folder / "transformer").files[NAME]
+    whole = shard.read_bytes()
+    pipe = load(folder).pipe
+    xir.port(pipe, weights=folder)
+    spoil(shard)
+    for attempt in (lambda: load(folder), lambda: xir.generate(pipe, PROMPT, **OPTIONS)):
+        with pytest.raises(xir.MismatchError) as caught:
+            attempt()
+        assert str(shard) in str(caught.value) and said in str(caught.value) and "tensor '" in str(caught.value)
+    assert all(tensor.is_meta for tensor in pipe.transformer.parameters()) and pipe.transformer.programs == ()
+    shard.write_bytes(whole)
+    load(folder)
+    close(xir.generate(pipe, PROMPT, **OPTIONS).results[0][0], by_hand(folder))
+
+
+def test_a_tensor_that_the_index_lacks(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pipeline_folder, tmp_path / "copy")
+    pipe = load(folder).pipe
+    xir.port(pipe, weights=folder)
+    [index] = (folder / "transformer").glob("*.index.json")
+    text = index.read_text()
+    listed = json.loads(text)
+    del listed["weight_map"][NAME]
+    index.write_text(json.dumps(listed))
+    for attempt in (lambda: load(folder), lambda: xir.generate(pipe, PROMPT, **OPTIONS)):
+        with pytest.raises(xir.MismatchError, match=rf"{index.name} has no tensor '{NAME}' that the program needs"):
+            attempt()
+    index.write_text(text)
+    assert len(xir.generate(pipe, PROMPT, **OPTIONS).results) == 1
