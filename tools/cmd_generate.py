@@ -80,8 +80,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             prompts += [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise GenerationError(f"prompts {args.prompts} cannot be read: {error}") from error
-    if bool(prompts) == (args.embeddings is not None):
-        raise GenerationError("expected --prompt, --prompts or --embeddings, and embeddings alone")
+    if prompts and args.embeddings is not None:
+        raise GenerationError("--embeddings stand for a prompt: expected no --prompt or --prompts beside them")
+    if not (prompts or args.embeddings or args.set):
+        raise GenerationError("expected --prompt, --prompts, --embeddings, or --set for a pipeline without prompts")
     return prompts
 
 

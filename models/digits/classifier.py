@@ -29,4 +29,5 @@ class Classifier(nn.Module):
     def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Share of images [N, 1 or 3, 64, 64] that are seen as their labels [N]."""
         seen = self(images.float().mean(1, keepdim=True)).argmax(1)
-        return (seen == labels.to(seen.device)).float().mean().item()
+        share: float = (seen == labels.to(seen.device)).float().mean().item()
+        return share

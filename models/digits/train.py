@@ -84,7 +84,7 @@ def optimise(parameters: Iterator[nn.Parameter], step: Step, steps: int, rate: f
     for number in range(steps):
         loss = step(number)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         schedule.step()
         if (number + 1) % max(1, steps // 10) == 0:
@@ -125,9 +125,8 @@ def train_vae(digits: Digits, steps: int, device: torch.device) -> Any:
         images = 2 * digits.batch(128).images - 1
         latents = vae.encode(images).latent_dist
         found = vae.decode(latents.sample()).sample
-        return (
-            F.l1_loss(found, images) + F.mse_loss(found, images) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
-        )
+        divergence: torch.Tensor = latents.kl().mean() / latents.mean[0].numel()
+        return F.l1_loss(found, images) + F.mse_loss(found, images) + 1e-4 * divergence
 
     for _ in optimise(vae.parameters(), step, steps, 1e-3, "vae"):
         pass

@@ -18,6 +18,9 @@ import pytest
 from torch.distributed import TCPStore
 
 WORKER = Path(__file__).with_name("worker.py")
+HERE = str(WORKER.parent)
+if HERE not in sys.path:  # pytest runs in `importlib` mode: helpers of this folder are made importable here
+    sys.path.insert(0, HERE)
 
 
 class Workers:

@@ -251,7 +251,7 @@ def compiled_bodies(name: str, degrees: Degrees) -> dict[str, Any]:
 
 def pipeline(degrees: Degrees, steps: int) -> dict[str, Any]:
     """An unmodified diffusers pipeline, before and after its transformer is replaced."""
-    from xdit_ir.tools.demo_pipeline import build_pipeline, generate
+    from flux_pipeline import build_pipeline, generate
 
     torch.set_num_threads(1)
     pipe = build_pipeline()

@@ -12,9 +12,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from flux_pipeline import build_pipeline
 
 from xdit_ir import models
-from xdit_ir.tools.demo_pipeline import build_pipeline
 
 SIZE = 256  # pixels; 32 x 32 latents
 Case = tuple[Any, dict[str, Any]]

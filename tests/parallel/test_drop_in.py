@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from flux_pipeline import build_pipeline
 from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.tools.demo_pipeline import build_pipeline
 
 NAME = "wan2.1-t2v-14b:tiny"
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,12 +25,9 @@ def test_on_two_processes(workers: Pools) -> None:
 
 
 @pytest.mark.parametrize("port_at", ["load", "scale", "fuse"])
-def test_whenever_the_port_is_made(
-    port_at: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_whenever_the_port_is_made(port_at: str, request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--pipelines-all"):
         pytest.skip("needs --pipelines-all")
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
     import pipeline_jobs  # type: ignore[import-not-found]
 
     check(pipeline_jobs.adapters({}, port_at))

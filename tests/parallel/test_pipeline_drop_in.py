@@ -12,13 +12,13 @@ import diffusers.models.autoencoders
 import diffusers.models.transformers
 import pytest
 import torch
+from flux_pipeline import build_pipeline, generate
 from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.runtime.denoisers import takes_timestep
 from xdit_ir.runtime.ported import Ported
-from xdit_ir.tools.demo_pipeline import build_pipeline, generate
 
 STEPS = 2
 

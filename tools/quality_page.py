@@ -1,0 +1,106 @@
+"""The page about PipeFusion's images, and its plot, made from what `quality` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xdit_ir.tools.bench_report import empty_figure
+
+Result = Mapping[str, Any]
+Document = Mapping[str, Any]
+CENTRE: Mapping[str, int] = {"steps": 20, "patches": 4, "warmup_steps": 1}
+NAMES: Mapping[str, str] = {"warmup_steps": "warmup steps", "patches": "patches", "steps": "denoising steps"}
+
+PAGE = """# What PipeFusion does to images
+
+Never edited by hand; made, in a minute of one GPU, by
+
+    python -m xdit_ir.tools.quality --output benchmarks/quality/digits.json --page docs/quality.md
+
+After its warmup steps PipeFusion attends to keys and values that are one step old, so that its images differ from the
+exact ones. How much is measured on the digits model (`models/digits`: a class-conditional latent DiT with 256 image
+tokens and six blocks, in the unmodified `DiTPipeline`), in the exact semantics of {stages} stages, simulated in one
+process: {images} images for each row ({device}, float32, guidance {guidance}), always the same latents and classes.
+"Relative difference" is that of all images to the exact ones in the Frobenius norm; "recognised" is the share of images
+in which the classifier of `models/digits` sees the digit that was asked for.
+
+{table}
+
+![difference and accuracy](quality.svg)
+
+One patch is exact: every step sees its own keys and values only. {claim}
+"""
+
+
+def series(document: Document, name: str) -> list[Result]:
+    """The results where only `name` differs from (20 steps, 4 patches, 1 warmup step), in its order."""
+    others = [(key, value) for key, value in CENTRE.items() if key != name]
+    found = [one for one in document["results"] if all(one[key] == value for key, value in others)]
+    return sorted(found, key=lambda one: int(one[name]))
+
+
+def table(document: Document) -> str:
+    """One row a setting, in Markdown."""
+    head = [
+        "steps",
+        "patches",
+        "warmup steps",
+        "relative difference",
+        "largest (of 1)",
+        "recognised",
+        "recognised, exact",
+    ]
+    lines = [head, ["---"] * len(head), *(_row(one) for one in _ordered(document))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ordered(document: Document) -> Sequence[Result]:
+    return sorted(document["results"], key=lambda one: (one["steps"], one["warmup_steps"], one["patches"]))
+
+
+def _row(one: Result) -> list[str]:
+    counts = [str(one[name]) for name in CENTRE]
+    return [
+        *counts,
+        f"{one['difference']:.2e}",
+        f"{one['largest']:.2f}",
+        f"{one['accuracy']:.1%}",
+        f"{one['exact_accuracy']:.1%}",
+    ]
+
+
+def _claim(document: Document) -> str:
+    centre = next(one for one in document["results"] if all(one[name] == value for name, value in CENTRE.items()))
+    lost = 100 * (centre["exact_accuracy"] - centre["accuracy"])
+    return (
+        f"With 1 warmup step and 4 patches at 20 steps, accuracy is {lost:+.1f} points below that of the exact images "
+        f"at a relative difference of {centre['difference']:.3f}."
+    ).replace("+0.0 points below", "0.0 points below")
+
+
+def write(document: Document, page: Path) -> None:
+    """The page, and `quality.svg` beside it."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    values = {name: document[name] for name in ("images", "device", "guidance", "stages")}
+    page.write_text(PAGE.format(**values, table=table(document), claim=_claim(document)))
+    plot(document, page.with_name("quality.svg"))
+
+
+def plot(document: Document, path: Path) -> None:
+    """A panel for each of warmup steps, patches and denoising steps: difference (left) and accuracy (right)."""
+    figure = empty_figure(12.6, 3.6)
+    for axis, (name, label) in zip(figure.subplots(1, len(NAMES)), NAMES.items(), strict=True):
+        found = series(document, name)
+        at = [one[name] for one in found]
+        axis.plot(at, [one["difference"] for one in found], "-o", color="tab:blue")
+        axis.set(xlabel=label, ylabel="relative difference", ylim=(0, None), xscale="log", xticks=at, xticklabels=at)
+        axis.yaxis.label.set_color("tab:blue")
+        axis.minorticks_off()
+        right = axis.twinx()
+        right.plot(at, [one["accuracy"] for one in found], "--s", color="tab:orange")
+        right.set(ylabel="recognised", ylim=(0.9, 1.003))
+        right.yaxis.label.set_color("tab:orange")
+    figure.tight_layout()
+    figure.savefig(path, format="svg")
