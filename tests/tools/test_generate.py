@@ -104,9 +104,8 @@ def test_dtypes(pipeline_folder: Path, tmp_path: Path) -> None:
 def test_a_pipeline_without_prompts(tmp_path: Path, capsys: Capture) -> None:
     folder, wanted = str(digits.PIPELINE), ["--set", "class_labels=[3, 7]", "--steps", "5", "--guidance", "2"]
     assert main(["generate", folder, *wanted, "--dtype", "fp32", "--output", str(tmp_path)]) == 0
-    images = torch.stack(
-        [torch.from_numpy(np.array(Image.open(tmp_path / f"0000-{place}.png")))[None] / 255 for place in (0, 1)]
-    )
+    pixels = [np.array(Image.open(tmp_path / f"0000-{place}.png")) for place in (0, 1)]
+    images = torch.from_numpy(np.stack(pixels))[:, None] / 255
     assert digits.load_classifier().accuracy(images, torch.tensor([3, 7])) == 1.0
     capsys.readouterr()
     assert main(["generate", folder]) == 2
