@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xdit_ir import models
 from xdit_ir.capture import trace
+from xdit_ir.capture.values import KNOWN_NUMEL
 from xdit_ir.errors import TraceError
 from xdit_ir.program import Program
 
@@ -179,6 +180,20 @@ def test_huge_models_allocate_nothing() -> None:
         model = nn.Sequential(*(nn.Sequential(nn.Linear(1 << 20, 1 << 20), nn.SiLU()) for _ in range(3)))
     program = trace(model, (torch.empty(1 << 20, 1 << 20, device="meta"),))
     assert len(list(program.calls)) == 3
+
+
+def test_buffers_of_a_hollow_model_may_be_on_a_gpu_already() -> None:
+    """Weights come from a checkpoint, but `.to("cuda")` has moved the tables that it does not hold."""
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    with FakeTensorMode():  # a GPU that need not be there; too large to be read
+        model.table = nn.Buffer(torch.empty(2 * KNOWN_NUMEL, 4, device="cuda"), persistent=False)
+    model.forward = types.MethodType(lambda self, x: nn.Linear.forward(self, x + self.table), model)  # type: ignore[method-assign]
+    program = trace(model, (torch.empty(2 * KNOWN_NUMEL, 4),))
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == [
+        "aten.add.Tensor",
+        "aten.linear.default",
+    ]
 
 
 def test_random_numbers_stay_random(run: Callable[..., Any]) -> None:

@@ -119,7 +119,7 @@ class Recorder:
         Its `get_attr` is written at its first use in a frame.
         """
         with self.recording(False):
-            fake = self.blank(real)
+            fake = self.blank(real, self.device if self.hollow else None)  # where its weights will be, so will be this
             carried = origin is not Origin.PARAMETER and real.device.type != "meta"
             known = contents(real) if carried and real.numel() <= KNOWN_NUMEL else None
         if origin is Origin.CONSTANT and real.device.type == "meta":
