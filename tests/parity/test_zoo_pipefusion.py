@@ -19,6 +19,9 @@ REFUSED = {
     "z-image-omni": "stale rows",
 }
 
+# Equal, but with more work than one device: every patch computes all tokens of a second, short latent stream (audio).
+COSTLY = {"kandinsky-6": 1.09}
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every eighth model, all of them with `--zoo-all`."""
@@ -35,7 +38,8 @@ def test_exact_when_synchronous_and_at_the_fixed_point(name: str) -> None:
         result = xir.check(model, example, traced=traced, pipefusion=2, patches=1)
     else:
         report = traced.parallelize(pipefusion=2).report()
-        assert sum(report.flops_per_rank) <= 1.05 * report.flops_total
+        work = sum(report.flops_per_rank) / report.flops_total
+        assert work <= COSTLY.get(name, 1.05) and (work > 1.05) == (name in COSTLY)
         assert min(report.buffer_bytes_per_rank) > 0
         result = xir.check(model, example, traced=traced, pipefusion=2)
     assert result.ok, str(result)
