@@ -24,8 +24,8 @@ COSTLY = {"kandinsky-6": 1.09}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every eighth model, all of them with `--zoo-all`."""
-    step = 1 if metafunc.config.getoption("--zoo-all") else 8
+    """Every twelfth model, all of them with `--zoo-all`."""
+    step = 1 if metafunc.config.getoption("--zoo-all") else 12
     metafunc.parametrize("name", [name for name in models.names() if name not in NOT_CAPTURED][::step])
 
 
