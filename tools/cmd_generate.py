@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     generation = generate(args.pipeline, _prompts(args), **_options(args))
     if generation.job.reports:
         _show(generation, args.output)
-    if mine and dist.is_initialized():
-        dist.destroy_process_group()
+    if mine:
+        generation.close()
     return 0
 
 

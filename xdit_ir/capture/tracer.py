@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdit_ir.capture.flex import attend, is_flex
+from xdit_ir.capture.kernels import KERNELS, attend_by
 from xdit_ir.capture.known import compute, read, resolve, separate
 from xdit_ir.capture.operators import (
     DEVICE,
@@ -72,6 +73,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in READS:
             return func(*map_tensors(args, lambda tensor: read(self.recorder, tensor, _name(func))), **kwargs)
         self._check(func, args, kwargs)
+        if func in KERNELS:
+            return self._again(attend_by, func, tuple(args), kwargs)
         args, kwargs = map_tensors((tuple(args), kwargs), lambda tensor: self.recorder.value(tensor).fake)
         about = facts(func)
         if about.composite and (about.writes or about.aliases) and func not in RESHAPES:

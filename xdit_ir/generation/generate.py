@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from xdit_ir.errors import GenerationError
 from xdit_ir.generation import files
@@ -37,6 +38,14 @@ class Generation:
     results: list[list[Any]] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """End the job: CUDA graphs are freed, and torch.distributed ends, which would wait for them."""
+        for component in components(self.pipe).values():
+            if type(component) is Ported:
+                component.reset()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def generate(

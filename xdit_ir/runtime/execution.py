@@ -114,8 +114,12 @@ class Recording:
         self._graph.replay()
         return [output.clone() for output in self._outputs]
 
+    def forget(self) -> None:
+        """Free the graph; the next call records anew. NCCL ends no communicator that a graph still refers to."""
+        self._graph, self._inputs, self._outputs = None, [], ()
+
     def _record(self, inputs: Tensors, weights: Tensors) -> None:
-        self._graph, self._outputs = None, ()
+        self.forget()
         self._inputs = [x.clone() for x in inputs]
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(current)

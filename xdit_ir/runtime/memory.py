@@ -58,6 +58,12 @@ class Memories:
         self._made.append((weakref.ref(owner), memory))
         return memory
 
+    def forget(self) -> None:
+        """Free what was recorded."""
+        for _, memory in self._made:
+            for recording in memory.recordings.values():
+                recording.forget()
+
 
 def zeros(spec: TensorSpec, device: torch.device) -> torch.Tensor:
     """A tensor of this type."""

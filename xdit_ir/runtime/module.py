@@ -75,6 +75,11 @@ class Emitted(Shadow):
         runner: Runner | PipelineRunner = self._xdit_runner
         return runner.bodies
 
+    def reset(self) -> None:
+        """Free CUDA graphs, which `torch.distributed.destroy_process_group` would wait for; forward records anew."""
+        runner: Runner | PipelineRunner = self._xdit_runner
+        runner.forget()
+
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
         runner: Runner | PipelineRunner = self._xdit_runner
         failure: MismatchError | None = None

@@ -113,6 +113,10 @@ class PipelineRunner:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
         return self._binder(args, kwargs), self._weights.fetch()
 
+    def forget(self) -> None:
+        """Free what was recorded."""
+        self._memories.forget()
+
     def moment(self, inputs: Tensors) -> Moment:
         """To which step of which request a call with these inputs belongs."""
         if self.pipeline.patches == 1:

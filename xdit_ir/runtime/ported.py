@@ -95,7 +95,12 @@ class Ported(Shadow):
         return tuple(one.runner.parallel for one in self._made.made)
 
     def reset(self) -> None:
-        """Forget all specialisations, on every rank, so that the next forward traces the model anew."""
+        """Forget all specialisations, on every rank, so that the next forward traces the model anew.
+
+        Under `cuda_graph`, call it before `torch.distributed.destroy_process_group`, which would wait for the graphs.
+        """
+        for one in self._made.made:
+            one.runner.forget()
         self._made.made.clear()
         self._made.last = None
 

@@ -87,6 +87,11 @@ class Runner:
             )
         return build_output(self.program.signature, tensors)
 
+    def forget(self) -> None:
+        """Free what was recorded."""
+        if isinstance(self._forward, Recording):
+            self._forward.forget()
+
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Types of what `compute` gives."""
