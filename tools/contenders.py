@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -100,17 +101,17 @@ def _compile_layers(model: nn.Module, *, fullgraph: bool = True) -> None:
 
 
 def _diffusers(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
-    """diffusers' own context parallel (its `ContextParallelConfig`)."""
+    """diffusers' own context parallel (its `ContextParallelConfig`), which stays with a module, so on a copy of it that
+    has the same weights."""
     from diffusers import ContextParallelConfig
 
     sizes = contender.sizes
-    if model.__dict__.get("_parallel_config") is None:
-        model.set_attention_backend("_native_cudnn")  # type: ignore[operator]
-        config = ContextParallelConfig(ulysses_degree=sizes["ulysses"], ring_degree=sizes["ring"])
-        model.enable_parallelism(config=config)  # type: ignore[operator]
+    theirs: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    theirs.set_attention_backend("_native_cudnn")
+    theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=sizes["ulysses"], ring_degree=sizes["ring"]))
     if contender.mode != "eager":
-        _compile_layers(model, fullgraph=False)
-    return model
+        _compile_layers(theirs, fullgraph=False)
+    return theirs  # type: ignore[no-any-return]
 
 
 def _xdit(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
