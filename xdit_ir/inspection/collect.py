@@ -108,7 +108,7 @@ def _stage_views(pipeline: Pipeline | None) -> Iterator[StageView]:
 def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[Fact]:
     flops, slowest = max(report.flops_total, 1), max(report.flops_per_rank)
     yield Fact("ranks", str(parallel.world_size))
-    yield Fact("a forward", f"{flops / 1e12:.3g} TFLOP")
+    yield Fact("a forward", _work(flops))
     yield Fact("slowest rank", f"{slowest / flops:.1%}", "of that")
     yield Fact("all ranks", f"{sum(report.flops_per_rank) / flops:.1%}", "of that")
     yield Fact("sent by a rank", _size(sum(one.bytes_per_rank for one in report.collectives)))
@@ -118,16 +118,23 @@ def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[
     yield Fact("schedule", f"{total / 1000:.3g} ms", "estimate")
 
 
+def _work(flops: int) -> str:
+    for size, unit in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+        if flops >= size:
+            return f"{flops / size:.4g} {unit}"
+    return f"{flops} FLOP"
+
+
 def _tables(report: Report) -> Iterator[Rows]:
     sent = [[c.kind, c.mesh_dim, str(c.count), _size(c.bytes_per_rank)] for c in report.collectives]
     head = ["collective", "mesh dim", "times", "sent by the busiest rank"]
     yield Rows("Communication in a forward", head, sent, "nothing is sent")
     flops = max(report.flops_total, 1)
     ranks = [
-        [str(rank), f"{work / 1e12:.4g}", f"{work / flops:.2%}", _size(weights), *_buffers(report, rank)]
+        [str(rank), _work(work), f"{work / flops:.2%}", _size(weights), *_buffers(report, rank)]
         for rank, (work, weights) in enumerate(zip(report.flops_per_rank, report.weight_bytes_per_rank, strict=True))
     ]
-    yield Rows("Ranks", ["rank", "TFLOP", "of one device", "weights", "buffers"], ranks)
+    yield Rows("Ranks", ["rank", "work", "of one device", "weights", "buffers"], ranks)
     fallbacks = [[f.op, f.place, f.reason, _size(f.bytes)] for f in report.fallbacks]
     none = "nothing is gathered inside a block for want of a rule"
     yield Rows("Fallbacks: where something was gathered", ["operator", "place", "reason", "sent"], fallbacks, none)
