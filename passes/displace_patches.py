@@ -65,21 +65,23 @@ class DisplacePatches:
         return plan if again.refusal else again
 
     def _first(self, trial: Propagation, axis: TokenAxis) -> list[TokenAxis]:
-        """The streams that go with the first patch: those of queries which the latents do not reach, and which no
-        operator wants divided like the latents, so that nothing more is published than without."""
+        """The streams that go with the first patch: those of queries which the latents do not reach, and which then take
+        less work (a second, short stream of latents), or no more work and no more that is published."""
         program = trial.program
         latents, chosen = inputs_of(program, axis.value), list[TokenAxis]()
         partition = next(self._partitions(program, axis, 0), None)
         if partition is None:
             return []
-        published = judge(trial.run(self._seeds(program, axis, partition, [])), self.mesh).price.bytes
+        best = judge(trial.run(self._seeds(program, axis, partition, [])), self.mesh)
         for other in program.tokens:
             source = inputs_of(program, other.value)
             taken = other.gathered or other.value in (axis.value, *(one.value for one in chosen))
             if taken or not source or source & latents:
                 continue
-            seeds = self._seeds(program, axis, partition, [*chosen, other])
-            if judge(trial.run(seeds), self.mesh).price.bytes <= published:
+            plan = judge(trial.run(self._seeds(program, axis, partition, [*chosen, other])), self.mesh)
+            cheaper = (plan.price.work, plan.price.bytes) <= (best.price.work, best.price.bytes)
+            if cheaper and (best.refusal or not plan.refusal):
+                best = plan
                 chosen.append(other)
         return chosen
 

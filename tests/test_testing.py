@@ -54,7 +54,7 @@ def test_illegal(xdit):
     xdit(*build())
 
 
-@pytest.mark.xdit(degrees=["u2"], processes=True)
+@pytest.mark.xdit(degrees=["u2", "p2"], processes=True)
 def test_processes(xdit):
     xdit(*build())
 
