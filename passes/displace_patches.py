@@ -65,8 +65,8 @@ class DisplacePatches:
         return plan if again.refusal else again
 
     def _first(self, trial: Propagation, axis: TokenAxis) -> list[TokenAxis]:
-        """The streams that go with the first patch: those of queries which the latents do not reach, and which then take
-        less work (a second, short stream of latents), or no more work and no more that is published."""
+        """The streams that go with the first patch: those of queries which the latents do not reach, and which then
+        take less work (a second, short stream of latents), or no more work and no more that is published."""
         program = trial.program
         latents, chosen = inputs_of(program, axis.value), list[TokenAxis]()
         partition = next(self._partitions(program, axis, 0), None)

@@ -131,6 +131,7 @@ def test_the_plugin(tmp_path: Path) -> None:
         ("PASSED", "test_every_way[r2]"),
         ("FAILED", "test_illegal[c2]"),
         ("PASSED", "test_processes[u2]"),
+        ("PASSED", "test_processes[p2]"),
         ("FAILED", "test_broken[u2]"),
         ("ERROR", "test_unmarked"),
     }, done.stdout + done.stderr
