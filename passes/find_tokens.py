@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -113,17 +114,32 @@ def units_of(program: Program, size: int) -> tuple[int, ...]:
 
 def segments_of(program: Program, size: int) -> tuple[tuple[int, ...], ...]:
     """Ways in which joins and splits cut a dimension of this size."""
+    return tuple(sorted(sizes for sizes in _parts_of(program, size) if len(sizes) < 4))
+
+
+def borders_of(program: Program, size: int) -> set[int]:
+    """Where joins, splits and slices cut a dimension of this size."""
+    every = [*_parts_of(program, size), *_slices_of(program, size)]
+    return {border for sizes in every for border in itertools.accumulate(sizes)} - {size}
+
+
+def _parts_of(program: Program, size: int) -> set[tuple[int, ...]]:
     found: set[tuple[int, ...]] = set()
     for graph in _graphs(program):
         for node in graph.nodes:
             packet = getattr(node.target, "overloadpacket", None)
             if packet in (*JOINS, aten.split, aten.split_with_sizes) and not node.kwargs:
-                dim = node.args[-1] if isinstance(node.args[-1], int) and packet is not aten.split else 0
+                dim = 0 if packet is aten.split else joined_dim(node)
                 many = node.meta[SPEC] if packet not in JOINS else [s.meta[SPEC] for s in operands(node)]
                 sizes = tuple(spec.shape[dim] for spec in many)
-                if sum(sizes) == size and len(sizes) < 4:
+                if sum(sizes) == size:
                     found.add(sizes)
-    return tuple(sorted(found))
+    return found
+
+
+def joined_dim(node: fx.Node) -> int:
+    """The dim along which a join or a split works."""
+    return node.args[-1] if isinstance(node.args[-1], int) else 0
 
 
 def _slices_of(program: Program, size: int) -> set[tuple[int, ...]]:

@@ -46,8 +46,8 @@ class LowerAttention:
         q, k = ruling.inputs[:2]
         out = ruling.outputs
         assert isinstance(out, Layout)
-        talk = call.varies(k.dims[-2])
-        if call.arguments["is_causal"] and (talk or q.dims[-2] is not None):
+        talk = call.mesh.apart(q.dims[-2], k.dims[-2])
+        if call.arguments["is_causal"] and (call.varies(k.dims[-2]) or q.dims[-2] is not None):
             return self._causal(call, ruling)
         heads = self._heads(call, q, k) if ULYSSES in talk else None
         k = k.with_dims({-2: _gathered(call, k, talk - {RING})})

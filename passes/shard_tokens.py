@@ -87,12 +87,14 @@ class ShardTokens:
 
     def _proposals(self, program: Program, axis: TokenAxis) -> Iterator[Layouts]:
         have = _layout(program, axis)
-        if have.dims[axis.dim] is not None:
+        cut = have.dims[axis.dim]
+        if cut is not None:
+            yield (have.with_dims({axis.dim: self.mesh.refine(cut, SEQUENCE)}),)
             return
         even = self.mesh.divide(axis.size, SEQUENCE)
         if axis.gathered:
-            cut = have.with_dims({axis.dim: even})
-            yield from ((cut, have), (cut,))
+            divided = have.with_dims({axis.dim: even})
+            yield from ((divided, have), (divided,))
             return
         finer = itertools.product((1, *axis.units), ((), *axis.segments))
         inside = ((1, (unit,) * (axis.size // unit)) for unit in axis.units)

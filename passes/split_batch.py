@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -10,15 +12,17 @@ from xdit_ir.cost import program_flops
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
-from xdit_ir.passes.find_tokens import divides
+from xdit_ir.partition import Indices, Partition
+from xdit_ir.passes.find_tokens import JOINS, borders_of, divides, joined_dim
 from xdit_ir.passes.streams import leading_values
-from xdit_ir.program import SPEC, Program
+from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.propagate import Attempt, Propagation, Seeds
 
 # Dividing a batch at least nearly halves the work; a cut that leaves more than this divides something else.
 WORTH = 0.9
 # More cuts are looked for where the work exceeds a fair share by more than this, and kept where they save so much.
 BALANCED, FURTHER = 1.01, 0.995
+TRIALS = 8  # of cuts between packed samples
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class _Choice:
 class SplitBatch:
     """Cut the batch of one input and let demand cut the others; the outputs are gathered. Numerics: exact.
 
-    A batch that the model takes apart and puts together again is cut once more behind that, and before.
+    A batch that the model takes apart and puts together again is cut once more behind that, and before. Where there is
+    no batch since samples are packed in one sequence, that is cut between samples.
     """
 
     mesh: Mesh
@@ -51,6 +56,9 @@ class SplitBatch:
         whole = program_flops(program, None)[0]
         best = min(tried, key=lambda one: one.work, default=None)
         if best is None or best.work > WORTH * whole:
+            packed = self._packed(trial, program)
+            if packed is not None and packed.work <= WORTH * whole:
+                return _with_tokens(packed.attempt.program().replace(mesh=self.mesh), packed.seeds)
             raise ParallelizeError(_explain(degree, [one.size for one in tried]))
         if best.size < degree:
             raise ParallelizeError(_explain(degree, [best.size]))
@@ -72,13 +80,64 @@ class SplitBatch:
             return None
         return _Choice(max(result.flops()), shape[0], seeds, result)
 
+    def _packed(self, trial: Propagation, program: Program) -> _Choice | None:
+        """Samples that follow each other in one sequence: cut where it is joined or taken apart, such that no query then
+        misses a key."""
+        best: _Choice | None = None
+        for node, dim in _sequences(program):
+            if best is not None and divides(best.attempt, node.name, dim):
+                continue
+            shape = node.meta[SPEC].shape
+            for partition in self._between(shape[dim], borders_of(program, shape[dim])):
+                layout = Layout.whole(len(shape)).with_dims({dim: partition})
+                seeds = {**(best.seeds if best else {}), node.name: (layout,)}
+                result = trial.attempt(seeds)
+                choice = _Choice(max(result.flops()), shape[dim], seeds, result)
+                if "cfg" not in result.keys_apart() and (best is None or choice.work < best.work):
+                    best = choice
+        return best
+
+    def _between(self, size: int, borders: Collection[int]) -> list[Partition]:
+        """Partitions at some of these borders, the most even first."""
+        degree, ranks = self.mesh.size(("cfg",)), range(self.mesh.world_size)
+        found = [
+            [Indices.range(start, end) for start, end in itertools.pairwise((0, *chosen, size))]
+            for chosen in itertools.combinations(sorted(borders), degree - 1)
+        ]
+        found.sort(key=lambda pieces: max(piece.size for piece in pieces))
+        return [
+            Partition(size, tuple(pieces[self.mesh.index(rank, ("cfg",))] for rank in ranks))
+            for pieces in found[:TRIALS]
+        ]
+
+
+def _sequences(program: Program) -> Iterator[tuple[fx.Node, int]]:
+    """What the outer graph joins, the last first, and the token streams."""
+    for node in reversed(program.graph.nodes):
+        if getattr(node.target, "overloadpacket", None) in JOINS and node.meta[SPEC].dtype.is_floating_point:
+            yield node, joined_dim(node)
+    values = {node.name: node for node in program.graph.nodes}
+    yield from ((values[axis.value], axis.dim) for axis in program.tokens if not axis.gathered)
+
+
+def _with_tokens(program: Program, seeds: Seeds) -> Program:
+    """What was cut between samples are the first token streams, to be cut further where they are cut."""
+    values = {node.name: node for node in program.graph.nodes}
+    streams = []
+    for name, (layout,) in seeds.items():
+        cut = next((user for user in values[name].users if user.meta.get(LAYOUT) == layout), values[name])
+        dim = next(d for d, partition in enumerate(layout.dims) if partition is not None)
+        streams.append(TokenAxis(cut.name, dim, cut.meta[SPEC].shape[dim]))
+    rest = (axis for axis in program.tokens if axis.value not in seeds)
+    return program.replace(tokens=(*streams, *rest))
+
 
 def _explain(degree: int, sizes: list[int]) -> str:
     batch = min(sizes, default=0)
     if batch >= degree:
         return (
-            f"cfg={degree} divides the batch, but cutting the first dimension of no input divides the work (are "
-            "samples packed into one sequence?); use cfg=1 with ulysses or ring"
+            f"cfg={degree} divides the batch, but cutting the first dimension of no input divides the work, nor does a "
+            f"cut between {degree} samples packed into one sequence; use cfg=1 with ulysses or ring"
         )
     return (
         f"cfg={degree} divides the batch, but the example has a batch of {batch}: "

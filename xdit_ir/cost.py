@@ -152,9 +152,10 @@ def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mes
 def ring_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
     """Bytes of keys and values that each rank passes on around the ring."""
     total = [0] * mesh.world_size
-    for source in operands(node)[1:3]:
+    q, *others = operands(node)[:3]
+    for source in others:
         spec, layout = source.meta[SPEC], source.meta[LAYOUT]
-        dims = mesh.varies(layout.dims[-2])
+        dims = mesh.apart(q.meta[LAYOUT].dims[-2], layout.dims[-2])
         for rank in range(mesh.world_size):
             group = mesh.group(rank, dims)
             at = group.index(rank)

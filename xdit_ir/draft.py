@@ -141,6 +141,11 @@ class Draft:
                 found = found.union(*map(self.mesh.varies, dims[:-2] if part == "batch" else dims[-2:-1]))
         return found
 
+    def keys_apart(self) -> frozenset[str]:
+        """The mesh dims along which some attention finds only a part of its keys."""
+        sources = (step.sources for step in self.steps if step.target in ops.ATTENTIONS)
+        return frozenset().union(*(self.mesh.apart(q.layout.dims[-2], k.layout.dims[-2]) for q, k, *_ in sources))
+
     def write(self, name_of: Callable[[Any], str]) -> fx.Graph:
         """The graph; `name_of` names the variant of a block that a call calls."""
         graph = fx.Graph()

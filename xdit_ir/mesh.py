@@ -59,6 +59,14 @@ class Mesh:
         """The mesh dims along which parts differ."""
         return frozenset() if partition is None else _varies(self, partition)
 
+    def apart(self, queries: Partition | None, keys: Partition | None) -> frozenset[str]:
+        """The mesh dims along which keys must be brought together, for every rank that has queries to have all keys."""
+        found = self.varies(keys)
+        for name in MESH_DIMS:
+            if keys is not None and name in found and _finds_all(self, queries, keys, found - {name}):
+                found -= {name}
+        return found
+
     def divide(self, size: int, dims: Collection[str], unit: int = 1, segments: Sequence[int] = ()) -> Partition:
         """A dimension divided evenly (within segments, in whole units) over these mesh dims."""
         pieces = even_pieces(size, self.size(dims), unit, segments)
@@ -79,6 +87,14 @@ class Mesh:
     def gathered(self, partition: Partition, dims: Collection[str]) -> Partition | None:
         """What every rank holds after gathering over these mesh dims, parts in group order; None if that is whole."""
         return _gathered(self, partition, frozenset(dims))
+
+
+def _finds_all(mesh: Mesh, queries: Partition | None, keys: Partition, dims: frozenset[str]) -> bool:
+    held = _gathered(mesh, keys, dims)
+    return held is None or all(
+        part.size == keys.size or (queries is not None and not queries.parts[rank].size)
+        for rank, part in enumerate(held.parts)
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -93,6 +93,16 @@ class Propagation:
             self.bodies[key] = Body(draft, wants)
         return self.bodies[key]
 
+    def settling(self, name: str, layouts: Layouts, results: Layouts | None = None) -> Iterator[Layouts]:
+        """The layouts of a block's arguments, then what the block wants instead, until it wants nothing else or, as it
+        may want one order of indices for the other, what it had before."""
+        seen: set[Layouts] = set()
+        while layouts not in seen:
+            yield layouts
+            seen.add(layouts)
+            wants = self.body(name, layouts, results).wants
+            layouts = tuple(wants.get(place, layout) for place, layout in enumerate(layouts))
+
     def demanded(self, step: Step, target: Any) -> Layouts | None:
         """Operand layouts that make a step's result `target` without communication, verified by its rule."""
         layouts = tuple(source.layout for source in step.sources)
@@ -146,8 +156,14 @@ class Attempt:
 
     def attention_mesh_dims(self, *parts: str) -> frozenset[str]:
         """The mesh dims that divide the `queries`, `keys` or `batch` (and heads) of some attention."""
-        drafts = [self.draft, *(self.run.bodies[v].draft for v in {step.body: None for step in self.draft.calls})]
-        return frozenset().union(*(draft.attention_mesh_dims(part) for draft in drafts for part in parts))
+        return frozenset().union(*(draft.attention_mesh_dims(part) for draft in self._drafts() for part in parts))
+
+    def keys_apart(self) -> frozenset[str]:
+        """The mesh dims along which some attention finds only a part of its keys."""
+        return frozenset().union(*(draft.keys_apart() for draft in self._drafts()))
+
+    def _drafts(self) -> list[Draft]:
+        return [self.draft, *(self.run.bodies[v].draft for v in {step.body: None for step in self.draft.calls})]
 
     def sums_up(self) -> bool:
         """Whether ranks hold summands outside of blocks."""
@@ -219,14 +235,9 @@ class _Writer:
     def _call(self, node: fx.Node, sources: list[Step]) -> Step:
         name, _, _ = call_parts(node)
         sources = [self.convert(source, source.layout.summed()) for source in sources]
-        while True:
-            layouts = tuple(source.layout for source in sources)
-            body = self.run.body(name, layouts)
-            if not body.wants:
-                break
-            for place, want in body.wants.items():
-                sources[place] = self.convert(sources[place], want)
-        new = self._add(node, node.target, sources, body.draft.outputs)
+        for layouts in self.run.settling(name, tuple(source.layout for source in sources)):
+            sources = [self.convert(source, want) for source, want in zip(sources, layouts, strict=True)]
+        new = self._add(node, node.target, sources, self.run.body(name, layouts).draft.outputs)
         new.body = (name, layouts, None)
         return new
 
@@ -288,11 +299,8 @@ def _push_call(step: Step, results: list[Step], wanted: list[Layout | None], run
     made = list(step.layout)
     for result, want in zip(results, wanted, strict=True):
         made[result.node.args[1]] = want or result.layout  # type: ignore[index]
-    needs = list(layouts)
-    while wants := run.body(name, tuple(needs), tuple(made)).wants:
-        for place, want in wants.items():
-            needs[place] = want
-    variant = (name, tuple(needs), tuple(made))
+    *_, needs = run.settling(name, layouts, tuple(made))
+    variant = (name, needs, tuple(made))
     old, new = (run.bodies[one].draft for one in (step.body, variant))
     if max(new.flops()) >= max(old.flops()) or new.moved_bytes() > old.moved_bytes():
         return []

@@ -137,7 +137,7 @@ def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]
     if node.op != "call_function":
         return None
     if node.target is ops.ring_attention:
-        around = in_mesh_order(mesh.varies(operands(node)[1].meta[LAYOUT].dims[-2]))
+        around = in_mesh_order(mesh.apart(*(source.meta[LAYOUT].dims[-2] for source in operands(node)[:2])))
         return ("ring_attention", "*".join(around)), ring_bytes(node, mesh)
     if not ops.communicates(node.target):
         return None

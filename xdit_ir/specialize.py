@@ -129,8 +129,8 @@ def _shard(node: fx.Node, value: fx.Node, graph: fx.Graph, have: Layout, want: L
 
 
 def _ring(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
-    keys = operands(node)[1].meta[LAYOUT].dims[-2]
-    dims = in_mesh_order(mesh.varies(keys))
+    queries, keys = (source.meta[LAYOUT].dims[-2] for source in operands(node)[:2])
+    dims = in_mesh_order(mesh.apart(queries, keys))
     group = mesh.group(rank, dims)
     target: Any = Ring("ring_attention", dims, group, tuple(keys.sizes[member] for member in group))
     args, kwargs = with_operands(node, [env[source] for source in operands(node)])

@@ -107,7 +107,7 @@ class _Verifier:
             self.fail(node, "its layout is not what the rules infer")
         if self.runnable and node.target in ops.ATTENTIONS:
             allowed = {"ring"} if node.target is ops.ring_attention else set()
-            astray = mesh.varies(layouts[1].dims[-2]) - allowed
+            astray = mesh.apart(layouts[0].dims[-2], layouts[1].dims[-2]) - allowed
             if astray:
                 self.fail(node, f"its keys are divided over {sorted(astray)} and nothing brings them together")
 

@@ -87,3 +87,15 @@ def test_the_models_are_deterministic_and_depend_on_every_input() -> None:
         for name, value in example.items():
             other = ~value if value.dtype == torch.bool else 2 * value
             assert not torch.allclose(want, pytree.tree_leaves(run(**{**example, name: other}))[0]), name
+
+
+@pytest.mark.timeout(100)
+def test_a_block_that_wants_one_order_for_the_other_is_settled() -> None:
+    """Propagation went on for ever, and took all memory."""
+    recipe = dits.Recipe(
+        batch=3, grid=(3, 2, 3), patch=2, text=0, mask="pooled", heads=6, groups=3, head_dim=8,
+        kinds=("causal", "causal"),
+        between=(), style="einsum", norm="layer", rotary="halves", modulation="token", mlp="gelu",
+        qk_norm=True, skips=False, spare=True, refiner=True, output="tuple", seed=2,
+    )  # fmt: skip
+    assert judge(recipe, {"cfg": 2, "ulysses": 2}) == "equal"

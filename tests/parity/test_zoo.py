@@ -28,7 +28,6 @@ NOT_CAPTURED: dict[str, str] = {}
 # What is captured but cannot be divided like this, by model and letter of the degree: what the error says.
 REFUSED = {
     ("cosmos3-omni", "c"): "batch of 1",
-    ("plain-packed-dit", "c"): "packed into one sequence",
 }
 # Where the slowest of four Ulysses ranks does more than this part of the FLOPs.
 BALANCED = 0.30

@@ -1,4 +1,4 @@
-"""What `split-batch` says where no batch can be divided."""
+"""What `split-batch` does, and says, where there is no batch to divide."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ import xdit_ir as xir
 from xdit_ir import models
 
 
-def test_packed_samples_are_refused_for_what_they_are() -> None:
+@pytest.mark.parametrize("degrees", [{"cfg": 2}, {"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}])
+def test_packed_samples_are_cut_between_samples(degrees: dict[str, int]) -> None:
+    model, example = models.load("plain-packed-dit:tiny")
+    traced = xir.trace(model, example)
+    report = traced.parallelize(**degrees).report()
+    assert max(report.flops_per_rank) <= 1.1 * report.flops_total / len(report.flops_per_rank)
+    inside = [one for one in report.collectives if one.mesh_dim == "cfg" and one.count > 2]
+    assert not inside, "attention of one sample needs nothing of the other"
+    assert xir.check(model, example, traced=traced, **degrees).ok
+
+
+def test_more_halves_than_packed_samples() -> None:
     traced = xir.trace(*models.load("plain-packed-dit:tiny"))
-    with pytest.raises(xir.ParallelizeError, match=r"packed into one sequence.*use cfg=1"):
-        traced.parallelize(cfg=2)
+    with pytest.raises(xir.ParallelizeError, match=r"batch of 2: give at least 3 samples"):
+        traced.parallelize(cfg=3)
 
 
 def test_too_few_samples() -> None:
