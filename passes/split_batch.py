@@ -81,8 +81,8 @@ class SplitBatch:
         return _Choice(max(result.flops()), shape[0], seeds, result)
 
     def _packed(self, trial: Propagation, program: Program) -> _Choice | None:
-        """Samples that follow each other in one sequence: cut where it is joined or taken apart, such that no query then
-        misses a key."""
+        """Samples that follow each other in one sequence: cut where it is joined or taken apart, such that no query
+        then misses a key."""
         best: _Choice | None = None
         for node, dim in _sequences(program):
             if best is not None and divides(best.attempt, node.name, dim):
