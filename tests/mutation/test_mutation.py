@@ -329,7 +329,10 @@ def runtime_nodes(parallel: ParallelProgram, target: Any) -> m.Broken:
     return m.Broken(parallel, "", frozenset(near), bool(near))
 
 
-RESULTS: dict[str, Found] = {}
+RESULTS: dict[str, Found] = {}  # of the cases that ran in this process
+# Corruptions inside a block for which another node is named than the corrupted one or its direct consumer.
+ASTRAY = {"shift and scale swapped", "not kept", "write one step late"}
+INSIDE = 48  # corruptions inside a block
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
@@ -341,11 +344,12 @@ def test_it_is_caught(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_most_are_located() -> None:
     inside = {name: result for name, result in RESULTS.items() if result.inside}
     astray = {name: result.named for name, result in inside.items() if not result.located}
+    assert set(astray) == ASTRAY & set(RESULTS), astray
+    assert len(ASTRAY) <= 0.1 * INSIDE
     caught = sum(result.by != "nobody" for result in RESULTS.values())
     print(f"{caught} of {len(RESULTS)} corruptions caught, {len(inside)} of them inside a block, ", end="")
     print(f"located: {len(inside) - len(astray)}; astray: {', '.join(astray) or 'none'}")
-    assert len(RESULTS) < len(CASES) or len(inside) >= 25
-    assert len(astray) <= 0.1 * len(inside), astray
+    assert len(RESULTS) < len(CASES) or len(inside) == INSIDE
 
 
 def test_the_programs_are_right_before_they_are_broken() -> None:
