@@ -6,12 +6,12 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from xdit_ir.errors import XditError
-from xdit_ir.tools import bench_report, scale
+from xdit_ir.tools import bench_report, estimate, scale
 from xdit_ir.tools.contenders import Contender
 
 PEERS = ("diffusers", "xdit")
@@ -49,12 +49,17 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--scale", action="store_true", help=f"2, 4, ... N GPUs, all ways to use them; --out is a folder ({SCALE_OUT})"
     )
+    parser.add_argument(
+        "--estimate", action="store_true", help="with --scale: schedules worked out from sizes, without a GPU"
+    )
     parser.add_argument("--page", type=Path, default=None, help="make this page (and a plot beside it) from JSON files")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark, or make the page."""
+    if args.estimate:
+        return _estimate(args)
     if args.page is not None:
         return _page(args)
     if args.scale:
@@ -100,6 +105,20 @@ def _scale(args: argparse.Namespace) -> int:
     return max(statuses)
 
 
+def _estimate(args: argparse.Namespace) -> int:
+    if not args.scale:
+        raise XditError("--estimate works out what --scale would measure: give both")
+    tables = []
+    for model in args.what or scale.MODELS:
+        made = list(estimate.estimates(model, scale.counts(args.gpus)))
+        for gpus in scale.counts(args.gpus):
+            tables.append((f"{model}, {gpus} GPUs", [one.row() for one in made if one.gpus == gpus]))
+            _table(tables[-1][0], estimate.HEADER, tables[-1][1])
+    if args.page is not None:
+        args.page.write_text(estimate.page(tables))
+    return 0
+
+
 def _contenders(args: argparse.Namespace) -> list[Contender]:
     if args.contenders:
         return [Contender.parse(text) for text in args.contenders.split(",")]
@@ -115,13 +134,17 @@ def _contenders(args: argparse.Namespace) -> list[Contender]:
 
 
 def _show(document: dict[str, Any]) -> None:
+    _table(bench_report.title(document), bench_report.HEADER, bench_report.rows(document))
+
+
+def _table(title: str, header: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=bench_report.title(document))
-    for name in bench_report.HEADER:
+    table = Table(title=title)
+    for name in header:
         table.add_column(name)
-    for row in bench_report.rows(document):
+    for row in rows:
         table.add_row(*row)
     Console().print(table)
 

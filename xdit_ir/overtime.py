@@ -8,7 +8,7 @@ from torch import fx
 
 from xdit_ir.layout import Layout, part_of
 from xdit_ir.mesh import TIME, Mesh
-from xdit_ir.partition import Partition
+from xdit_ir.partition import Indices, Partition
 from xdit_ir.program import LAYOUT, SPEC
 from xdit_ir.rules.base import operands
 from xdit_ir.runtime.buffers import Places, Read, Write
@@ -53,7 +53,7 @@ def _places(layout: Layout, wanted: Layout, shape: tuple[int, ...], rank: int) -
 def before_time(mesh: Mesh, source: Layout, target: Layout) -> Layout:
     """A layout on the way from one to another: ranks have talked, patches have not.
 
-    Every rank holds what the target wants of that which its group holds at the same patch.
+    Every rank holds what the target wants, for this patch or another one, of that which its group holds at this patch.
     """
     dims = []
     for have, want in zip(source.dims, target.dims, strict=True):
@@ -63,7 +63,9 @@ def before_time(mesh: Mesh, source: Layout, target: Layout) -> Layout:
         joined = mesh.gathered(have, mesh.varies(have) - {TIME}) if mesh.varies(have) else have
         parts = []
         for rank in range(mesh.world_size):
-            mine = part_of(joined, have.size, rank)
-            parts.append(part_of(want, have.size, rank).within(mine))
+            mine, held = part_of(joined, have.size, rank), Indices(())
+            for member in (rank, *mesh.group(rank, (TIME,))):
+                held = held.concat(part_of(want, have.size, member).within(mine).without(held))
+            parts.append(held)
         dims.append(Partition(have.size, tuple(parts)))
     return Layout(tuple(dims))

@@ -99,3 +99,14 @@ def test_a_block_that_wants_one_order_for_the_other_is_settled() -> None:
         qk_norm=True, skips=False, spare=True, refiner=True, output="tuple", seed=2,
     )  # fmt: skip
     assert judge(recipe, {"cfg": 2, "ulysses": 2}) == "equal"
+
+
+def test_a_patch_gets_from_other_ranks_what_later_patches_read() -> None:
+    """Refused by the verifier: the first patch held all rows, and no rank those of the second one."""
+    recipe = dits.Recipe(
+        batch=2, grid=(1, 2, 6), patch=2, text=5, mask="none", heads=1, groups=1, head_dim=4,
+        kinds=("cross", "window", "window", "conv"),
+        between=("upsample", "upsample"), style="sdpa", norm="group", rotary="none", modulation="token", mlp="conv",
+        qk_norm=False, skips=False, spare=False, refiner=False, output="tuple", seed=3,
+    )  # fmt: skip
+    assert judge(recipe, {"pipefusion": 2, "ulysses": 2}) == "equal"

@@ -89,3 +89,13 @@ def test_the_best_of_each_kind_is_drawn_against_the_gpus(tmp_path: Path) -> None
     assert scale.speed_ups([DOCUMENT, four]) == {"some-model": {"u": {2: 2.0, 4: 4.0}}}
     scale.plot([DOCUMENT, four], tmp_path / "scaling.svg")
     assert (tmp_path / "scaling.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_what_scaling_would_be_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "scaling.md"
+    assert main(["bench", "pixart-sigma", "--scale", "--estimate", "--gpus", "2", "--page", str(page)]) == 0
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| u2", "| r2", "| p2m2", "| p2m4"]
+    assert all(1 < float(row[2]) <= 2.01 for row in rows)
+    assert "pixart-sigma, 2 GPUs" in capsys.readouterr().out
+    assert main(["bench", "pixart-sigma", "--estimate"]) == 2
