@@ -77,9 +77,12 @@ def _step(parallel: ParallelProgram) -> tuple[float, float]:
     if parallel.pipeline is None:
         return found.total / 1e3, sum(found.busy) / len(found.busy)
     ends = [max(span.end for span in found.spans if span.step == step) for step in range(len(found.steps))]
-    step = (ends[-1] - ends[-2]) / 1e3
-    last = [span for span in found.spans if span.lane == "compute" and span.step == len(found.steps) - 1]
-    return step, sum(span.end - span.start for span in last) / 1e3 / step / parallel.world_size
+    work = [0.0] * parallel.world_size
+    for span in found.spans:
+        if span.lane == "compute" and span.step == len(found.steps) - 1:
+            work[span.rank] += (span.end - span.start) / 1e3
+    step = max((ends[-1] - ends[-2]) / 1e3, *work)  # the first steps may follow each other faster than all can
+    return step, sum(work) / len(work) / step
 
 
 def page(tables: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> str:
