@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from xdit_ir.cost import program_flops
 from xdit_ir.draft import Layouts
-from xdit_ir.errors import ParallelizeError
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import SEQUENCE, Mesh
 from xdit_ir.passes.find_tokens import divides
@@ -44,7 +43,8 @@ class ShardTokens:
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
     a view's inner factor (rows, frames); even within each such unit (places of every frame). Streams that reach no
     query are gathered before the blocks, or their keys are exchanged, where that saves enough work. `GatherOnce` then
-    looks for values that had better be whole. Numerics: exact.
+    looks for values that had better be whole. Where nothing can be divided every rank computes all, and the report says
+    so. Numerics: exact.
     """
 
     mesh: Mesh
@@ -56,22 +56,22 @@ class ShardTokens:
         if degree == 1:
             return program
         trial = Propagation(program, self.mesh)
+        whole = self._priced(program, trial.attempt(), {})
         best: _Choice | None = None
         for axis in program.tokens:
-            if axis.gathered and (best is None or best.price.work * degree <= BALANCED):
+            if axis.gathered and best is not None and best.price.work * degree <= BALANCED:
                 break
             if best is not None and divides(best.attempt, axis.value, axis.dim):
                 continue
             for layouts in self._proposals(program, axis):
                 seeds = {**(best.seeds if best else {}), axis.value: layouts}
                 choice = self._priced(program, trial.attempt(seeds), seeds)
-                if best is None or (choice.price < best.price and self._is_worth(choice, best, axis)):
+                if best is None:
+                    best = choice if not axis.gathered or choice.price.work <= WORTH * whole.price.work else None
+                elif choice.price < best.price and self._is_worth(choice, best, axis):
                     best = choice
         if best is None:
-            raise ParallelizeError(
-                f"ulysses x ring = {degree} divides the tokens, but no attention of this model takes its queries "
-                "from a token stream that could be divided; use ulysses=1, ring=1"
-            )
+            return program  # every rank computes all of it, which the report says
         wanted = GatherOnce(self.mesh).improved(program, best.seeds)
         chosen = best.attempt if wanted is best.seeds else trial.attempt(wanted)
         return chosen.program().replace(mesh=self.mesh)

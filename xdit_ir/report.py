@@ -12,12 +12,14 @@ from torch import fx
 
 from xdit_ir import ops
 from xdit_ir.cost import program_flops, relayout_bytes, ring_bytes
-from xdit_ir.layout import in_mesh_order, kind
-from xdit_ir.mesh import Mesh
+from xdit_ir.layout import Layout, in_mesh_order, kind
+from xdit_ir.mesh import SEQUENCE, Mesh
 from xdit_ir.printer import target_name
 from xdit_ir.program import LAYOUT, Program, is_block_call, where_of
 from xdit_ir.propagate import FALLBACK
 from xdit_ir.rules.base import operands
+
+UNDIVIDED = "no stream of tokens can be divided: along ulysses and ring every rank computes the same"
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,17 @@ def find_gathers(program: Program) -> Iterator[str]:
                 yield f"{users}: {' '.join(part for part in (name, where.module, node.name, where.source) if part)}"
 
 
+def _is_divided(node: fx.Node, mesh: Mesh) -> bool:
+    layouts = node.meta.get(LAYOUT, ())
+    each = (layouts,) if isinstance(layouts, Layout) else layouts
+    return any(mesh.varies(dim) & {*SEQUENCE} for one in each for dim in one.dims)
+
+
 def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
-    """Operators for which something had to be gathered."""
+    """Operators for which something had to be gathered; or all of them, where nothing is divided."""
+    nodes = (node for _, graph, _ in _graphs(program) for node in graph.nodes)
+    if mesh.size(SEQUENCE) > 1 and not any(_is_divided(node, mesh) for node in nodes):
+        yield Fallback("forward", "the whole model", UNDIVIDED, 0)
     for name, graph, times in _graphs(program):
         for node in graph.nodes:
             reason = node.meta.get(FALLBACK, "")
