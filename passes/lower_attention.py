@@ -46,7 +46,9 @@ class LowerAttention:
         q, k = ruling.inputs[:2]
         out = ruling.outputs
         assert isinstance(out, Layout)
-        talk = call.mesh.apart(q.dims[-2], k.dims[-2])
+        talk = call.varies(k.dims[-2])
+        if not _has_square_mask(call):
+            talk = call.mesh.apart(q.dims[-2], k.dims[-2])
         if call.arguments["is_causal"] and (call.varies(k.dims[-2]) or q.dims[-2] is not None):
             return self._causal(call, ruling)
         heads = self._heads(call, q, k) if ULYSSES in talk else None
@@ -106,6 +108,12 @@ class LowerAttention:
             heads = self.mesh.divide(size, talk)
             q, k = q.with_dims({-3: heads, -2: None}), k.with_dims({-3: heads})
         return Ruling((q, k, k, *_masks(call, q, k)), q, after=None if q == out else out)
+
+
+def _has_square_mask(call: Call) -> bool:
+    """Whether a mask has both queries and keys, which one mesh dim cannot divide at once."""
+    sizes = call.out.shape[-2], call.specs[1].shape[-2]
+    return any(spec.shape[-2:] == sizes for spec in call.specs[3:])
 
 
 def _gathered(call: Call, layout: Layout, dims: Collection[str]) -> Partition | None:

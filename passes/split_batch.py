@@ -56,7 +56,8 @@ class SplitBatch:
         whole = program_flops(program, None)[0]
         best = min(tried, key=lambda one: one.work, default=None)
         if best is None or best.work > WORTH * whole:
-            packed = self._packed(trial, program)
+            several = min((one.size for one in tried), default=0) >= degree
+            packed = self._packed(trial, program) if several else None
             if packed is not None and packed.work <= WORTH * whole:
                 return _with_tokens(packed.attempt.program().replace(mesh=self.mesh), packed.seeds)
             raise ParallelizeError(_explain(degree, [one.size for one in tried]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,17 @@ def packed() -> Survey:
 
 def test_survey(packed: Survey) -> None:
     assert [one.degrees for one in packed.outcomes] == [str(one) for one in DEGREES]
-    assert "packed into one sequence" in packed.outcome("c2").refused and not packed.outcome("c2").exact
     found = packed.outcome("u4")
     assert found.exact and 0 < found.error <= 1e-5
     assert 0.25 <= found.slowest < 0.26 and 1.0 <= found.work < 1.01
     assert found.bytes > 0 and found.gathers == found.gathered == ()
+    assert all(one.exact for one in packed.outcomes)
     assert Survey.from_json(json.loads(json.dumps(packed.as_json()))) == packed
+
+
+def test_survey_says_why_degrees_are_illegal() -> None:
+    found = survey("cosmos3-omni", [one for one in DEGREES if one.cfg == 2]).outcome("c2")
+    assert "batch of 1" in found.refused and not found.exact
 
 
 def test_survey_names_what_is_gathered_inside_a_block() -> None:
@@ -46,9 +52,15 @@ def test_survey_counts_gathers_of_keys() -> None:
 
 
 def test_page_has_every_reason(packed: Survey) -> None:
+    refused = replace(
+        packed,
+        outcomes=[
+            replace(one, refused="cfg=2 divides the batch") if one.degrees == "c2" else one for one in packed.outcomes
+        ],
+    )
     bad = Outcome("u4", error=0.5, slowest=0.7, work=2.8, gathers=("topk: B x\ny",), fallbacks=("sort, y: no",))
     text = page(
-        [packed, Survey("dual-transformer", outcomes=(bad,)), Survey("mochi-1", not_captured="reads | a value")]
+        [refused, Survey("dual-transformer", outcomes=(bad,)), Survey("mochi-1", not_captured="reads | a value")]
     )
     assert "2 of 3 models captured" in text and "5 of 6 simulations" in text
     assert "| plain-packed-dit | `PackedDiT` | ≤ 1e-06 | 0 | refused | 0.251, 1.00, 0 gathered" in text

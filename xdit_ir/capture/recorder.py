@@ -145,8 +145,6 @@ class Recorder:
         found = self.frame.constants.get(id(real))
         if found is not None:
             return found
-        if torch._C._functorch.is_functorch_wrapped_tensor(real):
-            raise self.opaque(f"{source_line()}: runs under a transform of torch.func (vmap or the like)")
         if real.device.type == "meta":
             raise TraceError(
                 f"{source_line()}: uses a tensor on the meta device that is neither an input nor an attribute "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -26,9 +27,9 @@ from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line
 from xdit_ir.capture.tracer import Tracer
-from xdit_ir.capture.values import Opaque, Unshareable, Value, spec_of
+from xdit_ir.capture.values import Frame, Opaque, Unshareable, Value, spec_of
 from xdit_ir.errors import TraceError, XditError
-from xdit_ir.program import Effect, Guard, InputLeaf, Literal, Program, Signature, Where
+from xdit_ir.program import CONSTANT, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
 
 Flat = list[tuple[str, Any]]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -225,6 +226,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks, signature: Signature) -> Program:
     graph = recorder.frame.graph
     prune(recorder.frame)
+    for frame in (recorder.frame, *(body.frame for body in blocks.bodies)):
+        _check_constants(frame, recorder)
     bodies = {body.name: body.frame.graph for body in blocks.bodies}
     bodies = merge_equal(graph, bodies, recorder.constants)
     bodies = inline_small(graph, bodies)
@@ -234,6 +237,16 @@ def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks
     for part in (graph, *(block.graph for block in made.values())):
         rename_device(part, recorder.device, device)
     return Program(name, graph, made, signature, constants, device, state)
+
+
+def _check_constants(frame: Frame, recorder: Recorder) -> None:
+    """What still reads a tensor of `torch.vmap` or the like ran under it, and was not captured."""
+    for node in frame.graph.nodes:
+        constant = recorder.constants.get(str(node.target).removeprefix(f"{CONSTANT}."))
+        if node.op == "get_attr" and constant is not None and is_functorch_wrapped_tensor(constant):
+            where = node.meta[WHERE]
+            path = qualified(frame.prefix, where.module).rstrip(".")
+            raise Opaque(f"{where.source}: runs under a transform of torch.func (vmap or the like)", path)
 
 
 def _placed(recorder: Recorder, name: str) -> torch.Tensor:
