@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from xdit_ir import ops
 from xdit_ir.cost import Machine
-from xdit_ir.layout import Layout
+from xdit_ir.layout import Layout, keys_apart
 from xdit_ir.mesh import Mesh
 from xdit_ir.partition import Indices, Partition
 from xdit_ir.program import Program
@@ -47,10 +47,10 @@ class LowerAttention:
         out = ruling.outputs
         assert isinstance(out, Layout)
         talk = call.varies(k.dims[-2])
-        if not _has_square_mask(call):
-            talk = call.mesh.apart(q.dims[-2], k.dims[-2])
-        if call.arguments["is_causal"] and (call.varies(k.dims[-2]) or q.dims[-2] is not None):
+        if call.arguments["is_causal"] and (talk or q.dims[-2] is not None):
             return self._causal(call, ruling)
+        if not _has_square_mask(call):
+            talk = keys_apart(call.mesh, q, k)
         heads = self._heads(call, q, k) if ULYSSES in talk else None
         k = k.with_dims({-2: _gathered(call, k, talk - {RING})})
         if heads is not None:

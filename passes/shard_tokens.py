@@ -56,7 +56,6 @@ class ShardTokens:
         if degree == 1:
             return program
         trial = Propagation(program, self.mesh)
-        whole = self._priced(program, trial.attempt(), {})
         best: _Choice | None = None
         for axis in program.tokens:
             if axis.gathered and best is not None and best.price.work * degree <= BALANCED:
@@ -66,10 +65,11 @@ class ShardTokens:
             for layouts in self._proposals(program, axis):
                 seeds = {**(best.seeds if best else {}), axis.value: layouts}
                 choice = self._priced(program, trial.attempt(seeds), seeds)
-                if best is None:
-                    best = choice if not axis.gathered or choice.price.work <= WORTH * whole.price.work else None
-                elif choice.price < best.price and self._is_worth(choice, best, axis):
-                    best = choice
+                if best is None and axis.gathered:  # nothing reaches a query: only where that saves work
+                    accepted = choice.price.work <= WORTH * self._priced(program, trial.attempt(), {}).price.work
+                else:
+                    accepted = best is None or (choice.price < best.price and self._is_worth(choice, best, axis))
+                best = choice if accepted else best
         if best is None:
             return program  # every rank computes all of it, which the report says
         wanted = GatherOnce(self.mesh).improved(program, best.seeds)

@@ -56,13 +56,13 @@ class SplitBatch:
         whole = program_flops(program, None)[0]
         best = min(tried, key=lambda one: one.work, default=None)
         if best is None or best.work > WORTH * whole:
-            several = min((one.size for one in tried), default=0) >= degree
-            packed = self._packed(trial, program) if several else None
+            batch = min((one.size for one in tried), default=0)
+            packed = self._packed(trial, program) if batch >= degree else None
             if packed is not None and packed.work <= WORTH * whole:
                 return _with_tokens(packed.attempt.program().replace(mesh=self.mesh), packed.seeds)
-            raise ParallelizeError(_explain(degree, [one.size for one in tried]))
+            raise ParallelizeError(_explain(degree, batch))
         if best.size < degree:
-            raise ParallelizeError(_explain(degree, [best.size]))
+            raise ParallelizeError(_explain(degree, best.size))
         for node in values:
             if best.work * degree <= BALANCED * whole:
                 break
@@ -133,8 +133,7 @@ def _with_tokens(program: Program, seeds: Seeds) -> Program:
     return program.replace(tokens=(*streams, *rest))
 
 
-def _explain(degree: int, sizes: list[int]) -> str:
-    batch = min(sizes, default=0)
+def _explain(degree: int, batch: int) -> str:
     if batch >= degree:
         return (
             f"cfg={degree} divides the batch, but cutting the first dimension of no input divides the work, nor does a "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,17 @@ def title(document: Mapping[str, Any]) -> str:
     return f"{document['model']} on {document['ranks']} x {document['gpu']}, torch {document['torch']}"
 
 
+def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in body)]
+
+
 def page(documents: Sequence[Mapping[str, Any]], head: str) -> str:
     """The Markdown page: `head`, then a table per document."""
     lines = [head.rstrip(), ""]
     for document in documents:
         lines += [f"## {title(document)}", "", f"`{document.get('command', '')}`", ""]
-        lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows(document)] + [""]
+        lines += [*markdown_table(HEADER, rows(document)), ""]
     return "\n".join(lines)
 
 

@@ -121,8 +121,7 @@ def _weights(forward: Forward) -> float:
     program = getattr(forward, "program", None)
     if program is None:
         return 1.0
-    report = program.report()
-    return float(max(report.weight_bytes_per_rank) / report.weight_bytes_total)
+    return float(program.report().weight_share)
 
 
 @torch.no_grad()

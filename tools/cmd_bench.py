@@ -13,6 +13,7 @@ from typing import Any
 from xdit_ir.errors import XditError
 from xdit_ir.tools import bench_report, estimate, scale
 from xdit_ir.tools.contenders import Contender
+from xdit_ir.tools.terminal import write
 
 PEERS = ("diffusers", "xdit")
 SCALE_OUT = "scaling"
@@ -112,8 +113,9 @@ def _estimate(args: argparse.Namespace) -> int:
     for model in args.what or scale.MODELS:
         made = list(estimate.estimates(model, scale.counts(args.gpus)))
         for gpus in scale.counts(args.gpus):
-            tables.append((f"{model}, {gpus} GPUs", [one.row() for one in made if one.gpus == gpus]))
-            _table(tables[-1][0], estimate.HEADER, tables[-1][1])
+            title, rows = f"{model}, {gpus} GPUs", [one.row() for one in made if one.gpus == gpus]
+            _table(title, estimate.HEADER, rows)
+            tables.append((title, rows))
     if args.page is not None:
         args.page.write_text(estimate.page(tables))
     return 0
@@ -138,7 +140,6 @@ def _show(document: dict[str, Any]) -> None:
 
 
 def _table(title: str, header: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
@@ -146,7 +147,7 @@ def _table(title: str, header: Iterable[str], rows: Iterable[Sequence[str]]) -> 
         table.add_column(name)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    write(table)
 
 
 def _page(args: argparse.Namespace) -> int:

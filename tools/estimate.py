@@ -13,6 +13,7 @@ from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.inspection.schedule import timeline
 from xdit_ir.tools import scale
+from xdit_ir.tools.bench_report import markdown_table
 from xdit_ir.tools.degrees import Degrees
 
 PAGE = """# Scaling, worked out
@@ -30,7 +31,6 @@ class Estimate:
     """One way to use `gpus` ranks: milliseconds of a step (under PipeFusion of a displaced one), the speed-up over one
     rank, which part of the time a rank computes, and which part of the weights the fullest rank has."""
 
-    model: str
     gpus: int
     degrees: str
     milliseconds: float = 0.0
@@ -57,18 +57,16 @@ def estimates(name: str, counts: Sequence[int]) -> Iterator[Estimate]:
     alone, _ = _step(traced.parallelize())
     for gpus in counts:
         for degrees in scale.degree_sets(gpus):
-            yield _estimate(name, gpus, degrees, traced, alone)
+            yield _estimate(gpus, degrees, traced, alone)
 
 
-def _estimate(name: str, gpus: int, degrees: Degrees, traced: TracedProgram, alone: float) -> Estimate:
+def _estimate(gpus: int, degrees: Degrees, traced: TracedProgram, alone: float) -> Estimate:
     try:
         parallel = traced.parallelize(**degrees.as_dict())
     except ParallelizeError as error:
-        return Estimate(name, gpus, str(degrees), refusal=str(error))
+        return Estimate(gpus, str(degrees), refusal=str(error))
     step, busy = _step(parallel)
-    report = parallel.report()
-    weights = max(report.weight_bytes_per_rank) / report.weight_bytes_total
-    return Estimate(name, gpus, str(degrees), step, alone / step, busy, weights)
+    return Estimate(gpus, str(degrees), step, alone / step, busy, parallel.report().weight_share)
 
 
 def _step(parallel: ParallelProgram) -> tuple[float, float]:
@@ -89,6 +87,5 @@ def page(tables: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> str:
     """A Markdown page of titles and rows."""
     lines = [PAGE]
     for title, rows in tables:
-        lines += [f"## {title}", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+        lines += [f"## {title}", "", *markdown_table(HEADER, rows), ""]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.layout import Layout, plan
+from xdit_ir.layout import Layout, in_mesh_order, keys_apart, plan
 from xdit_ir.leaf import Leaf
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
@@ -149,13 +149,17 @@ def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mes
     return plan(mesh, spec.shape, have, want).sent(spec.dtype.itemsize)
 
 
+def ring_dims(node: fx.Node, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh dims around which a ring attention passes its keys and values, outer to inner."""
+    return in_mesh_order(keys_apart(mesh, *(source.meta[LAYOUT] for source in operands(node)[:2])))
+
+
 def ring_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
     """Bytes of keys and values that each rank passes on around the ring."""
     total = [0] * mesh.world_size
-    q, *others = operands(node)[:3]
-    for source in others:
+    dims = ring_dims(node, mesh)
+    for source in operands(node)[1:3]:
         spec, layout = source.meta[SPEC], source.meta[LAYOUT]
-        dims = mesh.apart(q.meta[LAYOUT].dims[-2], layout.dims[-2])
         for rank in range(mesh.world_size):
             group = mesh.group(rank, dims)
             at = group.index(rank)

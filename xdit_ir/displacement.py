@@ -14,7 +14,7 @@ from xdit_ir.layout import Layout, kind
 from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.partition import Partition
 from xdit_ir.program import LAYOUT, SPEC, Program, call_parts, is_block_call
-from xdit_ir.rules.base import operands, results_of
+from xdit_ir.rules.base import operands, results_of, varying
 
 aten = torch.ops.aten
 OUTER = ""
@@ -124,8 +124,7 @@ def over_time(node: fx.Node, mesh: Mesh) -> bool:
 
 def varies(node: fx.Node, mesh: Mesh) -> bool:
     """Whether a value is divided over time (or has a sum over time pending)."""
-    layouts = node.meta.get(LAYOUT, ())
-    return any(TIME in one.varies(mesh) for one in ((layouts,) if isinstance(layouts, Layout) else layouts))
+    return TIME in varying(node, mesh)
 
 
 def latents(program: Program, mesh: Mesh) -> frozenset[str]:

@@ -13,7 +13,7 @@ from torch import fx
 
 from xdit_ir import ops
 from xdit_ir.cost import relayout_sent, step_flops
-from xdit_ir.layout import Layout
+from xdit_ir.layout import Layout, keys_apart
 from xdit_ir.mesh import Mesh
 from xdit_ir.program import LAYOUT, SPEC, WHERE
 from xdit_ir.rules.base import with_operands
@@ -144,7 +144,7 @@ class Draft:
     def keys_apart(self) -> frozenset[str]:
         """The mesh dims along which some attention finds only a part of its keys."""
         sources = (step.sources for step in self.steps if step.target in ops.ATTENTIONS)
-        return frozenset().union(*(self.mesh.apart(q.layout.dims[-2], k.layout.dims[-2]) for q, k, *_ in sources))
+        return frozenset().union(*(keys_apart(self.mesh, q.layout, k.layout) for q, k, *_ in sources))
 
     def write(self, name_of: Callable[[Any], str]) -> fx.Graph:
         """The graph; `name_of` names the variant of a block that a call calls."""

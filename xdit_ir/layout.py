@@ -68,6 +68,11 @@ class Layout:
         return tuple(size if dim is None else dim.sizes[rank] for size, dim in zip(shape, self.dims, strict=True))
 
 
+def keys_apart(mesh: Mesh, queries: Layout, keys: Layout) -> frozenset[str]:
+    """The mesh dims along which an attention must bring keys together, by the layouts of its queries and keys."""
+    return mesh.apart(queries.dims[-2], keys.dims[-2])
+
+
 def in_mesh_order(dims: Iterable[str]) -> tuple[str, ...]:
     """Mesh dims, outer to inner."""
     return tuple(name for name in MESH_DIMS if name in set(dims))

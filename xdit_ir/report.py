@@ -11,13 +11,13 @@ from rich.table import Table
 from torch import fx
 
 from xdit_ir import ops
-from xdit_ir.cost import program_flops, relayout_bytes, ring_bytes
-from xdit_ir.layout import Layout, in_mesh_order, kind
+from xdit_ir.cost import program_flops, relayout_bytes, ring_bytes, ring_dims
+from xdit_ir.layout import in_mesh_order, kind
 from xdit_ir.mesh import SEQUENCE, Mesh
 from xdit_ir.printer import target_name
 from xdit_ir.program import LAYOUT, Program, is_block_call, where_of
 from xdit_ir.propagate import FALLBACK
-from xdit_ir.rules.base import operands
+from xdit_ir.rules.base import operands, varying
 
 UNDIVIDED = "no stream of tokens can be divided: along ulysses and ring every rank computes the same"
 
@@ -59,6 +59,11 @@ class Report:
     fallbacks: list[Fallback]
     buffer_bytes_per_rank: list[int] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
+
+    @property
+    def weight_share(self) -> float:
+        """The part of the model's weights that the fullest rank has."""
+        return max(self.weight_bytes_per_rank) / self.weight_bytes_total
 
     def __str__(self) -> str:
         """A table."""
@@ -139,8 +144,7 @@ def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]
     if node.op != "call_function":
         return None
     if node.target is ops.ring_attention:
-        around = in_mesh_order(mesh.apart(*(source.meta[LAYOUT].dims[-2] for source in operands(node)[:2])))
-        return ("ring_attention", "*".join(around)), ring_bytes(node, mesh)
+        return ("ring_attention", "*".join(ring_dims(node, mesh))), ring_bytes(node, mesh)
     if not ops.communicates(node.target):
         return None
     have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
@@ -159,16 +163,10 @@ def find_gathers(program: Program) -> Iterator[str]:
                 yield f"{users}: {' '.join(part for part in (name, where.module, node.name, where.source) if part)}"
 
 
-def _is_divided(node: fx.Node, mesh: Mesh) -> bool:
-    layouts = node.meta.get(LAYOUT, ())
-    each = (layouts,) if isinstance(layouts, Layout) else layouts
-    return any(mesh.varies(dim) & {*SEQUENCE} for one in each for dim in one.dims)
-
-
 def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
     """Operators for which something had to be gathered; or all of them, where nothing is divided."""
     nodes = (node for _, graph, _ in _graphs(program) for node in graph.nodes)
-    if mesh.size(SEQUENCE) > 1 and not any(_is_divided(node, mesh) for node in nodes):
+    if mesh.size(SEQUENCE) > 1 and not any(varying(node, mesh) & {*SEQUENCE} for node in nodes):
         yield Fallback("forward", "the whole model", UNDIVIDED, 0)
     for name, graph, times in _graphs(program):
         for node in graph.nodes:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from xdit_ir import ops
+from xdit_ir.cost import ring_dims
 from xdit_ir.layout import Layout, in_mesh_order, kind, part_of, plan
 from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.overtime import buffer_layout, read_of, write_of
@@ -129,8 +130,7 @@ def _shard(node: fx.Node, value: fx.Node, graph: fx.Graph, have: Layout, want: L
 
 
 def _ring(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
-    queries, keys = (source.meta[LAYOUT].dims[-2] for source in operands(node)[:2])
-    dims = in_mesh_order(mesh.apart(queries, keys))
+    keys, dims = operands(node)[1].meta[LAYOUT].dims[-2], ring_dims(node, mesh)
     group = mesh.group(rank, dims)
     target: Any = Ring("ring_attention", dims, group, tuple(keys.sizes[member] for member in group))
     args, kwargs = with_operands(node, [env[source] for source in operands(node)])

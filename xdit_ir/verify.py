@@ -9,7 +9,7 @@ from torch import fx
 
 from xdit_ir import ops
 from xdit_ir.errors import VerifyError
-from xdit_ir.layout import Layout, kind
+from xdit_ir.layout import Layout, keys_apart, kind
 from xdit_ir.mesh import Mesh
 from xdit_ir.printer import target_name
 from xdit_ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
@@ -107,7 +107,7 @@ class _Verifier:
             self.fail(node, "its layout is not what the rules infer")
         if self.runnable and node.target in ops.ATTENTIONS:
             allowed = {"ring"} if node.target is ops.ring_attention else set()
-            astray = mesh.apart(layouts[0].dims[-2], layouts[1].dims[-2]) - allowed
+            astray = keys_apart(mesh, *layouts[:2]) - allowed
             if astray:
                 self.fail(node, f"its keys are divided over {sorted(astray)} and nothing brings them together")
 

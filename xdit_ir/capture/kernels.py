@@ -3,6 +3,7 @@ each rank, for what it then has of tokens and heads. The log-sum-exp, if it is u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def attend_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     q, k, v, causal, scale = (given[name] for name in ("query", "key", "value", "is_causal", "scale"))
     mask = given.get("attn_bias", given.get("attn_mask"))
     grouped = q.shape[1] != k.shape[1]
-    lse = _logsumexp(q, k, mask, causal, scale)
+    seen = [torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()] if causal else []
+    lse = logsumexp(q, k, [*seen, *([] if mask is None else [mask])], scale)
     results: dict[str, Any] = {
         "output": F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped),
         "logsumexp": lse.unsqueeze(-1) if func in _TRAILING else lse,
@@ -39,15 +41,10 @@ def attend_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     return tuple(results[ret.name] if ret.name in results else q.new_empty(0) for ret in func._schema.returns)
 
 
-def _logsumexp(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float | None
-) -> torch.Tensor:
-    """`[batch, heads, queries]` in float32."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+def logsumexp(q: torch.Tensor, k: torch.Tensor, masks: Sequence[torch.Tensor], scale: float | None) -> torch.Tensor:
+    """`[..., heads, queries]` in float32, of `[..., heads, tokens, dim]`, with masks as PyTorch takes them."""
+    k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
     scores = q.float() @ k.float().transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~seen, float("-inf"))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    for mask in masks:
+        scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.logsumexp(-1)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from xdit_ir.capture.kernels import logsumexp
 from xdit_ir.capture.source import source_line
 from xdit_ir.errors import TraceError
 
@@ -57,10 +58,8 @@ class _Attention:
     def logsumexp(self) -> torch.Tensor:
         """`[batch, heads, queries]`, or `[heads, queries]` where sequences are packed."""
         mask = _mask(self.queries, self.keys, self.left, self.right, self.q.device)
-        q, k = (x.transpose(-3, -2).float() for x in (self.q, self.k))
-        scores = q @ k.repeat_interleave(q.shape[-3] // k.shape[-3], -3).transpose(-2, -1)
-        scores = scores * (self.scale or q.shape[-1] ** -0.5)
-        return (scores if mask is None else torch.where(mask, scores, float("-inf"))).logsumexp(-1)
+        q, k = (x.transpose(-3, -2) for x in (self.q, self.k))
+        return logsumexp(q, k, [] if mask is None else [mask], self.scale)
 
     def _unpacked(self) -> _Attention:
         """With a batch dimension: sequences of one length become a batch, others stay packed in a batch of one."""

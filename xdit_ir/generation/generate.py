@@ -41,9 +41,8 @@ class Generation:
 
     def close(self) -> None:
         """End the job: CUDA graphs are freed, and torch.distributed ends, which would wait for them."""
-        for component in components(self.pipe).values():
-            if type(component) is Ported:
-                component.reset()
+        for component in _ported(self.pipe):
+            component.reset()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -102,7 +101,7 @@ def generate(
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
     degrees = {name: parallel.get(name, 1) for name in MESH_DIMS}
     dealt(prompts, 0, data)
-    made = not isinstance(pipe, (str, Path)) and _is_ported(pipe)
+    made = not isinstance(pipe, (str, Path)) and bool(_ported(pipe))
     job = start(None if made else mesh_of(degrees), data, device)
     _quiet(job)
     embedded = read_embeddings(embeddings) if isinstance(embeddings, (str, Path)) else dict(embeddings or {})
@@ -123,12 +122,8 @@ def generate(
     return generation
 
 
-def _is_ported(pipe: Any) -> bool:
-    return any(type(component) is Ported for component in components(pipe).values())
-
-
-def _holds(pipe: Any) -> bool:
-    return any(component._holds for component in components(pipe).values() if type(component) is Ported)
+def _ported(pipe: Any) -> list[Ported]:
+    return [component for component in components(pipe).values() if type(component) is Ported]
 
 
 def _quiet(job: Job) -> None:
@@ -175,7 +170,7 @@ def _prepared(
         check_dtypes(pipe, dtype)
     _adapt(pipe, lora)
     meter.end("load")
-    if options or not _is_ported(pipe):
+    if options or not _ported(pipe):
         port(pipe, **{"weights": weights, **options})
     if offload:
         pipe.enable_model_cpu_offload(device=job.device)
@@ -248,7 +243,7 @@ def _report(
         "data": job.groups,
         "processes": job.processes * job.groups,
         "device": name,
-        "weights": "read by each rank" if _holds(generation.pipe) else "loaded whole",
+        "weights": "read by each rank" if any(one._holds for one in _ported(generation.pipe)) else "loaded whole",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "phases": meter.as_dict(),
     }

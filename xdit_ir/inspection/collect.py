@@ -118,13 +118,6 @@ def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[
     yield Fact("schedule", f"{total / 1000:.3g} ms", "estimate")
 
 
-def _work(flops: int) -> str:
-    for size, unit in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
-        if flops >= size:
-            return f"{flops / size:.4g} {unit}"
-    return f"{flops} FLOP"
-
-
 def _tables(report: Report) -> Iterator[Rows]:
     sent = [[c.kind, c.mesh_dim, str(c.count), _size(c.bytes_per_rank)] for c in report.collectives]
     head = ["collective", "mesh dim", "times", "sent by the busiest rank"]
@@ -147,6 +140,15 @@ def _buffers(report: Report, rank: int) -> Sequence[str]:
 
 
 def _size(count: int) -> str:
-    """Bytes for people."""
-    units: Mapping[str, int] = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
-    return next((f"{count / size:.3g} {unit}" for unit, size in units.items() if count >= size), f"{count} B")
+    return _scaled(count, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}, 3)
+
+
+def _work(flops: int) -> str:
+    return _scaled(flops, {"TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6, "FLOP": 1}, 4)
+
+
+def _scaled(count: int, units: Mapping[str, int], digits: int) -> str:
+    """For people: in the first unit that it reaches, or as it is in the last one."""
+    *larger, (least, _) = units.items()
+    scaled = (f"{count / size:.{digits}g} {unit}" for unit, size in larger if count >= size)
+    return next(scaled, f"{count} {least}")

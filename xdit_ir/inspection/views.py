@@ -12,13 +12,13 @@ from xdit_ir.cost import graph_flops, is_counted, local_flops
 from xdit_ir.displacement import over_time
 from xdit_ir.inspection.boxes import Group, module_of, owners, runs
 from xdit_ir.inspection.model import Body, Box, Edge, Exchange, Line, View
-from xdit_ir.layout import Layout, in_mesh_order
+from xdit_ir.layout import in_mesh_order
 from xdit_ir.mesh import TIME, Mesh
 from xdit_ir.printer import arguments_text, node_type, target_name
-from xdit_ir.program import LAYOUT, Program, call_parts, is_block_call, qualified, where_of
+from xdit_ir.program import Program, call_parts, is_block_call, qualified, where_of
 from xdit_ir.propagate import FALLBACK
 from xdit_ir.report import traffic
-from xdit_ir.rules.base import operands, results_of
+from xdit_ir.rules.base import operands, results_of, varying
 
 BUFFER = "buffer"
 
@@ -56,11 +56,7 @@ def exchange(node: fx.Node, mesh: Mesh, *, in_time: bool) -> Exchange | None:
 
 def dims_of(node: fx.Node, mesh: Mesh | None) -> tuple[str, ...]:
     """The mesh dims along which ranks hold different parts of a value."""
-    if mesh is None:
-        return ()
-    layouts = node.meta.get(LAYOUT, ())
-    each = [layouts] if isinstance(layouts, Layout) else layouts
-    return in_mesh_order({dim for layout in each for dim in layout.varies(mesh)})
+    return () if mesh is None else in_mesh_order(varying(node, mesh))
 
 
 class _Viewer:

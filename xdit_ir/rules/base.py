@@ -18,7 +18,7 @@ from torch import fx
 from xdit_ir.layout import Layout
 from xdit_ir.mesh import Mesh
 from xdit_ir.partition import Partition
-from xdit_ir.program import SPEC, TensorSpec
+from xdit_ir.program import LAYOUT, SPEC, TensorSpec
 
 LocalCall = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 Localize = Callable[[int], LocalCall]
@@ -166,6 +166,11 @@ def as_outputs(call: Call, layouts: Sequence[Layout]) -> Outputs:
 def as_layouts(outputs: Outputs) -> tuple[Layout, ...]:
     """The opposite of `as_outputs`."""
     return (outputs,) if isinstance(outputs, Layout) else outputs
+
+
+def varying(node: fx.Node, mesh: Mesh) -> frozenset[str]:
+    """The mesh dims along which ranks hold different parts (or summands) of a node's value or values."""
+    return frozenset().union(*(layout.varies(mesh) for layout in as_layouts(node.meta.get(LAYOUT, ()))))
 
 
 def dims_whole(call: Call, operand: int, dims: Sequence[int]) -> Layout:
