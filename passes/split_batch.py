@@ -56,7 +56,8 @@ class SplitBatch:
         whole = program_flops(program, None)[0]
         best = min(tried, key=lambda one: one.work, default=None)
         if best is None or best.work > WORTH * whole:
-            batch = min((one.size for one in tried), default=0)
+            sizes = [one.size for one in tried] or [node.meta[SPEC].shape[0] for node in inputs]
+            batch = min(sizes, default=0)
             packed = self._packed(trial, program) if batch >= degree else None
             if packed is not None and packed.work <= WORTH * whole:
                 return _with_tokens(packed.attempt.program().replace(mesh=self.mesh), packed.seeds)

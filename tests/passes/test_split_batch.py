@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
@@ -29,3 +32,22 @@ def test_too_few_samples() -> None:
     traced = xir.trace(*models.load("plain-dit:tiny"))
     with pytest.raises(xir.ParallelizeError, match=r"batch of 2: give at least 3 samples .* or use cfg=2"):
         traced.parallelize(cfg=3)
+
+
+class Joined(nn.Module):
+    """The samples make one sequence, and each attends to the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.qkv, self.out = nn.Linear(1, 32), nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv((x + self.time(t[:, None])[:, None]).flatten(0, 1)).unflatten(-1, (3, 4, 8)).unbind(1)
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)).view_as(x)
+
+
+def test_samples_that_attend_to_each_other_are_not_cut_apart() -> None:
+    traced = xir.trace(Joined().eval(), {"x": torch.randn(2, 12, 32), "t": torch.rand(2)})
+    with pytest.raises(xir.ParallelizeError, match=r"packed into one sequence.*use cfg=1"):
+        traced.parallelize(cfg=2)
