@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.passes.base import map_graphs, remove_dead
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
+from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
-from xdit_ir.program import SPEC, Program
-from xdit_ir.rules.base import bound_arguments
 
 aten = torch.ops.aten
 COPIES = (

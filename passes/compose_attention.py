@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.passes.base import map_graphs, remove_dead
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import bound_arguments, map_graphs, operands, remove_dead
+from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.products import Product, product_of
 from xdit_ir.passes.views import VIEWS
-from xdit_ir.program import SPEC, Program
-from xdit_ir.rules.base import bound_arguments, operands
 from xdit_ir.rules.labels import Names
 
 aten = torch.ops.aten

@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from xdit_ir.displacement import Plan, inputs_of, judge, returned
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import SEQUENCE, TIME, Mesh
-from xdit_ir.partition import Indices, Partition, even_pieces
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
+from xdit_ir.ir.partition import Indices, Partition, even_pieces
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.passes.find_tokens import units_of
-from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
-from xdit_ir.propagate import Propagation, Seeds
+from xdit_ir.pipefusion.patch_plan import Plan, inputs_of, judge, returned
+from xdit_ir.sharding.propagate import Propagation, Seeds
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class DisplacePatches:
     """PipeFusion's division of the tokens (arXiv 2405.14430): the latents' stream into patches, in whole rows or frames
     where views have such units; streams that do not depend on the latents (text) go with the first patch.
 
-    The cheapest of the proposals is taken that is not refused, see `xdit_ir.displacement`. Numerics: stale after the
-    warmup steps.
+    The cheapest of the proposals is taken that is not refused, see `xdit_ir.pipefusion.patch_plan`. Numerics: stale
+    after the warmup steps.
     """
 
     mesh: Mesh

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.cost import Machine, local_flops
-from xdit_ir.layout import Layout, kind
-from xdit_ir.mesh import MESH_DIMS, Mesh
-from xdit_ir.passes.base import copy_graph, remove_dead
-from xdit_ir.program import LAYOUT, SPEC, Block, Program, TensorSpec, call_block, call_parts, is_block_call
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import copy_graph, operands, remove_dead, results_of
+from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.program import LAYOUT, SPEC, Block, Program, TensorSpec, call_block, call_parts, is_block_call
 from xdit_ir.rules import decide
-from xdit_ir.rules.base import Call, operands, results_of
+from xdit_ir.rules.base import Call
+from xdit_ir.sharding.cost import Machine, local_flops
 
 aten = torch.ops.aten
 Projections = Mapping[str, list[fx.Node]]

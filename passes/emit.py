@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.layout import Layout
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, TensorSpec
 from xdit_ir.passes.views import PERMUTES, VIEWS, order_of
-from xdit_ir.program import LAYOUT, SPEC, WHERE, TensorSpec
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]

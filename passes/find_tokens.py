@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from xdit_ir.cost import program_flops
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
+from xdit_ir.ir.graphs import bound_arguments, operands
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import SPEC, Program, TokenAxis
 from xdit_ir.passes.streams import leading_values
-from xdit_ir.program import SPEC, Program, TokenAxis
-from xdit_ir.propagate import Attempt, Propagation
-from xdit_ir.rules.base import bound_arguments, operands
 from xdit_ir.rules.views import groups
+from xdit_ir.sharding.cost import program_flops
+from xdit_ir.sharding.propagate import Attempt, Propagation
 
 PROBE = Mesh.of(ulysses=2)
 aten = torch.ops.aten

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from xdit_ir import ops
-from xdit_ir.cost import Machine
-from xdit_ir.draft import Draft, Step
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import SEQUENCE, Mesh
-from xdit_ir.partition import Partition
+from xdit_ir.ir import ops
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import SEQUENCE, Mesh
+from xdit_ir.ir.partition import Partition
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.find_tokens import segments_of
 from xdit_ir.passes.lower_attention import LowerAttention
-from xdit_ir.program import Program
-from xdit_ir.propagate import Attempt, Propagation, Seeds
 from xdit_ir.rules.joins import concat_partitions, section
+from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.layout_graph import Draft, Step
+from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 
 # The work of the slowest rank that may be done for fewer exchanges, whatever they cost, to what it was.
 REPEATED = 1.10

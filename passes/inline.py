@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from xdit_ir.program import WHERE, Program, call_parts, is_block_call, qualified, where_of
-from xdit_ir.rules.base import operands
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.program import WHERE, Program, call_parts, is_block_call, qualified, where_of
 
 Note = Callable[[fx.Node | None, fx.Node, fx.Node], None]
 

@@ -6,16 +6,16 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from xdit_ir import ops
-from xdit_ir.cost import Machine
-from xdit_ir.layout import Layout, keys_apart
-from xdit_ir.mesh import Mesh
-from xdit_ir.partition import Indices, Partition
-from xdit_ir.program import Program
-from xdit_ir.propagate import Propagation
+from xdit_ir.ir import ops
+from xdit_ir.ir.layout import Layout, keys_apart
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.ir.program import Program
 from xdit_ir.rules import decide
 from xdit_ir.rules.attentions import shared_heads
 from xdit_ir.rules.base import Call, Ruling
+from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.propagate import Propagation
 
 ULYSSES, RING = "ulysses", "ring"
 

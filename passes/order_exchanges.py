@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.passes.base import map_graphs, remove_dead
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import map_graphs, remove_dead
+from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.views import PERMUTES, order_of
-from xdit_ir.program import LAYOUT, SPEC, Program
 
 
 @dataclass(frozen=True)

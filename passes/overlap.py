@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.cost import Machine, relayout_bytes
-from xdit_ir.mesh import Mesh
-from xdit_ir.passes.base import map_graphs
-from xdit_ir.program import Program
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import map_graphs
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import Program
+from xdit_ir.sharding.cost import Machine, relayout_bytes
 
 Seconds = dict[fx.Node, float]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from xdit_ir.cost import Machine
-from xdit_ir.cuts import Cuts, Marks, contiguous, cut_folded, cut_straight, folded
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.program import STAGE, Program
 from xdit_ir.passes.inline import inline
-from xdit_ir.profile import Profile, Value, boundaries, profile
-from xdit_ir.program import STAGE, Program
+from xdit_ir.pipefusion.liveness import Profile, Value, boundaries, profile
+from xdit_ir.pipefusion.stage_search import Cuts, Marks, contiguous, cut_folded, cut_straight, folded
+from xdit_ir.sharding.cost import Machine
 
 # "As few bytes as at the boundary": a second, smaller stream may be in two states at once.
 ROOM = 1.5

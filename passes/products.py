@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from xdit_ir.program import SPEC
-from xdit_ir.rules.base import bound_arguments, nodes_in
+from xdit_ir.ir.graphs import bound_arguments, nodes_in
+from xdit_ir.ir.program import SPEC
 from xdit_ir.rules.contractions import einsum_labels
 from xdit_ir.rules.labels import Names
 

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.displacement import latents, varies
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.layout import kind
-from xdit_ir.mesh import TIME, Mesh
-from xdit_ir.overtime import before_time
-from xdit_ir.passes.base import map_graphs
-from xdit_ir.program import LAYOUT, ONCE, Program, call_parts, is_block_call
-from xdit_ir.rules.base import operands, results_of
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import map_graphs, operands, results_of
+from xdit_ir.ir.layout import kind
+from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.program import LAYOUT, ONCE, Program, call_parts, is_block_call
+from xdit_ir.pipefusion.patch_plan import latents, varies
+from xdit_ir.sharding.buffer_access import before_time
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from xdit_ir.cost import program_flops
-from xdit_ir.draft import Layouts
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import SEQUENCE, Mesh
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import SEQUENCE, Mesh
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.passes.find_tokens import divides
 from xdit_ir.passes.gather_once import GatherOnce
-from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
-from xdit_ir.propagate import Attempt, Propagation, Seeds
+from xdit_ir.sharding.cost import program_flops
+from xdit_ir.sharding.layout_graph import Layouts
+from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 
 # The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
 WORTH = 0.95

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from xdit_ir.cost import program_flops
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
-from xdit_ir.partition import Indices, Partition
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.passes.find_tokens import JOINS, borders_of, divides, joined_dim
 from xdit_ir.passes.streams import leading_values
-from xdit_ir.program import LAYOUT, SPEC, Program, TokenAxis
-from xdit_ir.propagate import Attempt, Propagation, Seeds
+from xdit_ir.sharding.cost import program_flops
+from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 
 # Dividing a batch at least nearly halves the work; a cut that leaves more than this divides something else.
 WORTH = 0.9

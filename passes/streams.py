@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from xdit_ir.program import SPEC, is_block_call
-from xdit_ir.rules.base import operands
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.program import SPEC, is_block_call
 
 
 def leading_values(graph: fx.Graph) -> list[fx.Node]:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.partition import Indices
-from xdit_ir.passes.base import copy_graph, remove_dead
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import copy_graph, remove_dead
+from xdit_ir.ir.partition import Indices
+from xdit_ir.ir.program import CONSTANT, SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.views import VIEWS
-from xdit_ir.program import CONSTANT, SPEC, Program
 
 aten = torch.ops.aten
 SELECTED = (aten.index_select.default, aten.index_copy.default)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.program import SPEC
+from xdit_ir.ir.program import SPEC
 
 aten = torch.ops.aten
 # An atom is `(size, stride)`: a factor of a dimension, with its stride in the source's flat row-major order.

@@ -4,43 +4,25 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import pytest
+import networkx as nx
 
 import xdit_ir
-from xdit_ir import models, passes
+from xdit_ir import models, passes, tools
 
-# The data flow, inner to outer: a module may import from modules before its own group, and from its own group.
-LAYERS = (
-    ("xdit_ir.errors", "xdit_ir.partition"),
-    ("xdit_ir.mesh",),
-    ("xdit_ir.layout", "xdit_ir.program", "xdit_ir.difference"),
-    ("xdit_ir.leaf",),
-    ("xdit_ir.ops", "xdit_ir.interpret", "xdit_ir.capture"),
-    ("xdit_ir.rules",),
-    ("xdit_ir.draft", "xdit_ir.propagate", "xdit_ir.cost", "xdit_ir.printer"),
-    ("xdit_ir.verify", "xdit_ir.profile", "xdit_ir.cuts", "xdit_ir.displacement", "xdit_ir.textual"),
-    ("xdit_ir.runtime.flash_ops",),
-    ("xdit_ir.runtime.backends",),
-    ("xdit_ir.runtime.exchange", "xdit_ir.runtime.attention", "xdit_ir.runtime.buffers"),
-    ("xdit_ir.overtime",),
-    ("xdit_ir.passes",),
-    ("xdit_ir.specialize",),
-    ("xdit_ir.stages", "xdit_ir.patches", "xdit_ir.together", "xdit_ir.work"),
-    ("xdit_ir.simulate", "xdit_ir.simulate_steps", "xdit_ir.report", "xdit_ir.pipeline", "xdit_ir.runtime"),
-    ("xdit_ir.pass_list",),
-    ("xdit_ir.pipeline_report",),
-    ("xdit_ir.api",),
-    ("xdit_ir.inspection",),
-    ("xdit_ir.check", "xdit_ir.divergence", "xdit_ir.modules", "xdit_ir.runtime.port", "xdit_ir.runtime.ported"),
-    ("xdit_ir.generation",),
-    ("xdit_ir",),
-    ("xdit_ir.models",),
-    ("xdit_ir.tools", "xdit_ir.testing", "xdit_ir.pytest_plugin"),
+# The data flow: a folder (or module of the root) imports only from those that stand before it.
+ORDER = (
+    *("errors", "ir", "kernels", "capture", "rules", "transport", "sharding", "text"),
+    *("pipefusion", "passes", "simulation", "parallel", "emission", "deferral", "pipelined", "runtime"),
+    *("api", "porting", "checking", "inspection", "generation", "", "degrees", "models", "testing"),
+    *("pytest_plugin", "tools"),
 )
-FOLDERS = {"xdit_ir": Path(xdit_ir.__file__).parent, "xdit_ir.passes": Path(passes.__file__).parent}
+FOLDERS = {
+    "xdit_ir": Path(xdit_ir.__file__).parent,
+    **{f"xdit_ir.{one.__name__.rpartition('.')[2]}": Path(str(one.__file__)).parent for one in (passes, models, tools)},
+}
 # Parts of class names that are words of the field, not names of models.
 WORDS = {
     "transformer",
@@ -66,43 +48,36 @@ def modules() -> Iterator[tuple[str, Path]]:
             yield ".".join([package, *(part for part in parts if part != "__init__")]), path
 
 
-def layer(module: str) -> int:
-    """The place of the longest listed prefix."""
-    matches = [
-        (len(name), place)
-        for place, names in enumerate(LAYERS)
-        for name in names
-        if module == name or (module.startswith(name + ".") and name != "xdit_ir")
-    ]
-    assert matches, f"{module} has no place in LAYERS"
-    return max(matches)[1]
+def room(module: str) -> str:
+    """The folder of a module, or the module itself where it stands in the root; empty for the root."""
+    return module.split(".")[1] if "." in module else ""
 
 
-def imports(path: Path) -> Iterator[str]:
-    """What a module imports at run time."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("xdit_ir"):
-            known = {name for name, _ in modules()}
+def imports(path: Path, known: Collection[str]) -> Iterator[str]:
+    """The modules that a module imports, wherever it does, for typing only too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "xdit_ir":
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 yield full if full in known else node.module
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("xdit_ir"))
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "xdit_ir")
 
 
-@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: str(value).rpartition("/")[2])
-def test_imports_point_inward(module: str, path: Path) -> None:
-    outward = [name for name in imports(path) if layer(name) > layer(module)]
-    assert outward == []
+def import_graph() -> nx.DiGraph[str]:
+    """Modules, and what they import."""
+    paths = dict(modules())
+    return nx.DiGraph((name, one) for name, path in paths.items() for one in imports(path, paths) if one != name)
+
+
+def test_folders_stand_in_the_order_of_the_data_flow() -> None:
+    places = {name: place for place, name in enumerate(ORDER)}
+    edges = ((module, one) for module, one in import_graph().edges if room(module) != room(one))
+    assert [f"{module} -> {one}" for module, one in edges if places[room(one)] > places[room(module)]] == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert [sorted(circle) for circle in nx.strongly_connected_components(import_graph()) if len(circle) > 1] == []
 
 
 def model_names() -> set[str]:
@@ -123,5 +98,6 @@ def words_of(text: str) -> set[str]:
 def test_no_model_name_decides_anything() -> None:
     names = model_names()
     assert {"flux", "wan", "latte"} <= names
-    found = {(module, word) for module, path in modules() for word in words_of(path.read_text()) & names}
+    ours = ((module, path) for module, path in modules() if room(module) not in ("models", "tools"))
+    found = {(module, word) for module, path in ours for word in words_of(path.read_text()) & names}
     assert found == set()

@@ -11,10 +11,11 @@ import torch
 from torch import fx, nn
 
 import xdit_ir as xir
-from xdit_ir import models, ops
+from xdit_ir import models
 from xdit_ir.api import ParallelProgram, TracedProgram
-from xdit_ir.check import check_parallel
-from xdit_ir.passes.base import copy_graph, map_graphs
+from xdit_ir.checking.check import check_parallel
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import copy_graph, map_graphs
 
 aten = torch.ops.aten
 Mutation = Callable[[fx.Graph], bool]

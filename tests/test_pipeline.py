@@ -16,13 +16,13 @@ from torch import fx
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram
-from xdit_ir.check import check_parallel
-from xdit_ir.cuts import contiguous, folded
-from xdit_ir.mesh import Mesh
-from xdit_ir.passes.base import copy_graph
-from xdit_ir.patches import Part, Pipeline, pipeline_text, verify_pipeline
-from xdit_ir.runtime import buffers
-from xdit_ir.runtime.buffers import Read, Write
+from xdit_ir.checking.check import check_parallel
+from xdit_ir.ir import buffer_ops as buffers
+from xdit_ir.ir.buffer_ops import Read, Write
+from xdit_ir.ir.graphs import copy_graph
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.pipefusion.pipeline_program import Part, Pipeline, pipeline_text, verify_pipeline
+from xdit_ir.pipefusion.stage_search import contiguous, folded
 
 Case = tuple[torch.nn.Module, dict[str, Any]]
 

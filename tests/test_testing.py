@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import xdit_ir as xir
-from xdit_ir.runtime import attention
+from xdit_ir.kernels import attention
 from xdit_ir.testing import assert_parallel, degree_sets, degrees_of
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def test_processes(xdit):
 
 @pytest.mark.xdit(degrees=["u2"])
 def test_broken(xdit, monkeypatch):
-    from xdit_ir import simulate
+    from xdit_ir.simulation import lockstep as simulate
     right = simulate.unpack
     monkeypatch.setattr(simulate, "unpack", lambda pieces, exchange: 2 * right(pieces, exchange))
     xdit(*build())

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir import models
-from xdit_ir.difference import tensors_of
+from xdit_ir.ir.difference import tensors_of
 from xdit_ir.tools.contenders import Contender, Forward, release
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as xml
 
-from xdit_ir.check import CheckResult
+from xdit_ir.checking.check import CheckResult
+from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError, XditError
-from xdit_ir.report import Report
-from xdit_ir.tools.degrees import Degrees
+from xdit_ir.sharding.report import Report
 
 
 @dataclass(frozen=True)

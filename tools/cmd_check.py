@@ -11,10 +11,11 @@ from typing import Any
 from rich.table import Table
 
 import xdit_ir as xir
+from xdit_ir import degrees
 from xdit_ir.api import TracedProgram
-from xdit_ir.check import check_parallel
+from xdit_ir.checking.check import check_parallel
 from xdit_ir.errors import XditError
-from xdit_ir.tools import degrees, targets
+from xdit_ir.tools import targets
 from xdit_ir.tools.check_report import Row, github_commands, junit
 from xdit_ir.tools.terminal import progress_bar, working, write
 

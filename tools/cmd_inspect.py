@@ -12,15 +12,15 @@ import torch
 
 import xdit_ir as xir
 from xdit_ir.api import TracedProgram
+from xdit_ir.degrees import Degrees
 from xdit_ir.errors import XditError
 from xdit_ir.inspection import WRITERS, inspect
+from xdit_ir.ir.printer import body_text, program_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import Pass, run_passes
-from xdit_ir.pipeline import analysis_passes, mesh_of
-from xdit_ir.printer import body_text, program_text
-from xdit_ir.program import Program
-from xdit_ir.textual import save
+from xdit_ir.passes.order import analysis_passes, mesh_of
+from xdit_ir.text import save
 from xdit_ir.tools import targets
-from xdit_ir.tools.degrees import Degrees
 from xdit_ir.tools.terminal import working, write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from xdit_ir.errors import XditError
-from xdit_ir.pass_list import apply_passes, parse_passes
+from xdit_ir.ir.printer import program_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import Pass
-from xdit_ir.printer import program_text
-from xdit_ir.program import Program
-from xdit_ir.textual import load, parse, save, write
+from xdit_ir.passes.registry import apply_passes, parse_passes
+from xdit_ir.sharding.verify import verify
+from xdit_ir.text import load, parse, save, write
 from xdit_ir.tools.terminal import write_text
-from xdit_ir.verify import verify
 
 
 def add_parser(commands: Any) -> None:

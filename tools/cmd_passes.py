@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from xdit_ir.pass_list import PASSES, Described, describe
+from xdit_ir.passes.registry import PASSES, Described, describe
 from xdit_ir.tools.terminal import write
 
 

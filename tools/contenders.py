@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 import xdit_ir as xir
+from xdit_ir import degrees as degree_sets
 from xdit_ir.errors import XditError
-from xdit_ir.runtime.backends import NAMES
-from xdit_ir.tools import degrees as degree_sets
+from xdit_ir.kernels.backends import NAMES
 
 MODES = ("eager", "compiled", "graph", "collective")
 FORM = re.compile(r"(?:(?P<library>[a-z]+)-)?(?P<degrees>[a-z0-9]+):(?P<mode>[a-z]+)(?:@(?P<attention>[a-z0-9-]+))?")

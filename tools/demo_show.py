@@ -15,12 +15,12 @@ from rich.panel import Panel
 from rich.table import Table
 from torch import fx
 
-from xdit_ir import ops
 from xdit_ir.api import ParallelProgram
-from xdit_ir.difference import relative_error
-from xdit_ir.mesh import Mesh
-from xdit_ir.printer import node_type, program_text, target_name
-from xdit_ir.program import Program, where_of
+from xdit_ir.ir import ops
+from xdit_ir.ir.difference import relative_error
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.printer import node_type, program_text, target_name
+from xdit_ir.ir.program import Program, where_of
 from xdit_ir.tools.terminal import coloured
 
 CONSOLE = Console(highlight=False)

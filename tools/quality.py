@@ -22,10 +22,10 @@ from torch import nn
 import xdit_ir as xir
 from xdit_ir import capture
 from xdit_ir.api import ParallelProgram, TracedProgram
-from xdit_ir.difference import relative_error
-from xdit_ir.interpret import model_state
+from xdit_ir.ir.difference import relative_error
+from xdit_ir.ir.interpret import model_state
 from xdit_ir.models import digits
-from xdit_ir.simulate_steps import PipelineSimulation
+from xdit_ir.simulation.steps import PipelineSimulation
 from xdit_ir.tools import quality_page
 from xdit_ir.tools.terminal import progress_bar
 

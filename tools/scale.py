@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xdit_ir.degrees import Degrees
 from xdit_ir.errors import XditError
 from xdit_ir.tools.bench_report import BASE, empty_figure
-from xdit_ir.tools.degrees import Degrees
 
 MODELS = ("flux.1-dev", "flux.1-dev:2048px", "wan2.1-t2v-14b")
 Document = Mapping[str, Any]

@@ -16,12 +16,12 @@ import xdit_ir as xir
 from xdit_ir import models, passes
 from xdit_ir.api import TracedProgram
 from xdit_ir.capture.effects import copied
-from xdit_ir.check import check_parallel
-from xdit_ir.difference import relative_error, tensors_of
+from xdit_ir.checking.check import check_parallel
+from xdit_ir.degrees import Degrees, parse
 from xdit_ir.errors import ParallelizeError, TraceError
-from xdit_ir.program import SPEC, Program, TensorSpec
-from xdit_ir.report import find_gathers
-from xdit_ir.tools.degrees import Degrees, parse
+from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.ir.program import SPEC, Program, TensorSpec
+from xdit_ir.sharding.report import find_gathers
 
 DEGREES = tuple(parse("u2,u3,u4,r2,c2,u2r2"))
 TOLERANCE = 1e-5

@@ -1,10 +1,10 @@
 """xdit-ir: port a diffusion transformer to several GPUs with one trace call."""
 
 from xdit_ir.api import trace
-from xdit_ir.check import check
+from xdit_ir.checking.check import check
 from xdit_ir.errors import GenerationError, MismatchError, ParallelizeError, TraceError, VerifyError, XditError
 from xdit_ir.generation import Generation, generate
-from xdit_ir.runtime.port import port
+from xdit_ir.porting.port import port
 
 __all__ = [
     "Generation",

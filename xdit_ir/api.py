@@ -13,22 +13,22 @@ from torch import nn
 
 from xdit_ir import capture
 from xdit_ir.capture.inputs import bind_example
+from xdit_ir.emission.checkpoint import Loading
+from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.interpret import Interpreter, model_state
-from xdit_ir.mesh import Mesh
+from xdit_ir.ir.interpret import Interpreter, model_state
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.printer import program_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
-from xdit_ir.patches import Pipeline, pipeline_text
-from xdit_ir.pipeline import After, analysis_passes, check_schedule, divide, make_pipeline, mesh_of
-from xdit_ir.pipeline_report import pipeline_report
-from xdit_ir.printer import program_text
-from xdit_ir.program import Program
-from xdit_ir.report import Report, make_report
-from xdit_ir.runtime.checkpoint import Loading
-from xdit_ir.runtime.execution import Execution
-from xdit_ir.runtime.module import Emitted, emit
-from xdit_ir.simulate import RankObserver, run_ranks
-from xdit_ir.simulate_steps import PipelineSimulation
-from xdit_ir.specialize import Specialize
+from xdit_ir.passes.order import After, analysis_passes, check_schedule, divide, make_pipeline, mesh_of
+from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
+from xdit_ir.pipefusion.pipeline_report import pipeline_report
+from xdit_ir.runtime.emitted import Emitted, emit
+from xdit_ir.sharding.report import Report, make_report
+from xdit_ir.sharding.specialize import Specialize
+from xdit_ir.simulation.lockstep import RankObserver, run_ranks
+from xdit_ir.simulation.steps import PipelineSimulation
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
@@ -204,8 +204,8 @@ class ParallelProgram:
         weights: str | Path | None = None,
         release: bool = False,
     ) -> Emitted:
-        """The module of this process's rank; see `xdit_ir.runtime.module.emit` and, for the options, `Execution` and
-        `xdit_ir.runtime.checkpoint.Loading`."""
+        """The module of this process's rank; see `xdit_ir.runtime.emitted.emit` and, for the options, `Execution` and
+        `xdit_ir.emission.checkpoint.Loading`."""
         execution = Execution(compile, cuda_graph, transport, attention, handshake)
         return emit(self, model, device, execution, Loading(weights, release))
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
+from xdit_ir import degrees as short
 from xdit_ir.api import Example, TracedProgram, split_example, trace
-from xdit_ir.check import check
-from xdit_ir.difference import relative_error, tensors_of
-from xdit_ir.mesh import MESH_DIMS
-from xdit_ir.runtime.deferred import force
-from xdit_ir.tools import degrees as short
+from xdit_ir.checking.check import check
+from xdit_ir.deferral.deferred import force
+from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.ir.mesh import MESH_DIMS
 
 Degrees = str | Mapping[str, Any]
 
@@ -33,7 +33,7 @@ def assert_parallel(
     processes: bool = False,
     traced: TracedProgram | None = None,
 ) -> None:
-    """Assert that the model divided over ranks computes what it computes alone; see `xdit_ir.check`.
+    """Assert that the model divided over ranks computes what it computes alone; see `xdit_ir.checking.check`.
 
     Args:
         model: with real weights, in eval mode; `example`: its arguments, as for `xdit_ir.trace`.

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from xdit_ir.capture import bind_inputs, build_output, trace
-from xdit_ir.interpret import Interpreter, model_state
-from xdit_ir.program import Program
+from xdit_ir.ir.interpret import Interpreter, model_state
+from xdit_ir.ir.program import Program
 
 
 def run_program(program: Program, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from xdit_ir.program import WHERE, Program
+from xdit_ir.ir.program import WHERE, Program
 
 Check = Callable[..., Program]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from xdit_ir.capture import bind_inputs, trace
 from xdit_ir.errors import MismatchError, TraceError
-from xdit_ir.program import Program
+from xdit_ir.ir.program import Program
 
 Check = Callable[..., Program]
 Run = Callable[..., Any]

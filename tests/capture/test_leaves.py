@@ -12,8 +12,8 @@ from torch import nn
 import xdit_ir as xir
 from xdit_ir.capture import trace
 from xdit_ir.errors import TraceError
-from xdit_ir.leaf import Leaf
-from xdit_ir.program import Program
+from xdit_ir.ir.leaf import Leaf
+from xdit_ir.ir.program import Program
 
 Run = Callable[..., Any]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import xdit_ir as xir
-from xdit_ir.ops import attention
+from xdit_ir.ir.ops import attention
 
 HEADS, DIM, BATCH, TOKENS = 4, 8, 2, 12
 SDPA = torch.ops.aten.scaled_dot_product_attention.default

@@ -18,7 +18,7 @@ from xdit_ir import models
 from xdit_ir.capture import trace
 from xdit_ir.capture.values import KNOWN_NUMEL
 from xdit_ir.errors import TraceError
-from xdit_ir.program import Program
+from xdit_ir.ir.program import Program
 
 Check = Callable[..., Program]
 X = (torch.randn(2, 4),)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from xdit_ir.errors import TraceError
-from xdit_ir.program import Program
+from xdit_ir.ir.program import Program
 
 Check = Callable[..., Program]
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from xdit_ir import models
 from xdit_ir.capture import trace
-from xdit_ir.program import SPEC, WHERE, Program, TensorSpec, is_block_call
+from xdit_ir.ir.program import SPEC, WHERE, Program, TensorSpec, is_block_call
 
 NAMES = [
     "cogvideox-5b",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import xdit_ir as xir
-from xdit_ir.check import check_parallel
+from xdit_ir.checking.check import check_parallel
 
 FEW = 12
 TOLERANCE = 1e-9

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram
-from xdit_ir.difference import tensors_of
-from xdit_ir.runtime import channels
+from xdit_ir.ir.difference import tensors_of
+from xdit_ir.pipelined import channels
 
 CASES = [
     ("pixart-sigma", {"pipefusion": 2, "patches": 4}),

@@ -13,17 +13,17 @@ import torch
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram, TracedProgram
-from xdit_ir.cost import Machine
 from xdit_ir.inspection import WRITERS, Inspection, inspect
 from xdit_ir.inspection.durations import Durations
 from xdit_ir.inspection.folded import folded
 from xdit_ir.inspection.model import Span, View
 from xdit_ir.inspection.schedule import Clock, Team, _run, tasks, timeline
 from xdit_ir.inspection.svg import svg_text
-from xdit_ir.mesh import Mesh
-from xdit_ir.printer import body_text, outer_text
-from xdit_ir.report import traffic
-from xdit_ir.textual import difference, parse, write
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.printer import body_text, outer_text
+from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.report import traffic
+from xdit_ir.text import difference, parse, write
 
 NAME = "flux.1-dev:tiny"
 USP = {"ulysses": 2, "ring": 2}

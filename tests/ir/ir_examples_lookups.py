@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from ir_examples import Sample, aten, example
 
-from xdit_ir import ops
-from xdit_ir.partition import Indices
+from xdit_ir.ir import ops
+from xdit_ir.ir.partition import Indices
 
 
 @example(aten.embedding)

@@ -12,14 +12,14 @@ from ir_strategies import shard
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from xdit_ir import ops
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
-from xdit_ir.program import LAYOUT, SPEC, Program, TensorSpec
-from xdit_ir.propagate import Propagation
-from xdit_ir.simulate import run_ranks
-from xdit_ir.specialize import Specialize
-from xdit_ir.verify import verify
+from xdit_ir.ir import ops
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec
+from xdit_ir.sharding.propagate import Propagation
+from xdit_ir.sharding.specialize import Specialize
+from xdit_ir.sharding.verify import verify
+from xdit_ir.simulation.lockstep import run_ranks
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import MESH_DIMS, Mesh
-from xdit_ir.partition import Indices, Partition, even_pieces
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.partition import Indices, Partition, even_pieces
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 # Set to look for bugs with so many times the examples, other ones at every run, not made smaller.

@@ -10,14 +10,15 @@ from ir_examples import Drawer, Sample
 from ir_ranks import OneOperator, the_operator
 from ir_strategies import examples, layouts, meshes
 
-from xdit_ir import ops
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import LAYOUT, SPEC
 from xdit_ir.passes.lower_attention import LowerAttention
-from xdit_ir.program import LAYOUT, SPEC
 from xdit_ir.rules import rule_for
-from xdit_ir.rules.base import Call, operands
-from xdit_ir.verify import verify
+from xdit_ir.rules.base import Call
+from xdit_ir.sharding.verify import verify
 
 
 def attention(d, masks=True):

@@ -7,11 +7,11 @@ import torch
 from ir_examples import Sample, aten
 from ir_ranks import OneOperator, the_operator
 
-from xdit_ir import ops
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
-from xdit_ir.program import LAYOUT
-from xdit_ir.rules.base import operands
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import LAYOUT
 
 MESH = Mesh.of(cfg=2)
 BATCH = 4

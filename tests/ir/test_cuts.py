@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from xdit_ir.cuts import SLACK, Cuts, Marks, cut_folded, cut_straight
+from xdit_ir.pipefusion.stage_search import SLACK, Cuts, Marks, cut_folded, cut_straight
 
 Tasks = list[tuple[int, int]]
 TASKS = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=4, max_size=9)

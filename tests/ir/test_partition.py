@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ir_strategies import KINDS, examples, mesh_dims, meshes, of, partitions, pieces
 
-from xdit_ir.mesh import MESH_DIMS, Mesh
-from xdit_ir.partition import Indices, Partition, even_cuts, even_pieces
+from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.partition import Indices, Partition, even_cuts, even_pieces
 
 SIZES = st.integers(0, 24)
 

@@ -13,11 +13,12 @@ from ir_examples import EXAMPLES, Drawer
 from ir_ranks import OneOperator, the_operator
 from ir_strategies import examples, layouts, meshes
 
-from xdit_ir import ops
-from xdit_ir.layout import Layout
-from xdit_ir.program import LAYOUT, SPEC
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.program import LAYOUT, SPEC
 from xdit_ir.rules import RULES, decide, rule_for
-from xdit_ir.rules.base import Call, as_outputs, operands
+from xdit_ir.rules.base import Call, as_outputs
 
 for family in ("pointwise", "views", "lookups", "products"):
     importlib.import_module(f"ir_examples_{family}")

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir import ops
 from xdit_ir.api import ParallelProgram
-from xdit_ir.layout import Exchange, Piece
-from xdit_ir.partition import Indices, Partition, Runs
-from xdit_ir.passes.base import copy_graph
-from xdit_ir.patches import Part
-from xdit_ir.program import LAYOUT, SPEC, Program, is_block_call
-from xdit_ir.runtime.buffers import Keep, Read, Recall, Write
-from xdit_ir.runtime.exchange import Reduce, Reshuffle, Ring
+from xdit_ir.ir import ops
+from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
+from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
+from xdit_ir.ir.graphs import copy_graph
+from xdit_ir.ir.layout import Exchange, Piece
+from xdit_ir.ir.partition import Indices, Partition, Runs
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call
+from xdit_ir.pipefusion.pipeline_program import Part
 
 aten = torch.ops.aten
 Change = Callable[[fx.Graph], "fx.Node | None"]

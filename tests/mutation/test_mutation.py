@@ -13,14 +13,18 @@ import torch
 from torch import nn
 
 import xdit_ir as xir
-from xdit_ir import models, ops, simulate, simulate_steps
+from xdit_ir import models
 from xdit_ir.api import ParallelProgram
-from xdit_ir.check import check_parallel
-from xdit_ir.patches import verify_pipeline
-from xdit_ir.runtime import attention, buffers
-from xdit_ir.runtime.buffers import Recall
-from xdit_ir.runtime.exchange import Reduce, Reshuffle, Ring
-from xdit_ir.verify import verify
+from xdit_ir.checking.check import check_parallel
+from xdit_ir.ir import buffer_ops as buffers
+from xdit_ir.ir import ops
+from xdit_ir.ir.buffer_ops import Recall
+from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
+from xdit_ir.kernels import attention
+from xdit_ir.pipefusion.pipeline_program import verify_pipeline
+from xdit_ir.sharding.verify import verify
+from xdit_ir.simulation import lockstep as simulate
+from xdit_ir.simulation import steps as simulate_steps
 
 aten = torch.ops.aten
 FLUX, PIXART, SANA, QWEN = "flux.1-dev", "pixart-sigma", "sana-1600m", "qwen-image"

@@ -11,7 +11,7 @@ import jobs  # type: ignore[import-not-found]
 import torch
 
 import xdit_ir as xir
-from xdit_ir.runtime import collectives
+from xdit_ir.transport import collectives
 
 # What is broken, on rank 1, the model that shows it, and its degrees.
 RUNTIMES = {

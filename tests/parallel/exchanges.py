@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from xdit_ir.layout import Layout, plan
-from xdit_ir.mesh import Mesh
-from xdit_ir.partition import Indices, Partition
-from xdit_ir.runtime.collectives import lower
-from xdit_ir.runtime.distributed import Communicator
-from xdit_ir.runtime.exchange import Reduce, Reshuffle, Ring
+from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
+from xdit_ir.ir.layout import Layout, plan
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.transport.collectives import lower
+from xdit_ir.transport.distributed import Communicator
 
 DTYPES = ("float32", "bfloat16", "float64", "complex64", "bool", "uint8", "int16", "int64", "float8_e4m3fn")
 SHAPE = (5, 3, 7)

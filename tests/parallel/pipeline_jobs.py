@@ -10,8 +10,8 @@ import torch
 from jobs import Degrees, _plain
 
 import xdit_ir as xir
-from xdit_ir.difference import tensors_of
-from xdit_ir.runtime.ported import Ported
+from xdit_ir.ir.difference import tensors_of
+from xdit_ir.porting.ported import Ported
 
 
 def run(pipe: Any, call: dict[str, Any], steps: int = 2) -> torch.Tensor:
@@ -106,9 +106,9 @@ def generate_files(arguments: list[str]) -> dict[str, Any]:
     import contextlib
     import io
 
-    from xdit_ir.mesh import Mesh
-    from xdit_ir.runtime.distributed import ensure_process_group
+    from xdit_ir.ir.mesh import Mesh
     from xdit_ir.tools.cli import main
+    from xdit_ir.transport.distributed import ensure_process_group
 
     torch.set_num_threads(1)
     ensure_process_group(torch.device("cpu"), Mesh.of(ulysses=2))  # left to the jobs that follow

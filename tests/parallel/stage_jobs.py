@@ -21,12 +21,12 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture.inputs import bind_arguments, bind_inputs
 from xdit_ir.capture.outputs import build_output
-from xdit_ir.difference import tensors_of
-from xdit_ir.interpret import model_state
-from xdit_ir.runtime.deferred import Deferred, force
-from xdit_ir.runtime.execution import plain_modes
+from xdit_ir.deferral.deferred import Deferred, force
+from xdit_ir.emission.execution import plain_modes
+from xdit_ir.ir.difference import tensors_of
+from xdit_ir.ir.interpret import model_state
 from xdit_ir.runtime.shadow import Shadow
-from xdit_ir.simulate_steps import PipelineSimulation
+from xdit_ir.simulation.steps import PipelineSimulation
 
 LATENTS = "hidden_states"
 

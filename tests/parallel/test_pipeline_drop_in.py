@@ -17,8 +17,8 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.runtime.denoisers import takes_timestep
-from xdit_ir.runtime.ported import Ported
+from xdit_ir.porting.denoisers import takes_timestep
+from xdit_ir.porting.ported import Ported
 
 STEPS = 2
 

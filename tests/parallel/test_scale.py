@@ -7,9 +7,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from xdit_ir import models
+from xdit_ir.degrees import Degrees
 from xdit_ir.testing import run_processes
 from xdit_ir.tools import scale
-from xdit_ir.tools.degrees import Degrees
 
 SETS = [degrees for gpus in (4, 8) for degrees in scale.degree_sets(gpus) if degrees.ranks == gpus]
 

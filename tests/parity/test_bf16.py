@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.difference import relative_error, tensors_of
+from xdit_ir.ir.difference import relative_error, tensors_of
 
 NAMES = [
     "cogvideox-5b",

@@ -14,10 +14,10 @@ from torch import nn
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram, TracedProgram
-from xdit_ir.cuts import folded
-from xdit_ir.difference import relative_error, tensors_of
-from xdit_ir.mesh import TIME
-from xdit_ir.program import LAYOUT
+from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.ir.mesh import TIME
+from xdit_ir.ir.program import LAYOUT
+from xdit_ir.pipefusion.stage_search import folded
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import xdit_ir as xir
-from xdit_ir import models, ops
+from xdit_ir import models
 from xdit_ir.api import TracedProgram
-from xdit_ir.difference import relative_error, tensors_of
+from xdit_ir.ir import ops
+from xdit_ir.ir.difference import relative_error, tensors_of
 
 MODELS = (
     "flux.1-dev",

@@ -9,9 +9,9 @@ import pytest
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import ParallelProgram, TracedProgram
+from xdit_ir.ir.program import STAGE
 from xdit_ir.passes.partition_stages import PartitionStages
-from xdit_ir.program import STAGE
-from xdit_ir.report import Report
+from xdit_ir.sharding.report import Report
 
 BALANCE = {
     "flux.1-dev": {2: 0.97, 4: 0.97, 8: 0.93},

@@ -18,8 +18,8 @@ from xdit_ir import models
 from xdit_ir.api import run_single
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import opened
-from xdit_ir.difference import relative_error, tensors_of
-from xdit_ir.tools.degrees import Degrees
+from xdit_ir.degrees import Degrees
+from xdit_ir.ir.difference import relative_error, tensors_of
 from xdit_ir.tools.survey import DEGREES, Outcome, Subject
 
 # The tables of what is not as it should be. A model that no longer belongs into one fails.

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xdit_ir as xir
-from xdit_ir import ops
-from xdit_ir.interpret import Interpreter, model_state
+from xdit_ir.ir import ops
+from xdit_ir.ir.interpret import Interpreter, model_state
+from xdit_ir.ir.printer import program_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.compose_attention import ComposeAttention
-from xdit_ir.printer import program_text
-from xdit_ir.program import Program
 
 Golden = Callable[[str, str], None]
 Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import xdit_ir as xir
-from xdit_ir.cost import Machine
-from xdit_ir.interpret import model_state
-from xdit_ir.mesh import Mesh
+from xdit_ir.ir.interpret import model_state
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.printer import program_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.divide_conditions import DivideConditions
@@ -20,10 +21,9 @@ from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
-from xdit_ir.printer import program_text
-from xdit_ir.program import Program
-from xdit_ir.simulate import run_ranks
-from xdit_ir.specialize import Specialize
+from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.specialize import Specialize
+from xdit_ir.simulation.lockstep import run_ranks
 
 # Weights are read slowly, so that they count in a small model.
 SLOW = Machine(memory=1e3)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import xdit_ir as xir
-from xdit_ir import ops
 from xdit_ir.api import ParallelProgram
+from xdit_ir.ir import ops
 
 WIDTH, HEADS, TOKENS = 32, 4, 256
 

@@ -11,16 +11,16 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.mesh import Mesh
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.printer import body_text, program_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
-from xdit_ir.printer import body_text, program_text
-from xdit_ir.program import Program
-from xdit_ir.specialize import Specialize
+from xdit_ir.sharding.specialize import Specialize
 
 Golden = Callable[[str, str], None]
 

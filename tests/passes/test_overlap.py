@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import xdit_ir as xir
-from xdit_ir import ops
-from xdit_ir.cost import Machine
-from xdit_ir.mesh import Mesh
+from xdit_ir.ir import ops
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.printer import body_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.find_tokens import FindTokens
@@ -21,8 +22,7 @@ from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_joins import SplitJoins
-from xdit_ir.printer import body_text
-from xdit_ir.program import Program
+from xdit_ir.sharding.cost import Machine
 
 Golden = Callable[[str, str], None]
 MESH = Mesh.of(ulysses=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.pipeline import mesh_of
+from xdit_ir.passes.order import mesh_of
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xdit_ir as xir
-from xdit_ir.interpret import Interpreter, model_state
+from xdit_ir.ir.interpret import Interpreter, model_state
+from xdit_ir.ir.printer import program_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.split_statistics import SplitStatistics
-from xdit_ir.printer import program_text
-from xdit_ir.program import Program
 
 Golden = Callable[[str, str], None]
 aten = torch.ops.aten

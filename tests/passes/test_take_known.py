@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import xdit_ir as xir
-from xdit_ir import ops
-from xdit_ir.interpret import model_state
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
+from xdit_ir.ir import ops
+from xdit_ir.ir.interpret import model_state
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.printer import program_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.take_known import TakeKnown
-from xdit_ir.printer import program_text
-from xdit_ir.program import Program
-from xdit_ir.propagate import Propagation
-from xdit_ir.simulate import run_ranks
-from xdit_ir.specialize import Specialize
+from xdit_ir.sharding.propagate import Propagation
+from xdit_ir.sharding.specialize import Specialize
+from xdit_ir.simulation.lockstep import run_ranks
 
 Golden = Callable[[str, str], None]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.work import RankWork
+from xdit_ir.pipefusion.rank_tasks import RankWork
 
 CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KERNEL, GRID = (2, 3, 4), (4, 3, 2)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xdit_ir.runtime import attention
-from xdit_ir.runtime.attention import RingMerge, attention_with_lse
+from xdit_ir.kernels import attention
+from xdit_ir.kernels.attention import RingMerge, attention_with_lse
 
 KEYS = (5, 0, 7, 3)
 

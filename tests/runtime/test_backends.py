@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.runtime import backends
-from xdit_ir.runtime.attention import attention_with_lse
-from xdit_ir.runtime.backends import BACKENDS, Problem, check_name, choose
-from xdit_ir.runtime.flash_ops import flash_attention
+from xdit_ir.kernels import backends
+from xdit_ir.kernels.attention import attention_with_lse
+from xdit_ir.kernels.backends import BACKENDS, Problem, check_name, choose
+from xdit_ir.kernels.flash_ops import flash_attention
 
 LONG = (1, 12, 8192, 128)
 IMAGE = Problem(LONG, LONG, LONG, torch.bfloat16, torch.device("cuda", 0))

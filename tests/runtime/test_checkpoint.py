@@ -17,8 +17,8 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.program import TensorSpec
-from xdit_ir.runtime.checkpoint import Checkpoint, Store
+from xdit_ir.emission.checkpoint import Checkpoint, Store
+from xdit_ir.ir.program import TensorSpec
 
 Saved = tuple[nn.Module, dict[str, Any], Path]
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xdit_ir.layout import Layout, plan
-from xdit_ir.mesh import Mesh
-from xdit_ir.partition import Indices, Partition
-from xdit_ir.runtime.copies import copies
+from xdit_ir.ir.layout import Layout, plan
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.transport.copies import copies
 
 MESHES = [Mesh.of(ulysses=2), Mesh.of(ulysses=3), Mesh.of(ring=2, ulysses=2)]
 

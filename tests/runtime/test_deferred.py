@@ -9,8 +9,8 @@ import diffusers
 import pytest
 import torch
 
+from xdit_ir.deferral.deferred import Deferred, force, is_separable, pending, pull
 from xdit_ir.errors import MismatchError
-from xdit_ir.runtime.deferred import Deferred, force, is_separable, pending, pull
 
 SHAPE = (2, 4, 8, 6)
 ROWS = 2  # the dimension of which patches are ranges

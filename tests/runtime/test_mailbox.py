@@ -12,9 +12,9 @@ from torch import fx
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.mesh import Mesh
-from xdit_ir.runtime.codegen import Code, generate
-from xdit_ir.runtime.mailbox import PeerReceive, PeerSend, slot_sequence
+from xdit_ir.emission.codegen import Code, generate
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.transport.mailbox import PeerReceive, PeerSend, slot_sequence
 
 
 @dataclass

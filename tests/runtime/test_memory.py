@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from xdit_ir.program import TensorSpec
-from xdit_ir.runtime.memory import Memories
-from xdit_ir.runtime.requests import Lane
+from xdit_ir.ir.program import TensorSpec
+from xdit_ir.pipelined.memory import Memories
+from xdit_ir.pipelined.requests import Lane
 
 
 def test_memory_is_used_again_without_what_was_in_it() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from xdit_ir.program import TensorSpec
-from xdit_ir.runtime.messages import ALIGNMENT, Arrival, Channel, Envelope
+from xdit_ir.ir.program import TensorSpec
+from xdit_ir.transport.messages import ALIGNMENT, Arrival, Channel, Envelope
 
 
 class Counting(Channel):

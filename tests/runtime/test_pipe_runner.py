@@ -6,8 +6,8 @@ import pytest
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.runtime.execution import Execution
-from xdit_ir.runtime.pipe_runner import check_pipeline
+from xdit_ir.emission.execution import Execution
+from xdit_ir.pipelined.pipe_runner import check_pipeline
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from xdit_ir.partition import Indices
-from xdit_ir.runtime.deferred import Deferred, pending
-from xdit_ir.runtime.requests import AGAIN, NEW, NEXT, Moment, Requests
-from xdit_ir.work import Cut
+from xdit_ir.deferral.deferred import Deferred, pending
+from xdit_ir.ir.partition import Indices
+from xdit_ir.pipefusion.rank_tasks import Cut
+from xdit_ir.pipelined.requests import AGAIN, NEW, NEXT, Moment, Requests
 
 ROWS = 1
 SHAPE = (2, 8, 3)

@@ -17,7 +17,7 @@ import json, sys
 from pathlib import Path
 import torch, xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.runtime.checkpoint import Checkpoint, Store
+from xdit_ir.emission.checkpoint import Checkpoint, Store
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from xdit_ir.errors import VerifyError
-from xdit_ir.mesh import Mesh
-from xdit_ir.patches import Pipeline
-from xdit_ir.program import Program, TensorSpec
-from xdit_ir.runtime.schedule import plans_of, run_plans
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import Program, TensorSpec
+from xdit_ir.pipefusion.pipeline_program import Pipeline
+from xdit_ir.pipelined.schedule import plans_of, run_plans
 
 MAPS = [(0, 1), (0, 1, 2, 3), (0, 1, 1, 0), (0, 1, 2, 2, 1, 0)]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.runtime.settings import Settings
+from xdit_ir.porting.settings import Settings
 
 
 class Processor:

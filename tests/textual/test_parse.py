@@ -10,17 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdit_ir import ops
 from xdit_ir.errors import ParseError
-from xdit_ir.mesh import Mesh
-from xdit_ir.partition import Indices, Partition
-from xdit_ir.program import LAYOUT, SPEC, WHERE, TensorSpec, Where
-from xdit_ir.textual import parse, write
-from xdit_ir.textual.attachments import Collected
-from xdit_ir.textual.literals import Writer, read_literal
-from xdit_ir.textual.scanner import Scanner
-from xdit_ir.textual.types import TypeReader, TypeWriter, obvious, partition_text, read_partition
-from xdit_ir.verify import verify
+from xdit_ir.ir import ops
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, TensorSpec, Where
+from xdit_ir.sharding.verify import verify
+from xdit_ir.text import parse, write
+from xdit_ir.text.attachments import Collected
+from xdit_ir.text.literals import Writer, read_literal
+from xdit_ir.text.scanner import Scanner
+from xdit_ir.text.types import TypeReader, TypeWriter, obvious, partition_text, read_partition
 
 SMALL = """
 program Small on ulysses=2 {

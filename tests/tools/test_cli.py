@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from xdit_ir import models, simulate
-from xdit_ir.check import CheckResult
-from xdit_ir.divergence import Divergence
+from xdit_ir import models
+from xdit_ir.checking.check import CheckResult
+from xdit_ir.checking.divergence import Divergence
+from xdit_ir.simulation import lockstep as simulate
 from xdit_ir.tools import cmd_check
 from xdit_ir.tools.cli import main
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from xdit_ir.degrees import Degrees, nearest, parse
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.mesh import MESH_DIMS
-from xdit_ir.tools.degrees import Degrees, nearest, parse
+from xdit_ir.ir.mesh import MESH_DIMS
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from xdit_ir.generation import files
 from xdit_ir.generation.folder import Checkpoint, load
 from xdit_ir.generation.job import check_distinct, check_size
 from xdit_ir.generation.request import dealt, parse_size, read_embeddings
-from xdit_ir.mesh import Mesh
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.models import digits
-from xdit_ir.runtime.ported import Ported
+from xdit_ir.porting.ported import Ported
 from xdit_ir.tools.cli import main
 
 Capture = pytest.CaptureFixture[str]

@@ -10,10 +10,10 @@ import pytest
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.mesh import Mesh
-from xdit_ir.pass_list import NUMERICS, PASSES, describe, parse_passes
-from xdit_ir.pipeline import analysis_passes, mesh_passes, time_passes
-from xdit_ir.textual import difference, load
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.passes.order import analysis_passes, mesh_passes, time_passes
+from xdit_ir.passes.registry import NUMERICS, PASSES, describe, parse_passes
+from xdit_ir.text import difference, load
 from xdit_ir.tools.cli import main
 
 Capture = pytest.CaptureFixture[str]
@@ -115,8 +115,8 @@ def test_a_wrong_file_names_the_line(here: Path, capsys: Capture) -> None:
 
 BREAKING = """
 from dataclasses import dataclass
-from xdit_ir.passes.base import map_graphs
-from xdit_ir.program import SPEC
+from xdit_ir.ir.graphs import map_graphs
+from xdit_ir.ir.program import SPEC
 
 @dataclass(frozen=True)
 class Forget:

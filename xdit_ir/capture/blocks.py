@@ -18,7 +18,7 @@ from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_o
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, Unshareable, Value, spec_of
 from xdit_ir.errors import TraceError
-from xdit_ir.program import Literal, Where, call_block
+from xdit_ir.ir.program import Literal, Where, call_block
 
 
 class Restart(BaseException):

@@ -17,7 +17,7 @@ from xdit_ir.capture.outputs import literal
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import Value
 from xdit_ir.errors import TraceError
-from xdit_ir.program import Effect, Entry, Literal, Signature
+from xdit_ir.ir.program import Effect, Entry, Literal, Signature
 
 _DEPTH = 4
 _PLAIN = (str, bytes, int, float, bool, complex, type(None))

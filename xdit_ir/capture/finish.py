@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from xdit_ir.capture.operators import aten
-from xdit_ir.program import CONSTANT, SPEC, WHERE, Block, TensorSpec, Where, is_block_call, qualified
+from xdit_ir.ir.program import CONSTANT, SPEC, WHERE, Block, TensorSpec, Where, is_block_call, qualified
 
 _WORTHWHILE = 0.01
 Bodies = dict[str, fx.Graph]

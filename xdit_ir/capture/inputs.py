@@ -17,7 +17,7 @@ from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
-from xdit_ir.program import Guard, Program, TensorSpec
+from xdit_ir.ir.program import Guard, Program, TensorSpec
 
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from xdit_ir.capture.outputs import flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import NO_ROOTS, Origin, spec_of
 from xdit_ir.errors import TraceError
-from xdit_ir.leaf import Leaf
-from xdit_ir.program import TensorSpec
+from xdit_ir.ir.leaf import Leaf
+from xdit_ir.ir.program import TensorSpec
 
 _SCALES = (1.0, 0.01, 0.1, 0.3, 3.0, 10.0)  # of the inputs of probes: values may decide differently for each
 _PROBE_BYTES = 1 << 28  # weights made up for the probe of a module on the meta device

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.errors import TraceError
-from xdit_ir.program import Literal, Signature
+from xdit_ir.ir.program import Literal, Signature
 
 
 @dataclasses.dataclass(frozen=True)

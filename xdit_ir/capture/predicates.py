@@ -11,7 +11,7 @@ from torch import fx
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Value
-from xdit_ir.program import CONSTANT, Predicate
+from xdit_ir.ir.program import CONSTANT, Predicate
 
 _SUMMARY = 64
 

@@ -29,7 +29,7 @@ from xdit_ir.capture.values import (
     spec_of,
 )
 from xdit_ir.errors import TraceError
-from xdit_ir.program import CONSTANT, SPEC, WHERE, Predicate, Where, qualified
+from xdit_ir.ir.program import CONSTANT, SPEC, WHERE, Predicate, Where, qualified
 
 
 class Recorder:

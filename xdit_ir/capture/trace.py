@@ -29,7 +29,7 @@ from xdit_ir.capture.source import failing_line
 from xdit_ir.capture.tracer import Tracer
 from xdit_ir.capture.values import Frame, Opaque, Unshareable, Value, spec_of
 from xdit_ir.errors import TraceError, XditError
-from xdit_ir.program import CONSTANT, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
+from xdit_ir.ir.program import CONSTANT, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
 
 Flat = list[tuple[str, Any]]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)

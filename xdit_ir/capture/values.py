@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from xdit_ir.errors import TraceError
-from xdit_ir.program import TensorSpec
+from xdit_ir.ir.program import TensorSpec
 
 KNOWN_NUMEL = 1 << 20
 KNOWN_INPUT_NUMEL = 1 << 22

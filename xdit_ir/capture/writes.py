@@ -15,7 +15,7 @@ from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Unshareable, Value, View, spec_of, tensors_in
 from xdit_ir.capture.views import scatter
 from xdit_ir.errors import TraceError
-from xdit_ir.program import TensorSpec
+from xdit_ir.ir.program import TensorSpec
 
 
 def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.emission.checkpoint import SHARD, Checkpoint
 from xdit_ir.errors import GenerationError
-from xdit_ir.runtime.checkpoint import SHARD, Checkpoint
-from xdit_ir.runtime.denoisers import components, takes_timestep
+from xdit_ir.porting.denoisers import components, takes_timestep
 
 INDEX = "model_index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -18,11 +18,11 @@ from xdit_ir.generation.folder import Dtypes, check_dtypes, load
 from xdit_ir.generation.job import Job, start
 from xdit_ir.generation.meter import Meter, summary, watching
 from xdit_ir.generation.request import Request, dealt, read_embeddings
-from xdit_ir.mesh import MESH_DIMS
-from xdit_ir.pipeline import mesh_of
-from xdit_ir.runtime.denoisers import components
-from xdit_ir.runtime.port import port
-from xdit_ir.runtime.ported import Ported
+from xdit_ir.ir.mesh import MESH_DIMS
+from xdit_ir.passes.order import mesh_of
+from xdit_ir.porting.denoisers import components
+from xdit_ir.porting.port import port
+from xdit_ir.porting.ported import Ported
 
 NEEDED = ("diffusers", "transformers", "accelerate")
 REPORT = "generate.json"

@@ -13,8 +13,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.mesh import Mesh
-from xdit_ir.runtime.distributed import BACKENDS, check_processes
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.transport.distributed import BACKENDS, check_processes
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.runtime.deferred import Deferred, force
-from xdit_ir.runtime.denoisers import components
-from xdit_ir.runtime.ported import Ported
+from xdit_ir.deferral.deferred import Deferred, force
+from xdit_ir.porting.denoisers import components
+from xdit_ir.porting.ported import Ported
 
 PHASES = ("load", "port", "encode", "denoise", "decode")
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from xdit_ir.errors import GenerationError, ParallelizeError
-from xdit_ir.runtime.denoisers import denoisers
+from xdit_ir.porting.denoisers import denoisers
 
 # What the fields of `Request` are called by pipelines.
 ARGUMENTS = {

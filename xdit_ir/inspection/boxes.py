@@ -10,8 +10,8 @@ from typing import Any
 import networkx
 from torch import fx
 
-from xdit_ir.program import Program, is_block_call, where_of
-from xdit_ir.rules.base import operands
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.program import Program, is_block_call, where_of
 
 Group = tuple[fx.Node, ...]
 

@@ -9,14 +9,14 @@ from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.inspection.model import Fact, Inspection, PassStep, Rows, StageView
 from xdit_ir.inspection.schedule import timeline
 from xdit_ir.inspection.views import view
-from xdit_ir.mesh import MESH_DIMS
-from xdit_ir.pass_list import describe
+from xdit_ir.ir.mesh import MESH_DIMS
+from xdit_ir.ir.printer import body_text, outer_text
+from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import Pass, run_passes
-from xdit_ir.patches import Pipeline
-from xdit_ir.pipeline import analysis_passes
-from xdit_ir.printer import body_text, outer_text
-from xdit_ir.program import Program
-from xdit_ir.report import Report
+from xdit_ir.passes.order import analysis_passes
+from xdit_ir.passes.registry import describe
+from xdit_ir.pipefusion.pipeline_program import Pipeline
+from xdit_ir.sharding.report import Report
 
 MESH_DIMS_SAY = {
     "cfg": "the batch, conditional and unconditional",

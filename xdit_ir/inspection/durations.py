@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.cost import Machine
-from xdit_ir.displacement import over_time
-from xdit_ir.mesh import Mesh
-from xdit_ir.report import traffic
+from xdit_ir.ir import ops
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.pipefusion.patch_plan import over_time
+from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.report import traffic
 
 
 @dataclass(frozen=True)

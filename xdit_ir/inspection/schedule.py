@@ -18,14 +18,14 @@ from typing import cast
 from torch import fx
 
 from xdit_ir.api import ParallelProgram
-from xdit_ir.cost import Machine
-from xdit_ir.displacement import graphs
 from xdit_ir.inspection.durations import Cost, Durations
 from xdit_ir.inspection.model import Span, Timeline
-from xdit_ir.mesh import TIME, Mesh
-from xdit_ir.patches import Pipeline
-from xdit_ir.program import SPEC, Program, call_parts, is_block_call
-from xdit_ir.rules.base import operands
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.program import SPEC, Program, call_parts, is_block_call
+from xdit_ir.pipefusion.patch_plan import graphs
+from xdit_ir.pipefusion.pipeline_program import Pipeline
+from xdit_ir.sharding.cost import Machine
 
 Place = tuple[str, str]  # a call's prefix, and a name in it
 DISPLACED = 2  # steps shown after the warmup

@@ -8,17 +8,18 @@ from dataclasses import replace
 
 from torch import fx
 
-from xdit_ir.cost import graph_flops, is_counted, local_flops
-from xdit_ir.displacement import over_time
 from xdit_ir.inspection.boxes import Group, module_of, owners, runs
 from xdit_ir.inspection.model import Body, Box, Edge, Exchange, Line, View
-from xdit_ir.layout import in_mesh_order
-from xdit_ir.mesh import TIME, Mesh
-from xdit_ir.printer import arguments_text, node_type, target_name
-from xdit_ir.program import Program, call_parts, is_block_call, qualified, where_of
-from xdit_ir.propagate import FALLBACK
-from xdit_ir.report import traffic
-from xdit_ir.rules.base import operands, results_of, varying
+from xdit_ir.ir.graphs import operands, results_of
+from xdit_ir.ir.layout import in_mesh_order
+from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.printer import arguments_text, node_type, target_name
+from xdit_ir.ir.program import Program, call_parts, is_block_call, qualified, where_of
+from xdit_ir.pipefusion.patch_plan import over_time
+from xdit_ir.rules.base import varying
+from xdit_ir.sharding.cost import graph_flops, is_counted, local_flops
+from xdit_ir.sharding.propagate import FALLBACK
+from xdit_ir.sharding.report import traffic
 
 BUFFER = "buffer"
 

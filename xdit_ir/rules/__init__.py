@@ -6,7 +6,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from xdit_ir.leaf import Leaf
+from xdit_ir.ir.leaf import Leaf
 from xdit_ir.rules import (
     attentions,
     contractions,
@@ -48,7 +48,7 @@ RULES: MappingProxyType[Any, Rule] = MappingProxyType(
 
 @lru_cache(maxsize=4096)
 def rule_for(target: Any) -> Rule | None:
-    """The rule of an operator (an ATen overload or one of `xdit_ir.ops`), or None."""
+    """The rule of an operator (an ATen overload or one of `xdit_ir.ir.ops`), or None."""
     if isinstance(target, Leaf):
         return leaves.LEAF
     packet = getattr(target, "overloadpacket", target)

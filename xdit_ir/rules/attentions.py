@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xdit_ir.layout import Layout
-from xdit_ir.ops import attention, attention_of_rows, ring_attention
-from xdit_ir.partition import Indices, Partition
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.ops import attention, attention_of_rows, ring_attention
+from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.rules.base import Call, Localize, Rule, Ruling, choose, rules_of, verified
 
 Dims = tuple[Partition | None, ...]

@@ -15,39 +15,15 @@ from typing import Any
 
 from torch import fx
 
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
-from xdit_ir.partition import Partition
-from xdit_ir.program import LAYOUT, SPEC, TensorSpec
+from xdit_ir.ir.graphs import bound_arguments, nodes_in, operands
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Partition
+from xdit_ir.ir.program import LAYOUT, SPEC, TensorSpec
 
 LocalCall = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 Localize = Callable[[int], LocalCall]
 Outputs = Layout | tuple[Layout, ...]
-
-
-def nodes_in(value: Any) -> list[fx.Node]:
-    """The nodes in an argument, however nested, in order; one that occurs twice is listed twice."""
-    found: list[fx.Node] = []
-    fx.map_arg(value, found.append)
-    return found
-
-
-def operands(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of a node by position; one that is used twice is listed twice."""
-    return nodes_in((node.args, node.kwargs))
-
-
-def results_of(graph: fx.Graph) -> list[fx.Node]:
-    """What a graph returns."""
-    [output] = (node for node in graph.nodes if node.op == "output")
-    return operands(output)
-
-
-def with_operands(node: fx.Node, new: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The node's arguments with its operands replaced, by position."""
-    feed = iter(new)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(feed))
-    return args, dict(kwargs)
 
 
 @dataclass(frozen=True)
@@ -93,24 +69,6 @@ class Call:
     def varies(self, partition: Partition | None) -> frozenset[str]:
         """The mesh dims along which a partition differs."""
         return self.mesh.varies(partition)
-
-
-def bound_arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a node by their names in the operator's schema (or Python signature), defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-        bound.apply_defaults()
-        return dict(bound.arguments)
-    values = {}
-    for place, argument in enumerate(schema.arguments):
-        if place < len(node.args):
-            values[argument.name] = node.args[place]
-        else:
-            values[argument.name] = node.kwargs.get(
-                argument.name, argument.default_value if argument.has_default_value() else None
-            )
-    return values
 
 
 @dataclass(frozen=True)

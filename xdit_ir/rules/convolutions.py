@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from xdit_ir import ops
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
-from xdit_ir.partition import Indices, Partition
+from xdit_ir.ir import ops
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, dims_whole, rules_of, verified, whole
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, spare_empty
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from xdit_ir import ops
-from xdit_ir.layout import Layout
-from xdit_ir.partition import Indices, Partition
+from xdit_ir.ir import ops
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, by_size, gather_all, rules_of, verified
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 

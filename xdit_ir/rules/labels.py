@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from xdit_ir.layout import Layout
-from xdit_ir.partition import Partition
-from xdit_ir.program import SPEC, TensorSpec
+from xdit_ir.ir.graphs import nodes_in
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.partition import Partition
+from xdit_ir.ir.program import SPEC, TensorSpec
 from xdit_ir.rules.base import (
     Call,
     LocalCall,
@@ -22,7 +23,6 @@ from xdit_ir.rules.base import (
     by_size,
     choose,
     gather_all,
-    nodes_in,
 )
 
 aten = torch.ops.aten

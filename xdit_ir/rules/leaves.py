@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from xdit_ir.layout import Layout
-from xdit_ir.leaf import Leaf
-from xdit_ir.partition import Partition
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.leaf import Leaf
+from xdit_ir.ir.partition import Partition
 from xdit_ir.rules.base import Call, Rule, Ruling, as_outputs, choose, verified, whole
 
 

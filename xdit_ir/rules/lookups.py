@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from xdit_ir import ops
-from xdit_ir.layout import Layout
-from xdit_ir.partition import Indices, spread
+from xdit_ir.ir import ops
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.partition import Indices, spread
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, gather_all, rules_of, same_call, verified
 from xdit_ir.rules.labels import Labels, Names, by_argument, labelled, plain
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from xdit_ir.layout import Layout
-from xdit_ir.partition import Indices, Partition
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.rules.base import (
     Call,
     LocalCall,

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from xdit_ir import ops
-from xdit_ir.layout import Layout
-from xdit_ir.partition import Indices, Partition, selected, spread
+from xdit_ir.ir import ops
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.partition import Indices, Partition, selected, spread
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, by_size, choose, rules_of, verified
 from xdit_ir.rules.joins import slice_start
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain

@@ -7,9 +7,9 @@ from functools import lru_cache
 
 import torch
 
-from xdit_ir.layout import Layout
-from xdit_ir.mesh import Mesh
-from xdit_ir.partition import Indices, Partition
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, gather_all, rules_of, verified
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 

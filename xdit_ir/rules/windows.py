@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from xdit_ir.layout import Layout
-from xdit_ir.partition import Indices, Partition
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, rules_of, same_call, verified
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, spare_empty
 

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.outputs import build_output
-from xdit_ir.runtime.agreement import ARGUMENTS, agree, digest
-from xdit_ir.runtime.deferred import Deferred, force, pending
-from xdit_ir.runtime.distributed import Communicator
-from xdit_ir.runtime.execution import Tensors
+from xdit_ir.deferral.deferred import Deferred, force, pending
+from xdit_ir.emission.execution import Tensors
 from xdit_ir.runtime.runner import Runner
+from xdit_ir.transport.distributed import Communicator
+from xdit_ir.transport.handshake import ARGUMENTS, agree, digest
 
 PAIRED = ("cfg",)
 EARLY = (

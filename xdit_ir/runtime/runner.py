@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,23 +13,21 @@ from torch import nn
 from xdit_ir.capture.effects import apply_effects
 from xdit_ir.capture.inputs import InputBinder, bind_arguments
 from xdit_ir.capture.outputs import build_output
+from xdit_ir.emission.checkpoint import Store, rank_weights
+from xdit_ir.emission.codegen import Body, communications, generate, state_names
+from xdit_ir.emission.execution import Execution, Recording, Tensors, compile_body, outside, plain_modes
+from xdit_ir.emission.state import Weights
 from xdit_ir.errors import MismatchError
-from xdit_ir.interpret import constant_on
-from xdit_ir.program import CONSTANT, SPEC, TensorSpec
-from xdit_ir.rules.base import results_of
-from xdit_ir.runtime.agreement import TRACE, agree, contents_hash, digest, fact, failure_text
-from xdit_ir.runtime.checkpoint import Store, rank_weights
-from xdit_ir.runtime.codegen import Body, communications, generate, state_names
-from xdit_ir.runtime.distributed import Communicator, peers_reachable
-from xdit_ir.runtime.execution import Execution, Recording, Tensors, compile_body, outside, plain_modes
-from xdit_ir.runtime.pipe_runner import PipelineRunner, check_pipeline
-from xdit_ir.runtime.schedule import verify_schedule
-from xdit_ir.runtime.state import Weights
-from xdit_ir.runtime.traffic import Traffic
-from xdit_ir.work import RankWork
-
-if TYPE_CHECKING:
-    from xdit_ir.api import ParallelProgram
+from xdit_ir.ir.graphs import results_of
+from xdit_ir.ir.interpret import constant_on
+from xdit_ir.ir.program import CONSTANT, SPEC, TensorSpec
+from xdit_ir.parallel import Parallel
+from xdit_ir.pipefusion.rank_tasks import RankWork
+from xdit_ir.pipelined.pipe_runner import PipelineRunner, check_pipeline
+from xdit_ir.pipelined.schedule import verify_schedule
+from xdit_ir.pipelined.traffic import Traffic
+from xdit_ir.transport.distributed import Communicator, peers_reachable
+from xdit_ir.transport.handshake import TRACE, agree, contents_hash, digest, fact, failure_text
 
 
 class Runner:
@@ -40,7 +38,7 @@ class Runner:
 
     def __init__(
         self,
-        parallel: ParallelProgram,
+        parallel: Parallel,
         model: nn.Module,
         communicator: Communicator,
         facts: Mapping[str, str],
@@ -112,7 +110,7 @@ class Runner:
 def build(
     communicator: Communicator,
     model: nn.Module,
-    make: Callable[[], ParallelProgram],
+    make: Callable[[], Parallel],
     execution: Execution,
     store: Store | None = None,
     traffic: Traffic | None = None,
@@ -155,7 +153,7 @@ def build(
     return PipelineRunner(parallel, model, communicator, facts, execution, work, traffic, store)
 
 
-def _groups(parallel: ParallelProgram, rank: int) -> Iterator[tuple[str, ...]]:
+def _groups(parallel: Parallel, rank: int) -> Iterator[tuple[str, ...]]:
     """The sets of mesh dims over which some rank talks; for a pipeline, whatever its stage."""
     pipeline = parallel.pipeline
     if pipeline is None:
@@ -167,7 +165,7 @@ def _groups(parallel: ParallelProgram, rank: int) -> Iterator[tuple[str, ...]]:
         yield from (target.mesh_dims for target in communications(program) if len(target.group) > 1)
 
 
-def program_facts(parallel: ParallelProgram) -> dict[str, str]:
+def program_facts(parallel: Parallel) -> dict[str, str]:
     """What two ranks must have in common to run a program together."""
     signature = parallel.original.signature
     facts = {TRACE: "made"}

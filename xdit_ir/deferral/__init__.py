@@ -1,0 +1,1 @@
+"""Tensors that stand for results that are not there yet."""

@@ -1,0 +1,230 @@
+"""Tensors that stand for a result that is not finished yet: what is done to them is noted, and done part by part.
+
+A scheduler's step applies nothing but pointwise operators, joins and splits of samples, and changes of shape, so the
+next latents of a patch can be had as soon as the model's output for that patch is there. An operator on a `Deferred`
+is recorded; `pull` computes a range of one dimension of the result, from that range of what it was made of;
+everything else (reading a value, an operator that mixes positions) computes the whole, which costs time and is right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from xdit_ir.deferral.recorded import Descent, Kept, Numbered, Source, Value
+from xdit_ir.deferral.separable import Range, is_recordable
+from xdit_ir.emission.execution import plain_modes
+
+aten = torch.ops.aten
+KINDS = ("cpu", "cuda")  # devices on which whoever reads may be under autocast
+
+
+class Deferred(torch.Tensor):
+    """A tensor whose contents are a `Value`; has its shape, dtype and device, and behaves like any other."""
+
+    value: Value
+    views: list[weakref.ref[Deferred]]
+    origin: tuple[Deferred, Any, Any, Any, int | None] | None
+
+    @staticmethod
+    def __new__(cls, value: Value) -> Deferred:
+        with torch.inference_mode(False):  # views of what was made outside must be as that is
+            made: Deferred = torch.Tensor._make_wrapper_subclass(
+                cls, value.shape, strides=value.stride, dtype=value.dtype, device=value.device, requires_grad=False
+            )
+        made.value, made.views, made.origin = value, [], None
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Deferred({list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return force(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return force(self).clone()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As `Tensor.numpy`, of the whole value."""
+        return _read(self).numpy(force=force)
+
+    def tolist(self) -> Any:
+        """As `Tensor.tolist`, of the whole value."""
+        return _read(self).tolist()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.einsum and all(isinstance(leaf, torch.Tensor) for leaf in args[1:]):
+            return _noted(func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return _record(func, args, kwargs or {})
+
+
+def pending(
+    source: Source,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    maker: Any = None,
+    number: int = 0,
+) -> Deferred:
+    """A tensor for what `source` will give; the result with this `number` of a `maker`, which is noted in what is made
+    of it."""
+    like = torch.empty(tuple(shape), device="meta")
+    lineage = {} if maker is None else {maker: Descent(Numbered(number), tuple(range(len(like.shape))))}
+    return Deferred(Value(like.shape, like.stride(), dtype, device, source=source, lineage=lineage))
+
+
+def is_separable(tensor: torch.Tensor, dim: int, start: int, stop: int) -> bool:
+    """Whether `pull` would compute no more than this range."""
+    return not isinstance(tensor, Deferred) or tensor.value.is_separable(Range(dim, start, stop))
+
+
+def pull(tensor: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
+    """A range of one dimension, from as little of what it was made of as possible."""
+    if not isinstance(tensor, Deferred):
+        return tensor.narrow(dim, start, stop - start)
+    with plain_modes(*KINDS):
+        part = tensor.value.pull(Range(dim, start, stop))
+        return tensor.value.whole().narrow(dim, start, stop - start) if part is None else part
+
+
+def force(tensor: torch.Tensor) -> torch.Tensor:
+    """A plain tensor; waits for all of it."""
+    if not isinstance(tensor, Deferred):
+        return tensor
+    with plain_modes(*KINDS):
+        return tensor.value.whole()
+
+
+def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if _needs_shapes_only(func):
+        args, kwargs = pytree.tree_map_only(Deferred, _like, (args, kwargs))
+        return func(*args, **kwargs)
+    if func._schema.is_mutable:
+        return _in_place(func, args, kwargs)
+    if is_recordable(func):
+        return _noted(func, args, kwargs)
+    if func._can_decompose():  # in inference mode, what is made of other operators arrives here as it is
+        return func.decompose(*args, **kwargs)
+    return _eager(func, args, kwargs)
+
+
+def _needs_shapes_only(func: Any) -> bool:
+    name = func._schema.name.partition("::")[2]
+    return bool(name.endswith("_like") or name.startswith("new_"))
+
+
+def _like(tensor: Deferred) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _eager(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    args, kwargs = pytree.tree_map_only(Deferred, force, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _noted(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operator's results, as tensors that stand for them."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type != _device(args).type:
+        return _eager(func, args, kwargs)
+    try:
+        metas = _metas(func, args, kwargs)
+    except Exception:  # what fails on shapes fails on values too, with the operator's own message
+        return _eager(func, args, kwargs)
+    frozen_args, frozen_kwargs = pytree.tree_map_only(torch.Tensor, _frozen, (tuple(args), kwargs))
+
+    def made(meta: torch.Tensor, index: int | None) -> Deferred:
+        value = Value(meta.shape, meta.stride(), meta.dtype, meta.device, None, func, frozen_args, frozen_kwargs, index)
+        return _viewed(Deferred(value.descend()), func, args, kwargs, index)
+
+    if isinstance(metas, torch.Tensor):
+        return made(metas, None)
+    return type(metas)(made(meta, index) for index, meta in enumerate(metas))
+
+
+def _viewed(result: Deferred, func: Any, args: Any, kwargs: Any, index: int | None) -> Deferred:
+    """Remember whose memory a result shares: a write to one is a write to both."""
+    schema = getattr(func, "_schema", None)
+    if schema is not None and any(one.alias_info is not None for one in schema.returns):
+        result.origin = (args[0], func, args[1:], kwargs, index)
+        args[0].views.append(weakref.ref(result))
+    return result
+
+
+def _metas(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+
+        def fake(x: torch.Tensor) -> torch.Tensor:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+        fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake, (tuple(args), kwargs))
+        return func(*fake_args, **fake_kwargs)
+
+
+def _device(args: Any) -> torch.device:
+    return next(leaf.device for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor))
+
+
+def _frozen(tensor: torch.Tensor) -> Value | Kept:
+    return tensor.value if isinstance(tensor, Deferred) else Kept.of(tensor)
+
+
+def _in_place(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A write to a deferred tensor that shares memory with none makes it stand for the result."""
+    target = args[0]
+    name = func._schema.name.partition("::")[2]
+    functional = getattr(getattr(aten, name[:-1], None), func._overloadname, None) if name.endswith("_") else None
+    if not isinstance(target, Deferred):
+        return _eager(func, args, kwargs)
+    if target.origin is not None or _living(target) or functional is None or not is_recordable(functional):
+        return _written(func, args, kwargs)
+    value = _value(_noted(functional, args, kwargs))
+    if value.dtype != target.dtype:
+        value = _value(_noted(aten._to_copy.default, (Deferred(value),), {"dtype": target.dtype}))
+    target.value = value
+    return target
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Give a family of views plain memory of its own, and write to that."""
+    target = root = args[0]
+    while root.origin is not None:
+        root = root.origin[0]
+    _settle_family(root, force(root).clone())
+    plain_args, plain_kwargs = pytree.tree_map_only(Deferred, force, (tuple(args), kwargs))
+    func(*plain_args, **plain_kwargs)
+    return target
+
+
+def _settle_family(member: Deferred, plain: torch.Tensor) -> None:
+    member.value = _value(plain)
+    for view in _living(member):
+        assert view.origin is not None
+        _, func, rest, kwargs, index = view.origin
+        result = func(plain, *rest, **kwargs)
+        _settle_family(view, result if index is None else result[index])
+
+
+def _living(member: Deferred) -> list[Deferred]:
+    return [view for view in (ref() for ref in member.views) if view is not None]
+
+
+def _value(tensor: torch.Tensor) -> Value:
+    if isinstance(tensor, Deferred):
+        return tensor.value
+    return Value(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, done=tensor)
+
+
+_read = force

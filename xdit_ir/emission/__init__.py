@@ -1,0 +1,1 @@
+"""From one rank's program to code that runs, and where its weights come from."""

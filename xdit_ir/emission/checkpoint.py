@@ -1,0 +1,305 @@
+"""Weights that one rank holds for itself: read tensor by tensor from a checkpoint, or taken from a loaded model."""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_ir.emission.state import Weights, running_device
+from xdit_ir.errors import MismatchError
+from xdit_ir.ir.program import TensorSpec
+
+INDEX, SHARD = ".safetensors.index.json", ".safetensors"
+# What safetensors calls dtypes that may stand for each other, as in `from_pretrained(..., torch_dtype=...)`.
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors in safetensors files: in one file, or in shards that an index lists. Nothing is kept open or in memory.
+
+    Args:
+        path: a folder, as diffusers' `save_pretrained` writes it, a `.safetensors` file, or an index.
+
+    Raises:
+        MismatchError: from every method; names the file, and the tensor if it is about one.
+    """
+
+    path: Path
+
+    @cached_property
+    def source(self) -> Path:
+        """The index or the only file."""
+        if not self.path.is_dir():
+            return self.path
+        names = sorted(entry.name for entry in self.path.iterdir())
+        for suffix in (INDEX, SHARD):
+            found = [name for name in names if name.endswith(suffix)]
+            plain = [name for name in found if name.count(".") == suffix.count(".")]  # no variant, as `.fp16.`
+            for choice in (found, plain):
+                if len(choice) == 1:
+                    return self.path / choice[0]
+            if found:
+                raise MismatchError(f"{self.path} has several checkpoints: {', '.join(found)}; give the one you mean")
+        inside = sorted({file.parent.name for file in self.path.glob(f"*/*{SHARD}")})
+        hint = f"; did you mean its folder {' or '.join(inside)}?" if inside else ""
+        raise MismatchError(f"{self.path} has no {SHARD} file and no {INDEX}{hint}")
+
+    @cached_property
+    def files(self) -> Mapping[str, Path]:
+        """The file of every tensor."""
+        if not self.source.name.endswith(".json"):
+            with _opened(self.source, "") as file:
+                return dict.fromkeys(file.keys(), self.source)
+        try:
+            listed = json.loads(self.source.read_text())["weight_map"]
+            return {name: self.source.parent / file for name, file in listed.items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MismatchError(f"{self.source} is not an index of safetensors files: {error!r}") from error
+
+    def verify(self, names: Iterable[str] = ()) -> None:
+        """Raise unless every file is whole and has the tensors that are listed, and `names` are among them; reads
+        headers only."""
+        listed: dict[Path, list[str]] = {}
+        for name, path in self.files.items():
+            listed.setdefault(path, []).append(name)
+        for path, expected in listed.items():
+            with _opened(path, expected[0]) as file:
+                held = set(file.keys())
+            for name in expected:
+                if name not in held:
+                    raise MismatchError(f"{path} has no tensor {name!r}, though {self.source.name} says so")
+        for name in names:
+            self._file(name)
+
+    def check(self, name: str, spec: TensorSpec) -> None:
+        """Raise unless the tensor is there and fits; reads headers only."""
+        path = self._file(name)
+        with _opened(path, name) as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise MismatchError(f"{path} has no tensor {name!r}, though {self.source.name} says so")
+            header = file.get_slice(name)
+            shape, kind = tuple(header.get_shape()), str(header.get_dtype())
+        fits = kind in FLOATING and spec.dtype in FLOATING.values()
+        if shape != spec.shape or not (fits or OTHERS.get(kind) == spec.dtype):
+            raise MismatchError(
+                f"{path}: tensor {name!r} is {kind}{list(shape)}, the program needs {spec.dtype}{list(spec.shape)}"
+            )
+
+    def read(self, name: str, spec: TensorSpec, device: torch.device) -> torch.Tensor:
+        """The tensor, in memory of its own; floating-point numbers are cast to the program's dtype.
+
+        The file is mapped for this tensor only, so that its pages do not pile up.
+        """
+        self.check(name, spec)
+        path = self._file(name)
+        result = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+        with _opened(path, name) as file:
+            try:
+                result.copy_(file.get_tensor(name))
+            except (OSError, RuntimeError, ValueError) as error:
+                raise MismatchError(f"{path}: tensor {name!r} cannot be read: {error}") from error
+        return result
+
+    def _file(self, name: str) -> Path:
+        if name not in self.files:
+            near = difflib.get_close_matches(name, self.files, n=1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise MismatchError(f"{self.source} has no tensor {name!r} that the program needs{hint}")
+        return self.files[name]
+
+
+def _opened(path: Path, name: str) -> Any:
+    """A shard, opened by safetensors, which checks its header and its length."""
+    from safetensors import SafetensorError, safe_open
+
+    wanted = f" (for tensor {name!r})" if name else ""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise MismatchError(f"{path} is missing{wanted}") from error
+    except (OSError, SafetensorError) as error:
+        raise MismatchError(f"{path} is damaged or truncated{wanted}: {error}") from error
+
+
+class Held:
+    """Tensors that do not change, in the order of a program's names; stands where `Weights` does."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = list(tensors)
+
+    def fetch(self) -> list[torch.Tensor]:
+        """The tensors."""
+        return list(self._tensors)
+
+
+@dataclass
+class Store:
+    """The weights of this rank, for all programs made of `model`.
+
+    With a `checkpoint` they are read from there, except for those it lacks and the model has (buffers that are not
+    saved); otherwise they are the model's own. `release`: the model gives its tensors up one by one and is left on the
+    meta device: what this rank uses moves here, the rest is dropped. The model is not changed in any other way.
+    """
+
+    model: nn.Module
+    device: torch.device
+    checkpoint: Checkpoint | None = None
+    release: bool = False
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> None:
+        """Raise `MismatchError` unless `take` can give all of these; reads no data, and the index anew, so that a
+        checkpoint can be mended and what needs it be called again."""
+        if self.checkpoint is not None:
+            self.checkpoint = Checkpoint(self.checkpoint.path)
+        for name in names:
+            if name in self._tensors:
+                self._same(name, self._tensors[name], specs[name])
+            elif self.checkpoint is not None and self._saved(name):
+                self.checkpoint.check(name, specs[name])
+            else:
+                self._own(name, specs[name])
+
+    def take(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> Held:
+        """The tensors of these names, on the device; each is read or moved once, one after the other."""
+        self.check(names, specs)
+        wanted = {name for name in names if name not in self._tensors}
+        if self.release:
+            gc.collect()  # cycles that a trace left behind hold the model's tensors, which would pile up below
+        for name, holder, leaf in _tensors_of(self.model) if self.release else ():
+            if name in wanted and not self._saved(name):
+                self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
+            _drop(holder, leaf)
+        for name in names:
+            if name not in self._tensors and self.checkpoint is not None and self._saved(name):
+                self._tensors[name] = self.checkpoint.read(name, specs[name], self.device)
+            elif name not in self._tensors:
+                self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
+        return Held([self._tensors[name] for name in names])
+
+    def _saved(self, name: str) -> bool:
+        """Whether the checkpoint has to have it: it does, or the model has nothing either."""
+        return self.checkpoint is not None and (name in self.checkpoint.files or self._find(name) is None)
+
+    def _find(self, name: str) -> torch.Tensor | None:
+        holder, leaf = _place(self.model, name)
+        found = holder.get(leaf)
+        return found if isinstance(found, torch.Tensor) and not found.is_meta else None
+
+    def _own(self, name: str, spec: TensorSpec) -> torch.Tensor:
+        found = self._find(name)
+        if found is None:
+            raise MismatchError(
+                f"{name} has no values: the model is on the meta device, or gave it up (release=True) when it was made "
+                "parallel for other inputs; give weights=, the folder of a checkpoint"
+            )
+        self._same(name, found, spec)
+        return found
+
+    def _same(self, name: str, found: torch.Tensor, spec: TensorSpec) -> None:
+        if (tuple(found.shape), found.dtype) != (spec.shape, spec.dtype):
+            raise MismatchError(
+                f"parameter {name}: the program needs {spec.dtype}{list(spec.shape)}, "
+                f"the model has {found.dtype}{list(found.shape)}"
+            )
+
+
+def rank_weights(
+    model: nn.Module, store: Store | None, names: Sequence[str], specs: Mapping[str, TensorSpec], device: torch.device
+) -> Weights | Held:
+    """The weights that a rank uses: by reference, or taken from a store."""
+    return Weights(model, names, specs, device) if store is None else store.take(names, specs)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Options of `emit` and `port`: where this rank gets its weights from, if not by reference from the model.
+
+    Args:
+        weights: a checkpoint: a folder, a file, or an index.
+        release: the model gives up its weights, see `Store`.
+    """
+
+    weights: str | Path | None = None
+    release: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether weights are held besides those of the model."""
+        return self.weights is not None or self.release
+
+    def store(self, model: nn.Module, device: torch.device) -> Store | None:
+        """A new store; None where weights are used by reference."""
+        if not self.holds:
+            return None
+        checkpoint = None if self.weights is None else Checkpoint(Path(self.weights))
+        return Store(model, device, checkpoint, self.release)
+
+    def device(
+        self, model: nn.Module, device: torch.device | str | None = None, inputs: Iterable[Any] = ()
+    ) -> torch.device:
+        """Where to run: `device`, or where the inputs are, or this process's GPU; or, by reference, where the model
+        is."""
+        if self.weights is None and (not self.release or device is not None):
+            return running_device(model, device)
+        if device is not None:
+            return running_device(nn.Module(), device)
+        given = (x.device for x in inputs if isinstance(x, torch.Tensor) and not x.is_meta)
+        found = next(given, None)
+        if found is not None:
+            return found
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+        return torch.device("cuda", local % torch.cuda.device_count())  # a launcher may show each process one GPU
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dict of a module that holds a tensor, and the key there."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise MismatchError(f"the model has no parameter or buffer {name!r} that its program uses") from error
+    holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+    return next((holder for holder in holders if leaf in holder), module.__dict__), leaf
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every parameter and buffer of a model with its place, shared ones under each of their names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for holder in (module._parameters, module._buffers):
+            for leaf, tensor in list(holder.items()):
+                if tensor is not None:
+                    yield f"{path}.{leaf}" if path else leaf, holder, leaf
+
+
+def _drop(holder: dict[str, Any], leaf: str) -> None:
+    """Leave the shape and dtype only."""
+    tensor = holder[leaf]
+    if tensor is None or tensor.is_meta:
+        return
+    meta = torch.empty_like(tensor, device="meta")
+    holder[leaf] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta

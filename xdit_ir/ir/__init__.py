@@ -1,0 +1,1 @@
+"""The intermediate representation: programs, types, layouts, operators, and what they mean on one device."""

@@ -1,0 +1,136 @@
+"""One rank's half of a change of layout: cut what each peer gets, put together what each peer sent."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from xdit_ir.ir.layout import Exchange
+from xdit_ir.ir.ops import take
+from xdit_ir.ir.partition import Runs
+
+
+@dataclass(frozen=True)
+class Communicate:
+    """Target of a node in which a rank talks to the others of `group`, which differ from it in `mesh_dims`."""
+
+    kind: str
+    mesh_dims: tuple[str, ...]
+    group: tuple[int, ...]
+
+    @property
+    def __name__(self) -> str:
+        return self.kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Only a runtime gives it a meaning."""
+        raise AssertionError(f"{self.kind} is executed by a runtime, together with the other ranks")
+
+
+@dataclass(frozen=True)
+class Reshuffle(Communicate):
+    """gather, all_to_all, halo_exchange: pieces go from every member to every member."""
+
+    exchange: Exchange
+
+
+@dataclass(frozen=True)
+class Reduce(Communicate):
+    """Sum over the group."""
+
+
+@dataclass(frozen=True)
+class Ring(Communicate):
+    """Attention with keys and values passed around the group; `keys[i]` of them belong to `group[i]`."""
+
+    keys: tuple[int, ...]
+
+
+def pack(x: torch.Tensor, exchange: Exchange) -> list[torch.Tensor]:
+    """What goes to each member of the group, in group order."""
+    pieces = []
+    for piece in exchange.sends:
+        part = x
+        for dim, runs in enumerate(piece.take):
+            if runs is not None:
+                part = take(part, dim, runs)
+        pieces.append(part)
+    return pieces
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """How the pieces of all members become one tensor of `shape`; made once per exchange.
+
+    `places[i]` are, per dimension, the positions of member i's piece (None: all); `varied` the dimensions in which
+    the pieces of different members have different places.
+    """
+
+    shape: tuple[int, ...]
+    places: tuple[tuple[Runs | None, ...], ...]
+    varied: tuple[int, ...]
+
+    @staticmethod
+    def of(exchange: Exchange) -> Assembly:
+        """The assembly of one rank's pieces."""
+        whole = [(None, ((0, size),)) for size in exchange.shape]
+        varied = [d for d in range(len(exchange.shape)) if any(p[d] not in whole[d] for p in exchange.places)]
+        return Assembly(exchange.shape, exchange.places, tuple(varied))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the pieces, one after the other in memory, are the result already."""
+        if len(self.varied) != 1:
+            return False
+        dim = self.varied[0]
+        runs = [run for places in self.places for run in _runs(places[dim])]
+        starts = itertools.accumulate((length for _, length in runs), initial=0)
+        ordered = all(start == run[0] for start, run in zip(starts, runs, strict=False))
+        return ordered and math.prod(self.shape[:dim]) == 1
+
+    def join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result from the pieces, in group order."""
+        if not self.varied:
+            return next(piece for piece in pieces if piece.shape == self.shape)
+        if len(self.varied) == 1:
+            return self._concatenate(pieces, self.varied[0])
+        result = pieces[0].new_empty(self.shape)
+        for piece, places in zip(pieces, self.places, strict=True):
+            if piece.numel():
+                result[self._open_mesh(places, piece.device)] = piece
+        return result
+
+    def _concatenate(self, pieces: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        """Join runs of the pieces in the order of their places along one dimension."""
+        sections = []
+        for piece, places in zip(pieces, self.places, strict=True):
+            offset = 0
+            for start, length in _runs(places[dim]):
+                sections.append((start, piece.narrow(dim, offset, length)))
+                offset += length
+        ordered = [section for _, section in sorted(sections, key=lambda section: section[0])]
+        return torch.cat(ordered, dim) if ordered else pieces[0]
+
+    def _open_mesh(self, places: tuple[Runs | None, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """One index tensor per dimension, that broadcast against each other; made on the device."""
+        count = len(self.shape)
+        mesh = []
+        for dim, (runs, size) in enumerate(zip(places, self.shape, strict=True)):
+            parts = [torch.arange(start, start + length, device=device) for start, length in runs or ((0, size),)]
+            mesh.append(torch.cat(parts).view([-1 if d == dim else 1 for d in range(count)]))
+        return tuple(mesh)
+
+
+def unpack(pieces: Sequence[torch.Tensor], exchange: Exchange) -> torch.Tensor:
+    """Put the pieces of all members, in group order, together."""
+    return Assembly.of(exchange).join(pieces)
+
+
+def _runs(runs: Runs | None) -> Runs:
+    assert runs is not None
+    return runs

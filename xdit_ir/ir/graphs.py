@@ -1,0 +1,84 @@
+"""What graphs of the IR have in common: operands, results, arguments by name, copies, and removal of what is dead."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from xdit_ir.ir.program import Program
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """The nodes in an argument, however nested, in order; one that occurs twice is listed twice."""
+    found: list[fx.Node] = []
+    fx.map_arg(value, found.append)
+    return found
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands of a node by position; one that is used twice is listed twice."""
+    return nodes_in((node.args, node.kwargs))
+
+
+def results_of(graph: fx.Graph) -> list[fx.Node]:
+    """What a graph returns."""
+    [output] = (node for node in graph.nodes if node.op == "output")
+    return operands(output)
+
+
+def with_operands(node: fx.Node, new: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's arguments with its operands replaced, by position."""
+    feed = iter(new)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(feed))
+    return args, dict(kwargs)
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a node by their names in the operator's schema (or Python signature), defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+        bound.apply_defaults()
+        return dict(bound.arguments)
+    values = {}
+    for place, argument in enumerate(schema.arguments):
+        if place < len(node.args):
+            values[argument.name] = node.args[place]
+        else:
+            values[argument.name] = node.kwargs.get(
+                argument.name, argument.default_value if argument.has_default_value() else None
+            )
+    return values
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy to edit; metadata dicts are copied, their values shared."""
+    result = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = result.node_copy(node, env.__getitem__)
+        env[node].meta = dict(node.meta)
+    return result
+
+
+def map_graphs(program: Program, rewrite: Callable[[fx.Graph], None]) -> Program:
+    """Apply an in-place rewrite to copies of the outer graph and every block body."""
+    outer = copy_graph(program.graph)
+    rewrite(outer)
+    blocks = {}
+    for name, block in program.blocks.items():
+        body = copy_graph(block.graph)
+        rewrite(body)
+        blocks[name] = replace(block, graph=body)
+    return program.replace(graph=outer, blocks=blocks)
+
+
+def remove_dead(graph: fx.Graph) -> None:
+    """Erase what nothing uses; placeholders stay."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("call_function", "get_attr"):
+            graph.erase_node(node)

@@ -1,0 +1,257 @@
+"""Layouts: how every dimension of a value is divided over the ranks, and how to get from one layout to another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.partition import Indices, Partition, Runs
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One entry per tensor dimension: None (every rank holds it whole, in order) or its `Partition`.
+
+    `partial` names the mesh dims along which the ranks hold summands whose sum is the value. A partition that leaves
+    everything whole is the same as None and becomes None.
+    """
+
+    dims: tuple[Partition | None, ...]
+    partial: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if any(dim is not None and dim.is_whole for dim in self.dims):
+            dims = tuple(None if dim is None or dim.is_whole else dim for dim in self.dims)
+            object.__setattr__(self, "dims", dims)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dims, self.partial))
+
+    @staticmethod
+    def whole(ndim: int) -> Layout:
+        """Replicated."""
+        return Layout((None,) * ndim)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds the whole value."""
+        return not self.partial and all(dim is None for dim in self.dims)
+
+    def summed(self) -> Layout:
+        """The same without a pending sum."""
+        return replace(self, partial=frozenset()) if self.partial else self
+
+    def permuted(self, order: Sequence[int]) -> Layout:
+        """That of the value with its dimensions in another order."""
+        return replace(self, dims=tuple(self.dims[dim] for dim in order))
+
+    def with_dims(self, changes: dict[int, Partition | None]) -> Layout:
+        """The same with some dimensions (negative ones count from the end) replaced."""
+        dims = list(self.dims)
+        for dim, partition in changes.items():
+            dims[dim] = partition
+        return replace(self, dims=tuple(dims))
+
+    def varies(self, mesh: Mesh) -> frozenset[str]:
+        """The mesh dims along which the ranks hold different data."""
+        return self.partial.union(*(mesh.varies(dim) for dim in self.dims))
+
+    def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+        """Shape on one rank of a value of this global shape."""
+        return tuple(size if dim is None else dim.sizes[rank] for size, dim in zip(shape, self.dims, strict=True))
+
+
+def keys_apart(mesh: Mesh, queries: Layout, keys: Layout) -> frozenset[str]:
+    """The mesh dims along which an attention must bring keys together, by the layouts of its queries and keys."""
+    return mesh.apart(queries.dims[-2], keys.dims[-2])
+
+
+def in_mesh_order(dims: Iterable[str]) -> tuple[str, ...]:
+    """Mesh dims, outer to inner."""
+    return tuple(name for name in MESH_DIMS if name in set(dims))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank sends to another: per dimension the sender's local positions (None: all) and the shape."""
+
+    take: tuple[Runs | None, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where a piece goes in its receiver's result of shape `shape`: positions per dimension (None: all)."""
+
+    places: tuple[Runs | None, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One rank's part in a change of layout among `group` (its own place included).
+
+    `sends[i]` of the local value (of shape `held`) goes to `group[i]`, where it lands at `landings[i]`; a tensor of
+    shape `shapes[i]` comes from it. The result (of `shape`) has the piece of `group[i]` at the positions `places[i]`
+    of each dimension (None: all).
+    """
+
+    group: tuple[int, ...]
+    held: tuple[int, ...]
+    sends: tuple[Piece, ...]
+    landings: tuple[Landing, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    places: tuple[tuple[Runs | None, ...], ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """A planned change of layout: its kind (the operator's name), the mesh dims that talk, one `Exchange` a rank."""
+
+    kind: str
+    mesh_dims: tuple[str, ...]
+    ranks: tuple[Exchange, ...]
+
+    def sent(self, itemsize: int) -> tuple[int, ...]:
+        """Bytes that each rank sends to other ranks."""
+        return tuple(
+            sum(p.numel for p, peer in zip(x.sends, x.group, strict=True) if peer != rank) * itemsize
+            for rank, x in enumerate(self.ranks)
+        )
+
+
+@lru_cache(maxsize=65536)
+def kind(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, tuple[str, ...]]:
+    """The operator that changes one layout into another (neither with a pending sum), and the mesh dims that talk."""
+    moved = _moved(source, target)
+    if all(_holds(source.dims[dim], target.dims[dim]) for dim in moved):
+        return "shard", ()
+    talk = _talk(mesh, source, target)
+    if all(not mesh.varies(target.dims[dim]) & set(talk) for dim in moved):
+        return "gather", talk
+    if all(_holds(target.dims[dim], source.dims[dim]) for dim in moved):
+        return "halo_exchange", talk
+    return "all_to_all", talk
+
+
+def _talk(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, ...]:
+    """The fewest mesh dims, inner ones first, such that ranks which differ only there hold all that they need."""
+    moved = _moved(source, target)
+    talk: frozenset[str] = frozenset().union(*(mesh.varies(source.dims[dim]) for dim in moved))
+    for name in in_mesh_order(talk):
+        if all(_reaches(mesh, source.dims[dim], target.dims[dim], talk - {name}) for dim in moved):
+            talk -= {name}
+    return in_mesh_order(talk)
+
+
+@lru_cache(maxsize=65536)
+def _reaches(mesh: Mesh, source: Partition | None, target: Partition | None, dims: frozenset[str]) -> bool:
+    """Whether ranks that differ only in these mesh dims hold together what each of them wants of one dimension."""
+    if source is None:
+        return True
+    for rank in range(mesh.world_size):
+        held = source.counts(mesh.group(rank, dims)) > 0
+        if not held[part_of(target, source.size, rank).array].all():
+            return False
+    return True
+
+
+def _moved(source: Layout, target: Layout) -> list[int]:
+    return [dim for dim in range(len(source.dims)) if source.dims[dim] != target.dims[dim]]
+
+
+@lru_cache(maxsize=8192)
+def plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> Relayout:
+    """How to get a value of this global shape from one layout to another (neither with a pending sum)."""
+    moved = _moved(source, target)
+    name, talk = kind(mesh, source, target)
+    cells = {
+        (sender, receiver): [
+            _piece(mesh, talk, source.dims[d], target.dims[d], sender, receiver, shape[d]) for d in moved
+        ]
+        for receiver in range(mesh.world_size)
+        for sender in mesh.group(receiver, talk)
+    }
+    ranks = []
+    for rank in range(mesh.world_size):
+        group = mesh.group(rank, talk)
+        sends = tuple(_send(shape, source, moved, cells[rank, peer], rank) for peer in group)
+        shapes = tuple(_send(shape, source, moved, cells[peer, rank], peer).shape for peer in group)
+        landings = tuple(
+            Landing(_place(target, moved, cells[rank, peer], peer), target.local_shape(shape, peer)) for peer in group
+        )
+        places = tuple(_place(target, moved, cells[peer, rank], rank) for peer in group)
+        held = source.local_shape(shape, rank)
+        ranks.append(Exchange(group, held, sends, landings, shapes, places, target.local_shape(shape, rank)))
+    return Relayout(name, talk, tuple(ranks))
+
+
+def part_of(partition: Partition | None, size: int, rank: int) -> Indices:
+    """What a rank holds of a dimension of this size; without a partition: all of it."""
+    return Indices.range(0, size) if partition is None else partition.parts[rank]
+
+
+@lru_cache(maxsize=65536)
+def _holds(source: Partition | None, target: Partition | None) -> bool:
+    """Whether every rank already holds what it shall hold of one dimension."""
+    if source is None:
+        return True
+    wants = target.parts if target is not None else tuple(Indices.range(0, source.size) for _ in source.parts)
+    pairs = set(zip(source.parts, wants, strict=True))
+    return all(want.without(held).size == 0 for held, want in pairs)
+
+
+@lru_cache(maxsize=65536)
+def _piece(
+    mesh: Mesh,
+    talk: tuple[str, ...],
+    source: Partition | None,
+    target: Partition | None,
+    sender: int,
+    receiver: int,
+    size: int,
+) -> Indices:
+    """What `receiver` takes of one dimension from `sender`: each index from exactly one holder, itself if possible."""
+    wanted = part_of(target, size, receiver)
+    if source is None:
+        return wanted
+    dims = mesh.varies(source) & set(talk)
+    held, here, there = source.parts[sender], mesh.index(receiver, dims), mesh.index(sender, dims)
+    if there != here and not source.tiles(mesh.group(receiver, dims)):
+        held = held.without(source.parts[receiver])
+        for other in mesh.group(sender, dims):
+            if mesh.index(other, dims) < there:
+                held = held.without(source.parts[other])
+    return held.within(wanted)
+
+
+def _send(shape: tuple[int, ...], source: Layout, moved: list[int], cell: list[Indices], sender: int) -> Piece:
+    take: list[Runs | None] = [None] * len(shape)
+    sizes = list(source.local_shape(shape, sender))
+    for dim, piece in zip(moved, cell, strict=True):
+        held = part_of(source.dims[dim], shape[dim], sender)
+        sizes[dim] = piece.size
+        if piece != held:
+            take[dim] = held.positions(piece).runs
+    return Piece(tuple(take), tuple(sizes))
+
+
+def _place(target: Layout, moved: list[int], cell: list[Indices], receiver: int) -> tuple[Runs | None, ...]:
+    places: list[Runs | None] = [None] * len(target.dims)
+    for dim, piece in zip(moved, cell, strict=True):
+        partition = target.dims[dim]
+        places[dim] = piece.runs if partition is None else partition.parts[receiver].positions(piece).runs
+    return tuple(places)

@@ -1,0 +1,73 @@
+"""Opaque leaves: submodules that cannot be captured, called as they are at run time.
+
+A leaf is the target of one node, `leaf([inputs], [state])`; state goes in under the names that the module gives it,
+so that layers may share a body and weights stay by reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_ir.errors import MismatchError
+from xdit_ir.ir.program import TensorSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One submodule: how tensors make up its arguments, what it returns, and which dims it treats one by one.
+
+    `leaves` are the flattened arguments, with None for tensors; `state` the names of its parameters and buffers.
+    `aligned` has, for every dim of the (only) result along which each index is computed from the same index of
+    operands alone, the operands that are divided with it. `cast` is the autocast in force, by device type.
+    """
+
+    module: nn.Module
+    reason: str
+    leaves: tuple[Any, ...]
+    in_spec: pytree.TreeSpec
+    state: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
+    flops: int = 0
+    aligned: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    cast: tuple[str, torch.dtype] | None = None
+
+    @property
+    def __name__(self) -> str:
+        """As of a function, for the names of nodes."""
+        return f"leaf_{type(self.module).__name__}"
+
+    @property
+    def single(self) -> bool:
+        """Whether the result is one tensor, and not a tuple of them."""
+        return len(self.outputs) == 1
+
+    def run(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Any:
+        """What the module returns."""
+        feed = iter(inputs)
+        leaves = [next(feed) if isinstance(leaf, TensorSpec) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+        held = dict(zip(self.state, state, strict=True))
+        if self.cast is None:
+            return torch.func.functional_call(self.module, held, args, kwargs)
+        with torch.autocast(self.cast[0], dtype=self.cast[1]):
+            return torch.func.functional_call(self.module, held, args, kwargs)
+
+    def __call__(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Any:
+        tensors = [x for x in pytree.tree_leaves(self.run(inputs, state)) if isinstance(x, torch.Tensor)]
+        divisible = {dim for dim, _ in self.aligned}
+        for tensor, spec in zip(tensors, self.outputs, strict=True):
+            sizes = [
+                (a, b) for d, (a, b) in enumerate(zip(tensor.shape, spec.shape, strict=False)) if d not in divisible
+            ]
+            if tensor.dtype != spec.dtype or tensor.dim() != len(spec.shape) or any(a != b for a, b in sizes):
+                raise MismatchError(
+                    f"{self.__name__} returned {tensor.dtype}{list(tensor.shape)}, "
+                    f"expected {spec.dtype}{list(spec.shape)}"
+                )
+        return tensors[0] if self.single else tuple(tensors)

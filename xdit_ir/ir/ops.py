@@ -1,0 +1,151 @@
+"""Operators of the IR beyond ATen.
+
+Each is a plain function whose body is its meaning on one device: a change of layout is the identity there. What a
+rank does instead is decided by `xdit_ir.sharding.specialize` and done by `xdit_ir.runtime`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from xdit_ir.ir.partition import Runs
+
+
+def shard(x: torch.Tensor) -> torch.Tensor:
+    """Keep one's own part of what every rank holds; no communication."""
+    return x
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """Collect the parts of a divided dimension on every rank."""
+    return x
+
+
+def all_to_all(x: torch.Tensor) -> torch.Tensor:
+    """Exchange parts so that another dimension (or another partition of the same one) is divided."""
+    return x
+
+
+def halo_exchange(x: torch.Tensor) -> torch.Tensor:
+    """Extend one's own part by neighbouring indices that other ranks hold."""
+    return x
+
+
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """Sum the summands that the ranks hold."""
+    return x
+
+
+RELAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    op.__name__: op for op in (shard, gather, all_to_all, halo_exchange, all_reduce)
+}
+
+
+def is_relayout(target: object) -> bool:
+    """Whether a node's target changes a layout and nothing else."""
+    return getattr(target, "__name__", "") in RELAYOUTS and RELAYOUTS[target.__name__] is target  # type: ignore[attr-defined]
+
+
+def communicates(target: object) -> bool:
+    """Whether a node's target is a change of layout for which ranks exchange something."""
+    return is_relayout(target) and target is not shard
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention, `q [..., heads, queries, dim]`, `k, v [..., heads, keys, dim]`."""
+    if 0 in q.shape or 0 in k.shape:  # a rank without heads, queries or keys; kernels do not all accept that
+        return q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def attention_of_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rows: Runs, **options: Any
+) -> torch.Tensor:
+    """Causal `attention` of some queries only, with all keys in natural order; `rows` are their positions."""
+    places = torch.cat([torch.arange(start, start + length, device=q.device) for start, length in rows or ((0, 0),)])
+    past = places[:, None] >= torch.arange(k.shape[-2], device=q.device)
+    if mask is None:
+        return attention(q, k, v, past, **options)
+    hidden = mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, float("-inf"))
+    return attention(q, k, v, hidden, **options)
+
+
+def ring_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`attention` whose keys and values are divided over ranks and passed around among them."""
+    return attention(q, k, v, mask, scale, is_causal, enable_gqa)
+
+
+ATTENTIONS = (attention, ring_attention)
+
+
+def take(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
+    """The positions `runs` of one dimension, in that order: a view where it is one run."""
+    if len(runs) == 1:
+        return x.narrow(dim, *runs[0])
+    if not runs:
+        return x.narrow(dim, 0, 0)
+    if len(runs) <= 8:
+        return torch.cat([x.narrow(dim, start, length) for start, length in runs], dim)
+    index = torch.cat([torch.arange(start, start + length, device=x.device) for start, length in runs])
+    return x.index_select(dim, index)
+
+
+def take_each(x: torch.Tensor, dim: int, parts: Sequence[Runs]) -> tuple[torch.Tensor, ...]:
+    """`take` for several selections of the same dimension."""
+    return tuple(take(x, dim, runs) for runs in parts)
+
+
+def put(x: torch.Tensor, source: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
+    """A copy of `x` in which the positions `runs` of one dimension are replaced by `source`."""
+    result = x.clone()
+    offset = 0
+    for start, length in runs:
+        result.narrow(dim, start, length).copy_(source.narrow(dim, offset, length))
+        offset += length
+    return result
+
+
+def is_view(target: object) -> bool:
+    """Whether a node's target computes nothing: its result is (a part of) an operand, perhaps in another shape."""
+    if isinstance(target, torch._ops.OpOverload):
+        return any(result.alias_info is not None for result in target._schema.returns)
+    return target in (operator.getitem, shard, take, take_each)
+
+
+def padded_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """Convolution over the trailing dims with zero padding given per dim as (before, after)."""
+    flat = [amount for before_after in reversed(padding) for amount in before_after]
+    padded = F.pad(x, flat) if any(flat) else x
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(stride)]
+    return conv(padded, weight, bias, tuple(stride), 0, tuple(dilation), groups)

@@ -1,0 +1,227 @@
+"""The IR: a `Program` is an outer graph over tensors, in which repeated layers are calls of shared `Block` bodies.
+
+Both levels are `torch.fx.Graph`s of functional ATen operators. Conventions, checked by `xdit_ir.sharding.verify`:
+
+* `placeholder`: one per tensor input (outer graph: tensor leaves of the inputs, in order; body: its arguments).
+* `get_attr`: a parameter or buffer. Outer graph: its qualified name in the model. Body: its name relative to the
+  prefix that each call binds. A name below `CONSTANT` is a tensor constant of the program, in `Program.constants`.
+* `call_function`: an ATen overload, an operator of `xdit_ir.ir.ops`, `operator.getitem`, or (outer graph only)
+  `call_block(block_name, prefix, [values])`, which returns the tuple that the block's body returns.
+* `output`: one tuple of tensors.
+* every node carries `meta[SPEC]`: a `TensorSpec` (or a tuple of them), and where known `meta[WHERE]`: a `Where`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from xdit_ir.ir.mesh import Mesh
+
+SPEC = "spec"
+WHERE = "where"
+LAYOUT = "layout"
+# In a pipeline: the stage of a node of the outer graph; and that a value is computed once a step, with the first patch
+# (True where something that every patch computes uses it, else False).
+STAGE = "stage"
+ONCE = "once"
+CONSTANT = "_constant"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Where:
+    """Origin of a node: module path (relative to the traced module) and the innermost source line of the model."""
+
+    module: str = ""
+    source: str = ""
+
+    def below(self, prefix: str) -> str:
+        """The module path, if the traced module is at `prefix`."""
+        return ".".join(part for part in (prefix, self.module) if part)
+
+
+def where_of(node: fx.Node) -> Where:
+    """Where a node comes from; empty where that is not known."""
+    where: Where = node.meta.get(WHERE, Where())
+    return where
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A body shared by all layers of equal structure; parameters are `get_attr`s relative to the call's prefix."""
+
+    name: str
+    graph: fx.Graph
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A fact about the inputs that the program has burned in: the leaf at `path` has the value `value`.
+
+    `value` is a CPU tensor when the leaf is a tensor whose contents were read while tracing.
+    """
+
+    path: str
+    value: Any
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Predicate:
+    """A fact computed from inputs that the program has burned in: `graph`, run on the leaves at `paths`, gives `value`.
+
+    For what Python reads of floating-point inputs: the program stays good while the summary that was read, not the
+    contents, is the same. `constants` are the values of the graph's `get_attr`s.
+    """
+
+    graph: fx.Graph
+    paths: tuple[str, ...]
+    constants: Mapping[str, torch.Tensor]
+    value: torch.Tensor
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One step into an argument: the entry `key` of a list or dict, or the `attribute` of an object."""
+
+    key: Any
+    attribute: bool = False
+
+    def __str__(self) -> str:
+        return f".{self.key}" if self.attribute else f"[{self.key!r}]"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What forward leaves in an object, list or dict that it was given, or in a tensor inside of one.
+
+    `path` leads there from the dict of forward's arguments. Where `write`, the tensor there gets the contents of
+    `leaves[0]`; else the entry becomes the tree of `leaves`, which are as in `Signature.out_leaves`, or is removed
+    if `spec` is None.
+    """
+
+    path: tuple[Entry, ...]
+    leaves: tuple[int | Literal, ...] = ()
+    spec: pytree.TreeSpec | None = None
+    write: bool = False
+
+
+@dataclass(frozen=True)
+class InputLeaf:
+    """One leaf of the (canonicalised keyword) inputs. `spec` is None for a leaf that is no tensor."""
+
+    path: str
+    spec: TensorSpec | None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How calls of the module become placeholders, and outputs become the module's result.
+
+    `parameters` are the names of forward's parameters; inputs are first bound to these (`inspect.Signature.bind`),
+    then flattened as a dict of the arguments that were given. `out_leaves[i]` is the index of a tensor in the
+    graph's output tuple, or a `Literal` constant. `effects` happen after the call.
+    """
+
+    in_spec: pytree.TreeSpec
+    leaves: tuple[InputLeaf, ...]
+    out_spec: pytree.TreeSpec
+    out_leaves: tuple[int | Literal, ...]
+    guards: tuple[Guard, ...] = ()
+    predicates: tuple[Predicate, ...] = ()
+    effects: tuple[Effect, ...] = ()
+
+
+@dataclass(frozen=True)
+class Literal:
+    """An output leaf that is not a tensor."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """A stream of tokens: dimension `dim` of the outer value `value` becomes the queries of an attention.
+
+    A `gathered` one reaches no queries (text for cross-attention): what is computed before `value` can be divided,
+    and `value` gathered, or its keys be exchanged. `units` are inner factors by which views split
+    it (rows, frames), `segments` the lengths into which it is cut.
+    """
+
+    value: str
+    dim: int
+    size: int
+    units: tuple[int, ...] = ()
+    segments: tuple[tuple[int, ...], ...] = ()
+    gathered: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A captured model. `device` is the device it was traced on: nodes that name it mean "the running device".
+
+    In a pipeline, `coordinates[stage]` is where along `pipefusion` a stage is computed.
+    """
+
+    name: str
+    graph: fx.Graph
+    blocks: Mapping[str, Block]
+    signature: Signature
+    constants: Mapping[str, torch.Tensor]
+    device: torch.device
+    state: Mapping[str, TensorSpec] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    tokens: tuple[TokenAxis, ...] = ()
+    coordinates: tuple[int, ...] = ()
+
+    def replace(self, **changes: Any) -> Program:
+        """A copy with fields changed; graphs are shared, so whoever edits one copies it first."""
+        return replace(self, **changes)
+
+    @property
+    def calls(self) -> Iterator[fx.Node]:
+        """The block calls of the outer graph, in order."""
+        return (node for node in self.graph.nodes if is_block_call(node))
+
+
+def call_block(block: str, prefix: str, values: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Target of a block call in the outer graph; only interpreters give it a meaning."""
+    raise AssertionError("call_block is interpreted, never executed")
+
+
+def is_block_call(node: fx.Node) -> bool:
+    """Whether a node of an outer graph calls a block."""
+    return node.op == "call_function" and node.target is call_block
+
+
+def call_parts(node: fx.Node) -> tuple[str, str, list[fx.Node]]:
+    """The block's name, the parameter prefix and the values of a block call."""
+    name, prefix, values = node.args
+    return str(name), str(prefix), list(values)  # type: ignore[arg-type]
+
+
+def qualified(prefix: str, name: str) -> str:
+    """The model-wide name of a parameter that a body names relative to `prefix`; constants are never relative."""
+    return name if not prefix or name.startswith(CONSTANT + ".") else f"{prefix}.{name}"

@@ -1,0 +1,1 @@
+"""Kernels for attention and fused operators, and how they are chosen."""

@@ -1,0 +1,299 @@
+"""What a division over time is worth: which inputs are the latents, how much is divided, what would be stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import operands, results_of
+from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.partition import Partition
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, call_parts, is_block_call
+from xdit_ir.rules.base import varying
+from xdit_ir.sharding.cost import is_counted, local_flops
+
+aten = torch.ops.aten
+OUTER = ""
+COVERAGE = 0.9
+# Products of two values: what one token gets of another there is a mixture, not its own stream.
+PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm, aten.mm, aten.einsum)
+Passes = Callable[[fx.Node, list[bool]], bool]
+Found = dict[str, set[fx.Node]]
+
+
+@dataclass(frozen=True, order=True)
+class Price:
+    """Work of all patches together and of the slowest (in 1/1000 of one device), bytes published in between."""
+
+    work: int
+    bytes: int
+    slowest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A division, its price, and why it is refused (empty: it is not)."""
+
+    program: Program
+    price: Price
+    refusal: str
+
+
+def inputs_of(program: Program, value: str) -> frozenset[str]:
+    """Names of the floating-point inputs that an outer value is made from; where there are none, of its codes."""
+    start = next(node for node in program.graph.nodes if node.name == value)
+    seen, todo = {start}, [start]
+    while todo:
+        fresh = [source for source in operands(todo.pop()) if source not in seen]
+        seen.update(fresh)
+        todo += fresh
+    inputs = [node for node in seen if node.op == "placeholder"]
+    floating = frozenset(node.name for node in inputs if node.meta[SPEC].dtype.is_floating_point)
+    return floating or frozenset(node.name for node in inputs if _is_code(node))
+
+
+def _is_code(node: fx.Node) -> bool:
+    """Whether an input is integers that are only looked up in tables: discrete latents, or a text."""
+    looked_up = (user for user in _users(node) if user.target is not ops.shard)
+    found = {getattr(user.target, "overloadpacket", None) for user in looked_up}
+    return not node.meta[SPEC].dtype.is_floating_point and found == {aten.embedding}
+
+
+def _users(node: fx.Node) -> Iterator[fx.Node]:
+    yield from node.users
+    for cut in _cuts(node):
+        yield from cut.users
+
+
+def graphs(program: Program) -> Iterator[tuple[str, fx.Graph, int]]:
+    """Every graph with its name and how often it runs."""
+    calls = [str(node.args[0]) for node in program.calls]
+    yield OUTER, program.graph, 1
+    for name, block in program.blocks.items():
+        yield name, block.graph, calls.count(name)
+
+
+def reach(program: Program, seeds: Mapping[str, set[fx.Node]], passes: Passes | None = None) -> Found:
+    """Nodes that values of `seeds` (per graph) reach, in outer graph and bodies; `passes(node, reached operands)` says
+    whether an operator hands on what reaches it. What reaches a block in one call counts for all its calls."""
+    found: Found = {name: set(seeds.get(name, ())) for name, _, _ in graphs(program)}
+    size = -1
+    while size != sum(map(len, found.values())):
+        size = sum(map(len, found.values()))
+        for name, graph, _ in graphs(program):
+            _reach_one(program, graph, found[name], found, passes)
+    return found
+
+
+def _reach_one(program: Program, graph: fx.Graph, mine: set[fx.Node], found: Found, passes: Passes | None) -> None:
+    for node in graph.nodes:
+        if node.op == "placeholder" or node in mine:
+            if is_block_call(node):
+                _reach_body(program, node, mine, found)
+            continue
+        hit = [source in mine for source in operands(node)]
+        if is_block_call(node):
+            _reach_body(program, node, mine, found)
+            continue
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and is_block_call(source):
+            block = str(source.args[0])
+            if results_of(program.blocks[block].graph)[node.args[1]] in found[block]:
+                mine.add(node)
+        elif any(hit) and (passes is None or passes(node, hit)):
+            mine.add(node)
+
+
+def _reach_body(program: Program, call: fx.Node, mine: set[fx.Node], found: Found) -> None:
+    name, _, values = call_parts(call)
+    inputs = [node for node in program.blocks[name].graph.nodes if node.op == "placeholder"]
+    found[name].update(place for place, value in zip(inputs, values, strict=True) if value in mine)
+
+
+def over_time(node: fx.Node, mesh: Mesh) -> bool:
+    """Whether a node changes a layout in a way that needs other patches."""
+    if not ops.communicates(node.target):
+        return False
+    have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
+    return TIME in (have.partial if node.target is ops.all_reduce else kind(mesh, have, want)[1])
+
+
+def varies(node: fx.Node, mesh: Mesh) -> bool:
+    """Whether a value is divided over time (or has a sum over time pending)."""
+    return TIME in varying(node, mesh)
+
+
+def latents(program: Program, mesh: Mesh) -> frozenset[str]:
+    """The inputs that are divided over time just like an output, so that a scheduler can work patch by patch; every
+    patch has a part of them, but for the first one, which may have enough to do with what goes with it. Where none is,
+    the codes of which an output has the scores, that is one dim more."""
+    shapes, scores = set(), set()
+    for value in results_of(program.graph):
+        while ops.is_relayout(value.target) and not varies(value, mesh):
+            value = operands(value)[0]
+        cut, shape = _patch_dims(value.meta[LAYOUT], mesh), value.meta[SPEC].shape
+        shapes.add(cut)
+        for dim in range(len(shape)):
+            if all(d != dim for d, _ in cut):
+                scores.add((without(shape, dim), tuple((d - (d > dim), one) for d, one in cut)))
+    found, codes = set(), set()
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        cuts = {_patch_dims(cut.meta[LAYOUT], mesh) for cut in _cuts(node)}
+        cuts = {cut for cut in cuts if cut and _is_shared(cut, mesh)}
+        if node.meta[SPEC].dtype.is_floating_point and cuts & shapes:
+            found.add(node.name)
+        elif _is_code(node) and any((node.meta[SPEC].shape, cut) in scores for cut in cuts):
+            codes.add(node.name)
+    return frozenset(found or codes)
+
+
+def without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    """A shape without one dim."""
+    return (*shape[:dim], *shape[dim + 1 :])
+
+
+def returned(program: Program, mesh: Mesh) -> dict[str, Layout]:
+    """Inputs that could be divided over time like an output is, and how: of its shape, and not yet divided."""
+    known = latents(program, mesh)
+    found: dict[str, Layout] = {}
+    for value in results_of(program.graph):
+        while ops.is_relayout(value.target) and not varies(value, mesh):
+            value = operands(value)[0]
+        cut = dict(_time_dims(value.meta[LAYOUT], mesh))
+        for node in program.graph.nodes:
+            if node.op != "placeholder" or not cut or node.name in known:
+                continue
+            spec = node.meta[SPEC]
+            if spec.shape == value.meta[SPEC].shape and spec.dtype.is_floating_point:
+                found[node.name] = Layout.whole(len(spec.shape)).with_dims(cut)
+    return found
+
+
+def _cuts(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if user.target is ops.shard:
+            yield user
+            yield from _cuts(user)
+
+
+def _is_shared(cut: tuple[tuple[int, Partition | None], ...], mesh: Mesh) -> bool:
+    later = [rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,))]
+    return all(dim is not None and all(dim.sizes[rank] for rank in later) for _, dim in cut)
+
+
+def _time_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None], ...]:
+    return tuple((d, dim) for d, dim in enumerate(layout.dims) if TIME in mesh.varies(dim))
+
+
+def _patch_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None], ...]:
+    """The same, with what the ranks of a patch have together."""
+    return tuple(
+        (d, dim if dim is None else mesh.gathered(dim, mesh.varies(dim) - {TIME}))
+        for d, dim in _time_dims(layout, mesh)
+    )
+
+
+def judge(program: Program, mesh: Mesh) -> Plan:
+    """Price a division over time, and refuse it with a reason where it would not be PipeFusion."""
+    found = latents(program, mesh)
+    seeds = {OUTER: {node for node in program.graph.nodes if node.op == "placeholder" and node.name in found}}
+    dependent = reach(program, seeds)
+    covered, price = _work(program, mesh, dependent)
+    refusal = ""
+    if not found:
+        refusal = "the output is not divided like the latents"
+    elif covered < COVERAGE:
+        refusal = f"only {covered:.0%} of the FLOPs that depend on the latents are divided"
+    else:
+        refusal = _stale(program, mesh, dependent)
+    return Plan(program, price, refusal)
+
+
+def _work(program: Program, mesh: Mesh, dependent: Found) -> tuple[float, Price]:
+    """The share of latent-dependent FLOPs that is divided, and the price of the division."""
+    tail = _tail(program, mesh)
+    patches, space = mesh.size((TIME,)), mesh.world_size // mesh.size((TIME,))
+    total = split = work = published = 0
+    per_rank = [0] * mesh.world_size
+    for name, graph, count in graphs(program):
+        for node in graph.nodes:
+            if over_time(node, mesh):
+                published += count * node.meta[SPEC].nbytes
+            if not is_counted(node):
+                continue
+            flops = [count * amount for amount in local_flops(node, mesh)]
+            divided = varies(node, mesh) or any(varies(source, mesh) for source in operands(node))
+            once = not divided and (node not in dependent[name] or (name == OUTER and node in tail))
+            cost = sum(flops) // patches if once else sum(flops)
+            work += cost
+            if not once:
+                per_rank = [a + b for a, b in zip(per_rank, flops, strict=True)]
+            if node in dependent[name]:
+                whole = cost if divided or once else cost // patches
+                total += whole
+                split += whole if divided or once else 0
+    scale = 1000 / max(work, 1)
+    slowest = max(per_rank) * space
+    whole_work = max(1, _single(program))
+    return split / max(total, 1), Price(round(1000 * work / whole_work), published, round(scale * slowest))
+
+
+def _single(program: Program) -> int:
+    return sum(
+        count * sum(local_flops(node, None)[0] for node in graph.nodes if is_counted(node))
+        for _, graph, count in graphs(program)
+    )
+
+
+def _tail(program: Program, mesh: Mesh) -> set[fx.Node]:
+    """Outer nodes that nothing follows which other patches need: the last patch alone computes them."""
+    found: set[fx.Node] = set()
+    for node in reversed(list(program.graph.nodes)):
+        if node.op == "output" or (
+            not is_block_call(node) and all(user in found and not over_time(user, mesh) for user in node.users)
+        ):
+            found.add(node)
+    return found
+
+
+def _stale(program: Program, mesh: Mesh, dependent: Found) -> str:
+    """Why the residual stream would be stale: an operator whose result has rows that other patches computed."""
+    tail = _tail(program, mesh)
+    seeds: Found = {}
+    for name, graph, _ in graphs(program):
+        for node in graph.nodes:
+            wide = over_time(node, mesh) and node.target not in (ops.all_reduce, ops.halo_exchange)
+            wide = wide and not _held_first(operands(node)[0].meta[LAYOUT], mesh)
+            if wide and node in dependent[name] and not (name == OUTER and node in tail):
+                seeds.setdefault(name, set()).add(node)
+    if not seeds:
+        return ""
+    hit = reach(program, seeds, _hands_on)
+    if not any(source in hit[OUTER] for source in results_of(program.graph)):
+        return ""
+    node = next(iter(next(iter(seeds.values()))))
+    place = node.meta.get("where")
+    return f"{node.name} would read stale rows into the token stream ({getattr(place, 'source', '') or 'outer graph'})"
+
+
+def _held_first(layout: Layout, mesh: Mesh) -> bool:
+    """Whether the first patch has everything, so that whoever reads it reads what is of this step."""
+    rest = [rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,))]
+    return any(dim is not None and not any(dim.sizes[rank] for rank in rest) for dim in layout.dims)
+
+
+def _hands_on(node: fx.Node, hit: list[bool]) -> bool:
+    if node.target in ops.ATTENTIONS:
+        return hit[0]
+    if node.target is ops.all_reduce:
+        return False
+    if getattr(node.target, "overloadpacket", None) in PRODUCTS:
+        return any(source.op == "get_attr" for source in operands(node))
+    return True

@@ -1,0 +1,106 @@
+"""What a pipeline costs in a displaced step, per rank."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from xdit_ir.ir.buffer_ops import Keep, Write
+from xdit_ir.ir.mesh import TIME
+from xdit_ir.ir.program import CONSTANT, SPEC, Program, is_block_call, qualified
+from xdit_ir.pipefusion.patch_plan import graphs, over_time
+from xdit_ir.pipefusion.pipeline_program import Part, Pipeline
+from xdit_ir.sharding.cost import is_counted, local_flops, program_flops
+from xdit_ir.sharding.report import Collective, Report, find_fallbacks, read_at_calls, traffic
+
+Key = tuple[str, str]
+
+
+@dataclass
+class _Rank:
+    """What one rank has, does and sends."""
+
+    flops: int = 0
+    weights: dict[str, int] = field(default_factory=dict)
+    buffers: dict[tuple[int, str], int] = field(default_factory=dict)
+    counts: dict[Key, int] = field(default_factory=dict)
+    sent: dict[Key, int] = field(default_factory=dict)
+
+    def send(self, key: Key, count: int, nbytes: int) -> None:
+        self.counts[key] = self.counts.get(key, 0) + count
+        self.sent[key] = self.sent.get(key, 0) + nbytes
+
+
+def pipeline_report(original: Program, pipeline: Pipeline) -> Report:
+    """The report of a pipeline, compared with the program that it was made from."""
+    ranks = [_Tally(pipeline).rank(rank) for rank in range(pipeline.mesh.world_size)]
+    keys = sorted({key for rank in ranks for key in rank.counts})
+    return Report(
+        flops_total=program_flops(original, None)[0],
+        flops_per_rank=[rank.flops for rank in ranks],
+        weight_bytes_total=sum(spec.nbytes for spec in original.state.values()),
+        weight_bytes_per_rank=[sum(rank.weights.values()) for rank in ranks],
+        collectives=[
+            Collective(*key, max(r.counts.get(key, 0) for r in ranks), max(r.sent.get(key, 0) for r in ranks))
+            for key in keys
+        ],
+        fallbacks=list(find_fallbacks(pipeline.program, pipeline.virtual)),
+        buffer_bytes_per_rank=[sum(rank.buffers.values()) for rank in ranks],
+        reads=read_at_calls(original),
+    )
+
+
+class _Tally:
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.layouts = {name: {node.name: node for node in graph.nodes} for name, graph, _ in graphs(pipeline.program)}
+        self.costs: dict[tuple[str, str], list[int]] = {}
+
+    def rank(self, rank: int) -> _Rank:
+        result = _Rank()
+        for stage, patch in itertools.product(self.pipeline.stages_of(rank), range(self.pipeline.patches)):
+            virtual = self.pipeline.virtual_rank(rank, patch)
+            part = self.pipeline.part(stage, virtual)
+            if part.sends:
+                result.send(("send", TIME), 1, sum(spec.nbytes for spec in part.message(sent=True)))
+            for name, prefix, node in _nodes(part):
+                self._count(result, stage, (name, prefix), node, virtual)
+        return result
+
+    def _count(self, result: _Rank, stage: int, place: tuple[str, str], node: fx.Node, virtual: int) -> None:
+        name, prefix = place
+        if node.op == "get_attr":
+            weight = qualified(prefix, str(node.target))
+            if not weight.startswith(CONSTANT + "."):
+                result.weights[weight] = self.pipeline.program.state[weight].nbytes
+        elif isinstance(node.target, Write):
+            spec = node.meta[SPEC]
+            result.buffers[stage, qualified(prefix, node.target.slot)] = (
+                math.prod(node.target.shape) * spec.dtype.itemsize
+            )
+        elif isinstance(node.target, Keep):
+            result.buffers[stage, qualified(prefix, f"{node.target.slot}_keep")] = node.meta[SPEC].nbytes
+        source = self.layouts[name].get(node.name)
+        if source is None or node.op != "call_function":
+            return
+        if is_counted(source):
+            key = (name, node.name)
+            if key not in self.costs:
+                self.costs[key] = local_flops(source, self.pipeline.virtual)
+            result.flops += self.costs[key][virtual]
+        found = None if over_time(source, self.pipeline.virtual) else traffic(source, self.pipeline.virtual)
+        if found is not None:
+            result.send(found[0], 1, found[1][virtual])
+
+
+def _nodes(part: Part) -> Iterator[tuple[str, str, fx.Node]]:
+    """Every node that a part runs: the block's name and prefix (empty: outer graph), and the node."""
+    for node in part.program.graph.nodes:
+        yield "", "", node
+        if is_block_call(node):
+            name, prefix = str(node.args[0]), str(node.args[1])
+            yield from ((name, prefix, inner) for inner in part.program.blocks[name].graph.nodes)

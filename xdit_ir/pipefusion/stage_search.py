@@ -1,0 +1,217 @@
+"""Where to cut a run of operators into the stages of a pipeline: one run a rank, or (folded) two, there and back again.
+
+Both searches are exact: the least work of the slowest rank such that no rank has more weights than a bound, and among
+cuts that are nearly as good, those over which the fewest bytes go.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xdit_ir.ir.partition import IntArray
+
+# Among cuts that are this close to the best balance, the one with the fewest bytes is taken.
+SLACK = 1.001
+# How far above the mean the slowest rank of a fold may be, tried in this order: the search is quick where it is low.
+EXCESS = (0.01, 0.03, 0.1, 0.3, 1.0, np.inf)
+
+Floats = NDArray[np.float64]
+
+
+def contiguous(ranks: int) -> tuple[int, ...]:
+    """Coordinates of stages, one stage for each coordinate."""
+    return tuple(range(ranks))
+
+
+def folded(ranks: int) -> tuple[int, ...]:
+    """Coordinates of twice as many stages as there are coordinates: there and back again."""
+    return (*range(ranks), *reversed(range(ranks)))
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """Where one may cut: the begin, places in between, and the end.
+
+    `flops` and `weights` (bytes) are the sums before each. `sent[i, j]`: bytes that go over the marks i and j if what
+    lies before i and what lies from j on are on the same ranks; with j the end: all that goes over i.
+    """
+
+    flops: IntArray
+    weights: IntArray
+    sent: IntArray
+
+    @property
+    def end(self) -> int:
+        """The last mark."""
+        return len(self.flops) - 1
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Coordinates of the stages, the inner marks at which they begin, FLOPs of the slowest rank, and bytes that go over
+    the busiest boundary between ranks."""
+
+    coordinates: tuple[int, ...]
+    marks: tuple[int, ...]
+    slowest: int
+    bytes: int
+
+
+def cut_straight(marks: Marks, count: int, weights: float) -> Cuts | None:
+    """Cuts into `count` runs with at most so many bytes of weights each; None if there are none."""
+    if marks.end < count:
+        return None
+    low, high = int(marks.flops[-1]) // count, int(marks.flops[-1])
+    if not _reaches(marks, count, high, weights):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _reaches(marks, count, middle, weights) else (middle + 1, high)
+    found = _cheapest(marks, count, low * SLACK, weights)
+    work = np.diff(marks.flops[[0, *found, marks.end]])
+    sent = [int(marks.sent[mark, marks.end]) for mark in found]
+    return Cuts(contiguous(count), tuple(found), int(work.max()), max(sent, default=0))
+
+
+def _stop(marks: Marks, start: int, flops: float, weights: float) -> int:
+    """The last mark that a run from `start` may end at."""
+    ends = (bisect_right(sums, sums[start] + most) for sums, most in ((marks.flops, flops), (marks.weights, weights)))
+    return min(ends) - 1
+
+
+def _reaches(marks: Marks, count: int, flops: float, weights: float) -> bool:
+    at = 0
+    for _ in range(count):
+        at = _stop(marks, at, flops, weights)
+    return at == marks.end
+
+
+def _cheapest(marks: Marks, count: int, flops: float, weights: float) -> list[int]:
+    """Inner marks such that no run exceeds the limits: fewest bytes, then least sum of squares."""
+    best: dict[int, tuple[int, float, list[int]]] = {0: (0, 0.0, [])}
+    for stage in range(count):
+        reached: dict[int, tuple[int, float, list[int]]] = {}
+        for start, (cost, squares, cuts) in best.items():
+            for stop in range(start + 1, _stop(marks, start, flops, weights) + 1):
+                if (stop == marks.end) != (stage == count - 1):
+                    continue
+                own = 0 if stop == marks.end else int(marks.sent[stop, marks.end])
+                work = float(marks.flops[stop] - marks.flops[start])
+                option = (cost + own, squares + work**2, [*cuts, stop])
+                if stop not in reached or option[:2] < reached[stop][:2]:
+                    reached[stop] = option
+        best = reached
+    return best[marks.end][2][:-1]
+
+
+def cut_folded(marks: Marks, count: int, weights: float) -> Cuts | None:
+    """Cuts into `2 * count` runs, of which rank r has r and `2 * count - 1 - r`; None if there are none."""
+    if marks.end < 2 * count:
+        return None
+    mean = int(marks.flops[-1]) / count
+    for excess in EXCESS:
+        found = _Fold(marks, count, min(mean * (1 + excess), float(marks.flops[-1])), weights).search(cheapest=False)
+        if found is not None:
+            break
+    else:
+        return None
+    best = _Fold(marks, count, _slowest(marks, found) * SLACK, weights).search(cheapest=True)
+    assert best is not None
+    pairs = zip(best[: count - 1], best[: count - 1 : -1], strict=True)
+    sent = [int(marks.sent[pair]) for pair in pairs]
+    return Cuts(folded(count), tuple(best), _slowest(marks, best), max(sent, default=0))
+
+
+def _slowest(marks: Marks, found: list[int]) -> int:
+    work = np.diff(marks.flops[[0, *found, marks.end]])
+    return int((work + work[::-1]).max())
+
+
+class _Fold:
+    """Dynamic programming from the outside in: a state (i, j) says that the ranks so far have what is before mark i and
+    what is from mark j on."""
+
+    def __init__(self, marks: Marks, count: int, flops: float, weights: float) -> None:
+        self.marks, self.count, self.limit, self.bound = marks, count, flops, weights
+        self.flops, self.weights = (sums.astype(np.float64) for sums in (marks.flops, marks.weights))
+        # Less than one byte for all stages together, so that it decides between equal bytes only.
+        self.square = 1 / (count * max(self.flops[-1], 1.0) ** 2)
+
+    def search(self, *, cheapest: bool) -> list[int] | None:
+        """The inner marks with the fewest bytes (else with the least work of the slowest rank) within the limits."""
+        end = self.marks.end
+        states: dict[tuple[int, int], float] = {(0, end): 0.0}
+        before: list[dict[tuple[int, int], tuple[int, int]]] = []
+        for rank in range(self.count - 1):
+            values = np.full((end + 1, end + 1), np.inf)
+            sources = np.zeros((end + 1, end + 1), dtype=np.int64)
+            for number, (state, value) in enumerate(states.items()):
+                self._spread(state, value, self.count - rank - 1, cheapest, values, sources, number)
+            known = list(states)
+            reached = [(int(i), int(j)) for i, j in np.argwhere(values < np.inf)]
+            before.append({state: known[sources[state]] for state in reached})
+            states = {state: float(values[state]) for state in reached}
+        ends = {state: self._last(state, value, cheapest) for state, value in states.items()}
+        last = min(ends, key=ends.__getitem__, default=None)
+        if last is None or ends[last] == np.inf:
+            return None
+        return self._path(last, before)
+
+    def _path(self, last: tuple[int, int], before: list[dict[tuple[int, int], tuple[int, int]]]) -> list[int]:
+        middle = self._middle(*last)
+        path = [last]
+        for steps in reversed(before):
+            path.append(steps[path[-1]])
+        outside_in = path[-2::-1]
+        return [*(i for i, _ in outside_in), middle, *(j for _, j in reversed(outside_in))]
+
+    def _middle(self, i: int, j: int) -> int:
+        """The mark that halves the last rank's work best."""
+        half = (self.flops[i] + self.flops[j]) / 2
+        return i + 1 + int(np.abs(self.flops[i + 1 : j] - half).argmin())
+
+    def _last(self, state: tuple[int, int], value: float, cheapest: bool) -> float:
+        i, j = state
+        work = float(self.flops[j] - self.flops[i])
+        if j - i < 2 or work > self.limit or self.weights[j] - self.weights[i] > self.bound:
+            return np.inf
+        if not cheapest:
+            return max(value, work)
+        middle = self.flops[self._middle(i, j)]
+        squares = (middle - self.flops[i]) ** 2 + (self.flops[j] - middle) ** 2
+        return float(value + squares * self.square)
+
+    def _spread(
+        self,
+        state: tuple[int, int],
+        value: float,
+        left: int,
+        cheapest: bool,
+        values: Floats,
+        sources: IntArray,
+        number: int,
+    ) -> None:
+        """Give the next rank every pair of runs that fits, such that the `left` ranks after it can do the rest."""
+        i, j = state
+        flops, weights = self.flops, self.weights
+        rows = slice(i + 1, bisect_right(flops, flops[i] + self.limit))
+        columns = slice(max(bisect_left(flops, flops[j] - self.limit), i + 2), j)
+        front, back = flops[rows, None] - flops[i], flops[j] - flops[None, columns]
+        taken = weights[rows, None] - weights[i] + weights[j] - weights[None, columns]
+        work = front + back
+        fits = (work <= self.limit) & (taken <= self.bound)
+        fits &= flops[None, columns] - flops[rows, None] <= left * self.limit
+        fits &= weights[None, columns] - weights[rows, None] <= left * self.bound
+        if not fits.any():
+            return
+        option: Any = np.maximum(value, work)
+        if cheapest:
+            option = value + self.marks.sent[rows, columns] + (front**2 + back**2) * self.square
+        better = fits & (option < values[rows, columns])
+        values[rows, columns][better] = option[better]
+        sources[rows, columns][better] = number

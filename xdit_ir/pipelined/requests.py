@@ -1,0 +1,135 @@
+"""To which request, step and branch a call of a pipeline belongs: what its latents were made of says it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from xdit_ir.deferral.deferred import Deferred
+from xdit_ir.deferral.recorded import Descent, Numbered
+from xdit_ir.pipefusion.rank_tasks import Cut
+from xdit_ir.pipelined.memory import Memory
+
+NEW, NEXT, AGAIN = "a new request", "the next step", "the same step again"
+
+
+@dataclass(eq=False)
+class Lane:
+    """One of the calls that a pipeline makes in every step, such as that without the prompt; `steps` in a row so far.
+
+    Its memory belongs to it alone.
+    """
+
+    owner: Any
+    steps: int = 0
+    last: int = -1
+    memory: Memory | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a call is: `kind`, and which call of its step, counting from 0."""
+
+    kind: str
+    place: int
+    synchronous: bool
+
+
+class Requests:
+    """The request that a module is working on.
+
+    A call whose latents follow, position by position, from the module's latest output is the next step. One with the
+    same latents as the call before, whose output is not thrown away, is a further call of that step. Every other call
+    begins a new request.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the request and its buffers."""
+        self._step, self._place = 0, 0
+        self._lanes: list[Lane] = []
+        self._given: list[tuple[torch.Tensor, int]] | None = None
+        self._began: int | None = None
+        self._latest: int | None = None
+        self._outputs: list[weakref.ref[Numbered]] = []
+
+    def moment(self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut], owner: Any, warmup: int) -> Moment:
+        """What a call with these latents is, for a program that begins with `warmup` synchronous steps."""
+        kind = self._kind(latents, cuts)
+        place = self._place + 1 if kind == AGAIN else 0
+        step = self._step + (kind == NEXT)
+        lane = self._lanes[place] if kind != NEW and place < len(self._lanes) else None
+        goes_on = lane is not None and lane.owner is owner and lane.last == step - 1
+        return Moment(kind, place, not goes_on or lane is None or lane.steps < warmup)
+
+    def enter(self, moment: Moment, latents: Mapping[str, torch.Tensor], owner: Any) -> Lane:
+        """Begin the call; its lane."""
+        if moment.kind == NEW:
+            self.forget()
+            self._given = [(x, _version(x)) for x in latents.values()]
+        if moment.kind == NEXT:
+            self._step += 1
+            self._given, self._began = None, self._latest
+        if moment.kind != AGAIN:
+            self._outputs = []
+        self._place = moment.place
+        if moment.place == len(self._lanes):
+            self._lanes.append(Lane(owner))
+        lane = self._lanes[moment.place]
+        if lane.owner is not owner:
+            lane = self._lanes[moment.place] = Lane(owner)
+        lane.steps = lane.steps + 1 if lane.last == self._step - 1 else 1
+        lane.last = self._step
+        return lane
+
+    def returned(self, number: int, output: Deferred | None) -> None:
+        """The call that was entered gave this."""
+        self._latest = number
+        if output is not None:
+            self._outputs.append(weakref.ref(output.value.lineage[self].result))
+
+    def _kind(self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut]) -> str:
+        if self._latest is None:
+            return NEW
+        found = [(x.value.lineage.get(self), cuts[name]) for name, x in latents.items() if isinstance(x, Deferred)]
+        descents = [(one, cut) for one, cut in found if one is not None]
+        if descents and all(_follows(one, cut) for one, cut in descents):
+            newest = max(one.number for one, _ in descents)
+            if newest == self._latest:
+                return NEXT
+            if newest == self._began and self._unread():
+                return AGAIN
+            return NEW
+        if not found and self._given is not None and self._unread() and self._same(latents):
+            return AGAIN
+        return NEW
+
+    def _unread(self) -> bool:
+        """Whether something that was made from each output of this step is still held."""
+        return all(output() is not None for output in self._outputs)
+
+    def _same(self, latents: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these are the latents with which the request began; waits for the device only if they may be."""
+        assert self._given is not None
+        return len(self._given) == len(latents) and all(
+            _version(before) == version
+            and before.shape == x.shape
+            and before.dtype == x.dtype
+            and (before is x or torch.equal(before, x))
+            for (before, version), x in zip(self._given, latents.values(), strict=True)
+        )
+
+
+def _follows(descent: Descent, cut: Cut) -> bool:
+    return cut.dim < len(descent.dims) and descent.dims[cut.dim] == cut.dim
+
+
+def _version(x: torch.Tensor) -> int:
+    return -1 if x.is_inference() else x._version

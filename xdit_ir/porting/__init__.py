@@ -1,0 +1,1 @@
+"""The one call: a module or a pipeline in, its parallel drop-in out."""

@@ -1,0 +1,96 @@
+"""`port`: the one call that makes a model, or the denoisers of a pipeline, parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from torch import nn
+
+from xdit_ir.emission.checkpoint import Loading
+from xdit_ir.emission.execution import Execution
+from xdit_ir.emission.state import hooked
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.passes.order import mesh_of
+from xdit_ir.porting.denoisers import denoisers as find_denoisers
+from xdit_ir.porting.denoisers import replace
+from xdit_ir.porting.ported import Ported, Specialisations
+from xdit_ir.transport.distributed import check_world_size
+
+Pipe = TypeVar("Pipe")
+
+
+@overload
+def port(model: nn.Module, **options: Any) -> Ported: ...
+
+
+@overload
+def port(model: Pipe, **options: Any) -> Pipe: ...
+
+
+def port(
+    model: Any,
+    *,
+    cfg: int = 1,
+    ulysses: int = 1,
+    ring: int = 1,
+    pipefusion: int = 1,
+    patches: int | None = None,
+    warmup_steps: int = 1,
+    compile: bool = False,
+    cuda_graph: bool = False,
+    transport: str = "auto",
+    attention: str = "auto",
+    handshake: bool = True,
+    weights: str | Path | None = None,
+    release: bool = False,
+    denoisers: Sequence[str] | None = None,
+    **unknown: Any,
+) -> Any:
+    """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
+
+    Given a pipeline instead, its denoisers are replaced by their drop-ins, in place, and the pipeline is returned. A
+    pipeline is any object with a mapping `components`; its denoisers are the modules there whose forward takes a
+    timestep, or those that `denoisers` names.
+
+    Like torch.compile it does nothing until the first forward, which traces the model for the inputs it gets.
+    Inputs of other structure, shapes, dtypes or guarded values get a specialisation of their own. Every process of
+    the job (torchrun) does the same, with the same inputs: give all of them the same seed.
+
+    Args:
+        cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`. Where the batch
+            cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`.
+        compile, cuda_graph, transport, attention, handshake: as in `xdit_ir.emission.execution.Execution`.
+        weights: the folder (or file) of a checkpoint from which each rank reads what it uses, and nothing else; the
+            model may be on the meta device. Runs where the inputs are. `release`: a loaded model gives up its weights
+            at the first forward: what this rank uses moves to where the inputs are, the rest is dropped. With either,
+            the port holds its weights itself, and others that are loaded into the model do not take effect. For a
+            pipeline: the folder with a folder for each component, as its `save_pretrained` writes it.
+        denoisers: the names of the components to replace.
+
+    Raises:
+        ParallelizeError: a degree is unknown or no positive integer, the job has another number of processes, or a
+            pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
+    """
+    degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses}
+    mesh = mesh_of(unknown | degrees)
+    check_world_size(mesh)
+    options = {**degrees, "patches": patches, "warmup_steps": warmup_steps}
+    execution = Execution(compile, cuda_graph, transport, attention, handshake)
+
+    def ported(original: nn.Module, checkpoint: str | Path | None) -> Ported:
+        if type(original) is Ported:
+            raise ParallelizeError("the module is ported already; its original is needed to port it otherwise")
+        if (where := hooked(original)) is not None:
+            raise ParallelizeError(f"{where} has a hook of accelerate, which offloads or spreads weights: port first")
+        return Ported(original, Specialisations(mesh, options, execution, Loading(checkpoint, release)))
+
+    if isinstance(model, nn.Module):
+        if denoisers is not None:
+            raise ParallelizeError(f"denoisers={denoisers!r} names components of a pipeline, but a module was given")
+        return ported(model, weights)
+    found = find_denoisers(model, denoisers)
+    folders = {name: None if weights is None else Path(weights) / name for name in found}
+    replace(model, found, lambda name, original: ported(original, folders[name]))
+    return model

@@ -1,0 +1,198 @@
+"""What a program costs: floating-point operations and bytes sent, per rank, from layouts alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.layout import Layout, in_mesh_order, keys_apart, plan
+from xdit_ir.ir.leaf import Leaf
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+Formula = Callable[[fx.Node, Sequence[Shape], Shape], int]
+Placed = tuple[TensorSpec, Layout]
+
+
+def _product(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    """Matrix products of two operands, the contracted size being the last of the first."""
+    return 2 * math.prod(out) * shapes[0][-1]
+
+
+def _linear(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    return 2 * math.prod(shapes[0]) * out[-1]
+
+
+def _added(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    return 2 * math.prod(out) * shapes[1][-1]
+
+
+def _conv(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    return 2 * math.prod(out) * math.prod(shapes[1][1:])
+
+
+def _attention(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    q, k = shapes[0], shapes[1]
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + out[-1])
+
+
+def _einsum(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+    sizes = {c: size for term, shape in zip(terms, shapes, strict=False) for c, size in zip(term, shape, strict=False)}
+    return 2 * math.prod(sizes.values()) if len(terms) > 1 else 0
+
+
+FORMULAS: dict[Any, Formula] = {
+    aten.linear: _linear,
+    aten.matmul: _product,
+    aten.mm: _product,
+    aten.bmm: _product,
+    aten.mv: _product,
+    aten.addmm: _added,
+    aten.baddbmm: _added,
+    aten.conv1d: _conv,
+    aten.conv2d: _conv,
+    aten.conv3d: _conv,
+    aten.convolution: _conv,
+    aten.einsum: _einsum,
+    ops.attention: _attention,
+    ops.ring_attention: _attention,
+    aten.scaled_dot_product_attention: _attention,
+}
+
+
+def node_flops(node: fx.Node, target: Any, shapes: Sequence[Shape], out: Shape) -> int:
+    """Multiplications and additions of a node, if its operator were `target`, for these operand and result shapes."""
+    if isinstance(target, Leaf):
+        return target.flops * math.prod(out) // max(math.prod(target.outputs[0].shape), 1)
+    formula = FORMULAS.get(getattr(target, "overloadpacket", target))
+    return 0 if formula is None else formula(node, shapes, out)
+
+
+def _is_counted(target: Any) -> bool:
+    if isinstance(target, Leaf):
+        return target.single
+    return getattr(target, "overloadpacket", target) in FORMULAS
+
+
+def is_counted(node: fx.Node) -> bool:
+    """Whether a node's FLOPs are counted."""
+    return node.op == "call_function" and _is_counted(node.target)
+
+
+def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Placed, mesh: Mesh) -> list[int]:
+    """FLOPs per rank of an operator on values of these types and layouts; nothing where none are counted.
+
+    An attention meets all keys, whoever has them before it is lowered.
+    """
+    if not _is_counted(target):
+        return []
+    total = []
+    for rank in range(mesh.world_size):
+        shapes = [layout.local_shape(spec.shape, rank) for spec, layout in sources]
+        if target in ops.ATTENTIONS:
+            shapes[1] = sources[1][0].shape
+        total.append(node_flops(node, target, shapes, out[1].local_shape(out[0].shape, rank)))
+    return total
+
+
+def graph_flops(graph: fx.Graph, mesh: Mesh | None) -> list[int]:
+    """FLOPs per rank of a graph with layouts, block calls aside; without a mesh: of one device, as a single entry."""
+    total = [0] * (mesh.world_size if mesh else 1)
+    for node in graph.nodes:
+        if node.op == "call_function" and _is_counted(node.target):
+            total = [a + b for a, b in zip(total, local_flops(node, mesh), strict=True)]
+    return total
+
+
+def local_flops(node: fx.Node, mesh: Mesh | None) -> list[int]:
+    """FLOPs per rank of one node that is no block call."""
+    if node.op != "call_function" or not _is_counted(node.target):
+        return [0] * (mesh.world_size if mesh else 1)
+    sources, out = operands(node), node.meta[SPEC]
+    if mesh is None:
+        return [node_flops(node, node.target, [source.meta[SPEC].shape for source in sources], out.shape)]
+    placed = [(source.meta[SPEC], source.meta[LAYOUT]) for source in sources]
+    return step_flops(node, node.target, placed, (out, node.meta[LAYOUT]), mesh)
+
+
+def program_flops(program: Program, mesh: Mesh | None) -> list[int]:
+    """FLOPs per rank of a whole program (one entry without a mesh)."""
+    bodies = {name: graph_flops(block.graph, mesh) for name, block in program.blocks.items()}
+    total = graph_flops(program.graph, mesh)
+    for node in program.graph.nodes:
+        if is_block_call(node):
+            total = [a + b for a, b in zip(total, bodies[str(node.args[0])], strict=True)]
+    return total
+
+
+def relayout_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
+    """Bytes that each rank sends in one change of layout."""
+    return relayout_sent(node.target, node.meta[SPEC], operands(node)[0].meta[LAYOUT], node.meta[LAYOUT], mesh)
+
+
+def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mesh: Mesh) -> tuple[int, ...]:
+    """The same by type and layouts; an all-reduce as a ring reduce-scatter and all-gather."""
+    if target is ops.all_reduce:
+        count = mesh.size(have.partial - want.partial)
+        shapes = (want.local_shape(spec.shape, rank) for rank in range(mesh.world_size))
+        return tuple(2 * math.prod(s) * spec.dtype.itemsize * (count - 1) // count for s in shapes)
+    return plan(mesh, spec.shape, have, want).sent(spec.dtype.itemsize)
+
+
+def ring_dims(node: fx.Node, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh dims around which a ring attention passes its keys and values, outer to inner."""
+    return in_mesh_order(keys_apart(mesh, *(source.meta[LAYOUT] for source in operands(node)[:2])))
+
+
+def ring_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
+    """Bytes of keys and values that each rank passes on around the ring."""
+    total = [0] * mesh.world_size
+    dims = ring_dims(node, mesh)
+    for source in operands(node)[1:3]:
+        spec, layout = source.meta[SPEC], source.meta[LAYOUT]
+        for rank in range(mesh.world_size):
+            group = mesh.group(rank, dims)
+            at = group.index(rank)
+            hops = (group[(at - hop) % len(group)] for hop in range(len(group) - 1))
+            total[rank] += sum(math.prod(layout.local_shape(spec.shape, r)) for r in hops) * spec.dtype.itemsize
+    return tuple(total)
+
+
+def written_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
+    """Bytes of the result on every rank; nothing for a view."""
+    spec = node.meta[SPEC]
+    if not isinstance(spec, TensorSpec) or ops.is_view(node.target):
+        return [0] * mesh.world_size
+    shapes = (node.meta[LAYOUT].local_shape(spec.shape, rank) for rank in range(mesh.world_size))
+    return [math.prod(shape) * spec.dtype.itemsize for shape in shapes]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds that choices are priced with: FLOP/s of a rank, bytes/s that it can send and that its memory can write,
+    and the seconds before the first byte arrives. Defaults: H100 on NVLink.
+    """
+
+    flops: float = 500e12
+    bytes: float = 200e9
+    memory: float = 1.5e12
+    latency: float = 15e-6
+
+    def seconds(self, flops: float, sent: float) -> float:
+        """Time of so much work and traffic, not overlapped."""
+        return flops / self.flops + sent / self.bytes
+
+    def work_seconds(self, node: fx.Node, mesh: Mesh) -> tuple[float, ...]:
+        """Time of an operator on every rank: of its FLOPs, or of writing its result."""
+        pairs = zip(local_flops(node, mesh), written_bytes(node, mesh), strict=True)
+        return tuple(max(self.seconds(flops, 0), written / self.memory) for flops, written in pairs)

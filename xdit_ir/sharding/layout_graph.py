@@ -1,0 +1,175 @@
+"""Drafts: what propagation decides about one graph, before any of it is written down as a `torch.fx` graph.
+
+Most partitions that are tried are dropped again, so that what they cost is asked of the draft.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import with_operands
+from xdit_ir.ir.layout import Layout, keys_apart
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import LAYOUT, SPEC, WHERE
+from xdit_ir.sharding.cost import relayout_sent, step_flops
+
+FALLBACK = "fallback"
+Layouts = tuple[Layout, ...]
+
+
+class Step:
+    """A node to be: that of the source graph it comes from, the operator, its operands and layout.
+
+    A change of layout comes from the node whose value it changes. `body` is what a block call calls: the block's
+    name and the layouts that tell its variant.
+    """
+
+    __slots__ = ("body", "fallback", "layout", "node", "relayout", "sources", "target", "users")
+
+    def __init__(self, node: fx.Node, target: Any, sources: list[Step], layout: Any, *, relayout: bool = False) -> None:
+        self.node, self.target, self.sources, self.layout, self.relayout = node, target, sources, layout, relayout
+        self.fallback = ""
+        self.body: Any = None
+        self.users: dict[Step, None] = {}
+        for source in sources:
+            source.users[self] = None
+
+    @property
+    def spec(self) -> Any:
+        """Type of the value."""
+        return self.node.meta[SPEC]
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether a rule decides about it: no argument, parameter, change of layout, part of a result or block call."""
+        plain = self.node.op == "call_function" and not self.relayout and self.body is None
+        return plain and self.target is not operator.getitem
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether something uses it, or it belongs to the graph's interface."""
+        return bool(self.users) or (self.node.op in ("placeholder", "output") and not self.relayout)
+
+    def take(self, sources: list[Step]) -> None:
+        """Replace the operands."""
+        self.drop()
+        self.sources = sources
+        for source in sources:
+            source.users[self] = None
+
+    def drop(self) -> None:
+        """Use nothing any more."""
+        for source in self.sources:
+            source.users.pop(self, None)
+
+    def cut_by_all(self) -> Layout | None:
+        """The layout to which every user cuts the value, if they agree."""
+        wanted = None
+        for user in self.users:
+            if user.target is not ops.shard or (wanted is not None and user.layout != wanted):
+                return None
+            wanted = user.layout
+        return wanted
+
+
+class Draft:
+    """The steps of one graph in order; the last is its output, whose layouts are `outputs`."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.steps: list[Step] = []
+        self.outputs: Layouts = ()
+        self._flops: list[int] | None = None
+
+    def add(self, step: Step) -> Step:
+        """Append a step."""
+        self.steps.append(step)
+        return step
+
+    @property
+    def calls(self) -> Iterator[Step]:
+        """The block calls."""
+        return (step for step in self.steps if step.body is not None)
+
+    def sweep(self, push: Callable[[Step], list[Step]]) -> None:
+        """Against the data flow: drop what nothing uses; `push` rewrites a step and says what to put before it."""
+        backwards: list[Step] = []
+        for step in reversed(self.steps):
+            if not step.is_needed:
+                step.drop()
+                continue
+            before = push(step)
+            backwards += [step, *reversed(before)]
+        self.steps = [step for step in reversed(backwards) if step.is_needed]
+
+    def flops(self) -> list[int]:
+        """FLOPs per rank, block calls aside."""
+        if self._flops is None:
+            total = [0] * self.mesh.world_size
+            for step in self.steps:
+                if step.is_operator:
+                    sources = [(source.spec, source.layout) for source in step.sources]
+                    counted = step_flops(step.node, step.target, sources, (step.spec, step.layout), self.mesh)
+                    total = [a + b for a, b in zip(total, counted, strict=True)] if counted else total
+            self._flops = total
+        return self._flops
+
+    def moved_bytes(self) -> int:
+        """Bytes that the busiest rank of each sends in changes of layout."""
+        return sum(
+            max(relayout_sent(step.target, step.spec, step.sources[0].layout, step.layout, self.mesh))
+            for step in self.steps
+            if step.relayout and step.target is not ops.shard
+        )
+
+    def exchanges(self) -> int:
+        """How many changes of layout send anything, and attentions that pass their keys around a ring."""
+        sent = (step.relayout and step.target is not ops.shard for step in self.steps)
+        return sum(sent) + sum(step.target is ops.ring_attention for step in self.steps)
+
+    def attention_mesh_dims(self, part: str) -> frozenset[str]:
+        """The mesh dims that divide the `queries`, the `keys` or the `batch` (and heads) of some attention."""
+        found: frozenset[str] = frozenset()
+        for step in self.steps:
+            if step.target in ops.ATTENTIONS:
+                dims = step.sources[1 if part == "keys" else 0].layout.dims
+                found = found.union(*map(self.mesh.varies, dims[:-2] if part == "batch" else dims[-2:-1]))
+        return found
+
+    def keys_apart(self) -> frozenset[str]:
+        """The mesh dims along which some attention finds only a part of its keys."""
+        sources = (step.sources for step in self.steps if step.target in ops.ATTENTIONS)
+        return frozenset().union(*(keys_apart(self.mesh, q.layout, k.layout) for q, k, *_ in sources))
+
+    def write(self, name_of: Callable[[Any], str]) -> fx.Graph:
+        """The graph; `name_of` names the variant of a block that a call calls."""
+        graph = fx.Graph()
+        written: dict[Step, fx.Node] = {}
+        for step in self.steps:
+            written[step] = _write(graph, step, [written[source] for source in step.sources], name_of)
+        return graph
+
+
+def _write(graph: fx.Graph, step: Step, sources: list[fx.Node], name_of: Callable[[Any], str]) -> fx.Node:
+    node = step.node
+    if step.relayout:
+        name = f"{sources[0].name}_{step.target.__name__}"
+        new = graph.create_node("call_function", step.target, (sources[0],), name=name)
+        new.meta = {key: node.meta[key] for key in (SPEC, WHERE) if key in node.meta}
+    else:
+        args, kwargs = with_operands(node, sources)
+        if step.body is not None:
+            args = (name_of(step.body), *args[1:])
+        target = step.target if node.op == "call_function" else node.target
+        new = graph.create_node(node.op, target, args, kwargs, name=node.name, type_expr=node.type)
+        new.meta = dict(node.meta)
+    if node.op != "output":
+        new.meta[LAYOUT] = step.layout
+    if step.fallback:
+        new.meta[FALLBACK] = step.fallback
+    return new

@@ -1,0 +1,331 @@
+"""Propagate layouts through a program: forward by the rules, then push cuts upstream by demand.
+
+The result is a new program in which every node carries a `Layout` and every change of layout is a node of its own.
+Blocks that are called with different layouts become different blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import LAYOUT, SPEC, Block, Program, call_parts, is_block_call
+from xdit_ir.rules import decide, rule_for
+from xdit_ir.rules.base import Call, Ruling, as_layouts
+from xdit_ir.sharding.layout_graph import FALLBACK as FALLBACK
+from xdit_ir.sharding.layout_graph import Draft, Layouts, Step
+
+Decide = Callable[[Call], Ruling]
+Seeds = Mapping[str, Layouts]
+# A block, the layouts of its arguments, and those that its results are brought into (None: as they come).
+Variant = tuple[str, Layouts, Layouts | None]
+
+
+@dataclass(frozen=True)
+class Body:
+    """A variant of a block; `wants` are arguments that it would rather get cut."""
+
+    draft: Draft
+    wants: Mapping[int, Layout]
+
+
+@dataclass
+class Propagation:
+    """One propagation over a program; also the memo for repeated ones over the same program (trial partitions)."""
+
+    program: Program
+    mesh: Mesh
+    decide: Decide = decide
+    bodies: dict[Variant, Body] = field(default_factory=dict)
+    rulings: dict[tuple[fx.Node, Layouts], Ruling] = field(default_factory=dict)
+    demands: dict[Any, Layouts | None] = field(default_factory=dict)
+    layouts: dict[Layout, Layout] = field(default_factory=dict)
+
+    def run(self, seeds: Seeds | None = None) -> Program:
+        """The program with layouts; `seeds` bring the values of these names (nodes of the outer graph) into the given
+        layouts, one after the other."""
+        return self.attempt(seeds).program()
+
+    def attempt(self, seeds: Seeds | None = None) -> Attempt:
+        """The same, to be priced before it is written down."""
+        inputs = [
+            node.meta.get(LAYOUT, Layout.whole(len(node.meta[SPEC].shape)))
+            for node in self.program.graph.nodes
+            if node.op == "placeholder"
+        ]
+        draft = _Writer(self, inputs, seeds or {}, None, outer=True).write(self.program.graph)
+        draft.sweep(lambda step: _push(step, self))
+        return Attempt(self, draft)
+
+    def same(self, layout: Layout) -> Layout:
+        """One object for equal layouts, which makes comparing them cheap."""
+        return self.layouts.setdefault(layout, layout)
+
+    def rule(self, node: fx.Node, layouts: Layouts) -> Ruling:
+        """The ruling for a node of the source program, remembered."""
+        key = (node, layouts)
+        if key not in self.rulings:
+            ruling = self.decide(Call(node, self.mesh, layouts))
+            inputs, outputs = ruling.inputs, ruling.outputs
+            one = isinstance(outputs, Layout)
+            shared = tuple(map(self.same, as_layouts(outputs)))
+            self.rulings[key] = replace(
+                ruling, inputs=tuple(map(self.same, inputs)), outputs=shared[0] if one else shared
+            )
+        return self.rulings[key]
+
+    def body(self, name: str, layouts: Layouts, results: Layouts | None = None) -> Body:
+        """The block `name` for arguments of these layouts, its results brought into those."""
+        key = (name, layouts, results)
+        if key not in self.bodies:
+            draft = _Writer(self, layouts, {}, results, outer=False).write(self.program.blocks[name].graph)
+            draft.sweep(lambda step: _push(step, self))
+            places = [step for step in draft.steps if step.node.op == "placeholder" and not step.relayout]
+            wants = {i: want for i, step in enumerate(places) if (want := step.cut_by_all()) is not None}
+            self.bodies[key] = Body(draft, wants)
+        return self.bodies[key]
+
+    def settling(self, name: str, layouts: Layouts, results: Layouts | None = None) -> Iterator[Layouts]:
+        """The layouts of a block's arguments, then what the block wants instead, until it wants nothing else or, as it
+        may want one order of indices for the other, what it had before."""
+        seen: set[Layouts] = set()
+        while layouts not in seen:
+            yield layouts
+            seen.add(layouts)
+            wants = self.body(name, layouts, results).wants
+            layouts = tuple(wants.get(place, layout) for place, layout in enumerate(layouts))
+
+    def demanded(self, step: Step, target: Any) -> Layouts | None:
+        """Operand layouts that make a step's result `target` without communication, verified by its rule."""
+        layouts = tuple(source.layout for source in step.sources)
+        key = (step.node, step.target, layouts, target)
+        if key not in self.demands:
+            self.demands[key] = self._demanded(step, layouts, target)
+        return self.demands[key]
+
+    def _demanded(self, step: Step, layouts: Layouts, target: Any) -> Layouts | None:
+        rule = rule_for(step.target)
+        if rule is None or any(layout.partial for layout in layouts):
+            return None
+        needs = rule.demand(Call(step.node, self.mesh, layouts), target)
+        if needs is None or len(needs) != len(layouts):
+            return None
+        if any(a != b and kind(self.mesh, a, b)[0] != "shard" for a, b in zip(layouts, needs, strict=True)):
+            return None
+        ruling = rule.forward(Call(step.node, self.mesh, needs))
+        return tuple(map(self.same, needs)) if ruling.outputs == target and ruling.inputs == needs else None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A program whose layouts are decided but not written down."""
+
+    run: Propagation
+    draft: Draft
+
+    def body(self, call: Step) -> Draft:
+        """What a block call runs."""
+        return self.run.bodies[call.body].draft
+
+    def bodies(self) -> Iterator[Draft]:
+        """What every block call runs, once a call."""
+        return map(self.body, self.draft.calls)
+
+    def flops(self) -> list[int]:
+        """FLOPs per rank."""
+        total = self.draft.flops()
+        for body in self.bodies():
+            total = [a + b for a, b in zip(total, body.flops(), strict=True)]
+        return total
+
+    def moved_bytes(self) -> int:
+        """Bytes that the busiest rank sends in changes of layout."""
+        return self.draft.moved_bytes() + sum(body.moved_bytes() for body in self.bodies())
+
+    def exchanges(self) -> int:
+        """How often ranks exchange anything in a forward."""
+        return self.draft.exchanges() + sum(body.exchanges() for body in self.bodies())
+
+    def attention_mesh_dims(self, *parts: str) -> frozenset[str]:
+        """The mesh dims that divide the `queries`, `keys` or `batch` (and heads) of some attention."""
+        return frozenset().union(*(draft.attention_mesh_dims(part) for draft in self._drafts() for part in parts))
+
+    def keys_apart(self) -> frozenset[str]:
+        """The mesh dims along which some attention finds only a part of its keys."""
+        return frozenset().union(*(draft.keys_apart() for draft in self._drafts()))
+
+    def _drafts(self) -> list[Draft]:
+        return [self.draft, *(self.run.bodies[v].draft for v in {step.body: None for step in self.draft.calls})]
+
+    def sums_up(self) -> bool:
+        """Whether ranks hold summands outside of blocks."""
+        return any(step.relayout and step.target is ops.all_reduce for step in self.draft.steps)
+
+    def layout(self, name: str) -> Layout | None:
+        """The layout of the value of this name, for an input as it is cut; None where nothing is left of it."""
+        step = next((step for step in self.draft.steps if step.node.name == name and not step.relayout), None)
+        return None if step is None else step.cut_by_all() or step.layout
+
+    def program(self) -> Program:
+        """Written down. Every variant of a block that is used gets a name of its own: `Block`, `Block.2`, ..."""
+        names: dict[Variant, str] = {}
+        for step in self.draft.calls:
+            if step.body not in names:
+                block = step.body[0]
+                choices = itertools.chain([block], (f"{block.partition('.')[0]}.{i}" for i in itertools.count(2)))
+                names[step.body] = next(name for name in choices if name not in set(names.values()))
+        blocks = {name: Block(name, self.run.bodies[v].draft.write(names.__getitem__)) for v, name in names.items()}
+        return self.run.program.replace(graph=self.draft.write(names.__getitem__), blocks=blocks)
+
+
+class _Writer:
+    """Drafts one graph, deciding a layout for every node and inserting the changes of layout."""
+
+    def __init__(
+        self, run: Propagation, inputs: Sequence[Layout], seeds: Seeds, results: Layouts | None, *, outer: bool
+    ) -> None:
+        self.run, self.seeds, self.results, self.outer = run, seeds, results, outer
+        self.draft = Draft(run.mesh)
+        self.env: dict[fx.Node, Step] = {}
+        self.inputs = iter(inputs)
+        self.converted: dict[tuple[Step, Layout], Step] = {}
+
+    def write(self, graph: fx.Graph) -> Draft:
+        """The draft of a whole graph."""
+        for node in graph.nodes:
+            if node.op == "output":
+                self._output(node)
+                break
+            new = self._step(node)
+            for layout in self.seeds.get(node.name, ()):
+                new = self.convert(new, layout)
+            self.env[node] = new
+        return self.draft
+
+    def _step(self, node: fx.Node) -> Step:
+        if node.op == "placeholder":
+            return self._add(node, node.target, [], self.run.same(next(self.inputs)))
+        if node.op == "get_attr":
+            return self._add(node, node.target, [], self.run.same(Layout.whole(len(node.meta[SPEC].shape))))
+        sources = [self.env[operand] for operand in operands(node)]
+        if ops.is_relayout(node.target):
+            return self.convert(sources[0], node.meta[LAYOUT])
+        if node.target is operator.getitem:
+            return self._add(node, node.target, sources, sources[0].layout[node.args[1]])
+        return self._call(node, sources) if is_block_call(node) else self._operator(node, sources)
+
+    def _add(self, node: fx.Node, target: Any, sources: list[Step], layout: Any) -> Step:
+        return self.draft.add(Step(node, target, sources, layout))
+
+    def _operator(self, node: fx.Node, sources: list[Step]) -> Step:
+        ruling = self.run.rule(node, tuple(source.layout for source in sources))
+        taken = [self.convert(source, want) for source, want in zip(sources, ruling.inputs, strict=True)]
+        new = self._add(node, ruling.target or node.target, taken, ruling.outputs)
+        new.fallback = ruling.fallback
+        return new if ruling.after is None else self.convert(new, ruling.after)
+
+    def _call(self, node: fx.Node, sources: list[Step]) -> Step:
+        name, _, _ = call_parts(node)
+        sources = [self.convert(source, source.layout.summed()) for source in sources]
+        for layouts in self.run.settling(name, tuple(source.layout for source in sources)):
+            sources = [self.convert(source, want) for source, want in zip(sources, layouts, strict=True)]
+        new = self._add(node, node.target, sources, self.run.body(name, layouts).draft.outputs)
+        new.body = (name, layouts, None)
+        return new
+
+    def _output(self, node: fx.Node) -> None:
+        results = [self.env[value] for value in operands(node)]
+        if self.outer:
+            results = [self.convert(value, Layout.whole(len(value.spec.shape))) for value in results]
+        results = [self.convert(value, value.layout.summed()) for value in results]
+        if self.results is not None:
+            results = [self.convert(value, want) for value, want in zip(results, self.results, strict=True)]
+        self.draft.outputs = tuple(value.layout for value in results)
+        self._add(node, node.target, results, self.draft.outputs)
+
+    def convert(self, value: Step, want: Layout) -> Step:
+        """The value in another layout."""
+        have: Layout = value.layout
+        want = self.run.same(want)
+        if have.partial and not want.partial:
+            whole = self.run.same(have.summed())
+            value = self._converted(value, whole, ops.all_reduce)
+        if value.layout is want or value.layout == want:
+            return value
+        return self._converted(value, want, ops.RELAYOUTS[kind(self.run.mesh, value.layout, want)[0]])
+
+    def _converted(self, value: Step, want: Layout, target: Any) -> Step:
+        key = (value, want)
+        if key not in self.converted:
+            self.converted[key] = self.draft.add(Step(value.node, target, [value], want, relayout=True))
+        return self.converted[key]
+
+
+def _push(step: Step, run: Propagation) -> list[Step]:
+    """Move cuts of all results of a step before it; the cuts to insert there."""
+    if step.body is None and not step.is_operator:
+        return []
+    results = list(step.users) if isinstance(step.layout, tuple) else [step]
+    wanted = [result.cut_by_all() for result in results]
+    return _push_call(step, results, wanted, run) if step.body else _push_operator(step, results, wanted, run)
+
+
+def _push_operator(step: Step, results: list[Step], wanted: list[Layout | None], run: Propagation) -> list[Step]:
+    if not results or any(want is None for want in wanted):
+        return []
+    target: Any = wanted[0]
+    if isinstance(step.layout, tuple):
+        if len(results) != len(step.layout):
+            return []
+        placed = {result.node.args[1]: want for result, want in zip(results, wanted, strict=True)}
+        target = tuple(placed[i] for i in range(len(results)))
+    needs = run.demanded(step, target)
+    return [] if needs is None else _moved(step, needs, target, results, run)
+
+
+def _push_call(step: Step, results: list[Step], wanted: list[Layout | None], run: Propagation) -> list[Step]:
+    """A block whose results are cut becomes one that makes only these parts, if that is less work."""
+    name, layouts, before = step.body
+    if before is not None or all(want is None for want in wanted):
+        return []
+    made = list(step.layout)
+    for result, want in zip(results, wanted, strict=True):
+        made[result.node.args[1]] = want or result.layout  # type: ignore[index]
+    *_, needs = run.settling(name, layouts, tuple(made))
+    variant = (name, needs, tuple(made))
+    old, new = (run.bodies[one].draft for one in (step.body, variant))
+    if max(new.flops()) >= max(old.flops()) or new.moved_bytes() > old.moved_bytes():
+        return []
+    step.body = variant
+    cut = [result for result, want in zip(results, wanted, strict=True) if want is not None]
+    return _moved(step, variant[1], new.outputs, cut, run)
+
+
+def _moved(step: Step, needs: Layouts, target: Any, results: list[Step], run: Propagation) -> list[Step]:
+    """Give a step operands of these layouts; the cuts of its results are then idle and vanish."""
+    before = []
+    taken = []
+    for source, need in zip(step.sources, needs, strict=True):
+        if source.layout != need:
+            before.append(Step(source.node, ops.shard, [source], need, relayout=True))
+            source = before[-1]
+        taken.append(source)
+    step.take(taken)
+    step.layout = target
+    for result in results:
+        if result is not step:
+            result.layout = target[result.node.args[1]]
+        for shard in list(result.users):
+            for user in list(shard.users):
+                user.take([result if source is shard else source for source in user.sources])
+            shard.drop()
+    return before

@@ -1,0 +1,138 @@
+"""One rank's program: static local sizes, local operators, communication with named peers."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
+from xdit_ir.ir.graphs import operands, with_operands
+from xdit_ir.ir.layout import Layout, in_mesh_order, kind, part_of, plan
+from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.program import LAYOUT as LAYOUT
+from xdit_ir.ir.program import ONCE, SPEC, WHERE, Program, TensorSpec, is_block_call
+from xdit_ir.rules import decide
+from xdit_ir.rules.base import Call
+from xdit_ir.sharding.buffer_access import buffer_layout, read_of, write_of
+from xdit_ir.sharding.cost import ring_dims
+
+
+@dataclass(frozen=True)
+class Specialize:
+    """The pass `specialize`: from a program with layouts to the program of one rank."""
+
+    rank: int
+    name: str = "specialize"
+
+    def apply(self, program: Program) -> Program:
+        """The rank's program; a node keeps the name of the node that it was made from."""
+        assert program.mesh is not None
+        graph = _localize(program.graph, program.mesh, self.rank)
+        blocks = {
+            name: replace(block, graph=_localize(block.graph, program.mesh, self.rank))
+            for name, block in program.blocks.items()
+        }
+        return program.replace(graph=graph, blocks=blocks)
+
+
+def _localize(graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Graph:
+    result = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = new = _node(node, env, result, mesh, rank)
+        new.meta = {key: node.meta[key] for key in (WHERE, ONCE) if key in node.meta}
+        if LAYOUT in node.meta:
+            new.meta[SPEC] = local_spec(node, rank)
+    return result
+
+
+def local_spec(node: fx.Node, rank: int) -> Any:
+    """Shape and dtype on one rank."""
+
+    def one(spec: TensorSpec, layout: Layout) -> TensorSpec:
+        return TensorSpec(layout.local_shape(spec.shape, rank), spec.dtype)
+
+    spec, layout = node.meta[SPEC], node.meta[LAYOUT]
+    if isinstance(spec, TensorSpec):
+        return one(spec, layout)
+    return tuple(one(s, where) for s, where in zip(spec, layout, strict=True))
+
+
+def _node(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
+    if node.op != "call_function" or node.target is operator.getitem or is_block_call(node):
+        return graph.node_copy(node, env.__getitem__)
+    if ops.is_relayout(node.target):
+        return _relayout(node, env[operands(node)[0]], graph, mesh, rank)
+    if node.target is ops.ring_attention:
+        return _ring(node, env, graph, mesh, rank)
+    layouts = tuple(source.meta[LAYOUT] for source in operands(node))
+    ruling = decide(Call(node, mesh, layouts))
+    target, args, kwargs = node.target, node.args, node.kwargs
+    if ruling.local is not None:
+        target, args, kwargs = ruling.local(rank)
+    args, kwargs = fx.map_arg((args, kwargs), env.__getitem__)
+    return graph.create_node("call_function", target, args, dict(kwargs), name=node.name)
+
+
+def _relayout(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
+    source = operands(node)[0]
+    have, want, shape = source.meta[LAYOUT], node.meta[LAYOUT], node.meta[SPEC].shape
+    if node.target is ops.all_reduce:
+        return _reduce(node, value, graph, mesh, rank)
+    if kind(mesh, have, want)[1] == (TIME,):
+        layout = buffer_layout(mesh, have)
+        wrote = _wrote(source, value, graph, write_of(source, layout, mesh, rank))
+        return graph.create_node("call_function", read_of(node, layout, mesh, rank), (wrote,), name=node.name)
+    steps = plan(mesh, shape, have, want)
+    if node.target is ops.shard:
+        return _shard(node, value, graph, have, want, rank)
+    target = Reshuffle(steps.kind, steps.mesh_dims, mesh.group(rank, steps.mesh_dims), steps.ranks[rank])
+    return graph.create_node("call_function", target, (value,), name=node.name)
+
+
+def _reduce(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
+    """Sum over ranks, then over patches."""
+    source = operands(node)[0]
+    pending: frozenset[str] = source.meta[LAYOUT].partial
+    dims = in_mesh_order(pending - {TIME})
+    if dims:
+        target: Any = Reduce("all_reduce", dims, mesh.group(rank, dims))
+        name = f"{node.name}_space" if TIME in pending else node.name
+        value = graph.create_node("call_function", target, (value,), name=name)
+        value.meta[SPEC] = local_spec(source, rank)
+    if TIME in pending:
+        wrote = _wrote(source, value, graph, write_of(source, None, mesh, rank))
+        value = graph.create_node("call_function", read_of(node, None, mesh, rank), (wrote,), name=node.name)
+    return value
+
+
+def _wrote(source: fx.Node, value: fx.Node, graph: fx.Graph, target: Any) -> fx.Node:
+    """The node that writes a value to its buffer; all readers share it."""
+    for user in value.users:
+        if user.target == target:
+            return user
+    wrote = graph.create_node("call_function", target, (value,), name=f"{source.name}_write")
+    wrote.meta[SPEC] = value.meta[SPEC]
+    return wrote
+
+
+def _shard(node: fx.Node, value: fx.Node, graph: fx.Graph, have: Layout, want: Layout, rank: int) -> fx.Node:
+    shape = node.meta[SPEC].shape
+    moved = [dim for dim in range(len(shape)) if have.dims[dim] != want.dims[dim]]
+    for place, dim in enumerate(moved):
+        held, wanted = (part_of(layout.dims[dim], shape[dim], rank) for layout in (have, want))
+        name = node.name if place == len(moved) - 1 else f"{node.name}_along{dim}"
+        value = graph.create_node("call_function", ops.take, (value, dim, held.positions(wanted).runs), name=name)
+    return value
+
+
+def _ring(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
+    keys, dims = operands(node)[1].meta[LAYOUT].dims[-2], ring_dims(node, mesh)
+    group = mesh.group(rank, dims)
+    target: Any = Ring("ring_attention", dims, group, tuple(keys.sizes[member] for member in group))
+    args, kwargs = with_operands(node, [env[source] for source in operands(node)])
+    return graph.create_node("call_function", target, args, kwargs, name=node.name)

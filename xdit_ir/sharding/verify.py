@@ -1,0 +1,150 @@
+"""The verifier, run after every pass: structure, types, and layouts re-inferred by the rules."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from xdit_ir.errors import VerifyError
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import operands, results_of
+from xdit_ir.ir.layout import Layout, keys_apart, kind
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.printer import target_name
+from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
+from xdit_ir.rules import decide
+from xdit_ir.rules.base import Call
+
+
+def verify(program: Program, after: str = "", *, runnable: bool = False) -> None:
+    """Raise `VerifyError` where the program breaks an invariant; `after` names the pass to blame.
+
+    `runnable`: also every attention must find all keys on its rank, or pass them around along `ring` only.
+    """
+    where = f"after {after}" if after else "program"
+    _Verifier(program, where, runnable).check()
+
+
+class _Verifier:
+    def __init__(self, program: Program, where: str, runnable: bool) -> None:
+        self.program, self.where, self.runnable = program, where, runnable
+        self.place = ""
+
+    def check(self) -> None:
+        for name, block in self.program.blocks.items():
+            self.place = f"block {name}"
+            self._graph(block.graph)
+        self.place = "outer graph"
+        self._graph(self.program.graph)
+        for node in self.program.calls:
+            self._block_call(node)
+        self._outputs()
+
+    def fail(self, node: fx.Node, problem: str) -> None:
+        raise VerifyError(f"{self.where}, {self.place}, {node.name}: {problem}")
+
+    def _graph(self, graph: fx.Graph) -> None:
+        graph.lint()
+        for node in graph.nodes:
+            if node.op == "output":
+                continue
+            if SPEC not in node.meta:
+                self.fail(node, "has no type")
+            if self.program.mesh is not None:
+                self._layouts(node, self.program.mesh)
+
+    def _layouts(self, node: fx.Node, mesh: Mesh) -> None:
+        layout = node.meta.get(LAYOUT)
+        if layout is None:
+            self.fail(node, "has no layout")
+        for spec, one in _pairs(node):
+            self._well_formed(node, mesh, spec, one)
+        if node.op != "call_function" or is_block_call(node):
+            return
+        sources = operands(node)
+        if ops.is_relayout(node.target):
+            self._relayout(node, mesh, sources[0].meta[LAYOUT], node.meta[LAYOUT])
+        elif node.target is operator.getitem:
+            if sources[0].meta[LAYOUT][node.args[1]] != layout:
+                self.fail(node, "has another layout than the result that it picks")
+        else:
+            self._operator(node, mesh)
+
+    def _well_formed(self, node: fx.Node, mesh: Mesh, spec: TensorSpec, layout: Layout) -> None:
+        if len(spec.shape) != len(layout.dims):
+            self.fail(node, f"shape {spec.shape} has {len(layout.dims)} dims in its layout")
+        used = set(layout.partial)
+        for dim, (size, partition) in enumerate(zip(spec.shape, layout.dims, strict=True)):
+            if partition is None:
+                continue
+            varies = mesh.varies(partition)
+            if partition.size != size or len(partition.parts) != mesh.world_size:
+                self.fail(node, f"dim {dim} of size {size} is divided as if it had size {partition.size}")
+            if varies & used:
+                self.fail(node, f"mesh dims {sorted(varies & used)} divide it twice")
+            if not all(partition.covers(mesh.group(rank, varies)) for rank in range(mesh.world_size)):
+                self.fail(node, f"some indices of dim {dim} are on no rank")
+            used |= varies
+
+    def _relayout(self, node: fx.Node, mesh: Mesh, have: Layout, want: Layout) -> None:
+        if node.target is ops.all_reduce:
+            right = bool(have.partial) and want == have.summed()
+        else:
+            right = have.partial == want.partial == frozenset() and kind(mesh, have, want)[0] == target_name(
+                node.target
+            )
+        if not right:
+            self.fail(node, f"is not the operator that changes {have} into {want}")
+
+    def _operator(self, node: fx.Node, mesh: Mesh) -> None:
+        layouts = tuple(source.meta[LAYOUT] for source in operands(node))
+        ruling = decide(Call(node, mesh, layouts))
+        for place, (have, need) in enumerate(zip(layouts, ruling.inputs, strict=True)):
+            if have != need:
+                self.fail(node, f"operand {place} has a layout that {node.target} cannot take")
+        if ruling.outputs != node.meta[LAYOUT]:
+            self.fail(node, "its layout is not what the rules infer")
+        if self.runnable and node.target in ops.ATTENTIONS:
+            allowed = {"ring"} if node.target is ops.ring_attention else set()
+            astray = keys_apart(mesh, *layouts[:2]) - allowed
+            if astray:
+                self.fail(node, f"its keys are divided over {sorted(astray)} and nothing brings them together")
+
+    def _block_call(self, node: fx.Node) -> None:
+        name, prefix, values = call_parts(node)
+        block = self.program.blocks.get(name)
+        if block is None:
+            self.fail(node, f"calls {name}, which does not exist")
+        assert block is not None
+        inputs = [n for n in block.graph.nodes if n.op == "placeholder"]
+        results = results_of(block.graph)
+        if len(inputs) != len(values):
+            self.fail(node, f"gives {len(values)} values to {len(inputs)} arguments of {name}")
+        for given, taken in zip(values, inputs, strict=True):
+            if given.meta[SPEC] != taken.meta[SPEC] or given.meta.get(LAYOUT) != taken.meta.get(LAYOUT):
+                self.fail(node, f"argument {taken.name} of {name} has another type")
+        if self.program.mesh is not None and node.meta[LAYOUT] != tuple(r.meta[LAYOUT] for r in results):
+            self.fail(node, f"the results of {name} have other layouts")
+        for attribute in (n for n in block.graph.nodes if n.op == "get_attr"):
+            self._known(attribute, qualified(prefix, str(attribute.target)))
+
+    def _known(self, node: fx.Node, name: str) -> None:
+        owner, _, leaf = name.partition(".")
+        if name not in self.program.state and not (owner == CONSTANT and leaf in self.program.constants):
+            self.fail(node, f"{name} is no parameter, buffer or constant of the program")
+
+    def _outputs(self) -> None:
+        if self.program.mesh is None:
+            return
+        for value in results_of(self.program.graph):
+            if not value.meta[LAYOUT].is_whole:
+                self.fail(value, "is an output of the model and not whole on every rank")
+
+
+def _pairs(node: fx.Node) -> list[tuple[Any, Any]]:
+    spec, layout = node.meta[SPEC], node.meta[LAYOUT]
+    if isinstance(spec, TensorSpec):
+        return [(spec, layout)]
+    return list(zip(spec, layout, strict=True))

@@ -1,0 +1,1 @@
+"""Every rank in one process, in lockstep."""

@@ -1,0 +1,204 @@
+"""Reads the complete text of a program."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from xdit_ir.errors import ParseError
+from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.program import Block, Program, Signature, TokenAxis
+from xdit_ir.text.graphs import GraphReader
+from xdit_ir.text.literals import read_literal, read_name
+from xdit_ir.text.scanner import Scanner
+from xdit_ir.text.signature import SignatureReader
+from xdit_ir.text.types import TypeReader, read_partition
+
+KEYWORDS = ("program", "block", "device", "coordinates", "weights", "constants", "tokens", "signature", "partitions")
+CALLS = re.compile(r"= ([\w.$-]+)<([^>]*)>\(")
+
+
+@dataclass
+class _Section:
+    """A keyword, the rest of its line, and the lines in its braces."""
+
+    keyword: str
+    head: Scanner
+    lines: list[Scanner] = field(default_factory=list)
+
+
+def parse(text: str, attachments: Mapping[str, Any] | None = None) -> Program:
+    """The program that `xdit_ir.text.write` made this text from; lines that begin with `//` are comments.
+
+    Args:
+        text: a complete text: one `program`, its `block`s, and what follows them.
+        attachments: what the text refers to by hash or name: `Document.attachments`.
+
+    Raises:
+        ParseError: names the line, what was expected there and what was found.
+    """
+    return _Reader(_sections(text), attachments or {}).program()
+
+
+def _sections(text: str) -> list[_Section]:
+    sections: list[_Section] = []
+    is_open = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("//"):
+            continue
+        if line == "}":
+            is_open = False
+        elif line[0] in " \t":
+            if not is_open:
+                raise ParseError(f"line {number}: stands in no section; sections begin with {', '.join(KEYWORDS)}")
+            sections[-1].lines.append(Scanner(line, number))
+        else:
+            keyword = line.split()[0]
+            if keyword not in KEYWORDS:
+                near = difflib.get_close_matches(keyword, KEYWORDS, n=1)
+                hint = f"; nearest: {near[0]}" if near else ""
+                raise ParseError(f"line {number}: {keyword!r} begins no section{hint}")
+            is_open = line.rstrip().endswith("{")
+            head = Scanner(line.rstrip().removesuffix("{"), number)
+            head.need(keyword)
+            sections.append(_Section(keyword, head))
+    return sections
+
+
+class _Reader:
+    def __init__(self, sections: Sequence[_Section], attachments: Mapping[str, Any]) -> None:
+        self.sections, self.attachments = sections, attachments
+        programs = self._all("program")
+        if len(programs) != 1:
+            raise ParseError(f"expected one program in the text, got {len(programs)}")
+        self.main = programs[0]
+        name = self.main.head.expect(r"[\w.]+", "the program's name")
+        self.mesh = self._mesh()
+        self.types = TypeReader(self.mesh, self._partitions())
+        self.result = Program(name, fx.Graph(), {}, _no_signature(), {}, torch.device("cpu"), mesh=self.mesh)
+
+    def _all(self, keyword: str) -> list[_Section]:
+        return [section for section in self.sections if section.keyword == keyword]
+
+    def _lines(self, keyword: str) -> list[Scanner]:
+        return [line for section in self._all(keyword) for line in section.lines]
+
+    def program(self) -> Program:
+        """All sections in the order in which they need each other."""
+        self._change(state=self._weights(), constants=self._constants(), device=self._device(), tokens=self._tokens())
+        self._change(coordinates=self._coordinates())
+        signature = self._lines("signature")
+        if signature:
+            self._change(signature=SignatureReader(self.attachments, self._predicate).read(signature))
+        self._check_calls()
+        self._change(blocks={block.name: block for block in map(self._block, self._all("block"))})
+        graph = GraphReader(self.result, self.types, self.attachments).read(self.main.lines)
+        return self.result.replace(graph=graph)
+
+    def _check_calls(self) -> None:
+        known = [section.head.text.split()[1].partition("(")[0] for section in self._all("block")]
+        for line in self.main.lines:
+            call = CALLS.search(line.text)
+            if call is not None and call[1] not in known:
+                raise ParseError(
+                    f"line {line.line}: there is no block {call[1]}; there are {', '.join(known) or 'none'}"
+                )
+
+    def _change(self, **fields: Any) -> None:
+        self.result = replace(self.result, **fields)
+
+    def _mesh(self) -> Mesh | None:
+        head = self.main.head
+        if not head.match(r"on\b"):
+            head.end()
+            return None
+        if head.match(r"1 rank"):
+            return Mesh.of()
+        sizes = {}
+        while not head.done:
+            name = head.expect(rf"(?:{'|'.join(MESH_DIMS)})(?==)", f"one of {', '.join(MESH_DIMS)} with its size")
+            head.need("=")
+            sizes[name] = int(head.expect(r"[1-9]\d*", "a positive size"))
+        return Mesh.of(**sizes)
+
+    def _partitions(self) -> dict[int, Any]:
+        found = {}
+        for line in self._lines("partitions"):
+            number = int(line.expect(r"#\d+", "the number of a partition, such as #0")[1:])
+            line.need(":")
+            found[number] = read_partition(line)
+            line.end()
+        return found
+
+    def _device(self) -> torch.device:
+        for section in self._all("device"):
+            found = self._literal(section.head)
+            return found if isinstance(found, torch.device) else section.head.fail("a device")
+        return torch.device("cpu")
+
+    def _coordinates(self) -> tuple[int, ...]:
+        for section in self._all("coordinates"):
+            found = self._literal(section.head)
+            return found if isinstance(found, tuple) else section.head.fail("the coordinates of stages, such as (0, 1)")
+        return ()
+
+    def _weights(self) -> dict[str, Any]:
+        types, found = TypeReader(None, {}), {}
+        for line in self._lines("weights"):
+            name = read_name(line)
+            line.need(":")
+            found[name], _ = types(line)
+            line.end()
+        return found
+
+    def _constants(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for line in self._lines("constants"):
+            name = read_name(line)
+            line.need("=")
+            found[name] = self._literal(line)
+            line.end()
+        return found
+
+    def _tokens(self) -> tuple[TokenAxis, ...]:
+        return tuple(self._token(line) for line in self._lines("tokens"))
+
+    def _token(self, line: Scanner) -> TokenAxis:
+        value = line.expect(r"%\w+", "a value")[1:]
+        line.need("dim")
+        dim = int(line.expect(r"\d+", "a dimension"))
+        line.need("of")
+        size = int(line.expect(r"\d+", "a size"))
+        units = tuple(self._literal(line)) if line.match(r"units\b") else ()
+        segments = tuple(map(tuple, self._literal(line))) if line.match(r"segments\b") else ()
+        gathered = line.match(r"gathered\b") is not None
+        line.end()
+        return TokenAxis(value, dim, size, units, segments, gathered)
+
+    def _literal(self, scanner: Scanner) -> Any:
+        return read_literal(scanner, self.attachments, lambda inner: inner.fail("a value"))
+
+    def _block(self, section: _Section) -> Block:
+        name = section.head.expect(r"[\w.$-]+", "the block's name")
+        prefixes = [call[2] for line in self.main.lines for call in CALLS.finditer(line.text) if call[1] == name]
+        reader = GraphReader(self.result, self.types, self.attachments, prefixes)
+        section.head.need("(")
+        reader.parameters(section.head)
+        section.head.end()
+        return Block(name, reader.read(section.lines))
+
+    def _predicate(self, lines: Sequence[Scanner], constants: Mapping[str, Any]) -> fx.Graph:
+        reader = GraphReader(self.result, TypeReader(None, {}), self.attachments, (), single=True)
+        return reader.read(lines)
+
+
+def _no_signature() -> Signature:
+    empty = pytree.tree_structure(())
+    return Signature(empty, (), empty, ())

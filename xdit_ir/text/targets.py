@@ -1,0 +1,45 @@
+"""Operators by name: ours first, then ATen's, others with their namespace."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+
+from xdit_ir.errors import ParseError
+from xdit_ir.ir import ops
+from xdit_ir.ir.printer import target_name
+
+OURS = {
+    name: function
+    for name, function in vars(ops).items()
+    if inspect.isfunction(function) and function.__module__ == ops.__name__ and not name.startswith("_")
+}
+
+
+def target_text(target: Any) -> str | None:
+    """`add.Tensor`, `take`, `aten::take`, or None for what has no name that leads back to it."""
+    name = target_name(target)
+    if OURS.get(name) is target:
+        return name
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    return name if target.namespace == "aten" and name not in OURS else f"{target.namespace}::{name}"
+
+
+def resolve(name: str, line: int) -> Any:
+    """The operator of this name; raises `ParseError` naming the nearest one there is."""
+    if name in OURS:
+        return OURS[name]
+    namespace, _, rest = name.rpartition("::")
+    packet_name, _, overload = rest.partition(".")
+    packet = getattr(getattr(torch.ops, namespace or "aten"), packet_name, None)
+    if packet is None:
+        near = difflib.get_close_matches(packet_name, [*OURS, *dir(torch.ops.aten)], n=1)
+        raise ParseError(f"line {line}: there is no operator {name!r}" + (f"; nearest: {near[0]}" if near else ""))
+    found = getattr(packet, overload or "default", None)
+    if found is None:
+        raise ParseError(f"line {line}: {packet_name} has no overload {overload!r}; there are {packet.overloads()}")
+    return found

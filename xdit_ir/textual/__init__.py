@@ -1,8 +1,0 @@
-"""Programs as complete text, and back: `parse(write(p).text, write(p).attachments)` is equal to `p`."""
-
-from xdit_ir.textual.compare import difference, equal
-from xdit_ir.textual.files import load, save
-from xdit_ir.textual.parse import parse
-from xdit_ir.textual.write import Document, write
-
-__all__ = ["Document", "difference", "equal", "load", "parse", "save", "write"]

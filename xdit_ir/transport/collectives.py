@@ -1,0 +1,218 @@
+"""What a rank does at a communication: small modules without parameters, made of functional collectives.
+
+`torch.ops._c10d_functional` is what `torch.distributed._functional_collectives` lowers to; called directly, it is
+traced by torch.compile just so and spares the eager path a tensor subclass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed._functional_collectives
+from torch import nn
+
+from xdit_ir.ir.collective_ops import Assembly, Communicate, Reduce, Reshuffle, Ring, pack
+from xdit_ir.ir.layout import Exchange
+from xdit_ir.kernels.attention import RingMerge
+from xdit_ir.kernels.backends import Backend
+from xdit_ir.transport.distributed import Communicator
+
+Shapes = tuple[tuple[int, ...], ...]
+# Types that both NCCL and gloo move; all others travel as bytes.
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8)
+
+
+def lower(
+    target: Communicate, communicator: Communicator, kernels: Sequence[Backend | None] = ()
+) -> tuple[nn.Module, ...]:
+    """The modules that execute a communication on this process's rank; its process group exists already.
+
+    `kernels`: for the attention to the keys of each member of a ring.
+
+    One that does all of it, or one that starts it and one that, given what the first returned, waits for it.
+    """
+    at = target.group.index(communicator.rank)
+    name = communicator.group(target.mesh_dims).group_name if len(target.group) > 1 else ""
+    if isinstance(target, Reduce):
+        return (AllReduce(name),)
+    if isinstance(target, Reshuffle) and not name:
+        return (Rearrange(target),)
+    if isinstance(target, Reshuffle):
+        assembly = Assembly.of(target.exchange)
+        direct = assembly.is_contiguous
+        shapes = tuple(shape if direct or i != at else (0,) for i, shape in enumerate(target.exchange.shapes))
+        return Send(target.exchange, at, shapes, name, direct=direct), Receive(assembly, at, shapes, direct=direct)
+    assert isinstance(target, Ring)
+    return (RingAttention(target, at, name, kernels),)
+
+
+class AllReduce(nn.Module):
+    """The sum over a group: every element is summed once and then sent to all, so all ranks get equal bits."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [...]` -> sum of the members' `x`, of the same shape."""
+        if not self.group or not x.numel():
+            return x
+        real = torch.view_as_real(x) if x.is_complex() else x
+        total = _wait(torch.ops._c10d_functional.all_reduce(real.contiguous(), "sum", self.group))
+        return torch.view_as_complex(total) if x.is_complex() else total
+
+
+class Rearrange(nn.Module):
+    """A change of layout without others: cut and put together anew."""
+
+    def __init__(self, target: Reshuffle) -> None:
+        super().__init__()
+        self.exchange, self.assembly = target.exchange, Assembly.of(target.exchange)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, the part in the old layout -> the part in the new one."""
+        return self.assembly.join(pack(x, self.exchange))
+
+
+class Send(nn.Module):
+    """The first half of a change of layout: start the all-to-all of pieces of static, uneven sizes.
+
+    Pieces of `shapes` come from the members; `direct`: what arrives is the result as it lies in memory, so one's own
+    piece travels too, which saves a copy.
+    """
+
+    def __init__(self, exchange: Exchange, at: int, shapes: Shapes, group: str, *, direct: bool) -> None:
+        super().__init__()
+        self.exchange, self.at, self.shapes, self.group, self.direct = exchange, at, shapes, group, direct
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here."""
+        pieces = pack(x, self.exchange)
+        own = x.new_empty(0)
+        if not self.direct:
+            own, pieces[self.at] = pieces[self.at], own
+        return start(pieces, self.shapes, self.group), own
+
+
+class Receive(nn.Module):
+    """The second half: wait for the pieces and put them together."""
+
+    def __init__(self, assembly: Assembly, at: int, shapes: Shapes, *, direct: bool) -> None:
+        super().__init__()
+        self.assembly, self.at, self.shapes, self.direct = assembly, at, shapes, direct
+
+    def forward(self, pending: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """What `Send` gave -> this rank's part in the new layout, `exchange.shape`."""
+        if self.direct:
+            return _typed(_wait(pending), self.assembly.shape, own.dtype)
+        pieces = finish(pending, self.shapes, own.dtype)
+        pieces[self.at] = own
+        return self.assembly.join(pieces)
+
+
+class RingAttention(nn.Module):
+    """Attention whose keys and values travel around the group, each hop under the previous block's computation."""
+
+    def __init__(self, target: Ring, at: int, group: str, kernels: Sequence[Backend | None]) -> None:
+        super().__init__()
+        self.keys, self.at, self.group, self.kernels = target.keys, at, group, kernels
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """`q [..., queries, dim]`, `k`, `v` `[..., own keys, dim]`, `mask [..., all keys]` -> `[..., queries, dim_v]`.
+
+        Members are visited in the order in which their keys arrive, so a rank's result is deterministic.
+        """
+        assert not is_causal, "causal attention is never lowered to a ring"
+        merge = RingMerge(q, mask, scale, self.keys, enable_gqa=enable_gqa, kernels=self.kernels)
+        members = len(self.keys)
+        for hop in range(members):
+            member = (self.at - hop) % members
+            if hop == members - 1:
+                merge.add(member, k, v)
+                break
+            shapes = self._arriving(k, v, self.keys[(member - 1) % members])
+            pending = start(self._leaving(k, v), shapes, self.group)
+            merge.add(member, k, v)
+            k, v = self._received(finish(pending, shapes, k.dtype), k, v, self.keys[(member - 1) % members])
+        return merge.result()
+
+    def _leaving(self, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        """Per member what it gets: keys and values in one piece for the next one, nothing for the others."""
+        pieces = [k.new_empty(0) for _ in self.keys]
+        pieces[(self.at + 1) % len(self.keys)] = torch.cat([k.reshape(-1), v.reshape(-1)])
+        return pieces
+
+    def _arriving(self, k: torch.Tensor, v: torch.Tensor, keys: int) -> tuple[tuple[int, ...], ...]:
+        """Per member the size of what comes from it: `keys` keys and values from the previous one."""
+        shapes = [(0,) for _ in self.keys]
+        shapes[self.at - 1] = (math.prod(_resized(k, keys)) + math.prod(_resized(v, keys)),)
+        return tuple(shapes)
+
+    def _received(
+        self, pieces: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor, keys: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        both, shape, shape_v = pieces[self.at - 1], _resized(k, keys), _resized(v, keys)
+        return both[: math.prod(shape)].view(shape), both[math.prod(shape) :].view(shape_v)
+
+
+def _resized(x: torch.Tensor, keys: int) -> tuple[int, ...]:
+    return (*x.shape[:-2], keys, x.shape[-1])
+
+
+def start(pieces: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], group: str) -> torch.Tensor:
+    """Start an all-to-all: `pieces[i]` goes to member `i`, a tensor of `shapes[i]` comes from it; see `finish`.
+
+    All members of the group must call it; any piece may be empty.
+    """
+    width = _width(pieces[0].dtype)
+    full = [_wire(piece) for piece in pieces if piece.numel()]
+    flat = torch.cat(full) if len(full) > 1 else full[0].contiguous() if full else _wire(pieces[0])
+    arriving = [math.prod(shape) * width for shape in shapes]
+    leaving = [piece.numel() * width for piece in pieces]
+    pending: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(flat, arriving, leaving, group)
+    return pending
+
+
+def finish(pending: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The pieces that `start` fetches, once they are there."""
+    width = _width(dtype)
+    parts = torch.split_with_sizes(_wait(pending), [math.prod(shape) * width for shape in shapes])
+    return [_typed(part, shape, dtype) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _typed(flat: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Flat elements as they travelled, as a tensor."""
+    if dtype.is_complex:
+        return torch.view_as_complex(flat.view(*shape, 2))
+    return flat.view(dtype).view(shape)
+
+
+def _wire(x: torch.Tensor) -> torch.Tensor:
+    """The elements as a flat tensor of a type that every backend can move."""
+    if x.is_complex():
+        return torch.view_as_real(x.resolve_conj()).reshape(-1)
+    flat = x.reshape(-1)
+    return flat if x.dtype in _PLAIN else flat.contiguous().view(torch.uint8)
+
+
+def _width(dtype: torch.dtype) -> int:
+    """Elements on the wire per element."""
+    if dtype.is_complex:
+        return 2
+    return 1 if dtype in _PLAIN else dtype.itemsize
+
+
+def _wait(pending: torch.Tensor) -> torch.Tensor:
+    arrived: torch.Tensor = torch.ops._c10d_functional.wait_tensor(pending)
+    return arrived

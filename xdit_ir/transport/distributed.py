@@ -1,0 +1,187 @@
+"""The processes behind a mesh: torch.distributed's default group, one process group per set of mesh dims."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def ensure_process_group(device: torch.device, mesh: Mesh) -> int:
+    """Make sure that the job has one process per rank of `mesh`, and return this process's rank.
+
+    Uses the default process group, or initialises it from torchrun's environment (NCCL for `device` cuda, whose
+    current device then becomes LOCAL_RANK's; gloo on the CPU). A mesh of one rank needs no process group.
+
+    Raises:
+        ParallelizeError: the job has another number of processes, was not started by torchrun, or its process
+            group cannot move tensors of `device`. Every rank of a job sees the same, so all of them raise.
+    """
+    if mesh.world_size == 1:
+        return 0
+    if not dist.is_available():
+        raise ParallelizeError(f"{_degrees(mesh)} needs torch.distributed, which this build of torch lacks")
+    if dist.is_initialized():
+        check_processes(mesh, dist.get_world_size())
+        _check_backend(device)
+    else:
+        _initialise(device, mesh)
+    return dist.get_rank()
+
+
+def check_world_size(mesh: Mesh) -> None:
+    """Raise `ParallelizeError` if the running job is known to have another number of processes than the mesh."""
+    if mesh.world_size > 1 and dist.is_available() and dist.is_initialized():
+        check_processes(mesh, dist.get_world_size())
+
+
+def _initialise(device: torch.device, mesh: Mesh) -> None:
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    count = mesh.world_size
+    if missing:
+        raise ParallelizeError(
+            f"{_degrees(mesh)} needs {count} processes, but torch.distributed is not initialised and "
+            f"{', '.join(missing)} not set; start with `torchrun --nproc-per-node {count} ...`"
+        )
+    check_processes(mesh, int(os.environ["WORLD_SIZE"]))
+    if device.type == "cuda":
+        _select_gpu(device)
+    dist.init_process_group(BACKENDS.get(device.type))
+
+
+def _select_gpu(device: torch.device) -> None:
+    """Make LOCAL_RANK's GPU current; two ranks on one GPU would wait for each other for ever."""
+    local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count()
+    if device.index not in (None, local):
+        raise ParallelizeError(
+            f"the model of local rank {local} is on {device}; move it to cuda:{local} "
+            "(torch.cuda.set_device(LOCAL_RANK) before anything is moved to cuda)"
+        )
+    torch.cuda.set_device(local)
+
+
+def check_processes(mesh: Mesh, processes: int) -> None:
+    """Raise `ParallelizeError`, which names the nearest legal degrees, unless a job of so many fits the mesh."""
+    if processes == mesh.world_size:
+        return
+    needs = f"{mesh.world_size} processes" if mesh.world_size > 1 else "1 process"
+    raise ParallelizeError(
+        f"{_degrees(mesh)} needs {needs}, this job has {processes}; nearest legal: {_nearest(mesh, processes)}, "
+        f"or start {needs}"
+    )
+
+
+def _check_backend(device: torch.device) -> None:
+    """Backends are listed like `cpu:gloo,cuda:nccl`."""
+    backends = dict(item.split(":") for item in dist.get_backend_config().split(","))
+    unfit = {"cuda": "gloo"}.get(device.type)  # gloo lists cuda, but has no all-to-all there
+    if backends.get(device.type) in (None, unfit):
+        raise ParallelizeError(
+            f"the default process group ({dist.get_backend_config()}) cannot exchange tensors on {device.type}; "
+            f"initialise it with backend {BACKENDS.get(device.type)!r}, or leave that to xdit_ir"
+        )
+
+
+def _degrees(mesh: Mesh) -> str:
+    named = [f"{name}={size}" for name, size in zip(MESH_DIMS, mesh.sizes, strict=True) if size > 1]
+    return " x ".join(reversed(named)) or "ulysses=1"
+
+
+def _nearest(mesh: Mesh, processes: int) -> str:
+    """Degrees for this many processes: change one degree if that is enough."""
+    for axis in reversed(range(len(MESH_DIMS))):
+        others = mesh.world_size // mesh.sizes[axis]
+        if mesh.sizes[axis] > 1 and processes % others == 0:
+            sizes = list(mesh.sizes)
+            sizes[axis] = processes // others
+            return _degrees(Mesh(tuple(sizes)))
+    return f"ulysses={processes}"
+
+
+class Communicator:
+    """This process's rank in a mesh and its process groups, each made once and by all processes together.
+
+    `control` is a gloo group of all ranks for small host-side messages (None for one rank, or without `handshake`).
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device, *, handshake: bool = True) -> None:
+        self.mesh, self.device = mesh, device
+        self.rank = ensure_process_group(device, mesh)
+        self.control: dist.ProcessGroup | None = None
+        self.vote: tuple[torch.Tensor, Any, Any] | None = None
+        self._device_mesh: DeviceMesh | None = None
+        self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        if handshake and mesh.world_size > 1:
+            self.control = dist.new_group(backend="gloo", timeout=configured_timeout(device))
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh as torch sees it, with `MESH_DIMS` as names; its first use is collective."""
+        if self._device_mesh is None:
+            self._device_mesh = init_device_mesh(self.device.type, self.mesh.sizes, mesh_dim_names=MESH_DIMS)
+        return self._device_mesh
+
+    def prepare(self, wanted: Iterable[tuple[str, ...]]) -> None:
+        """Make the groups over these sets of mesh dims. Collective: all ranks name the same sets."""
+        for dims in sorted(set(wanted), key=lambda dims: (len(dims), dims)):
+            self._prepare(dims)
+
+    def group(self, dims: tuple[str, ...]) -> dist.ProcessGroup:
+        """The ranks that differ from this one at most in `dims`, in rank order; `prepare` made it."""
+        return self._groups[self._wide(dims)]
+
+    def _wide(self, dims: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dim for dim in MESH_DIMS if dim in dims and self.mesh.size((dim,)) > 1)
+
+    def _prepare(self, dims: tuple[str, ...]) -> None:
+        wide = self._wide(dims)
+        if not wide or wide in self._groups:
+            return
+        default = dist.group.WORLD
+        assert default is not None
+        if self.mesh.size(wide) == self.mesh.world_size:
+            self._groups[wide] = default
+        elif len(wide) == 1:
+            self._groups[wide] = self.device_mesh.get_group(wide[0])
+        else:
+            everyone = range(self.mesh.world_size)
+            for members in sorted({self.mesh.group(rank, wide) for rank in everyone}):
+                made = dist.new_group(list(members))
+                if self.rank in members:
+                    self._groups[wide] = made
+
+
+def configured_timeout(device: torch.device) -> timedelta | None:
+    """The timeout with which the default process group was made; groups do not inherit it."""
+    default = dist.group.WORLD
+    assert default is not None
+    options = getattr(default._get_backend(device), "options", None)
+    timeout: timedelta | None = getattr(options, "_timeout", None)
+    return timeout
+
+
+def peers_reachable(communicator: Communicator) -> bool:
+    """Whether all ranks are GPUs of one host that can read and write each other's memory. Collective."""
+    if communicator.device.type != "cuda" or communicator.mesh.world_size == 1:
+        return False
+    here = communicator.device.index
+    others = [index for index in range(torch.cuda.device_count()) if index != here]
+    reaches = all(torch.cuda.can_device_access_peer(here, other) for other in others)
+    able = reaches and importlib.util.find_spec("cuda.bindings") is not None
+    facts: list[Any] = [None] * communicator.mesh.world_size
+    dist.all_gather_object(facts, (able, platform.node(), here), group=communicator.control)
+    hosts, gpus = {host for _, host, _ in facts}, {gpu for _, _, gpu in facts}
+    return all(fact[0] for fact in facts) and len(hosts) == 1 and len(gpus) == len(facts)

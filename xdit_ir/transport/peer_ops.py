@@ -1,0 +1,172 @@
+"""Two operators that move pieces between GPUs by their copy engines, over symmetric memory; importing registers them.
+
+A copy engine needs no multiprocessor, so an exchange runs beside a matrix product that fills the GPU, where a
+collective's kernel would wait for it. torch.compile keeps both operators as they are; see `xdit_ir.transport.mailbox`
+for who may write where and when.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed._symmetric_memory as symmetric_memory
+from cuda.bindings import runtime as cuda
+
+from xdit_ir.transport.workspace import HEADER, SIGNALS, SLOTS
+
+TIMEOUT_MS = 600_000  # as NCCL's: a peer that died must not hang the others for ever
+FLAG = 1  # the first word of a workspace, to be copied where a peer waits
+FIELDS = 7  # of one copy in `plan`: member, source, source pitch, target, target pitch, width, height
+
+
+@torch.library.custom_op("xdit_ir::peer_put", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
+def peer_put(
+    x: torch.Tensor,
+    workspace: torch.Tensor,
+    slot: torch.Tensor,
+    group: str,
+    channel: int,
+    slots: list[int],
+    plan: list[int],
+    tell_self: bool,
+) -> torch.Tensor:
+    """Start copies of pieces of `x` (dense) into the members' workspaces, and tell each when its piece is there.
+
+    Args:
+        workspace: uint8, symmetric over `group`, which starts with a header.
+        slot: int64 `[1]` on the CPU, which of the places `slots` (byte offsets) to write to.
+        channel: what the receivers wait for is `SLOTS * channel + slot`.
+        plan: `FIELDS` numbers per copy.
+        tell_self: raise a flag here too when everything has been sent.
+
+    Returns:
+        An empty tensor, for `peer_wait`.
+    """
+    handle = symmetric(workspace, group)
+    at = int(slot.item())
+    main = torch.cuda.current_stream(x.device)
+    wires = _wires(x.device, handle.world_size)
+    for member in _others(handle):
+        wires[member].wait_stream(main)
+    for member, source, source_pitch, target, target_pitch, width, height in _rows(plan):
+        stream = main if member == handle.rank else wires[member]
+        place = handle.buffer_ptrs[member] + slots[at] + target
+        _copy(place, target_pitch, x.data_ptr() + source, source_pitch, width, height, stream)
+    number = SLOTS * channel + at
+    for member in _others(handle):
+        raise_flag(handle, member, number, handle.rank, wires[member])
+        if tell_self:
+            raise_flag(handle, handle.rank, number + SIGNALS // handle.world_size, member, wires[member])
+    return x.new_empty(0)
+
+
+@peer_put.register_fake
+def _(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty(0)
+
+
+@torch.library.custom_op("xdit_ir::peer_wait", mutates_args=())
+def peer_wait(
+    held: list[torch.Tensor],
+    token: torch.Tensor,
+    workspace: torch.Tensor,
+    slot: torch.Tensor,
+    group: str,
+    channel: int,
+    slots: list[int],
+    shape: list[int],
+    sent: bool,
+) -> torch.Tensor:
+    """What all members put into this rank's slot, once it is there.
+
+    Args:
+        held: what was put, here and before, and has surely been sent when this is over; this keeps its memory.
+        token: what `peer_put` gave.
+        sent: wait also until everything has been sent, see `tell_self` there.
+
+    Returns:
+        A tensor of `shape` that lies in the workspace: nobody may write to it.
+    """
+    handle = symmetric(workspace, group)
+    at = int(slot.item())
+    number = SLOTS * channel + at
+    for member in _others(handle):
+        handle.wait_signal(member, number, TIMEOUT_MS)
+        if sent:
+            handle.wait_signal(member, number + SIGNALS // handle.world_size, TIMEOUT_MS)
+    dtype = held[0].dtype
+    result: torch.Tensor = handle.get_buffer(handle.rank, shape, dtype, slots[at] // dtype.itemsize)
+    return result
+
+
+@peer_wait.register_fake
+def _(held: list[torch.Tensor], *rest: Any) -> torch.Tensor:
+    *_, shape, _ = rest
+    return held[0].new_empty(shape)
+
+
+def join(workspace: torch.Tensor, group: str) -> None:
+    """Make the current stream wait for everything that was started: at the end of a forward, or of its recording."""
+    handle = symmetric(workspace, group)
+    main = torch.cuda.current_stream(workspace.device)
+    wires = _wires(workspace.device, handle.world_size)
+    for member in _others(handle):
+        main.wait_stream(wires[member])
+
+
+def open_workspace(nbytes: int, device: torch.device, group: str) -> torch.Tensor:
+    """A workspace of this size on every member of the group, which must all call this."""
+    need = 2 * 4 * SIGNALS
+    if symmetric_memory.get_signal_pad_size() < need:
+        symmetric_memory.set_signal_pad_size(need)
+    workspace = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+    workspace[:HEADER].view(torch.int32).fill_(FLAG)
+    handle = symmetric(workspace, group)
+    torch.cuda.current_stream(device).synchronize()
+    handle.barrier(0, TIMEOUT_MS)
+    return workspace
+
+
+def symmetric(workspace: torch.Tensor, group: str) -> Any:
+    """The symmetric memory behind a workspace; the first call for it is collective."""
+    return symmetric_memory.rendezvous(workspace, group)  # type: ignore[arg-type]
+
+
+def _others(handle: Any) -> Iterator[int]:
+    """The other members, each rank beginning with its next one, so that no receiver gets everything at once."""
+    return ((handle.rank + step) % handle.world_size for step in range(1, handle.world_size))
+
+
+def raise_flag(handle: Any, member: int, number: int, source: int, stream: torch.cuda.Stream) -> None:
+    """Let `wait_signal(source, number)` on a member pass, by copying a word: a kernel might find no free processor."""
+    word = handle.signal_pad_ptrs[member] + 4 * (handle.world_size * number + source)
+    copy_bytes(word, handle.buffer_ptrs[handle.rank], 4, stream)
+
+
+def copy_bytes(target: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
+    """Start to copy memory between addresses of this GPU or of peers."""
+    _copy(target, size, source, size, size, 1, stream)
+
+
+def _rows(plan: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (plan[start : start + FIELDS] for start in range(0, len(plan), FIELDS))
+
+
+def _copy(
+    target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, stream: torch.cuda.Stream
+) -> None:
+    kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    (status,) = cuda.cudaMemcpy2DAsync(
+        target, target_pitch, source, source_pitch, width, height, kind, stream.cuda_stream
+    )
+    if status != cuda.cudaError_t.cudaSuccess:
+        raise RuntimeError(f"cudaMemcpy2DAsync of {height} rows of {width} bytes: {status}")
+
+
+@functools.cache
+def _wires(device: torch.device, members: int) -> tuple[torch.cuda.Stream, ...]:
+    """One stream per member, so that copies to several run side by side."""
+    return tuple(torch.cuda.Stream(device) for _ in range(members))  # type: ignore[no-untyped-call]
