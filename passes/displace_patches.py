@@ -12,7 +12,7 @@ from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.passes.find_tokens import units_of
-from xdit_ir.pipefusion.patch_plan import Plan, inputs_of, judge, returned
+from xdit_ir.pipefusion.patch_plan import PatchPlan, evaluate, inputs_of, output_seeds
 from xdit_ir.sharding.propagate import Propagation, Seeds
 
 
@@ -33,11 +33,11 @@ class DisplacePatches:
         if self.mesh.size((TIME,)) == 1:
             return program
         trial = Propagation(program, self.mesh)
-        best: Plan | None = None
+        best: PatchPlan | None = None
         refused: list[str] = []
         for axis in program.tokens:
             source = inputs_of(program, axis.value)
-            if axis.gathered or best is not None or not source:
+            if axis.is_context or best is not None or not source:
                 continue
             first = self._first(trial, axis)
             for partition in self._partitions(program, axis, sum(other.size for other in first)):
@@ -53,15 +53,15 @@ class DisplacePatches:
             )
         return best.program.replace(mesh=self.mesh)
 
-    def _plan(self, trial: Propagation, axis: TokenAxis, seeds: Seeds) -> Plan:
+    def _plan(self, trial: Propagation, axis: TokenAxis, seeds: Seeds) -> PatchPlan:
         """The division that these seeds give; where it is refused, the one that comes of cutting the latents like the
         output instead, for what is computed from the latents before the stream begins."""
-        plan = judge(trial.run(seeds), self.mesh)
-        inputs = returned(plan.program, self.mesh) if plan.refusal else {}
+        plan = evaluate(trial.run(seeds), self.mesh)
+        inputs = output_seeds(plan.program, self.mesh) if plan.refusal else {}
         if not inputs:
             return plan
         others = {name: layouts for name, layouts in seeds.items() if name != axis.value}
-        again = judge(trial.run({name: (layout,) for name, layout in inputs.items()} | others), self.mesh)
+        again = evaluate(trial.run({name: (layout,) for name, layout in inputs.items()} | others), self.mesh)
         return plan if again.refusal else again
 
     def _first(self, trial: Propagation, axis: TokenAxis) -> list[TokenAxis]:
@@ -72,13 +72,13 @@ class DisplacePatches:
         partition = next(self._partitions(program, axis, 0), None)
         if partition is None:
             return []
-        best = judge(trial.run(self._seeds(program, axis, partition, [])), self.mesh)
+        best = evaluate(trial.run(self._seeds(program, axis, partition, [])), self.mesh)
         for other in program.tokens:
             source = inputs_of(program, other.value)
-            taken = other.gathered or other.value in (axis.value, *(one.value for one in chosen))
+            taken = other.is_context or other.value in (axis.value, *(one.value for one in chosen))
             if taken or not source or source & latents:
                 continue
-            plan = judge(trial.run(self._seeds(program, axis, partition, [*chosen, other])), self.mesh)
+            plan = evaluate(trial.run(self._seeds(program, axis, partition, [*chosen, other])), self.mesh)
             cheaper = (plan.price.work, plan.price.bytes) <= (best.price.work, best.price.bytes)
             if cheaper and (best.refusal or not plan.refusal):
                 best = plan
@@ -99,7 +99,7 @@ class DisplacePatches:
         layout: Layout = node.meta.get(LAYOUT) or Layout.whole(len(node.meta[SPEC].shape))
         return layout.with_dims({axis.dim: partition})
 
-    def _divide(self, cut: _Cut, size: int, load: int) -> Partition | None:
+    def _divide(self, cut: _StreamCut, size: int, load: int) -> Partition | None:
         """The stream's patches; None where there are fewer units than patches."""
         count, (main, start) = self.mesh.size((TIME,)), cut.main
         if main % cut.period or cut.period % cut.unit or cut.period // cut.unit < count:
@@ -116,7 +116,7 @@ class DisplacePatches:
 
 
 @dataclass(frozen=True)
-class _Cut:
+class _StreamCut:
     """Every `period` of the segment `main` (its length and start) is divided in whole units; what is around the
     segment goes with the first patch."""
 
@@ -125,7 +125,7 @@ class _Cut:
     unit: int
 
 
-def _cuts(program: Program, axis: TokenAxis) -> Iterator[_Cut]:
+def _cuts(program: Program, axis: TokenAxis) -> Iterator[_StreamCut]:
     """Whole frames or rows before single tokens, the stream as one before each frame for itself."""
     for segments in ((axis.size,), *axis.segments):
         for place, main in enumerate(segments):
@@ -133,7 +133,7 @@ def _cuts(program: Program, axis: TokenAxis) -> Iterator[_Cut]:
             for period in (main, *reversed(units)):
                 for unit in (*reversed(units), 1):
                     if unit < period <= main:
-                        yield _Cut((main, sum(segments[:place])), period, unit)
+                        yield _StreamCut((main, sum(segments[:place])), period, unit)
 
 
 def _sizes(size: int, count: int, load: float) -> list[int]:

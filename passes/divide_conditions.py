@@ -14,8 +14,8 @@ from xdit_ir.ir.graphs import copy_graph, operands, remove_dead, results_of
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Block, Program, TensorSpec, call_block, call_parts, is_block_call
-from xdit_ir.rules import decide
-from xdit_ir.rules.base import Call
+from xdit_ir.rules import infer
+from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.cost import Machine, local_flops
 
 aten = torch.ops.aten
@@ -263,7 +263,7 @@ def _give_layout(node: fx.Node, mesh: Mesh) -> None:
     elif node.target is operator.getitem:
         node.meta[LAYOUT] = operands(node)[0].meta[LAYOUT][node.args[1]]
     else:
-        node.meta[LAYOUT] = decide(Call(node, mesh, tuple(s.meta[LAYOUT] for s in operands(node)))).outputs
+        node.meta[LAYOUT] = infer(OpCall(node, mesh, tuple(s.meta[LAYOUT] for s in operands(node)))).outputs
 
 
 def _relaid(graph: fx.Graph, value: fx.Node, wanted: Layout, mesh: Mesh) -> fx.Node:

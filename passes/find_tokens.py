@@ -50,8 +50,8 @@ class FindTokens:
                 axis, tried = _probed(probe, node, dim)
                 if tried is None or max(tried.flops()) >= whole:
                     continue
-                found.append((axis.gathered, max(tried.flops()), len(found), axis))
-                if not axis.gathered:
+                found.append((axis.is_context, max(tried.flops()), len(found), axis))
+                if not axis.is_context:
                     reaching.append(tried)
         axes = [_detailed(program, axis) for *_, axis in sorted(found)]
         return program.replace(tokens=tuple(axes))
@@ -65,7 +65,7 @@ def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Att
     tried = probe.attempt({node.name: (cut,)})
     if "ulysses" in tried.attention_mesh_dims("queries"):
         return axis, tried
-    axis = replace(axis, gathered=True)
+    axis = replace(axis, is_context=True)
     if node.op == "placeholder":
         features = tried.sums_up() or dim == len(shape) - 1 > 0
         return axis, None if features or tried.attention_mesh_dims("batch") else tried

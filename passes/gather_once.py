@@ -14,7 +14,7 @@ from xdit_ir.passes.find_tokens import segments_of
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.rules.joins import concat_partitions, section
 from xdit_ir.sharding.cost import Machine
-from xdit_ir.sharding.layout_graph import Draft, Step
+from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode
 from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 
 # The work of the slowest rank that may be done for fewer exchanges, whatever they cost, to what it was.
@@ -35,7 +35,7 @@ class GatherOnce:
 
     def improved(self, program: Program, seeds: Seeds) -> Seeds:
         """The seeds with such values whole; the first one stays."""
-        run = Propagation(program, self.mesh, LowerAttention(self.mesh, self.machine).decide)
+        run = Propagation(program, self.mesh, LowerAttention(self.mesh, self.machine).infer)
         best, limit = run.attempt(seeds), None
         while count := _count(best):
             limit = limit or REPEATED * max(best.flops())
@@ -63,10 +63,10 @@ class GatherOnce:
     def _wider(self, program: Program, layout: Layout) -> Iterator[Layout]:
         """The layout with a divided dim whole, or one of the segments that it is joined of."""
         for dim, partition in enumerate(layout.dims):
-            if partition is None or not self.mesh.varies(partition) & set(SEQUENCE):
+            if partition is None or not self.mesh.dividing_dims(partition) & set(SEQUENCE):
                 continue
             yield layout.with_dims({dim: self.mesh.gathered(partition, SEQUENCE)})
-            if self.mesh.varies(partition) <= set(SEQUENCE):
+            if self.mesh.dividing_dims(partition) <= set(SEQUENCE):
                 for sizes in segments_of(program, partition.size):
                     yield from (layout.with_dims({dim: _with_whole(partition, sizes, i)}) for i in range(len(sizes)))
 
@@ -78,7 +78,7 @@ def _with_whole(partition: Partition, sizes: tuple[int, ...], whole: int) -> Par
     return concat_partitions([None if i == whole else part for i, part in enumerate(parts)], sizes)
 
 
-def _gathers(body: Draft) -> list[Step]:
+def _gathers(body: LayoutGraph) -> list[LayoutNode]:
     return [step for step in body.steps if step.target is ops.gather]
 
 
@@ -86,9 +86,9 @@ def _count(attempt: Attempt) -> int:
     return sum(len(_gathers(body)) for body in attempt.bodies())
 
 
-def _shared(attempt: Attempt) -> list[Step]:
+def _shared(attempt: Attempt) -> list[LayoutNode]:
     """The values that every call of a block is given in the same place and of which that block gathers something."""
-    given: dict[tuple[str, int], list[Step]] = {}
+    given: dict[tuple[str, int], list[LayoutNode]] = {}
     wanted: dict[tuple[str, int], None] = {}
     for call in attempt.draft.calls:
         body = attempt.body(call)
@@ -99,7 +99,7 @@ def _shared(attempt: Attempt) -> list[Step]:
     return list({values[0].node: values[0] for values in found if len({value.node for value in values}) == 1}.values())
 
 
-def _origins(body: Draft, steps: list[Step]) -> list[int]:
+def _origins(body: LayoutGraph, steps: list[LayoutNode]) -> list[int]:
     """The places of the arguments that values come from."""
     before, waiting = set(steps), list(steps)
     while waiting:

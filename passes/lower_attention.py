@@ -7,13 +7,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.layout import Layout, keys_apart
+from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import Program
-from xdit_ir.rules import decide
+from xdit_ir.rules import infer
 from xdit_ir.rules.attentions import shared_heads
-from xdit_ir.rules.base import Call, Ruling
+from xdit_ir.rules.base import OpCall, OpSharding
 from xdit_ir.sharding.cost import Machine
 from xdit_ir.sharding.propagate import Propagation
 
@@ -35,22 +35,22 @@ class LowerAttention:
 
     def apply(self, program: Program) -> Program:
         """The program whose attentions each rank can compute with what the layouts give it."""
-        return Propagation(program, self.mesh, self.decide).run().replace(mesh=self.mesh)
+        return Propagation(program, self.mesh, self.infer).run().replace(mesh=self.mesh)
 
-    def decide(self, call: Call) -> Ruling:
+    def infer(self, call: OpCall) -> OpSharding:
         """The rules' decision, lowered where it is about an attention."""
-        ruling = decide(call)
+        ruling = infer(call)
         return self._lower(call, ruling) if call.node.target is ops.attention else ruling
 
-    def _lower(self, call: Call, ruling: Ruling) -> Ruling:
+    def _lower(self, call: OpCall, ruling: OpSharding) -> OpSharding:
         q, k = ruling.inputs[:2]
         out = ruling.outputs
         assert isinstance(out, Layout)
-        talk = call.varies(k.dims[-2])
+        talk = call.dividing_dims(k.dims[-2])
         if call.arguments["is_causal"] and (talk or q.dims[-2] is not None):
             return self._causal(call, ruling)
         if not _has_square_mask(call):
-            talk = keys_apart(call.mesh, q, k)
+            talk = key_gather_dims(call.mesh, q, k)
         heads = self._heads(call, q, k) if ULYSSES in talk else None
         k = k.with_dims({-2: _gathered(call, k, talk - {RING})})
         if heads is not None:
@@ -58,14 +58,14 @@ class LowerAttention:
             q = q.with_dims({dim: q_heads, -2: _gathered(call, q, {ULYSSES})})
             k = k.with_dims({dim: k_heads})
         ring = RING in talk
-        return Ruling(
+        return OpSharding(
             (q, k, k, *_masks(call, q, k)),
             q,
             target=ops.ring_attention if ring else None,
-            after=None if q == out else out,
+            result_layout=None if q == out else out,
         )
 
-    def _heads(self, call: Call, q: Layout, k: Layout) -> tuple[int, Partition, Partition] | None:
+    def _heads(self, call: OpCall, q: Layout, k: Layout) -> tuple[int, Partition, Partition] | None:
         """The dim to divide for Ulysses and how, or None where gathering keys and values is better."""
         degree = self.mesh.size((ULYSSES,))
         for dim in range(len(call.out.shape) - 3, -1, -1):
@@ -87,7 +87,7 @@ class LowerAttention:
         shared = shared_heads(q_heads, group)
         return None if shared is None else (q_heads, shared)
 
-    def _worth(self, call: Call, queries: int, heads: int, degree: int) -> bool:
+    def _worth(self, call: OpCall, queries: int, heads: int, degree: int) -> bool:
         """Whether Ulysses with possibly uneven heads beats whole heads over gathered keys, per rank."""
         q, k, v = (math.prod(spec.shape) * spec.dtype.itemsize for spec in call.specs[:3])
         flops = 4 * math.prod(call.specs[0].shape) * call.specs[1].shape[-2]
@@ -97,31 +97,31 @@ class LowerAttention:
         gathering = (k + v) * away
         return self.machine.seconds(flops * share, exchange) <= self.machine.seconds(flops / degree, gathering)
 
-    def _causal(self, call: Call, ruling: Ruling) -> Ruling:
+    def _causal(self, call: OpCall, ruling: OpSharding) -> OpSharding:
         """Causality needs keys in natural order: divide heads over every sequence mesh dim, or gather the keys and
         tell each rank the places of its queries."""
         out, q, k = ruling.outputs, ruling.inputs[0], ruling.inputs[1].with_dims({-2: None})
         assert isinstance(out, Layout)
-        talk = call.varies(ruling.inputs[1].dims[-2]) | call.varies(q.dims[-2])
+        talk = call.dividing_dims(ruling.inputs[1].dims[-2]) | call.dividing_dims(q.dims[-2])
         size = call.specs[1].shape[-3] if len(call.out.shape) > 2 else 0
         if size == call.out.shape[-3] and size >= self.mesh.size(talk) and q.dims[-3] is None:
             heads = self.mesh.divide(size, talk)
             q, k = q.with_dims({-3: heads, -2: None}), k.with_dims({-3: heads})
-        return Ruling((q, k, k, *_masks(call, q, k)), q, after=None if q == out else out)
+        return OpSharding((q, k, k, *_masks(call, q, k)), q, result_layout=None if q == out else out)
 
 
-def _has_square_mask(call: Call) -> bool:
+def _has_square_mask(call: OpCall) -> bool:
     """Whether a mask has both queries and keys, which one mesh dim cannot divide at once."""
     sizes = call.out.shape[-2], call.specs[1].shape[-2]
     return any(spec.shape[-2:] == sizes for spec in call.specs[3:])
 
 
-def _gathered(call: Call, layout: Layout, dims: Collection[str]) -> Partition | None:
+def _gathered(call: OpCall, layout: Layout, dims: Collection[str]) -> Partition | None:
     partition = layout.dims[-2]
     return None if partition is None else call.mesh.gathered(partition, dims)
 
 
-def _masks(call: Call, q: Layout, k: Layout) -> tuple[Layout, ...]:
+def _masks(call: OpCall, q: Layout, k: Layout) -> tuple[Layout, ...]:
     """Masks follow batch, heads and queries of `q`; their columns are all keys in the order in which these come."""
     keys = k.dims[-2]
     columns = None if keys is None else call.mesh.gathered(keys, (RING,))

@@ -13,8 +13,8 @@ from torch import fx
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.program import STAGE, Program
 from xdit_ir.passes.inline import inline
-from xdit_ir.pipefusion.liveness import Profile, Value, boundaries, profile
-from xdit_ir.pipefusion.stage_search import Cuts, Marks, contiguous, cut_folded, cut_straight, folded
+from xdit_ir.pipefusion.liveness import Liveness, ProgramValue, boundaries, liveness
+from xdit_ir.pipefusion.stage_search import CutPoints, StagePlan, contiguous, cut_folded, cut_straight, folded
 from xdit_ir.sharding.cost import Machine
 
 # "As few bytes as at the boundary": a second, smaller stream may be in two states at once.
@@ -47,7 +47,7 @@ class PartitionStages:
         sources = [axis.value for axis in program.tokens[:1]] or [
             node.name for node in program.graph.nodes if node.op == "placeholder"
         ]
-        found = profile(program, sources)
+        found = liveness(program, sources)
         coordinates, cuts = (
             _balanced(found, self.count) if self.stages is None else _given(found, self.count, self.stages)
         )
@@ -56,7 +56,7 @@ class PartitionStages:
         called = {call: place for place, call in boundaries(found)}
 
         def note(call: fx.Node | None, node: fx.Node, new: fx.Node) -> None:
-            value = Value(call, node)
+            value = ProgramValue(call, node)
             place = found.place[value] if value in found.followed else called.get(node)
             if place is not None:
                 new.meta[STAGE] = bisect.bisect_right(cuts, place)
@@ -65,13 +65,13 @@ class PartitionStages:
         return staged.replace(coordinates=coordinates)
 
 
-def _crossed(found: Profile, place: int) -> Value | None:
+def _crossed(found: Liveness, place: int) -> ProgramValue | None:
     """The operator before which a cut lies, if it is inside a block."""
     value, before = found.entries[place], found.entries[place - 1]
     return value if value.call is not None and value.call is before.call else None
 
 
-def _candidates(found: Profile) -> list[int]:
+def _candidates(found: Liveness) -> list[int]:
     """Places for cuts: the fewest bytes for every sum of FLOPs before, and no more than at the blocks around."""
     edges = [place for place, _ in boundaries(found)]
     around = [int(found.alive[place]) for place in edges] or [int(found.alive[1:-1].max(initial=0))]
@@ -87,7 +87,7 @@ def _candidates(found: Profile) -> list[int]:
     return [place for _, place in best.values()]
 
 
-def _balanced(found: Profile, count: int) -> Choice:
+def _balanced(found: Liveness, count: int) -> Choice:
     """Contiguous or folded stages: whose slowest rank is done first, among those that spread the weights well."""
     places = _candidates(found)
     if len(places) < count - 1:
@@ -107,17 +107,17 @@ def _balanced(found: Profile, count: int) -> Choice:
     return best.coordinates, [places[mark - 1] for mark in best.marks]
 
 
-def _options(marks: Marks, count: int, bound: float) -> list[Cuts]:
+def _options(marks: CutPoints, count: int, bound: float) -> list[StagePlan]:
     weights = bound * float(marks.weights[-1]) / count
     found = (cut(marks, count, weights) for cut in (cut_straight, cut_folded))
     return [cuts for cuts in found if cuts is not None]
 
 
-def _seconds(cuts: Cuts) -> float:
+def _seconds(cuts: StagePlan) -> float:
     return Machine().seconds(cuts.slowest, cuts.bytes)
 
 
-def _marks(found: Profile, places: Sequence[int]) -> Marks:
+def _marks(found: Liveness, places: Sequence[int]) -> CutPoints:
     edges = [0, *places, len(found.entries)]
     sent = np.zeros((len(edges), len(edges)), dtype=np.int64)
     for made, uses, nbytes in found.crossing():
@@ -127,10 +127,10 @@ def _marks(found: Profile, places: Sequence[int]) -> Marks:
             sent[mark, bisect.bisect_right(edges, following) :] += nbytes
             sent[:first, mark] += nbytes
     flops, weights = (np.concatenate([[0], np.cumsum(each)])[edges] for each in (found.flops, found.weights))
-    return Marks(flops, weights, sent)
+    return CutPoints(flops, weights, sent)
 
 
-def _given(found: Profile, count: int, stages: Sequence[int]) -> Choice:
+def _given(found: Liveness, count: int, stages: Sequence[int]) -> Choice:
     edges = [place for place, _ in boundaries(found)]
     forms = {len(form): form for form in (folded(count), contiguous(count))}
     whole = all(isinstance(n, int) and n > 0 for n in stages) and sum(stages) == len(edges)

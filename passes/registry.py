@@ -91,7 +91,7 @@ def _options(kind: type[Any]) -> Iterator[tuple[str, tuple[str, Any], Any]]:
 
 
 @dataclass(frozen=True)
-class Step:
+class PassSpec:
     """A pass of a list, with the options that it is given."""
 
     kind: type[Any]
@@ -153,7 +153,7 @@ def _no_such(what: str, name: str, known: Sequence[str] | Mapping[str, Any], whe
     return f"{where} has no {what} {name!r}{hint} There are: {', '.join(known) or 'none'}"
 
 
-def parse_passes(text: str) -> list[Step]:
+def parse_passes(text: str) -> list[PassSpec]:
     """The passes that `text` lists; `package.module:Class` names one that is not ours.
 
     Raises:
@@ -164,7 +164,7 @@ def parse_passes(text: str) -> list[Step]:
         found = re.match(r"\s*([\w.:\-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)", rest)
         if found is None:
             raise XditError(f"expected a list such as find-tokens,shard-tokens{{ulysses=2}}, got {rest!r}")
-        steps.append(Step(_kind(found[1]), _given(found[2] or "", found[1])))
+        steps.append(PassSpec(_kind(found[1]), _given(found[2] or "", found[1])))
         rest = rest[found.end() :]
     return steps
 
@@ -196,7 +196,7 @@ def _kind(name: str) -> type[Any]:
 
 
 def apply_passes(
-    program: Program, steps: Sequence[Step], after: Callable[[Pass, Program], None] | None = None
+    program: Program, steps: Sequence[PassSpec], after: Callable[[Pass, Program], None] | None = None
 ) -> Program:
     """Run the passes in order, with the verifier behind each."""
     mesh = program.mesh

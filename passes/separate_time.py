@@ -14,7 +14,7 @@ from xdit_ir.ir.graphs import map_graphs, operands, results_of
 from xdit_ir.ir.layout import kind
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, ONCE, Program, call_parts, is_block_call
-from xdit_ir.pipefusion.patch_plan import latents, varies
+from xdit_ir.pipefusion.patch_plan import is_divided_over_time, latents
 from xdit_ir.sharding.buffer_access import before_time
 
 
@@ -86,7 +86,7 @@ def _outputs(graph: fx.Graph, once: set[fx.Node]) -> list[bool]:
 
 def _once(graph: fx.Graph, mesh: Mesh, varying: set[int], outputs: dict[str, list[bool]]) -> set[fx.Node]:
     inputs = enumerate(_placeholders(graph))
-    found = {node for place, node in inputs if place not in varying and not varies(node, mesh)}
+    found = {node for place, node in inputs if place not in varying and not is_divided_over_time(node, mesh)}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -97,6 +97,6 @@ def _once(graph: fx.Graph, mesh: Mesh, varying: set[int], outputs: dict[str, lis
             once = outputs[str(source.args[0])][node.args[1]]
         else:
             once = all(value in found or value.op == "get_attr" for value in operands(node))
-        if once and not varies(node, mesh):
+        if once and not is_divided_over_time(node, mesh):
             found.add(node)
     return found

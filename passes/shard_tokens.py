@@ -22,7 +22,7 @@ BALANCED = 10_100
 
 
 @dataclass(frozen=True, order=True)
-class Price:
+class ShardPrice:
     """What a partition costs: work of the slowest rank (in 1/10000 of one device), then bytes between ranks."""
 
     work: int
@@ -31,7 +31,7 @@ class Price:
 
 @dataclass(frozen=True)
 class _Choice:
-    price: Price
+    price: ShardPrice
     attempt: Attempt
     seeds: Seeds
 
@@ -58,14 +58,14 @@ class ShardTokens:
         trial = Propagation(program, self.mesh)
         best: _Choice | None = None
         for axis in program.tokens:
-            if axis.gathered and best is not None and best.price.work * degree <= BALANCED:
+            if axis.is_context and best is not None and best.price.work * degree <= BALANCED:
                 break
             if best is not None and divides(best.attempt, axis.value, axis.dim):
                 continue
             for layouts in self._proposals(program, axis):
                 seeds = {**(best.seeds if best else {}), axis.value: layouts}
                 choice = self._priced(program, trial.attempt(seeds), seeds)
-                if best is None and axis.gathered:  # nothing reaches a query: only where that saves work
+                if best is None and axis.is_context:  # nothing reaches a query: only where that saves work
                     accepted = choice.price.work <= WORTH * self._priced(program, trial.attempt(), {}).price.work
                 else:
                     accepted = best is None or (choice.price < best.price and self._is_worth(choice, best, axis))
@@ -78,12 +78,12 @@ class ShardTokens:
 
     def _is_worth(self, choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:
         """Each further stream costs communication, keys that are exchanged in every block most of all."""
-        exchanged = axis.gathered and len(choice.seeds[axis.value]) == 1
+        exchanged = axis.is_context and len(choice.seeds[axis.value]) == 1
         return choice.price.work <= (WORTH if exchanged else 1) * best.price.work
 
     def _priced(self, program: Program, tried: Attempt, seeds: Seeds) -> _Choice:
         slowest, total = max(tried.flops()), max(program_flops(program, None)[0], 1)
-        return _Choice(Price(round(10_000 * slowest / total), tried.moved_bytes()), tried, seeds)
+        return _Choice(ShardPrice(round(10_000 * slowest / total), tried.moved_bytes()), tried, seeds)
 
     def _proposals(self, program: Program, axis: TokenAxis) -> Iterator[Layouts]:
         have = _layout(program, axis)
@@ -92,7 +92,7 @@ class ShardTokens:
             yield (have.with_dims({axis.dim: self.mesh.refine(cut, SEQUENCE)}),)
             return
         even = self.mesh.divide(axis.size, SEQUENCE)
-        if axis.gathered:
+        if axis.is_context:
             divided = have.with_dims({axis.dim: even})
             yield from ((divided, have), (divided,))
             return

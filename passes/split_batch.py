@@ -95,7 +95,7 @@ class SplitBatch:
                 seeds = {**(best.seeds if best else {}), node.name: (layout,)}
                 result = trial.attempt(seeds)
                 choice = _Choice(max(result.flops()), shape[dim], seeds, result)
-                if "cfg" not in result.keys_apart() and (best is None or choice.work < best.work):
+                if "cfg" not in result.key_gather_dims() and (best is None or choice.work < best.work):
                     best = choice
         return best
 
@@ -119,7 +119,7 @@ def _sequences(program: Program) -> Iterator[tuple[fx.Node, int]]:
         if getattr(node.target, "overloadpacket", None) in JOINS and node.meta[SPEC].dtype.is_floating_point:
             yield node, joined_dim(node)
     values = {node.name: node for node in program.graph.nodes}
-    yield from ((values[axis.value], axis.dim) for axis in program.tokens if not axis.gathered)
+    yield from ((values[axis.value], axis.dim) for axis in program.tokens if not axis.is_context)
 
 
 def _with_tokens(program: Program, seeds: Seeds) -> Program:

@@ -21,7 +21,7 @@ from xdit_ir.ir import buffer_ops as buffers
 from xdit_ir.ir.buffer_ops import Read, Write
 from xdit_ir.ir.graphs import copy_graph
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.pipefusion.pipeline_program import Part, Pipeline, pipeline_text, verify_pipeline
+from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline, pipeline_text, verify_pipeline
 from xdit_ir.pipefusion.stage_search import contiguous, folded
 
 Case = tuple[torch.nn.Module, dict[str, Any]]
@@ -40,7 +40,7 @@ def parallel(case: Case) -> ParallelProgram:
 def changed(parallel: ParallelProgram, change: Callable[[fx.Graph], None], patch: int) -> ParallelProgram:
     """The same with the blocks of one patch changed on every stage."""
     assert parallel.pipeline is not None
-    parts: dict[tuple[int, int], Part] = {}
+    parts: dict[tuple[int, int], PatchStage] = {}
     for stage in range(parallel.pipeline.stages):
         part = parallel.pipeline.part(stage, patch)
         blocks = {}
@@ -95,7 +95,7 @@ def test_values_that_no_one_holds_are_found() -> None:
     verify_pipeline(pipeline)
     part = pipeline.part(1, 0)
     assert not part.sends
-    broken = replace(part, holds=part.holds[:-1])
+    broken = replace(part, carried_out=part.carried_out[:-1])
     with pytest.raises(xir.VerifyError, match="its rank does not hold"):
         verify_pipeline(replace(pipeline, _parts={(1, 0): broken}))
 
@@ -139,7 +139,7 @@ def test_turns_follow_what_they_need_and_never_fall_together(
     program = parallel.pipeline.program.replace(mesh=Mesh.of(pipefusion=patches))
     pipeline = Pipeline(program, coordinates, warmup_steps=1)
     last, ranks = pipeline.stages - 1, pipeline.mesh.world_size
-    turns = {job: pipeline.turn(*job) for job in itertools.product(range(last + 1), range(3), range(patches))}
+    turns = {job: pipeline.issue_order(*job) for job in itertools.product(range(last + 1), range(3), range(patches))}
     for (stage, step, patch), turn in turns.items():
         assert stage == 0 or turns[stage - 1, step, patch] < turn
         assert patch == 0 or turns[stage, step, patch - 1] < turn

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @dataclass(frozen=True)
-class Settings:
+class CheckSettings:
     """The marker's arguments."""
 
     degrees: Any = None
@@ -55,7 +55,7 @@ class Check:
     """`xdit(model, example)`: assert that the model divided as the test says computes what it computes alone."""
 
     degrees: dict[str, Any]
-    settings: Settings
+    settings: CheckSettings
 
     def __call__(self, model: nn.Module, example: Example) -> None:
         """Fails the test where a rank differs; skips it if the degrees were not asked for and are illegal here."""
@@ -71,9 +71,9 @@ class Check:
             pytest.skip(str(error))
 
 
-def _settings(marker: pytest.Mark) -> Settings:
+def _settings(marker: pytest.Mark) -> CheckSettings:
     try:
-        return Settings(*marker.args, **marker.kwargs)
+        return CheckSettings(*marker.args, **marker.kwargs)
     except TypeError as error:
         raise pytest.UsageError(f"the marker is {MARKER.partition(':')[0]}; {error}") from None
 

@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from xdit_ir import degrees as short
 from xdit_ir.api import Example, TracedProgram, split_example, trace
 from xdit_ir.checking.check import check
-from xdit_ir.deferral.deferred import force
+from xdit_ir.deferral.deferred import materialize
 from xdit_ir.ir.difference import relative_error, tensors_of
 from xdit_ir.ir.mesh import MESH_DIMS
 
@@ -111,6 +111,6 @@ def _process(
     module = trace(model, example).parallelize(**degrees).emit(model)
     args, kwargs = split_example(example)
     with torch.no_grad():
-        tensors = [force(tensor) for tensor in tensors_of(module(*args, **kwargs))]
+        tensors = [materialize(tensor) for tensor in tensors_of(module(*args, **kwargs))]
     torch.save(tensors, Path(folder, str(rank)))
     dist.destroy_process_group()

@@ -198,14 +198,16 @@ def test_folded_stages_take_turns(traced: TracedProgram) -> None:
     """There and back again: each rank has two stages, and what it computes is in the order of the turns."""
     folded_twice = inspect(traced, NAME, pipefusion=2, stages=(1, 1, 1, 1))
     assert [stage.place for stage in folded_twice.stages] == [0, 1, 1, 0]
-    assert any(stage.holds for stage in folded_twice.stages)
+    assert any(stage.carried_out for stage in folded_twice.stages)
     pipeline = traced.parallelize(pipefusion=2, stages=(1, 1, 1, 1)).pipeline
     assert pipeline is not None and folded_twice.timeline is not None
     again = parse(write(pipeline.program).text)
     assert difference(pipeline.program, again) is None and again.coordinates == (0, 1, 1, 0)
     for rank in range(2):
         own = [s for s in folded_twice.timeline.spans if (s.rank, s.lane) == (rank, "compute") and s.step > 0]
-        turns = [pipeline.turn(span.stage, span.step, span.patch) for span in sorted(own, key=lambda span: span.start)]
+        turns = [
+            pipeline.issue_order(span.stage, span.step, span.patch) for span in sorted(own, key=lambda span: span.start)
+        ]
         assert turns == sorted(turns)
 
 

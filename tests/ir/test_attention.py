@@ -17,7 +17,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.rules import rule_for
-from xdit_ir.rules.base import Call
+from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.verify import verify
 
 
@@ -86,10 +86,10 @@ def test_what_is_demanded_of_attention_is_given(data):
     whole = tuple(Layout.whole(len(source.meta[SPEC].shape)) for source in operands(node))
     rule = rule_for(ops.attention)
     assert rule is not None
-    needs = rule.demand(Call(node, mesh, whole), wanted)
+    needs = rule.demand(OpCall(node, mesh, whole), wanted)
     assert needs is not None or wanted.dims[-1] is not None or wanted.dims[-3] is not None
     if needs is not None:
-        ruling = rule.forward(Call(node, mesh, needs))
+        ruling = rule.forward(OpCall(node, mesh, needs))
         assert (ruling.inputs, ruling.outputs) == (needs, wanted)
 
 
@@ -110,9 +110,9 @@ def test_tokens_become_heads_or_go_around(degrees, names):
     lowered = LowerAttention(mesh).apply(one.program([tokens] * 3))
     node = the_operator(lowered)
     assert {node.target.__name__} == names
-    assert node.meta[LAYOUT].varies(mesh) == set(degrees)
+    assert node.meta[LAYOUT].dividing_dims(mesh) == set(degrees)
     heads = node.meta[LAYOUT].dims[1]
-    assert mesh.varies(heads) == {"ulysses"} & set(degrees)
+    assert mesh.dividing_dims(heads) == {"ulysses"} & set(degrees)
     one.check(mesh, lowered)
 
 

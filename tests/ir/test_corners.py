@@ -101,13 +101,13 @@ def test_a_convolution_without_rows_on_a_rank():
     empty = Partition(9, (Indices.range(0, 9), Indices(())))
     args = (t(1, 2, 9), t(2, 2, 3), t(2), [1], [0], [1], 1)
     _, given = run(Sample(aten.conv1d.default, args), Layout((None, None, empty)), Layout.whole(3), Layout.whole(1))
-    assert given.varies(TWO) == {"ulysses"}
+    assert given.dividing_dims(TWO) == {"ulysses"}
 
 
 def test_joining_operands_that_are_divided_over_different_mesh_dims():
     one, other = even(4, FOUR, ("ring",)), even(6, FOUR, ("ulysses",))
     taken, given = run(Sample(aten.cat.default, ([t(4), t(6)], 0)), Layout((one,)), Layout((other,)), mesh=FOUR)
-    assert all(layout.varies(FOUR) == {"ring", "ulysses"} for layout in (*taken, given))
+    assert all(layout.dividing_dims(FOUR) == {"ring", "ulysses"} for layout in (*taken, given))
     assert FOUR.tiles(given.dims[0]), "nothing is held twice: attention over it would count that twice"
 
 
@@ -166,7 +166,7 @@ def test_flip_and_roll_along_a_divided_dim_talk_to_nobody():
     tokens = Layout((even(8), None))
     for sample in (Sample(aten.flip.default, (t(8, 3), [0, 1])), Sample(aten.roll.default, (t(8, 3), [3, 1], [0, 1]))):
         taken, given = run(sample, tokens)
-        assert taken == (tokens,) and given.varies(TWO) == {"ulysses"}
+        assert taken == (tokens,) and given.dividing_dims(TWO) == {"ulysses"}
 
 
 def test_gathering_along_a_dim_where_the_index_is_shorter():

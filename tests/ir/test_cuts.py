@@ -8,20 +8,20 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from xdit_ir.pipefusion.stage_search import SLACK, Cuts, Marks, cut_folded, cut_straight
+from xdit_ir.pipefusion.stage_search import SLACK, CutPoints, StagePlan, cut_folded, cut_straight
 
 Tasks = list[tuple[int, int]]
 TASKS = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=4, max_size=9)
 
 
-def marks_of(tasks: Tasks, sent: int) -> Marks:
+def marks_of(tasks: Tasks, sent: int) -> CutPoints:
     """A mark between any two tasks, given by FLOPs and weights; the bytes differ from mark to mark."""
     flops, weights = (np.concatenate([[0], np.cumsum(amounts)]) for amounts in zip(*tasks, strict=True))
     places = np.arange(len(flops))
-    return Marks(flops, weights, (places[:, None] * sent + places[None, :]) % 7)
+    return CutPoints(flops, weights, (places[:, None] * sent + places[None, :]) % 7)
 
 
-def every(marks: Marks, count: int, runs: int, bound: float) -> list[tuple[int, int]]:
+def every(marks: CutPoints, count: int, runs: int, bound: float) -> list[tuple[int, int]]:
     """FLOPs of the slowest rank and bytes over all boundaries, for every legal cut into `runs` runs."""
     found = []
     for inner in itertools.combinations(range(1, marks.end), runs - 1):
@@ -35,7 +35,7 @@ def every(marks: Marks, count: int, runs: int, bound: float) -> list[tuple[int, 
     return found
 
 
-def check(marks: Marks, cuts: Cuts | None, options: list[tuple[int, int]], count: int) -> None:
+def check(marks: CutPoints, cuts: StagePlan | None, options: list[tuple[int, int]], count: int) -> None:
     assert (cuts is None) == (not options)
     if cuts is None:
         return

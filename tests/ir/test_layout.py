@@ -62,7 +62,7 @@ def test_names_say_what_is_needed(mesh, shape, data):
     assert kind(mesh, layout, layout) == kind(mesh, whole, layout) == ("shard", ())
     name, dims = kind(mesh, layout, whole)
     assert name == ("gather" if dims else "shard")
-    assert set(dims) <= layout.varies(mesh)
+    assert set(dims) <= layout.dividing_dims(mesh)
 
 
 def over(mesh, size, *dims):
@@ -87,7 +87,7 @@ def test_a_layout_knows_when_it_is_whole():
     mesh = Mesh.of(ulysses=2)
     assert Layout((mesh.divide(4, ("ring",)), mesh.divide(0, ("ulysses",)))) == Layout.whole(2)
     divided = Layout((mesh.divide(3, ("ulysses",)), None))
-    assert not divided.is_whole and divided.varies(mesh) == {"ulysses"}
+    assert not divided.is_whole and divided.dividing_dims(mesh) == {"ulysses"}
     assert [divided.local_shape((3, 5), rank) for rank in (0, 1)] == [(2, 5), (1, 5)]
     assert divided.with_dims({-2: None}).is_whole
     partial = Layout((None,), frozenset({"ulysses"}))

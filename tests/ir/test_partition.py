@@ -142,7 +142,7 @@ def test_partition_counts_covers_and_tiles(mesh, size, data):
         assert partition.covers(group)
         if dims:
             assert partition.tiles(group) == (len(held) == size)
-    assert mesh.varies(partition) <= set(dims)
+    assert mesh.dividing_dims(partition) <= set(dims)
     same = Partition(size, tuple(of(listed(part)) for part in partition.parts))
     assert same == partition and hash(same) == hash(partition)
 
@@ -167,7 +167,7 @@ def test_refining_divides_every_part(mesh, size, data):
     partition = data.draw(partitions(mesh, size, names))
     over = frozenset(data.draw(mesh_dims(mesh)))
     refined = mesh.refine(partition, over)
-    rest = over - mesh.varies(partition)
+    rest = over - mesh.dividing_dims(partition)
     for rank in range(mesh.world_size):
         group = mesh.group(rank, rest)
         assert [i for member in group for i in listed(refined.parts[member])] == listed(partition.parts[rank])

@@ -17,8 +17,8 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.program import LAYOUT, SPEC
-from xdit_ir.rules import RULES, decide, rule_for
-from xdit_ir.rules.base import Call, as_outputs
+from xdit_ir.rules import RULES, infer, rule_for
+from xdit_ir.rules.base import OpCall, as_outputs
 
 for family in ("pointwise", "views", "lookups", "products"):
     importlib.import_module(f"ir_examples_{family}")
@@ -66,14 +66,14 @@ def sums_come_first(one, mesh):
     node = the_operator(one.program())
     shapes = [source.meta[SPEC].shape for source in operands(node)]
     partial = tuple(Layout((None,) * len(shape), frozenset({"ulysses"})) for shape in shapes)
-    assert not any(layout.partial for layout in decide(Call(node, mesh, partial)).inputs)
+    assert not any(layout.partial for layout in infer(OpCall(node, mesh, partial)).inputs)
 
 
 def again(mesh, divided):
     """A rule applied to what it asked for asks for the same and answers the same."""
     node = the_operator(divided)
     taken = tuple(source.meta[LAYOUT] for source in operands(node))
-    ruling = decide(Call(node, mesh, taken))
+    ruling = infer(OpCall(node, mesh, taken))
     assert ruling.inputs == taken
     assert ruling.outputs == node.meta[LAYOUT]
 
@@ -97,12 +97,12 @@ def demand(one, mesh, wanted):
     """What `demand` answers is confirmed by `forward`, and is where propagation cuts."""
     node = the_operator(one.program())
     whole = tuple(Layout.whole(len(source.meta[SPEC].shape)) for source in operands(node))
-    target = as_outputs(Call(node, mesh, whole), wanted)
+    target = as_outputs(OpCall(node, mesh, whole), wanted)
     rule = rule_for(node.target)
     assert rule is not None
-    needs = rule.demand(Call(node, mesh, whole), target)
+    needs = rule.demand(OpCall(node, mesh, whole), target)
     if needs is not None:
-        ruling = rule.forward(Call(node, mesh, needs))
+        ruling = rule.forward(OpCall(node, mesh, needs))
         assert ruling.inputs == needs
         assert ruling.outputs == target
     divided = one.propagate(mesh, one.program(wanted=wanted))

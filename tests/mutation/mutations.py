@@ -18,10 +18,10 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
 from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
 from xdit_ir.ir.graphs import copy_graph
-from xdit_ir.ir.layout import Exchange, Piece
+from xdit_ir.ir.layout import Piece, RankExchange
 from xdit_ir.ir.partition import Indices, Partition, Runs
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call
-from xdit_ir.pipefusion.pipeline_program import Part
+from xdit_ir.pipefusion.pipeline_program import PatchStage
 
 aten = torch.ops.aten
 Change = Callable[[fx.Graph], "fx.Node | None"]
@@ -57,7 +57,7 @@ def break_parts(parallel: ParallelProgram, change: Change, stage: int, virtual: 
     assert parallel.pipeline is not None
     part = parallel.pipeline.part(stage, virtual)
     program, broken = _broken(part.program, change)
-    parts: dict[tuple[int, int], Part] = {(stage, virtual): replace(part, program=program)}
+    parts: dict[tuple[int, int], PatchStage] = {(stage, virtual): replace(part, program=program)}
     return Broken(replace(parallel, pipeline=replace(parallel.pipeline, _parts=parts)), *broken)
 
 
@@ -319,7 +319,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def exchange(rewrite: Callable[[Exchange], Exchange | None], kind: str = "") -> Change:
+def exchange(rewrite: Callable[[RankExchange], RankExchange | None], kind: str = "") -> Change:
     """Another half of an exchange."""
 
     def change(graph: fx.Graph) -> fx.Node | None:
@@ -333,19 +333,19 @@ def exchange(rewrite: Callable[[Exchange], Exchange | None], kind: str = "") -> 
     return change
 
 
-def wrong_receivers(x: Exchange) -> Exchange | None:
+def wrong_receivers(x: RankExchange) -> RankExchange | None:
     """Pieces of equal size go to the wrong members."""
     sends = x.sends[1:] + x.sends[:1]
     return replace(x, sends=sends) if sends != x.sends and len({piece.shape for piece in sends}) == 1 else None
 
 
-def wrong_places(x: Exchange) -> Exchange | None:
+def wrong_places(x: RankExchange) -> RankExchange | None:
     """What arrived is put together in the wrong order."""
     places = x.places[1:] + x.places[:1]
     return replace(x, places=places) if places != x.places and len(set(x.shapes)) == 1 else None
 
 
-def shifted_pieces(x: Exchange) -> Exchange | None:
+def shifted_pieces(x: RankExchange) -> RankExchange | None:
     """Everybody gets heads (or tokens) that begin one place further: off by one, with the last one twice."""
     sends = []
     for piece in x.sends:

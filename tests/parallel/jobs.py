@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.inputs import opened
+from xdit_ir.capture.inputs import expand_objects
 
 Degrees = dict[str, int]
 
@@ -79,7 +79,7 @@ def left_behind(name: str, degrees: Degrees) -> dict[str, Any]:
 
 
 def _tensors(example: dict[str, Any]) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(opened(example)) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(expand_objects(example)) if isinstance(leaf, torch.Tensor)]
 
 
 class Reader(nn.Module):

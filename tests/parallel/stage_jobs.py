@@ -21,7 +21,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture.inputs import bind_arguments, bind_inputs
 from xdit_ir.capture.outputs import build_output
-from xdit_ir.deferral.deferred import Deferred, force
+from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.emission.execution import plain_modes
 from xdit_ir.ir.difference import tensors_of
 from xdit_ir.ir.interpret import model_state
@@ -140,7 +140,7 @@ def _image(
                 entered.enter_context(torch.autocast("cpu", torch.bfloat16))
             result = pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **call)
         [latents] = tensors_of(_plain(result))
-        return force(latents).float()
+        return materialize(latents).float()
 
     exact = run(original)
     want = run(Simulated(original, lanes, **{name: n for name, n in degrees.items() if lanes == 1 or name != "cfg"}))
@@ -268,7 +268,7 @@ def lost_rank(name: str, degrees: Degrees, how: str, seconds: int) -> dict[str, 
 
     def run() -> None:
         for output in _run(module, _inputs(example, 5)):
-            force(_tensor(output))
+            materialize(_tensor(output))
 
     _traffic(module).observe = stop
     return _failure(run)

@@ -17,7 +17,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import run_single
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.inputs import opened
+from xdit_ir.capture.inputs import expand_objects
 from xdit_ir.degrees import Degrees
 from xdit_ir.ir.difference import relative_error, tensors_of
 from xdit_ir.tools.survey import DEGREES, Outcome, Subject
@@ -77,7 +77,7 @@ def left(example: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> list[
     """The tensors of an output, and those in what the model was given, after a run on a copy of the example."""
     given = copied(example)
     return tensors_of(run(given)) + [
-        x for x in tensors_of(opened(given)) if not any(x is item for item in given.values())
+        x for x in tensors_of(expand_objects(given)) if not any(x is item for item in given.values())
     ]
 
 

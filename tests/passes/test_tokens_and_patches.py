@@ -8,7 +8,7 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.pipefusion.rank_tasks import RankWork
+from xdit_ir.pipefusion.rank_tasks import RankTasks
 
 CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KERNEL, GRID = (2, 3, 4), (4, 3, 2)
@@ -55,7 +55,7 @@ def test_codes_are_latents_where_the_output_has_their_scores() -> None:
     model, example = models.load("transformer-2d-vectorized:tiny")
     parallel = xir.trace(model, example).parallelize(pipefusion=2)
     assert parallel.pipeline is not None
-    work = RankWork(parallel.pipeline, 0)
+    work = RankTasks(parallel.pipeline, 0)
     [output], [codes] = work.cuts, work.latents.values()
     assert output is not None and list(work.latents) == ["hidden_states"]
     assert (output.dim, codes.dim) == (2, 1) and output.parts == codes.parts

@@ -17,7 +17,7 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.emission.checkpoint import Checkpoint, Store
+from xdit_ir.emission.checkpoint import Checkpoint, WeightStore
 from xdit_ir.ir.program import TensorSpec
 
 Saved = tuple[nn.Module, dict[str, Any], Path]
@@ -97,12 +97,12 @@ def test_a_stage_reads_its_own_tensors_only(saved: Saved, damaged: Path) -> None
     assert others
     for file in others:
         file.unlink()
-    held = Store(empty(model), CPU, Checkpoint(damaged)).take(names, specs).fetch()
+    held = WeightStore(empty(model), CPU, Checkpoint(damaged)).take(names, specs).fetch()
     state = model.state_dict()
     assert all(torch.equal(x, state[name]) for name, x in zip(names, held, strict=True))
     assert sum(x.nbytes for x in held) == sum(specs[name].nbytes for name in names)
     with pytest.raises(xir.MismatchError, match=r"safetensors is missing \(for tensor '"):
-        Store(empty(model), CPU, Checkpoint(damaged)).check(parallel.pipeline.weights_of(0), specs)
+        WeightStore(empty(model), CPU, Checkpoint(damaged)).check(parallel.pipeline.weights_of(0), specs)
 
 
 NAME = "single_transformer_blocks.0.proj_mlp.weight"
@@ -134,7 +134,7 @@ def edit(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], N
 )
 def test_errors_name_file_and_tensor(saved: Saved, damaged: Path, spoil: Callable[[Path], None], message: str) -> None:
     spec = TensorSpec(tuple(saved[0].get_parameter(NAME).shape), torch.float32)
-    store = Store(empty(saved[0]), CPU, Checkpoint(damaged))
+    store = WeightStore(empty(saved[0]), CPU, Checkpoint(damaged))
     store.check([NAME], {NAME: spec})
     spoil(shard_of(damaged, NAME))
     for read in (store.check, store.take):
@@ -186,11 +186,11 @@ def test_what_a_stage_does_not_use_is_freed(saved: Saved) -> None:
     assert parallel.pipeline is not None
     names = parallel.pipeline.weights_of(1)
     living = {name: weakref.ref(tensor.untyped_storage()) for name, tensor in model.named_parameters()}
-    held = Store(model, CPU, release=True).take(names, parallel.original.state)
+    held = WeightStore(model, CPU, release=True).take(names, parallel.original.state)
     assert {name for name, ref in living.items() if ref() is not None} <= set(names)
     assert len(held.fetch()) == len(names) < len(living)
     with pytest.raises(xir.MismatchError, match="gave it up"):
-        Store(model, CPU, release=True).take(names, parallel.original.state)
+        WeightStore(model, CPU, release=True).take(names, parallel.original.state)
 
 
 def test_resident_memory_grows_by_what_is_read(tmp_path: Path) -> None:
@@ -207,6 +207,6 @@ def test_resident_memory_grows_by_what_is_read(tmp_path: Path) -> None:
     spec, names = TensorSpec((1 << 22,), torch.float32), [f"layer{place}" for place in range(0, 12, 2)]
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    held = Store(nn.Module(), CPU, Checkpoint(tmp_path)).take(names, dict.fromkeys(names, spec)).fetch()
+    held = WeightStore(nn.Module(), CPU, Checkpoint(tmp_path)).take(names, dict.fromkeys(names, spec)).fetch()
     assert [tensor[-1].item() for tensor in held] == list(range(0, 12, 2))
     assert resident("VmHWM") - before <= (len(names) + 1) * 16 + 8, "MiB: tensors of 16 each"

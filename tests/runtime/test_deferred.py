@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from xdit_ir.deferral.deferred import Deferred, force, is_separable, pending, pull
+from xdit_ir.deferral.deferred import Deferred, is_separable, materialize, materialize_slice, pending
 from xdit_ir.errors import MismatchError
 
 SHAPE = (2, 4, 8, 6)
@@ -31,11 +31,11 @@ class Model:
         class Rows:
             def part(self, dim: int, start: int, stop: int) -> torch.Tensor:
                 model.asked.append((dim, start, stop))
-                return model.exact(pull(x, dim, start, stop), t)
+                return model.exact(materialize_slice(x, dim, start, stop), t)
 
             def whole(self) -> torch.Tensor:
                 model.asked.append((-1, 0, 0))
-                return model.exact(force(x), t)
+                return model.exact(materialize(x), t)
 
         return pending(Rows(), x.shape, x.dtype, x.device)
 
@@ -77,12 +77,12 @@ def test_a_loop_computes_nothing_until_rows_are_asked_for(scheduler: Any) -> Non
     got = denoise(type(scheduler).from_config(scheduler.config), model.deferred)
     assert isinstance(got, Deferred) and not model.asked
     assert is_separable(got, ROWS, 0, 4)
-    top = pull(got, ROWS, 0, 4)
+    top = materialize_slice(got, ROWS, 0, 4)
     assert set(model.asked) == {(ROWS, 0, 4)}, "other rows were not needed"
     torch.testing.assert_close(top, want[:, :, :4])
-    torch.testing.assert_close(pull(got, ROWS, 4, 8), want[:, :, 4:])
+    torch.testing.assert_close(materialize_slice(got, ROWS, 4, 8), want[:, :, 4:])
     asked = len(model.asked)
-    torch.testing.assert_close(force(got), want)
+    torch.testing.assert_close(materialize(got), want)
     assert len(model.asked) == asked == 12, "each part once a step"
 
 
@@ -128,8 +128,8 @@ def test_parts_are_parts_of_the_whole_whatever_is_done(
     for dim in range(want.dim()):
         half = max(1, want.shape[dim] // 2)
         got = operator(rows(value))
-        torch.testing.assert_close(pull(got, dim, 0, half), want.narrow(dim, 0, half))
-    torch.testing.assert_close(force(operator(rows(value))), want)
+        torch.testing.assert_close(materialize_slice(got, dim, 0, half), want.narrow(dim, 0, half))
+    torch.testing.assert_close(materialize(operator(rows(value))), want)
 
 
 def test_what_moves_rows_needs_more_than_the_same_rows(value: torch.Tensor) -> None:
@@ -145,14 +145,14 @@ def test_writes_in_place(value: torch.Tensor) -> None:
     for z in (x, y):
         z.mul_(2).add_(torch.ones(()))
     assert isinstance(y, Deferred)
-    torch.testing.assert_close(force(y), x)
-    torch.testing.assert_close(force(before), value)
+    torch.testing.assert_close(materialize(y), x)
+    torch.testing.assert_close(materialize(before), value)
     for z in (x, y):
         head = z[:, :, :2]
         head += 1
         z[:, 0].zero_()
         head *= 3
-    torch.testing.assert_close(force(y), x)
+    torch.testing.assert_close(materialize(y), x)
 
 
 def test_reading_by_any_means(value: torch.Tensor) -> None:
@@ -175,12 +175,12 @@ def test_small_operands_may_be_reused_and_writes_to_large_ones_are_noticed(value
     sigma = torch.tensor(2.0)
     scaled = rows(value) * sigma
     sigma.fill_(5.0)
-    torch.testing.assert_close(force(scaled), value * 2)
+    torch.testing.assert_close(materialize(scaled), value * 2)
     noise = torch.randn(64, 64)
     total = rows(torch.ones(64, 64)) + noise
     noise.zero_()
     with pytest.raises(MismatchError, match=r"\[64, 64\] was written to"):
-        force(total)
+        materialize(total)
 
 
 @pytest.mark.parametrize("mode", ["autocast", "inference"])
@@ -189,6 +189,6 @@ def test_the_readers_mode_does_not_matter(mode: str, value: torch.Tensor) -> Non
     context = torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else torch.inference_mode()
     with context:
         inside = rows(value) * 3
-        plain = force(got)
+        plain = materialize(got)
     torch.testing.assert_close(plain, value * 2 + 1)
-    torch.testing.assert_close(force(inside), value * 3)
+    torch.testing.assert_close(materialize(inside), value * 3)

@@ -9,8 +9,8 @@ import torch
 
 from xdit_ir.deferral.deferred import Deferred, pending
 from xdit_ir.ir.partition import Indices
-from xdit_ir.pipefusion.rank_tasks import Cut
-from xdit_ir.pipelined.requests import AGAIN, NEW, NEXT, Moment, Requests
+from xdit_ir.pipefusion.rank_tasks import PatchCut
+from xdit_ir.pipelined.requests import AGAIN, NEW, NEXT, CallPosition, Requests
 
 ROWS = 1
 SHAPE = (2, 8, 3)
@@ -21,8 +21,8 @@ class Module:
 
     def __init__(self, warmup: int = 1) -> None:
         self.requests, self.warmup, self.owner = Requests(), warmup, "one"
-        self.cuts = {"x": Cut(ROWS, (Indices.range(0, 4), Indices.range(4, 8)))}
-        self.moments: list[Moment] = []
+        self.cuts = {"x": PatchCut(ROWS, (Indices.range(0, 4), Indices.range(4, 8)))}
+        self.moments: list[CallPosition] = []
 
     def __call__(self, x: torch.Tensor) -> Deferred:
         moment = self.requests.moment({"x": x}, self.cuts, self.owner, self.warmup)

@@ -42,8 +42,8 @@ def test_nobody_waits_for_ever(ranks: Sequence[int], patches: int) -> None:
 def test_steps_overlap(ranks: Sequence[int]) -> None:
     """The first stage begins a step while the last patches of the one before are on their way."""
     entries = [entry for plan in plans(ranks, 5, (False, False)).values() for entry in plan]
-    begins = next(item.turn for number, item in entries if number == 1 and item.stage == item.patch == 0)
-    ends = max(item.turn for number, item in entries if number == 0)
+    begins = next(item.issue_order for number, item in entries if number == 1 and item.stage == item.patch == 0)
+    ends = max(item.issue_order for number, item in entries if number == 0)
     assert begins <= ends
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.porting.settings import Settings
+from xdit_ir.porting.settings import ModelSettings
 
 
 class Processor:
@@ -70,16 +70,16 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str) -> None:
     model = Model()
-    settings = Settings(model)
+    settings = ModelSettings(model)
     assert settings.unchanged()
     CHANGES[change](model)
     assert not settings.unchanged()
-    assert Settings(model).unchanged()
+    assert ModelSettings(model).unchanged()
 
 
 def test_weights_are_not_part_of_it() -> None:
     model = Model()
-    settings = Settings(model)
+    settings = ModelSettings(model)
     model.load_state_dict(Model().state_dict())
     model.double()
     assert settings.unchanged()

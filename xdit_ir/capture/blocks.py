@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.calls import Call, describe_call
+from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
-from xdit_ir.capture.inputs import Kind, closed, opened
+from xdit_ir.capture.inputs import Kind, expand_objects, restore_objects
 from xdit_ir.capture.known import note_read
 from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
-from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, Unshareable, Value, spec_of
+from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, TracedValue, Unshareable, spec_of
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import Literal, Where, call_block
 
@@ -40,7 +40,7 @@ class Argument:
 
 
 @dataclass(frozen=True, eq=False)
-class Body:
+class CapturedBody:
     """A traced body: when it fits a call, and what its results are to the caller.
 
     `known` are the contents of the arguments at the first call, `compare` those that must be the same at
@@ -52,11 +52,11 @@ class Body:
     kind: str
     frame: Frame
     print: Fingerprint
-    call: Call
+    call: SubmoduleCall
     known: list[torch.Tensor | None]
     compare: set[int]
     used: list[int]
-    results: list[Value]
+    results: list[TracedValue]
     shared: set[int]
     outputs: list[int | Argument | Literal]
     out_spec: pytree.TreeSpec
@@ -81,7 +81,7 @@ class Blocks:
 
     def __init__(self, recorder: Recorder, chosen: set[str], watched: dict[str, set[tuple[str, str]]]) -> None:
         self.recorder, self.chosen, self.watched = recorder, chosen, watched
-        self.bodies: list[Body] = []
+        self.bodies: list[CapturedBody] = []
         self.leaves_below: Callable[[str], frozenset[str]] = lambda path: frozenset()
 
     def wants(self, path: str) -> bool:
@@ -104,7 +104,7 @@ class Blocks:
             except Unshareable as error:
                 raise Restart(path) from error
 
-    def _find(self, path: str, print_: Fingerprint, call: Call) -> Body | None:
+    def _find(self, path: str, print_: Fingerprint, call: SubmoduleCall) -> CapturedBody | None:
         ignored = self.watched.get(path, set())
         for body in self.bodies:
             if body.call.key != call.key or body.print.structure != print_.structure:
@@ -118,7 +118,9 @@ class Blocks:
                 return body
         return None
 
-    def _trace(self, module: nn.Module, path: str, forward: Any, print_: Fingerprint, call: Call) -> Body:
+    def _trace(
+        self, module: nn.Module, path: str, forward: Any, print_: Fingerprint, call: SubmoduleCall
+    ) -> CapturedBody:
         recorder = self.recorder
         outer, frame = recorder.frame, Frame(path, recorder.frame, call.values)
         recorder.frame = frame
@@ -130,7 +132,7 @@ class Blocks:
             ]
             fakes = {id(tensor): value.fake for tensor, value in zip(call.tensors, inner, strict=True)}
             leaves = [fakes.get(id(leaf), leaf) for leaf in call.leaves]
-            args, kwargs = closed(pytree.tree_unflatten(leaves, call.spec))
+            args, kwargs = restore_objects(pytree.tree_unflatten(leaves, call.spec))
             before = _described(leaves)
             with recorder.recording(True):
                 output = forward(*args, **kwargs)
@@ -145,11 +147,13 @@ class Blocks:
             recorder.path.pop()
             recorder.frame = outer
 
-    def _finish(self, kind: str, print_: Fingerprint, call: Call, inner: list[Value], output: Any) -> Body:
+    def _finish(
+        self, kind: str, print_: Fingerprint, call: SubmoduleCall, inner: list[TracedValue], output: Any
+    ) -> CapturedBody:
         recorder, frame = self.recorder, self.recorder.frame
         leaves, out_spec = flatten_output(output)
         arguments = {id(value): index for index, value in enumerate(inner)}
-        results: dict[int, Value] = {}
+        results: dict[int, TracedValue] = {}
         outputs: list[int | Argument | Literal] = []
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
@@ -169,9 +173,9 @@ class Blocks:
         carried = any(value.known is not None for value in made)
         compare = {index for index, item in enumerate(known) if carried and item is not None}
         name, shared, used = f"body{len(self.bodies)}", _aliased(made, inner), prune(frame)
-        return Body(name, kind, frame, print_, call, known, compare, used, made, shared, outputs, out_spec)
+        return CapturedBody(name, kind, frame, print_, call, known, compare, used, made, shared, outputs, out_spec)
 
-    def _emit(self, body: Body, path: str, call: Call) -> Any:
+    def _emit(self, body: CapturedBody, path: str, call: SubmoduleCall) -> Any:
         recorder = self.recorder
         for index in body.frame.reads:
             note_read(recorder, call.values[index].roots, "inside a block")
@@ -204,15 +208,15 @@ def _same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
     return left is right or (left is not None and right is not None and torch.equal(left, right))
 
 
-def _outside(roots: Roots, values: list[Value]) -> Roots:
+def _outside(roots: Roots, values: list[TracedValue]) -> Roots:
     """Roots of a body's value as the caller sees them."""
     outside = (values[root.index].roots if isinstance(root, FromArgument) else {root} for root in roots)
     return NO_ROOTS.union(*outside)
 
 
-def _changed(leaves: list[Any], arguments: Any, inner: list[Value]) -> bool:
+def _changed(leaves: list[Any], arguments: Any, inner: list[TracedValue]) -> bool:
     """Whether a block wrote to its arguments: to containers or to tensors."""
-    after = pytree.tree_leaves(opened(arguments))
+    after = pytree.tree_leaves(expand_objects(arguments))
     same = len(after) == len(leaves) and all(_same_leaf(new, old) for new, old in zip(after, leaves, strict=True))
     return not same or any(value.storage.version for value in inner)
 
@@ -234,7 +238,7 @@ def _described(leaves: list[Any]) -> list[Any]:
     return [describe(leaf) for leaf in leaves if not isinstance(leaf, (torch.Tensor, Kind))]
 
 
-def _aliased(results: list[Value], inner: list[Value]) -> set[int]:
+def _aliased(results: list[TracedValue], inner: list[TracedValue]) -> set[int]:
     """Results that share storage with one another, with an argument or with state."""
     owners = [id(value.storage) for value in (*results, *inner)]
     return {

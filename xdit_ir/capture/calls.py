@@ -12,29 +12,29 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.fingerprint import describe
-from xdit_ir.capture.inputs import Kind, opened, path_name
+from xdit_ir.capture.inputs import Kind, expand_objects, path_name
 from xdit_ir.capture.recorder import Recorder
-from xdit_ir.capture.values import Unshareable, Value
+from xdit_ir.capture.values import TracedValue, Unshareable
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class SubmoduleCall:
     """Arguments of a block call: the distinct tensors, and how they and literals make up the arguments.
 
     Calls with equal `key` differ at most in the contents of their tensors.
     """
 
     tensors: list[torch.Tensor]
-    values: list[Value]
+    values: list[TracedValue]
     names: list[str]
     key: tuple[Any, ...]
     leaves: list[Any]
     spec: pytree.TreeSpec
 
 
-def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SubmoduleCall:
     """Flatten a call's arguments, plain objects too; raises `Unshareable` if tensors or modules hide elsewhere."""
-    paths, spec = pytree.tree_flatten_with_path(opened((args, dict(kwargs))))
+    paths, spec = pytree.tree_flatten_with_path(expand_objects((args, dict(kwargs))))
     tensors: list[torch.Tensor] = []
     names: list[str] = []
     places: dict[int, int] = {}
@@ -51,7 +51,7 @@ def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwarg
             names.append(_name(path, parameters))
         key.append((places[id(leaf)], tuple(leaf.shape), leaf.stride(), leaf.dtype, str(leaf.device)))
     values = [recorder.value(tensor) for tensor in tensors]
-    return Call(tensors, values, names, tuple(key), [leaf for _, leaf in paths], spec)
+    return SubmoduleCall(tensors, values, names, tuple(key), [leaf for _, leaf in paths], spec)
 
 
 def _positional(forward: Any) -> list[str]:

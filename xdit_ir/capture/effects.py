@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.fingerprint import describe
-from xdit_ir.capture.inputs import closed, opened
+from xdit_ir.capture.inputs import expand_objects, restore_objects
 from xdit_ir.capture.outputs import literal
 from xdit_ir.capture.skeleton import is_plain_object
-from xdit_ir.capture.values import Value
+from xdit_ir.capture.values import TracedValue
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import Effect, Entry, Literal, Signature
 
@@ -34,7 +34,7 @@ class _Holder:
     before: dict[Any, Any]
 
 
-class Given:
+class ArgumentState:
     """The arguments of the traced call: tensors as fakes, objects as copies, in containers of their own."""
 
     def __init__(self, leaves: Mapping[str, Any], spec: pytree.TreeSpec, copy_of: Callable[[Any], Any]) -> None:
@@ -43,14 +43,14 @@ class Given:
                 kind = type(leaf).__qualname__
                 raise TraceError(f"input {path!r} is of type {kind}, inside which tensors cannot be followed")
         copies = [x if isinstance(x, torch.Tensor) else copy_of(x) for x in leaves.values()]
-        self.named: dict[str, Any] = closed(pytree.tree_unflatten(copies, spec))
+        self.named: dict[str, Any] = restore_objects(pytree.tree_unflatten(copies, spec))
         inside = list(_walk(self.named, (), set()))
         self._holders = [_Holder(path, item, _entries(item)) for path, item in inside if path and _is_holder(item)]
         self._tensors = [(path, item) for path, item in inside if isinstance(item, torch.Tensor)]
         others = [(path, item) for path, item in inside if not _is_holder(item) and not isinstance(item, torch.Tensor)]
         self._others = [(path, item, describe(item)) for path, item in others]
 
-    def effects(self, values: Mapping[str, Value], place: Callable[[torch.Tensor], int]) -> tuple[Effect, ...]:
+    def effects(self, values: Mapping[str, TracedValue], place: Callable[[torch.Tensor], int]) -> tuple[Effect, ...]:
         """What forward did to the arguments; `place` makes a tensor one of the program's results.
 
         A write to a tensor that is itself an argument is let pass: the caller's tensor is just not written.
@@ -73,7 +73,7 @@ class Given:
                 inside = [entry for _, entry in _walk(item, path, set())]
                 if any(held.item is entry for held in self._holders for entry in inside):
                     raise TraceError(f"forward moves a container that it was given to {_show(path)}")
-                leaves, spec = pytree.tree_flatten(opened(item))
+                leaves, spec = pytree.tree_flatten(expand_objects(item))
                 made = (place(x) if isinstance(x, torch.Tensor) else literal(x) for x in leaves)
                 yield Effect(path, tuple(made), spec)
         for key in [key for key in reversed(holder.before) if key not in after]:
@@ -93,7 +93,7 @@ def apply_effects(signature: Signature, tensors: Sequence[torch.Tensor], named: 
             delattr(holder, step.key) if step.attribute else holder.pop(step.key)
             continue
         leaves = [copy.deepcopy(x.value) if isinstance(x, Literal) else tensors[x] for x in effect.leaves]
-        item = closed(pytree.tree_unflatten(leaves, effect.spec))
+        item = restore_objects(pytree.tree_unflatten(leaves, effect.spec))
         if step.attribute:
             setattr(holder, step.key, item)
         elif isinstance(holder, list) and step.key == len(holder):

@@ -68,7 +68,7 @@ def call_arguments(
 
 def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     """Leaves with printable paths, and the structure."""
-    leaves, spec = pytree.tree_flatten_with_path(opened(dict(named)))
+    leaves, spec = pytree.tree_flatten_with_path(expand_objects(dict(named)))
     return [(path_name(path), leaf) for path, leaf in leaves], spec
 
 
@@ -99,13 +99,13 @@ def snapshot(leaf: Any) -> Any:
 _CLASS = "__class__"
 
 
-def opened(tree: Any) -> Any:
+def expand_objects(tree: Any) -> Any:
     """A tree whose plain objects with tensors inside, such as caches of keys, are dicts of their attributes."""
 
     def leaf(item: Any) -> Any:
         if not _is_open(item):
             return item
-        return {_CLASS: Kind(type(item)), **{name: opened(entry) for name, entry in vars(item).items()}}
+        return {_CLASS: Kind(type(item)), **{name: expand_objects(entry) for name, entry in vars(item).items()}}
 
     return pytree.tree_map(leaf, tree)
 
@@ -121,8 +121,8 @@ def _has_tensors(item: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) or _is_open(leaf) for leaf in leaves)
 
 
-def closed(tree: Any) -> Any:
-    """The inverse of `opened`, with objects and containers of its own."""
+def restore_objects(tree: Any) -> Any:
+    """The inverse of `expand_objects`, with objects and containers of its own."""
     return pytree.tree_map(lambda item: _object(item) if _is_object(item) else item, tree, is_leaf=_is_object)
 
 
@@ -132,7 +132,7 @@ def _is_object(tree: Any) -> bool:
 
 def _object(tree: dict[str, Any]) -> Any:
     made = object.__new__(tree[_CLASS].kind)
-    made.__dict__.update({name: closed(entry) for name, entry in tree.items() if name != _CLASS})
+    made.__dict__.update({name: restore_objects(entry) for name, entry in tree.items() if name != _CLASS})
     return made
 
 
@@ -213,7 +213,7 @@ class InputBinder:
             parts += [f"unexpected {', '.join(surplus)}"] if surplus else []
             raise MismatchError(f"inputs differ from those of the trace: {'; '.join(parts)}")
         traced = pytree.tree_unflatten([0] * len(known), self._expected.in_spec)
-        if pytree.tree_structure(_sorted(traced)) != pytree.tree_structure(_sorted(opened(named))):
+        if pytree.tree_structure(_sorted(traced)) != pytree.tree_structure(_sorted(expand_objects(named))):
             raise MismatchError("inputs differ from those of the trace in the types of their containers")
         return [(path, given[path]) for path in known]
 

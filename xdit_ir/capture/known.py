@@ -23,8 +23,8 @@ from xdit_ir.capture.values import (
     FromArgument,
     Origin,
     Roots,
+    TracedValue,
     Unshareable,
-    Value,
     map_tensors,
     share_memory,
     spec_of,
@@ -85,7 +85,7 @@ def separate(known: Any, args: Any) -> Any:
     return map_tensors(known, torch.Tensor.clone) if known is not None and share_memory(known, args) else known
 
 
-def write_known(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: Value) -> None:
+def write_known(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: TracedValue) -> None:
     """Do an in-place operator on the known contents too; contents that do not follow it are forgotten."""
     ready = _ready(recorder, args, kwargs)
     if ready is None or facts(func).random or target.known is None:
@@ -97,7 +97,7 @@ def write_known(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: V
             member.known = None
 
 
-def forget(target: Value) -> None:
+def forget(target: TracedValue) -> None:
     """Forget the contents of a tensor and of all that share its storage."""
     for member in target.storage.members:
         member.known = None

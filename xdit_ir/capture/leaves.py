@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from xdit_ir.capture.calls import Call, describe_call
+from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.outputs import flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
@@ -64,7 +64,7 @@ class _Described:
     """A leaf, and how its results and literals make up what the module returns."""
 
     leaf: Leaf
-    call: Call
+    call: SubmoduleCall
     outputs: list[Any]
     out_spec: pytree.TreeSpec
 
@@ -102,7 +102,7 @@ class Leaves:
         leaves = [next(feed) if isinstance(item, TensorSpec) else item.value for item in described.outputs]
         return unflatten_output(leaves, described.out_spec)
 
-    def _describe(self, path: str, module: nn.Module, call: Call) -> _Described:
+    def _describe(self, path: str, module: nn.Module, call: SubmoduleCall) -> _Described:
         for found in self._described:
             if found.call.key == call.key and _same_structure(found.leaf.module, module):
                 return found
@@ -110,7 +110,7 @@ class Leaves:
         self._described.append(described)
         return described
 
-    def _probe(self, path: str, module: nn.Module, call: Call) -> _Described:
+    def _probe(self, path: str, module: nn.Module, call: SubmoduleCall) -> _Described:
         leaves = tuple(spec_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in call.leaves)
         kind = self.recorder.device.type
         cast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
@@ -122,7 +122,7 @@ class Leaves:
                 return _guessed(leaf, call)
             return self._measured(path, leaf, call, weights)
 
-    def _measured(self, path: str, leaf: Leaf, call: Call, weights: list[torch.Tensor]) -> _Described:
+    def _measured(self, path: str, leaf: Leaf, call: SubmoduleCall, weights: list[torch.Tensor]) -> _Described:
         device = weights[0].device if weights else self.recorder.device
         runs = []
         for seed in range(len(_SCALES)):
@@ -141,7 +141,7 @@ class Leaves:
             leaf = replace(leaf, aligned=tuple(_aligned(leaf, weights, [run[0] for run in runs], results)))
         return _Described(leaf, call, shapes[0], runs[0][2])
 
-    def _inputs(self, call: Call, device: torch.device, seed: int) -> list[torch.Tensor]:
+    def _inputs(self, call: SubmoduleCall, device: torch.device, seed: int) -> list[torch.Tensor]:
         """Random numbers for what is computed, true contents for what is known."""
         generator = torch.Generator().manual_seed(seed)
         made: list[torch.Tensor] = []
@@ -186,7 +186,7 @@ def _weight(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (made / max(tensor.shape[-1], 1) ** 0.5 if tensor.dim() > 1 else made).to(tensor.dtype)
 
 
-def _guessed(leaf: Leaf, call: Call) -> _Described:
+def _guessed(leaf: Leaf, call: SubmoduleCall) -> _Described:
     """For a module too large to be probed: it maps one tensor to one like it, whole. Checked when it runs."""
     tensors = [item for item in leaf.leaves if isinstance(item, TensorSpec)]
     if len(tensors) != 1:

@@ -10,13 +10,13 @@ from torch import fx
 
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import Value
+from xdit_ir.capture.values import TracedValue
 from xdit_ir.ir.program import CONSTANT, Predicate
 
 _SUMMARY = 64
 
 
-def predicate(recorder: Recorder, value: Value, what: str) -> Predicate | None:
+def predicate(recorder: Recorder, value: TracedValue, what: str) -> Predicate | None:
     """The program that computes a value from inputs alone, if it is a small mask or integer outside of blocks."""
     dtype = value.fake.dtype
     small = value.fake.numel() <= _SUMMARY and not (dtype.is_floating_point or dtype.is_complex)

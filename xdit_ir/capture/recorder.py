@@ -21,8 +21,8 @@ from xdit_ir.capture.values import (
     Origin,
     Roots,
     Storage,
+    TracedValue,
     Unshareable,
-    Value,
     View,
     contents,
     map_tensors,
@@ -33,7 +33,7 @@ from xdit_ir.ir.program import CONSTANT, SPEC, WHERE, Predicate, Where, qualifie
 
 
 class Recorder:
-    """State of one trace: the frame that is being written, and the `Value` of every fake tensor.
+    """State of one trace: the frame that is being written, and the `TracedValue` of every fake tensor.
 
     Fake tensors pretend to be on `device`. In place of the meta device that is the CPU: there, what the model's
     code makes without naming a device, autocast and literals are as they will be when the program runs.
@@ -52,7 +52,7 @@ class Recorder:
         self.inputs: dict[str, torch.Tensor] = {}
         self.read_inputs: dict[str, str] = {}
         self.predicates: list[Predicate] = []
-        self._values: dict[int, Value] = {}
+        self._values: dict[int, TracedValue] = {}
         self._state_names: dict[int, list[str]] = {}
         self.state_of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
@@ -92,19 +92,19 @@ class Recorder:
         with self.fake_mode:
             return func(*args, **kwargs)
 
-    def add(self, value: Value) -> Value:
+    def add(self, value: TracedValue) -> TracedValue:
         """Remember what is known about a fake tensor."""
         value.storage.members.append(value)
         self._values[id(value.fake)] = value
         return value
 
-    def bind(self, fake: torch.Tensor, node: fx.Node, known: torch.Tensor | None, roots: Roots) -> Value:
+    def bind(self, fake: torch.Tensor, node: fx.Node, known: torch.Tensor | None, roots: Roots) -> TracedValue:
         """Register a tensor with storage of its own in the current frame."""
-        return self.add(Value(fake, self.frame, Storage(node), (), node, 0, known, roots))
+        return self.add(TracedValue(fake, self.frame, Storage(node), (), node, 0, known, roots))
 
     def input(
         self, name: str, like: torch.Tensor, device: torch.device, known: torch.Tensor | None, root: Any
-    ) -> Value:
+    ) -> TracedValue:
         """A placeholder of the current frame."""
         fake = self.blank(like, device)
         node = self.emit("placeholder", name, (), {}, spec_of(fake), Where(), name)
@@ -127,7 +127,7 @@ class Recorder:
         if origin is Origin.CONSTANT:
             names = [f"{CONSTANT}.{self._keep(real, names[0])}"]
             self.held[id(fake)] = real
-        self.add(Value(fake, None, Storage(None, owner=names[0]), (), None, 0, known, frozenset({origin})))
+        self.add(TracedValue(fake, None, Storage(None, owner=names[0]), (), None, 0, known, frozenset({origin})))
         self._state_names[id(fake)] = names
         return fake
 
@@ -137,7 +137,7 @@ class Recorder:
         self.constants[name] = real
         return name
 
-    def constant(self, real: torch.Tensor, name: str = "literal", device: torch.device | None = None) -> Value:
+    def constant(self, real: torch.Tensor, name: str = "literal", device: torch.device | None = None) -> TracedValue:
         """A value of the current frame for a real tensor that the model's code made or holds.
 
         It is meant to be on `device`, wherever its contents are now.
@@ -158,7 +158,7 @@ class Recorder:
         self.frame.constants[id(real)] = value = self.bind(fake, node, known, NO_ROOTS)
         return value
 
-    def value(self, tensor: torch.Tensor) -> Value:
+    def value(self, tensor: torch.Tensor) -> TracedValue:
         """What is known about a tensor; a real one becomes state or a constant."""
         found = self._values.get(id(tensor))
         if found is not None:
@@ -205,7 +205,7 @@ class Recorder:
         assert value.node is not None
         return value.node
 
-    def _state_node(self, value: Value) -> fx.Node:
+    def _state_node(self, value: TracedValue) -> fx.Node:
         name = self.relative(self._state_names[id(value.fake)])
         if name is None:
             raise Unshareable("uses a parameter of another module")

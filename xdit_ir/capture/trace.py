@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.blocks import Blocks, Restart, candidates, prune
 from xdit_ir.capture.caches import clean_caches
-from xdit_ir.capture.effects import Given
+from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
@@ -27,7 +27,7 @@ from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line
 from xdit_ir.capture.tracer import Tracer
-from xdit_ir.capture.values import Frame, Opaque, Unshareable, Value, spec_of
+from xdit_ir.capture.values import Frame, Opaque, TracedValue, Unshareable, spec_of
 from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.program import CONSTANT, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
 
@@ -96,7 +96,7 @@ def _attempt(
         called_whole = Leaves(recorder, opaque, dict(model.named_modules()))
         blocks.leaves_below = called_whole.below
         _instrument(skeleton, recorder, blocks, called_whole)
-        given = Given(args, in_spec, skeleton.copy_of)
+        given = ArgumentState(args, in_spec, skeleton.copy_of)
         call = call_arguments(inspect.signature(model.forward), given.named, by_name)
         output = _run(skeleton.model, recorder, *call)
         signature = _signature(recorder, leaves, in_spec, output, lambda place: given.effects(values, place))
@@ -112,7 +112,7 @@ def _device(model: nn.Module, leaves: Flat) -> torch.device:
     return torch.device("cpu")
 
 
-def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> Value:
+def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> TracedValue:
     recorder.inputs[path] = leaf
     name = "".join(char if char.isalnum() else "_" for char in path).strip("_")
     known = leaf.detach().cpu().clone() if readable(leaf) else None

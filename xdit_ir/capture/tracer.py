@@ -36,7 +36,7 @@ from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
     NO_ROOTS,
     Origin,
-    Value,
+    TracedValue,
     View,
     map_tensors,
     share_memory,
@@ -146,10 +146,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if source.frame is None or view.result is view.source:
             return self._view_of_state(view, source, node, known)
         chain = (*source.chain, view)
-        recorder.add(Value(view.result, frame, storage, chain, node, storage.version, known, source.roots))
+        recorder.add(TracedValue(view.result, frame, storage, chain, node, storage.version, known, source.roots))
         return None
 
-    def _view_of_state(self, view: View, source: Value, node: Any, known: torch.Tensor | None) -> None:
+    def _view_of_state(self, view: View, source: TracedValue, node: Any, known: torch.Tensor | None) -> None:
         if view.result is not view.source:
             value = self.recorder.bind(view.result, node, known, source.roots)
             value.storage.owner = source.storage.owner

@@ -79,11 +79,11 @@ class Storage:
     version: int = 0
     owner: str = ""
     shared: bool = False
-    members: list[Value] = field(default_factory=list)
+    members: list[TracedValue] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class Value:
+class TracedValue:
     """A fake tensor. `known` is its contents on the CPU, if nothing unreadable entered it.
 
     `frame` is None for parameters and buffers. `roots` are the inputs and state from which it was computed.
@@ -109,14 +109,14 @@ class Frame:
 
     prefix: str
     parent: Frame | None = None
-    outer: list[Value] = field(default_factory=list)
+    outer: list[TracedValue] = field(default_factory=list)
     graph: fx.Graph = field(default_factory=fx.Graph)
     placeholders: list[fx.Node] = field(default_factory=list)
-    arguments: list[Value] = field(default_factory=list)
+    arguments: list[TracedValue] = field(default_factory=list)
     reads: set[int] = field(default_factory=set)
     attributes: set[tuple[str, str]] = field(default_factory=set)
     state: dict[str, fx.Node] = field(default_factory=dict)
-    constants: dict[int, Value] = field(default_factory=dict)
+    constants: dict[int, TracedValue] = field(default_factory=dict)
 
 
 def spec_of(value: Any) -> Any:

@@ -12,7 +12,7 @@ from xdit_ir.capture.known import write_known
 from xdit_ir.capture.operators import argument, aten, facts, functional_twin
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import Unshareable, Value, View, spec_of, tensors_in
+from xdit_ir.capture.values import TracedValue, Unshareable, View, spec_of, tensors_in
 from xdit_ir.capture.views import scatter
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import TensorSpec
@@ -39,7 +39,7 @@ def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return target
 
 
-def _check_writable(recorder: Recorder, value: Value) -> None:
+def _check_writable(recorder: Recorder, value: TracedValue) -> None:
     if value.storage.owner:
         raise TraceError(f"{source_line()}: forward writes to the model's own {value.storage.owner!r}")
     if value.frame is not recorder.frame or value.storage.shared:
@@ -71,7 +71,7 @@ def _computed(recorder: Recorder, twin: Any, args: Any, kwargs: Any, target: tor
     return recorder.call(aten._to_copy.default, (node,), {"dtype": target.dtype}, spec_of(target))
 
 
-def _store(recorder: Recorder, value: Value, node: fx.Node) -> None:
+def _store(recorder: Recorder, value: TracedValue, node: fx.Node) -> None:
     """Make `node` the contents of a tensor, and so of the storage that it is a view of."""
     storage = value.storage
     assert storage.node is not None

@@ -2,8 +2,9 @@
 
 A scheduler's step applies nothing but pointwise operators, joins and splits of samples, and changes of shape, so the
 next latents of a patch can be had as soon as the model's output for that patch is there. An operator on a `Deferred`
-is recorded; `pull` computes a range of one dimension of the result, from that range of what it was made of;
-everything else (reading a value, an operator that mixes positions) computes the whole, which costs time and is right.
+is recorded; `materialize_slice` computes a range of one dimension of the result, from that range of what it was made
+of; everything else (reading a value, an operator that mixes positions) computes the whole, which costs time and is
+right.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from xdit_ir.deferral.recorded import Descent, Kept, Numbered, Source, Value
+from xdit_ir.deferral.recorded import Descent, Kept, Numbered, RecordedValue, Source
 from xdit_ir.deferral.separable import Range, is_recordable
 from xdit_ir.emission.execution import plain_modes
 
@@ -25,14 +26,14 @@ KINDS = ("cpu", "cuda")  # devices on which whoever reads may be under autocast
 
 
 class Deferred(torch.Tensor):
-    """A tensor whose contents are a `Value`; has its shape, dtype and device, and behaves like any other."""
+    """A tensor whose contents are a `RecordedValue`; has its shape, dtype and device, and behaves like any other."""
 
-    value: Value
+    value: RecordedValue
     views: list[weakref.ref[Deferred]]
     origin: tuple[Deferred, Any, Any, Any, int | None] | None
 
     @staticmethod
-    def __new__(cls, value: Value) -> Deferred:
+    def __new__(cls, value: RecordedValue) -> Deferred:
         with torch.inference_mode(False):  # views of what was made outside must be as that is
             made: Deferred = torch.Tensor._make_wrapper_subclass(
                 cls, value.shape, strides=value.stride, dtype=value.dtype, device=value.device, requires_grad=False
@@ -44,10 +45,10 @@ class Deferred(torch.Tensor):
         return f"Deferred({list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return force(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return materialize(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
-        return force(self).clone()
+        return materialize(self).clone()
 
     def numpy(self, *, force: bool = False) -> Any:
         """As `Tensor.numpy`, of the whole value."""
@@ -81,15 +82,15 @@ def pending(
     of it."""
     like = torch.empty(tuple(shape), device="meta")
     lineage = {} if maker is None else {maker: Descent(Numbered(number), tuple(range(len(like.shape))))}
-    return Deferred(Value(like.shape, like.stride(), dtype, device, source=source, lineage=lineage))
+    return Deferred(RecordedValue(like.shape, like.stride(), dtype, device, source=source, lineage=lineage))
 
 
 def is_separable(tensor: torch.Tensor, dim: int, start: int, stop: int) -> bool:
-    """Whether `pull` would compute no more than this range."""
+    """Whether `materialize_slice` would compute no more than this range."""
     return not isinstance(tensor, Deferred) or tensor.value.is_separable(Range(dim, start, stop))
 
 
-def pull(tensor: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
+def materialize_slice(tensor: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
     """A range of one dimension, from as little of what it was made of as possible."""
     if not isinstance(tensor, Deferred):
         return tensor.narrow(dim, start, stop - start)
@@ -98,7 +99,7 @@ def pull(tensor: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
         return tensor.value.whole().narrow(dim, start, stop - start) if part is None else part
 
 
-def force(tensor: torch.Tensor) -> torch.Tensor:
+def materialize(tensor: torch.Tensor) -> torch.Tensor:
     """A plain tensor; waits for all of it."""
     if not isinstance(tensor, Deferred):
         return tensor
@@ -129,7 +130,7 @@ def _like(tensor: Deferred) -> torch.Tensor:
 
 
 def _eager(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    args, kwargs = pytree.tree_map_only(Deferred, force, (args, kwargs))
+    args, kwargs = pytree.tree_map_only(Deferred, materialize, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -145,7 +146,9 @@ def _noted(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     frozen_args, frozen_kwargs = pytree.tree_map_only(torch.Tensor, _frozen, (tuple(args), kwargs))
 
     def made(meta: torch.Tensor, index: int | None) -> Deferred:
-        value = Value(meta.shape, meta.stride(), meta.dtype, meta.device, None, func, frozen_args, frozen_kwargs, index)
+        value = RecordedValue(
+            meta.shape, meta.stride(), meta.dtype, meta.device, None, func, frozen_args, frozen_kwargs, index
+        )
         return _viewed(Deferred(value.descend()), func, args, kwargs, index)
 
     if isinstance(metas, torch.Tensor):
@@ -177,7 +180,7 @@ def _device(args: Any) -> torch.device:
     return next(leaf.device for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor))
 
 
-def _frozen(tensor: torch.Tensor) -> Value | Kept:
+def _frozen(tensor: torch.Tensor) -> RecordedValue | Kept:
     return tensor.value if isinstance(tensor, Deferred) else Kept.of(tensor)
 
 
@@ -202,8 +205,8 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = root = args[0]
     while root.origin is not None:
         root = root.origin[0]
-    _settle_family(root, force(root).clone())
-    plain_args, plain_kwargs = pytree.tree_map_only(Deferred, force, (tuple(args), kwargs))
+    _settle_family(root, materialize(root).clone())
+    plain_args, plain_kwargs = pytree.tree_map_only(Deferred, materialize, (tuple(args), kwargs))
     func(*plain_args, **plain_kwargs)
     return target
 
@@ -221,10 +224,10 @@ def _living(member: Deferred) -> list[Deferred]:
     return [view for view in (ref() for ref in member.views) if view is not None]
 
 
-def _value(tensor: torch.Tensor) -> Value:
+def _value(tensor: torch.Tensor) -> RecordedValue:
     if isinstance(tensor, Deferred):
         return tensor.value
-    return Value(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, done=tensor)
+    return RecordedValue(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, done=tensor)
 
 
-_read = force
+_read = materialize

@@ -54,7 +54,7 @@ Lineage = Mapping[Any, Descent]
 
 
 @dataclass(eq=False)
-class Value:
+class RecordedValue:
     """A node of what was recorded: `func(*args, **kwargs)[index]`, a pending result, or a finished tensor."""
 
     shape: torch.Size
@@ -92,7 +92,7 @@ class Value:
         return needs is not None and all(
             value.is_separable(part)
             for value, part in zip(self._operands(), needs, strict=True)
-            if isinstance(value, Value) and part is not None
+            if isinstance(value, RecordedValue) and part is not None
         )
 
     def whole(self) -> torch.Tensor:
@@ -106,8 +106,8 @@ class Value:
         assert self.done is not None
         return self.done
 
-    def _operands(self) -> list[Value | Kept]:
-        return tensors_in((self.args, self.kwargs), (Value, Kept))
+    def _operands(self) -> list[RecordedValue | Kept]:
+        return tensors_in((self.args, self.kwargs), (RecordedValue, Kept))
 
     def _needs(self, wanted: Range) -> list[Range | None] | None:
         shapes = [operand.shape for operand in self._operands()]
@@ -126,7 +126,7 @@ class Value:
                 return None
             pulled.append(piece)
         supply = iter(pulled)
-        args, kwargs = pytree.tree_map_only((Value, Kept), lambda _: next(supply), (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only((RecordedValue, Kept), lambda _: next(supply), (self.args, self.kwargs))
         return self._pick(_replayed(self.func)(*resized(self.func, args, self.shape, wanted), **kwargs))
 
     def _pick(self, result: Any) -> torch.Tensor:
@@ -140,9 +140,9 @@ class Value:
         if [part.start for part in parts] == ends[:-1] and ends[-1] == self.shape[dim]:
             self._finish(torch.cat([self.parts[part] for part in parts], dim))
 
-    def descend(self) -> Value:
+    def descend(self) -> RecordedValue:
         """Note of which pending results this was made."""
-        operands = [operand for operand in self._operands() if isinstance(operand, Value) and operand.lineage]
+        operands = [operand for operand in self._operands() if isinstance(operand, RecordedValue) and operand.lineage]
         makers = dict.fromkeys(maker for operand in operands for maker in operand.lineage)
         if makers:
             needs = [self._needs(Range(dim, 0, size)) for dim, size in enumerate(self.shape)]
@@ -150,7 +150,7 @@ class Value:
         return self
 
     def _descent(self, maker: Any, needs: Sequence[Needs | None]) -> Descent:
-        descents = [v.lineage.get(maker) if isinstance(v, Value) else None for v in self._operands()]
+        descents = [v.lineage.get(maker) if isinstance(v, RecordedValue) else None for v in self._operands()]
         newest = max((one for one in descents if one is not None), key=lambda one: one.number).result
         dims: list[int | None] = []
         for needed in needs:
@@ -206,4 +206,4 @@ def _replayed(func: Any) -> Any:
 
 
 def _whole(leaf: Any) -> Any:
-    return leaf.whole() if isinstance(leaf, Value) else leaf.get() if isinstance(leaf, Kept) else leaf
+    return leaf.whole() if isinstance(leaf, RecordedValue) else leaf.get() if isinstance(leaf, Kept) else leaf

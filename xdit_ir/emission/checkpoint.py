@@ -155,7 +155,7 @@ class Held:
 
 
 @dataclass
-class Store:
+class WeightStore:
     """The weights of this rank, for all programs made of `model`.
 
     With a `checkpoint` they are read from there, except for those it lacks and the model has (buffers that are not
@@ -227,7 +227,11 @@ class Store:
 
 
 def rank_weights(
-    model: nn.Module, store: Store | None, names: Sequence[str], specs: Mapping[str, TensorSpec], device: torch.device
+    model: nn.Module,
+    store: WeightStore | None,
+    names: Sequence[str],
+    specs: Mapping[str, TensorSpec],
+    device: torch.device,
 ) -> Weights | Held:
     """The weights that a rank uses: by reference, or taken from a store."""
     return Weights(model, names, specs, device) if store is None else store.take(names, specs)
@@ -239,7 +243,7 @@ class Loading:
 
     Args:
         weights: a checkpoint: a folder, a file, or an index.
-        release: the model gives up its weights, see `Store`.
+        release: the model gives up its weights, see `WeightStore`.
     """
 
     weights: str | Path | None = None
@@ -250,12 +254,12 @@ class Loading:
         """Whether weights are held besides those of the model."""
         return self.weights is not None or self.release
 
-    def store(self, model: nn.Module, device: torch.device) -> Store | None:
+    def store(self, model: nn.Module, device: torch.device) -> WeightStore | None:
         """A new store; None where weights are used by reference."""
         if not self.holds:
             return None
         checkpoint = None if self.weights is None else Checkpoint(Path(self.weights))
-        return Store(model, device, checkpoint, self.release)
+        return WeightStore(model, device, checkpoint, self.release)
 
     def device(
         self, model: nn.Module, device: torch.device | str | None = None, inputs: Iterable[Any] = ()

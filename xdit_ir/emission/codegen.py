@@ -28,7 +28,7 @@ from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, s
 
 
 @dataclass(frozen=True, eq=False)
-class Body:
+class EmittedBody:
     """A block as a module: `module(*values, *weights, *slots)`; names of weights and slots are relative to a call's
     prefix.
 
@@ -52,7 +52,7 @@ class Code:
     """
 
     run: fx.GraphModule
-    bodies: Mapping[str, Body]
+    bodies: Mapping[str, EmittedBody]
     mailbox: Mailbox | None = None
 
 
@@ -72,12 +72,12 @@ def generate(
     bodies = {}
     mailbox = Mailbox.of(program, communicator) if peer else None
     for name, block in program.blocks.items():
-        writer = _Writer(name, program.device, device, communicator, execution)
+        writer = _CodeWriter(name, program.device, device, communicator, execution)
         weights = writer.head(block.graph, _state_names(block.graph))
         slots = writer.buffers(list(_slot_specs(block.graph)))
         writer.mailbox = mailbox
-        bodies[name] = Body(writer.write(block.graph, {}), weights, slots, bool(writer.shared))
-    writer = _Writer(program.name, program.device, device, communicator, execution)
+        bodies[name] = EmittedBody(writer.write(block.graph, {}), weights, slots, bool(writer.shared))
+    writer = _CodeWriter(program.name, program.device, device, communicator, execution)
     names, constants = state_names(program)
     writer.head(program.graph, names + constants)
     writer.buffers(list(slot_specs(program)))
@@ -127,7 +127,7 @@ def _slot_specs(graph: fx.Graph) -> dict[str, TensorSpec | None]:
     return found
 
 
-class _Writer:
+class _CodeWriter:
     """Writes one graph anew: weights become placeholders, communications become calls of modules."""
 
     def __init__(
@@ -177,7 +177,7 @@ class _Writer:
         self.shared = [self._argument(name) for name in ("workspace", "slot_0", "slot_1", "slot_2")]
         self.slots = {block: iter(slot_sequence(calls)) for block, calls in mailbox.calls.items()}
 
-    def write(self, source: fx.Graph, bodies: Mapping[str, Body]) -> fx.GraphModule:
+    def write(self, source: fx.Graph, bodies: Mapping[str, EmittedBody]) -> fx.GraphModule:
         """Write the rest and make a module of it."""
         self.fusions = dict(found for node in source.nodes if (found := self._fused(node)))
         for node in source.nodes:
@@ -192,7 +192,7 @@ class _Writer:
     def _fused(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return fused(node) if self.device.type == "cuda" else None
 
-    def _node(self, node: fx.Node, bodies: Mapping[str, Body]) -> fx.Node:
+    def _node(self, node: fx.Node, bodies: Mapping[str, EmittedBody]) -> fx.Node:
         if node in self.fusions:
             args = fx.map_arg(node.args, self.env.__getitem__)
             return self.graph.create_node("call_function", linear_gelu, args, name=node.name)
@@ -268,7 +268,7 @@ class _Writer:
         self.modules[place] = module
         return self.graph.create_node("call_module", place, args, kwargs, name=name)
 
-    def _block_call(self, node: fx.Node, bodies: Mapping[str, Body]) -> fx.Node:
+    def _block_call(self, node: fx.Node, bodies: Mapping[str, EmittedBody]) -> fx.Node:
         name, prefix, values = node.args
         body = bodies[str(name)]
         place = f"block_{_identifier(str(name))}"

@@ -70,7 +70,7 @@ def plain_modes(*kinds: str) -> Iterator[None]:
         yield
 
 
-def outside(x: torch.Tensor) -> torch.Tensor:
+def as_normal_tensor(x: torch.Tensor) -> torch.Tensor:
     """A tensor that can be used outside of inference mode: itself, or a copy."""
     return x.clone() if x.is_inference() else x
 

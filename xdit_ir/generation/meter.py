@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.deferral.deferred import Deferred, force
+from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.porting.denoisers import components
 from xdit_ir.porting.ported import Ported
 
@@ -110,7 +110,7 @@ class Watch:
         """`decode`, which ends the denoising: what of that is still to be computed is computed before."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = pytree.tree_map_only(Deferred, force, (args, kwargs))
+            args, kwargs = pytree.tree_map_only(Deferred, materialize, (args, kwargs))
             if self.denoising and not self.decoding:
                 self.meter.end("denoise")
                 self.decoding = True

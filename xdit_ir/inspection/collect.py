@@ -91,7 +91,7 @@ def _stages_of(pipeline: Pipeline | None) -> dict[str, int] | None:
         return None
     found: dict[str, list[int]] = {}
     for number, stage in enumerate(pipeline.cuts):
-        received = {*stage.receives, *stage.takes}
+        received = {*stage.receives, *stage.carried_in}
         for node in stage.program.graph.nodes:
             if node.name not in received and node.op == "call_function":
                 found.setdefault(node.name, []).append(number)
@@ -101,8 +101,8 @@ def _stages_of(pipeline: Pipeline | None) -> dict[str, int] | None:
 def _stage_views(pipeline: Pipeline | None) -> Iterator[StageView]:
     for number, stage in enumerate(pipeline.cuts if pipeline is not None else ()):
         assert pipeline is not None
-        sends, holds = (stage.passed(names, pipeline.virtual) for names in (stage.sends, stage.holds))
-        yield StageView(number, pipeline.coordinates[number], *stage.counts(), sends, holds)
+        sends, carried_out = (stage.passed(names, pipeline.virtual) for names in (stage.sends, stage.carried_out))
+        yield StageView(number, pipeline.coordinates[number], *stage.counts(), sends, carried_out)
 
 
 def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[Fact]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ExchangeView:
     """A communication: its kind, the mesh dims that talk, bytes that the busiest rank sends in one execution."""
 
     kind: str
@@ -27,12 +27,12 @@ class Line:
     module: str = ""
     source: str = ""
     flops: int = 0
-    exchange: Exchange | None = None
+    exchange: ExchangeView | None = None
     fallback: str = ""
 
 
 @dataclass(frozen=True)
-class Body:
+class BodyView:
     """A block, shared by `calls` calls; FLOPs of one call on the slowest rank."""
 
     name: str
@@ -79,7 +79,7 @@ class View:
 
     boxes: Sequence[Box]
     edges: Sequence[Edge]
-    bodies: Mapping[str, Body]
+    bodies: Mapping[str, BodyView]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class StageView:
     calls: int
     operators: int
     sends: Sequence[str]
-    holds: Sequence[str] = ()
+    carried_out: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

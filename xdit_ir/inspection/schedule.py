@@ -217,7 +217,7 @@ class _PipelineClock:
         stages, patches = range(self.pipeline.stages), range(self.pipeline.patches)
         arrived: dict[int, list[float]] = {patch: [begin] for patch in patches}
         turns = itertools.product(numbers, stages, patches)
-        for step, stage, patch in sorted(turns, key=lambda one: self.pipeline.turn(one[1], one[0], one[2])):
+        for step, stage, patch in sorted(turns, key=lambda one: self.pipeline.issue_order(one[1], one[0], one[2])):
             arrived[patch] = self._compute(stage, patch, step, arrived[patch])
 
     def _compute(self, stage: int, patch: int, step: int, arrived: Sequence[float]) -> list[float]:

@@ -9,14 +9,14 @@ from dataclasses import replace
 from torch import fx
 
 from xdit_ir.inspection.boxes import Group, module_of, owners, runs
-from xdit_ir.inspection.model import Body, Box, Edge, Exchange, Line, View
+from xdit_ir.inspection.model import BodyView, Box, Edge, ExchangeView, Line, View
 from xdit_ir.ir.graphs import operands, results_of
 from xdit_ir.ir.layout import in_mesh_order
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.printer import arguments_text, node_type, target_name
 from xdit_ir.ir.program import Program, call_parts, is_block_call, qualified, where_of
 from xdit_ir.pipefusion.patch_plan import over_time
-from xdit_ir.rules.base import varying
+from xdit_ir.rules.base import dividing_dims_of
 from xdit_ir.sharding.cost import graph_flops, is_counted, local_flops
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.sharding.report import traffic
@@ -47,17 +47,17 @@ def line(node: fx.Node, mesh: Mesh | None, *, in_time: bool) -> Line:
     )
 
 
-def exchange(node: fx.Node, mesh: Mesh, *, in_time: bool) -> Exchange | None:
+def exchange(node: fx.Node, mesh: Mesh, *, in_time: bool) -> ExchangeView | None:
     """What a node sends, or that it meets other patches in a buffer; None for what is local."""
     if in_time and node.op == "call_function" and over_time(node, mesh):
-        return Exchange(BUFFER, TIME, 0)
+        return ExchangeView(BUFFER, TIME, 0)
     found = traffic(node, mesh)
-    return None if found is None else Exchange(*found[0], max(found[1]))
+    return None if found is None else ExchangeView(*found[0], max(found[1]))
 
 
 def dims_of(node: fx.Node, mesh: Mesh | None) -> tuple[str, ...]:
     """The mesh dims along which ranks hold different parts of a value."""
-    return () if mesh is None else in_mesh_order(varying(node, mesh))
+    return () if mesh is None else in_mesh_order(dividing_dims_of(node, mesh))
 
 
 class _Viewer:
@@ -78,12 +78,12 @@ class _Viewer:
         joined = runs(kinds, [(edge.source, edge.target) for edge in edges])
         return View([replace(box, run=joined.get(box.id, -1)) for box in boxes], edges, self.bodies)
 
-    def _body(self, name: str) -> Body:
+    def _body(self, name: str) -> BodyView:
         graph = self.program.blocks[name].graph
         calls = [node for node in self.program.calls if node.args[0] == name]
         prefix = call_parts(calls[0])[1] if calls else ""
         weights = {qualified(prefix, str(node.target)) for node in graph.nodes if node.op == "get_attr"}
-        return Body(
+        return BodyView(
             name,
             len(calls),
             [self._line(node) for node in graph.nodes if node.op == "placeholder"],

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from xdit_ir.ir.layout import Exchange
+from xdit_ir.ir.layout import RankExchange
 from xdit_ir.ir.ops import take
 from xdit_ir.ir.partition import Runs
 
@@ -36,7 +36,7 @@ class Communicate:
 class Reshuffle(Communicate):
     """gather, all_to_all, halo_exchange: pieces go from every member to every member."""
 
-    exchange: Exchange
+    exchange: RankExchange
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Ring(Communicate):
     keys: tuple[int, ...]
 
 
-def pack(x: torch.Tensor, exchange: Exchange) -> list[torch.Tensor]:
+def pack(x: torch.Tensor, exchange: RankExchange) -> list[torch.Tensor]:
     """What goes to each member of the group, in group order."""
     pieces = []
     for piece in exchange.sends:
@@ -76,7 +76,7 @@ class Assembly:
     varied: tuple[int, ...]
 
     @staticmethod
-    def of(exchange: Exchange) -> Assembly:
+    def of(exchange: RankExchange) -> Assembly:
         """The assembly of one rank's pieces."""
         whole = [(None, ((0, size),)) for size in exchange.shape]
         varied = [d for d in range(len(exchange.shape)) if any(p[d] not in whole[d] for p in exchange.places)]
@@ -126,7 +126,7 @@ class Assembly:
         return tuple(mesh)
 
 
-def unpack(pieces: Sequence[torch.Tensor], exchange: Exchange) -> torch.Tensor:
+def unpack(pieces: Sequence[torch.Tensor], exchange: RankExchange) -> torch.Tensor:
     """Put the pieces of all members, in group order, together."""
     return Assembly.of(exchange).join(pieces)
 

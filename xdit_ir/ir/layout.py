@@ -59,18 +59,18 @@ class Layout:
             dims[dim] = partition
         return replace(self, dims=tuple(dims))
 
-    def varies(self, mesh: Mesh) -> frozenset[str]:
+    def dividing_dims(self, mesh: Mesh) -> frozenset[str]:
         """The mesh dims along which the ranks hold different data."""
-        return self.partial.union(*(mesh.varies(dim) for dim in self.dims))
+        return self.partial.union(*(mesh.dividing_dims(dim) for dim in self.dims))
 
     def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
         """Shape on one rank of a value of this global shape."""
         return tuple(size if dim is None else dim.sizes[rank] for size, dim in zip(shape, self.dims, strict=True))
 
 
-def keys_apart(mesh: Mesh, queries: Layout, keys: Layout) -> frozenset[str]:
+def key_gather_dims(mesh: Mesh, queries: Layout, keys: Layout) -> frozenset[str]:
     """The mesh dims along which an attention must bring keys together, by the layouts of its queries and keys."""
-    return mesh.apart(queries.dims[-2], keys.dims[-2])
+    return mesh.key_gather_dims(queries.dims[-2], keys.dims[-2])
 
 
 def in_mesh_order(dims: Iterable[str]) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class Landing:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class RankExchange:
     """One rank's part in a change of layout among `group` (its own place included).
 
     `sends[i]` of the local value (of shape `held`) goes to `group[i]`, where it lands at `landings[i]`; a tensor of
@@ -119,11 +119,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Relayout:
-    """A planned change of layout: its kind (the operator's name), the mesh dims that talk, one `Exchange` a rank."""
+    """A planned change of layout: its kind (the operator's name), the mesh dims that talk, and each rank's part."""
 
     kind: str
     mesh_dims: tuple[str, ...]
-    ranks: tuple[Exchange, ...]
+    ranks: tuple[RankExchange, ...]
 
     def sent(self, itemsize: int) -> tuple[int, ...]:
         """Bytes that each rank sends to other ranks."""
@@ -140,7 +140,7 @@ def kind(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, tuple[str, ..
     if all(_holds(source.dims[dim], target.dims[dim]) for dim in moved):
         return "shard", ()
     talk = _talk(mesh, source, target)
-    if all(not mesh.varies(target.dims[dim]) & set(talk) for dim in moved):
+    if all(not mesh.dividing_dims(target.dims[dim]) & set(talk) for dim in moved):
         return "gather", talk
     if all(_holds(target.dims[dim], source.dims[dim]) for dim in moved):
         return "halo_exchange", talk
@@ -150,7 +150,7 @@ def kind(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, tuple[str, ..
 def _talk(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, ...]:
     """The fewest mesh dims, inner ones first, such that ranks which differ only there hold all that they need."""
     moved = _moved(source, target)
-    talk: frozenset[str] = frozenset().union(*(mesh.varies(source.dims[dim]) for dim in moved))
+    talk: frozenset[str] = frozenset().union(*(mesh.dividing_dims(source.dims[dim]) for dim in moved))
     for name in in_mesh_order(talk):
         if all(_reaches(mesh, source.dims[dim], target.dims[dim], talk - {name}) for dim in moved):
             talk -= {name}
@@ -195,7 +195,7 @@ def plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> 
         )
         places = tuple(_place(target, moved, cells[peer, rank], rank) for peer in group)
         held = source.local_shape(shape, rank)
-        ranks.append(Exchange(group, held, sends, landings, shapes, places, target.local_shape(shape, rank)))
+        ranks.append(RankExchange(group, held, sends, landings, shapes, places, target.local_shape(shape, rank)))
     return Relayout(name, talk, tuple(ranks))
 
 
@@ -228,7 +228,7 @@ def _piece(
     wanted = part_of(target, size, receiver)
     if source is None:
         return wanted
-    dims = mesh.varies(source) & set(talk)
+    dims = mesh.dividing_dims(source) & set(talk)
     held, here, there = source.parts[sender], mesh.index(receiver, dims), mesh.index(sender, dims)
     if there != here and not source.tiles(mesh.group(receiver, dims)):
         held = held.without(source.parts[receiver])

@@ -55,13 +55,13 @@ class Mesh:
         """The ranks that differ from `rank` at most in these mesh dims, in rank order."""
         return _groups(self, frozenset(dims))[rank]
 
-    def varies(self, partition: Partition | None) -> frozenset[str]:
+    def dividing_dims(self, partition: Partition | None) -> frozenset[str]:
         """The mesh dims along which parts differ."""
         return frozenset() if partition is None else _varies(self, partition)
 
-    def apart(self, queries: Partition | None, keys: Partition | None) -> frozenset[str]:
+    def key_gather_dims(self, queries: Partition | None, keys: Partition | None) -> frozenset[str]:
         """The mesh dims along which keys must be brought together, for every rank that has queries to have all keys."""
-        found = self.varies(keys)
+        found = self.dividing_dims(keys)
         for name in MESH_DIMS:
             if keys is not None and name in found and _finds_all(self, queries, keys, found - {name}):
                 found -= {name}
@@ -74,7 +74,7 @@ class Mesh:
 
     def refine(self, partition: Partition, dims: Collection[str]) -> Partition:
         """Every part divided further, evenly, over those of these mesh dims along which the parts are equal."""
-        rest = frozenset(dims) - self.varies(partition)
+        rest = frozenset(dims) - self.dividing_dims(partition)
         count = self.size(rest)
         cuts = {part: even_pieces(part.size, count) for part in set(partition.parts)}
         parts = (part.at(cuts[part][self.index(rank, rest)]) for rank, part in enumerate(partition.parts))
@@ -118,7 +118,7 @@ def _gathered(mesh: Mesh, partition: Partition, dims: frozenset[str]) -> Partiti
 
 @lru_cache(maxsize=4096)
 def _tiles(mesh: Mesh, partition: Partition) -> bool:
-    return all(partition.tiles(group) for group in set(_groups(mesh, mesh.varies(partition))))
+    return all(partition.tiles(group) for group in set(_groups(mesh, mesh.dividing_dims(partition))))
 
 
 @lru_cache(maxsize=4096)

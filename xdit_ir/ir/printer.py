@@ -32,7 +32,7 @@ def dimension_text(mesh: Mesh, size: int, partition: Partition | None) -> str:
     """One dimension, einops style: `4096/ulysses`, `(512+4096)/(ring*ulysses)`, uneven parts spelled out."""
     if partition is None:
         return str(size)
-    varies = in_mesh_order(mesh.varies(partition))
+    varies = in_mesh_order(mesh.dividing_dims(partition))
     segments = _segments(partition)
     whole = f"({'+'.join(map(str, segments))})" if len(segments) > 1 else str(size)
     if not varies:

@@ -175,7 +175,7 @@ class TokenAxis:
     size: int
     units: tuple[int, ...] = ()
     segments: tuple[tuple[int, ...], ...] = ()
-    gathered: bool = False
+    is_context: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from xdit_ir.ir.graphs import operands, results_of
 from xdit_ir.ir.program import Block, Program, call_parts, is_block_call
 
 
-def together(programs: Sequence[Program], received: Collection[str]) -> Program:
+def interleave(programs: Sequence[Program], received: Collection[str]) -> Program:
     """One program for the programs of a stage's patches, in which they go on in turns, each as far as it can.
 
     Inputs are the model's, then those called `received` of the first patch, then those of the second, and so on, see
@@ -154,15 +154,15 @@ class _Weaver:
     def _call_of(self, members: Sequence[int]) -> None:
         node = self.threads[members[0]].next
         name, prefix, _ = call_parts(node)
-        together = f"{name}_{'_'.join(map(str, members))}"
-        if together not in self.blocks:
+        interleave = f"{name}_{'_'.join(map(str, members))}"
+        if interleave not in self.blocks:
             graphs = [self.programs[patch].blocks[name].graph for patch in members]
-            self.blocks[together] = Block(together, _Weaver(graphs, self.programs).run())
+            self.blocks[interleave] = Block(interleave, _Weaver(graphs, self.programs).run())
         values: list[Any] = []
         for patch in members:
             thread = self.threads[patch]
             values += [thread.env[value] for value in call_parts(thread.next)[2]]
-        new = self._noted(node, self.graph.call_function(node.target, (together, prefix, values)))  # type: ignore[arg-type]
+        new = self._noted(node, self.graph.call_function(node.target, (interleave, prefix, values)))  # type: ignore[arg-type]
         first = 0
         for patch in members:
             thread = self.threads[patch]

@@ -17,7 +17,7 @@ from xdit_ir.sharding.cost import is_counted, local_flops
 
 
 @dataclass(frozen=True)
-class Value:
+class ProgramValue:
     """A value of the expanded program: a node of the outer graph, or of the body of a call."""
 
     call: fx.Node | None
@@ -25,7 +25,7 @@ class Value:
 
 
 @dataclass
-class Profile:
+class Liveness:
     """What a division of the operators into stages is judged by.
 
     `followed`: the values that depend on the sources. `place`: which operator makes a value. `flops[i]` and
@@ -34,10 +34,10 @@ class Profile:
     i and used from there on.
     """
 
-    entries: list[Value] = field(default_factory=list)
-    place: dict[Value, int] = field(default_factory=dict)
-    followed: set[Value] = field(default_factory=set)
-    uses: dict[Value, list[int]] = field(default_factory=dict)
+    entries: list[ProgramValue] = field(default_factory=list)
+    place: dict[ProgramValue, int] = field(default_factory=dict)
+    followed: set[ProgramValue] = field(default_factory=set)
+    uses: dict[ProgramValue, list[int]] = field(default_factory=dict)
     flops: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     weights: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     alive: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -50,7 +50,7 @@ class Profile:
                 yield self.place[value], uses, spec.nbytes
 
 
-def profile(program: Program, sources: Sequence[str]) -> Profile:
+def liveness(program: Program, sources: Sequence[str]) -> Liveness:
     """Profile a program before any division; what depends on the outer values `sources` is followed."""
     return _Walk(program, frozenset(sources)).run()
 
@@ -58,18 +58,18 @@ def profile(program: Program, sources: Sequence[str]) -> Profile:
 class _Walk:
     def __init__(self, program: Program, sources: frozenset[str]) -> None:
         self.program, self.sources = program, sources
-        self.result = Profile()
-        self.alias: dict[Value, Value] = {}
-        self.results: dict[fx.Node, list[Value]] = {}
+        self.result = Liveness()
+        self.alias: dict[ProgramValue, ProgramValue] = {}
+        self.results: dict[fx.Node, list[ProgramValue]] = {}
 
-    def run(self) -> Profile:
+    def run(self) -> Liveness:
         for node in self.program.graph.nodes:
             if is_block_call(node):
                 self._call(node)
             elif node.target is operator.getitem and node.args[0] in self.results:
-                self.alias[Value(None, node)] = self.results[node.args[0]][node.args[1]]
+                self.alias[ProgramValue(None, node)] = self.results[node.args[0]][node.args[1]]
             else:
-                self._visit(Value(None, node))
+                self._visit(ProgramValue(None, node))
         self._due()
         self._liveness()
         return self.result
@@ -79,19 +79,19 @@ class _Walk:
         given = iter(values)
         for node in self.program.blocks[name].graph.nodes:
             if node.op == "placeholder":
-                self.alias[Value(call, node)] = self._source(Value(None, next(given)))
+                self.alias[ProgramValue(call, node)] = self._source(ProgramValue(None, next(given)))
             elif node.op == "output":
-                self.results[call] = [self._source(Value(call, value)) for value in operands(node)]
+                self.results[call] = [self._source(ProgramValue(call, value)) for value in operands(node)]
             else:
-                self._visit(Value(call, node))
+                self._visit(ProgramValue(call, node))
 
-    def _source(self, value: Value) -> Value:
+    def _source(self, value: ProgramValue) -> ProgramValue:
         return self.alias.get(value, value)
 
-    def _inputs(self, value: Value) -> list[Value]:
-        return [self._source(Value(value.call, source)) for source in operands(value.node)]
+    def _inputs(self, value: ProgramValue) -> list[ProgramValue]:
+        return [self._source(ProgramValue(value.call, source)) for source in operands(value.node)]
 
-    def _visit(self, value: Value) -> None:
+    def _visit(self, value: ProgramValue) -> None:
         here, node, inputs = len(self.result.entries), value.node, self._inputs(value)
         picks = node.target is operator.getitem
         self.result.entries.append(value)
@@ -105,7 +105,7 @@ class _Walk:
     def _due(self) -> None:
         """Sum up FLOPs and weights where they are first needed."""
         flops, weights = (np.zeros(len(self.result.entries), dtype=np.int64) for _ in range(2))
-        due: dict[Value, int] = {}
+        due: dict[ProgramValue, int] = {}
         first: dict[str, int] = {}
         for place, value in reversed(list(enumerate(self.result.entries))):
             at = place if value in self.result.followed else due.get(value, place)
@@ -120,7 +120,7 @@ class _Walk:
             weights[at] += self.program.state[name].nbytes if name in self.program.state else 0
         self.result.flops, self.result.weights = flops, weights
 
-    def _weight(self, value: Value) -> str:
+    def _weight(self, value: ProgramValue) -> str:
         prefix = "" if value.call is None else call_parts(value.call)[1]
         return qualified(prefix, str(value.node.target))
 
@@ -132,11 +132,11 @@ class _Walk:
         self.result.alive = np.cumsum(change)
 
 
-def boundaries(profile: Profile) -> Iterator[tuple[int, fx.Node]]:
+def boundaries(liveness: Liveness) -> Iterator[tuple[int, fx.Node]]:
     """Where the block calls that do followed work begin, and the calls."""
     seen: set[fx.Node] = set()
-    for place, value in enumerate(profile.entries):
-        if value.call is not None and value.call not in seen and value in profile.followed:
-            first = next(i for i in range(place, -1, -1) if i == 0 or profile.entries[i - 1].call is not value.call)
+    for place, value in enumerate(liveness.entries):
+        if value.call is not None and value.call not in seen and value in liveness.followed:
+            first = next(i for i in range(place, -1, -1) if i == 0 or liveness.entries[i - 1].call is not value.call)
             seen.add(value.call)
             yield first, value.call

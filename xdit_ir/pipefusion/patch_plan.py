@@ -14,7 +14,7 @@ from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Partition
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, call_parts, is_block_call
-from xdit_ir.rules.base import varying
+from xdit_ir.rules.base import dividing_dims_of
 from xdit_ir.sharding.cost import is_counted, local_flops
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ Found = dict[str, set[fx.Node]]
 
 
 @dataclass(frozen=True, order=True)
-class Price:
+class PatchPrice:
     """Work of all patches together and of the slowest (in 1/1000 of one device), bytes published in between."""
 
     work: int
@@ -36,11 +36,11 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PatchPlan:
     """A division, its price, and why it is refused (empty: it is not)."""
 
     program: Program
-    price: Price
+    price: PatchPrice
     refusal: str
 
 
@@ -123,9 +123,9 @@ def over_time(node: fx.Node, mesh: Mesh) -> bool:
     return TIME in (have.partial if node.target is ops.all_reduce else kind(mesh, have, want)[1])
 
 
-def varies(node: fx.Node, mesh: Mesh) -> bool:
+def is_divided_over_time(node: fx.Node, mesh: Mesh) -> bool:
     """Whether a value is divided over time (or has a sum over time pending)."""
-    return TIME in varying(node, mesh)
+    return TIME in dividing_dims_of(node, mesh)
 
 
 def latents(program: Program, mesh: Mesh) -> frozenset[str]:
@@ -134,7 +134,7 @@ def latents(program: Program, mesh: Mesh) -> frozenset[str]:
     the codes of which an output has the scores, that is one dim more."""
     shapes, scores = set(), set()
     for value in results_of(program.graph):
-        while ops.is_relayout(value.target) and not varies(value, mesh):
+        while ops.is_relayout(value.target) and not is_divided_over_time(value, mesh):
             value = operands(value)[0]
         cut, shape = _patch_dims(value.meta[LAYOUT], mesh), value.meta[SPEC].shape
         shapes.add(cut)
@@ -159,12 +159,12 @@ def without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
     return (*shape[:dim], *shape[dim + 1 :])
 
 
-def returned(program: Program, mesh: Mesh) -> dict[str, Layout]:
+def output_seeds(program: Program, mesh: Mesh) -> dict[str, Layout]:
     """Inputs that could be divided over time like an output is, and how: of its shape, and not yet divided."""
     known = latents(program, mesh)
     found: dict[str, Layout] = {}
     for value in results_of(program.graph):
-        while ops.is_relayout(value.target) and not varies(value, mesh):
+        while ops.is_relayout(value.target) and not is_divided_over_time(value, mesh):
             value = operands(value)[0]
         cut = dict(_time_dims(value.meta[LAYOUT], mesh))
         for node in program.graph.nodes:
@@ -189,18 +189,18 @@ def _is_shared(cut: tuple[tuple[int, Partition | None], ...], mesh: Mesh) -> boo
 
 
 def _time_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None], ...]:
-    return tuple((d, dim) for d, dim in enumerate(layout.dims) if TIME in mesh.varies(dim))
+    return tuple((d, dim) for d, dim in enumerate(layout.dims) if TIME in mesh.dividing_dims(dim))
 
 
 def _patch_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None], ...]:
     """The same, with what the ranks of a patch have together."""
     return tuple(
-        (d, dim if dim is None else mesh.gathered(dim, mesh.varies(dim) - {TIME}))
+        (d, dim if dim is None else mesh.gathered(dim, mesh.dividing_dims(dim) - {TIME}))
         for d, dim in _time_dims(layout, mesh)
     )
 
 
-def judge(program: Program, mesh: Mesh) -> Plan:
+def evaluate(program: Program, mesh: Mesh) -> PatchPlan:
     """Price a division over time, and refuse it with a reason where it would not be PipeFusion."""
     found = latents(program, mesh)
     seeds = {OUTER: {node for node in program.graph.nodes if node.op == "placeholder" and node.name in found}}
@@ -213,10 +213,10 @@ def judge(program: Program, mesh: Mesh) -> Plan:
         refusal = f"only {covered:.0%} of the FLOPs that depend on the latents are divided"
     else:
         refusal = _stale(program, mesh, dependent)
-    return Plan(program, price, refusal)
+    return PatchPlan(program, price, refusal)
 
 
-def _work(program: Program, mesh: Mesh, dependent: Found) -> tuple[float, Price]:
+def _work(program: Program, mesh: Mesh, dependent: Found) -> tuple[float, PatchPrice]:
     """The share of latent-dependent FLOPs that is divided, and the price of the division."""
     tail = _tail(program, mesh)
     patches, space = mesh.size((TIME,)), mesh.world_size // mesh.size((TIME,))
@@ -229,7 +229,9 @@ def _work(program: Program, mesh: Mesh, dependent: Found) -> tuple[float, Price]
             if not is_counted(node):
                 continue
             flops = [count * amount for amount in local_flops(node, mesh)]
-            divided = varies(node, mesh) or any(varies(source, mesh) for source in operands(node))
+            divided = is_divided_over_time(node, mesh) or any(
+                is_divided_over_time(source, mesh) for source in operands(node)
+            )
             once = not divided and (node not in dependent[name] or (name == OUTER and node in tail))
             cost = sum(flops) // patches if once else sum(flops)
             work += cost
@@ -242,7 +244,7 @@ def _work(program: Program, mesh: Mesh, dependent: Found) -> tuple[float, Price]
     scale = 1000 / max(work, 1)
     slowest = max(per_rank) * space
     whole_work = max(1, _single(program))
-    return split / max(total, 1), Price(round(1000 * work / whole_work), published, round(scale * slowest))
+    return split / max(total, 1), PatchPrice(round(1000 * work / whole_work), published, round(scale * slowest))
 
 
 def _single(program: Program) -> int:

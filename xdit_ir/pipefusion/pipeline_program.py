@@ -19,24 +19,27 @@ from xdit_ir.sharding.specialize import Specialize
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """What one stage does for one patch. Its program takes the model's inputs, the message of the stage before
-    (`receives`) and what an earlier stage of this rank held for it (`takes`); it returns the message for the next stage
-    (`sends`), what a later stage of this rank takes (`holds`), and in the last stage, with the last patch, the model's
-    outputs. `takes` and `holds` are of one patch in one step; they are empty where each rank has one stage."""
+class PatchStage:
+    """What one stage does for one patch.
+
+    Its program takes the model's inputs, the message of the stage before (`receives`) and what an earlier stage of this
+    rank held for it (`carried_in`); it returns the message for the next stage (`sends`), what a later stage of this
+    rank takes (`carried_out`), and in the last stage, with the last patch, the model's outputs. `carried_in` and
+    `carried_out` are of one patch in one step; they are empty where each rank has one stage.
+    """
 
     program: Program
     receives: tuple[str, ...]
     sends: tuple[str, ...]
-    takes: tuple[str, ...] = ()
-    holds: tuple[str, ...] = ()
+    carried_in: tuple[str, ...] = ()
+    carried_out: tuple[str, ...] = ()
 
     def message(self, *, sent: bool) -> tuple[TensorSpec, ...]:
         """Types of what is sent (or received)."""
         if sent:
             return tuple(node.meta[SPEC] for node in results_of(self.program.graph)[: len(self.sends)])
         inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
-        end = len(inputs) - len(self.takes)
+        end = len(inputs) - len(self.carried_in)
         return tuple(node.meta[SPEC] for node in inputs[end - len(self.receives) : end])
 
 
@@ -51,7 +54,7 @@ class Pipeline:
     program: Program
     coordinates: tuple[int, ...]
     warmup_steps: int
-    _parts: dict[tuple[int, int], Part] = field(default_factory=dict)
+    _parts: dict[tuple[int, int], PatchStage] = field(default_factory=dict)
     _blocks: dict[int, Program] = field(default_factory=dict)
 
     @property
@@ -60,7 +63,7 @@ class Pipeline:
         return len(self.coordinates)
 
     @property
-    def rounds(self) -> int:
+    def stages_per_rank(self) -> int:
         """How many stages each rank has."""
         return self.stages // len(set(self.coordinates))
 
@@ -103,21 +106,21 @@ class Pipeline:
             names |= dict.fromkeys(_weights(self.part(stage, self.virtual_rank(rank, patch)).program))
         return tuple(names)
 
-    def turn(self, stage: int, step: int, patch: int) -> int:
+    def issue_order(self, stage: int, step: int, patch: int) -> int:
         """When a stage computes a patch of a displaced step, in units of the time of one stage.
 
         Each rank works in this order, which never waits for something that comes later; no two turns of a rank are
         equal, and none is idle where there are at least as many patches as ranks.
         """
-        patches = max(self.patches, self.stages // self.rounds)
-        return stage + self.rounds * (step * patches + patch)
+        patches = max(self.patches, self.stages // self.stages_per_rank)
+        return stage + self.stages_per_rank * (step * patches + patch)
 
     @cached_property
     def cuts(self) -> tuple[Stage, ...]:
         """The stages, not yet of any rank."""
         return cut_stages(self.program, self.coordinates)
 
-    def part(self, stage: int, virtual: int) -> Part:
+    def part(self, stage: int, virtual: int) -> PatchStage:
         """What a stage does for a virtual rank."""
         key = (stage, virtual)
         if key not in self._parts:
@@ -155,7 +158,7 @@ def verify_pipeline(pipeline: Pipeline) -> None:
             mine = [s for s in range(stage) if pipeline.coordinates[s] == pipeline.coordinates[stage]]
             if stage - 1 in mine and part.receives:
                 raise VerifyError(f"virtual rank {virtual}: stage {stage} receives {part.receives} from its own rank")
-            if missing := [name for name in part.takes if not any(name in parts[s].holds for s in mine)]:
+            if missing := [name for name in part.carried_in if not any(name in parts[s].carried_out for s in mine)]:
                 raise VerifyError(
                     f"virtual rank {virtual}: stage {stage} takes {missing}, which its rank does not hold"
                 )
@@ -170,7 +173,7 @@ def pipeline_text(pipeline: Pipeline) -> str:
     """The stages as text: how many operators and block calls, and with their types the message to the next stage and
     what a later stage of the same rank takes."""
     mesh = pipeline.virtual
-    on = f" folded over {pipeline.mesh.size((TIME,))}" if pipeline.rounds > 1 else ""
+    on = f" folded over {pipeline.mesh.size((TIME,))}" if pipeline.stages_per_rank > 1 else ""
     lines = [
         f"pipeline of {pipeline.stages} stages{on}, {pipeline.patches} patches (in the layouts below: pipefusion), "
         f"{pipeline.warmup_steps} warmup steps {{"
@@ -179,24 +182,26 @@ def pipeline_text(pipeline: Pipeline) -> str:
         calls, work = stage.counts()
         place = f" at {pipeline.coordinates[number]}" if on else ""
         lines.append(f"  stage {number}{place}: {calls} block calls, {work} operators")
-        for verb, names in (("sends", stage.sends), ("holds", stage.holds)):
+        for verb, names in (("sends", stage.sends), ("holds", stage.carried_out)):
             lines += [f"    {verb} {text}" for text in stage.passed(names, mesh)]
     return "\n".join([*lines, "}"])
 
 
-def _part(cut: Stage, program: Program, patch: int, patches: int) -> Part:
+def _part(cut: Stage, program: Program, patch: int, patches: int) -> PatchStage:
     once = {node.name for node in program.graph.nodes if ONCE in node.meta} if patch else set()
-    wanted = [tuple(n for n in names if n not in once) for names in (cut.receives, cut.sends, cut.takes, cut.holds)]
-    passed = (*cut.sends, *cut.holds)
+    wanted = [
+        tuple(n for n in names if n not in once) for names in (cut.receives, cut.sends, cut.carried_in, cut.carried_out)
+    ]
+    passed = (*cut.sends, *cut.carried_out)
     values = results_of(program.graph)
     kept = [value for value, name in zip(values, passed, strict=False) if name not in once]
     if patch == patches - 1:
         kept += values[len(passed) :]
-    graph = _for_patch(program.graph, patch, patches, received=(*cut.receives, *cut.takes), outputs=kept)
+    graph = _for_patch(program.graph, patch, patches, received=(*cut.receives, *cut.carried_in), outputs=kept)
     _remove_dead(graph, {name for name, block in program.blocks.items() if _has_effects(block.graph)})
     used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
     blocks = {name: block for name, block in program.blocks.items() if name in used}
-    return Part(program.replace(graph=graph, blocks=blocks), *wanted)
+    return PatchStage(program.replace(graph=graph, blocks=blocks), *wanted)
 
 
 def _for_patch(

@@ -13,7 +13,7 @@ from xdit_ir.ir.buffer_ops import Keep, Write
 from xdit_ir.ir.mesh import TIME
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, is_block_call, qualified
 from xdit_ir.pipefusion.patch_plan import graphs, over_time
-from xdit_ir.pipefusion.pipeline_program import Part, Pipeline
+from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
 from xdit_ir.sharding.cost import is_counted, local_flops, program_flops
 from xdit_ir.sharding.report import Collective, Report, find_fallbacks, read_at_calls, traffic
 
@@ -21,7 +21,7 @@ Key = tuple[str, str]
 
 
 @dataclass
-class _Rank:
+class _RankCost:
     """What one rank has, does and sends."""
 
     flops: int = 0
@@ -60,8 +60,8 @@ class _Tally:
         self.layouts = {name: {node.name: node for node in graph.nodes} for name, graph, _ in graphs(pipeline.program)}
         self.costs: dict[tuple[str, str], list[int]] = {}
 
-    def rank(self, rank: int) -> _Rank:
-        result = _Rank()
+    def rank(self, rank: int) -> _RankCost:
+        result = _RankCost()
         for stage, patch in itertools.product(self.pipeline.stages_of(rank), range(self.pipeline.patches)):
             virtual = self.pipeline.virtual_rank(rank, patch)
             part = self.pipeline.part(stage, virtual)
@@ -71,7 +71,7 @@ class _Tally:
                 self._count(result, stage, (name, prefix), node, virtual)
         return result
 
-    def _count(self, result: _Rank, stage: int, place: tuple[str, str], node: fx.Node, virtual: int) -> None:
+    def _count(self, result: _RankCost, stage: int, place: tuple[str, str], node: fx.Node, virtual: int) -> None:
         name, prefix = place
         if node.op == "get_attr":
             weight = qualified(prefix, str(node.target))
@@ -97,7 +97,7 @@ class _Tally:
             result.send(found[0], 1, found[1][virtual])
 
 
-def _nodes(part: Part) -> Iterator[tuple[str, str, fx.Node]]:
+def _nodes(part: PatchStage) -> Iterator[tuple[str, str, fx.Node]]:
     """Every node that a part runs: the block's name and prefix (empty: outer graph), and the node."""
     for node in part.program.graph.nodes:
         yield "", "", node

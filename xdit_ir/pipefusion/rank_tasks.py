@@ -16,16 +16,16 @@ from xdit_ir.ir.collective_ops import Communicate
 from xdit_ir.ir.graphs import copy_graph, map_graphs, operands, results_of
 from xdit_ir.ir.partition import Indices, Runs
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
-from xdit_ir.pipefusion.interleave_patches import of_patch, together
+from xdit_ir.pipefusion.interleave_patches import interleave, of_patch
 from xdit_ir.pipefusion.patch_plan import latents, without
-from xdit_ir.pipefusion.pipeline_program import Part, Pipeline
+from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
 
 Specs = tuple[TensorSpec, ...]
 Held = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Cut:
+class PatchCut:
     """How an output (and the latents) is divided over patches: `parts[p]` of dimension `dim` belong to patch p."""
 
     dim: int
@@ -55,7 +55,7 @@ class Need:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class StageTask:
     """One run of a stage: `program` takes the `needs`, then the `feed`, and returns what is sent, what is held for a
     later stage of this rank, and results.
 
@@ -67,12 +67,12 @@ class Work:
     feed: tuple[int | Held, ...]
     receives: Specs
     sends: Specs
-    holds: tuple[Held, ...]
+    carried_out: tuple[Held, ...]
     results: Specs
 
 
 @dataclass(frozen=True, eq=False)
-class RankWork:
+class RankTasks:
     """Everything that one rank runs. Made without the other ranks."""
 
     pipeline: Pipeline
@@ -92,15 +92,15 @@ class RankWork:
         return tuple(self.pipeline.rank(stage, self.virtual(0)) for stage in range(self.pipeline.stages))
 
     @cached_property
-    def cuts(self) -> tuple[Cut | None, ...]:
+    def cuts(self) -> tuple[PatchCut | None, ...]:
         """How each output of the model is divided over patches; None where it is had with the last patch, whole."""
         last = [self._part(self.pipeline.stages - 1, patch) for patch in range(self.pipeline.patches)]
         return tuple(_cut(value, last) for value in results_of(last[-1].program.graph))
 
     @cached_property
-    def latents(self) -> dict[str, Cut]:
+    def latents(self) -> dict[str, PatchCut]:
         """The inputs that are divided over patches like an output."""
-        found: dict[str, Cut] = {}
+        found: dict[str, PatchCut] = {}
         for name in latents(self.pipeline.program, self.pipeline.virtual):
             [node] = (n for n in self.pipeline.program.graph.nodes if n.op == "placeholder" and n.name == name)
             shape = node.meta[SPEC].shape
@@ -111,12 +111,12 @@ class RankWork:
         return found
 
     @cached_property
-    def displaced(self) -> dict[tuple[int, int], Work]:
+    def displaced(self) -> dict[tuple[int, int], StageTask]:
         """What is run for a stage and a patch."""
         return {(s, p): self._alone(s, p) for s in self.stages for p in range(self.pipeline.patches)}
 
     @cached_property
-    def synchronous(self) -> dict[int, Work]:
+    def synchronous(self) -> dict[int, StageTask]:
         """What is run for a stage and all patches."""
         return {s: self._together(s) for s in self.stages}
 
@@ -125,7 +125,7 @@ class RankWork:
         program = self._part(self.pipeline.stages - 1, patch).program
         return tuple(value.meta[SPEC] for value in self._results(program, patch))
 
-    def _part(self, stage: int, patch: int) -> Part:
+    def _part(self, stage: int, patch: int) -> PatchStage:
         return self.pipeline.part(stage, self.virtual(patch))
 
     def _finished(self, stage: int, patch: int) -> tuple[Program, Specs]:
@@ -153,36 +153,38 @@ class RankWork:
                 results.append(value)
         return results
 
-    def _alone(self, stage: int, patch: int) -> Work:
+    def _alone(self, stage: int, patch: int) -> StageTask:
         program, results = self._finished(stage, patch)
         part = self._part(stage, patch)
-        program, needs = _trimmed(program, {*part.receives, *part.takes}, self.latents)
+        program, needs = _trimmed(program, {*part.receives, *part.carried_in}, self.latents)
         feed = _feed([(part, patch)])
-        holds = tuple((name, patch) for name in part.holds)
-        return Work(program, needs, feed, part.message(sent=False), part.message(sent=True), holds, results)
+        carried_out = tuple((name, patch) for name in part.carried_out)
+        return StageTask(program, needs, feed, part.message(sent=False), part.message(sent=True), carried_out, results)
 
-    def _together(self, stage: int) -> Work:
+    def _together(self, stage: int) -> StageTask:
         patches = range(self.pipeline.patches)
         if len(patches) == 1:
             return self.displaced[stage, 0]
         parts, finished = [self._part(stage, p) for p in patches], [self._finished(stage, p) for p in patches]
-        own = {name for part in parts for name in (*part.receives, *part.takes)}
-        program = together([program for program, _ in finished], own)
-        counts = [(len(part.sends), len(part.holds), len(r)) for part, (_, r) in zip(parts, finished, strict=True)]
+        own = {name for part in parts for name in (*part.receives, *part.carried_in)}
+        program = interleave([program for program, _ in finished], own)
+        counts = [
+            (len(part.sends), len(part.carried_out), len(r)) for part, (_, r) in zip(parts, finished, strict=True)
+        ]
         _sort_outputs(program, counts)
         program, needs = _trimmed(program, {of_patch(name, patch) for name in own for patch in patches}, {})
-        return Work(
+        return StageTask(
             program,
             needs,
             _feed(list(zip(parts, patches, strict=True))),
             tuple(spec for part in parts for spec in part.message(sent=False)),
             tuple(spec for part in parts for spec in part.message(sent=True)),
-            tuple((name, patch) for part, patch in zip(parts, patches, strict=True) for name in part.holds),
+            tuple((name, patch) for part, patch in zip(parts, patches, strict=True) for name in part.carried_out),
             tuple(spec for _, results in finished for spec in results),
         )
 
 
-def _own_dim(cut: Cut, output: Sequence[int], shape: Sequence[int]) -> int | None:
+def _own_dim(cut: PatchCut, output: Sequence[int], shape: Sequence[int]) -> int | None:
     """The dim of an input of this shape that is cut like the output's; codes lack the dim of their scores."""
     if cut.dim < len(shape) and cut.size == shape[cut.dim]:
         return cut.dim
@@ -190,13 +192,13 @@ def _own_dim(cut: Cut, output: Sequence[int], shape: Sequence[int]) -> int | Non
     return None if next(lacks, None) is None else cut.dim - 1
 
 
-def _feed(parts: Sequence[tuple[Part, int]]) -> tuple[int | Held, ...]:
+def _feed(parts: Sequence[tuple[PatchStage, int]]) -> tuple[int | Held, ...]:
     """What the inputs behind the model's own get, patch by patch: what is received, then what is held."""
     feed: list[int | Held] = []
     place = 0
     for part, patch in parts:
         feed += range(place, place + len(part.receives))
-        feed += [(name, patch) for name in part.takes]
+        feed += [(name, patch) for name in part.carried_in]
         place += len(part.receives)
     return tuple(feed)
 
@@ -219,7 +221,7 @@ def _write(program: Program, slot: str) -> fx.Node:
     return write
 
 
-def _cut(value: fx.Node, parts: Sequence[Part]) -> Cut | None:
+def _cut(value: fx.Node, parts: Sequence[PatchStage]) -> PatchCut | None:
     """How the parts of the patches lie in an output, if along one dimension and none twice."""
     slot = _slot(value)
     if not slot:
@@ -231,7 +233,7 @@ def _cut(value: fx.Node, parts: Sequence[Part]) -> Cut | None:
         return None
     [dim] = dims
     size = value.meta[SPEC].shape[dim]
-    cut = Cut(dim, tuple(Indices(((0, size),) if place[dim] is None else place[dim] or ()) for place in places))
+    cut = PatchCut(dim, tuple(Indices(((0, size),) if place[dim] is None else place[dim] or ()) for place in places))
     return cut if cut.size == cut.joined(range(len(parts))).size == size else None
 
 
@@ -249,7 +251,7 @@ def _returning(program: Program, results: Sequence[fx.Node]) -> Program:
     return program.replace(graph=graph)
 
 
-def _mapped(program: Program, work: RankWork) -> Program:
+def _mapped(program: Program, work: RankTasks) -> Program:
     """The program whose communications name ranks instead of virtual ranks."""
     stage = work.ranks().index(work.rank)
 
@@ -273,7 +275,9 @@ def _sort_outputs(program: Program, counts: Sequence[tuple[int, ...]]) -> None:
     output.args = (tuple(itertools.chain(*kinds)),)
 
 
-def _trimmed(program: Program, received: Collection[str], cuts: dict[str, Cut]) -> tuple[Program, tuple[Need, ...]]:
+def _trimmed(
+    program: Program, received: Collection[str], cuts: dict[str, PatchCut]
+) -> tuple[Program, tuple[Need, ...]]:
     """The program without inputs that it does not use, which takes of the latents what it needs."""
     needs = []
     for node in list(_placeholders(program.graph)):
@@ -286,16 +290,16 @@ def _trimmed(program: Program, received: Collection[str], cuts: dict[str, Cut]) 
     return program, tuple(needs)
 
 
-def _narrowed(node: fx.Node, cut: Cut) -> tuple[int, ...] | None:
+def _narrowed(node: fx.Node, cut: PatchCut) -> tuple[int, ...] | None:
     """The patches that have what a program takes of an input; its `take`s then are of what those have together."""
-    takes = _takes(node, cut.dim)
-    if takes is None:
+    carried_in = _takes(node, cut.dim)
+    if carried_in is None:
         return None
-    runs: set[tuple[int, int]] = {run for take in takes for run in _runs(take)}
+    runs: set[tuple[int, int]] = {run for take in carried_in for run in _runs(take)}
     wanted = Indices.of_runs(sorted(runs))
     patches = cut.meeting(wanted)
     held = cut.joined(patches)
-    for take in takes:
+    for take in carried_in:
         take.args = (take.args[0], cut.dim, held.positions(Indices(_runs(take))).runs)
     return patches
 

@@ -34,7 +34,7 @@ def folded(ranks: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Marks:
+class CutPoints:
     """Where one may cut: the begin, places in between, and the end.
 
     `flops` and `weights` (bytes) are the sums before each. `sent[i, j]`: bytes that go over the marks i and j if what
@@ -52,7 +52,7 @@ class Marks:
 
 
 @dataclass(frozen=True)
-class Cuts:
+class StagePlan:
     """Coordinates of the stages, the inner marks at which they begin, FLOPs of the slowest rank, and bytes that go over
     the busiest boundary between ranks."""
 
@@ -62,7 +62,7 @@ class Cuts:
     bytes: int
 
 
-def cut_straight(marks: Marks, count: int, weights: float) -> Cuts | None:
+def cut_straight(marks: CutPoints, count: int, weights: float) -> StagePlan | None:
     """Cuts into `count` runs with at most so many bytes of weights each; None if there are none."""
     if marks.end < count:
         return None
@@ -75,23 +75,23 @@ def cut_straight(marks: Marks, count: int, weights: float) -> Cuts | None:
     found = _cheapest(marks, count, low * SLACK, weights)
     work = np.diff(marks.flops[[0, *found, marks.end]])
     sent = [int(marks.sent[mark, marks.end]) for mark in found]
-    return Cuts(contiguous(count), tuple(found), int(work.max()), max(sent, default=0))
+    return StagePlan(contiguous(count), tuple(found), int(work.max()), max(sent, default=0))
 
 
-def _stop(marks: Marks, start: int, flops: float, weights: float) -> int:
+def _stop(marks: CutPoints, start: int, flops: float, weights: float) -> int:
     """The last mark that a run from `start` may end at."""
     ends = (bisect_right(sums, sums[start] + most) for sums, most in ((marks.flops, flops), (marks.weights, weights)))
     return min(ends) - 1
 
 
-def _reaches(marks: Marks, count: int, flops: float, weights: float) -> bool:
+def _reaches(marks: CutPoints, count: int, flops: float, weights: float) -> bool:
     at = 0
     for _ in range(count):
         at = _stop(marks, at, flops, weights)
     return at == marks.end
 
 
-def _cheapest(marks: Marks, count: int, flops: float, weights: float) -> list[int]:
+def _cheapest(marks: CutPoints, count: int, flops: float, weights: float) -> list[int]:
     """Inner marks such that no run exceeds the limits: fewest bytes, then least sum of squares."""
     best: dict[int, tuple[int, float, list[int]]] = {0: (0, 0.0, [])}
     for stage in range(count):
@@ -109,7 +109,7 @@ def _cheapest(marks: Marks, count: int, flops: float, weights: float) -> list[in
     return best[marks.end][2][:-1]
 
 
-def cut_folded(marks: Marks, count: int, weights: float) -> Cuts | None:
+def cut_folded(marks: CutPoints, count: int, weights: float) -> StagePlan | None:
     """Cuts into `2 * count` runs, of which rank r has r and `2 * count - 1 - r`; None if there are none."""
     if marks.end < 2 * count:
         return None
@@ -124,10 +124,10 @@ def cut_folded(marks: Marks, count: int, weights: float) -> Cuts | None:
     assert best is not None
     pairs = zip(best[: count - 1], best[: count - 1 : -1], strict=True)
     sent = [int(marks.sent[pair]) for pair in pairs]
-    return Cuts(folded(count), tuple(best), _slowest(marks, best), max(sent, default=0))
+    return StagePlan(folded(count), tuple(best), _slowest(marks, best), max(sent, default=0))
 
 
-def _slowest(marks: Marks, found: list[int]) -> int:
+def _slowest(marks: CutPoints, found: list[int]) -> int:
     work = np.diff(marks.flops[[0, *found, marks.end]])
     return int((work + work[::-1]).max())
 
@@ -136,7 +136,7 @@ class _Fold:
     """Dynamic programming from the outside in: a state (i, j) says that the ranks so far have what is before mark i and
     what is from mark j on."""
 
-    def __init__(self, marks: Marks, count: int, flops: float, weights: float) -> None:
+    def __init__(self, marks: CutPoints, count: int, flops: float, weights: float) -> None:
         self.marks, self.count, self.limit, self.bound = marks, count, flops, weights
         self.flops, self.weights = (sums.astype(np.float64) for sums in (marks.flops, marks.weights))
         # Less than one byte for all stages together, so that it decides between equal bytes only.

@@ -21,15 +21,18 @@ Homes = dict[fx.Node, frozenset[int]]
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One stage. Its program takes the model's inputs, then `receives`, values that the stage before sends from another
-    rank, then `takes`, values that an earlier stage of the same rank holds for it. It returns `sends`, for the next
-    stage, `holds`, for a later stage of its own rank, and then, in the last stage, the outputs of the model."""
+    """One stage.
+
+    Its program takes the model's inputs, then `receives`, values that the stage before sends from another rank, then
+    `carried_in`, values that an earlier stage of the same rank holds for it. It returns `sends`, for the next stage,
+    `carried_out`, for a later stage of its own rank, and then, in the last stage, the outputs of the model.
+    """
 
     program: Program
     receives: tuple[str, ...]
     sends: tuple[str, ...]
-    takes: tuple[str, ...] = ()
-    holds: tuple[str, ...] = ()
+    carried_in: tuple[str, ...] = ()
+    carried_out: tuple[str, ...] = ()
 
     def counts(self) -> tuple[int, int]:
         """How many block calls and how many operators it computes."""
@@ -132,12 +135,12 @@ def _free(graph: fx.Graph) -> set[fx.Node]:
 def _stage(program: Program, homes: Homes, routes: Mapping[fx.Node, _Route], stage: int) -> Stage:
     receives = [node for node, route in routes.items() if stage in route.messages]
     sends = [node for node, route in routes.items() if stage + 1 in route.messages]
-    takes = [node for node, route in routes.items() if stage in route.waits]
-    holds = [node for node, route in routes.items() if stage in route.waits.values()]
+    carried_in = [node for node, route in routes.items() if stage in route.waits]
+    carried_out = [node for node, route in routes.items() if stage in route.waits.values()]
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
-    for node in [*inputs, *receives, *takes]:
+    for node in [*inputs, *receives, *carried_in]:
         env[node] = graph.create_node("placeholder", node.name, name=node.name)
         env[node].meta = dict(node.meta)
     results: tuple[fx.Node, ...] = ()
@@ -147,8 +150,8 @@ def _stage(program: Program, homes: Homes, routes: Mapping[fx.Node, _Route], sta
         elif node not in env and stage in homes[node]:
             env[node] = graph.node_copy(node, env.__getitem__)
             env[node].meta = dict(node.meta)
-    graph.output(tuple(env[node] for node in (*sends, *holds, *results)))
+    graph.output(tuple(env[node] for node in (*sends, *carried_out, *results)))
     used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
     blocks = {name: block for name, block in program.blocks.items() if name in used}
-    names = [tuple(node.name for node in nodes) for nodes in (receives, sends, takes, holds)]
+    names = [tuple(node.name for node in nodes) for nodes in (receives, sends, carried_in, carried_out)]
     return Stage(program.replace(graph=graph, blocks=blocks), *names)

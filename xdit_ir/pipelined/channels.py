@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from xdit_ir.ir.mesh import TIME
 from xdit_ir.pipefusion.pipeline_program import Pipeline
-from xdit_ir.pipefusion.rank_tasks import RankWork
+from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.transport.distributed import Communicator, configured_timeout, peers_reachable
 from xdit_ir.transport.messages import Broadcast, Channel, Envelope, Pair, Slots
 
@@ -51,7 +51,7 @@ class ChannelMaker:
         """The channels for a pipeline, in which halves of `cfg` may run calls `apart`. Collective: all ranks open the
         same ones."""
         everyone = range(pipeline.mesh.world_size)
-        columns = {rank: RankWork(pipeline, rank).ranks() for rank in everyone}
+        columns = {rank: RankTasks(pipeline, rank).ranks() for rank in everyone}
         between = {ranks: self._between(pipeline, ranks) for ranks in sorted(set(columns.values()))}
         returns = {}
         for rank in everyone:
@@ -119,5 +119,5 @@ def _sent_to(pipeline: Pipeline, stage: int) -> list[int]:
 
 def _returned(pipeline: Pipeline) -> list[int]:
     """Bytes of the largest result, for each patch."""
-    works = [RankWork(pipeline, rank) for rank in range(pipeline.mesh.world_size)]
+    works = [RankTasks(pipeline, rank) for rank in range(pipeline.mesh.world_size)]
     return [max(Envelope.of(work.result_types(p)).size for work in works) for p in range(pipeline.patches)]

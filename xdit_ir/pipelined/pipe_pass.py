@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from xdit_ir.deferral.deferred import Deferred, force, pending, pull
-from xdit_ir.emission.execution import outside
+from xdit_ir.deferral.deferred import Deferred, materialize, materialize_slice, pending
+from xdit_ir.emission.execution import as_normal_tensor
 from xdit_ir.ir.program import TensorSpec
-from xdit_ir.pipefusion.rank_tasks import Cut, Held, Need
-from xdit_ir.pipelined.requests import Lane
-from xdit_ir.pipelined.schedule import Item
-from xdit_ir.pipelined.traffic import Traffic
+from xdit_ir.pipefusion.rank_tasks import Held, Need, PatchCut
+from xdit_ir.pipelined.requests import GuidanceBranch
+from xdit_ir.pipelined.schedule import StageRun
+from xdit_ir.pipelined.step_queue import StepQueue
 from xdit_ir.transport.messages import Arrival, Envelope
 
 Tensors = list[torch.Tensor]
@@ -26,17 +26,17 @@ class PipelinePass:
 
     number: int
     half: int
-    lane: Lane
+    lane: GuidanceBranch
     inputs: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor]
-    run: Callable[[PipelinePass, Item], None]
-    traffic: Traffic
+    run: Callable[[PipelinePass, StageRun], None]
+    traffic: StepQueue
     arrivals: dict[tuple[int, int | None], Arrival] = field(default_factory=dict)
     returns: dict[int | None, Arrival] = field(default_factory=dict)
     results: dict[int | None, Tensors] = field(default_factory=dict)
     held: dict[Held, torch.Tensor] = field(default_factory=dict)
 
-    def execute(self, item: Item) -> None:
+    def execute(self, item: StageRun) -> None:
         """Run a stage."""
         self.run(self, item)
 
@@ -49,16 +49,18 @@ class PipelinePass:
             self.traffic.run(until=lambda: patch in self.results)
         return self.results[patch]
 
-    def given(self, need: Need, cuts: Mapping[str, Cut]) -> torch.Tensor:
+    def given(self, need: Need, cuts: Mapping[str, PatchCut]) -> torch.Tensor:
         """What a stage wants of an input; waits for no more of the results that it was made of."""
         x = self.inputs[need.name]
         if need.patches is None:
-            return outside(force(x))
+            return as_normal_tensor(materialize(x))
         cut = cuts[need.name]
         if not isinstance(x, Deferred):
             return _joined([x.narrow(cut.dim, *run) for run in cut.joined(need.patches).runs], x, cut.dim)
         runs = sorted(run for patch in need.patches for run in cut.parts[patch].runs)
-        return outside(_joined([pull(x, cut.dim, start, start + size) for start, size in runs], x, cut.dim))
+        return as_normal_tensor(
+            _joined([materialize_slice(x, cut.dim, start, start + size) for start, size in runs], x, cut.dim)
+        )
 
 
 def _joined(pieces: Sequence[torch.Tensor], x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -73,7 +75,7 @@ class Result:
     the last patch only). Of a synchronous pass, `firsts[p]` is where the results of patch p begin among all."""
 
     made: PipelinePass
-    cut: Cut | None
+    cut: PatchCut | None
     places: tuple[int | None, ...]
     firsts: tuple[int, ...] | None
 
@@ -109,7 +111,7 @@ class Result:
 def outputs_of(
     made: PipelinePass,
     types: Sequence[Sequence[TensorSpec]],
-    cuts: Sequence[Cut | None],
+    cuts: Sequence[PatchCut | None],
     specs: Sequence[TensorSpec],
     device: torch.device,
     maker: object,

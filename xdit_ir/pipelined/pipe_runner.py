@@ -13,21 +13,21 @@ from torch import nn
 
 from xdit_ir.capture.inputs import InputBinder
 from xdit_ir.capture.outputs import build_output
-from xdit_ir.deferral.deferred import Deferred, force
-from xdit_ir.emission.checkpoint import Store, rank_weights
-from xdit_ir.emission.codegen import Body, Code, generate, slot_specs, state_names
-from xdit_ir.emission.execution import Execution, Tensors, compile_body, outside, plain_modes
+from xdit_ir.deferral.deferred import Deferred, materialize
+from xdit_ir.emission.checkpoint import WeightStore, rank_weights
+from xdit_ir.emission.codegen import Code, EmittedBody, generate, slot_specs, state_names
+from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, compile_body, plain_modes
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.interpret import constant_on
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec
 from xdit_ir.parallel import Parallel
-from xdit_ir.pipefusion.rank_tasks import RankWork, Work
+from xdit_ir.pipefusion.rank_tasks import RankTasks, StageTask
 from xdit_ir.pipelined.memory import Memories, zeros
 from xdit_ir.pipelined.pipe_pass import PipelinePass, envelope, outputs_of
-from xdit_ir.pipelined.requests import NEW, Moment
-from xdit_ir.pipelined.schedule import Item, items_of
-from xdit_ir.pipelined.traffic import Traffic
+from xdit_ir.pipelined.requests import NEW, CallPosition
+from xdit_ir.pipelined.schedule import StageRun, items_of
+from xdit_ir.pipelined.step_queue import StepQueue
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.handshake import digest
 from xdit_ir.transport.messages import LostError
@@ -37,7 +37,7 @@ from xdit_ir.transport.messages import LostError
 class _Runnable:
     """A stage's work with its code; `state` names its weights and constants in the order of arguments."""
 
-    work: Work
+    work: StageTask
     code: Code
     state: tuple[str, ...]
     slots: tuple[str, ...]
@@ -62,9 +62,9 @@ class PipelineRunner:
         communicator: Communicator,
         facts: Mapping[str, str],
         execution: Execution,
-        work: RankWork,
-        traffic: Traffic,
-        store: Store | None = None,
+        work: RankTasks,
+        traffic: StepQueue,
+        store: WeightStore | None = None,
     ) -> None:
         self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
         self.pipeline, self.work, self.traffic = work.pipeline, work, traffic
@@ -93,15 +93,15 @@ class PipelineRunner:
                 for body in each.code.bodies.values():
                     compile_body(body.module)
 
-    def _runnable(self, work: Work, communicator: Communicator, execution: Execution) -> _Runnable:
+    def _runnable(self, work: StageTask, communicator: Communicator, execution: Execution) -> _Runnable:
         code = generate(work.program, communicator, self.device, execution)
         weights, constants = state_names(work.program)
         return _Runnable(work, code, (*weights, *constants), tuple(slot_specs(work.program)))
 
     @property
-    def bodies(self) -> Mapping[str, Body]:
+    def bodies(self) -> Mapping[str, EmittedBody]:
         """The shared blocks of all stages and patches."""
-        found: dict[str, Body] = {}
+        found: dict[str, EmittedBody] = {}
         for (stage, patch), each in self._runnables.items():
             where = f"stage {stage}, {'all patches' if patch is None else f'patch {patch}'}"
             found |= {f"{name} ({where})": body for name, body in each.code.bodies.items()}
@@ -115,10 +115,10 @@ class PipelineRunner:
         """Free what was recorded."""
         self._memories.forget()
 
-    def moment(self, inputs: Tensors) -> Moment:
+    def moment(self, inputs: Tensors) -> CallPosition:
         """To which step of which request a call with these inputs belongs."""
         if self.pipeline.patches == 1:
-            return Moment(NEW, 0, synchronous=False)
+            return CallPosition(NEW, 0, synchronous=False)
         return self.traffic.requests.moment(self._latents(inputs), self.work.latents, self, self.pipeline.warmup_steps)
 
     def vote(self, inputs: Tensors) -> tuple[int, bool]:
@@ -156,7 +156,7 @@ class PipelineRunner:
         items = items_of(self.pipeline, made.number, stages, synchronous=moment.synchronous)
         self._expect(made, items, synchronous=moment.synchronous)
         traffic.put_off(made, items)
-        limit = self.pipeline.turn(0, made.number + 1, 0) if len(self.work.stages) > 1 else math.inf
+        limit = self.pipeline.issue_order(0, made.number + 1, 0) if len(self.work.stages) > 1 else math.inf
         traffic.run(before=limit)
         for channel in (*filter(None, self.channels.between), *self.channels.returns):
             channel.post_sent(limit)
@@ -166,7 +166,7 @@ class PipelineRunner:
         divided = (x for x, cut in zip(outputs, self.work.cuts, strict=True) if cut is not None)
         traffic.requests.returned(made.number, next(divided, None))
         for x in traffic.previous:
-            force(x)  # long there, since what was made of it is: so nothing is remembered for more than two steps
+            materialize(x)  # long there, since what was made of it is: so nothing is remembered for more than two steps
         traffic.previous = [x for x in given.values() if isinstance(x, Deferred)]
         return outputs
 
@@ -174,29 +174,29 @@ class PipelineRunner:
         """An input as it is now, whatever the caller does to it before all that was put off is done."""
         if isinstance(x, Deferred):
             return Deferred(x.value)
-        return x.clone() if len(self.work.stages) > 1 else outside(x)
+        return x.clone() if len(self.work.stages) > 1 else as_normal_tensor(x)
 
-    def _expect(self, made: PipelinePass, items: Sequence[Item], *, synchronous: bool) -> None:
+    def _expect(self, made: PipelinePass, items: Sequence[StageRun], *, synchronous: bool) -> None:
         """Prepare for all messages of a pass."""
         for item in items:
             channel = self.channels.between[item.stage]
             message = envelope(self._of(item).work.receives)
             if channel is not None and message is not None:
-                made.arrivals[item.stage, item.patch] = channel.expect(message, item.turn - 1)
+                made.arrivals[item.stage, item.patch] = channel.expect(message, item.issue_order - 1)
         for patch in (None,) if synchronous else range(self.pipeline.patches):
             if not (self.channels.is_last and made.half == self._half):
                 message = envelope(self._result_types(patch))
                 if message is None:
                     made.results[patch] = []
                 else:
-                    due = self.pipeline.turn(self.pipeline.stages - 1, made.number, patch or 0)
+                    due = self.pipeline.issue_order(self.pipeline.stages - 1, made.number, patch or 0)
                     made.returns[patch] = self.channels.returns[made.half].expect(message, due)
 
     def _result_types(self, patch: int | None) -> list[Any]:
         patches = range(self.pipeline.patches) if patch is None else (patch,)
         return [spec for p in patches for spec in self._types[p]]
 
-    def _run(self, made: PipelinePass, item: Item) -> None:
+    def _run(self, made: PipelinePass, item: StageRun) -> None:
         """Run a stage for a patch, or for all of them, and send what it gives."""
         each = self._of(item)
         arrival = made.arrivals.pop((item.stage, item.patch), None)
@@ -208,11 +208,11 @@ class PipelineRunner:
         run = made.lane.memory.run((item.stage, item.patch), each.slots, each, self._pool)
         self._deliver(made, item, run(given, state))
 
-    def _deliver(self, made: PipelinePass, item: Item, outputs: Sequence[torch.Tensor]) -> None:
+    def _deliver(self, made: PipelinePass, item: StageRun, outputs: Sequence[torch.Tensor]) -> None:
         """Hand on what a stage gave: to the next one, to a later one of this rank, or as results to all ranks."""
         work = self._of(item).work
         sent = len(work.sends)
-        made.held |= dict(zip(work.holds, outputs[sent:], strict=False))
+        made.held |= dict(zip(work.carried_out, outputs[sent:], strict=False))
         if sent:
             channel, message = self.channels.between[item.stage + 1], envelope(work.sends)
             assert channel is not None
@@ -236,7 +236,7 @@ class PipelineRunner:
             work = self._of(item).work
             self._deliver(made, item, [zeros(spec, self.device) for spec in (*work.sends, *work.results)])
 
-    def _of(self, item: Item) -> _Runnable:
+    def _of(self, item: StageRun) -> _Runnable:
         return self._runnables[item.stage, item.patch]
 
     def _buffer_types(self) -> dict[int, dict[str, TensorSpec]]:
@@ -254,7 +254,7 @@ class PipelineRunner:
         return {name: x for name, x in self._named(inputs) if name in self.work.latents}
 
 
-def _all(work: RankWork) -> Iterator[tuple[tuple[int, int | None], Work]]:
+def _all(work: RankTasks) -> Iterator[tuple[tuple[int, int | None], StageTask]]:
     if work.pipeline.patches > 1:
         yield from (((stage, None), each) for stage, each in work.synchronous.items())
 

@@ -11,14 +11,14 @@ import torch
 
 from xdit_ir.deferral.deferred import Deferred
 from xdit_ir.deferral.recorded import Descent, Numbered
-from xdit_ir.pipefusion.rank_tasks import Cut
+from xdit_ir.pipefusion.rank_tasks import PatchCut
 from xdit_ir.pipelined.memory import Memory
 
 NEW, NEXT, AGAIN = "a new request", "the next step", "the same step again"
 
 
 @dataclass(eq=False)
-class Lane:
+class GuidanceBranch:
     """One of the calls that a pipeline makes in every step, such as that without the prompt; `steps` in a row so far.
 
     Its memory belongs to it alone.
@@ -31,7 +31,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Moment:
+class CallPosition:
     """What a call is: `kind`, and which call of its step, counting from 0."""
 
     kind: str
@@ -54,22 +54,24 @@ class Requests:
     def forget(self) -> None:
         """Drop the request and its buffers."""
         self._step, self._place = 0, 0
-        self._lanes: list[Lane] = []
+        self._lanes: list[GuidanceBranch] = []
         self._given: list[tuple[torch.Tensor, int]] | None = None
         self._began: int | None = None
         self._latest: int | None = None
         self._outputs: list[weakref.ref[Numbered]] = []
 
-    def moment(self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut], owner: Any, warmup: int) -> Moment:
+    def moment(
+        self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, PatchCut], owner: Any, warmup: int
+    ) -> CallPosition:
         """What a call with these latents is, for a program that begins with `warmup` synchronous steps."""
         kind = self._kind(latents, cuts)
         place = self._place + 1 if kind == AGAIN else 0
         step = self._step + (kind == NEXT)
         lane = self._lanes[place] if kind != NEW and place < len(self._lanes) else None
         goes_on = lane is not None and lane.owner is owner and lane.last == step - 1
-        return Moment(kind, place, not goes_on or lane is None or lane.steps < warmup)
+        return CallPosition(kind, place, not goes_on or lane is None or lane.steps < warmup)
 
-    def enter(self, moment: Moment, latents: Mapping[str, torch.Tensor], owner: Any) -> Lane:
+    def enter(self, moment: CallPosition, latents: Mapping[str, torch.Tensor], owner: Any) -> GuidanceBranch:
         """Begin the call; its lane."""
         if moment.kind == NEW:
             self.forget()
@@ -81,10 +83,10 @@ class Requests:
             self._outputs = []
         self._place = moment.place
         if moment.place == len(self._lanes):
-            self._lanes.append(Lane(owner))
+            self._lanes.append(GuidanceBranch(owner))
         lane = self._lanes[moment.place]
         if lane.owner is not owner:
-            lane = self._lanes[moment.place] = Lane(owner)
+            lane = self._lanes[moment.place] = GuidanceBranch(owner)
         lane.steps = lane.steps + 1 if lane.last == self._step - 1 else 1
         lane.last = self._step
         return lane
@@ -95,7 +97,7 @@ class Requests:
         if output is not None:
             self._outputs.append(weakref.ref(output.value.lineage[self].result))
 
-    def _kind(self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut]) -> str:
+    def _kind(self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, PatchCut]) -> str:
         if self._latest is None:
             return NEW
         found = [(x.value.lineage.get(self), cuts[name]) for name, x in latents.items() if isinstance(x, Deferred)]
@@ -127,7 +129,7 @@ class Requests:
         )
 
 
-def _follows(descent: Descent, cut: Cut) -> bool:
+def _follows(descent: Descent, cut: PatchCut) -> bool:
     return cut.dim < len(descent.dims) and descent.dims[cut.dim] == cut.dim
 
 

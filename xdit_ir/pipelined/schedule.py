@@ -11,23 +11,25 @@ from xdit_ir.ir.program import TensorSpec
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 
 Message = tuple[TensorSpec, ...]
-Plan = list[tuple[int, "Item"]]
+Plan = list[tuple[int, "StageRun"]]
 
 
 @dataclass(frozen=True)
-class Item:
-    """One run of a stage, for a patch or (None: synchronous) for all patches; a rank goes by `turn`."""
+class StageRun:
+    """One run of a stage, for a patch or (None: synchronous) for all patches; a rank goes by `issue_order`."""
 
-    turn: int
+    issue_order: int
     patch: int | None
     stage: int
 
 
-def items_of(pipeline: Pipeline, number: int, stages: Sequence[int], *, synchronous: bool) -> list[Item]:
+def items_of(pipeline: Pipeline, number: int, stages: Sequence[int], *, synchronous: bool) -> list[StageRun]:
     """What a rank with these stages runs of the pass with this number."""
     patches: Sequence[int | None] = (None,) if synchronous else range(pipeline.patches)
-    items = [Item(pipeline.turn(stage, number, patch or 0), patch, stage) for patch in patches for stage in stages]
-    return sorted(items, key=lambda item: item.turn)
+    items = [
+        StageRun(pipeline.issue_order(stage, number, patch or 0), patch, stage) for patch in patches for stage in stages
+    ]
+    return sorted(items, key=lambda item: item.issue_order)
 
 
 def verify_schedule(pipeline: Pipeline) -> None:
@@ -69,7 +71,7 @@ def plans_of(pipeline: Pipeline, modes: Sequence[bool] = (True, False, False, Tr
 
 
 def _in_turn(plan: Plan) -> Plan:
-    return sorted(plan, key=lambda entry: entry[1].turn)
+    return sorted(plan, key=lambda entry: entry[1].issue_order)
 
 
 def run_plans(plans: dict[int, Plan], stages: int, patches: int, message: Callable[..., Message]) -> None:
@@ -101,7 +103,7 @@ def run_plans(plans: dict[int, Plan], stages: int, patches: int, message: Callab
 
 
 def _may_run(
-    entry: tuple[int, Item], patches: int, between: Sequence[deque[Message]], done: set[tuple[int, int | None]]
+    entry: tuple[int, StageRun], patches: int, between: Sequence[deque[Message]], done: set[tuple[int, int | None]]
 ) -> bool:
     number, item = entry
     if item.stage:

@@ -7,7 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,15 +15,15 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.api import ParallelProgram, TracedProgram, trace
 from xdit_ir.capture.inputs import bind_arguments
-from xdit_ir.deferral.deferred import Deferred, force
-from xdit_ir.emission.checkpoint import Loading, Store
+from xdit_ir.deferral.deferred import Deferred, materialize
+from xdit_ir.emission.checkpoint import Loading, WeightStore
 from xdit_ir.emission.execution import Execution, Tensors
 from xdit_ir.errors import MismatchError, ParallelizeError
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.pipelined.pipe_runner import PipelineRunner
-from xdit_ir.pipelined.traffic import Traffic
-from xdit_ir.porting.settings import Settings
-from xdit_ir.runtime.pairing import Pairing, plain
+from xdit_ir.pipelined.step_queue import StepQueue
+from xdit_ir.porting.settings import ModelSettings
+from xdit_ir.runtime.pairing import Pairing, materialized
 from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
 from xdit_ir.transport.distributed import Communicator
@@ -38,7 +38,7 @@ class Specialisation:
     """What runs calls of some kind, and what it was made for besides inputs and weights."""
 
     mode: Mode
-    settings: Settings
+    settings: ModelSettings
     runner: Runner | PipelineRunner
 
 
@@ -51,9 +51,9 @@ class Specialisations:
     execution: Execution
     loading: Loading
     communicator: Communicator | None = None
-    store: Store | None = None
+    store: WeightStore | None = None
     pairing: Pairing | None = None
-    traffic: Traffic | None = None
+    traffic: StepQueue | None = None
     made: list[Specialisation] = field(default_factory=list)
     last: ParallelProgram | None = None
 
@@ -92,7 +92,7 @@ class Ported(Shadow):
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
         """The parallel programs of all specialisations, the most recently used first."""
-        return tuple(one.runner.parallel for one in self._made.made)
+        return tuple(cast(ParallelProgram, one.runner.parallel) for one in self._made.made)
 
     def reset(self) -> None:
         """Forget all specialisations, on every rank, so that the next forward traces the model anew.
@@ -138,14 +138,14 @@ class Ported(Shadow):
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
         made = self._made
         if made.pairing is not None:
-            args, kwargs = plain((args, kwargs))
+            args, kwargs = materialized((args, kwargs))
         device = made.loading.device(self._xdit_original, inputs=(*args, *kwargs.values()))
         if made.communicator is None or made.communicator.device != device:
             made.execution.check(device)
             made.communicator = Communicator(made.mesh, device, handshake=made.execution.handshake)
             made.pairing = None
             made.store = made.loading.store(self._xdit_original, device)
-            made.traffic = Traffic(made.communicator) if made.mesh.size((TIME,)) > 1 else None
+            made.traffic = StepQueue(made.communicator) if made.mesh.size((TIME,)) > 1 else None
         mode = self._mode(device)
         found = self._find(mode, args, kwargs)
 
@@ -160,7 +160,7 @@ class Ported(Shadow):
             runner = self._specialise(made.communicator, mode, args, kwargs)
             found = runner, *runner.bind(args, kwargs)
         runner, inputs, weights = found
-        made.last = runner.parallel
+        made.last = cast(ParallelProgram, runner.parallel)
         if (
             made.pairing is not None
             and isinstance(runner, Runner)
@@ -204,10 +204,10 @@ class Ported(Shadow):
     ) -> Runner | PipelineRunner:
         def make() -> ParallelProgram:
             named = bind_arguments(self._xdit_signature, args, kwargs, MismatchError)
-            example = pytree.tree_map_only(Deferred, force, tuple(args) if args and not kwargs else named)
+            example = pytree.tree_map_only(Deferred, materialize, tuple(args) if args and not kwargs else named)
             return _parallelized(trace(self._xdit_original, example), made.options)
 
-        made, settings = self._made, Settings(self._xdit_original)
+        made, settings = self._made, ModelSettings(self._xdit_original)
         agree_contents(communicator, call_tensors(self._xdit_signature, args, kwargs))
         runner = build(communicator, self._xdit_original, make, made.execution, made.store, made.traffic)
         if isinstance(runner, Runner) and runner.parallel.pair_calls and made.pairing is None:

@@ -29,7 +29,7 @@ class _Same:
         return id(self.item)
 
 
-class Settings:
+class ModelSettings:
     """Submodules, plain attributes and hooks of all modules of a model, and what lists, dicts and plain objects there
     hold, as they are now. Contents of parameters and buffers are not part of it.
 

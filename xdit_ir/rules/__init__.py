@@ -24,7 +24,7 @@ from xdit_ir.rules import (
     views,
     windows,
 )
-from xdit_ir.rules.base import Call, Rule, Ruling, gather_all
+from xdit_ir.rules.base import OpCall, OpSharding, Rule, gather_all
 
 RULES: MappingProxyType[Any, Rule] = MappingProxyType(
     {
@@ -57,7 +57,7 @@ def rule_for(target: Any) -> Rule | None:
     return pointwise.POINTWISE if pointwise.is_pointwise(target) else None
 
 
-def decide(call: Call) -> Ruling:
+def infer(call: OpCall) -> OpSharding:
     """Apply the rule of the call's operator; without one, gather, run whole and say so."""
     rule = rule_for(call.node.target)
     if rule is None:

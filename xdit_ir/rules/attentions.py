@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.ops import attention, attention_of_rows, ring_attention
 from xdit_ir.ir.partition import Indices, Partition
-from xdit_ir.rules.base import Call, Localize, Rule, Ruling, choose, rules_of, verified
+from xdit_ir.rules.base import Localize, OpCall, OpSharding, Rule, choose, rules_of, verified
 
 Dims = tuple[Partition | None, ...]
 
 
-def _grouped(call: Call) -> int:
+def _grouped(call: OpCall) -> int:
     """How many heads of queries share one of keys and values."""
     q, k = (spec.shape for spec in call.specs[:2])
     return q[-3] // k[-3] if len(q) > 2 and len(k) > 2 and 1 < k[-3] < q[-3] else 1
 
 
-def _attention(call: Call) -> Ruling:
+def _attention(call: OpCall) -> OpSharding:
     """Batch and head dims agree; queries may be divided; keys and values agree in any division of their own."""
     chosen = choose(call.mesh, _candidates(call))
-    taken = frozenset[str]().union(*(call.varies(partition) for partition in chosen.values()))
+    taken = frozenset[str]().union(*(call.dividing_dims(partition) for partition in chosen.values()))
     q, k, v = call.layouts[:3]
     queries = _free(call, q.dims[-2], taken)
     keys = _free(call, k.dims[-2], taken, exact=True) or _free(call, v.dims[-2], taken, exact=True)
@@ -29,7 +29,7 @@ def _attention(call: Call) -> Ruling:
     return _ruling(call, tuple(chosen.get(d - ndim) for d in range(ndim - 2)), queries, keys)
 
 
-def _candidates(call: Call) -> Iterator[tuple[int, Partition]]:
+def _candidates(call: OpCall) -> Iterator[tuple[int, Partition]]:
     """Partitions of the dims before queries and keys, by their place from the right."""
     group = _grouped(call)
     for layout in call.layouts[:3]:
@@ -53,27 +53,27 @@ def shared_heads(heads: Partition, group: int) -> Partition | None:
     return Partition(heads.size // group, tuple(pair[0] for part in heads.parts if (pair := pairs[part])))
 
 
-def _free(call: Call, partition: Partition | None, taken: frozenset[str], *, exact: bool = False) -> Partition | None:
+def _free(call: OpCall, partition: Partition | None, taken: frozenset[str], *, exact: bool = False) -> Partition | None:
     """The partition where its mesh dims are not taken; `exact`: and where each index is held once.
 
     Causality needs the natural order on every rank that has everything.
     """
-    if partition is None or call.varies(partition) & taken:
+    if partition is None or call.dividing_dims(partition) & taken:
         return None
-    if call.arguments["is_causal"] and not call.varies(partition):
+    if call.arguments["is_causal"] and not call.dividing_dims(partition):
         return None
     return None if exact and not call.mesh.tiles(partition) else partition
 
 
-def _ruling(call: Call, head: Dims, queries: Partition | None, keys: Partition | None) -> Ruling:
+def _ruling(call: OpCall, head: Dims, queries: Partition | None, keys: Partition | None) -> OpSharding:
     q = Layout((*_fit(call, 0, head), queries, None))
     k, v = (Layout((*_fit(call, operand, head), keys, None)) for operand in (1, 2))
     output = Layout((*head, queries, None))
     masks = tuple(_mask_layout(call, operand, output, keys) for operand in range(3, len(call.specs)))
-    return Ruling((q, k, v, *masks), output, _rows(call, queries))
+    return OpSharding((q, k, v, *masks), output, _rows(call, queries))
 
 
-def _rows(call: Call, queries: Partition | None) -> Localize | None:
+def _rows(call: OpCall, queries: Partition | None) -> Localize | None:
     """Causal attention of divided queries is told which they are."""
     given = call.arguments
     if queries is None or not given["is_causal"]:
@@ -83,7 +83,7 @@ def _rows(call: Call, queries: Partition | None) -> Localize | None:
     return lambda rank: (attention_of_rows, (*tensors, queries.parts[rank].runs), options)
 
 
-def _fit(call: Call, operand: int, head: Dims) -> Dims:
+def _fit(call: OpCall, operand: int, head: Dims) -> Dims:
     """The dims before queries or keys of an operand that broadcasts, or has fewer heads."""
     shape, ndim = call.specs[operand].shape, len(call.out.shape)
     dims: list[Partition | None] = []
@@ -96,7 +96,7 @@ def _fit(call: Call, operand: int, head: Dims) -> Dims:
     return tuple(dims)
 
 
-def _mask_layout(call: Call, operand: int, output: Layout, keys: Partition | None) -> Layout:
+def _mask_layout(call: OpCall, operand: int, output: Layout, keys: Partition | None) -> Layout:
     """The mask is cut like batch and heads. Along queries and keys it has their order where these are whole, and is
     left as it comes where these are divided, if it can be."""
     shape, own = call.specs[operand].shape, call.layouts[operand]
@@ -106,14 +106,14 @@ def _mask_layout(call: Call, operand: int, output: Layout, keys: Partition | Non
     used: frozenset[str] = frozenset()
     for d in range(-len(shape), 0):
         partition = full[d] if shape[d] == sizes[d] else None
-        if d >= -2 and shape[d] == sizes[d] and call.varies(full[d]):
-            partition = None if call.varies(own.dims[d]) & used else own.dims[d]
-        used |= call.varies(partition)
+        if d >= -2 and shape[d] == sizes[d] and call.dividing_dims(full[d]):
+            partition = None if call.dividing_dims(own.dims[d]) & used else own.dims[d]
+        used |= call.dividing_dims(partition)
         dims.append(partition)
     return Layout(tuple(dims))
 
 
-def _attention_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _attention_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     """Queries that are cut take the rows of the mask with them."""
     queries = wanted.dims[-2]
     if wanted.dims[-1] is not None:

@@ -27,7 +27,7 @@ Outputs = Layout | tuple[Layout, ...]
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One operator call as a rule sees it; `layouts` go with `operands(node)`."""
 
     node: fx.Node
@@ -66,17 +66,17 @@ class Call:
         given = [*zip(names, self.node.args, strict=False), *self.node.kwargs.items()]
         return tuple(name for name, value in given for _ in nodes_in(value))
 
-    def varies(self, partition: Partition | None) -> frozenset[str]:
+    def dividing_dims(self, partition: Partition | None) -> frozenset[str]:
         """The mesh dims along which a partition differs."""
-        return self.mesh.varies(partition)
+        return self.mesh.dividing_dims(partition)
 
 
 @dataclass(frozen=True)
-class Ruling:
+class OpSharding:
     """What a rule decides for one call. `local(rank)` is the rank's own call; None: the same arguments for all.
 
     `fallback` is the reason why operands must be gathered here because no rule applies, or empty. A lowering may
-    also replace the operator by `target`, and convert its result to the layout `after`.
+    also replace the operator by `target`, and convert its result to the layout `result_layout`.
     """
 
     inputs: tuple[Layout, ...]
@@ -84,14 +84,14 @@ class Ruling:
     local: Localize | None = None
     fallback: str = ""
     target: Callable[..., Any] | None = None
-    after: Layout | None = None
+    result_layout: Layout | None = None
 
 
-Forward = Callable[[Call], Ruling]
-Demand = Callable[[Call, Any], "tuple[Layout, ...] | None"]
+Forward = Callable[[OpCall], OpSharding]
+Demand = Callable[[OpCall, Any], "tuple[Layout, ...] | None"]
 
 
-def no_demand(call: Call, wanted: Any) -> tuple[Layout, ...] | None:
+def no_demand(call: OpCall, wanted: Any) -> tuple[Layout, ...] | None:
     """For operators through which a wanted layout is not pushed."""
     return None
 
@@ -104,11 +104,11 @@ class Rule:
     demand: Demand = no_demand
 
 
-def gather_all(call: Call, reason: str) -> Ruling:
+def gather_all(call: OpCall, reason: str) -> OpSharding:
     """The rule of last resort: operands whole, results whole."""
     divided = any(not layout.is_whole for layout in call.layouts)
     outputs = [Layout.whole(len(spec.shape)) for spec in call.results]
-    return Ruling(whole(call.specs), as_outputs(call, outputs), fallback=reason if divided else "")
+    return OpSharding(whole(call.specs), as_outputs(call, outputs), fallback=reason if divided else "")
 
 
 def whole(specs: Sequence[TensorSpec]) -> tuple[Layout, ...]:
@@ -116,7 +116,7 @@ def whole(specs: Sequence[TensorSpec]) -> tuple[Layout, ...]:
     return tuple(Layout.whole(len(spec.shape)) for spec in specs)
 
 
-def as_outputs(call: Call, layouts: Sequence[Layout]) -> Outputs:
+def as_outputs(call: OpCall, layouts: Sequence[Layout]) -> Outputs:
     """Layouts of the results in the form in which the operator returns them: one, or a tuple."""
     return layouts[0] if isinstance(call.node.meta[SPEC], TensorSpec) else tuple(layouts)
 
@@ -126,12 +126,12 @@ def as_layouts(outputs: Outputs) -> tuple[Layout, ...]:
     return (outputs,) if isinstance(outputs, Layout) else outputs
 
 
-def varying(node: fx.Node, mesh: Mesh) -> frozenset[str]:
+def dividing_dims_of(node: fx.Node, mesh: Mesh) -> frozenset[str]:
     """The mesh dims along which ranks hold different parts (or summands) of a node's value or values."""
-    return frozenset().union(*(layout.varies(mesh) for layout in as_layouts(node.meta.get(LAYOUT, ()))))
+    return frozenset().union(*(layout.dividing_dims(mesh) for layout in as_layouts(node.meta.get(LAYOUT, ()))))
 
 
-def dims_whole(call: Call, operand: int, dims: Sequence[int]) -> Layout:
+def dims_whole(call: OpCall, operand: int, dims: Sequence[int]) -> Layout:
     """The operand's layout without a pending sum and with these dims made whole."""
     return call.layouts[operand].summed().with_dims(dict.fromkeys(dims))
 
@@ -141,14 +141,14 @@ def choose(mesh: Mesh, candidates: Iterator[tuple[int, Partition]]) -> dict[int,
     chosen: dict[int, Partition] = {}
     used: set[str] = set()
     for label, partition in candidates:
-        dims = mesh.varies(partition)
+        dims = mesh.dividing_dims(partition)
         if label not in chosen and not dims & used:
             chosen[label] = partition
             used |= dims
     return chosen
 
 
-def by_size(call: Call) -> list[int]:
+def by_size(call: OpCall) -> list[int]:
     """Operand positions, the largest value first."""
     return sorted(range(len(call.specs)), key=lambda i: -call.specs[i].nbytes)
 
@@ -156,17 +156,17 @@ def by_size(call: Call) -> list[int]:
 def verified(rule: Rule) -> Rule:
     """The rule, with only those answers of `demand` that `forward` confirms."""
 
-    def demand(call: Call, wanted: Any) -> tuple[Layout, ...] | None:
+    def demand(call: OpCall, wanted: Any) -> tuple[Layout, ...] | None:
         needs = rule.demand(call, wanted)
         if needs is None:
             return None
-        ruling = rule.forward(Call(call.node, call.mesh, needs))
+        ruling = rule.forward(OpCall(call.node, call.mesh, needs))
         return needs if ruling.inputs == needs and ruling.outputs == wanted else None
 
     return Rule(rule.forward, demand)
 
 
-def same_call(call: Call, **changes: Any) -> LocalCall:
+def same_call(call: OpCall, **changes: Any) -> LocalCall:
     """The node's call with some arguments (by schema name) changed."""
     target: Any = call.node.target
     arguments = call.arguments | changes

@@ -6,14 +6,14 @@ from collections import Counter
 
 import torch
 
-from xdit_ir.rules.base import Call, LocalCall, Localize, Rule, Ruling, as_layouts, rules_of, same_call
+from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, Rule, as_layouts, rules_of, same_call
 from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, plain
 
 aten = torch.ops.aten
 ROWS, INNER, COLUMNS = "rows", "inner", "columns"
 
 
-def _matmul(call: Call) -> Labels:
+def _matmul(call: OpCall) -> Labels:
     """Batch labels count from -3 downwards, so that they align."""
     left, right = (len(spec.shape) for spec in call.specs[:2])
     batch_left, batch_right = (tuple(range(-ndim, -2)) for ndim in (left, right))
@@ -24,14 +24,14 @@ def _matmul(call: Call) -> Labels:
     return Labels((a, b), (out,))
 
 
-def _linear(call: Call) -> Labels:
+def _linear(call: OpCall) -> Labels:
     batch = tuple(range(-len(call.specs[0].shape), -1))
     features: Names = (COLUMNS,) if len(call.specs[1].shape) > 1 else ()
     bias = features[: len(call.specs[2].shape)] if len(call.specs) > 2 else ()
     return by_argument(call, (*batch, *features), input=(*batch, INNER), weight=(*features, INNER), bias=bias)
 
 
-def _added(call: Call) -> Labels:
+def _added(call: OpCall) -> Labels:
     """`addmm` and its kin: an operand that broadcasts to the result, then a product."""
     left, right = call.specs[1:3]
     batch = ("batch",) if len(left.shape) == 3 else ()
@@ -45,7 +45,7 @@ def _added(call: Call) -> Labels:
 def _once(argument: str, without: object) -> object:
     """Where the result is partial, only the first rank of each group adds what is not part of the sum."""
 
-    def localize(call: Call, ruling: Ruling) -> Localize | None:
+    def localize(call: OpCall, ruling: OpSharding) -> Localize | None:
         partial = as_layouts(ruling.outputs)[0].partial
         if not partial or call.arguments[argument] is None:
             return None
@@ -84,30 +84,30 @@ def _term(term: str, ndim: int) -> Names:
     return (*head, *reversed(range(hidden)), *tail)
 
 
-def _einsum(call: Call) -> Labels | str:
+def _einsum(call: OpCall) -> Labels | str:
     labels = einsum_labels(call.arguments["equation"], [len(spec.shape) for spec in call.specs])
     return labels or "einsum takes a diagonal"
 
 
-def _outer(call: Call) -> Labels:
+def _outer(call: OpCall) -> Labels:
     return Labels(((ROWS,), (COLUMNS,)), ((ROWS, COLUMNS),))
 
 
-def _vecdot(call: Call) -> Labels:
+def _vecdot(call: OpCall) -> Labels:
     ndim = max(len(spec.shape) for spec in call.specs)
     names = [aligned(spec, ndim) for spec in call.specs]
     dim = call.arguments["dim"] % ndim
     return Labels(tuple(names), (tuple(name for name in range(ndim) if name != dim),))
 
 
-def _inner(call: Call) -> Labels:
+def _inner(call: OpCall) -> Labels:
     sides = [tuple((side, d) for d in range(len(spec.shape) - 1)) for side, spec in enumerate(call.specs)]
     if not all(spec.shape for spec in call.specs):
         return Labels(tuple((None,) * len(spec.shape) for spec in call.specs), ((None,) * len(call.out.shape),))
     return Labels(((*sides[0], INNER), (*sides[1], INNER)), ((*sides[0], *sides[1]),))
 
 
-def _cross(call: Call) -> Labels:
+def _cross(call: OpCall) -> Labels:
     """Three-vectors along `dim`, which must be whole."""
     ndim, dim = len(call.out.shape), call.arguments["dim"]
     if dim is None:
@@ -116,20 +116,20 @@ def _cross(call: Call) -> Labels:
     return Labels(tuple(named), (tuple(None if d == dim % ndim else d for d in range(ndim)),))
 
 
-def _distances(call: Call) -> Labels:
+def _distances(call: OpCall) -> Labels:
     """`cdist`: like a matrix product whose rows are all that matters."""
     batch = [tuple(range(-len(spec.shape), -2)) for spec in call.specs]
     out = max(batch, key=len)
     return Labels(((*batch[0], ROWS, None), (*batch[1], COLUMNS, None)), ((*out, ROWS, COLUMNS),))
 
 
-def _matrices(call: Call) -> Labels:
+def _matrices(call: OpCall) -> Labels:
     """Functions of square matrices, one by one."""
     names = plain(call.specs[0], [-2, -1])
     return Labels((names,), (names[: len(call.out.shape)],))
 
 
-def _tensordot(call: Call) -> Labels:
+def _tensordot(call: OpCall) -> Labels:
     contracted = [call.arguments[name] for name in ("dims_self", "dims_other")]
     named = []
     for side, (spec, dims) in enumerate(zip(call.specs, contracted, strict=True)):

@@ -11,8 +11,8 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, dims_whole, rules_of, verified, whole
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, spare_empty
+from xdit_ir.rules.base import LocalCall, OpCall, OpSharding, Rule, dims_whole, rules_of, verified, whole
+from xdit_ir.rules.labels import Labels, by_argument, handle_empty_parts, labelled, plain
 
 aten = torch.ops.aten
 Interval = tuple[int, int]
@@ -86,7 +86,7 @@ def _per_dim(value: Sequence[int], count: int) -> list[int]:
     return list(value) * count if len(value) == 1 else list(value)
 
 
-def _windows(call: Call) -> list[_Window]:
+def _windows(call: OpCall) -> list[_Window]:
     arguments, kernel = call.arguments, call.specs[1].shape[2:]
     count = len(kernel)
     stride, dilation = (_per_dim(arguments[name], count) for name in ("stride", "dilation"))
@@ -109,7 +109,7 @@ def _made(mesh: Mesh, window: _Window, partition: Partition) -> tuple[Partition,
             return partition, Partition(window.out, outer)
     if any(len(part.runs) > 1 for part in partition.parts):
         return None
-    groups = {mesh.group(rank, mesh.varies(partition)) for rank in range(mesh.world_size)}
+    groups = {mesh.group(rank, mesh.dividing_dims(partition)) for rank in range(mesh.world_size)}
     made = partition.map(window.out, window.makes)
     if all(made.covers(group) for group in groups):
         return partition, made
@@ -119,7 +119,7 @@ def _made(mesh: Mesh, window: _Window, partition: Partition) -> tuple[Partition,
     return (needs, made) if spared and all(made.covers(group) for group in groups) else None
 
 
-def _conv(call: Call) -> Ruling:
+def _conv(call: OpCall) -> OpSharding:
     windows = _windows(call)
     ndim, count = len(call.out.shape), len(windows)
     layout = dims_whole(call, 0, [ndim - count - 1])
@@ -132,11 +132,11 @@ def _conv(call: Call) -> Ruling:
     taken, output = Layout(tuple(needs)), Layout(tuple(gives))
     inputs = (taken, *whole(call.specs[1:]))
     if output.is_whole:
-        return Ruling(inputs, output)
-    return spare_empty(call, Ruling(inputs, output, lambda rank: _local(call, windows, taken, output, rank)))
+        return OpSharding(inputs, output)
+    return handle_empty_parts(call, OpSharding(inputs, output, lambda rank: _local(call, windows, taken, output, rank)))
 
 
-def _local(call: Call, windows: list[_Window], taken: Layout, output: Layout, rank: int) -> LocalCall:
+def _local(call: OpCall, windows: list[_Window], taken: Layout, output: Layout, rank: int) -> LocalCall:
     arguments = call.arguments
     padding = []
     for dim, window in enumerate(windows, start=len(output.dims) - len(windows)):
@@ -149,7 +149,7 @@ def _local(call: Call, windows: list[_Window], taken: Layout, output: Layout, ra
     return ops.padded_conv, args, {}
 
 
-def _conv_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _conv_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     windows = _windows(call)
     start = len(wanted.dims) - len(windows)
     if wanted.dims[start - 1] is not None:
@@ -172,7 +172,7 @@ def _conv_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
     return (wanted.with_dims(changes), *whole(call.specs[1:]))
 
 
-def _transposed(call: Call) -> Labels:
+def _transposed(call: OpCall) -> Labels:
     """Whole but for the batch."""
     batch = plain(call.out, range(1 - len(call.specs[1].shape), 0))
     return by_argument(call, batch, input=batch)
@@ -181,7 +181,7 @@ def _transposed(call: Call) -> Labels:
 CONV, TRANSPOSED = verified(Rule(_conv, _conv_demand)), labelled(_transposed)
 
 
-def _either(call: Call) -> Rule:
+def _either(call: OpCall) -> Rule:
     return TRANSPOSED if call.arguments.get("transposed") else CONV
 
 

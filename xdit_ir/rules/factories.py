@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from xdit_ir.rules.base import Call, Rule, Ruling, as_outputs, rules_of, whole
+from xdit_ir.rules.base import OpCall, OpSharding, Rule, as_outputs, rules_of, whole
 
 aten = torch.ops.aten
 
 
-def _made(call: Call) -> Ruling:
+def _made(call: OpCall) -> OpSharding:
     """Operands are taken as they come."""
     inputs = tuple(layout.summed() for layout in call.layouts)
-    return Ruling(inputs, as_outputs(call, whole(call.results)))
+    return OpSharding(inputs, as_outputs(call, whole(call.results)))
 
 
 RULES = rules_of(

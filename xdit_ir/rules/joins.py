@@ -10,7 +10,7 @@ import torch
 from xdit_ir.ir import ops
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.partition import Indices, Partition
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, by_size, gather_all, rules_of, verified
+from xdit_ir.rules.base import LocalCall, OpCall, OpSharding, Rule, by_size, gather_all, rules_of, verified
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 
 aten = torch.ops.aten
@@ -24,7 +24,7 @@ STACKS: dict[Any, int] = {
 }
 
 
-def _dim(call: Call, ndim: int) -> int:
+def _dim(call: OpCall, ndim: int) -> int:
     """The dim along which an operator joins or cuts, not negative."""
     if "dim" not in call.arguments:
         return min(STACKS[call.node.target], ndim - 1)
@@ -32,7 +32,7 @@ def _dim(call: Call, ndim: int) -> int:
     return dim % ndim
 
 
-def _cat(call: Call) -> Ruling:
+def _cat(call: OpCall) -> OpSharding:
     """Every operand is divided along the joined dim over all mesh dims that divide any of them there."""
     if any(len(spec.shape) != len(call.out.shape) for spec in call.specs):
         return gather_all(call, "joins values of several ranks")
@@ -42,22 +42,22 @@ def _cat(call: Call) -> Ruling:
     for spec, layout in zip(call.specs, call.layouts, strict=True):
         mine = layout.dims[dim] if talk else None
         if talk:
-            free = mine is not None and call.varies(mine) <= talk
+            free = mine is not None and call.dividing_dims(mine) <= talk
             mine = call.mesh.refine(mine, talk) if mine and free else call.mesh.divide(spec.shape[dim], talk)
         dims = [mine if d == dim else shared.get(d) for d in range(len(spec.shape))]
         inputs.append(Layout(tuple(dims)))
     joined = concat_partitions([layout.dims[dim] for layout in inputs], [spec.shape[dim] for spec in call.specs])
-    return Ruling(tuple(inputs), inputs[0].with_dims({dim: joined}))
+    return OpSharding(tuple(inputs), inputs[0].with_dims({dim: joined}))
 
 
-def _shared(call: Call, dim: int) -> tuple[dict[int, Partition], frozenset[str]]:
+def _shared(call: OpCall, dim: int) -> tuple[dict[int, Partition], frozenset[str]]:
     """How the other dims are divided, and the mesh dims that divide `dim`: the largest operands decide."""
     shared: dict[int, Partition] = {}
     used: frozenset[str] = frozenset()
     talk: frozenset[str] = frozenset()
     for place in by_size(call):
         for at, partition in enumerate(call.layouts[place].dims):
-            varies = call.varies(partition)
+            varies = call.dividing_dims(partition)
             if partition is None or varies & used:
                 continue
             if at == dim:
@@ -83,7 +83,7 @@ def concat_partitions(parts: Sequence[Partition | None], sizes: Sequence[int]) -
     return Partition(offset, tuple(joined))
 
 
-def _cat_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _cat_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     dim = _dim(call, len(call.out.shape))
     offset, result = 0, []
     for spec in call.specs:
@@ -102,31 +102,31 @@ def section(partition: Partition | None, start: int, size: int, step: int = 1) -
     return partition.map(size, lambda part: part.select(start, start + (size - 1) * step + 1, step)[0])
 
 
-def _stack(call: Call) -> Labels:
+def _stack(call: OpCall) -> Labels:
     dim = _dim(call, len(call.out.shape))
     names = tuple(range(len(call.out.shape) - 1))
     return by_argument(call, (*names[:dim], None, *names[dim:]), tensors=[names] * len(call.specs))
 
 
-def _unbind(call: Call) -> Labels:
+def _unbind(call: OpCall) -> Labels:
     dim = _dim(call, len(call.specs[0].shape))
     names = plain(call.specs[0], [dim])
     return by_argument(call, *((*names[:dim], *names[dim + 1 :]) for _ in call.results), self=names)
 
 
-def _sections(call: Call, dim: int) -> list[tuple[int, int]]:
+def _sections(call: OpCall, dim: int) -> list[tuple[int, int]]:
     """The `(start, size)` of every result of a split along `dim`, read off the results' shapes."""
     sizes = [spec.shape[dim] for spec in call.results]
     return [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
-def _split(call: Call) -> Ruling:
+def _split(call: OpCall) -> OpSharding:
     if len(call.specs) > 1:
         return gather_all(call, "split at places that a tensor names")
     dim, layout = _dim(call, len(call.specs[0].shape)), call.layouts[0].summed()
     partition, sections = layout.dims[dim], _sections(call, dim)
     if partition is None:
-        return Ruling((layout,), (layout,) * len(sections))
+        return OpSharding((layout,), (layout,) * len(sections))
     outputs = tuple(layout.with_dims({dim: section(partition, *place)}) for place in sections)
 
     def local(rank: int) -> LocalCall:
@@ -134,10 +134,10 @@ def _split(call: Call) -> Ruling:
         runs = tuple(part.select(start, start + size)[1].runs for start, size in sections)
         return ops.take_each, (call.arguments["self"], dim, runs), {}
 
-    return Ruling((layout,), outputs, local)
+    return OpSharding((layout,), outputs, local)
 
 
-def _split_demand(call: Call, wanted: tuple[Layout, ...]) -> tuple[Layout, ...] | None:
+def _split_demand(call: OpCall, wanted: tuple[Layout, ...]) -> tuple[Layout, ...] | None:
     if len(call.specs) > 1:
         return None
     dim = _dim(call, len(call.specs[0].shape))
@@ -146,13 +146,13 @@ def _split_demand(call: Call, wanted: tuple[Layout, ...]) -> tuple[Layout, ...] 
     return (wanted[0].with_dims({dim: joined}),)
 
 
-def _slice(call: Call) -> Ruling:
+def _slice(call: OpCall) -> OpSharding:
     if len(call.specs) > 1:
         return gather_all(call, "starts where a tensor says")
     dim, layout = _dim(call, len(call.out.shape)), call.layouts[0].summed()
     partition = layout.dims[dim]
     if partition is None:
-        return Ruling((layout,), layout)
+        return OpSharding((layout,), layout)
     size, step = call.out.shape[dim], call.arguments.get("step", 1)
     start = slice_start(call, dim)
     output = layout.with_dims({dim: section(partition, start, size, step)})
@@ -161,16 +161,16 @@ def _slice(call: Call) -> Ruling:
         keep = partition.parts[rank].select(start, start + (size - 1) * step + 1, step)[1]
         return ops.take, (call.arguments["self"], dim, keep.runs), {}
 
-    return Ruling((layout,), output, local)
+    return OpSharding((layout,), output, local)
 
 
-def slice_start(call: Call, dim: int) -> int:
+def slice_start(call: OpCall, dim: int) -> int:
     """Where a slice of (or into) the first operand begins."""
     start, size = call.arguments["start"] or 0, call.specs[0].shape[dim]
     return min(max(start + size if start < 0 else start, 0), size)
 
 
-def _slice_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _slice_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     """What is cut off is divided like what is kept."""
     dim = _dim(call, len(call.out.shape))
     partition = wanted.dims[dim]
@@ -180,19 +180,19 @@ def _slice_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
         return None
     start, kept, size = slice_start(call, dim), partition.size, call.specs[0].shape[dim]
     sizes = [start, kept, size - start - kept]
-    talk = call.varies(partition)
+    talk = call.dividing_dims(partition)
     parts = [partition if i == 1 else call.mesh.divide(n, talk) for i, n in enumerate(sizes)]
     return (wanted.with_dims({dim: concat_partitions(parts, sizes)}),)
 
 
-def _select(call: Call) -> Ruling:
+def _select(call: OpCall) -> OpSharding:
     """Ranks that lack the selected index get it from one that has it."""
     shape, layout = call.specs[0].shape, call.layouts[0].summed()
     dim = _dim(call, len(shape))
     rest = (*layout.dims[:dim], *layout.dims[dim + 1 :])
     partition = layout.dims[dim]
     if partition is None:
-        return Ruling((layout,), Layout(rest))
+        return OpSharding((layout,), Layout(rest))
     wanted = Indices.range(call.arguments["index"] % shape[dim], call.arguments["index"] % shape[dim] + 1)
     held = partition.map(partition.size, lambda part: part.concat(wanted.without(part)))
 
@@ -201,10 +201,10 @@ def _select(call: Call) -> Ruling:
         return aten.select.int, (call.arguments["self"], dim, place), {}
 
     needs = layout.with_dims({dim: held})
-    return Ruling((needs,), Layout(rest), local if needs.dims[dim] is not None else None)
+    return OpSharding((needs,), Layout(rest), local if needs.dims[dim] is not None else None)
 
 
-def _select_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _select_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     dim = _dim(call, len(call.specs[0].shape))
     return (Layout((*wanted.dims[:dim], None, *wanted.dims[dim:])),)
 

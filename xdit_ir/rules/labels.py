@@ -13,11 +13,11 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.partition import Partition
 from xdit_ir.ir.program import SPEC, TensorSpec
 from xdit_ir.rules.base import (
-    Call,
     LocalCall,
     Localize,
+    OpCall,
+    OpSharding,
     Rule,
-    Ruling,
     as_layouts,
     as_outputs,
     by_size,
@@ -41,7 +41,7 @@ class Labels:
     results: tuple[Names, ...]
 
 
-def by_argument(call: Call, *results: Names, **arguments: Names | Sequence[Names]) -> Labels:
+def by_argument(call: OpCall, *results: Names, **arguments: Names | Sequence[Names]) -> Labels:
     """Labels of the operands by the names of the arguments (a list of them for a list), whole where not named."""
     seen: dict[str, int] = {}
     named = []
@@ -66,14 +66,14 @@ def aligned(spec: TensorSpec, ndim: int) -> Names:
     return tuple(range(ndim - len(spec.shape), ndim))
 
 
-def unary(call: Call, whole: Sequence[int], operand: str = "self") -> Labels:
+def unary(call: OpCall, whole: Sequence[int], operand: str = "self") -> Labels:
     """Results of the shape of one operand, some dims of which must be whole; all else about it is whole."""
     return by_argument(call, *(plain(spec, whole) for spec in call.results), **{operand: plain(call.out, whole)})
 
 
 def labelled(
-    describe: Callable[[Call], Labels | str],
-    local: Callable[[Call, Ruling], Localize | None] | None = None,
+    describe: Callable[[OpCall], Labels | str],
+    local: Callable[[OpCall, OpSharding], Localize | None] | None = None,
     *,
     sums: bool = False,
 ) -> Rule:
@@ -82,7 +82,7 @@ def labelled(
     `sums`: the operator is linear in every operand that has a reduced label, so that dividing it leaves a partial sum.
     """
 
-    def forward(call: Call) -> Ruling:
+    def forward(call: OpCall) -> OpSharding:
         labels = describe(call)
         if isinstance(labels, str):
             return gather_all(call, labels)
@@ -90,20 +90,20 @@ def labelled(
         if not _divides(ruling):
             return ruling
         make = local(call, ruling) if local is not None else None
-        return spare_empty(call, Ruling(ruling.inputs, ruling.outputs, make))
+        return handle_empty_parts(call, OpSharding(ruling.inputs, ruling.outputs, make))
 
-    def demand(call: Call, wanted: Any) -> tuple[Layout, ...] | None:
+    def demand(call: OpCall, wanted: Any) -> tuple[Layout, ...] | None:
         labels = describe(call)
         return None if isinstance(labels, str) else _demand(call, labels, as_layouts(wanted))
 
     return Rule(forward, demand)
 
 
-def _divides(ruling: Ruling) -> bool:
+def _divides(ruling: OpSharding) -> bool:
     return any(not layout.is_whole for layout in (*ruling.inputs, *as_layouts(ruling.outputs)))
 
 
-def spare_empty(call: Call, ruling: Ruling) -> Ruling:
+def handle_empty_parts(call: OpCall, ruling: OpSharding) -> OpSharding:
     """Many kernels refuse empty operands or return something odd: a rank with no part of any result makes it itself."""
     layouts, make = as_layouts(ruling.outputs), ruling.local
     if not any(0 in dim.sizes for layout in layouts for dim in layout.dims if dim is not None):
@@ -119,10 +119,10 @@ def spare_empty(call: Call, ruling: Ruling) -> Ruling:
             return _nothing(call, shapes[rank])
         return (call.node.target, call.node.args, call.node.kwargs) if make is None else make(rank)  # type: ignore[return-value]
 
-    return Ruling(ruling.inputs, ruling.outputs, local)
+    return OpSharding(ruling.inputs, ruling.outputs, local)
 
 
-def _nothing(call: Call, shapes: Sequence[tuple[int, ...]]) -> LocalCall:
+def _nothing(call: OpCall, shapes: Sequence[tuple[int, ...]]) -> LocalCall:
     source = nodes_in((call.node.args, call.node.kwargs))[0]
     if len(shapes) == 1 and call.out is call.node.meta[SPEC]:
         return aten.new_empty.default, (source, list(shapes[0])), {"dtype": call.out.dtype}
@@ -134,7 +134,7 @@ def empties(x: torch.Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequence[t
     return [x.new_empty(tuple(shape), dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
-def _sizes(call: Call, labels: Labels) -> dict[Any, int]:
+def _sizes(call: OpCall, labels: Labels) -> dict[Any, int]:
     sizes: dict[Any, int] = {}
     for spec, names in zip((*call.specs, *call.results), (*labels.operands, *labels.results), strict=True):
         for name, size in zip(names, spec.shape, strict=True):
@@ -142,7 +142,7 @@ def _sizes(call: Call, labels: Labels) -> dict[Any, int]:
     return sizes
 
 
-def _forward(call: Call, labels: Labels, sums: bool) -> Ruling:
+def _forward(call: OpCall, labels: Labels, sums: bool) -> OpSharding:
     sizes = _sizes(call, labels)
     kept = set.intersection(*(set(names) for names in labels.results))
 
@@ -156,10 +156,10 @@ def _forward(call: Call, labels: Labels, sums: bool) -> Ruling:
 
     chosen = choose(call.mesh, candidates())
     reduced = (partition for name, partition in chosen.items() if name not in kept)
-    partial = frozenset[str]().union(*(call.varies(partition) for partition in reduced))
+    partial = frozenset[str]().union(*(call.dividing_dims(partition) for partition in reduced))
     outputs = [Layout(dims, partial) for dims in _dims(call.results, labels.results, sizes, chosen)]
     inputs = tuple(Layout(dims) for dims in _dims(call.specs, labels.operands, sizes, chosen))
-    return Ruling(inputs, as_outputs(call, outputs))
+    return OpSharding(inputs, as_outputs(call, outputs))
 
 
 def _dims(
@@ -174,7 +174,7 @@ def _dims(
     ]
 
 
-def _demand(call: Call, labels: Labels, wanted: tuple[Layout, ...]) -> tuple[Layout, ...] | None:
+def _demand(call: OpCall, labels: Labels, wanted: tuple[Layout, ...]) -> tuple[Layout, ...] | None:
     sizes = _sizes(call, labels)
     chosen: dict[Any, Partition] = {}
     for names, layout in zip(labels.results, wanted, strict=True):
@@ -182,5 +182,5 @@ def _demand(call: Call, labels: Labels, wanted: tuple[Layout, ...]) -> tuple[Lay
             if partition is not None:
                 chosen[name] = partition
     inputs = tuple(Layout(dims) for dims in _dims(call.specs, labels.operands, sizes, chosen))
-    ruling = _forward(Call(call.node, call.mesh, inputs), labels, sums=False)
+    ruling = _forward(OpCall(call.node, call.mesh, inputs), labels, sums=False)
     return inputs if as_layouts(ruling.outputs) == wanted and ruling.inputs == inputs else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.partition import Partition
-from xdit_ir.rules.base import Call, Rule, Ruling, as_outputs, choose, verified, whole
+from xdit_ir.rules.base import OpCall, OpSharding, Rule, as_outputs, choose, verified, whole
 
 
-def _leaf(call: Call) -> Ruling:
+def _leaf(call: OpCall) -> OpSharding:
     """Along an aligned dim its operands agree; everything else is whole."""
     leaf = _target(call)
     wanted = (
@@ -20,7 +20,7 @@ def _leaf(call: Call) -> Ruling:
     return _ruling(call, choose(call.mesh, wanted))
 
 
-def _ruling(call: Call, chosen: dict[int, Partition]) -> Ruling:
+def _ruling(call: OpCall, chosen: dict[int, Partition]) -> OpSharding:
     leaf, inputs = _target(call), list(whole(call.specs))
     outputs = [Layout.whole(len(spec.shape)) for spec in call.results]
     for dim, aligned in leaf.aligned:
@@ -30,16 +30,16 @@ def _ruling(call: Call, chosen: dict[int, Partition]) -> Ruling:
                 inputs[operand] = inputs[operand].with_dims({dim: chosen[dim]})
     kept = any(not layout.is_whole for layout in inputs)
     how = "runs on each rank's own part" if kept else "runs whole on every rank"
-    return Ruling(tuple(inputs), as_outputs(call, outputs), fallback=f"opaque leaf ({leaf.reason}): {how}")
+    return OpSharding(tuple(inputs), as_outputs(call, outputs), fallback=f"opaque leaf ({leaf.reason}): {how}")
 
 
-def _demand(call: Call, wanted: Layout | tuple[Layout, ...]) -> tuple[Layout, ...] | None:
+def _demand(call: OpCall, wanted: Layout | tuple[Layout, ...]) -> tuple[Layout, ...] | None:
     if not isinstance(wanted, Layout):
         return None
     return _ruling(call, {d: partition for d, partition in enumerate(wanted.dims) if partition is not None}).inputs
 
 
-def _target(call: Call) -> Leaf:
+def _target(call: OpCall) -> Leaf:
     target = call.node.target
     assert isinstance(target, Leaf)
     return target

@@ -8,18 +8,18 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.partition import Indices, spread
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, gather_all, rules_of, same_call, verified
+from xdit_ir.rules.base import LocalCall, OpCall, OpSharding, Rule, gather_all, rules_of, same_call, verified
 from xdit_ir.rules.labels import Labels, Names, by_argument, labelled, plain
 
 aten = torch.ops.aten
 
 
-def _embedding(call: Call) -> Labels:
+def _embedding(call: OpCall) -> Labels:
     ids = plain(call.specs[call.slots.index("indices")])
     return by_argument(call, (*ids, "features"), weight=(None, "features"), indices=ids)
 
 
-def indexed(call: Call) -> Labels | str:
+def indexed(call: OpCall) -> Labels | str:
     """`x[:, i, j]`: the other dims keep their labels; index tensors broadcast to dims of their own.
 
     These stand where the indexed dims were if those are adjacent, else in front. Boolean masks must be whole.
@@ -52,7 +52,7 @@ def indexed(call: Call) -> Labels | str:
     return Labels((own, *names, *others), (result,))
 
 
-def _index_select(call: Call) -> Labels:
+def _index_select(call: OpCall) -> Labels:
     shape = call.specs[0].shape
     if not shape:
         return by_argument(call, (None,) * len(call.out.shape))
@@ -63,7 +63,7 @@ def _index_select(call: Call) -> Labels:
     return by_argument(call, result, self=own, index=index)
 
 
-def _gather(call: Call) -> Labels:
+def _gather(call: OpCall) -> Labels:
     """Element by element along the other dims, where the sizes agree; the indices are free along `dim`."""
     own, index = call.specs[0].shape, call.out.shape
     if not index or not own:
@@ -74,7 +74,7 @@ def _gather(call: Call) -> Labels:
     return by_argument(call, result, self=same, index=result)
 
 
-def _take_along(call: Call) -> Labels | str:
+def _take_along(call: OpCall) -> Labels | str:
     """`gather` that broadcasts the other dims."""
     dim = call.arguments["dim"]
     own, index = call.specs
@@ -86,12 +86,12 @@ def _take_along(call: Call) -> Labels | str:
     return by_argument(call, result, self=same, indices=result)
 
 
-def _one_hot(call: Call) -> Labels:
+def _one_hot(call: OpCall) -> Labels:
     names = plain(call.specs[0])
     return by_argument(call, (*names, None), self=names)
 
 
-def _searchsorted(call: Call) -> Labels | str:
+def _searchsorted(call: OpCall) -> Labels | str:
     """Values to look up; the sorted sequence goes with them in all dims but its last one, or is 1-D."""
     slots = call.slots
     if "self" not in slots:
@@ -102,32 +102,32 @@ def _searchsorted(call: Call) -> Labels | str:
     return by_argument(call, names, self=names, sorted_sequence=rows, sorter=rows)
 
 
-def _take(call: Call) -> Ruling:
+def _take(call: OpCall) -> OpSharding:
     """A rank keeps those of the wanted positions that it holds, in their order."""
     layout, dim = call.layouts[0].summed(), call.arguments["dim"]
     partition, wanted = layout.dims[dim], Indices.of_runs(call.arguments["runs"])
     if partition is None:
-        return Ruling((layout,), layout)
+        return OpSharding((layout,), layout)
     kept = partition.map(wanted.size, wanted.places_in)
 
     def local(rank: int) -> LocalCall:
         places = partition.parts[rank].positions(wanted.at(kept.parts[rank]))
         return ops.take, (call.arguments["x"], dim, places.runs), {}
 
-    return Ruling((layout,), layout.with_dims({dim: kept}), local)
+    return OpSharding((layout,), layout.with_dims({dim: kept}), local)
 
 
-def _take_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _take_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     """What is not taken is divided evenly."""
     dim = call.arguments["dim"]
     partition, taken, size = wanted.dims[dim], Indices.of_runs(call.arguments["runs"]), call.specs[0].shape[dim]
     if partition is None:
         return (wanted,)
-    talk = call.varies(partition)
+    talk = call.dividing_dims(partition)
     return (wanted.with_dims({dim: spread(lambda n: call.mesh.divide(n, talk), partition, taken, size)}),)
 
 
-def _flat(call: Call) -> Ruling:
+def _flat(call: OpCall) -> OpSharding:
     return gather_all(call, "addresses the flattened value")
 
 

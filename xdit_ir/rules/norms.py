@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from xdit_ir.rules.base import Call, LocalCall, Localize, Ruling, as_layouts, rules_of, same_call
+from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, as_layouts, rules_of, same_call
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 
 aten = torch.ops.aten
 
 
-def _layer_norm(call: Call) -> Labels:
+def _layer_norm(call: OpCall) -> Labels:
     """layer_norm, rms_norm: the trailing `normalized_shape` dims; further results are statistics with ones there."""
     trailing = range(-len(call.arguments["normalized_shape"]), 0)
     return by_argument(
@@ -20,13 +20,13 @@ def _layer_norm(call: Call) -> Labels:
     )
 
 
-def _group_norm(call: Call) -> Labels:
+def _group_norm(call: OpCall) -> Labels:
     """Statistics are taken over part of the channels and everything behind them."""
     results = (plain(spec, range(1, len(spec.shape))) for spec in call.results)
     return by_argument(call, *results, input=plain(call.out, range(1, len(call.out.shape))))
 
 
-def _local_batch(call: Call, ruling: Ruling) -> Localize | None:
+def _local_batch(call: OpCall, ruling: OpSharding) -> Localize | None:
     """`native_group_norm` is told the batch size."""
     if "N" not in call.arguments:
         return None
@@ -38,7 +38,7 @@ def _local_batch(call: Call, ruling: Ruling) -> Localize | None:
     return local
 
 
-def _batch_norm(call: Call) -> Labels | str:
+def _batch_norm(call: OpCall) -> Labels | str:
     """With running statistics everything is pointwise per channel."""
     if call.arguments.get("training") or call.arguments.get("running_mean") is None:
         return "batch norm over the batch's own statistics"
@@ -56,7 +56,7 @@ def _batch_norm(call: Call) -> Labels | str:
     )
 
 
-def _instance_norm(call: Call) -> Labels | str:
+def _instance_norm(call: OpCall) -> Labels | str:
     """Statistics per sample and channel, over what is behind."""
     if call.arguments.get("running_mean") is not None:
         return "instance norm with running statistics"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from xdit_ir.rules.base import Call, rules_of
+from xdit_ir.rules.base import OpCall, rules_of
 from xdit_ir.rules.labels import Labels, aligned, by_argument, labelled, plain
 
 aten = torch.ops.aten
 
 
-def pointwise(call: Call) -> Labels | str:
+def pointwise(call: OpCall) -> Labels | str:
     """Every dim of the result goes with the dims of the operands that align with it from the right."""
     if call.node.target is aten.where.default or any(len(spec.shape) > len(call.out.shape) for spec in call.specs):
         return "not pointwise in this form"
@@ -21,14 +21,14 @@ def pointwise(call: Call) -> Labels | str:
     )
 
 
-def _prelu(call: Call) -> Labels:
+def _prelu(call: OpCall) -> Labels:
     """One slope, or one per channel (dim 1)."""
     slopes = (1,) if len(call.out.shape) > 1 else (None,)
     weight = slopes if len(call.specs[1].shape) == 1 else (None,) * len(call.specs[1].shape)
     return by_argument(call, plain(call.out), self=plain(call.out), weight=weight)
 
 
-def _first(call: Call) -> Labels:
+def _first(call: OpCall) -> Labels:
     """Pointwise in the first operand; of the other something else matters than its elements one by one."""
     names = plain(call.out)
     return by_argument(call, names, self=names, elements=names)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
-from xdit_ir.rules.base import Call, LocalCall, Localize, Rule, Ruling, as_layouts, rules_of
+from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, Rule, as_layouts, rules_of
 from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, plain, unary
 from xdit_ir.rules.pointwise import POINTWISE
 
 aten = torch.ops.aten
 
 
-def _dims(call: Call, operand: int = 0) -> list[int]:
+def _dims(call: OpCall, operand: int = 0) -> list[int]:
     """The dims that `dim` names, not negative; all where it names none."""
     ndim, dims = len(call.specs[operand].shape), call.arguments.get("dim")
     if dims is None or dims == [] or not ndim:
@@ -22,14 +22,14 @@ def _dims(call: Call, operand: int = 0) -> list[int]:
     return [d % ndim for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-def _along(call: Call) -> Labels:
+def _along(call: OpCall) -> Labels:
     """Operators that mix along `dim` and keep the others: softmax, cumsum, sort, topk, ..."""
     dims = _dims(call)
     names = plain(call.specs[0], dims)
     return by_argument(call, *(names for _ in call.results), self=names, prepend=names, append=names)
 
 
-def _reduced(call: Call, names: Names) -> Names:
+def _reduced(call: OpCall, names: Names) -> Names:
     """Labels of a result from which `dim` is gone, or where it has length 1."""
     dims = _dims(call)
     if len(names) == len(call.out.shape):
@@ -37,7 +37,7 @@ def _reduced(call: Call, names: Names) -> Names:
     return tuple(name for d, name in enumerate(names) if d not in dims)
 
 
-def _reduce(call: Call) -> Labels:
+def _reduce(call: OpCall) -> Labels:
     """Operators that reduce `dim`; each label of what is reduced is missing in the result."""
     names = plain(call.specs[0])
     return by_argument(call, *(_reduced(call, names) for _ in call.results), self=names)
@@ -49,7 +49,7 @@ def share_of_mean(x: torch.Tensor, dims: Sequence[int], keepdim: bool, count: in
     return x.mean(tuple(dims), keepdim) * (own / count) if own else x.sum(tuple(dims), keepdim)
 
 
-def _share_of_mean(call: Call, ruling: Ruling) -> Localize | None:
+def _share_of_mean(call: OpCall, ruling: OpSharding) -> Localize | None:
     """A mean over divided dims is a partial sum of the ranks' weighted means."""
     if not as_layouts(ruling.outputs)[0].partial:
         return None
@@ -70,31 +70,31 @@ REDUCE = labelled(_reduce)
 def _by_form(with_dtype: Rule, without: Rule) -> Rule:
     """Another rule where the result is of another dtype than the operand."""
 
-    def pick(call: Call) -> Rule:
+    def pick(call: OpCall) -> Rule:
         return without if call.out.dtype == call.specs[0].dtype else with_dtype
 
     return Rule(lambda call: pick(call).forward(call), lambda call, wanted: pick(call).demand(call, wanted))
 
 
-def _extremum(call: Call) -> Rule:
+def _extremum(call: OpCall) -> Rule:
     return POINTWISE if "other" in call.arguments else REDUCE
 
 
 EXTREMUM = Rule(lambda call: _extremum(call).forward(call), lambda call, wanted: _extremum(call).demand(call, wanted))
 
 
-def _cosine(call: Call) -> Labels:
+def _cosine(call: OpCall) -> Labels:
     ndim = max(len(spec.shape) for spec in call.specs)
     dim = call.arguments["dim"] % ndim
     names = [tuple(None if d == dim else d for d in aligned(spec, ndim)) for spec in call.specs]
     return Labels(tuple(names), (tuple(d for d in range(ndim) if d != dim),))
 
 
-def _glu(call: Call) -> Labels:
+def _glu(call: OpCall) -> Labels:
     return unary(call, [call.arguments["dim"]])
 
 
-def _triangle(call: Call) -> Labels:
+def _triangle(call: OpCall) -> Labels:
     return unary(call, [-2, -1])
 
 

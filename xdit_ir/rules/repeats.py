@@ -7,11 +7,11 @@ import torch
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.rules.base import (
-    Call,
     LocalCall,
     Localize,
+    OpCall,
+    OpSharding,
     Rule,
-    Ruling,
     as_layouts,
     gather_all,
     rules_of,
@@ -23,7 +23,7 @@ from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 aten = torch.ops.aten
 
 
-def _expand(call: Call) -> Labels:
+def _expand(call: OpCall) -> Labels:
     """A dim keeps its label unless it is expanded."""
     shape, out = call.specs[0].shape, call.out.shape
     offset = len(out) - len(shape)
@@ -31,30 +31,30 @@ def _expand(call: Call) -> Labels:
     return by_argument(call, (None,) * offset + names, self=names)
 
 
-def _local_size(call: Call, ruling: Ruling) -> Localize:
+def _local_size(call: OpCall, ruling: OpSharding) -> Localize:
     output = as_layouts(ruling.outputs)[0]
     return lambda rank: same_call(call, size=list(output.local_shape(call.out.shape, rank)))
 
 
-def _repeated(call: Call) -> int | None:
+def _repeated(call: OpCall) -> int | None:
     """The (not negative) dim that `repeat_interleave` repeats; None where it flattens or the counts are a tensor."""
     dim, repeats = call.arguments.get("dim"), call.arguments["repeats"]
     return dim % len(call.specs[0].shape) if dim is not None and isinstance(repeats, int) else None
 
 
-def _interleave(call: Call) -> Ruling:
+def _interleave(call: OpCall) -> OpSharding:
     dim, count = _repeated(call), call.arguments["repeats"]
     assert dim is not None
     layout = call.layouts[0].summed()
     partition = layout.dims[dim]
     if partition is None:
-        return Ruling((layout,), layout)
+        return OpSharding((layout,), layout)
     every = Indices.range(0, count)
     tiled = partition.map(partition.size * count, lambda part: part.outer(every, count))
-    return Ruling((layout,), layout.with_dims({dim: tiled}), lambda rank: same_call(call, output_size=None))
+    return OpSharding((layout,), layout.with_dims({dim: tiled}), lambda rank: same_call(call, output_size=None))
 
 
-def _interleave_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _interleave_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     dim, count = _repeated(call), call.arguments["repeats"]
     assert dim is not None
     partition = wanted.dims[dim]
@@ -67,7 +67,7 @@ def _interleave_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
     return (wanted.with_dims({dim: Partition(partition.size // count, parts)}),)
 
 
-def _by_tensor(call: Call) -> Labels | str:
+def _by_tensor(call: OpCall) -> Labels | str:
     """`repeat_interleave` with a tensor of counts: the repeated dim must be whole."""
     dim = call.arguments.get("dim")
     if dim is None:
@@ -79,25 +79,25 @@ def _by_tensor(call: Call) -> Labels | str:
 INTERLEAVE, BY_TENSOR = verified(Rule(_interleave, _interleave_demand)), labelled(_by_tensor)
 
 
-def _either(call: Call) -> Rule:
+def _either(call: OpCall) -> Rule:
     return BY_TENSOR if _repeated(call) is None or 0 in call.out.shape else INTERLEAVE
 
 
-def _counts(call: Call) -> list[int]:
+def _counts(call: OpCall) -> list[int]:
     """How often each dim of the result repeats the operand's."""
     name = "repeats" if "repeats" in call.arguments else "dims"
     counts = list(call.arguments[name])
     return [1] * (len(call.out.shape) - len(counts)) + counts
 
 
-def _repeat(call: Call) -> Ruling:
+def _repeat(call: OpCall) -> OpSharding:
     if 0 in call.out.shape:
         return gather_all(call, "nothing is left")
     counts, layout = _counts(call), call.layouts[0].summed()
     dims: list[Partition | None] = [None] * (len(counts) - len(layout.dims))
     for partition, count in zip(layout.dims, counts[len(dims) :], strict=True):
         dims.append(partition if partition is None or count == 1 else _tiled(partition, count))
-    return Ruling((layout,), Layout(tuple(dims)))
+    return OpSharding((layout,), Layout(tuple(dims)))
 
 
 def _tiled(partition: Partition, count: int) -> Partition:
@@ -105,7 +105,7 @@ def _tiled(partition: Partition, count: int) -> Partition:
     return partition.map(size * count, lambda part: every.outer(part, size))
 
 
-def _repeat_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _repeat_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     counts = _counts(call)
     if any(dim is not None and count != 1 for dim, count in zip(wanted.dims, counts, strict=True)):
         return None
@@ -117,24 +117,24 @@ def _mirrored(partition: Partition) -> Partition:
     return partition.map(partition.size, lambda part: Indices.of_array(last - part.array[::-1]))
 
 
-def _flipped(call: Call) -> list[int]:
+def _flipped(call: OpCall) -> list[int]:
     dims: list[int] = call.arguments.get("dims", [1 if call.node.target is aten.fliplr.default else 0])
     return dims
 
 
-def _flip(call: Call) -> Ruling:
+def _flip(call: OpCall) -> OpSharding:
     """A rank flips what it has; that is then the mirrored part."""
     layout = call.layouts[0].summed()
     changes = {d: p for d in _flipped(call) if (p := layout.dims[d]) is not None}
-    return Ruling((layout,), layout.with_dims({d: _mirrored(p) for d, p in changes.items()}))
+    return OpSharding((layout,), layout.with_dims({d: _mirrored(p) for d, p in changes.items()}))
 
 
-def _flip_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _flip_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     changes = {d: p for d in _flipped(call) if (p := wanted.dims[d]) is not None}
     return (wanted.with_dims({d: _mirrored(p) for d, p in changes.items()}),)
 
 
-def _shifts(call: Call) -> dict[int, int]:
+def _shifts(call: OpCall) -> dict[int, int]:
     """By how much each dim is rolled."""
     dims, shifts, ndim = call.arguments["dims"], call.arguments["shifts"], len(call.out.shape)
     dims, shifts = ([value] if isinstance(value, int) else value for value in (dims, shifts))
@@ -157,7 +157,7 @@ def _rolled(layout: Layout, shifts: dict[int, int]) -> Layout:
     return layout.with_dims(changes)
 
 
-def _roll(call: Call) -> Ruling:
+def _roll(call: OpCall) -> OpSharding:
     """Along a divided dim a rank keeps what it has, and only the names of the indices change."""
     if not call.arguments["dims"]:
         return gather_all(call, "roll of the flattened value")
@@ -170,16 +170,16 @@ def _roll(call: Call) -> Ruling:
     def same(rank: int) -> LocalCall:
         return aten.alias.default, (call.arguments["self"],), {}
 
-    return Ruling((layout,), _rolled(layout, shifts), local if own else same)
+    return OpSharding((layout,), _rolled(layout, shifts), local if own else same)
 
 
-def _roll_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _roll_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     if not call.arguments["dims"]:
         return None
     return (_rolled(wanted, {dim: -shift for dim, shift in _shifts(call).items()}),)
 
 
-def _rot90(call: Call) -> Labels:
+def _rot90(call: OpCall) -> Labels:
     """Rotation of two dims, which must be whole."""
     names = plain(call.out, call.arguments["dims"])
     return by_argument(call, names, self=names)

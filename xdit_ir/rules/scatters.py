@@ -9,7 +9,7 @@ import torch
 from xdit_ir.ir import ops
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.partition import Indices, Partition, selected, spread
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, by_size, choose, rules_of, verified
+from xdit_ir.rules.base import LocalCall, OpCall, OpSharding, Rule, by_size, choose, rules_of, verified
 from xdit_ir.rules.joins import slice_start
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 from xdit_ir.rules.lookups import indexed
@@ -17,7 +17,7 @@ from xdit_ir.rules.lookups import indexed
 aten = torch.ops.aten
 
 
-def _places(call: Call) -> tuple[int, Indices]:
+def _places(call: OpCall) -> tuple[int, Indices]:
     """The dim into which `slice_scatter` or `put` writes, and where."""
     dim = call.arguments["dim"] % len(call.out.shape)
     if call.node.target is ops.put:
@@ -26,7 +26,7 @@ def _places(call: Call) -> tuple[int, Indices]:
     return dim, Indices.range(0, size).map(lambda array: array * step + start)
 
 
-def _put(call: Call) -> Ruling:
+def _put(call: OpCall) -> OpSharding:
     """The source is divided like what it replaces; a whole value like a divided source."""
     dim, places = _places(call)
 
@@ -44,34 +44,34 @@ def _put(call: Call) -> Ruling:
     kept = selected(own, places)
     source = layout.with_dims({dim: kept})
     if own is None or kept is None:
-        return Ruling((layout, source), layout)
+        return OpSharding((layout, source), layout)
 
     def local(rank: int) -> LocalCall:
         runs = own.parts[rank].positions(places.at(kept.parts[rank])).runs
         return ops.put, (*call.node.args[:2], dim, runs), {}
 
-    return Ruling((layout, source), layout, local)
+    return OpSharding((layout, source), layout, local)
 
 
-def _around(call: Call, dim: int, places: Indices, source: Partition | None) -> Partition | None:
+def _around(call: OpCall, dim: int, places: Indices, source: Partition | None) -> Partition | None:
     """A partition of the whole dim of which the places are divided like the source; None where it has its own."""
     if call.layouts[0].dims[dim] is not None or source is None:
         return None
-    return spread(lambda n: call.mesh.divide(n, call.varies(source)), source, places, call.out.shape[dim])
+    return spread(lambda n: call.mesh.divide(n, call.dividing_dims(source)), source, places, call.out.shape[dim])
 
 
-def _put_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _put_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     dim, places = _places(call)
     return (wanted, wanted.with_dims({dim: selected(wanted.dims[dim], places)}))
 
 
-def _select_scatter(call: Call) -> Labels:
+def _select_scatter(call: OpCall) -> Labels:
     dim = call.arguments["dim"] % len(call.out.shape)
     names = plain(call.out, [dim])
     return by_argument(call, names, self=names, src=(*names[:dim], *names[dim + 1 :]))
 
 
-def _diagonal_scatter(call: Call) -> Labels:
+def _diagonal_scatter(call: OpCall) -> Labels:
     ndim = len(call.out.shape)
     pair = [call.arguments[name] % ndim for name in ("dim1", "dim2")]
     names = plain(call.out, pair)
@@ -79,7 +79,7 @@ def _diagonal_scatter(call: Call) -> Labels:
     return by_argument(call, names, self=names, src=(*rest, None))
 
 
-def _scatter(call: Call) -> Labels:
+def _scatter(call: OpCall) -> Labels:
     """Element by element along the other dims, as far as all have the same size there."""
     names = list(plain(call.out, [call.arguments["dim"]] if call.out.shape else []))
     for spec in call.specs:
@@ -90,7 +90,7 @@ def _scatter(call: Call) -> Labels:
     return by_argument(call, same, self=same, index=same, src=same)
 
 
-def _index_add(call: Call) -> Labels:
+def _index_add(call: OpCall) -> Labels:
     """`index_add`, `index_copy`: rows of one dim; `index_fill` likewise with a single value."""
     if not call.out.shape:
         return by_argument(call, ())
@@ -98,7 +98,7 @@ def _index_add(call: Call) -> Labels:
     return by_argument(call, names, self=names, source=names)
 
 
-def _index_put(call: Call) -> Labels | str:
+def _index_put(call: OpCall) -> Labels | str:
     """Writes at divided places would leave every rank with others of them, so that indices are whole."""
     labels = indexed(call)
     if isinstance(labels, str):

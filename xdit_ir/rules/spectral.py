@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from xdit_ir.rules.base import Call, rules_of
+from xdit_ir.rules.base import OpCall, rules_of
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 
 aten = torch.ops.aten
 
 
-def _transform(call: Call) -> Labels:
+def _transform(call: OpCall) -> Labels:
     """The dims named, or those that `s` names from the right, or all."""
     ndim, arguments = len(call.out.shape), call.arguments
     dims, sizes = arguments.get("dim"), arguments.get("s")

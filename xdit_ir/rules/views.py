@@ -10,7 +10,7 @@ import torch
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, gather_all, rules_of, verified
+from xdit_ir.rules.base import LocalCall, OpCall, OpSharding, Rule, gather_all, rules_of, verified
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 
 aten = torch.ops.aten
@@ -121,14 +121,14 @@ def _divide(mesh: Mesh, ins: tuple[int, ...], dims: Dims, outs: tuple[int, ...])
 def _orthogonal(mesh: Mesh, dims: Dims) -> bool:
     used: set[str] = set()
     for dim in dims:
-        varies = mesh.varies(dim)
+        varies = mesh.dividing_dims(dim)
         if varies & used:
             return False
         used |= varies
     return True
 
 
-def _view(call: Call) -> Ruling:
+def _view(call: OpCall) -> OpSharding:
     needs, gives = regroup(call.mesh, call.specs[0].shape, call.out.shape, call.layouts[0].dims)
     output = Layout(gives)
 
@@ -136,15 +136,15 @@ def _view(call: Call) -> Ruling:
         operand = call.arguments["self"]
         return aten.reshape.default, (operand, list(output.local_shape(call.out.shape, rank))), {}
 
-    return Ruling((Layout(needs),), output, local)
+    return OpSharding((Layout(needs),), output, local)
 
 
-def _view_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _view_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     needs, gives = regroup(call.mesh, call.out.shape, call.specs[0].shape, wanted.dims)
     return (Layout(gives),) if needs == wanted.dims else None
 
 
-def _dtype(call: Call) -> Labels:
+def _dtype(call: OpCall) -> Labels:
     """`view.dtype`: the last dim is scaled where the element sizes differ."""
     same = call.out.dtype.itemsize == call.specs[0].dtype.itemsize
     names = plain(call.out, [] if same else [-1])
@@ -154,11 +154,11 @@ def _dtype(call: Call) -> Labels:
 VIEW, DTYPE = verified(Rule(_view, _view_demand)), labelled(_dtype)
 
 
-def _either(call: Call) -> Rule:
+def _either(call: OpCall) -> Rule:
     return DTYPE if "dtype" in call.arguments else VIEW
 
 
-def _permutation(call: Call) -> Labels:
+def _permutation(call: OpCall) -> Labels:
     """The labels of the operand in the order of the result."""
     ndim = len(call.specs[0].shape)
     arguments = call.arguments
@@ -172,17 +172,17 @@ def _permutation(call: Call) -> Labels:
     return by_argument(call, tuple(order), self=tuple(range(ndim)))
 
 
-def _as_real(call: Call) -> Labels:
+def _as_real(call: OpCall) -> Labels:
     names = plain(call.specs[0])
     return by_argument(call, (*names, None), self=names)
 
 
-def _as_complex(call: Call) -> Labels:
+def _as_complex(call: OpCall) -> Labels:
     names = plain(call.out)
     return by_argument(call, names, self=(*names, None))
 
 
-def _diagonal(call: Call) -> Labels:
+def _diagonal(call: OpCall) -> Labels:
     """The diagonal of two dims, which must be whole, becomes the last dim."""
     ndim, arguments = len(call.specs[0].shape), call.arguments
     pair = [arguments["dim1"] % ndim, arguments["dim2"] % ndim]
@@ -190,7 +190,7 @@ def _diagonal(call: Call) -> Labels:
     return by_argument(call, (*(name for d, name in enumerate(names) if d not in pair), None), self=names)
 
 
-def _diag_embed(call: Call) -> Labels:
+def _diag_embed(call: OpCall) -> Labels:
     ndim, arguments = len(call.out.shape), call.arguments
     pair = {arguments["dim1"] % ndim, arguments["dim2"] % ndim}
     rest = iter(range(ndim - 2))
@@ -198,13 +198,13 @@ def _diag_embed(call: Call) -> Labels:
     return by_argument(call, names, self=(*range(ndim - 2), None))
 
 
-def _windows(call: Call) -> Labels:
+def _windows(call: OpCall) -> Labels:
     """`unfold`: windows of a dim, which must be whole; their elements become the last dim."""
     names = plain(call.specs[0], [call.arguments["dimension"]] if call.specs[0].shape else [])
     return by_argument(call, (*names, None), self=names)
 
 
-def _strided(call: Call) -> Ruling:
+def _strided(call: OpCall) -> OpSharding:
     return gather_all(call, "depends on how the whole value lies in memory")
 
 

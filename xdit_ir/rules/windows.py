@@ -8,17 +8,17 @@ import torch
 
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.partition import Indices, Partition
-from xdit_ir.rules.base import Call, LocalCall, Rule, Ruling, rules_of, same_call, verified
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, spare_empty
+from xdit_ir.rules.base import LocalCall, OpCall, OpSharding, Rule, rules_of, same_call, verified
+from xdit_ir.rules.labels import Labels, by_argument, handle_empty_parts, labelled, plain
 
 aten = torch.ops.aten
 
 
-def _leading(spatial: int, channels: bool = True) -> Callable[[Call], Labels]:
+def _leading(spatial: int, channels: bool = True) -> Callable[[OpCall], Labels]:
     """The last `spatial` dims must be whole, and the channels before them unless each is treated alone."""
     behind = spatial if channels else spatial + 1
 
-    def describe(call: Call) -> Labels:
+    def describe(call: OpCall) -> Labels:
         slot = call.slots[0]
         names = plain(call.specs[0], range(-behind, 0))
         free = names[: len(names) - behind]
@@ -28,14 +28,14 @@ def _leading(spatial: int, channels: bool = True) -> Callable[[Call], Labels]:
     return describe
 
 
-def _sampled(call: Call) -> Labels:
+def _sampled(call: OpCall) -> Labels:
     """`grid_sampler`: per sample; channels are free in the image, positions in the grid."""
     ndim = len(call.specs[0].shape)
     places = tuple(("place", d) for d in range(ndim - 2))
     return by_argument(call, (0, 1, *places), input=(0, 1, *(None,) * (ndim - 2)), grid=(0, *places, None))
 
 
-def _amounts(call: Call) -> dict[int, tuple[int, int]]:
+def _amounts(call: OpCall) -> dict[int, tuple[int, int]]:
     """What is added before and after each dim that is padded at all."""
     flat = list(call.arguments["pad"])
     pairs = zip(flat[::2], flat[1::2], strict=True)
@@ -57,11 +57,11 @@ def _padded(partition: Partition, before: int, after: int) -> Partition | None:
     return Partition(partition.size + before + after, tuple(parts))
 
 
-def _is_constant(call: Call) -> bool:
+def _is_constant(call: OpCall) -> bool:
     return bool(call.arguments.get("mode", "constant") == "constant")
 
 
-def _pad(call: Call) -> Ruling:
+def _pad(call: OpCall) -> OpSharding:
     """Constant padding is local; other kinds, and cropping, need the dim whole."""
     layout, amounts = call.layouts[0].summed(), _amounts(call)
     gives: dict[int, Partition | None] = {}
@@ -72,7 +72,7 @@ def _pad(call: Call) -> Ruling:
     needs = layout.with_dims({dim: None for dim, partition in gives.items() if partition is None})
     output = needs.with_dims(gives)
     if not any(gives.values()):
-        return spare_empty(call, Ruling((needs,), output))
+        return handle_empty_parts(call, OpSharding((needs,), output))
 
     def local(rank: int) -> LocalCall:
         flat = [0] * (2 * len(output.dims))
@@ -85,10 +85,10 @@ def _pad(call: Call) -> Ruling:
             flat[at : at + 2] = [before, after]
         return same_call(call, pad=flat)
 
-    return spare_empty(call, Ruling((needs,), output, local))
+    return handle_empty_parts(call, OpSharding((needs,), output, local))
 
 
-def _pad_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
+def _pad_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     changes: dict[int, Partition | None] = {}
     for dim, (before, _) in _amounts(call).items():
         partition, size = wanted.dims[dim], call.specs[0].shape[dim]
@@ -101,7 +101,7 @@ def _pad_demand(call: Call, wanted: Layout) -> tuple[Layout, ...] | None:
     return (wanted.with_dims(changes),)
 
 
-def _edge_pad(call: Call) -> Labels:
+def _edge_pad(call: OpCall) -> Labels:
     """`reflection_pad2d` and its kin."""
     return _leading(len(call.arguments["padding"]) // 2)(call)
 

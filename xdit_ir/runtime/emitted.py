@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from xdit_ir.emission.checkpoint import Loading
-from xdit_ir.emission.codegen import Body
+from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.program import Program
 from xdit_ir.parallel import Parallel
 from xdit_ir.pipelined.pipe_runner import PipelineRunner
-from xdit_ir.pipelined.traffic import Traffic
+from xdit_ir.pipelined.step_queue import StepQueue
 from xdit_ir.runtime.runner import Runner, build
 from xdit_ir.runtime.shadow import Shadow
 from xdit_ir.transport.distributed import Communicator
@@ -45,7 +45,7 @@ def emit(
     where = loading.device(model, device)
     execution.check(where)
     communicator = Communicator(parallel.mesh, where, handshake=execution.handshake)
-    traffic = Traffic(communicator) if parallel.pipeline is not None else None
+    traffic = StepQueue(communicator) if parallel.pipeline is not None else None
     runner = build(communicator, model, lambda: parallel, execution, loading.store(model, where), traffic)
     return Emitted(model, runner, communicator)
 
@@ -68,7 +68,7 @@ class Emitted(Shadow):
         return runner.program
 
     @property
-    def bodies(self) -> Mapping[str, Body]:
+    def bodies(self) -> Mapping[str, EmittedBody]:
         """The shared blocks as modules without parameters, so that compiling each once compiles all layers."""
         runner: Runner | PipelineRunner = self._xdit_runner
         return runner.bodies

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.outputs import build_output
-from xdit_ir.deferral.deferred import Deferred, force, pending
+from xdit_ir.deferral.deferred import Deferred, materialize, pending
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.runtime.runner import Runner
 from xdit_ir.transport.distributed import Communicator
@@ -32,13 +32,13 @@ EARLY = (
 )
 
 
-def plain(tree: Any) -> Any:
+def materialized(tree: Any) -> Any:
     """The arguments of a call with finished tensors."""
-    return pytree.tree_map_only(Deferred, force, tree)
+    return pytree.tree_map_only(Deferred, materialize, tree)
 
 
 @dataclass(eq=False)
-class Call:
+class PairedCall:
     """A forward that is put off, with copies of its inputs, as the caller may write to its own."""
 
     runner: Runner
@@ -65,7 +65,7 @@ class Call:
 class _Result:
     """The source of a deferred result."""
 
-    call: Call
+    call: PairedCall
     index: int
 
     def part(self, dim: int, start: int, stop: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ class Pairing:
     """The calls of one module. Making one is collective."""
 
     communicator: Communicator
-    _waiting: Call | None = field(default=None, init=False)
+    _waiting: PairedCall | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Pairing:
         """The result of a forward whose inputs do not depend on one that waits: deferred for the first of a pair."""
         first = self._first()
         with torch.inference_mode(False):
-            call = Call(runner, [x.clone() for x in inputs], weights, self)
+            call = PairedCall(runner, [x.clone() for x in inputs], weights, self)
         signature = runner.program.signature
         if first is None:
             self._waiting = call
@@ -105,7 +105,7 @@ class Pairing:
         assert call.results is not None
         return build_output(signature, call.results)
 
-    def read_early(self, call: Call) -> None:
+    def read_early(self, call: PairedCall) -> None:
         """Run a call that waits on both halves; its other ranks must read too, and all of them raise if they do not.
 
         A half of one rank needs no others, so there a rank may read what the others do not (a log, a preview).
@@ -118,7 +118,7 @@ class Pairing:
             agree(self.communicator, digest(facts), lambda: facts)
         call.run()
 
-    def _first(self) -> Call | None:
+    def _first(self) -> PairedCall | None:
         """The call that waits, if one does on all ranks and nobody has read its result."""
         first, self._waiting = self._waiting, None
         waits = first is not None and first.results is None
@@ -128,7 +128,7 @@ class Pairing:
             waits = bool(votes.item())
         return first if waits else None
 
-    def _exchange(self, first: Call, second: Call) -> None:
+    def _exchange(self, first: PairedCall, second: PairedCall) -> None:
         """Each half runs one of the calls and gets the results of the other."""
         mesh, rank = self.communicator.mesh, self.communicator.rank
         pair, mine = mesh.group(rank, PAIRED), mesh.index(rank, PAIRED)

@@ -13,19 +13,19 @@ from torch import nn
 from xdit_ir.capture.effects import apply_effects
 from xdit_ir.capture.inputs import InputBinder, bind_arguments
 from xdit_ir.capture.outputs import build_output
-from xdit_ir.emission.checkpoint import Store, rank_weights
-from xdit_ir.emission.codegen import Body, communications, generate, state_names
-from xdit_ir.emission.execution import Execution, Recording, Tensors, compile_body, outside, plain_modes
+from xdit_ir.emission.checkpoint import WeightStore, rank_weights
+from xdit_ir.emission.codegen import EmittedBody, communications, generate, state_names
+from xdit_ir.emission.execution import Execution, Recording, Tensors, as_normal_tensor, compile_body, plain_modes
 from xdit_ir.emission.state import Weights
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.interpret import constant_on
 from xdit_ir.ir.program import CONSTANT, SPEC, TensorSpec
 from xdit_ir.parallel import Parallel
-from xdit_ir.pipefusion.rank_tasks import RankWork
+from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.pipelined.pipe_runner import PipelineRunner, check_pipeline
 from xdit_ir.pipelined.schedule import verify_schedule
-from xdit_ir.pipelined.traffic import Traffic
+from xdit_ir.pipelined.step_queue import StepQueue
 from xdit_ir.transport.distributed import Communicator, peers_reachable
 from xdit_ir.transport.handshake import TRACE, agree, contents_hash, digest, fact, failure_text
 
@@ -43,7 +43,7 @@ class Runner:
         communicator: Communicator,
         facts: Mapping[str, str],
         execution: Execution,
-        store: Store | None = None,
+        store: WeightStore | None = None,
     ) -> None:
         self.parallel, self.facts, self.digest = parallel, facts, digest(facts)
         self.program, self.device = parallel.rank(communicator.rank), communicator.device
@@ -64,7 +64,7 @@ class Runner:
         self._forward = Recording(self._compute) if execution.cuda_graph else self._compute
 
     @property
-    def bodies(self) -> Mapping[str, Body]:
+    def bodies(self) -> Mapping[str, EmittedBody]:
         """The shared blocks."""
         return self.code.bodies
 
@@ -98,7 +98,7 @@ class Runner:
     def compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         """The outputs of the program."""
         with plain_modes(self.device.type):
-            return self._forward([outside(x) for x in inputs], weights)
+            return self._forward([as_normal_tensor(x) for x in inputs], weights)
 
     def _compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         tensors: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *weights, *self._constants)
@@ -112,8 +112,8 @@ def build(
     model: nn.Module,
     make: Callable[[], Parallel],
     execution: Execution,
-    store: Store | None = None,
-    traffic: Traffic | None = None,
+    store: WeightStore | None = None,
+    traffic: StepQueue | None = None,
 ) -> Runner | PipelineRunner:
     """Make a parallel program and its runner; all ranks call it together. A pipeline needs `traffic`.
 
@@ -121,13 +121,13 @@ def build(
         MismatchError: on all ranks, if `make` fails on some only, or the programs of the ranks differ.
     """
     failure: Exception | None = None
-    work: RankWork | None = None
+    work: RankTasks | None = None
     try:
         parallel = make()
         if parallel.pipeline is not None:
             check_pipeline(parallel.pipeline.program, execution)
             verify_schedule(parallel.pipeline)
-            work = RankWork(parallel.pipeline, communicator.rank)
+            work = RankTasks(parallel.pipeline, communicator.rank)
         names: Sequence[str] = (
             state_names(parallel.rank(communicator.rank))[0]
             if work is None

@@ -60,7 +60,7 @@ def before_time(mesh: Mesh, source: Layout, target: Layout) -> Layout:
         if have == want or have is None:
             dims.append(want)
             continue
-        joined = mesh.gathered(have, mesh.varies(have) - {TIME}) if mesh.varies(have) else have
+        joined = mesh.gathered(have, mesh.dividing_dims(have) - {TIME}) if mesh.dividing_dims(have) else have
         parts = []
         for rank in range(mesh.world_size):
             mine, held = part_of(joined, have.size, rank), Indices(())

@@ -12,7 +12,7 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, in_mesh_order, keys_apart, plan
+from xdit_ir.ir.layout import Layout, in_mesh_order, key_gather_dims, plan
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
@@ -151,7 +151,7 @@ def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mes
 
 def ring_dims(node: fx.Node, mesh: Mesh) -> tuple[str, ...]:
     """The mesh dims around which a ring attention passes its keys and values, outer to inner."""
-    return in_mesh_order(keys_apart(mesh, *(source.meta[LAYOUT] for source in operands(node)[:2])))
+    return in_mesh_order(key_gather_dims(mesh, *(source.meta[LAYOUT] for source in operands(node)[:2])))
 
 
 def ring_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import with_operands
-from xdit_ir.ir.layout import Layout, keys_apart
+from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, WHERE
 from xdit_ir.sharding.cost import relayout_sent, step_flops
@@ -22,7 +22,7 @@ FALLBACK = "fallback"
 Layouts = tuple[Layout, ...]
 
 
-class Step:
+class LayoutNode:
     """A node to be: that of the source graph it comes from, the operator, its operands and layout.
 
     A change of layout comes from the node whose value it changes. `body` is what a block call calls: the block's
@@ -31,11 +31,13 @@ class Step:
 
     __slots__ = ("body", "fallback", "layout", "node", "relayout", "sources", "target", "users")
 
-    def __init__(self, node: fx.Node, target: Any, sources: list[Step], layout: Any, *, relayout: bool = False) -> None:
+    def __init__(
+        self, node: fx.Node, target: Any, sources: list[LayoutNode], layout: Any, *, relayout: bool = False
+    ) -> None:
         self.node, self.target, self.sources, self.layout, self.relayout = node, target, sources, layout, relayout
         self.fallback = ""
         self.body: Any = None
-        self.users: dict[Step, None] = {}
+        self.users: dict[LayoutNode, None] = {}
         for source in sources:
             source.users[self] = None
 
@@ -55,19 +57,19 @@ class Step:
         """Whether something uses it, or it belongs to the graph's interface."""
         return bool(self.users) or (self.node.op in ("placeholder", "output") and not self.relayout)
 
-    def take(self, sources: list[Step]) -> None:
+    def set_operands(self, sources: list[LayoutNode]) -> None:
         """Replace the operands."""
-        self.drop()
+        self.detach()
         self.sources = sources
         for source in sources:
             source.users[self] = None
 
-    def drop(self) -> None:
+    def detach(self) -> None:
         """Use nothing any more."""
         for source in self.sources:
             source.users.pop(self, None)
 
-    def cut_by_all(self) -> Layout | None:
+    def common_shard(self) -> Layout | None:
         """The layout to which every user cuts the value, if they agree."""
         wanted = None
         for user in self.users:
@@ -77,31 +79,31 @@ class Step:
         return wanted
 
 
-class Draft:
+class LayoutGraph:
     """The steps of one graph in order; the last is its output, whose layouts are `outputs`."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.steps: list[Step] = []
+        self.steps: list[LayoutNode] = []
         self.outputs: Layouts = ()
         self._flops: list[int] | None = None
 
-    def add(self, step: Step) -> Step:
+    def add(self, step: LayoutNode) -> LayoutNode:
         """Append a step."""
         self.steps.append(step)
         return step
 
     @property
-    def calls(self) -> Iterator[Step]:
+    def calls(self) -> Iterator[LayoutNode]:
         """The block calls."""
         return (step for step in self.steps if step.body is not None)
 
-    def sweep(self, push: Callable[[Step], list[Step]]) -> None:
+    def sweep(self, push: Callable[[LayoutNode], list[LayoutNode]]) -> None:
         """Against the data flow: drop what nothing uses; `push` rewrites a step and says what to put before it."""
-        backwards: list[Step] = []
+        backwards: list[LayoutNode] = []
         for step in reversed(self.steps):
             if not step.is_needed:
-                step.drop()
+                step.detach()
                 continue
             before = push(step)
             backwards += [step, *reversed(before)]
@@ -138,24 +140,24 @@ class Draft:
         for step in self.steps:
             if step.target in ops.ATTENTIONS:
                 dims = step.sources[1 if part == "keys" else 0].layout.dims
-                found = found.union(*map(self.mesh.varies, dims[:-2] if part == "batch" else dims[-2:-1]))
+                found = found.union(*map(self.mesh.dividing_dims, dims[:-2] if part == "batch" else dims[-2:-1]))
         return found
 
-    def keys_apart(self) -> frozenset[str]:
+    def key_gather_dims(self) -> frozenset[str]:
         """The mesh dims along which some attention finds only a part of its keys."""
         sources = (step.sources for step in self.steps if step.target in ops.ATTENTIONS)
-        return frozenset().union(*(keys_apart(self.mesh, q.layout, k.layout) for q, k, *_ in sources))
+        return frozenset().union(*(key_gather_dims(self.mesh, q.layout, k.layout) for q, k, *_ in sources))
 
     def write(self, name_of: Callable[[Any], str]) -> fx.Graph:
         """The graph; `name_of` names the variant of a block that a call calls."""
         graph = fx.Graph()
-        written: dict[Step, fx.Node] = {}
+        written: dict[LayoutNode, fx.Node] = {}
         for step in self.steps:
             written[step] = _write(graph, step, [written[source] for source in step.sources], name_of)
         return graph
 
 
-def _write(graph: fx.Graph, step: Step, sources: list[fx.Node], name_of: Callable[[Any], str]) -> fx.Node:
+def _write(graph: fx.Graph, step: LayoutNode, sources: list[fx.Node], name_of: Callable[[Any], str]) -> fx.Node:
     node = step.node
     if step.relayout:
         name = f"{sources[0].name}_{step.target.__name__}"

@@ -19,23 +19,23 @@ from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Block, Program, call_parts, is_block_call
-from xdit_ir.rules import decide, rule_for
-from xdit_ir.rules.base import Call, Ruling, as_layouts
+from xdit_ir.rules import infer, rule_for
+from xdit_ir.rules.base import OpCall, OpSharding, as_layouts
 from xdit_ir.sharding.layout_graph import FALLBACK as FALLBACK
-from xdit_ir.sharding.layout_graph import Draft, Layouts, Step
+from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode, Layouts
 
-Decide = Callable[[Call], Ruling]
+Infer = Callable[[OpCall], OpSharding]
 Seeds = Mapping[str, Layouts]
 # A block, the layouts of its arguments, and those that its results are brought into (None: as they come).
 Variant = tuple[str, Layouts, Layouts | None]
 
 
 @dataclass(frozen=True)
-class Body:
-    """A variant of a block; `wants` are arguments that it would rather get cut."""
+class BlockVariant:
+    """A variant of a block; `preferred_inputs` are arguments that it would rather get cut."""
 
-    draft: Draft
-    wants: Mapping[int, Layout]
+    draft: LayoutGraph
+    preferred_inputs: Mapping[int, Layout]
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Propagation:
 
     program: Program
     mesh: Mesh
-    decide: Decide = decide
-    bodies: dict[Variant, Body] = field(default_factory=dict)
-    rulings: dict[tuple[fx.Node, Layouts], Ruling] = field(default_factory=dict)
+    infer: Infer = infer
+    bodies: dict[Variant, BlockVariant] = field(default_factory=dict)
+    rulings: dict[tuple[fx.Node, Layouts], OpSharding] = field(default_factory=dict)
     demands: dict[Any, Layouts | None] = field(default_factory=dict)
     layouts: dict[Layout, Layout] = field(default_factory=dict)
 
@@ -62,7 +62,7 @@ class Propagation:
             for node in self.program.graph.nodes
             if node.op == "placeholder"
         ]
-        draft = _Writer(self, inputs, seeds or {}, None, outer=True).write(self.program.graph)
+        draft = _GraphPropagation(self, inputs, seeds or {}, None, outer=True).write(self.program.graph)
         draft.sweep(lambda step: _push(step, self))
         return Attempt(self, draft)
 
@@ -70,11 +70,11 @@ class Propagation:
         """One object for equal layouts, which makes comparing them cheap."""
         return self.layouts.setdefault(layout, layout)
 
-    def rule(self, node: fx.Node, layouts: Layouts) -> Ruling:
+    def rule(self, node: fx.Node, layouts: Layouts) -> OpSharding:
         """The ruling for a node of the source program, remembered."""
         key = (node, layouts)
         if key not in self.rulings:
-            ruling = self.decide(Call(node, self.mesh, layouts))
+            ruling = self.infer(OpCall(node, self.mesh, layouts))
             inputs, outputs = ruling.inputs, ruling.outputs
             one = isinstance(outputs, Layout)
             shared = tuple(map(self.same, as_layouts(outputs)))
@@ -83,28 +83,28 @@ class Propagation:
             )
         return self.rulings[key]
 
-    def body(self, name: str, layouts: Layouts, results: Layouts | None = None) -> Body:
+    def body(self, name: str, layouts: Layouts, results: Layouts | None = None) -> BlockVariant:
         """The block `name` for arguments of these layouts, its results brought into those."""
         key = (name, layouts, results)
         if key not in self.bodies:
-            draft = _Writer(self, layouts, {}, results, outer=False).write(self.program.blocks[name].graph)
+            draft = _GraphPropagation(self, layouts, {}, results, outer=False).write(self.program.blocks[name].graph)
             draft.sweep(lambda step: _push(step, self))
             places = [step for step in draft.steps if step.node.op == "placeholder" and not step.relayout]
-            wants = {i: want for i, step in enumerate(places) if (want := step.cut_by_all()) is not None}
-            self.bodies[key] = Body(draft, wants)
+            preferred_inputs = {i: want for i, step in enumerate(places) if (want := step.common_shard()) is not None}
+            self.bodies[key] = BlockVariant(draft, preferred_inputs)
         return self.bodies[key]
 
-    def settling(self, name: str, layouts: Layouts, results: Layouts | None = None) -> Iterator[Layouts]:
+    def block_input_fixpoint(self, name: str, layouts: Layouts, results: Layouts | None = None) -> Iterator[Layouts]:
         """The layouts of a block's arguments, then what the block wants instead, until it wants nothing else or, as it
         may want one order of indices for the other, what it had before."""
         seen: set[Layouts] = set()
         while layouts not in seen:
             yield layouts
             seen.add(layouts)
-            wants = self.body(name, layouts, results).wants
-            layouts = tuple(wants.get(place, layout) for place, layout in enumerate(layouts))
+            preferred_inputs = self.body(name, layouts, results).preferred_inputs
+            layouts = tuple(preferred_inputs.get(place, layout) for place, layout in enumerate(layouts))
 
-    def demanded(self, step: Step, target: Any) -> Layouts | None:
+    def demanded(self, step: LayoutNode, target: Any) -> Layouts | None:
         """Operand layouts that make a step's result `target` without communication, verified by its rule."""
         layouts = tuple(source.layout for source in step.sources)
         key = (step.node, step.target, layouts, target)
@@ -112,16 +112,16 @@ class Propagation:
             self.demands[key] = self._demanded(step, layouts, target)
         return self.demands[key]
 
-    def _demanded(self, step: Step, layouts: Layouts, target: Any) -> Layouts | None:
+    def _demanded(self, step: LayoutNode, layouts: Layouts, target: Any) -> Layouts | None:
         rule = rule_for(step.target)
         if rule is None or any(layout.partial for layout in layouts):
             return None
-        needs = rule.demand(Call(step.node, self.mesh, layouts), target)
+        needs = rule.demand(OpCall(step.node, self.mesh, layouts), target)
         if needs is None or len(needs) != len(layouts):
             return None
         if any(a != b and kind(self.mesh, a, b)[0] != "shard" for a, b in zip(layouts, needs, strict=True)):
             return None
-        ruling = rule.forward(Call(step.node, self.mesh, needs))
+        ruling = rule.forward(OpCall(step.node, self.mesh, needs))
         return tuple(map(self.same, needs)) if ruling.outputs == target and ruling.inputs == needs else None
 
 
@@ -130,13 +130,13 @@ class Attempt:
     """A program whose layouts are decided but not written down."""
 
     run: Propagation
-    draft: Draft
+    draft: LayoutGraph
 
-    def body(self, call: Step) -> Draft:
+    def body(self, call: LayoutNode) -> LayoutGraph:
         """What a block call runs."""
         return self.run.bodies[call.body].draft
 
-    def bodies(self) -> Iterator[Draft]:
+    def bodies(self) -> Iterator[LayoutGraph]:
         """What every block call runs, once a call."""
         return map(self.body, self.draft.calls)
 
@@ -159,11 +159,11 @@ class Attempt:
         """The mesh dims that divide the `queries`, `keys` or `batch` (and heads) of some attention."""
         return frozenset().union(*(draft.attention_mesh_dims(part) for draft in self._drafts() for part in parts))
 
-    def keys_apart(self) -> frozenset[str]:
+    def key_gather_dims(self) -> frozenset[str]:
         """The mesh dims along which some attention finds only a part of its keys."""
-        return frozenset().union(*(draft.keys_apart() for draft in self._drafts()))
+        return frozenset().union(*(draft.key_gather_dims() for draft in self._drafts()))
 
-    def _drafts(self) -> list[Draft]:
+    def _drafts(self) -> list[LayoutGraph]:
         return [self.draft, *(self.run.bodies[v].draft for v in {step.body: None for step in self.draft.calls})]
 
     def sums_up(self) -> bool:
@@ -173,7 +173,7 @@ class Attempt:
     def layout(self, name: str) -> Layout | None:
         """The layout of the value of this name, for an input as it is cut; None where nothing is left of it."""
         step = next((step for step in self.draft.steps if step.node.name == name and not step.relayout), None)
-        return None if step is None else step.cut_by_all() or step.layout
+        return None if step is None else step.common_shard() or step.layout
 
     def program(self) -> Program:
         """Written down. Every variant of a block that is used gets a name of its own: `Block`, `Block.2`, ..."""
@@ -187,19 +187,19 @@ class Attempt:
         return self.run.program.replace(graph=self.draft.write(names.__getitem__), blocks=blocks)
 
 
-class _Writer:
+class _GraphPropagation:
     """Drafts one graph, deciding a layout for every node and inserting the changes of layout."""
 
     def __init__(
         self, run: Propagation, inputs: Sequence[Layout], seeds: Seeds, results: Layouts | None, *, outer: bool
     ) -> None:
         self.run, self.seeds, self.results, self.outer = run, seeds, results, outer
-        self.draft = Draft(run.mesh)
-        self.env: dict[fx.Node, Step] = {}
+        self.draft = LayoutGraph(run.mesh)
+        self.env: dict[fx.Node, LayoutNode] = {}
         self.inputs = iter(inputs)
-        self.converted: dict[tuple[Step, Layout], Step] = {}
+        self.converted: dict[tuple[LayoutNode, Layout], LayoutNode] = {}
 
-    def write(self, graph: fx.Graph) -> Draft:
+    def write(self, graph: fx.Graph) -> LayoutGraph:
         """The draft of a whole graph."""
         for node in graph.nodes:
             if node.op == "output":
@@ -211,7 +211,7 @@ class _Writer:
             self.env[node] = new
         return self.draft
 
-    def _step(self, node: fx.Node) -> Step:
+    def _step(self, node: fx.Node) -> LayoutNode:
         if node.op == "placeholder":
             return self._add(node, node.target, [], self.run.same(next(self.inputs)))
         if node.op == "get_attr":
@@ -223,20 +223,20 @@ class _Writer:
             return self._add(node, node.target, sources, sources[0].layout[node.args[1]])
         return self._call(node, sources) if is_block_call(node) else self._operator(node, sources)
 
-    def _add(self, node: fx.Node, target: Any, sources: list[Step], layout: Any) -> Step:
-        return self.draft.add(Step(node, target, sources, layout))
+    def _add(self, node: fx.Node, target: Any, sources: list[LayoutNode], layout: Any) -> LayoutNode:
+        return self.draft.add(LayoutNode(node, target, sources, layout))
 
-    def _operator(self, node: fx.Node, sources: list[Step]) -> Step:
+    def _operator(self, node: fx.Node, sources: list[LayoutNode]) -> LayoutNode:
         ruling = self.run.rule(node, tuple(source.layout for source in sources))
         taken = [self.convert(source, want) for source, want in zip(sources, ruling.inputs, strict=True)]
         new = self._add(node, ruling.target or node.target, taken, ruling.outputs)
         new.fallback = ruling.fallback
-        return new if ruling.after is None else self.convert(new, ruling.after)
+        return new if ruling.result_layout is None else self.convert(new, ruling.result_layout)
 
-    def _call(self, node: fx.Node, sources: list[Step]) -> Step:
+    def _call(self, node: fx.Node, sources: list[LayoutNode]) -> LayoutNode:
         name, _, _ = call_parts(node)
         sources = [self.convert(source, source.layout.summed()) for source in sources]
-        for layouts in self.run.settling(name, tuple(source.layout for source in sources)):
+        for layouts in self.run.block_input_fixpoint(name, tuple(source.layout for source in sources)):
             sources = [self.convert(source, want) for source, want in zip(sources, layouts, strict=True)]
         new = self._add(node, node.target, sources, self.run.body(name, layouts).draft.outputs)
         new.body = (name, layouts, None)
@@ -252,7 +252,7 @@ class _Writer:
         self.draft.outputs = tuple(value.layout for value in results)
         self._add(node, node.target, results, self.draft.outputs)
 
-    def convert(self, value: Step, want: Layout) -> Step:
+    def convert(self, value: LayoutNode, want: Layout) -> LayoutNode:
         """The value in another layout."""
         have: Layout = value.layout
         want = self.run.same(want)
@@ -263,23 +263,25 @@ class _Writer:
             return value
         return self._converted(value, want, ops.RELAYOUTS[kind(self.run.mesh, value.layout, want)[0]])
 
-    def _converted(self, value: Step, want: Layout, target: Any) -> Step:
+    def _converted(self, value: LayoutNode, want: Layout, target: Any) -> LayoutNode:
         key = (value, want)
         if key not in self.converted:
-            self.converted[key] = self.draft.add(Step(value.node, target, [value], want, relayout=True))
+            self.converted[key] = self.draft.add(LayoutNode(value.node, target, [value], want, relayout=True))
         return self.converted[key]
 
 
-def _push(step: Step, run: Propagation) -> list[Step]:
+def _push(step: LayoutNode, run: Propagation) -> list[LayoutNode]:
     """Move cuts of all results of a step before it; the cuts to insert there."""
     if step.body is None and not step.is_operator:
         return []
     results = list(step.users) if isinstance(step.layout, tuple) else [step]
-    wanted = [result.cut_by_all() for result in results]
+    wanted = [result.common_shard() for result in results]
     return _push_call(step, results, wanted, run) if step.body else _push_operator(step, results, wanted, run)
 
 
-def _push_operator(step: Step, results: list[Step], wanted: list[Layout | None], run: Propagation) -> list[Step]:
+def _push_operator(
+    step: LayoutNode, results: list[LayoutNode], wanted: list[Layout | None], run: Propagation
+) -> list[LayoutNode]:
     if not results or any(want is None for want in wanted):
         return []
     target: Any = wanted[0]
@@ -292,7 +294,9 @@ def _push_operator(step: Step, results: list[Step], wanted: list[Layout | None],
     return [] if needs is None else _moved(step, needs, target, results, run)
 
 
-def _push_call(step: Step, results: list[Step], wanted: list[Layout | None], run: Propagation) -> list[Step]:
+def _push_call(
+    step: LayoutNode, results: list[LayoutNode], wanted: list[Layout | None], run: Propagation
+) -> list[LayoutNode]:
     """A block whose results are cut becomes one that makes only these parts, if that is less work."""
     name, layouts, before = step.body
     if before is not None or all(want is None for want in wanted):
@@ -300,7 +304,7 @@ def _push_call(step: Step, results: list[Step], wanted: list[Layout | None], run
     made = list(step.layout)
     for result, want in zip(results, wanted, strict=True):
         made[result.node.args[1]] = want or result.layout  # type: ignore[index]
-    *_, needs = run.settling(name, layouts, tuple(made))
+    *_, needs = run.block_input_fixpoint(name, layouts, tuple(made))
     variant = (name, needs, tuple(made))
     old, new = (run.bodies[one].draft for one in (step.body, variant))
     if max(new.flops()) >= max(old.flops()) or new.moved_bytes() > old.moved_bytes():
@@ -310,22 +314,24 @@ def _push_call(step: Step, results: list[Step], wanted: list[Layout | None], run
     return _moved(step, variant[1], new.outputs, cut, run)
 
 
-def _moved(step: Step, needs: Layouts, target: Any, results: list[Step], run: Propagation) -> list[Step]:
+def _moved(
+    step: LayoutNode, needs: Layouts, target: Any, results: list[LayoutNode], run: Propagation
+) -> list[LayoutNode]:
     """Give a step operands of these layouts; the cuts of its results are then idle and vanish."""
     before = []
     taken = []
     for source, need in zip(step.sources, needs, strict=True):
         if source.layout != need:
-            before.append(Step(source.node, ops.shard, [source], need, relayout=True))
+            before.append(LayoutNode(source.node, ops.shard, [source], need, relayout=True))
             source = before[-1]
         taken.append(source)
-    step.take(taken)
+    step.set_operands(taken)
     step.layout = target
     for result in results:
         if result is not step:
             result.layout = target[result.node.args[1]]
         for shard in list(result.users):
             for user in list(shard.users):
-                user.take([result if source is shard else source for source in user.sources])
-            shard.drop()
+                user.set_operands([result if source is shard else source for source in user.sources])
+            shard.detach()
     return before

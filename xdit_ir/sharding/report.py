@@ -16,7 +16,7 @@ from xdit_ir.ir.layout import in_mesh_order, kind
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import LAYOUT, Program, is_block_call, where_of
-from xdit_ir.rules.base import varying
+from xdit_ir.rules.base import dividing_dims_of
 from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, ring_dims
 from xdit_ir.sharding.propagate import FALLBACK
 
@@ -167,7 +167,7 @@ def find_gathers(program: Program) -> Iterator[str]:
 def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
     """Operators for which something had to be gathered; or all of them, where nothing is divided."""
     nodes = (node for _, graph, _ in _graphs(program) for node in graph.nodes)
-    if mesh.size(SEQUENCE) > 1 and not any(varying(node, mesh) & {*SEQUENCE} for node in nodes):
+    if mesh.size(SEQUENCE) > 1 and not any(dividing_dims_of(node, mesh) & {*SEQUENCE} for node in nodes):
         yield Fallback("forward", "the whole model", UNDIVIDED, 0)
     for name, graph, times in _graphs(program):
         for node in graph.nodes:

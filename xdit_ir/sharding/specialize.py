@@ -15,8 +15,8 @@ from xdit_ir.ir.layout import Layout, in_mesh_order, kind, part_of, plan
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT as LAYOUT
 from xdit_ir.ir.program import ONCE, SPEC, WHERE, Program, TensorSpec, is_block_call
-from xdit_ir.rules import decide
-from xdit_ir.rules.base import Call
+from xdit_ir.rules import infer
+from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.buffer_access import buffer_layout, read_of, write_of
 from xdit_ir.sharding.cost import ring_dims
 
@@ -70,7 +70,7 @@ def _node(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mes
     if node.target is ops.ring_attention:
         return _ring(node, env, graph, mesh, rank)
     layouts = tuple(source.meta[LAYOUT] for source in operands(node))
-    ruling = decide(Call(node, mesh, layouts))
+    ruling = infer(OpCall(node, mesh, layouts))
     target, args, kwargs = node.target, node.args, node.kwargs
     if ruling.local is not None:
         target, args, kwargs = ruling.local(rank)

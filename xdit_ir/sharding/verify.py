@@ -10,12 +10,12 @@ from torch import fx
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands, results_of
-from xdit_ir.ir.layout import Layout, keys_apart, kind
+from xdit_ir.ir.layout import Layout, key_gather_dims, kind
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
-from xdit_ir.rules import decide
-from xdit_ir.rules.base import Call
+from xdit_ir.rules import infer
+from xdit_ir.rules.base import OpCall
 
 
 def verify(program: Program, after: str = "", *, runnable: bool = False) -> None:
@@ -79,7 +79,7 @@ class _Verifier:
         for dim, (size, partition) in enumerate(zip(spec.shape, layout.dims, strict=True)):
             if partition is None:
                 continue
-            varies = mesh.varies(partition)
+            varies = mesh.dividing_dims(partition)
             if partition.size != size or len(partition.parts) != mesh.world_size:
                 self.fail(node, f"dim {dim} of size {size} is divided as if it had size {partition.size}")
             if varies & used:
@@ -100,7 +100,7 @@ class _Verifier:
 
     def _operator(self, node: fx.Node, mesh: Mesh) -> None:
         layouts = tuple(source.meta[LAYOUT] for source in operands(node))
-        ruling = decide(Call(node, mesh, layouts))
+        ruling = infer(OpCall(node, mesh, layouts))
         for place, (have, need) in enumerate(zip(layouts, ruling.inputs, strict=True)):
             if have != need:
                 self.fail(node, f"operand {place} has a layout that {node.target} cannot take")
@@ -108,7 +108,7 @@ class _Verifier:
             self.fail(node, "its layout is not what the rules infer")
         if self.runnable and node.target in ops.ATTENTIONS:
             allowed = {"ring"} if node.target is ops.ring_attention else set()
-            astray = keys_apart(mesh, *layouts[:2]) - allowed
+            astray = key_gather_dims(mesh, *layouts[:2]) - allowed
             if astray:
                 self.fail(node, f"its keys are divided over {sorted(astray)} and nothing brings them together")
 

@@ -42,7 +42,7 @@ class Waiting:
     kind: str = "read"
 
 
-class Rank:
+class RankInterpreter:
     """Runs one rank's program as a generator that stops wherever it must meet the others."""
 
     def __init__(
@@ -88,7 +88,7 @@ def run_ranks(
 ) -> list[tuple[torch.Tensor, ...]]:
     """Outputs of every rank for the same inputs; `observe` sees every value."""
     steps = {
-        rank: Rank(rank, program, state, device, observe).graph(program.graph, inputs)
+        rank: RankInterpreter(rank, program, state, device, observe).graph(program.graph, inputs)
         for rank, program in enumerate(programs)
     }
     results = lockstep(steps)

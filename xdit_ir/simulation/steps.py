@@ -15,12 +15,12 @@ from xdit_ir.ir.interpret import State
 from xdit_ir.ir.mesh import TIME
 from xdit_ir.ir.program import Program, qualified
 from xdit_ir.pipefusion.pipeline_program import Pipeline
-from xdit_ir.simulation.lockstep import Rank, RankObserver, Steps, Waiting, lockstep
+from xdit_ir.simulation.lockstep import RankInterpreter, RankObserver, Steps, Waiting, lockstep
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-class Store:
+class BufferStore:
     """The buffers of one stage on one rank, for one request; knows in which step each patch wrote its part of each."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Store:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
-class _PatchRank(Rank):
+class _PatchRank(RankInterpreter):
     """Runs one stage for one patch, in one step."""
 
     def __init__(
@@ -82,7 +82,7 @@ class _PatchRank(Rank):
         state: State,
         device: torch.device,
         observe: RankObserver | None,
-        moment: tuple[Store, int, bool],
+        moment: tuple[BufferStore, int, bool],
     ) -> None:
         super().__init__(rank, program, state, device, observe)
         self.store, self.step, self.synchronous = moment
@@ -114,7 +114,7 @@ class PipelineSimulation:
 
     def __init__(self, pipeline: Pipeline, state: State, device: torch.device) -> None:
         self.pipeline, self.state, self.device = pipeline, state, device
-        self.stores = [[Store() for _ in range(pipeline.mesh.world_size)] for _ in range(pipeline.stages)]
+        self.stores = [[BufferStore() for _ in range(pipeline.mesh.world_size)] for _ in range(pipeline.stages)]
         self.steps = 0
 
     def step(self, inputs: Sequence[torch.Tensor], observe: RankObserver | None = None) -> list[Tensors]:
@@ -148,11 +148,11 @@ class PipelineSimulation:
             for rank, part in parts.items():
                 moment = (self.stores[stage][self.pipeline.rank(stage, rank)], self.steps, synchronous)
                 runner = _PatchRank(rank, part.program, self.state, self.device, observe, moment)
-                taken = [held[rank][name] for name in part.takes]
+                taken = [held[rank][name] for name in part.carried_in]
                 steps[rank] = runner.graph(part.program.graph, [*inputs, *messages[rank], *taken])
             for rank, values in lockstep(steps).items():
-                sends, holds = parts[rank].sends, parts[rank].holds
+                sends, carried_out = parts[rank].sends, parts[rank].carried_out
                 messages[rank] = values[: len(sends)]
-                held[rank] |= zip(holds, values[len(sends) :], strict=False)
-                results[rank] = values[len(sends) + len(holds) :]
+                held[rank] |= zip(carried_out, values[len(sends) :], strict=False)
+                results[rank] = values[len(sends) + len(carried_out) :]
         return results

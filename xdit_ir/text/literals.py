@@ -42,7 +42,7 @@ def read_name(scanner: Scanner) -> str:
     return scanner.expect(PLAIN, "a name") if quoted is None else str(ast.literal_eval(quoted))
 
 
-class Writer:
+class LiteralWriter:
     """Literals as text; `reference` prints nodes, what has no text is collected."""
 
     def __init__(self, collected: Collected, reference: Callable[[Any], str | None] = lambda item: None) -> None:

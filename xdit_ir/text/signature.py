@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from xdit_ir.ir.program import Effect, Entry, Guard, InputLeaf, Literal, Predicate, Signature
-from xdit_ir.text.literals import STRING, Writer, name_text, read_literal, read_name
+from xdit_ir.text.literals import STRING, LiteralWriter, name_text, read_literal, read_name
 from xdit_ir.text.scanner import Scanner
 from xdit_ir.text.types import TypeReader, TypeWriter
 
@@ -24,7 +24,7 @@ Lines = list[Scanner]
 ReadGraph = Callable[[Lines, Mapping[str, Any]], fx.Graph]
 
 
-def write_signature(signature: Signature, literal: Writer, graph: GraphLines) -> Iterator[str]:
+def write_signature(signature: Signature, literal: LiteralWriter, graph: GraphLines) -> Iterator[str]:
     """Its lines."""
     types = TypeWriter(None)
     yield f"  arguments {_tree_text(signature.in_spec, literal)}"
@@ -43,11 +43,11 @@ def write_signature(signature: Signature, literal: Writer, graph: GraphLines) ->
         yield "  }"
 
 
-def _leaf_text(leaf: int | Literal, literal: Writer) -> str:
+def _leaf_text(leaf: int | Literal, literal: LiteralWriter) -> str:
     return f"value {literal(leaf.value)}" if isinstance(leaf, Literal) else str(leaf)
 
 
-def _effect_text(effect: Effect, literal: Writer) -> str:
+def _effect_text(effect: Effect, literal: LiteralWriter) -> str:
     path = "".join(f".{name_text(str(e.key))}" if e.attribute else f"[{literal(e.key)}]" for e in effect.path)
     leaves = f"[{', '.join(_leaf_text(leaf, literal) for leaf in effect.leaves)}]"
     if effect.spec is None and not effect.write:
@@ -61,9 +61,9 @@ class _Leaf:
     """Stands for a leaf."""
 
 
-def _tree_text(spec: pytree.TreeSpec, literal: Writer) -> str:
+def _tree_text(spec: pytree.TreeSpec, literal: LiteralWriter) -> str:
     stars = pytree.tree_unflatten([_Leaf() for _ in range(spec.num_leaves)], spec)
-    text = Writer(literal.collected, lambda item: "*" if isinstance(item, _Leaf) else None)
+    text = LiteralWriter(literal.collected, lambda item: "*" if isinstance(item, _Leaf) else None)
     before = len(literal.collected.found)
     plain = text(stars)
     if len(literal.collected.found) == before and pytree.tree_structure(_read_tree(Scanner(plain))) == spec:

@@ -34,7 +34,7 @@ from xdit_ir.ir.program import (
 )
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.text.attachments import Collected
-from xdit_ir.text.literals import Writer, name_text
+from xdit_ir.text.literals import LiteralWriter, name_text
 from xdit_ir.text.signature import write_signature
 from xdit_ir.text.targets import target_text
 from xdit_ir.text.types import TypeWriter, partition_text
@@ -63,7 +63,7 @@ def write(program: Program) -> Document:
 
 
 def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterator[list[str]]:
-    literal, plain = Writer(collected), TypeWriter(None)
+    literal, plain = LiteralWriter(collected), TypeWriter(None)
     yield [f"device {literal(program.device)}"]
     if program.coordinates:
         yield [f"coordinates {literal(program.coordinates)}"]
@@ -89,7 +89,7 @@ def _token_text(axis: TokenAxis) -> str:
     text = f"%{axis.value} dim {axis.dim} of {axis.size}"
     text += f" units {list(axis.units)}" if axis.units else ""
     text += f" segments {[list(one) for one in axis.segments]}" if axis.segments else ""
-    return text + (" gathered" if axis.gathered else "")
+    return text + (" gathered" if axis.is_context else "")
 
 
 def usual_name(target: str) -> str:
@@ -105,7 +105,7 @@ class GraphWriter:
     ) -> None:
         self.program, self.graph, self.types, self.prefixes = program, graph, types, prefixes
         self.collected = collected
-        self.literal = Writer(collected, self._reference)
+        self.literal = LiteralWriter(collected, self._reference)
         attributes = [node for node in graph.nodes if node.op == "get_attr"]
         targets = [node.target for node in attributes]
         self.inline = {n for n in attributes if targets.count(n.target) == 1 and n.users and self._is_usual(n)}

@@ -14,7 +14,7 @@ import torch.distributed._functional_collectives
 from torch import nn
 
 from xdit_ir.ir.collective_ops import Assembly, Communicate, Reduce, Reshuffle, Ring, pack
-from xdit_ir.ir.layout import Exchange
+from xdit_ir.ir.layout import RankExchange
 from xdit_ir.kernels.attention import RingMerge
 from xdit_ir.kernels.backends import Backend
 from xdit_ir.transport.distributed import Communicator
@@ -83,7 +83,7 @@ class Send(nn.Module):
     piece travels too, which saves a copy.
     """
 
-    def __init__(self, exchange: Exchange, at: int, shapes: Shapes, group: str, *, direct: bool) -> None:
+    def __init__(self, exchange: RankExchange, at: int, shapes: Shapes, group: str, *, direct: bool) -> None:
         super().__init__()
         self.exchange, self.at, self.shapes, self.group, self.direct = exchange, at, shapes, group, direct
 

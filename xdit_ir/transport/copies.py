@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from xdit_ir.ir.layout import Exchange
+from xdit_ir.ir.layout import RankExchange
 from xdit_ir.ir.partition import Runs
 
 
@@ -30,7 +30,7 @@ class _Dim:
     target: int
 
 
-def copies(exchange: Exchange, member: int, itemsize: int) -> tuple[Copy, ...]:
+def copies(exchange: RankExchange, member: int, itemsize: int) -> tuple[Copy, ...]:
     """How this rank's piece for `group[member]` gets from its dense local value into that rank's dense result."""
     landing = exchange.landings[member]
     if not math.prod(exchange.sends[member].shape):

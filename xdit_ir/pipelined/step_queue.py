@@ -10,24 +10,24 @@ import torch
 
 from xdit_ir.pipelined.channels import ChannelMaker
 from xdit_ir.pipelined.requests import Requests
-from xdit_ir.pipelined.schedule import Item
+from xdit_ir.pipelined.schedule import StageRun
 from xdit_ir.transport.distributed import Communicator
 
 
-class Pass(Protocol):
+class PendingPass(Protocol):
     """One pass of patches through the stages."""
 
     number: int
 
-    def execute(self, item: Item) -> None:
+    def execute(self, item: StageRun) -> None:
         """Run a stage."""
         ...
 
 
-Observer = Callable[[int, Item], None]
+Observer = Callable[[int, StageRun], None]
 
 
-class Traffic:
+class StepQueue:
     """One for each module and process. `observe(pass, item)` is told before every run of a stage; `last` is the runner
     that made the last call."""
 
@@ -36,18 +36,18 @@ class Traffic:
         self.observe: Observer | None = None
         self.last: Any = None
         self.previous: list[torch.Tensor] = []
-        self._queue: list[tuple[Item, Pass]] = []
-        self._running: list[tuple[Item, Pass]] = []
+        self._queue: list[tuple[StageRun, PendingPass]] = []
+        self._running: list[tuple[StageRun, PendingPass]] = []
         self.channels = ChannelMaker(communicator)
 
-    def put_off(self, work: Pass, items: list[Item]) -> None:
+    def put_off(self, work: PendingPass, items: list[StageRun]) -> None:
         """Add items to what is to be done."""
-        self._queue = sorted([*self._queue, *((item, work) for item in items)], key=lambda entry: entry[0].turn)
+        self._queue = sorted([*self._queue, *((item, work) for item in items)], key=lambda entry: entry[0].issue_order)
 
     def run(self, until: Callable[[], bool] | None = None, before: float = math.inf) -> None:
         """Do it in turn: all, or only until something is true, or what comes before this turn."""
         while self._queue and not (until is not None and until()):
-            if self._queue[0][0].turn >= before:
+            if self._queue[0][0].issue_order >= before:
                 return
             item, work = self._queue.pop(0)
             self._running.append((item, work))
@@ -62,7 +62,7 @@ class Traffic:
         if not self._running:
             self.run()
 
-    def abandon(self) -> list[tuple[Item, Pass]]:
+    def abandon(self) -> list[tuple[StageRun, PendingPass]]:
         """Forget the request; what was still to be done."""
         queue = [*reversed(self._running), *self._queue]
         self._queue, self._running, self.previous, self.last = [], [], [], None

@@ -18,7 +18,7 @@ from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, TensorSpec, Where
 from xdit_ir.sharding.verify import verify
 from xdit_ir.text import parse, write
 from xdit_ir.text.attachments import Collected
-from xdit_ir.text.literals import Writer, read_literal
+from xdit_ir.text.literals import LiteralWriter, read_literal
 from xdit_ir.text.scanner import Scanner
 from xdit_ir.text.types import TypeReader, TypeWriter, obvious, partition_text, read_partition
 
@@ -117,7 +117,7 @@ literals = st.recursive(
 @given(literals)
 @settings(max_examples=80, deadline=None)
 def test_literals(value: object) -> None:
-    text = Writer(Collected())(value)
+    text = LiteralWriter(Collected())(value)
     scanner = Scanner(text)
     again = read_literal(scanner, {}, lambda inner: inner.fail("no nodes"))
     scanner.end()
@@ -131,7 +131,9 @@ def test_literals(value: object) -> None:
 def test_tensors_bit_by_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(0)) * 3).to(dtype).reshape(shape)
     collected = Collected()
-    again = read_literal(Scanner(Writer(collected)(tensor)), collected.found, lambda inner: inner.fail("no nodes"))
+    again = read_literal(
+        Scanner(LiteralWriter(collected)(tensor)), collected.found, lambda inner: inner.fail("no nodes")
+    )
     assert again.dtype == dtype and torch.equal(again, tensor)
 
 
