@@ -5,12 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any
 
 from torch import fx
 
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.program import WHERE, Program, call_parts, is_block_call, qualified, where_of
+from xdit_ir.ir.program import WHERE, Program, call_parts, is_block_call, where_of
 
 Note = Callable[[fx.Node | None, fx.Node, fx.Node], None]
 
@@ -41,8 +40,8 @@ def inline(program: Program, calls: Collection[fx.Node], note: Note) -> Program:
 def _expand(
     program: Program, call: fx.Node, graph: fx.Graph, outer: dict[fx.Node, fx.Node], note: Note
 ) -> list[fx.Node]:
-    name, prefix, values = call_parts(call)
-    given = iter(values)
+    name, prefix, *_ = call_parts(call)
+    given = iter(operands(call))
     env: dict[fx.Node, fx.Node] = {}
     for node in program.blocks[name].graph.nodes:
         if node.op == "placeholder":
@@ -57,8 +56,7 @@ def _expand(
 
 def _copy(node: fx.Node, prefix: str, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> fx.Node:
     args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-    target: Any = qualified(prefix, str(node.target)) if node.op == "get_attr" else node.target
-    new = graph.create_node(node.op, target, args, dict(kwargs), name=f"{prefix}_{node.name}".replace(".", "_"))
+    new = graph.create_node(node.op, node.target, args, dict(kwargs), name=f"{prefix}_{node.name}".replace(".", "_"))
     new.meta = dict(node.meta)
     where = where_of(node)
     new.meta[WHERE] = replace(where, module=where.below(prefix))

@@ -11,9 +11,10 @@ import numpy as np
 from torch import fx
 
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.dataflow import ProgramValue
 from xdit_ir.ir.program import STAGE, Program
 from xdit_ir.passes.inline import inline
-from xdit_ir.pipefusion.liveness import Liveness, ProgramValue, boundaries, liveness
+from xdit_ir.pipefusion.liveness import Liveness, boundaries, liveness
 from xdit_ir.pipefusion.stage_search import CutPoints, StagePlan, contiguous, cut_folded, cut_straight, folded
 from xdit_ir.sharding.cost import Machine
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import map_graphs, operands, results_of
+from xdit_ir.ir.dataflow import OUTER, reach
+from xdit_ir.ir.graphs import map_graphs, operands, placeholders
 from xdit_ir.ir.layout import kind
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import LAYOUT, ONCE, Program, call_parts, is_block_call
+from xdit_ir.ir.program import LAYOUT, ONCE, Program, is_weight
 from xdit_ir.pipefusion.patch_plan import is_divided_over_time, latents
 from xdit_ir.sharding.buffer_access import before_time
 
@@ -36,7 +35,7 @@ class SeparateTime:
 
     def _split(self, graph: fx.Graph) -> None:
         for node in list(graph.nodes):
-            if not ops.is_relayout(node.target) or node.target is ops.all_reduce:
+            if not ops.is_relayout(node.target) or node.target in ops.SUMS:
                 continue
             source = operands(node)[0]
             have, want = source.meta[LAYOUT], node.meta[LAYOUT]
@@ -57,46 +56,13 @@ class SeparateTime:
 
 
 def _noted(program: Program, mesh: Mesh, inputs: frozenset[str]) -> Program:
-    """A greatest fixed point: arguments of blocks count as known once unless some call says otherwise."""
-    varying: dict[str, set[int]] = {name: set() for name in program.blocks}
-    while True:
-        before = sum(map(len, varying.values()))
-        results = {name: _once(block.graph, mesh, varying[name], {}) for name, block in program.blocks.items()}
-        outputs = {name: _outputs(program.blocks[name].graph, once) for name, once in results.items()}
-        places = {i for i, node in enumerate(_placeholders(program.graph)) if node.name in inputs}
-        outer = _once(program.graph, mesh, places, outputs)
-        for node in program.calls:
-            name, _, values = call_parts(node)
-            varying[name] |= {i for i, value in enumerate(values) if value not in outer and value.op != "get_attr"}
-        if sum(map(len, varying.values())) == before:
-            break
-    for once in (outer, *results.values()):
+    """What neither the latents nor a division over time reach is computed once a step."""
+    graphs = {OUTER: program.graph} | {name: block.graph for name, block in program.blocks.items()}
+    seeds = {name: {node for node in graph.nodes if is_divided_over_time(node, mesh)} for name, graph in graphs.items()}
+    seeds[OUTER] |= {node for node in placeholders(program.graph) if node.name in inputs}
+    varying = reach(program, seeds)
+    for name, graph in graphs.items():
+        once = {n for n in graph.nodes if n.op != "output" and not is_weight(n) and n not in varying[name]}
         for node in once:
             node.meta[ONCE] = any(user not in once for user in node.users)
     return program
-
-
-def _placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if node.op == "placeholder")
-
-
-def _outputs(graph: fx.Graph, once: set[fx.Node]) -> list[bool]:
-    return [value in once for value in results_of(graph)]
-
-
-def _once(graph: fx.Graph, mesh: Mesh, varying: set[int], outputs: dict[str, list[bool]]) -> set[fx.Node]:
-    inputs = enumerate(_placeholders(graph))
-    found = {node for place, node in inputs if place not in varying and not is_divided_over_time(node, mesh)}
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        source = node.args[0] if node.args else None
-        if is_block_call(node):
-            once = all(outputs[str(node.args[0])])
-        elif node.target is operator.getitem and isinstance(source, fx.Node) and is_block_call(source):
-            once = outputs[str(source.args[0])][node.args[1]]
-        else:
-            once = all(value in found or value.op == "get_attr" for value in operands(node))
-        if once and not is_divided_over_time(node, mesh):
-            found.add(node)
-    return found

@@ -10,7 +10,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.program import LAYOUT, SPEC, Program
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_weight
 from xdit_ir.passes.emit import Emitter
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ def _split(graph: fx.Graph) -> None:
         join, weight = node.args[:2]
         parts = _parts(join)
         late = [_arrives(part) for part in parts]
-        if any(late) and not all(late) and weight.op == "get_attr":
+        if any(late) and not all(late) and is_weight(weight):
             _project_parts(graph, node, parts, sorted(range(len(parts)), key=late.__getitem__))
     remove_dead(graph)
 

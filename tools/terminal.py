@@ -14,7 +14,7 @@ LAYOUT_STYLES = {
     r"(?m)^(program|block|return|# .*)\b": "bold",
     r"%\w+": "cyan",
     r"/(\w+|\([\w*]+\))": "bold magenta",
-    r"\b(all_to_all|all_reduce|gather|halo_exchange|ring_attention)(?=\()": "bold yellow",
+    r"\b(all_to_all|all_reduce|reduce_scatter|gather|halo_exchange|ring_attention)(?=\()": "bold yellow",
 }
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from xdit_ir import models
 from xdit_ir.capture import trace
-from xdit_ir.ir.program import SPEC, WHERE, Program, TensorSpec, is_block_call
+from xdit_ir.ir.program import SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
 
 NAMES = [
     "cogvideox-5b",
@@ -71,7 +71,8 @@ def test_well_formed(name: str) -> None:
     model, _, program = traced(name)
     graphs = [program.graph, *(block.graph for block in program.blocks.values())]
     for node in (node for graph in graphs for node in graph.nodes):
-        assert set(node.meta) == {SPEC, WHERE}
+        assert set(node.meta) - {WEIGHT} == {SPEC, WHERE}
+        assert WEIGHT not in node.meta or node.op == "placeholder"
         assert isinstance(node.meta[SPEC], (TensorSpec, tuple))
         if isinstance(node.target, torch._ops.OpOverload):
             assert not node.target._schema.is_mutable

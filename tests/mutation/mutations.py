@@ -209,12 +209,12 @@ def no_residual(graph: fx.Graph) -> fx.Node | None:
 
 
 def other_weights(graph: fx.Graph) -> fx.Node | None:
-    """A block call with the parameters of the next layer."""
+    """A block call with the parameters of the layer before."""
     calls = [node for node in graph.nodes if is_block_call(node)]
     for one, other in itertools.pairwise(calls):
         if one.args[0] == other.args[0]:
-            one.update_arg(1, other.args[1])
-            return one
+            other.update_arg(3, one.args[3])
+            return other
     return None
 
 

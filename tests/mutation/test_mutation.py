@@ -166,9 +166,9 @@ def buffer_never_renewed(patch: pytest.MonkeyPatch) -> None:
 
 def buffer_one_step_behind(patch: pytest.MonkeyPatch) -> None:
     """The step of a write is not noted."""
-    right = simulate_steps.Store.write
+    right = simulate_steps.BufferStore.write
     patch.setattr(
-        simulate_steps.Store,
+        simulate_steps.BufferStore,
         "write",
         lambda self, name, target, value, step: right(self, name, target, value, min(step, 0)),
     )
@@ -176,12 +176,12 @@ def buffer_one_step_behind(patch: pytest.MonkeyPatch) -> None:
 
 def kept_for_ever(patch: pytest.MonkeyPatch) -> None:
     """What is computed once a step is computed once a request."""
-    right = simulate_steps.Store.keep
+    right = simulate_steps.BufferStore.keep
 
     def keep(self: Any, name: str, value: torch.Tensor, step: int) -> None:
         right(self, name, self._kept[name][1] if name in self._kept else value, step)
 
-    patch.setattr(simulate_steps.Store, "keep", keep)
+    patch.setattr(simulate_steps.BufferStore, "keep", keep)
 
 
 def message_of_the_other_patch(patch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ CASES = [
     whole("activation", PIXART, "u2", "check", m.retargeted(aten.gelu.default, aten.silu.default)),
     whole("residual lost", PIXART, "u2", "check", m.no_residual),
     whole("bias of another layer", PIXART, "u2", "check", m.other_bias),
-    whole("weights of the next layer", PIXART, "u2", "check", m.other_weights),
+    whole("weights of the layer before", PIXART, "u2", "check", m.other_weights),
     # One rank's program.
     rank("tokens off by one", FLUX, "u2", "check", m.moved("hidden_states")),
     rank("text tokens off by one", FLUX, "u2", "check", m.moved("encoder_hidden_states")),

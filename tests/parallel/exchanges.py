@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
-from xdit_ir.ir.layout import Layout, plan
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.collective_ops import Reduce, ReduceScatter, Reshuffle, Ring
+from xdit_ir.ir.layout import Layout, plan, scatter_plan
+from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.transport.collectives import lower
 from xdit_ir.transport.distributed import Communicator
@@ -101,6 +101,21 @@ def reductions(degrees: dict[str, int]) -> list[bool]:
         x = value(dtype).remainder(4) if dtype != "complex64" else value(dtype)
         right.append(same(module(x * (communicator.rank + 1)), x * total))
     right.append(module(torch.empty(0, 3)).shape == (0, 3))
+    return right + _scattered(mesh, communicator)
+
+
+def _scattered(mesh: Mesh, communicator: Communicator) -> list[bool]:
+    """Sums of which every rank wants a part, however uneven."""
+    pending = Layout((None,) * len(SHAPE), mesh.dividing_dims(mesh.divide(8, SEQUENCE)))
+    x, right = value("float32").remainder(4), []
+    for partition in list(partitions(mesh, SHAPE[0]))[1:4]:
+        target = Layout.whole(len(SHAPE)).with_dims({0: partition})
+        steps = scatter_plan(mesh, SHAPE, pending, target)
+        group = mesh.group(communicator.rank, steps.mesh_dims)
+        communicator.prepare([steps.mesh_dims])
+        modules = lower(ReduceScatter(steps.kind, steps.mesh_dims, group, steps.ranks[communicator.rank]), communicator)
+        total = x * sum(range(1, mesh.world_size + 1))
+        right.append(same(perform(modules, x * (communicator.rank + 1)), cut(total, target, communicator.rank)))
     return right
 
 

@@ -88,8 +88,8 @@ def test_canonicalize(small: Program, golden: Golden) -> None:
 
 def test_find_tokens(found: Program) -> None:
     text, image = sorted(found.tokens, key=lambda axis: axis.size)
-    assert (text.value, text.dim, text.size, text.gathered) == ("text", 1, 4, False)
-    assert (image.dim, image.size, image.gathered) == (1, 16, False)
+    assert (text.value, text.dim, text.size, text.is_context) == ("text", 1, 4, False)
+    assert (image.dim, image.size, image.is_context) == (1, 16, False)
     assert 4 in image.units, "rows of the patch grid"
 
 

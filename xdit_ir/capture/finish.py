@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from xdit_ir.capture.operators import aten
-from xdit_ir.ir.program import CONSTANT, SPEC, WHERE, Block, TensorSpec, Where, is_block_call, qualified
+from xdit_ir.ir.graphs import weights_of
+from xdit_ir.ir.program import CONSTANT, SPEC, WEIGHT, WHERE, Block, TensorSpec, Where, is_block_call, qualified
 
 _WORTHWHILE = 0.01
 Bodies = dict[str, fx.Graph]
@@ -155,6 +156,45 @@ def used_state(graph: fx.Graph, blocks: Mapping[str, Block]) -> tuple[dict[str, 
                 state[qualified(prefix, str(node.target))] = node.meta[SPEC]
     constants = {name.partition(".")[2] for name in state if name.startswith(f"{CONSTANT}.")}
     return {name: spec for name, spec in state.items() if not name.startswith(f"{CONSTANT}.")}, constants
+
+
+def lift_weights(graph: fx.Graph, blocks: Mapping[str, Block], state: Mapping[str, TensorSpec]) -> dict[str, Block]:
+    """Make the parameters that bodies name arguments, and give each call those of its layer."""
+    lifted = {name: Block(name, _with_weights(block.graph)) for name, block in blocks.items()}
+    held: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            held.setdefault(str(node.target), node)
+        if is_block_call(node):
+            name, prefix, values = node.args
+            needed = weights_of(lifted[str(name)].graph)
+            for target in (qualified(str(prefix), key) for key in needed):
+                if target not in held:
+                    held[target] = _weight_before(node, target, state[target])
+            node.args = (name, prefix, values, {key: held[qualified(str(prefix), key)] for key in needed})
+    return lifted
+
+
+def _weight_before(call: fx.Node, target: str, spec: TensorSpec) -> fx.Node:
+    with call.graph.inserting_before(call):
+        node = call.graph.create_node("get_attr", target, name=target.replace(".", "_"))
+    node.meta = {SPEC: spec, WHERE: Where(target.rpartition(".")[0])}
+    return node
+
+
+def _with_weights(body: fx.Graph) -> fx.Graph:
+    """The body with a placeholder, behind the others, for each parameter that it names."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    named = [n for n in body.nodes if n.op == "get_attr" and not str(n.target).startswith(f"{CONSTANT}.")]
+    for node in [n for n in body.nodes if n.op == "placeholder"]:
+        env[node] = graph.node_copy(node)
+    for node in named:
+        env[node] = graph.create_node("placeholder", node.name, name=node.name)
+        env[node].meta = node.meta | {WEIGHT: str(node.target)}
+    for node in body.nodes:
+        if node not in env:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    return graph
 
 
 def rename_device(graph: fx.Graph, old: torch.device, new: torch.device) -> None:

@@ -15,7 +15,7 @@ from xdit_ir.capture.blocks import Blocks, Restart, candidates, prune
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.fingerprint import fingerprint
-from xdit_ir.capture.finish import inline_small, merge_equal, name_blocks, rename_device, used_state
+from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named, snapshot
 from xdit_ir.capture.known import PythonReads, readable
@@ -233,6 +233,7 @@ def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks
     bodies = inline_small(graph, bodies)
     made = name_blocks(graph, bodies, {body.name: body.kind for body in blocks.bodies})
     state, used = used_state(graph, made)
+    made = lift_weights(graph, made, state)
     constants = {key: _placed(recorder, key) for key in recorder.constants if key in used}
     for part in (graph, *(block.graph for block in made.values())):
         rename_device(part, recorder.device, device)

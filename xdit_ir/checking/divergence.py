@@ -14,8 +14,9 @@ from xdit_ir.api import Example, ParallelProgram, split_example
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_inputs
 from xdit_ir.errors import ExecutionError
+from xdit_ir.ir.dataflow import Expanded, ProgramValue
 from xdit_ir.ir.difference import Difference, ranges, relative, shard_of
-from xdit_ir.ir.graphs import operands, results_of
+from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.interpret import Interpreter, State, model_state
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import TIME, Mesh
@@ -159,6 +160,7 @@ class _Comparison:
     def __post_init__(self) -> None:
         self.names = call_names(self.program)
         self.calls = {self.names[call.name]: call for call in self.program.calls}
+        self.expanded = Expanded(self.program)
         self.nodes: dict[Key, fx.Node] = {}
         for prefix, graph in self._graphs():
             self.nodes |= {(prefix, node.name): node for node in graph.nodes}
@@ -250,21 +252,13 @@ class _Comparison:
 
     def _sources(self, key: Key) -> list[Key]:
         """What a value is computed from, into and out of blocks."""
-        prefix, _ = key
         node = self.nodes.get(key)
         if node is None:
             return []
-        if node.op == "placeholder" and prefix != OUTER:
-            call = self.calls[prefix]
-            inputs = [n for n in self.program.blocks[str(call.args[0])].graph.nodes if n.op == "placeholder"]
-            return [(OUTER, call_parts(call)[2][inputs.index(node)].name)]
-        if is_block_call(node):
-            return []
-        if prefix == OUTER and node.op == "call_function" and any(is_block_call(s) for s in operands(node)):
-            [call] = operands(node)
-            results = results_of(self.program.blocks[call_parts(call)[0]].graph)
-            return [(self.names[call.name], results[node.args[1]].name)]  # type: ignore[index]
-        return [(prefix, source.name) for source in operands(node)]
+        value = ProgramValue(self.calls.get(key[0]), node)
+        same = self.expanded.resolved(value)
+        sources = self.expanded.sources(value) if same == value else [same]
+        return [(OUTER if one.call is None else self.names[one.call.name], one.node.name) for one in sources]
 
     def _describe(self, key: Key) -> Divergence:
         prefix, name = key

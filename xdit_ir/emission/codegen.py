@@ -18,7 +18,8 @@ from xdit_ir.emission.slots import slot_call, slot_spec
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Slot
 from xdit_ir.ir.collective_ops import Communicate, Ring
-from xdit_ir.ir.program import CONSTANT, SPEC, Block, Program, TensorSpec, call_parts, is_block_call, qualified
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
 from xdit_ir.kernels.attention import Attention
 from xdit_ir.kernels.backends import Backend, Problem, choose
 from xdit_ir.kernels.fuse import fused, linear_gelu
@@ -29,8 +30,7 @@ from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, s
 
 @dataclass(frozen=True, eq=False)
 class EmittedBody:
-    """A block as a module: `module(*values, *weights, *slots)`; names of weights and slots are relative to a call's
-    prefix.
+    """A block as a module: `module(*values, *weights, *constants, *slots)`; slots are relative to a call's prefix.
 
     One that exchanges over symmetric memory takes the workspace and the slot of the call after these.
 
@@ -38,7 +38,7 @@ class EmittedBody:
     """
 
     module: fx.GraphModule
-    weights: tuple[str, ...]
+    constants: tuple[str, ...]
     slots: tuple[str, ...] = ()
     uses_mailbox: bool = False
 
@@ -73,13 +73,12 @@ def generate(
     mailbox = Mailbox.of(program, communicator) if peer else None
     for name, block in program.blocks.items():
         writer = _CodeWriter(name, program.device, device, communicator, execution)
-        weights = writer.head(block.graph, _state_names(block.graph))
+        constants = writer.head(block.graph, _state_names(block.graph))
         slots = writer.buffers(list(_slot_specs(block.graph)))
         writer.mailbox = mailbox
-        bodies[name] = EmittedBody(writer.write(block.graph, {}), weights, slots, bool(writer.shared))
+        bodies[name] = EmittedBody(writer.write(block.graph, {}), constants, slots, bool(writer.shared))
     writer = _CodeWriter(program.name, program.device, device, communicator, execution)
-    names, constants = state_names(program)
-    writer.head(program.graph, names + constants)
+    writer.head(program.graph, list(itertools.chain(*state_names(program))))
     writer.buffers(list(slot_specs(program)))
     mailbox = mailbox if mailbox and mailbox.channels else None
     if mailbox is not None:
@@ -99,8 +98,7 @@ def state_names(program: Program) -> tuple[list[str], list[str]]:
     """Qualified names of the weights, and names of the constants, that a program reads: each once."""
     seen = dict.fromkeys(_state_names(program.graph))
     for call in program.calls:
-        block: Block = program.blocks[str(call.args[0])]
-        seen |= dict.fromkeys(qualified(str(call.args[1]), name) for name in _state_names(block.graph))
+        seen |= dict.fromkeys(_state_names(program.blocks[called_block(call)].graph))
     constants = [name for name in seen if name.startswith(f"{CONSTANT}.")]
     return [name for name in seen if name not in set(constants)], constants
 
@@ -113,7 +111,7 @@ def slot_specs(program: Program) -> dict[str, TensorSpec | None]:
     """Qualified names of the buffers that a program uses, in the order of its arguments; None: it only reads it."""
     found = _slot_specs(program.graph)
     for call in program.calls:
-        name, prefix, _ = call_parts(call)
+        name, prefix, *_ = call_parts(call)
         inner = _slot_specs(program.blocks[name].graph)
         found |= {key: spec for slot, spec in inner.items() if found.get(key := qualified(prefix, slot)) is None}
     return found
@@ -269,15 +267,15 @@ class _CodeWriter:
         return self.graph.create_node("call_module", place, args, kwargs, name=name)
 
     def _block_call(self, node: fx.Node, bodies: Mapping[str, EmittedBody]) -> fx.Node:
-        name, prefix, values = node.args
-        body = bodies[str(name)]
-        place = f"block_{_identifier(str(name))}"
+        name, prefix, *_ = call_parts(node)
+        body = bodies[name]
+        place = f"block_{_identifier(name)}"
         self.modules[place] = body.module
-        given = [self.env[value] for value in values]  # type: ignore[union-attr,index]
-        state = [self.state[qualified(str(prefix), weight)] for weight in body.weights]
-        state += [self.kept[qualified(str(prefix), slot)] for slot in body.slots]
-        shared = (self.shared[0], self.shared[1 + next(self.slots[str(name)])]) if body.uses_mailbox else ()
-        return self.graph.create_node("call_module", place, (*given, *state, *shared), name=node.name)
+        given = [self.env[value] for value in operands(node)]
+        given += [self.state[constant] for constant in body.constants]
+        given += [self.kept[qualified(prefix, slot)] for slot in body.slots]
+        shared = (self.shared[0], self.shared[1 + next(self.slots[name])]) if body.uses_mailbox else ()
+        return self.graph.create_node("call_module", place, (*given, *shared), name=node.name)
 
 
 def _identifier(name: str) -> str:

@@ -10,19 +10,17 @@ step before, as deferred results allow.
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 from torch import fx
 
 from xdit_ir.api import ParallelProgram
 from xdit_ir.inspection.durations import Cost, Durations
 from xdit_ir.inspection.model import Span, Timeline
-from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.dataflow import Expanded, ProgramValue
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import SPEC, Program, call_parts, is_block_call
+from xdit_ir.ir.program import Program, call_parts, called_block
 from xdit_ir.pipefusion.patch_plan import graphs
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.sharding.cost import Machine
@@ -99,43 +97,22 @@ def timeline(parallel: ParallelProgram, machine: Machine | None = None) -> Timel
 
 def tasks(program: Program, wanted: Mapping[str, set[str]] | None) -> Iterator[Task]:
     """The operators in the order of execution, calls expanded; only those `wanted` of each graph, by its name."""
-    results: dict[str, list[Place]] = {}
+    expanded = Expanded(program)
 
-    def place(node: fx.Node) -> Place:
-        if node.target is operator.getitem and operands(node)[0].name in results:
-            return results[operands(node)[0].name][cast(int, node.args[1])]
-        return ("", node.name)
+    def place(value: ProgramValue) -> Place:
+        return "" if value.call is None else call_parts(value.call).prefix, value.node.name
 
-    for node in program.graph.nodes:
-        if is_block_call(node):
-            name, prefix, values = call_parts(node)
-            if not _is_wanted(wanted, "", node):
-                results[node.name] = [(prefix, f"result {i}") for i in range(len(node.meta[SPEC]))]
-                continue
-            results[node.name] = yield from _call(program, name, prefix, [place(v) for v in values], wanted)
-        elif node.op == "call_function" and place(node) == ("", node.name) and _is_wanted(wanted, "", node):
-            yield Task(node, "around the blocks", ("", node.name), tuple(map(place, operands(node))))
+    for value in expanded:
+        call, node = value.call, value.node
+        graph = "" if call is None else called_block(call)
+        reached = call is None or _is_wanted(wanted, "", call)
+        if node.op == "call_function" and reached and _is_wanted(wanted, graph, node):
+            where = "around the blocks" if call is None else call_parts(call).prefix
+            yield Task(node, where, place(value), tuple(map(place, expanded.sources(value))))
 
 
 def _is_wanted(wanted: Mapping[str, set[str]] | None, graph: str, node: fx.Node) -> bool:
     return wanted is None or node.name in wanted.get(graph, ())
-
-
-def _call(
-    program: Program, name: str, prefix: str, given: Sequence[Place], wanted: Mapping[str, set[str]] | None
-) -> Generator[Task, None, list[Place]]:
-    graph, bound = program.blocks[name].graph, {}
-    feed = iter(given)
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            bound[node] = next(feed)
-        elif node.op == "output":
-            return [bound[value] for value in operands(node)]
-        else:
-            bound[node] = (prefix, node.name)
-            if node.op == "call_function" and _is_wanted(wanted, name, node):
-                yield Task(node, prefix, bound[node], tuple(bound[source] for source in operands(node)))
-    raise AssertionError("a graph ends with an output")
 
 
 def _run(todo: Sequence[Task], team: Team, durations: Durations, clocks: Sequence[Clock]) -> None:

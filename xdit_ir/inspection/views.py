@@ -10,11 +10,11 @@ from torch import fx
 
 from xdit_ir.inspection.boxes import Group, module_of, owners, runs
 from xdit_ir.inspection.model import BodyView, Box, Edge, ExchangeView, Line, View
-from xdit_ir.ir.graphs import operands, results_of
+from xdit_ir.ir.graphs import arguments_of, operands, results_of, weights_of
 from xdit_ir.ir.layout import in_mesh_order
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.printer import arguments_text, node_type, target_name
-from xdit_ir.ir.program import Program, call_parts, is_block_call, qualified, where_of
+from xdit_ir.ir.program import SPEC, Program, call_parts, is_block_call, where_of
 from xdit_ir.pipefusion.patch_plan import over_time
 from xdit_ir.rules.base import dividing_dims_of
 from xdit_ir.sharding.cost import graph_flops, is_counted, local_flops
@@ -81,23 +81,22 @@ class _Viewer:
     def _body(self, name: str) -> BodyView:
         graph = self.program.blocks[name].graph
         calls = [node for node in self.program.calls if node.args[0] == name]
-        prefix = call_parts(calls[0])[1] if calls else ""
-        weights = {qualified(prefix, str(node.target)) for node in graph.nodes if node.op == "get_attr"}
+        weights = [node.meta[SPEC].nbytes for node in weights_of(graph).values()]
         return BodyView(
             name,
             len(calls),
-            [self._line(node) for node in graph.nodes if node.op == "placeholder"],
+            [self._line(node) for node in arguments_of(graph)],
             [self._line(node) for node in graph.nodes if node.op == "call_function"],
             [node.name for node in results_of(graph)],
             max(graph_flops(graph, self.mesh)),
-            sum(self.program.state[w].nbytes for w in weights if w in self.program.state),
+            sum(weights),
         )
 
     def _box(self, group: Group) -> Box:
         first = group[0]
         stage = self.stages.get(first.name, -1)
         if is_block_call(first):
-            name, prefix, _ = call_parts(first)
+            name, prefix, *_ = call_parts(first)
             body = self.bodies[name]
             sent = sum(one.exchange.bytes for one in body.lines if one.exchange)
             results = [self._line(node) for node in group[1:]]

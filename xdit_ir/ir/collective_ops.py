@@ -45,6 +45,13 @@ class Reduce(Communicate):
 
 
 @dataclass(frozen=True)
+class ReduceScatter(Communicate):
+    """Sum over the group, each member its own part: pieces as in a `Reshuffle`, those that come are summands."""
+
+    exchange: RankExchange
+
+
+@dataclass(frozen=True)
 class Ring(Communicate):
     """Attention with keys and values passed around the group; `keys[i]` of them belong to `group[i]`."""
 
@@ -124,6 +131,14 @@ class Assembly:
             parts = [torch.arange(start, start + length, device=device) for start, length in runs or ((0, size),)]
             mesh.append(torch.cat(parts).view([-1 if d == dim else 1 for d in range(count)]))
         return tuple(mesh)
+
+
+def add_up(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the pieces of all members, in group order, so that it is the same wherever it is done."""
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = total + piece
+    return total
 
 
 def unpack(pieces: Sequence[torch.Tensor], exchange: RankExchange) -> torch.Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from xdit_ir.ir.program import Program
+from xdit_ir.ir.program import WEIGHT, Block, Program, is_block_call
 
 
 def nodes_in(value: Any) -> list[fx.Node]:
@@ -22,6 +22,21 @@ def nodes_in(value: Any) -> list[fx.Node]:
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a node by position; one that is used twice is listed twice."""
     return nodes_in((node.args, node.kwargs))
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """What a graph is given: the inputs of an outer graph; the arguments and then the weights of a body."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def arguments_of(graph: fx.Graph) -> list[fx.Node]:
+    """The placeholders of a body that are no weights."""
+    return [node for node in placeholders(graph) if WEIGHT not in node.meta]
+
+
+def weights_of(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The weights of a body by their names."""
+    return {str(node.meta[WEIGHT]): node for node in placeholders(graph) if WEIGHT in node.meta}
 
 
 def results_of(graph: fx.Graph) -> list[fx.Node]:
@@ -66,15 +81,38 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def map_graphs(program: Program, rewrite: Callable[[fx.Graph], None]) -> Program:
-    """Apply an in-place rewrite to copies of the outer graph and every block body."""
+    """Apply an in-place rewrite to copies of the outer graph and every block body; weights that a body no longer uses
+    are no longer given to it."""
     outer = copy_graph(program.graph)
     rewrite(outer)
     blocks = {}
     for name, block in program.blocks.items():
         body = copy_graph(block.graph)
         rewrite(body)
+        drop_unused_weights(body)
         blocks[name] = replace(block, graph=body)
+    fit_calls(outer, blocks)
     return program.replace(graph=outer, blocks=blocks)
+
+
+def drop_unused_weights(body: fx.Graph) -> None:
+    """Erase the weights that a body does not use; its calls must then be made to fit."""
+    for node in weights_of(body).values():
+        if not node.users:
+            body.erase_node(node)
+
+
+def fit_calls(graph: fx.Graph, blocks: Mapping[str, Block]) -> None:
+    """Give to every block the weights that it takes, and no others."""
+    needed = {name: weights_of(block.graph) for name, block in blocks.items()}
+    for call in graph.nodes:
+        if is_block_call(call):
+            name, prefix, values, weights = call.args
+            if len(weights) != len(needed[name]):
+                call.args = (name, prefix, values, {key: weights[key] for key in needed[name]})
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
 
 
 def remove_dead(graph: fx.Graph) -> None:

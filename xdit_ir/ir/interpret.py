@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from xdit_ir.errors import MismatchError
-from xdit_ir.ir.program import CONSTANT, Program, is_block_call, qualified
+from xdit_ir.ir.program import CONSTANT, Program, is_block_call
 
 State = Callable[[str], torch.Tensor]
 # Sees the name of the block call (empty: outer graph), a node of its body, and the value.
@@ -75,11 +75,11 @@ class Interpreter:
         if node.op == "placeholder":
             return next(feed)
         if node.op == "get_attr":
-            return self.state(qualified(prefix, str(node.target)))
+            return self.state(str(node.target))
         args: Any = fx.map_arg(node.args, env.__getitem__)
         if is_block_call(node):
-            name, call_prefix, values = args
-            return self._graph(self.program.blocks[name].graph, values, call_prefix, node.name)
+            name, call_prefix, values, weights = args
+            return self._graph(self.program.blocks[name].graph, [*values, *weights.values()], call_prefix, node.name)
         kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
         return execute(self.program, node, args, kwargs, self.device)
 

@@ -199,6 +199,23 @@ def plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> 
     return Relayout(name, talk, tuple(ranks))
 
 
+@lru_cache(maxsize=8192)
+def scatter_plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> Relayout:
+    """How ranks that hold summands of a value sum it, each its own part: the mesh dims along which `target` has no
+    pending sum any more talk, and every piece that comes from a member is a summand of the result."""
+    talk, held = in_mesh_order(source.partial - target.partial), source.summed()
+    moved, ranks = _moved(held, target), []
+    cells = [[part_of(target.dims[d], shape[d], rank) for d in moved] for rank in range(mesh.world_size)]
+    for rank in range(mesh.world_size):
+        group, own = mesh.group(rank, talk), target.local_shape(shape, rank)
+        sends = tuple(_send(shape, held, moved, cells[peer], rank) for peer in group)
+        whole: tuple[None, ...] = (None,) * len(shape)
+        landings = tuple(Landing(whole, target.local_shape(shape, peer)) for peer in group)
+        here = held.local_shape(shape, rank)
+        ranks.append(RankExchange(group, here, sends, landings, (own,) * len(group), (whole,) * len(group), own))
+    return Relayout("reduce_scatter", talk, tuple(ranks))
+
+
 def part_of(partition: Partition | None, size: int, rank: int) -> Indices:
     """What a rank holds of a dimension of this size; without a partition: all of it."""
     return Indices.range(0, size) if partition is None else partition.parts[rank]

@@ -41,8 +41,15 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def reduce_scatter(x: torch.Tensor) -> torch.Tensor:
+    """Sum the summands that the ranks hold, each rank its own part of the sum."""
+    return x
+
+
+# Those that sum.
+SUMS = (all_reduce, reduce_scatter)
 RELAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    op.__name__: op for op in (shard, gather, all_to_all, halo_exchange, all_reduce)
+    op.__name__: op for op in (shard, gather, all_to_all, halo_exchange, *SUMS)
 }
 
 

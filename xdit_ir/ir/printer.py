@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+from xdit_ir.ir.graphs import arguments_of
 from xdit_ir.ir.layout import Layout, in_mesh_order
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.ir.partition import Partition
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call
+from xdit_ir.ir.program import (
+    LAYOUT,
+    SPEC,
+    WEIGHT,
+    Program,
+    TensorSpec,
+    call_parts,
+    is_block_call,
+    is_weight,
+    qualified,
+)
 
 DTYPES = {
     torch.float32: "f32",
@@ -90,7 +101,7 @@ def target_name(target: Any) -> str:
 
 def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
-        return f"@{value.target}" if value.op == "get_attr" else f"%{value.name}"
+        return f"@{value.meta.get(WEIGHT, value.target)}" if is_weight(value) else f"%{value.name}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_argument, value))}]"
     if isinstance(value, torch.dtype):
@@ -107,8 +118,7 @@ def node_text(node: fx.Node, mesh: Mesh | None) -> str:
     if node.target is operator.getitem:
         return f"%{node.name}: {node_type(node, mesh)} = {_argument(node.args[0])}[{node.args[1]}]"
     if is_block_call(node):
-        name, prefix, values = call_parts(node)
-        return f"%{node.name} = {name}<{prefix}>({', '.join(map(_argument, values))})"
+        return f"%{node.name} = {call_text(node, _argument)}"
     return f"%{node.name}: {node_type(node, mesh)} = {target_name(node.target)}({arguments_text(node)})"
 
 
@@ -124,8 +134,7 @@ def _lines(graph: fx.Graph, mesh: Mesh | None) -> Iterator[str]:
 
 
 def _parameters(graph: fx.Graph, mesh: Mesh | None) -> str:
-    inputs = (node for node in graph.nodes if node.op == "placeholder")
-    return ", ".join(f"%{node.name}: {node_type(node, mesh)}" for node in inputs)
+    return ", ".join(f"%{node.name}: {node_type(node, mesh)}" for node in arguments_of(graph))
 
 
 def body_text(program: Program, name: str) -> str:
@@ -189,8 +198,14 @@ def _call_text(node: fx.Node, mesh: Mesh | None) -> str:
     """A call with the results that are used, in one line."""
     picked = sorted(node.users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
     results = ", ".join(f"%{user.name}: {node_type(user, mesh)}" for user in picked)
-    name, prefix, values = call_parts(node)
-    return f"{results} = {name}<{prefix}>({', '.join(map(_argument, values))})"
+    return f"{results} = {call_text(node, _argument)}"
+
+
+def call_text(node: fx.Node, argument: Callable[[fx.Node], str | None]) -> str:
+    """`Block<layers.0>(%x, proj.weight=%gathered)`: of the weights those that are not the layer's own."""
+    name, prefix, values, weights = call_parts(node)
+    others = (f"{key}={argument(w)}" for key, w in weights.items() if argument(w) != f"@{qualified(prefix, key)}")
+    return f"{name}<{prefix}>({', '.join([*(str(argument(value)) for value in values), *others])})"
 
 
 def _summary(graph: fx.Graph) -> str:

@@ -2,11 +2,14 @@
 
 Both levels are `torch.fx.Graph`s of functional ATen operators. Conventions, checked by `xdit_ir.sharding.verify`:
 
-* `placeholder`: one per tensor input (outer graph: tensor leaves of the inputs, in order; body: its arguments).
-* `get_attr`: a parameter or buffer. Outer graph: its qualified name in the model. Body: its name relative to the
-  prefix that each call binds. A name below `CONSTANT` is a tensor constant of the program, in `Program.constants`.
+* `placeholder`: one per tensor input (outer graph: tensor leaves of the inputs, in order; body: its arguments, then
+  its weights, whose `meta[WEIGHT]` is their name relative to the prefix of a call).
+* `get_attr`: a parameter or buffer by its qualified name in the model (outer graph only), or, below `CONSTANT`, a
+  tensor constant of the program, in `Program.constants`.
 * `call_function`: an ATen overload, an operator of `xdit_ir.ir.ops`, `operator.getitem`, or (outer graph only)
-  `call_block(block_name, prefix, [values])`, which returns the tuple that the block's body returns.
+  `call_block(block_name, prefix, [values], {name: weight})`, which returns the tuple that the block's body returns. Its
+  operands stand in the order of the body's placeholders. A weight is a value like any other; the usual one is the
+  `get_attr` of its name below the prefix.
 * `output`: one tuple of tensors.
 * every node carries `meta[SPEC]`: a `TensorSpec` (or a tuple of them), and where known `meta[WHERE]`: a `Where`.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -26,6 +29,8 @@ from xdit_ir.ir.mesh import Mesh
 SPEC = "spec"
 WHERE = "where"
 LAYOUT = "layout"
+# Of a placeholder of a body: the name of the weight that it stands for, relative to the prefix of a call.
+WEIGHT = "weight"
 # In a pipeline: the stage of a node of the outer graph; and that a value is computed once a step, with the first patch
 # (True where something that every patch computes uses it, else False).
 STAGE = "stage"
@@ -69,7 +74,7 @@ def where_of(node: fx.Node) -> Where:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A body shared by all layers of equal structure; parameters are `get_attr`s relative to the call's prefix."""
+    """A body shared by all layers of equal structure; what differs between them, weights too, is given by each call."""
 
     name: str
     graph: fx.Graph
@@ -206,7 +211,9 @@ class Program:
         return (node for node in self.graph.nodes if is_block_call(node))
 
 
-def call_block(block: str, prefix: str, values: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def call_block(
+    block: str, prefix: str, values: list[torch.Tensor], weights: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
     """Target of a block call in the outer graph; only interpreters give it a meaning."""
     raise AssertionError("call_block is interpreted, never executed")
 
@@ -216,10 +223,29 @@ def is_block_call(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is call_block
 
 
-def call_parts(node: fx.Node) -> tuple[str, str, list[fx.Node]]:
-    """The block's name, the parameter prefix and the values of a block call."""
-    name, prefix, values = node.args
-    return str(name), str(prefix), list(values)  # type: ignore[arg-type]
+class CallParts(NamedTuple):
+    """What a block call says: the block's name, the prefix of its layer, its values, its weights by relative name."""
+
+    block: str
+    prefix: str
+    values: list[fx.Node]
+    weights: dict[str, fx.Node]
+
+
+def call_parts(node: fx.Node) -> CallParts:
+    """The parts of a block call."""
+    name, prefix, values, weights = node.args
+    return CallParts(str(name), str(prefix), list(values), dict(weights))  # type: ignore[arg-type]
+
+
+def called_block(node: fx.Node) -> str:
+    """The name of the block that a call calls."""
+    return str(node.args[0])
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether a node stands for a parameter, buffer or constant."""
+    return node.op == "get_attr" or WEIGHT in node.meta
 
 
 def qualified(prefix: str, name: str) -> str:

@@ -12,7 +12,7 @@ from torch import fx
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
 from xdit_ir.ir.graphs import operands, results_of
-from xdit_ir.ir.program import Block, Program, call_parts, is_block_call
+from xdit_ir.ir.program import WEIGHT, Block, Program, call_block, call_parts, is_block_call
 
 
 def interleave(programs: Sequence[Program], received: Collection[str]) -> Program:
@@ -82,16 +82,17 @@ class _Weaver:
         return self.graph
 
     def _inputs(self, own: Collection[str] | None) -> None:
+        """Those of every patch, then the weights, which all patches share."""
         known: dict[str, fx.Node] = {}
-        for patch, thread in enumerate(self.threads):
-            for node in thread.nodes:
-                if node.op != "placeholder":
-                    continue
-                alone = own is None or node.name in own
-                name = of_patch(node.name, patch) if alone else node.name
-                if name not in known:
-                    known[name] = self._noted(node, self.graph.create_node("placeholder", name, name=name))
-                thread.env[node] = known[name]
+        given = [
+            (p, node) for p, thread in enumerate(self.threads) for node in thread.nodes if node.op == "placeholder"
+        ]
+        for patch, node in sorted(given, key=lambda one: WEIGHT in one[1].meta):
+            alone = WEIGHT not in node.meta and (own is None or node.name in own)
+            name = of_patch(node.name, patch) if alone else node.name
+            if name not in known:
+                known[name] = self._noted(node, self.graph.create_node("placeholder", name, name=name))
+            self.threads[patch].env[node] = known[name]
 
     def _advance(self, patch: int) -> int:
         """Go on until something must be waited for; how many nodes that were."""
@@ -153,16 +154,20 @@ class _Weaver:
 
     def _call_of(self, members: Sequence[int]) -> None:
         node = self.threads[members[0]].next
-        name, prefix, _ = call_parts(node)
+        name, prefix, *_ = call_parts(node)
         interleave = f"{name}_{'_'.join(map(str, members))}"
         if interleave not in self.blocks:
             graphs = [self.programs[patch].blocks[name].graph for patch in members]
             self.blocks[interleave] = Block(interleave, _Weaver(graphs, self.programs).run())
-        values: list[Any] = []
+        values: list[fx.Node] = []
+        weights: dict[str, fx.Node] = {}
         for patch in members:
             thread = self.threads[patch]
-            values += [thread.env[value] for value in call_parts(thread.next)[2]]
-        new = self._noted(node, self.graph.call_function(node.target, (interleave, prefix, values)))  # type: ignore[arg-type]
+            parts = call_parts(thread.next)
+            values += [thread.env[value] for value in parts.values]
+            weights |= {key: thread.env[value] for key, value in parts.weights.items()}
+        args: Any = (interleave, prefix, values, weights)
+        new = self._noted(node, self.graph.call_function(call_block, args))
         first = 0
         for patch in members:
             thread = self.threads[patch]

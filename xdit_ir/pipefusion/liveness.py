@@ -10,18 +10,10 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.dataflow import Expanded, ProgramValue
 from xdit_ir.ir.partition import IntArray
-from xdit_ir.ir.program import SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
+from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.sharding.cost import is_counted, local_flops
-
-
-@dataclass(frozen=True)
-class ProgramValue:
-    """A value of the expanded program: a node of the outer graph, or of the body of a call."""
-
-    call: fx.Node | None
-    node: fx.Node
 
 
 @dataclass
@@ -57,42 +49,18 @@ def liveness(program: Program, sources: Sequence[str]) -> Liveness:
 
 class _Walk:
     def __init__(self, program: Program, sources: frozenset[str]) -> None:
-        self.program, self.sources = program, sources
+        self.program, self.expanded, self.sources = program, Expanded(program), sources
         self.result = Liveness()
-        self.alias: dict[ProgramValue, ProgramValue] = {}
-        self.results: dict[fx.Node, list[ProgramValue]] = {}
 
     def run(self) -> Liveness:
-        for node in self.program.graph.nodes:
-            if is_block_call(node):
-                self._call(node)
-            elif node.target is operator.getitem and node.args[0] in self.results:
-                self.alias[ProgramValue(None, node)] = self.results[node.args[0]][node.args[1]]
-            else:
-                self._visit(ProgramValue(None, node))
+        for value in self.expanded:
+            self._visit(value)
         self._due()
         self._liveness()
         return self.result
 
-    def _call(self, call: fx.Node) -> None:
-        name, _, values = call_parts(call)
-        given = iter(values)
-        for node in self.program.blocks[name].graph.nodes:
-            if node.op == "placeholder":
-                self.alias[ProgramValue(call, node)] = self._source(ProgramValue(None, next(given)))
-            elif node.op == "output":
-                self.results[call] = [self._source(ProgramValue(call, value)) for value in operands(node)]
-            else:
-                self._visit(ProgramValue(call, node))
-
-    def _source(self, value: ProgramValue) -> ProgramValue:
-        return self.alias.get(value, value)
-
-    def _inputs(self, value: ProgramValue) -> list[ProgramValue]:
-        return [self._source(ProgramValue(value.call, source)) for source in operands(value.node)]
-
     def _visit(self, value: ProgramValue) -> None:
-        here, node, inputs = len(self.result.entries), value.node, self._inputs(value)
+        here, node, inputs = len(self.result.entries), value.node, self.expanded.sources(value)
         picks = node.target is operator.getitem
         self.result.entries.append(value)
         self.result.place[value] = self.result.place[inputs[0]] if picks else here
@@ -109,20 +77,16 @@ class _Walk:
         first: dict[str, int] = {}
         for place, value in reversed(list(enumerate(self.result.entries))):
             at = place if value in self.result.followed else due.get(value, place)
-            for source in self._inputs(value):
+            for source in self.expanded.sources(value):
                 due[source] = min(at, due.get(source, at))
             if is_counted(value.node):
                 flops[at] += local_flops(value.node, None)[0]
             elif value.node.op == "get_attr":
-                name = self._weight(value)
+                name = str(value.node.target)
                 first[name] = min(at, first.get(name, at))
         for name, at in first.items():
             weights[at] += self.program.state[name].nbytes if name in self.program.state else 0
         self.result.flops, self.result.weights = flops, weights
-
-    def _weight(self, value: ProgramValue) -> str:
-        prefix = "" if value.call is None else call_parts(value.call)[1]
-        return qualified(prefix, str(value.node.target))
 
     def _liveness(self) -> None:
         change = np.zeros(len(self.result.entries) + 1, dtype=np.int64)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.dataflow import OUTER, Nodes, reach
 from xdit_ir.ir.graphs import operands, results_of
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Partition
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, call_parts, is_block_call
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call, is_weight
 from xdit_ir.rules.base import dividing_dims_of
 from xdit_ir.sharding.cost import is_counted, local_flops
 
 aten = torch.ops.aten
-OUTER = ""
 COVERAGE = 0.9
 # Products of two values: what one token gets of another there is a mixture, not its own stream.
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm, aten.mm, aten.einsum)
-Passes = Callable[[fx.Node, list[bool]], bool]
-Found = dict[str, set[fx.Node]]
 
 
 @dataclass(frozen=True, order=True)
@@ -78,49 +76,12 @@ def graphs(program: Program) -> Iterator[tuple[str, fx.Graph, int]]:
         yield name, block.graph, calls.count(name)
 
 
-def reach(program: Program, seeds: Mapping[str, set[fx.Node]], passes: Passes | None = None) -> Found:
-    """Nodes that values of `seeds` (per graph) reach, in outer graph and bodies; `passes(node, reached operands)` says
-    whether an operator hands on what reaches it. What reaches a block in one call counts for all its calls."""
-    found: Found = {name: set(seeds.get(name, ())) for name, _, _ in graphs(program)}
-    size = -1
-    while size != sum(map(len, found.values())):
-        size = sum(map(len, found.values()))
-        for name, graph, _ in graphs(program):
-            _reach_one(program, graph, found[name], found, passes)
-    return found
-
-
-def _reach_one(program: Program, graph: fx.Graph, mine: set[fx.Node], found: Found, passes: Passes | None) -> None:
-    for node in graph.nodes:
-        if node.op == "placeholder" or node in mine:
-            if is_block_call(node):
-                _reach_body(program, node, mine, found)
-            continue
-        hit = [source in mine for source in operands(node)]
-        if is_block_call(node):
-            _reach_body(program, node, mine, found)
-            continue
-        source = node.args[0] if node.args else None
-        if isinstance(source, fx.Node) and is_block_call(source):
-            block = str(source.args[0])
-            if results_of(program.blocks[block].graph)[node.args[1]] in found[block]:
-                mine.add(node)
-        elif any(hit) and (passes is None or passes(node, hit)):
-            mine.add(node)
-
-
-def _reach_body(program: Program, call: fx.Node, mine: set[fx.Node], found: Found) -> None:
-    name, _, values = call_parts(call)
-    inputs = [node for node in program.blocks[name].graph.nodes if node.op == "placeholder"]
-    found[name].update(place for place, value in zip(inputs, values, strict=True) if value in mine)
-
-
 def over_time(node: fx.Node, mesh: Mesh) -> bool:
     """Whether a node changes a layout in a way that needs other patches."""
     if not ops.communicates(node.target):
         return False
     have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
-    return TIME in (have.partial if node.target is ops.all_reduce else kind(mesh, have, want)[1])
+    return TIME in (have.partial - want.partial if node.target in ops.SUMS else kind(mesh, have, want)[1])
 
 
 def is_divided_over_time(node: fx.Node, mesh: Mesh) -> bool:
@@ -216,7 +177,7 @@ def evaluate(program: Program, mesh: Mesh) -> PatchPlan:
     return PatchPlan(program, price, refusal)
 
 
-def _work(program: Program, mesh: Mesh, dependent: Found) -> tuple[float, PatchPrice]:
+def _work(program: Program, mesh: Mesh, dependent: Nodes) -> tuple[float, PatchPrice]:
     """The share of latent-dependent FLOPs that is divided, and the price of the division."""
     tail = _tail(program, mesh)
     patches, space = mesh.size((TIME,)), mesh.world_size // mesh.size((TIME,))
@@ -265,13 +226,13 @@ def _tail(program: Program, mesh: Mesh) -> set[fx.Node]:
     return found
 
 
-def _stale(program: Program, mesh: Mesh, dependent: Found) -> str:
+def _stale(program: Program, mesh: Mesh, dependent: Nodes) -> str:
     """Why the residual stream would be stale: an operator whose result has rows that other patches computed."""
     tail = _tail(program, mesh)
-    seeds: Found = {}
+    seeds: Nodes = {}
     for name, graph, _ in graphs(program):
         for node in graph.nodes:
-            wide = over_time(node, mesh) and node.target not in (ops.all_reduce, ops.halo_exchange)
+            wide = over_time(node, mesh) and node.target not in (*ops.SUMS, ops.halo_exchange)
             wide = wide and not _held_first(operands(node)[0].meta[LAYOUT], mesh)
             if wide and node in dependent[name] and not (name == OUTER and node in tail):
                 seeds.setdefault(name, set()).add(node)
@@ -294,8 +255,8 @@ def _held_first(layout: Layout, mesh: Mesh) -> bool:
 def _hands_on(node: fx.Node, hit: list[bool]) -> bool:
     if node.target in ops.ATTENTIONS:
         return hit[0]
-    if node.target is ops.all_reduce:
+    if node.target in ops.SUMS:
         return False
     if getattr(node.target, "overloadpacket", None) in PRODUCTS:
-        return any(source.op == "get_attr" for source in operands(node))
+        return any(is_weight(source) for source in operands(node))
     return True

@@ -11,9 +11,9 @@ from torch import fx
 
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir.buffer_ops import Keep, Recall, Write
-from xdit_ir.ir.graphs import operands, results_of
+from xdit_ir.ir.graphs import drop_unused_weights, fit_calls, operands, results_of
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import ONCE, SPEC, Block, Program, TensorSpec, is_block_call, qualified
+from xdit_ir.ir.program import ONCE, SPEC, Block, Program, TensorSpec, is_block_call
 from xdit_ir.pipefusion.stage_split import Stage, cut_stages
 from xdit_ir.sharding.specialize import Specialize
 
@@ -140,11 +140,8 @@ class Pipeline:
 
 
 def _weights(program: Program) -> Iterator[str]:
-    for node in program.graph.nodes:
-        body = program.blocks[str(node.args[0])].graph.nodes if is_block_call(node) else (node,)
-        prefix = str(node.args[1]) if is_block_call(node) else ""
-        names = (qualified(prefix, str(inner.target)) for inner in body if inner.op == "get_attr")
-        yield from (name for name in names if name in program.state)
+    names = (str(node.target) for node in program.graph.nodes if node.op == "get_attr")
+    return (name for name in names if name in program.state)
 
 
 def verify_pipeline(pipeline: Pipeline) -> None:
@@ -201,6 +198,7 @@ def _part(cut: Stage, program: Program, patch: int, patches: int) -> PatchStage:
     _remove_dead(graph, {name for name, block in program.blocks.items() if _has_effects(block.graph)})
     used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
     blocks = {name: block for name, block in program.blocks.items() if name in used}
+    fit_calls(graph, blocks)
     return PatchStage(program.replace(graph=graph, blocks=blocks), *wanted)
 
 
@@ -234,6 +232,7 @@ def _for_patch(
             env[node] = kept
     if outputs is None:
         _remove_dead(result, set())
+        drop_unused_weights(result)
     return result
 
 

@@ -74,7 +74,7 @@ class _Tally:
     def _count(self, result: _RankCost, stage: int, place: tuple[str, str], node: fx.Node, virtual: int) -> None:
         name, prefix = place
         if node.op == "get_attr":
-            weight = qualified(prefix, str(node.target))
+            weight = str(node.target)
             if not weight.startswith(CONSTANT + "."):
                 result.weights[weight] = self.pipeline.program.state[weight].nbytes
         elif isinstance(node.target, Write):

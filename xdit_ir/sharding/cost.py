@@ -12,7 +12,7 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, in_mesh_order, key_gather_dims, plan
+from xdit_ir.ir.layout import Layout, in_mesh_order, key_gather_dims, plan, scatter_plan
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
@@ -146,7 +146,8 @@ def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mes
         count = mesh.size(have.partial - want.partial)
         shapes = (want.local_shape(spec.shape, rank) for rank in range(mesh.world_size))
         return tuple(2 * math.prod(s) * spec.dtype.itemsize * (count - 1) // count for s in shapes)
-    return plan(mesh, spec.shape, have, want).sent(spec.dtype.itemsize)
+    found = scatter_plan if target is ops.reduce_scatter else plan
+    return found(mesh, spec.shape, have, want).sent(spec.dtype.itemsize)
 
 
 def ring_dims(node: fx.Node, mesh: Mesh) -> tuple[str, ...]:

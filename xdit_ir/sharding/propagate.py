@@ -17,8 +17,8 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout, kind
-from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, Block, Program, call_parts, is_block_call
+from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.program import LAYOUT, SPEC, Block, Program, called_block, is_block_call
 from xdit_ir.rules import infer, rule_for
 from xdit_ir.rules.base import OpCall, OpSharding, as_layouts
 from xdit_ir.sharding.layout_graph import FALLBACK as FALLBACK
@@ -168,7 +168,7 @@ class Attempt:
 
     def sums_up(self) -> bool:
         """Whether ranks hold summands outside of blocks."""
-        return any(step.relayout and step.target is ops.all_reduce for step in self.draft.steps)
+        return any(step.relayout and step.target in ops.SUMS for step in self.draft.steps)
 
     def layout(self, name: str) -> Layout | None:
         """The layout of the value of this name, for an input as it is cut; None where nothing is left of it."""
@@ -215,10 +215,11 @@ class _GraphPropagation:
         if node.op == "placeholder":
             return self._add(node, node.target, [], self.run.same(next(self.inputs)))
         if node.op == "get_attr":
-            return self._add(node, node.target, [], self.run.same(Layout.whole(len(node.meta[SPEC].shape))))
+            layout = node.meta.get(LAYOUT) or Layout.whole(len(node.meta[SPEC].shape))
+            return self._add(node, node.target, [], self.run.same(layout))
         sources = [self.env[operand] for operand in operands(node)]
         if ops.is_relayout(node.target):
-            return self.convert(sources[0], node.meta[LAYOUT])
+            return self.convert(sources[0], node.meta[LAYOUT].summed())
         if node.target is operator.getitem:
             return self._add(node, node.target, sources, sources[0].layout[node.args[1]])
         return self._call(node, sources) if is_block_call(node) else self._operator(node, sources)
@@ -234,7 +235,7 @@ class _GraphPropagation:
         return new if ruling.result_layout is None else self.convert(new, ruling.result_layout)
 
     def _call(self, node: fx.Node, sources: list[LayoutNode]) -> LayoutNode:
-        name, _, _ = call_parts(node)
+        name = called_block(node)
         sources = [self.convert(source, source.layout.summed()) for source in sources]
         for layouts in self.run.block_input_fixpoint(name, tuple(source.layout for source in sources)):
             sources = [self.convert(source, want) for source, want in zip(sources, layouts, strict=True)]
@@ -272,6 +273,8 @@ class _GraphPropagation:
 
 def _push(step: LayoutNode, run: Propagation) -> list[LayoutNode]:
     """Move cuts of all results of a step before it; the cuts to insert there."""
+    if step.relayout and step.target is ops.all_reduce:
+        return _push_sum(step, run)
     if step.body is None and not step.is_operator:
         return []
     results = list(step.users) if isinstance(step.layout, tuple) else [step]
@@ -292,6 +295,24 @@ def _push_operator(
         target = tuple(placed[i] for i in range(len(results)))
     needs = run.demanded(step, target)
     return [] if needs is None else _moved(step, needs, target, results, run)
+
+
+def _push_sum(step: LayoutNode, run: Propagation) -> list[LayoutNode]:
+    """A sum of which every rank takes a part only becomes a sum of parts."""
+    [source], wanted = step.sources, step.common_shard()
+    pending: frozenset[str] = source.layout.partial
+    if wanted is None:
+        return []
+    scattered = wanted.dividing_dims(run.mesh) - step.layout.dividing_dims(run.mesh)
+    if not scattered or not scattered <= pending - {TIME}:
+        return []
+    if scattered == pending:
+        step.target = ops.reduce_scatter
+        return _moved(step, (source.layout,), wanted, [step], run)
+    part = run.same(replace(wanted, partial=pending - scattered))
+    first = LayoutNode(source.node, ops.reduce_scatter, [source], part, relayout=True)
+    step.set_operands([first])
+    return [first, *_moved(step, (part,), wanted, [step], run)]
 
 
 def _push_call(

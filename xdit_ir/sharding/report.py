@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import in_mesh_order, kind
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.printer import target_name
-from xdit_ir.ir.program import LAYOUT, Program, is_block_call, where_of
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call, where_of
 from xdit_ir.rules.base import dividing_dims_of
 from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, ring_dims
 from xdit_ir.sharding.propagate import FALLBACK
@@ -110,11 +111,22 @@ def make_report(original: Program, program: Program) -> Report:
         flops_total=program_flops(original, None)[0],
         flops_per_rank=program_flops(program, mesh),
         weight_bytes_total=weights,
-        weight_bytes_per_rank=[weights] * mesh.world_size,
+        weight_bytes_per_rank=_weight_bytes(program, mesh),
         collectives=_collectives(program, mesh),
         fallbacks=list(find_fallbacks(program, mesh)),
         reads=read_at_calls(original),
     )
+
+
+def _weight_bytes(program: Program, mesh: Mesh) -> list[int]:
+    """Bytes of the weights that each rank holds, by the layouts that they have."""
+    weights = {str(node.target): node for node in program.graph.nodes if node.op == "get_attr"}
+    held = [node for name, node in weights.items() if name in program.state]
+    sizes = [
+        [math.prod(n.meta[LAYOUT].local_shape(n.meta[SPEC].shape, rank)) for n in held]
+        for rank in range(mesh.world_size)
+    ]
+    return [sum(size * n.meta[SPEC].dtype.itemsize for size, n in zip(one, held, strict=True)) for one in sizes]
 
 
 def _graphs(program: Program) -> Iterator[tuple[str, fx.Graph, int]]:
@@ -149,7 +161,7 @@ def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]
     if not ops.communicates(node.target):
         return None
     have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
-    dims = in_mesh_order(have.partial) if node.target is ops.all_reduce else kind(mesh, have, want)[1]
+    dims = in_mesh_order(have.partial - want.partial) if node.target in ops.SUMS else kind(mesh, have, want)[1]
     return (target_name(node.target), "*".join(dims)), relayout_bytes(node, mesh)
 
 

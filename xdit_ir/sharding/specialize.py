@@ -9,12 +9,12 @@ from typing import Any
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
+from xdit_ir.ir.collective_ops import Reduce, ReduceScatter, Reshuffle, Ring
 from xdit_ir.ir.graphs import operands, with_operands
-from xdit_ir.ir.layout import Layout, in_mesh_order, kind, part_of, plan
+from xdit_ir.ir.layout import Layout, in_mesh_order, kind, part_of, plan, scatter_plan
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT as LAYOUT
-from xdit_ir.ir.program import ONCE, SPEC, WHERE, Program, TensorSpec, is_block_call
+from xdit_ir.ir.program import ONCE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.buffer_access import buffer_layout, read_of, write_of
@@ -44,7 +44,7 @@ def _localize(graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Graph:
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         env[node] = new = _node(node, env, result, mesh, rank)
-        new.meta = {key: node.meta[key] for key in (WHERE, ONCE) if key in node.meta}
+        new.meta = {key: node.meta[key] for key in (WHERE, WEIGHT, ONCE) if key in node.meta}
         if LAYOUT in node.meta:
             new.meta[SPEC] = local_spec(node, rank)
     return result
@@ -83,6 +83,10 @@ def _relayout(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: 
     have, want, shape = source.meta[LAYOUT], node.meta[LAYOUT], node.meta[SPEC].shape
     if node.target is ops.all_reduce:
         return _reduce(node, value, graph, mesh, rank)
+    if node.target is ops.reduce_scatter:
+        found = scatter_plan(mesh, shape, have, want)
+        summed = ReduceScatter(found.kind, found.mesh_dims, found.ranks[rank].group, found.ranks[rank])
+        return graph.create_node("call_function", summed, (value,), name=node.name)
     if kind(mesh, have, want)[1] == (TIME,):
         layout = buffer_layout(mesh, have)
         wrote = _wrote(source, value, graph, write_of(source, layout, mesh, rank))

@@ -9,13 +9,15 @@ from torch import fx
 
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import operands, results_of
+from xdit_ir.ir.graphs import arguments_of, operands, placeholders, results_of, weights_of
 from xdit_ir.ir.layout import Layout, key_gather_dims, kind
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import target_name
-from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, qualified
+from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
+
+OUTER = "outer graph"
 
 
 def verify(program: Program, after: str = "", *, runnable: bool = False) -> None:
@@ -36,7 +38,7 @@ class _Verifier:
         for name, block in self.program.blocks.items():
             self.place = f"block {name}"
             self._graph(block.graph)
-        self.place = "outer graph"
+        self.place = OUTER
         self._graph(self.program.graph)
         for node in self.program.calls:
             self._block_call(node)
@@ -52,6 +54,8 @@ class _Verifier:
                 continue
             if SPEC not in node.meta:
                 self.fail(node, "has no type")
+            if node.op == "get_attr":
+                self._known(node)
             if self.program.mesh is not None:
                 self._layouts(node, self.program.mesh)
 
@@ -91,6 +95,11 @@ class _Verifier:
     def _relayout(self, node: fx.Node, mesh: Mesh, have: Layout, want: Layout) -> None:
         if node.target is ops.all_reduce:
             right = bool(have.partial) and want == have.summed()
+        elif node.target is ops.reduce_scatter:
+            summed = have.partial - want.partial
+            new = want.summed().dividing_dims(mesh) - have.summed().dividing_dims(mesh)
+            right = want.partial <= have.partial and summed == new != frozenset()
+            right = right and kind(mesh, have.summed(), want.summed())[0] == ops.shard.__name__
         else:
             right = have.partial == want.partial == frozenset() and kind(mesh, have, want)[0] == target_name(
                 node.target
@@ -113,26 +122,28 @@ class _Verifier:
                 self.fail(node, f"its keys are divided over {sorted(astray)} and nothing brings them together")
 
     def _block_call(self, node: fx.Node) -> None:
-        name, prefix, values = call_parts(node)
+        name, _, values, weights = call_parts(node)
         block = self.program.blocks.get(name)
         if block is None:
             self.fail(node, f"calls {name}, which does not exist")
         assert block is not None
-        inputs = [n for n in block.graph.nodes if n.op == "placeholder"]
-        results = results_of(block.graph)
+        inputs, needed, results = arguments_of(block.graph), weights_of(block.graph), results_of(block.graph)
         if len(inputs) != len(values):
             self.fail(node, f"gives {len(values)} values to {len(inputs)} arguments of {name}")
-        for given, taken in zip(values, inputs, strict=True):
+        if list(needed) != list(weights) or placeholders(block.graph) != [*inputs, *needed.values()]:
+            self.fail(node, f"gives the weights {list(weights)} to {name}, which takes {list(needed)}, in this order")
+        for given, taken in zip(operands(node), placeholders(block.graph), strict=True):
             if given.meta[SPEC] != taken.meta[SPEC] or given.meta.get(LAYOUT) != taken.meta.get(LAYOUT):
                 self.fail(node, f"argument {taken.name} of {name} has another type")
         if self.program.mesh is not None and node.meta[LAYOUT] != tuple(r.meta[LAYOUT] for r in results):
             self.fail(node, f"the results of {name} have other layouts")
-        for attribute in (n for n in block.graph.nodes if n.op == "get_attr"):
-            self._known(attribute, qualified(prefix, str(attribute.target)))
 
-    def _known(self, node: fx.Node, name: str) -> None:
+    def _known(self, node: fx.Node) -> None:
+        """A body names no parameters: it is given them."""
+        name = str(node.target)
         owner, _, leaf = name.partition(".")
-        if name not in self.program.state and not (owner == CONSTANT and leaf in self.program.constants):
+        weights = self.program.state if self.place == OUTER else {}
+        if name not in weights and not (owner == CONSTANT and leaf in self.program.constants):
             self.fail(node, f"{name} is no parameter, buffer or constant of the program")
 
     def _outputs(self) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from xdit_ir.errors import ExecutionError, VerifyError
-from xdit_ir.ir.collective_ops import Communicate, Reduce, Reshuffle, Ring, pack, unpack
+from xdit_ir.ir.collective_ops import Communicate, Reduce, ReduceScatter, Reshuffle, Ring, add_up, pack, unpack
 from xdit_ir.ir.interpret import State, execute
-from xdit_ir.ir.program import Program, is_block_call, qualified
+from xdit_ir.ir.program import Program, is_block_call
 from xdit_ir.kernels.attention import RingMerge
 
 # Sees the rank, the name of the block call (empty: outer graph), a node of its body, and the value.
@@ -68,11 +68,15 @@ class RankInterpreter:
         if node.op == "placeholder":
             return next(feed)
         if node.op == "get_attr":
-            return self.state(qualified(prefix, str(node.target)))
+            return self.state(str(node.target))
         args: Any = fx.map_arg(node.args, env.__getitem__)
         if is_block_call(node):
-            name, call_prefix, values = args
-            return (yield from self.graph(self.program.blocks[name].graph, values, call_prefix, node.name))
+            name, call_prefix, values, weights = args
+            return (
+                yield from self.graph(
+                    self.program.blocks[name].graph, [*values, *weights.values()], call_prefix, node.name
+                )
+            )
         kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
         if isinstance(node.target, Communicate):
             return (yield _Meeting(node.target, args, kwargs, node))
@@ -143,10 +147,11 @@ def _describe(waiting: Mapping[int, _Meeting | Waiting]) -> str:
 def _meet(group: tuple[int, ...], meetings: Sequence[_Meeting]) -> list[Any]:
     target = meetings[0].target
     if isinstance(target, Reduce):
-        total = meetings[0].args[0]
-        for meeting in meetings[1:]:
-            total = total + meeting.args[0]
-        return [total] * len(group)
+        return [add_up([meeting.args[0] for meeting in meetings])] * len(group)
+    if isinstance(target, ReduceScatter):
+        plans = [meeting.target.exchange for meeting in meetings if isinstance(meeting.target, ReduceScatter)]
+        summands = [pack(m.args[0], exchange) for m, exchange in zip(meetings, plans, strict=True)]
+        return [add_up([pieces[i] for pieces in summands]) for i in range(len(group))]
     if isinstance(target, Reshuffle):
         exchanges = [meeting.target.exchange for meeting in meetings if isinstance(meeting.target, Reshuffle)]
         sent = [pack(m.args[0], exchange) for m, exchange in zip(meetings, exchanges, strict=True)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.ir.program import LAYOUT, ONCE, SPEC, STAGE, WHERE, Program, Where
+from xdit_ir.ir.program import LAYOUT, ONCE, SPEC, STAGE, WEIGHT, WHERE, Program, Where, is_weight
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.text.attachments import digest
 
@@ -53,13 +53,13 @@ def _graphs(place: str, one: fx.Graph, other: fx.Graph) -> Iterator[str]:
             yield f"{place}: {a} and {b}"
     if len(left) != len(right):
         yield f"{place}: {len(left)} and {len(right)} nodes"
-    references = [{n.name: _reference(n) for n in g.nodes if n.op == "get_attr"} for g in (one, other)]
+    references = [{n.name: _reference(n) for n in g.nodes if is_weight(n)} for g in (one, other)]
     if references[0] != references[1]:
         yield f"{place}: references {references[0]} and {references[1]}"
 
 
 def _rows(graph: fx.Graph) -> list[Any]:
-    rows = [_row(node) for node in graph.nodes if node.op != "get_attr"]
+    rows = [_row(node) for node in graph.nodes if not is_weight(node)]
     return sorted(rows, key=lambda row: row[0] != "placeholder")
 
 
@@ -72,7 +72,7 @@ def _row(node: fx.Node) -> Any:
 
 
 def _reference(node: fx.Node) -> Any:
-    return node.target, node.meta.get(SPEC), node.meta.get(LAYOUT), node.meta.get(STAGE), node.meta.get(ONCE)
+    return node.meta.get(WEIGHT, node.target), *(node.meta.get(key) for key in (SPEC, LAYOUT, STAGE, ONCE))
 
 
 def _plain(value: Any) -> Any:

@@ -11,8 +11,21 @@ from typing import Any
 from torch import fx
 
 from xdit_ir.errors import ParseError
+from xdit_ir.ir.graphs import weights_of
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.program import LAYOUT, ONCE, SPEC, STAGE, WHERE, Program, Where, call_block
+from xdit_ir.ir.program import (
+    CONSTANT,
+    LAYOUT,
+    ONCE,
+    SPEC,
+    STAGE,
+    WEIGHT,
+    WHERE,
+    Program,
+    Where,
+    call_block,
+    qualified,
+)
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.text.attachments import attached
 from xdit_ir.text.literals import STRING, read_literal, read_name
@@ -34,6 +47,7 @@ class GraphReader:
     attachments: Mapping[str, Any]
     prefixes: Sequence[str] = ("",)
     single: bool = False
+    is_body: bool = False
     graph: fx.Graph = field(default_factory=fx.Graph)
     values: dict[str, fx.Node] = field(default_factory=dict)
     references: dict[str, fx.Node] = field(default_factory=dict)
@@ -124,7 +138,7 @@ class GraphReader:
     def _arguments(self, scanner: Scanner) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = [], {}
         while not scanner.take(")"):
-            key = scanner.match(r"[A-Za-z_]\w*(?==)")
+            key = scanner.match(r"[\w.]*[A-Za-z_][\w.]*(?==)")
             if key:
                 scanner.need("=")
             value = read_literal(scanner, self.attachments, self._reference)
@@ -141,19 +155,28 @@ class GraphReader:
         block = scanner.expect(r"[\w.$-]+", "a block")
         prefix = scanner.expect(r"<[^>]*>", "<the prefix of its parameters>")[1:-1]
         scanner.need("(")
-        values, _ = self._arguments(scanner)
+        values, given = self._arguments(scanner)
+        needed = weights_of(self.program.blocks[block].graph)
+        if unknown := [key for key in given if key not in needed]:
+            raise ParseError(f"line {scanner.line}: {block} has no weight {unknown[0]!r}; it has {', '.join(needed)}")
+        weights = {key: given[key] if key in given else self._state(scanner, qualified(prefix, key)) for key in needed}
         if SPEC not in meta:
             spec, layout = result_types(self.program.blocks[block].graph)
             meta |= {SPEC: spec} if layout is None else {SPEC: spec, LAYOUT: layout}
-        args = (block, prefix, list(values))
+        args = (block, prefix, list(values), weights)
         self._add(scanner, "call_function", call_block, args, {}, name, meta | self._clauses(scanner))
 
     def _attribute(self, scanner: Scanner, name: str, meta: dict[str, Any]) -> None:
         target = read_name(scanner)
         if SPEC not in meta:
             meta |= self._usual_meta(scanner, target)
-        node = self._add(scanner, "get_attr", target, (), {}, name, meta | self._clauses(scanner))
-        self.references.setdefault(target, node)
+        self.references.setdefault(target, self._weight(scanner, target, name, meta | self._clauses(scanner)))
+
+    def _weight(self, scanner: Scanner, target: str, name: str, meta: dict[str, Any]) -> fx.Node:
+        """What stands for a weight: in the body of a block an argument."""
+        if not self.is_body or target.startswith(f"{CONSTANT}."):
+            return self._add(scanner, "get_attr", target, (), {}, name, meta)
+        return self._add(scanner, "placeholder", name, (), {}, name, meta | {WEIGHT: target})
 
     def _usual_meta(self, scanner: Scanner, target: str) -> dict[str, Any]:
         spec = state_spec(self.program, target, list(self.prefixes))
@@ -165,10 +188,12 @@ class GraphReader:
         if scanner.take("%"):
             return self._value(scanner)
         scanner.need("@")
-        target = read_name(scanner)
+        return self._state(scanner, read_name(scanner))
+
+    def _state(self, scanner: Scanner, target: str) -> fx.Node:
         if target not in self.references:
             meta = self._usual_meta(scanner, target)
-            self.references[target] = self._add(scanner, "get_attr", target, (), {}, usual_name(target), meta)
+            self.references[target] = self._weight(scanner, target, usual_name(target), meta)
         return self.references[target]
 
     def _value(self, scanner: Scanner) -> fx.Node:

@@ -188,7 +188,7 @@ class _Reader:
     def _block(self, section: _Section) -> Block:
         name = section.head.expect(r"[\w.$-]+", "the block's name")
         prefixes = [call[2] for line in self.main.lines for call in CALLS.finditer(line.text) if call[1] == name]
-        reader = GraphReader(self.result, self.types, self.attachments, prefixes)
+        reader = GraphReader(self.result, self.types, self.attachments, prefixes, is_body=True)
         section.head.need("(")
         reader.parameters(section.head)
         section.head.end()

@@ -7,28 +7,32 @@ constants, token streams, the signature. See docs/ir.md for the grammar.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from xdit_ir.ir.graphs import results_of
+from xdit_ir.ir.graphs import arguments_of, results_of
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.printer import mesh_text
+from xdit_ir.ir.printer import call_text, mesh_text
 from xdit_ir.ir.program import (
     CONSTANT,
     LAYOUT,
     ONCE,
     SPEC,
     STAGE,
+    WEIGHT,
     Program,
     TensorSpec,
     TokenAxis,
     Where,
     call_parts,
+    called_block,
     is_block_call,
+    is_weight,
     qualified,
     where_of,
 )
@@ -92,6 +96,11 @@ def _token_text(axis: TokenAxis) -> str:
     return text + (" gathered" if axis.is_context else "")
 
 
+def reference(node: fx.Node) -> str:
+    """The name of a parameter, buffer or constant in the model, or relative to a call's prefix."""
+    return str(node.meta.get(WEIGHT, node.target))
+
+
 def usual_name(target: str) -> str:
     """What the node of a parameter, buffer or constant is called unless its line says otherwise."""
     return target.removeprefix(f"{CONSTANT}.").replace(".", "_")
@@ -106,19 +115,19 @@ class GraphWriter:
         self.program, self.graph, self.types, self.prefixes = program, graph, types, prefixes
         self.collected = collected
         self.literal = LiteralWriter(collected, self._reference)
-        attributes = [node for node in graph.nodes if node.op == "get_attr"]
-        targets = [node.target for node in attributes]
-        self.inline = {n for n in attributes if targets.count(n.target) == 1 and n.users and self._is_usual(n)}
+        attributes = [node for node in graph.nodes if is_weight(node)]
+        targets = Counter(map(reference, attributes))
+        self.inline = {n for n in attributes if targets[reference(n)] == 1 and n.users and self._is_usual(n)}
 
     def _is_usual(self, node: fx.Node) -> bool:
-        spec = state_spec(self.program, str(node.target), self.prefixes)
-        usual = node.name == usual_name(str(node.target)) and node.meta.get(SPEC) == spec
+        spec = state_spec(self.program, reference(node), self.prefixes)
+        usual = node.name == usual_name(reference(node)) and node.meta.get(SPEC) == spec
         return usual and not clauses(node, origin=False) and is_usual_layout(node, self.program.mesh)
 
     def _reference(self, value: Any) -> str | None:
         if not isinstance(value, fx.Node):
             return None
-        return f"@{name_text(str(value.target))}" if value in self.inline else f"%{value.name}"
+        return f"@{name_text(reference(value))}" if value in self.inline else f"%{value.name}"
 
     def _typed(self, node: fx.Node) -> str:
         if SPEC not in node.meta:
@@ -127,33 +136,29 @@ class GraphWriter:
 
     def parameters(self) -> str:
         """The inputs in one line."""
-        inputs = (node for node in self.graph.nodes if node.op == "placeholder")
-        return ", ".join(self._typed(node) + clauses(node) for node in inputs)
+        return ", ".join(self._typed(node) + clauses(node) for node in arguments_of(self.graph))
 
     def inputs(self) -> Iterator[str]:
         """The inputs, one a line."""
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                yield f"  input {self._typed(node)}{clauses(node)}"
+        yield from (f"  input {self._typed(node)}{clauses(node)}" for node in arguments_of(self.graph))
 
     def lines(self) -> Iterator[str]:
         """Everything else, one node a line."""
         for node in self.graph.nodes:
-            if node.op != "placeholder" and node not in self.inline:
+            if (node.op != "placeholder" or WEIGHT in node.meta) and node not in self.inline:
                 yield f"  {self._line(node)}{clauses(node)}"
 
     def _line(self, node: fx.Node) -> str:
         if node.op == "output":
             values = node.args[0]
             return f"return {', '.join(map(self.literal, values if isinstance(values, tuple) else [values]))}"
-        if node.op == "get_attr":
-            return f"{self._typed(node)} = @{name_text(str(node.target))}"
+        if is_weight(node):
+            return f"{self._typed(node)} = @{name_text(reference(node))}"
         if node.target is operator.getitem:
             return f"{self._typed(node)} = {self.literal(node.args[0])}[{node.args[1]}]"
         if is_block_call(node):
-            name, prefix, values = call_parts(node)
-            head = f"%{node.name}" if self._is_as_body(node, name) else self._typed(node)
-            return f"{head} = {name}<{prefix}>({', '.join(map(self.literal, values))})"
+            head = f"%{node.name}" if self._is_as_body(node, called_block(node)) else self._typed(node)
+            return f"{head} = {call_text(node, self.literal)}"
         given = [*map(self.literal, node.args), *(f"{key}={self.literal(item)}" for key, item in node.kwargs.items())]
         target = target_text(node.target) or f"${name_text(self.collected.object(node.target))}"
         return f"{self._typed(node)} = {target}({', '.join(given)})"

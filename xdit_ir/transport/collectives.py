@@ -13,7 +13,7 @@ import torch
 import torch.distributed._functional_collectives
 from torch import nn
 
-from xdit_ir.ir.collective_ops import Assembly, Communicate, Reduce, Reshuffle, Ring, pack
+from xdit_ir.ir.collective_ops import Assembly, Communicate, Reduce, ReduceScatter, Reshuffle, Ring, add_up, pack
 from xdit_ir.ir.layout import RankExchange
 from xdit_ir.kernels.attention import RingMerge
 from xdit_ir.kernels.backends import Backend
@@ -37,6 +37,9 @@ def lower(
     name = communicator.group(target.mesh_dims).group_name if len(target.group) > 1 else ""
     if isinstance(target, Reduce):
         return (AllReduce(name),)
+    if isinstance(target, ReduceScatter):
+        shapes = target.exchange.shapes
+        return Send(target.exchange, at, shapes, name, direct=True), AddUp(shapes)
     if isinstance(target, Reshuffle) and not name:
         return (Rearrange(target),)
     if isinstance(target, Reshuffle):
@@ -110,6 +113,18 @@ class Receive(nn.Module):
         pieces = finish(pending, self.shapes, own.dtype)
         pieces[self.at] = own
         return self.assembly.join(pieces)
+
+
+class AddUp(nn.Module):
+    """The second half of a reduce-scatter: wait for the summands of one's own part and add them up."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def forward(self, pending: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """What `Send` gave -> the sum, of the shape that all pieces have."""
+        return add_up(finish(pending, self.shapes, own.dtype))
 
 
 class RingAttention(nn.Module):
