@@ -12,7 +12,7 @@ from xdit_ir.ir.dataflow import OUTER, reach
 from xdit_ir.ir.graphs import map_graphs, operands, placeholders
 from xdit_ir.ir.layout import kind
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import LAYOUT, ONCE, Program, is_weight
+from xdit_ir.ir.program import LAYOUT, SCOPE, ComputeScope, Program, is_weight
 from xdit_ir.pipefusion.patch_plan import is_divided_over_time, latents
 from xdit_ir.sharding.buffer_access import before_time
 
@@ -64,5 +64,6 @@ def _noted(program: Program, mesh: Mesh, inputs: frozenset[str]) -> Program:
     for name, graph in graphs.items():
         once = {n for n in graph.nodes if n.op != "output" and not is_weight(n) and n not in varying[name]}
         for node in once:
-            node.meta[ONCE] = any(user not in once for user in node.users)
+            shared = any(user not in once for user in node.users)
+            node.meta[SCOPE] = ComputeScope.SHARED if shared else ComputeScope.FIRST_PATCH
     return program

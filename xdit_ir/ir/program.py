@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +32,23 @@ WHERE = "where"
 LAYOUT = "layout"
 # Of a placeholder of a body: the name of the weight that it stands for, relative to the prefix of a call.
 WEIGHT = "weight"
-# In a pipeline: the stage of a node of the outer graph; and that a value is computed once a step, with the first patch
-# (True where something that every patch computes uses it, else False).
+# In a pipeline: the stage of a node of the outer graph; and a `ComputeScope`, where it is not EACH_PATCH.
 STAGE = "stage"
-ONCE = "once"
+SCOPE = "scope"
 CONSTANT = "_constant"
+
+
+class ComputeScope(Enum):
+    """Which patches of a pipeline compute a value in a step; the texts are those of the textual form."""
+
+    EACH_PATCH = ""
+    FIRST_PATCH = "once"  # only what the first patch alone computes uses it
+    SHARED = "once shared"  # the first patch computes it, all patches use it
+
+    @property
+    def is_once(self) -> bool:
+        """Whether the first patch alone computes it."""
+        return self is not ComputeScope.EACH_PATCH
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,12 @@ def where_of(node: fx.Node) -> Where:
     """Where a node comes from; empty where that is not known."""
     where: Where = node.meta.get(WHERE, Where())
     return where
+
+
+def scope_of(node: fx.Node) -> ComputeScope:
+    """Which patches of a pipeline compute a node."""
+    scope: ComputeScope = node.meta.get(SCOPE, ComputeScope.EACH_PATCH)
+    return scope
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from xdit_ir.errors import VerifyError
 from xdit_ir.ir.buffer_ops import Keep, Recall, Write
 from xdit_ir.ir.graphs import drop_unused_weights, fit_calls, operands, results_of
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import ONCE, SPEC, Block, Program, TensorSpec, is_block_call
+from xdit_ir.ir.program import SPEC, Block, ComputeScope, Program, TensorSpec, is_block_call, scope_of
 from xdit_ir.pipefusion.stage_split import Stage, cut_stages
 from xdit_ir.sharding.specialize import Specialize
 
@@ -185,7 +185,7 @@ def pipeline_text(pipeline: Pipeline) -> str:
 
 
 def _part(cut: Stage, program: Program, patch: int, patches: int) -> PatchStage:
-    once = {node.name for node in program.graph.nodes if ONCE in node.meta} if patch else set()
+    once = {node.name for node in program.graph.nodes if scope_of(node).is_once} if patch else set()
     wanted = [
         tuple(n for n in names if n not in once) for names in (cut.receives, cut.sends, cut.carried_in, cut.carried_out)
     ]
@@ -217,8 +217,9 @@ def _for_patch(
             values = operands(node) if outputs is None else outputs
             result.output(tuple(env[value] for value in values))
             continue
-        once = ONCE in node.meta and (node.op == "call_function" or node.name in received)
-        shared = once and patches > 1 and node.meta[ONCE] and isinstance(node.meta.get(SPEC), TensorSpec)
+        once = scope_of(node).is_once and (node.op == "call_function" or node.name in received)
+        shared = once and patches > 1 and scope_of(node) is ComputeScope.SHARED
+        shared = shared and isinstance(node.meta.get(SPEC), TensorSpec)
         if once and patch > 0:
             if shared:
                 env[node] = result.create_node("call_function", Recall(node.name, patch), (), name=node.name)

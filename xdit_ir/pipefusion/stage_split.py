@@ -13,7 +13,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import node_type
-from xdit_ir.ir.program import ONCE, STAGE, Program, is_block_call
+from xdit_ir.ir.program import STAGE, Program, is_block_call, scope_of
 from xdit_ir.sharding.cost import is_counted
 
 Homes = dict[fx.Node, frozenset[int]]
@@ -42,8 +42,9 @@ class Stage:
     def passed(self, names: Sequence[str], mesh: Mesh) -> list[str]:
         """What it sends or holds, as text with types."""
         values = {node.name: node for node in self.program.graph.nodes}
-        once = (", once a step" if ONCE in values[name].meta else "" for name in names)
-        return [f"%{name}: {node_type(values[name], mesh)}{text}" for name, text in zip(names, once, strict=True)]
+        nodes = [values[name] for name in names]
+        once = (", once a step" if scope_of(node).is_once else "" for node in nodes)
+        return [f"%{node.name}: {node_type(node, mesh)}{text}" for node, text in zip(nodes, once, strict=True)]
 
 
 def cut_stages(program: Program, coordinates: Sequence[int]) -> tuple[Stage, ...]:

@@ -14,7 +14,7 @@ from xdit_ir.ir.graphs import operands, with_operands
 from xdit_ir.ir.layout import Layout, in_mesh_order, kind, part_of, plan, scatter_plan
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT as LAYOUT
-from xdit_ir.ir.program import ONCE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
+from xdit_ir.ir.program import SCOPE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.buffer_access import buffer_layout, read_of, write_of
@@ -44,7 +44,7 @@ def _localize(graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Graph:
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         env[node] = new = _node(node, env, result, mesh, rank)
-        new.meta = {key: node.meta[key] for key in (WHERE, WEIGHT, ONCE) if key in node.meta}
+        new.meta = {key: node.meta[key] for key in (WHERE, WEIGHT, SCOPE) if key in node.meta}
         if LAYOUT in node.meta:
             new.meta[SPEC] = local_spec(node, rank)
     return result

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.ir.program import LAYOUT, ONCE, SPEC, STAGE, WEIGHT, WHERE, Program, Where, is_weight
+from xdit_ir.ir.program import LAYOUT, SCOPE, SPEC, STAGE, WEIGHT, WHERE, Program, Where, is_weight
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.text.attachments import digest
 
@@ -64,7 +64,7 @@ def _rows(graph: fx.Graph) -> list[Any]:
 
 
 def _row(node: fx.Node) -> Any:
-    about = {key: node.meta.get(key, USUAL.get(key)) for key in (SPEC, LAYOUT, WHERE, STAGE, ONCE, FALLBACK)}
+    about = {key: node.meta.get(key, USUAL.get(key)) for key in (SPEC, LAYOUT, WHERE, STAGE, SCOPE, FALLBACK)}
     if node.op == "output":
         del about[SPEC], about[LAYOUT]
     target = None if node.op == "placeholder" else node.target
@@ -72,7 +72,7 @@ def _row(node: fx.Node) -> Any:
 
 
 def _reference(node: fx.Node) -> Any:
-    return node.meta.get(WEIGHT, node.target), *(node.meta.get(key) for key in (SPEC, LAYOUT, STAGE, ONCE))
+    return node.meta.get(WEIGHT, node.target), *(node.meta.get(key) for key in (SPEC, LAYOUT, STAGE, SCOPE))
 
 
 def _plain(value: Any) -> Any:

@@ -16,11 +16,12 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.program import (
     CONSTANT,
     LAYOUT,
-    ONCE,
+    SCOPE,
     SPEC,
     STAGE,
     WEIGHT,
     WHERE,
+    ComputeScope,
     Program,
     Where,
     call_block,
@@ -210,7 +211,8 @@ class GraphReader:
         if scanner.match(r"stage\b"):
             meta[STAGE] = int(scanner.expect(r"\d+", "a stage"))
         if scanner.match(r"once\b"):
-            meta[ONCE] = scanner.match(r"shared\b") is not None
+            shared = scanner.match(r"shared\b") is not None
+            meta[SCOPE] = ComputeScope.SHARED if shared else ComputeScope.FIRST_PATCH
         if scanner.match(r"fallback\b"):
             meta[FALLBACK] = ast.literal_eval(scanner.expect(STRING, "a reason in quotes"))
         return meta

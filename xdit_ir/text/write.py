@@ -21,7 +21,7 @@ from xdit_ir.ir.printer import call_text, mesh_text
 from xdit_ir.ir.program import (
     CONSTANT,
     LAYOUT,
-    ONCE,
+    SCOPE,
     SPEC,
     STAGE,
     WEIGHT,
@@ -34,6 +34,7 @@ from xdit_ir.ir.program import (
     is_block_call,
     is_weight,
     qualified,
+    scope_of,
     where_of,
 )
 from xdit_ir.sharding.propagate import FALLBACK
@@ -197,6 +198,5 @@ def clauses(node: fx.Node, *, origin: bool = True) -> str:
         text += " at" + (f" {name_text(where.module)}" if where.module else "")
         text += f" {where.source!r}" if where.source else " ''"
     text += f" stage {node.meta[STAGE]}" if STAGE in node.meta else ""
-    if ONCE in node.meta:
-        text += " once shared" if node.meta[ONCE] else " once"
+    text += f" {scope_of(node).value}" if SCOPE in node.meta else ""
     return text + (f" fallback {node.meta[FALLBACK]!r}" if node.meta.get(FALLBACK) else "")
