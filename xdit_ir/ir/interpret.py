@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from xdit_ir.errors import MismatchError
-from xdit_ir.ir.program import CONSTANT, Program, is_block_call
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.program import CONSTANT, Program, call_parts, is_block_call
 
 State = Callable[[str], torch.Tensor]
 # Sees the name of the block call (empty: outer graph), a node of its body, and the value.
 Observer = Callable[[str, fx.Node, Any], None]
+Steps = Generator[Any, Any, Any]
 
 
 def model_state(program: Program, model: nn.Module) -> State:
@@ -49,43 +53,74 @@ def _entry(container: Any, part: str) -> Any:
     return container[int(part)] if isinstance(container, (list, tuple)) else container[part]
 
 
+@dataclass(eq=False)
+class Frame:
+    """A run of a graph: the name of the block call (empty: outer graph), its prefix, arguments to come, and values."""
+
+    site: str
+    prefix: str
+    feed: Iterator[Any]
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+
+
 class Interpreter:
-    """Runs a program's graphs with `state` as weights, on `device`; `observe` sees every value."""
+    """Runs a program's graphs with `state` as weights, on `device`; `observe` sees every value, of which those are let
+    go of that nothing uses any more. Runs are generators, so that a subclass may stop where it must wait for others.
+    """
 
     def __init__(self, program: Program, state: State, device: torch.device, observe: Observer | None = None) -> None:
         self.program, self.state, self.device, self.observe = program, state, device, observe
+        self._used_last = functools.cache(used_last)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Outputs of the outer graph for its placeholders' values."""
-        outputs: tuple[torch.Tensor, ...] = self._graph(self.program.graph, inputs, "", "")
-        return outputs
+        try:
+            next(self.graph(self.program.graph, inputs))
+        except StopIteration as stop:
+            outputs: tuple[torch.Tensor, ...] = stop.value
+            return outputs
+        raise AssertionError("on one device nothing waits")
 
-    def _graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str, site: str) -> Any:
-        env: dict[fx.Node, Any] = {}
-        feed = iter(inputs)
+    def graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str = "", site: str = "") -> Steps:
+        """Run one graph; returns what it returns."""
+        frame, used_last = Frame(site, prefix, iter(inputs)), self._used_last(graph)
         for node in graph.nodes:
             if node.op == "output":
-                return fx.map_arg(node.args[0], env.__getitem__)
-            env[node] = self._node(node, env, feed, prefix)
+                return fx.map_arg(node.args[0], frame.env.__getitem__)
+            frame.env[node] = yield from self.node(node, frame)
             if self.observe is not None:
-                self.observe(site, node, env[node])
+                self.observe(site, node, frame.env[node])
+            for done in used_last[node]:
+                del frame.env[done]
         raise AssertionError("a graph ends with an output")
 
-    def _node(self, node: fx.Node, env: Mapping[fx.Node, Any], feed: Any, prefix: str) -> Any:
+    def node(self, node: fx.Node, frame: Frame) -> Steps:
+        """The value of one node."""
         if node.op == "placeholder":
-            return next(feed)
+            return next(frame.feed)
         if node.op == "get_attr":
             return self.state(str(node.target))
-        args: Any = fx.map_arg(node.args, env.__getitem__)
         if is_block_call(node):
-            name, call_prefix, values, weights = args
-            return self._graph(self.program.blocks[name].graph, [*values, *weights.values()], call_prefix, node.name)
-        kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
-        return execute(self.program, node, args, kwargs, self.device)
+            name, prefix, *_ = call_parts(node)
+            given = [frame.env[value] for value in operands(node)]
+            return (yield from self.graph(self.program.blocks[name].graph, given, prefix, node.name))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), frame.env.__getitem__)
+        return (yield from self.operator(node, args, dict(kwargs), frame.prefix))
+
+    def operator(self, node: fx.Node, args: Any, kwargs: dict[str, Any], prefix: str) -> Steps:
+        """The result of an operator; where it names the device of the trace it means the running one."""
+        yield from ()
+        if kwargs.get("device") == self.program.device:
+            kwargs["device"] = self.device
+        return args[0][args[1]] if node.target is operator.getitem else node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def execute(program: Program, node: fx.Node, args: Any, kwargs: dict[str, Any], device: torch.device) -> Any:
-    """Run one operator; where it names the device of the trace it means the running one."""
-    if kwargs.get("device") == program.device:
-        kwargs = {**kwargs, "device": device}
-    return args[0][args[1]] if node.target is operator.getitem else node.target(*args, **kwargs)  # type: ignore[operator]
+def used_last(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """What no node behind a node uses, among its operands and itself."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        last |= dict.fromkeys((node, *node.all_input_nodes), node)
+    result: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.nodes}
+    for value, user in last.items():
+        result[user].append(value)
+    return result

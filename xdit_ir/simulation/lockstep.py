@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,12 @@ from torch import fx
 
 from xdit_ir.errors import ExecutionError, VerifyError
 from xdit_ir.ir.collective_ops import Communicate, Reduce, ReduceScatter, Reshuffle, Ring, add_up, pack, unpack
-from xdit_ir.ir.interpret import State, execute
-from xdit_ir.ir.program import Program, is_block_call
+from xdit_ir.ir.interpret import Frame, Interpreter, State, Steps
+from xdit_ir.ir.program import Program
 from xdit_ir.kernels.attention import RingMerge
 
 # Sees the rank, the name of the block call (empty: outer graph), a node of its body, and the value.
 RankObserver = Callable[[int, str, fx.Node, Any], None]
-Steps = Generator["_Meeting | Waiting", Any, Any]
-
 
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError)  # what PyTorch raises for operands that do not fit
 
@@ -42,45 +41,27 @@ class Waiting:
     kind: str = "read"
 
 
-class RankInterpreter:
+class RankInterpreter(Interpreter):
     """Runs one rank's program as a generator that stops wherever it must meet the others."""
 
     def __init__(
         self, rank: int, program: Program, state: State, device: torch.device, observe: RankObserver | None
     ) -> None:
-        self.rank, self.program, self.state, self.device, self.observe = rank, program, state, device, observe
+        super().__init__(program, state, device, None if observe is None else functools.partial(observe, rank))
+        self.rank = rank
 
-    def graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str = "", site: str = "") -> Steps:
-        env: dict[fx.Node, Any] = {}
-        feed = iter(inputs)
-        for node in graph.nodes:
-            if node.op == "output":
-                return fx.map_arg(node.args[0], env.__getitem__)
-            try:
-                env[node] = yield from self.node(node, env, feed, prefix)
-            except _FAILURES as error:
-                raise ExecutionError(self.rank, site, node.name, str(error)) from error
-            if self.observe is not None:
-                self.observe(self.rank, site, node, env[node])
-        raise AssertionError("a graph ends with an output")
+    def node(self, node: fx.Node, frame: Frame) -> Steps:
+        """The value of one node; what fails says where."""
+        try:
+            return (yield from super().node(node, frame))
+        except _FAILURES as error:
+            raise ExecutionError(self.rank, frame.site, node.name, str(error)) from error
 
-    def node(self, node: fx.Node, env: Mapping[fx.Node, Any], feed: Any, prefix: str) -> Steps:
-        if node.op == "placeholder":
-            return next(feed)
-        if node.op == "get_attr":
-            return self.state(str(node.target))
-        args: Any = fx.map_arg(node.args, env.__getitem__)
-        if is_block_call(node):
-            name, call_prefix, values, weights = args
-            return (
-                yield from self.graph(
-                    self.program.blocks[name].graph, [*values, *weights.values()], call_prefix, node.name
-                )
-            )
-        kwargs = dict(fx.map_arg(node.kwargs, env.__getitem__))
+    def operator(self, node: fx.Node, args: Any, kwargs: dict[str, Any], prefix: str) -> Steps:
+        """The result of an operator, or what the others give."""
         if isinstance(node.target, Communicate):
             return (yield _Meeting(node.target, args, kwargs, node))
-        return execute(self.program, node, args, kwargs, self.device)
+        return (yield from super().operator(node, args, kwargs, prefix))
 
 
 def run_ranks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import fx
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir import buffer_ops as buffers
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Slot, Write
-from xdit_ir.ir.interpret import State
+from xdit_ir.ir.interpret import State, Steps
 from xdit_ir.ir.mesh import TIME
 from xdit_ir.ir.program import Program, qualified
 from xdit_ir.pipefusion.pipeline_program import Pipeline
-from xdit_ir.simulation.lockstep import RankInterpreter, RankObserver, Steps, Waiting, lockstep
+from xdit_ir.simulation.lockstep import RankInterpreter, RankObserver, Waiting, lockstep
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -87,11 +87,11 @@ class _PatchRank(RankInterpreter):
         super().__init__(rank, program, state, device, observe)
         self.store, self.step, self.synchronous = moment
 
-    def node(self, node: fx.Node, env: Mapping[fx.Node, Any], feed: Any, prefix: str) -> Steps:
+    def operator(self, node: fx.Node, args: Any, kwargs: dict[str, Any], prefix: str) -> Steps:
+        """The result of an operator, or what it does to a buffer."""
         if not isinstance(node.target, Slot):
-            return (yield from super().node(node, env, feed, prefix))
+            return (yield from super().operator(node, args, kwargs, prefix))
         target, name = node.target, qualified(prefix, node.target.slot)
-        args: Any = fx.map_arg(node.args, env.__getitem__)
         if isinstance(target, Write):
             if args[0].numel():
                 self.store.write(name, target, args[0], self.step)
