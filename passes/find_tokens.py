@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from xdit_ir.ir.graphs import bound_arguments, operands
+from xdit_ir.ir.graphs import all_graphs, bound_arguments, operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import SPEC, Program, TokenAxis
@@ -89,15 +88,10 @@ def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
     return replace(axis, units=units_of(program, axis.size), segments=tuple(sorted(segments)))
 
 
-def _graphs(program: Program) -> Iterator[fx.Graph]:
-    yield program.graph
-    yield from (block.graph for block in program.blocks.values())
-
-
 def units_of(program: Program, size: int) -> tuple[int, ...]:
     """Inner factors of the views that split or make a dimension of this size."""
     found: set[int] = set()
-    for graph in _graphs(program):
+    for _, graph, _ in all_graphs(program):
         for node in graph.nodes:
             if node.target not in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
                 continue
@@ -125,7 +119,7 @@ def borders_of(program: Program, size: int) -> set[int]:
 
 def _parts_of(program: Program, size: int) -> set[tuple[int, ...]]:
     found: set[tuple[int, ...]] = set()
-    for graph in _graphs(program):
+    for _, graph, _ in all_graphs(program):
         for node in graph.nodes:
             packet = getattr(node.target, "overloadpacket", None)
             if packet in (*JOINS, aten.split, aten.split_with_sizes) and not node.kwargs:
@@ -145,7 +139,7 @@ def joined_dim(node: fx.Node) -> int:
 def _slices_of(program: Program, size: int) -> set[tuple[int, ...]]:
     """How slices cut a dimension of this size, where views make rows of what is taken: the rest may be padding."""
     found: set[tuple[int, ...]] = set()
-    for node in (node for graph in _graphs(program) for node in graph.nodes):
+    for node in (node for _, graph, _ in all_graphs(program) for node in graph.nodes):
         if node.target is not aten.slice.Tensor:
             continue
         given = bound_arguments(node)

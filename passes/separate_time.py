@@ -8,8 +8,8 @@ from torch import fx
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir import ops
-from xdit_ir.ir.dataflow import OUTER, reach
-from xdit_ir.ir.graphs import map_graphs, operands, placeholders
+from xdit_ir.ir.dataflow import reach
+from xdit_ir.ir.graphs import OUTER, all_graphs, map_graphs, operands, placeholders
 from xdit_ir.ir.layout import kind
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, SCOPE, ComputeScope, Program, is_weight
@@ -57,7 +57,7 @@ class SeparateTime:
 
 def _noted(program: Program, mesh: Mesh, inputs: frozenset[str]) -> Program:
     """What neither the latents nor a division over time reach is computed once a step."""
-    graphs = {OUTER: program.graph} | {name: block.graph for name, block in program.blocks.items()}
+    graphs = {name: graph for name, graph, _ in all_graphs(program)}
     seeds = {name: {node for node in graph.nodes if is_divided_over_time(node, mesh)} for name, graph in graphs.items()}
     seeds[OUTER] |= {node for node in placeholders(program.graph) if node.name in inputs}
     varying = reach(program, seeds)

@@ -20,6 +20,7 @@ from xdit_ir.checking.check import check_parallel
 from xdit_ir.degrees import Degrees, parse
 from xdit_ir.errors import ParallelizeError, TraceError
 from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.sharding.report import find_gathers
 
@@ -136,8 +137,9 @@ class Subject:
 
 def _rounds(program: Program) -> bool:
     """Whether anything is computed in less than float32."""
-    graphs = [program.graph, *(block.graph for block in program.blocks.values())]
-    specs = [spec for graph in graphs for node in graph.nodes for spec in _specs(node.meta.get(SPEC))]
+    specs = [
+        spec for _, graph, _ in all_graphs(program) for node in graph.nodes for spec in _specs(node.meta.get(SPEC))
+    ]
     return any(spec.dtype in (torch.bfloat16, torch.float16) for spec in specs)
 
 

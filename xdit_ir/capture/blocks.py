@@ -18,6 +18,7 @@ from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_o
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, TracedValue, Unshareable, spec_of
 from xdit_ir.errors import TraceError
+from xdit_ir.ir.graphs import remove_dead
 from xdit_ir.ir.program import Literal, Where, call_block
 
 
@@ -250,9 +251,7 @@ def _aliased(results: list[TracedValue], inner: list[TracedValue]) -> set[int]:
 
 def prune(frame: Frame) -> list[int]:
     """Drop dead nodes of a finished graph, and dead arguments of a body; indices of the arguments kept."""
-    for node in reversed(list(frame.graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users:
-            frame.graph.erase_node(node)
+    remove_dead(frame.graph)
     if frame.parent is None:
         return list(range(len(frame.placeholders)))
     kept = [index for index, node in enumerate(frame.placeholders) if node.users]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from xdit_ir.capture.operators import aten
+from xdit_ir.ir.flops import node_flops
 from xdit_ir.ir.graphs import weights_of
 from xdit_ir.ir.program import CONSTANT, SPEC, WEIGHT, WHERE, Block, TensorSpec, Where, is_block_call, qualified
 
@@ -61,9 +60,9 @@ def _contents(tensor: torch.Tensor) -> Any:
 
 def inline_small(graph: fx.Graph, bodies: Bodies) -> Bodies:
     """Put bodies that do next to no work back into the outer graph; returns the bodies that are left."""
-    work = {name: graph_work(body) for name, body in bodies.items()}
+    work = {name: sum(map(node_flops, body.nodes)) for name, body in bodies.items()}
     calls = [node for node in graph.nodes if is_block_call(node)]
-    total = graph_work(graph) + sum(work[str(node.args[0])] for node in calls)
+    total = sum(map(node_flops, graph.nodes)) + sum(work[str(node.args[0])] for node in calls)
     share = {name: sum(node.args[0] == name for node in calls) * work[name] for name in bodies}
     small = {name for name in bodies if share[name] < _WORTHWHILE * total}
     for node in calls:
@@ -96,40 +95,6 @@ def inline(graph: fx.Graph, call: fx.Node, body: fx.Graph) -> None:
         item.replace_all_uses_with(results[item.args[1]])
         graph.erase_node(item)
     graph.erase_node(call)
-
-
-def graph_work(graph: fx.Graph) -> int:
-    """Multiplications in the matrix products, attentions and convolutions of a graph, roughly."""
-    return sum(_work(node) for node in graph.nodes if node.op == "call_function")
-
-
-def _work(node: fx.Node) -> int:
-    packet = getattr(node.target, "overloadpacket", None)
-    count = _WORK.get(packet)
-    if count is None:
-        return 0
-    shapes = [item.meta[SPEC].shape for item in node.all_input_nodes if isinstance(item.meta[SPEC], TensorSpec)]
-    return count(node.meta[SPEC].shape, shapes)
-
-
-def _contraction(out: tuple[int, ...], shapes: list[tuple[int, ...]]) -> int:
-    return math.prod(out) * (shapes[0][-1] if shapes and shapes[0] else 1)
-
-
-def _attention(out: tuple[int, ...], shapes: list[tuple[int, ...]]) -> int:
-    return 2 * math.prod(out) * shapes[min(1, len(shapes) - 1)][-2]
-
-
-def _convolution(out: tuple[int, ...], shapes: list[tuple[int, ...]]) -> int:
-    return math.prod(out) * math.prod(shapes[1][1:])
-
-
-_Count = Callable[[tuple[int, ...], list[tuple[int, ...]]], int]
-_WORK: dict[Any, _Count] = {
-    **dict.fromkeys((aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.einsum, aten.baddbmm), _contraction),
-    aten.scaled_dot_product_attention: _attention,
-    **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution), _convolution),
-}
 
 
 def name_blocks(graph: fx.Graph, bodies: Bodies, kinds: Mapping[str, str]) -> dict[str, Block]:

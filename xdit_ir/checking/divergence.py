@@ -16,14 +16,13 @@ from xdit_ir.capture.inputs import bind_inputs
 from xdit_ir.errors import ExecutionError
 from xdit_ir.ir.dataflow import Expanded, ProgramValue
 from xdit_ir.ir.difference import Difference, ranges, relative, shard_of
-from xdit_ir.ir.graphs import results_of
+from xdit_ir.ir.graphs import OUTER, results_of
 from xdit_ir.ir.interpret import Interpreter, State, model_state
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, where_of
 
 UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided")
-OUTER = ""
 # A node where it runs: the block call (the prefix of its parameters; empty: outer graph), and its name.
 Key = tuple[str, str]
 Values = dict[Key, Any]

@@ -18,7 +18,7 @@ from xdit_ir.emission.slots import slot_call, slot_spec
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Slot
 from xdit_ir.ir.collective_ops import Communicate, Ring
-from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.graphs import all_graphs, operands
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
 from xdit_ir.kernels.attention import Attention
 from xdit_ir.kernels.backends import Backend, Problem, choose
@@ -88,7 +88,7 @@ def generate(
 
 def communications(program: Program) -> Iterator[Communicate]:
     """The targets of all nodes of a rank's program in which it talks to others."""
-    for graph in (program.graph, *(block.graph for block in program.blocks.values())):
+    for _, graph, _ in all_graphs(program):
         for node in graph.nodes:
             if isinstance(node.target, Communicate):
                 yield node.target

@@ -19,9 +19,9 @@ from xdit_ir.api import ParallelProgram
 from xdit_ir.inspection.durations import Cost, Durations
 from xdit_ir.inspection.model import Span, Timeline
 from xdit_ir.ir.dataflow import Expanded, ProgramValue
+from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import Program, call_parts, called_block
-from xdit_ir.pipefusion.patch_plan import graphs
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.sharding.cost import Machine
 
@@ -215,7 +215,7 @@ class _PipelineClock:
         key = (stage, team.patch)
         if key not in self._todo:
             part = self.pipeline.part(stage, team.places[0]).program
-            wanted = {name: {node.name for node in graph.nodes} for name, graph, _ in graphs(part)}
+            wanted = {name: {node.name for node in graph.nodes} for name, graph, _ in all_graphs(part)}
             self._todo[key] = list(tasks(self.pipeline.program, wanted))
         return self._todo[key]
 

@@ -17,7 +17,7 @@ from xdit_ir.ir.printer import arguments_text, node_type, target_name
 from xdit_ir.ir.program import SPEC, Program, call_parts, is_block_call, where_of
 from xdit_ir.pipefusion.patch_plan import over_time
 from xdit_ir.rules.base import dividing_dims_of
-from xdit_ir.sharding.cost import graph_flops, is_counted, local_flops
+from xdit_ir.sharding.cost import graph_flops, local_flops
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.sharding.report import traffic
 
@@ -41,7 +41,7 @@ def line(node: fx.Node, mesh: Mesh | None, *, in_time: bool) -> Line:
         dims=dims_of(node, mesh),
         module=where.module,
         source=where.source,
-        flops=max(local_flops(node, mesh)) if is_counted(node) else 0,
+        flops=max(local_flops(node, mesh)),
         exchange=exchange(node, mesh, in_time=in_time) if mesh is not None else None,
         fallback=node.meta.get(FALLBACK, ""),
     )

@@ -9,10 +9,9 @@ from functools import cached_property
 
 from torch import fx
 
-from xdit_ir.ir.graphs import operands, placeholders, results_of
+from xdit_ir.ir.graphs import all_graphs, operands, placeholders, results_of
 from xdit_ir.ir.program import Program, called_block, is_block_call
 
-OUTER = ""
 # Whether an operator hands on what reaches it, given which of its operands are reached.
 HandsOn = Callable[[fx.Node, list[bool]], bool]
 # Nodes by graph: of the outer graph, and of every block by its name.
@@ -80,7 +79,7 @@ def reach(program: Program, seeds: Mapping[str, set[fx.Node]], hands_on: HandsOn
 
     What reaches a block in one call counts for all its calls. `hands_on`: default is that every operator does.
     """
-    graphs = {OUTER: program.graph} | {name: block.graph for name, block in program.blocks.items()}
+    graphs = {name: graph for name, graph, _ in all_graphs(program)}
     found: Nodes = {name: set(seeds.get(name, ())) for name in graphs}
     size = -1
     while size != sum(map(len, found.values())):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from xdit_ir.ir.program import WEIGHT, Block, Program, is_block_call
+
+OUTER = ""  # the outer graph among the names of blocks
 
 
 def nodes_in(value: Any) -> list[fx.Node]:
@@ -115,8 +117,16 @@ def fit_calls(graph: fx.Graph, blocks: Mapping[str, Block]) -> None:
             graph.erase_node(node)
 
 
-def remove_dead(graph: fx.Graph) -> None:
-    """Erase what nothing uses; placeholders stay."""
+def all_graphs(program: Program) -> Iterator[tuple[str, fx.Graph, int]]:
+    """Every graph of a program, the outer one first: its block's name (`OUTER`), and how often it runs in a forward."""
+    calls = [str(node.args[0]) for node in program.calls]
+    yield OUTER, program.graph, 1
+    for name, block in program.blocks.items():
+        yield name, block.graph, calls.count(name)
+
+
+def remove_dead(graph: fx.Graph, stays: Callable[[fx.Node], bool] = lambda node: False) -> None:
+    """Erase what nothing uses, but for placeholders and what `stays` for its effect."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in ("call_function", "get_attr"):
+        if not node.users and node.op in ("call_function", "get_attr") and not stays(node):
             graph.erase_node(node)

@@ -11,9 +11,9 @@ import numpy as np
 from torch import fx
 
 from xdit_ir.ir.dataflow import Expanded, ProgramValue
+from xdit_ir.ir.flops import is_counted, node_flops
 from xdit_ir.ir.partition import IntArray
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
-from xdit_ir.sharding.cost import is_counted, local_flops
 
 
 @dataclass
@@ -80,7 +80,7 @@ class _Walk:
             for source in self.expanded.sources(value):
                 due[source] = min(at, due.get(source, at))
             if is_counted(value.node):
-                flops[at] += local_flops(value.node, None)[0]
+                flops[at] += node_flops(value.node)
             elif value.node.op == "get_attr":
                 name = str(value.node.target)
                 first[name] = min(at, first.get(name, at))

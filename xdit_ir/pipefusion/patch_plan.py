@@ -9,14 +9,15 @@ import torch
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.dataflow import OUTER, Nodes, reach
-from xdit_ir.ir.graphs import operands, results_of
+from xdit_ir.ir.dataflow import Nodes, reach
+from xdit_ir.ir.flops import is_counted, node_flops
+from xdit_ir.ir.graphs import OUTER, all_graphs, operands, results_of
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Partition
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call, is_weight
 from xdit_ir.rules.base import dividing_dims_of
-from xdit_ir.sharding.cost import is_counted, local_flops
+from xdit_ir.sharding.cost import local_flops
 
 aten = torch.ops.aten
 COVERAGE = 0.9
@@ -66,14 +67,6 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
     yield from node.users
     for cut in _cuts(node):
         yield from cut.users
-
-
-def graphs(program: Program) -> Iterator[tuple[str, fx.Graph, int]]:
-    """Every graph with its name and how often it runs."""
-    calls = [str(node.args[0]) for node in program.calls]
-    yield OUTER, program.graph, 1
-    for name, block in program.blocks.items():
-        yield name, block.graph, calls.count(name)
 
 
 def over_time(node: fx.Node, mesh: Mesh) -> bool:
@@ -183,7 +176,7 @@ def _work(program: Program, mesh: Mesh, dependent: Nodes) -> tuple[float, PatchP
     patches, space = mesh.size((TIME,)), mesh.world_size // mesh.size((TIME,))
     total = split = work = published = 0
     per_rank = [0] * mesh.world_size
-    for name, graph, count in graphs(program):
+    for name, graph, count in all_graphs(program):
         for node in graph.nodes:
             if over_time(node, mesh):
                 published += count * node.meta[SPEC].nbytes
@@ -209,10 +202,7 @@ def _work(program: Program, mesh: Mesh, dependent: Nodes) -> tuple[float, PatchP
 
 
 def _single(program: Program) -> int:
-    return sum(
-        count * sum(local_flops(node, None)[0] for node in graph.nodes if is_counted(node))
-        for _, graph, count in graphs(program)
-    )
+    return sum(count * sum(map(node_flops, graph.nodes)) for _, graph, count in all_graphs(program))
 
 
 def _tail(program: Program, mesh: Mesh) -> set[fx.Node]:
@@ -230,7 +220,7 @@ def _stale(program: Program, mesh: Mesh, dependent: Nodes) -> str:
     """Why the residual stream would be stale: an operator whose result has rows that other patches computed."""
     tail = _tail(program, mesh)
     seeds: Nodes = {}
-    for name, graph, _ in graphs(program):
+    for name, graph, _ in all_graphs(program):
         for node in graph.nodes:
             wide = over_time(node, mesh) and node.target not in (*ops.SUMS, ops.halo_exchange)
             wide = wide and not _held_first(operands(node)[0].meta[LAYOUT], mesh)

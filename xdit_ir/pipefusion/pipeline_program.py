@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import fx
 
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir.buffer_ops import Keep, Recall, Write
-from xdit_ir.ir.graphs import drop_unused_weights, fit_calls, operands, results_of
+from xdit_ir.ir.graphs import drop_unused_weights, fit_calls, operands, remove_dead, results_of
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import SPEC, Block, ComputeScope, Program, TensorSpec, is_block_call, scope_of
 from xdit_ir.pipefusion.stage_split import Stage, cut_stages
@@ -195,7 +195,7 @@ def _part(cut: Stage, program: Program, patch: int, patches: int) -> PatchStage:
     if patch == patches - 1:
         kept += values[len(passed) :]
     graph = _for_patch(program.graph, patch, patches, received=(*cut.receives, *cut.carried_in), outputs=kept)
-    _remove_dead(graph, {name for name, block in program.blocks.items() if _has_effects(block.graph)})
+    remove_dead(graph, partial(has_effect, program))
     used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
     blocks = {name: block for name, block in program.blocks.items() if name in used}
     fit_calls(graph, blocks)
@@ -232,18 +232,15 @@ def _for_patch(
             kept.meta = dict(node.meta)
             env[node] = kept
     if outputs is None:
-        _remove_dead(result, set())
+        remove_dead(result, _writes)
         drop_unused_weights(result)
     return result
 
 
-def _remove_dead(graph: fx.Graph, effects: set[str]) -> None:
-    for node in reversed(list(graph.nodes)):
-        if node.users or node.op not in ("call_function", "get_attr") or isinstance(node.target, (Write, Keep)):
-            continue
-        if not (is_block_call(node) and node.args[0] in effects):
-            graph.erase_node(node)
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, (Write, Keep))
 
 
-def _has_effects(graph: fx.Graph) -> bool:
-    return any(isinstance(node.target, (Write, Keep)) for node in graph.nodes)
+def has_effect(program: Program, node: fx.Node) -> bool:
+    """Whether a node writes to a buffer, itself or in the block that it calls."""
+    return _writes(node) or (is_block_call(node) and any(map(_writes, program.blocks[str(node.args[0])].graph.nodes)))

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from xdit_ir.ir.buffer_ops import Keep, Write
+from xdit_ir.ir.flops import is_counted
+from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import TIME
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, is_block_call, qualified
-from xdit_ir.pipefusion.patch_plan import graphs, over_time
+from xdit_ir.pipefusion.patch_plan import over_time
 from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
-from xdit_ir.sharding.cost import is_counted, local_flops, program_flops
+from xdit_ir.sharding.cost import local_flops, program_flops
 from xdit_ir.sharding.report import Collective, Report, find_fallbacks, read_at_calls, traffic
 
 Key = tuple[str, str]
@@ -57,7 +59,9 @@ def pipeline_report(original: Program, pipeline: Pipeline) -> Report:
 class _Tally:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
-        self.layouts = {name: {node.name: node for node in graph.nodes} for name, graph, _ in graphs(pipeline.program)}
+        self.layouts = {
+            name: {node.name: node for node in graph.nodes} for name, graph, _ in all_graphs(pipeline.program)
+        }
         self.costs: dict[tuple[str, str], list[int]] = {}
 
     def rank(self, rank: int) -> _RankCost:

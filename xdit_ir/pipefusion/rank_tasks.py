@@ -13,12 +13,12 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Read, Write
 from xdit_ir.ir.collective_ops import Communicate
-from xdit_ir.ir.graphs import copy_graph, map_graphs, operands, results_of
+from xdit_ir.ir.graphs import copy_graph, map_graphs, operands, remove_dead, results_of
 from xdit_ir.ir.partition import Indices, Runs
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.pipefusion.interleave_patches import interleave, of_patch
 from xdit_ir.pipefusion.patch_plan import latents, without
-from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
+from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline, has_effect
 
 Specs = tuple[TensorSpec, ...]
 Held = tuple[str, int]
@@ -244,10 +244,8 @@ def _returning(program: Program, results: Sequence[fx.Node]) -> Program:
     outputs = tuple(values[node.name] for node in results)
     [output] = (node for node in graph.nodes if node.op == "output")
     output.args = (outputs,)
-    for node in reversed(list(graph.nodes)):
-        unread = isinstance(node.target, Write) and operands(node)[0] in outputs
-        if not node.users and (isinstance(node.target, Read) or unread):
-            graph.erase_node(node)
+    unread = {node for node in graph.nodes if isinstance(node.target, Write) and operands(node)[0] in outputs}
+    remove_dead(graph, lambda node: has_effect(program, node) and node not in unread)
     return program.replace(graph=graph)
 
 

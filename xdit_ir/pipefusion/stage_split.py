@@ -10,11 +10,11 @@ from torch import fx
 
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir import ops
+from xdit_ir.ir.flops import is_counted
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import node_type
 from xdit_ir.ir.program import STAGE, Program, is_block_call, scope_of
-from xdit_ir.sharding.cost import is_counted
 
 Homes = dict[fx.Node, frozenset[int]]
 

@@ -3,90 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.flops import counts, flops_as, is_counted, node_flops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout, in_mesh_order, key_gather_dims, plan, scatter_plan
-from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
 
-aten = torch.ops.aten
-Shape = tuple[int, ...]
-Formula = Callable[[fx.Node, Sequence[Shape], Shape], int]
 Placed = tuple[TensorSpec, Layout]
-
-
-def _product(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
-    """Matrix products of two operands, the contracted size being the last of the first."""
-    return 2 * math.prod(out) * shapes[0][-1]
-
-
-def _linear(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
-    return 2 * math.prod(shapes[0]) * out[-1]
-
-
-def _added(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
-    return 2 * math.prod(out) * shapes[1][-1]
-
-
-def _conv(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
-    return 2 * math.prod(out) * math.prod(shapes[1][1:])
-
-
-def _attention(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
-    q, k = shapes[0], shapes[1]
-    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + out[-1])
-
-
-def _einsum(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
-    terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
-    sizes = {c: size for term, shape in zip(terms, shapes, strict=False) for c, size in zip(term, shape, strict=False)}
-    return 2 * math.prod(sizes.values()) if len(terms) > 1 else 0
-
-
-FORMULAS: dict[Any, Formula] = {
-    aten.linear: _linear,
-    aten.matmul: _product,
-    aten.mm: _product,
-    aten.bmm: _product,
-    aten.mv: _product,
-    aten.addmm: _added,
-    aten.baddbmm: _added,
-    aten.conv1d: _conv,
-    aten.conv2d: _conv,
-    aten.conv3d: _conv,
-    aten.convolution: _conv,
-    aten.einsum: _einsum,
-    ops.attention: _attention,
-    ops.ring_attention: _attention,
-    aten.scaled_dot_product_attention: _attention,
-}
-
-
-def node_flops(node: fx.Node, target: Any, shapes: Sequence[Shape], out: Shape) -> int:
-    """Multiplications and additions of a node, if its operator were `target`, for these operand and result shapes."""
-    if isinstance(target, Leaf):
-        return target.flops * math.prod(out) // max(math.prod(target.outputs[0].shape), 1)
-    formula = FORMULAS.get(getattr(target, "overloadpacket", target))
-    return 0 if formula is None else formula(node, shapes, out)
-
-
-def _is_counted(target: Any) -> bool:
-    if isinstance(target, Leaf):
-        return target.single
-    return getattr(target, "overloadpacket", target) in FORMULAS
-
-
-def is_counted(node: fx.Node) -> bool:
-    """Whether a node's FLOPs are counted."""
-    return node.op == "call_function" and _is_counted(node.target)
 
 
 def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Placed, mesh: Mesh) -> list[int]:
@@ -94,14 +24,14 @@ def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Place
 
     An attention meets all keys, whoever has them before it is lowered.
     """
-    if not _is_counted(target):
+    if not counts(target):
         return []
     total = []
     for rank in range(mesh.world_size):
         shapes = [layout.local_shape(spec.shape, rank) for spec, layout in sources]
         if target in ops.ATTENTIONS:
             shapes[1] = sources[1][0].shape
-        total.append(node_flops(node, target, shapes, out[1].local_shape(out[0].shape, rank)))
+        total.append(flops_as(node, target, shapes, out[1].local_shape(out[0].shape, rank)))
     return total
 
 
@@ -109,20 +39,19 @@ def graph_flops(graph: fx.Graph, mesh: Mesh | None) -> list[int]:
     """FLOPs per rank of a graph with layouts, block calls aside; without a mesh: of one device, as a single entry."""
     total = [0] * (mesh.world_size if mesh else 1)
     for node in graph.nodes:
-        if node.op == "call_function" and _is_counted(node.target):
+        if is_counted(node):
             total = [a + b for a, b in zip(total, local_flops(node, mesh), strict=True)]
     return total
 
 
 def local_flops(node: fx.Node, mesh: Mesh | None) -> list[int]:
     """FLOPs per rank of one node that is no block call."""
-    if node.op != "call_function" or not _is_counted(node.target):
-        return [0] * (mesh.world_size if mesh else 1)
-    sources, out = operands(node), node.meta[SPEC]
     if mesh is None:
-        return [node_flops(node, node.target, [source.meta[SPEC].shape for source in sources], out.shape)]
-    placed = [(source.meta[SPEC], source.meta[LAYOUT]) for source in sources]
-    return step_flops(node, node.target, placed, (out, node.meta[LAYOUT]), mesh)
+        return [node_flops(node)]
+    if not is_counted(node):
+        return [0] * mesh.world_size
+    placed = [(source.meta[SPEC], source.meta[LAYOUT]) for source in operands(node)]
+    return step_flops(node, node.target, placed, (node.meta[SPEC], node.meta[LAYOUT]), mesh)
 
 
 def program_flops(program: Program, mesh: Mesh | None) -> list[int]:

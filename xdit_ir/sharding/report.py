@@ -12,11 +12,11 @@ from rich.table import Table
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.graphs import all_graphs, operands
 from xdit_ir.ir.layout import in_mesh_order, kind
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.printer import target_name
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call, where_of
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, where_of
 from xdit_ir.rules.base import dividing_dims_of
 from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, ring_dims
 from xdit_ir.sharding.propagate import FALLBACK
@@ -129,18 +129,10 @@ def _weight_bytes(program: Program, mesh: Mesh) -> list[int]:
     return [sum(size * n.meta[SPEC].dtype.itemsize for size, n in zip(one, held, strict=True)) for one in sizes]
 
 
-def _graphs(program: Program) -> Iterator[tuple[str, fx.Graph, int]]:
-    """Every graph with its name and how often it runs in a forward."""
-    calls = [str(node.args[0]) for node in program.graph.nodes if is_block_call(node)]
-    yield "", program.graph, 1
-    for name, block in program.blocks.items():
-        yield name, block.graph, calls.count(name)
-
-
 def _collectives(program: Program, mesh: Mesh) -> list[Collective]:
     counts: dict[tuple[str, str], int] = {}
     sent: dict[tuple[str, str], list[int]] = {}
-    for _, graph, times in _graphs(program):
+    for _, graph, times in all_graphs(program):
         for node in graph.nodes:
             found = traffic(node, mesh)
             if found is None:
@@ -178,10 +170,10 @@ def find_gathers(program: Program) -> Iterator[str]:
 
 def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
     """Operators for which something had to be gathered; or all of them, where nothing is divided."""
-    nodes = (node for _, graph, _ in _graphs(program) for node in graph.nodes)
+    nodes = (node for _, graph, _ in all_graphs(program) for node in graph.nodes)
     if mesh.size(SEQUENCE) > 1 and not any(dividing_dims_of(node, mesh) & {*SEQUENCE} for node in nodes):
         yield Fallback("forward", "the whole model", UNDIVIDED, 0)
-    for name, graph, times in _graphs(program):
+    for name, graph, times in all_graphs(program):
         for node in graph.nodes:
             reason = node.meta.get(FALLBACK, "")
             gathered = [s for s in operands(node) if s.target is ops.gather] if node.op == "call_function" else []
