@@ -103,6 +103,11 @@ class Rule:
     forward: Forward
     demand: Demand = no_demand
 
+    @staticmethod
+    def by(pick: Callable[[OpCall], Rule]) -> Rule:
+        """For each call the rule that `pick` gives for it."""
+        return Rule(lambda call: pick(call).forward(call), lambda call, wanted: pick(call).demand(call, wanted))
+
 
 def gather_all(call: OpCall, reason: str) -> OpSharding:
     """The rule of last resort: operands whole, results whole."""

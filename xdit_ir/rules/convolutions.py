@@ -181,16 +181,9 @@ def _transposed(call: OpCall) -> Labels:
 CONV, TRANSPOSED = verified(Rule(_conv, _conv_demand)), labelled(_transposed)
 
 
-def _either(call: OpCall) -> Rule:
-    return TRANSPOSED if call.arguments.get("transposed") else CONV
-
-
 RULES = {
     **rules_of(
-        Rule(
-            lambda call: _either(call).forward(call),
-            lambda call, wanted: _either(call).demand(call, wanted),
-        ),
+        Rule.by(lambda call: TRANSPOSED if call.arguments.get("transposed") else CONV),
         aten.conv1d,
         aten.conv2d,
         aten.conv3d,

@@ -67,22 +67,6 @@ MEAN = labelled(_reduce, _share_of_mean, sums=True)
 REDUCE = labelled(_reduce)
 
 
-def _by_form(with_dtype: Rule, without: Rule) -> Rule:
-    """Another rule where the result is of another dtype than the operand."""
-
-    def pick(call: OpCall) -> Rule:
-        return without if call.out.dtype == call.specs[0].dtype else with_dtype
-
-    return Rule(lambda call: pick(call).forward(call), lambda call, wanted: pick(call).demand(call, wanted))
-
-
-def _extremum(call: OpCall) -> Rule:
-    return POINTWISE if "other" in call.arguments else REDUCE
-
-
-EXTREMUM = Rule(lambda call: _extremum(call).forward(call), lambda call, wanted: _extremum(call).demand(call, wanted))
-
-
 def _cosine(call: OpCall) -> Labels:
     ndim = max(len(spec.shape) for spec in call.specs)
     dim = call.arguments["dim"] % ndim
@@ -100,8 +84,8 @@ def _triangle(call: OpCall) -> Labels:
 
 RULES = {
     **rules_of(SUM, aten.sum, aten.nansum, aten.count_nonzero),
-    **rules_of(_by_form(REDUCE, MEAN), aten.mean),
-    **rules_of(EXTREMUM, aten.max, aten.min),
+    **rules_of(Rule.by(lambda call: MEAN if call.out.dtype == call.specs[0].dtype else REDUCE), aten.mean),
+    **rules_of(Rule.by(lambda call: POINTWISE if "other" in call.arguments else REDUCE), aten.max, aten.min),
     **rules_of(
         REDUCE,
         aten.amax,

@@ -79,7 +79,7 @@ def _by_tensor(call: OpCall) -> Labels | str:
 INTERLEAVE, BY_TENSOR = verified(Rule(_interleave, _interleave_demand)), labelled(_by_tensor)
 
 
-def _either(call: OpCall) -> Rule:
+def _interleaved(call: OpCall) -> Rule:
     return BY_TENSOR if _repeated(call) is None or 0 in call.out.shape else INTERLEAVE
 
 
@@ -188,13 +188,7 @@ def _rot90(call: OpCall) -> Labels:
 RULES = {
     **rules_of(labelled(_expand, _local_size), aten.expand),
     **rules_of(verified(Rule(_repeat, _repeat_demand)), aten.repeat, aten.tile),
-    **rules_of(
-        Rule(
-            lambda call: _either(call).forward(call),
-            lambda call, wanted: _either(call).demand(call, wanted),
-        ),
-        aten.repeat_interleave,
-    ),
+    **rules_of(Rule.by(_interleaved), aten.repeat_interleave),
     **rules_of(verified(Rule(_flip, _flip_demand)), aten.flip, aten.fliplr, aten.flipud),
     **rules_of(verified(Rule(_roll, _roll_demand)), aten.roll),
     **rules_of(labelled(_rot90), aten.rot90),

@@ -154,10 +154,6 @@ def _dtype(call: OpCall) -> Labels:
 VIEW, DTYPE = verified(Rule(_view, _view_demand)), labelled(_dtype)
 
 
-def _either(call: OpCall) -> Rule:
-    return DTYPE if "dtype" in call.arguments else VIEW
-
-
 def _permutation(call: OpCall) -> Labels:
     """The labels of the operand in the order of the result."""
     ndim = len(call.specs[0].shape)
@@ -210,10 +206,7 @@ def _strided(call: OpCall) -> OpSharding:
 
 RULES = {
     **rules_of(
-        Rule(
-            lambda call: _either(call).forward(call),
-            lambda call, wanted: _either(call).demand(call, wanted),
-        ),
+        Rule.by(lambda call: DTYPE if "dtype" in call.arguments else VIEW),
         aten.view,
         aten._unsafe_view,
         aten.reshape,
