@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -20,36 +23,44 @@ def _embedding(call: OpCall) -> Labels:
 
 
 def indexed(call: OpCall) -> Labels | str:
-    """`x[:, i, j]`: the other dims keep their labels; index tensors broadcast to dims of their own.
-
-    These stand where the indexed dims were if those are adjacent, else in front. Boolean masks must be whole.
-    """
-    shape, given = call.specs[0].shape, call.arguments["indices"]
+    """`x[:, i, j]`: the other dims keep their labels; index tensors broadcast to dims of their own, and are free if
+    there is no boolean mask among them."""
+    given = call.arguments["indices"]
     count = sum(isinstance(index, fx.Node) for index in given)
     specs = call.specs[1 : 1 + count]
     masks = [spec.dtype in (torch.bool, torch.uint8) for spec in specs]
-    taken: list[list[int]] = []
-    dim = 0
-    kinds = iter(zip(specs, masks, strict=True))
-    for index in given:
-        spec, mask = next(kinds) if isinstance(index, fx.Node) else (None, False)
-        width = len(spec.shape) if spec is not None and mask else 1
-        if spec is not None:
-            taken.append(list(range(dim, dim + width)))
-        dim += width
-    flat = [d for dims in taken for d in dims]
-    if not flat:
+    widths = iter([len(spec.shape) if mask else 1 for spec, mask in zip(specs, masks, strict=True)])
+    taken = _taken([next(widths) if isinstance(index, fx.Node) else None for index in given])
+    if not taken:
         return "indexed by nothing"
     ndim = max(1 if mask else len(spec.shape) for spec, mask in zip(specs, masks, strict=True))
     free = not any(masks)
     fresh: Names = tuple(("index", d) if free else None for d in range(ndim))
-    own = plain(call.specs[0], flat)
-    at = flat[0] if flat == list(range(flat[0], flat[-1] + 1)) else 0
-    rest = [d for d in range(len(shape)) if d not in flat]
-    result = (*(own[d] for d in rest if d < at), *fresh, *(own[d] for d in rest if d >= at))
+    own = plain(call.specs[0], taken)
     names = [fresh[ndim - len(s.shape) :] if free else (None,) * len(s.shape) for s in specs]
     others = [(None,) * len(spec.shape) for spec in call.specs[1 + count :]]
-    return Labels((own, *names, *others), (result,))
+    return Labels((own, *names, *others), (_replaced(own, taken, fresh),))
+
+
+def _taken(widths: Sequence[int | None]) -> list[int]:
+    """The dims that are indexed, by how many each entry of an index takes (None: a slice, which takes none).
+
+    >>> _taken([None, 1, 2])  # x[:, i, mask] with a mask of two dims
+    [1, 2, 3]
+    """
+    starts = itertools.accumulate((1 if width is None else width for width in widths), initial=0)
+    return [start + d for start, width in zip(starts, widths, strict=False) for d in range(width or 0)]
+
+
+def _replaced(own: Names, taken: Sequence[int], fresh: Names) -> Names:
+    """Labels of a result: `fresh` ones stand where the dims `taken` were if those are adjacent, else in front.
+
+    >>> _replaced(("a", None, None, "d"), [1, 2], ("i",)), _replaced((None, "b", None, "d"), [0, 2], ("i",))
+    (('a', 'i', 'd'), ('i', 'b', 'd'))
+    """
+    at = taken[0] if len(taken) == taken[-1] + 1 - taken[0] else 0
+    rest = [(d, name) for d, name in enumerate(own) if d not in taken]
+    return (*(name for d, name in rest if d < at), *fresh, *(name for d, name in rest if d >= at))
 
 
 def _index_select(call: OpCall) -> Labels:

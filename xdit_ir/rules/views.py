@@ -18,7 +18,11 @@ Dims = tuple[Partition | None, ...]
 
 
 def groups(ins: tuple[int, ...], outs: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Match dimensions of equal product: minimal groups of consecutive input dims and output dims."""
+    """Match dimensions of equal product: minimal groups of consecutive input dims and output dims.
+
+    >>> groups((2, 16, 64), (2, 4, 4, 64))  # tokens as rows and columns
+    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
     groups = []
     i = j = 0
     while i < len(ins) and j < len(outs):
@@ -42,7 +46,12 @@ def groups(ins: tuple[int, ...], outs: tuple[int, ...]) -> list[tuple[list[int],
 
 @lru_cache(maxsize=4096)
 def _flatten(sizes: tuple[int, ...], dims: Dims) -> tuple[Indices, ...]:
-    """Row-major flat indices that each rank holds of a product of dims, at least one of them divided."""
+    """Row-major flat indices that each rank holds of a product of dims, at least one of them divided.
+
+    >>> halves = Partition(4, (Indices.range(0, 2), Indices.range(2, 4)))
+    >>> [part.runs for part in _flatten((3, 4), (None, halves))]  # two ranks have half of each of three rows
+    [((0, 2), (4, 2), (8, 2)), ((2, 2), (6, 2), (10, 2))]
+    """
     world = next(len(dim.parts) for dim in dims if dim is not None)
     done: dict[tuple[Indices, ...], Indices] = {}
     result = []
@@ -60,6 +69,12 @@ def _flatten(sizes: tuple[int, ...], dims: Dims) -> tuple[Indices, ...]:
 
 
 def _factors(flat: Indices, sizes: tuple[int, ...]) -> list[Indices] | None:
+    """The index sets, one per dim, of which flat indices are the row-major product; None if they are no product.
+
+    >>> [one.runs for one in _factors(Indices(((4, 8),)), (3, 4)) or ()]  # the last two of three rows
+    [((1, 2),), ((0, 4),)]
+    >>> _factors(Indices(((2, 4),)), (3, 4))  # half a row and half of the next
+    """
     found: list[Indices] = []
     for size in reversed(sizes[1:]):
         pair = flat.factor(size)
@@ -89,7 +104,16 @@ def _unflatten(parts: tuple[Indices, ...], sizes: tuple[int, ...]) -> Dims | Non
 
 @lru_cache(maxsize=8192)
 def regroup(mesh: Mesh, ins: tuple[int, ...], outs: tuple[int, ...], dims: Dims) -> tuple[Dims, Dims]:
-    """Dims of a view from shape `ins` to `outs`: the input's (undivided where no product fits) and the output's."""
+    """Dims of a view from shape `ins` to `outs`: the input's (undivided where no product fits) and the output's.
+
+    >>> mesh = Mesh.of(ulysses=2)
+    >>> tokens = mesh.divide(12, ("ulysses",))
+    >>> needs, gives = regroup(mesh, (12, 64), (4, 3, 64), (tokens, None))
+    >>> needs == (tokens, None), [dim and dim.sizes for dim in gives]  # each rank has two of four rows
+    (True, [(2, 2), None, None])
+    >>> regroup(mesh, (12, 64), (3, 4, 64), (tokens, None))  # half of three rows is no product
+    ((None, None), (None, None, None))
+    """
     needs: list[Partition | None] = list(dims)
     gives: list[Partition | None] = [None] * len(outs)
     if 0 in ins:

@@ -1,0 +1,63 @@
+"""Windows along a dim, against what each result reads; and the examples that the rules' docstrings give."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xdit_ir.ir.partition import Indices
+from xdit_ir.rules import intervals, lookups, views
+from xdit_ir.rules.intervals import Window
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> Window:
+    """Convolutions and poolings, and resizing to the nearest."""
+    size = draw(st.integers(1, 12))
+    if draw(st.booleans()):
+        out = draw(st.integers(1, 24))
+        return Window(size, out, stride=size, per=out)
+    stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    reach = draw(st.integers(1, min(5, size + 2 * padding)))
+    return Window(size, (size + 2 * padding - reach) // stride + 1, stride, padding, reach)
+
+
+def read(window: Window, result: int) -> set[int]:
+    """The elements of the operand that a result reads."""
+    return set(range(window.start(result), window.stop(result))) & set(range(window.size))
+
+
+@given(windows(), st.data())
+def test_what_is_needed_is_all_that_is_read(window: Window, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, window.out - 1))
+    stop = data.draw(st.integers(first + 1, window.out))
+    needed = window.needed(Indices.range(first, stop))
+    assert set(needed.array.tolist()) >= set().union(*(read(window, result) for result in range(first, stop)))
+
+
+@given(windows(), st.data())
+def test_what_is_made_reads_nothing_else(window: Window, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, window.size - 1))
+    held = Indices.range(first, data.draw(st.integers(first + 1, window.size)))
+    mine = set(held.array.tolist())
+    made = set(window.makes(held).array.tolist())
+    assert all(read(window, result) <= mine for result in made)
+    inside = (r for r in range(window.out) if window.start(r) >= first and window.stop(r) <= first + held.size)
+    assert made >= set(inside)
+
+
+@given(windows(), st.lists(st.integers(0, 12), max_size=3))
+def test_every_result_has_its_centre_on_one_rank(window: Window, cuts: list[int]) -> None:
+    edges = sorted({0, window.size, *(cut for cut in cuts if cut < window.size)})
+    parts = [window.centred(Indices.range(a, b)) for a, b in itertools.pairwise(edges)]
+    assert [result for part in parts for result in part.array.tolist()] == list(range(window.out))
+
+
+@pytest.mark.parametrize("module", [intervals, lookups, views])
+def test_examples_in_docstrings(module: object) -> None:
+    outcome = doctest.testmod(module)  # type: ignore[arg-type]
+    assert outcome.attempted and not outcome.failed
