@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +12,14 @@ from torch import fx, nn
 from xdit_ir.api import Example, ParallelProgram, split_example
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_inputs
+from xdit_ir.checking.comparison import Comparison, Key, Values, call_names
 from xdit_ir.errors import ExecutionError
-from xdit_ir.ir.dataflow import Expanded, ProgramValue
-from xdit_ir.ir.difference import Difference, ranges, relative, shard_of
+from xdit_ir.ir.dataflow import ProgramValue
+from xdit_ir.ir.difference import Difference, ranges
 from xdit_ir.ir.graphs import OUTER, results_of
 from xdit_ir.ir.interpret import Interpreter, State, model_state
-from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call, where_of
-
-UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided")
-# A node where it runs: the block call (the prefix of its parameters; empty: outer graph), and its name.
-Key = tuple[str, str]
-Values = dict[Key, Any]
+from xdit_ir.ir.program import Program, call_parts, is_block_call, where_of
 
 
 @dataclass(frozen=True)
@@ -86,14 +80,14 @@ def first_divergence(
         if found is not None:
             return found
         traced = values
-    comparison = _Comparison(parallel.ir, tolerance, traced)
+    comparison = Comparison(parallel.ir, tolerance, traced)
     try:
         with torch.no_grad():
             parallel.simulate_steps(model, [copied(one) for one in examples], comparison.compare)
     except ExecutionError as error:
         place = comparison.key(error.site, error.node)
-        return comparison.cause(place) or _failed(comparison, error, place)
-    return comparison.cause()
+        return _cause(comparison, place) or _failed(comparison, error, place)
+    return _cause(comparison)
 
 
 def program_values(program: Program, state: State, inputs: Sequence[torch.Tensor]) -> Values:
@@ -111,168 +105,71 @@ def program_values(program: Program, state: State, inputs: Sequence[torch.Tensor
 
 def _rewritten(program: Program, before: Values, after: Values, tolerance: float, reason: str) -> Divergence | None:
     """The first value of a rewritten program that differs, on one device, from the one of the same name."""
-    comparison = _Comparison(program, tolerance, before, reason)
+    comparison = Comparison(program, tolerance, before)
     for key, value in after.items():
         comparison.compare_at(None, key, value)
-    return comparison.cause()
+    return _cause(comparison, reason=reason)
 
 
-def _failed(comparison: _Comparison, error: ExecutionError, place: Key) -> Divergence:
+def _failed(comparison: Comparison, error: ExecutionError, place: Key) -> Divergence:
     """A node that could not be run although what it was given is right."""
     node = comparison.nodes.get(place)
     source = "" if node is None else source_of(place[0], node)
     return Divergence(*place, source, error.rank, float("inf"), problem=f"cannot be run: {error.reason}")
 
 
-@dataclass
-class _Wrong:
-    """A value that differs: on which ranks, and what the first of them has instead of what."""
+def _cause(found: Comparison, end: Key | None = None, *, reason: str = "") -> Divergence | None:
+    """The first wrong value from which, by wrong values only, what is wrong in the end follows.
 
-    ranks: list[int | None]
-    error: float
-    got: torch.Tensor
-    whole: torch.Tensor
-    layout: Layout
-
-    @property
-    def difference(self) -> Difference:
-        rank = self.ranks[0] or 0
-        return Difference.of(self.got, shard_of(self.whole, self.layout, rank), self.layout, rank)
-
-
-@dataclass
-class _Comparison:
-    """Compares values, as they appear, with the expected ones of the same nodes.
-
-    What is wrong is kept, not only the first: a value counts as the cause only if what is wrong in the end follows
-    from it.
+    `end` is a node that failed; without one the outputs are meant. `reason` is said of what is wrong on one device.
     """
+    outputs = ((OUTER, value.name) for value in results_of(found.program.graph))
+    reached: set[Key] = set()
+    todo = list(outputs) if end is None else _sources(found, end)
+    while todo:
+        key = todo.pop()
+        if key in reached or (key in found.seen and key not in found.wrong):
+            continue
+        reached.add(key)
+        todo += _sources(found, key)
+    first = next((key for key in _order(found) if key in reached and key in found.wrong), None)
+    return None if first is None else _describe(found, first, reason)
 
-    program: Program
-    tolerance: float
-    expected: Values
-    reason: str = ""
-    wrong: dict[Key, _Wrong] = field(default_factory=dict)
-    seen: set[Key] = field(default_factory=set)
-    sums: dict[tuple[Key, int, tuple[int, ...]], list[torch.Tensor]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.names = call_names(self.program)
-        self.calls = {self.names[call.name]: call for call in self.program.calls}
-        self.expanded = Expanded(self.program)
-        self.nodes: dict[Key, fx.Node] = {}
-        for prefix, graph in self._graphs():
-            self.nodes |= {(prefix, node.name): node for node in graph.nodes}
+def _order(found: Comparison) -> Iterator[Key]:
+    """Nodes in the order in which they run."""
+    for node in found.program.graph.nodes:
+        if is_block_call(node):
+            body = found.program.blocks[call_parts(node)[0]].graph
+            yield from ((found.names[node.name], inner.name) for inner in body.nodes)
+        yield OUTER, node.name
 
-    def _graphs(self) -> Iterator[tuple[str, fx.Graph]]:
-        """In order of execution, but for the outer graph, of which parts run before."""
-        yield OUTER, self.program.graph
-        for prefix, call in self.calls.items():
-            yield prefix, self.program.blocks[str(call.args[0])].graph
 
-    def key(self, site: str, name: str) -> Key:
-        """Where a node of a rank's program is in this one."""
-        return self.names.get(site, site), name
+def _sources(found: Comparison, key: Key) -> list[Key]:
+    """What a value is computed from, into and out of blocks."""
+    node = found.nodes.get(key)
+    if node is None:
+        return []
+    value = ProgramValue(found.calls.get(key[0]), node)
+    same = found.expanded.resolved(value)
+    sources = found.expanded.sources(value) if same == value else [same]
+    return [(OUTER if one.call is None else found.names[one.call.name], one.node.name) for one in sources]
 
-    def compare(self, rank: int, site: str, node: fx.Node, value: Any) -> None:
-        """Compare a rank's value with the part that it should hold; of all ranks together, if a sum is pending."""
-        self.compare_at(rank, self.key(site, node.name), value)
 
-    def compare_at(self, rank: int | None, key: Key, value: Any) -> None:
-        """Compare a value of one device (no rank), or of a rank."""
-        here = self.nodes.get(key)
-        if here is None or here.op != "call_function" or is_block_call(here) or _is_uninitialised(here):
-            return
-        if key not in self.expected:
-            return
-        for got, whole, spec, layout in _parts(value, self.expected[key], here):
-            if whole.shape != spec.shape:
-                return  # another value of the same name
-            if rank is None:
-                self._judge(key, rank, got, whole, Layout.whole(whole.dim()))
-            elif layout.partial:
-                self._add_up(key, rank, got, whole, layout)
-            else:
-                self._judge(key, rank, got, whole, layout)
-
-    def _judge(self, key: Key, rank: int | None, got: torch.Tensor, whole: torch.Tensor, layout: Layout) -> None:
-        self.seen.add(key)
-        error = relative(got, shard_of(whole, layout, rank or 0))
-        if error <= self.tolerance:
-            return
-        if key in self.wrong:
-            self.wrong[key].ranks.append(rank)
-        else:
-            self.wrong[key] = _Wrong([rank], error, got, whole, layout)
-
-    def _add_up(self, key: Key, rank: int, got: torch.Tensor, whole: torch.Tensor, layout: Layout) -> None:
-        """Collect the summands of a pending sum until its group is complete."""
-        mesh = self._mesh()
-        group = mesh.group(rank, layout.partial)
-        summands = self.sums.setdefault((key, id(whole), group), [])
-        summands.append(got)
-        if len(summands) == len(group):
-            del self.sums[key, id(whole), group]
-            same = all(summand.shape == got.shape for summand in summands)
-            total = torch.stack(summands).sum(0) if same else got
-            self._judge(key, rank, total, whole, layout)
-
-    def _mesh(self) -> Mesh:
-        assert self.program.mesh is not None
-        return self.program.mesh
-
-    def cause(self, end: Key | None = None) -> Divergence | None:
-        """The first wrong value from which, by wrong values only, what is wrong in the end follows.
-
-        `end` is a node that failed; without one the outputs are meant.
-        """
-        ends = [end] if end is not None else self._outputs()
-        reached: set[Key] = set()
-        todo = [key for start in ends for key in self._sources(start)] if end is not None else ends
-        while todo:
-            key = todo.pop()
-            if key in reached or (key in self.seen and key not in self.wrong):
-                continue
-            reached.add(key)
-            todo += self._sources(key)
-        first = next((key for key in self._order() if key in reached and key in self.wrong), None)
-        return None if first is None else self._describe(first)
-
-    def _outputs(self) -> list[Key]:
-        return [(OUTER, value.name) for value in results_of(self.program.graph)]
-
-    def _order(self) -> Iterator[Key]:
-        """Nodes in the order in which they run."""
-        for node in self.program.graph.nodes:
-            if is_block_call(node):
-                body = self.program.blocks[call_parts(node)[0]].graph
-                yield from ((self.names[node.name], inner.name) for inner in body.nodes)
-            yield OUTER, node.name
-
-    def _sources(self, key: Key) -> list[Key]:
-        """What a value is computed from, into and out of blocks."""
-        node = self.nodes.get(key)
-        if node is None:
-            return []
-        value = ProgramValue(self.calls.get(key[0]), node)
-        same = self.expanded.resolved(value)
-        sources = self.expanded.sources(value) if same == value else [same]
-        return [(OUTER if one.call is None else self.names[one.call.name], one.node.name) for one in sources]
-
-    def _describe(self, key: Key) -> Divergence:
-        prefix, name = key
-        wrong, node = self.wrong[key], self.nodes[key]
-        who = self.reason if wrong.ranks[0] is None else _who([r for r in wrong.ranks if r is not None], self._mesh())
-        what = f"{name} ({getattr(node.target, '__name__', node.target)})"
-        return Divergence(
-            prefix,
-            name,
-            source_of(prefix, node),
-            wrong.ranks[0],
-            wrong.error,
-            wrong.difference,
-            f"{what}: {who}",
-        )
+def _describe(found: Comparison, key: Key, reason: str) -> Divergence:
+    prefix, name = key
+    wrong, node = found.wrong[key], found.nodes[key]
+    who = reason if wrong.ranks[0] is None else _who([r for r in wrong.ranks if r is not None], found.mesh)
+    what = f"{name} ({getattr(node.target, '__name__', node.target)})"
+    return Divergence(
+        prefix,
+        name,
+        source_of(prefix, node),
+        wrong.ranks[0],
+        wrong.error,
+        wrong.difference,
+        f"{what}: {who}",
+    )
 
 
 def _who(ranks: list[int], mesh: Mesh) -> str:
@@ -285,34 +182,8 @@ def _who(ranks: list[int], mesh: Mesh) -> str:
     return f"wrong on rank {ranges(wrong)} of 0-{mesh.world_size - 1} (mesh {sizes}{time})"
 
 
-def call_names(program: Program) -> dict[str, str]:
-    """Block calls by the prefix of their parameters, counted where several have the same; `""` is the outer graph."""
-    names, times = {OUTER: OUTER}, Counter[str]()
-    for call in program.calls:
-        prefix = call_parts(call)[1]
-        times[prefix] += 1
-        names[call.name] = prefix if times[prefix] == 1 else f"{prefix} (call {times[prefix]})"
-    return names
-
-
-def _is_uninitialised(node: fx.Node) -> bool:
-    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in UNINITIALISED
-
-
 def source_of(prefix: str, node: fx.Node) -> str:
     """The model's source line and the module of a node."""
     where = where_of(node)
     module = where.below(prefix)
     return f"{where.source} (module {module})" if module else where.source
-
-
-def _parts(value: Any, whole: Any, node: fx.Node) -> Iterator[tuple[torch.Tensor, torch.Tensor, TensorSpec, Layout]]:
-    """The tensors of a value with the expected ones, their types and layouts."""
-    spec, layout = node.meta[SPEC], node.meta.get(LAYOUT)
-    if isinstance(spec, TensorSpec):
-        if isinstance(whole, torch.Tensor):
-            yield value, whole, spec, layout or Layout.whole(len(spec.shape))
-        return
-    layouts = layout or tuple(Layout.whole(len(one.shape)) for one in spec)
-    if isinstance(whole, (tuple, list)) and len(whole) == len(spec):
-        yield from zip(value, whole, spec, layouts, strict=True)

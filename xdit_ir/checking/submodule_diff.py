@@ -13,7 +13,8 @@ from torch import nn
 from xdit_ir.api import Example, ParallelProgram, split_example
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_inputs
-from xdit_ir.checking.divergence import Divergence, call_names, program_values
+from xdit_ir.checking.comparison import call_names
+from xdit_ir.checking.divergence import Divergence, program_values
 from xdit_ir.ir.difference import Difference, relative, tensors_of
 from xdit_ir.ir.interpret import model_state
 from xdit_ir.ir.layout import Layout
