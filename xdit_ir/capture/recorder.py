@@ -1,8 +1,7 @@
-"""The graphs under construction: fake tensors, the nodes that hold their contents, state and constants."""
+"""The state of a trace: fake tensors, the nodes that hold their contents, weights and constants."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,40 +10,36 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from xdit_ir.capture.operators import IDENTITY, aten
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
     KNOWN_NUMEL,
     NO_ROOTS,
-    Frame,
-    Opaque,
     Origin,
     Roots,
     Storage,
     TracedValue,
     Unshareable,
-    View,
     contents,
     map_tensors,
     spec_of,
 )
+from xdit_ir.capture.writer import GraphWriter
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import CONSTANT, SPEC, WHERE, Predicate, Where, qualified
+from xdit_ir.ir.program import CONSTANT, SPEC, Predicate, Where
 
 
-class Recorder:
-    """State of one trace: the frame that is being written, and the `TracedValue` of every fake tensor.
+class Recorder(GraphWriter):
+    """Writes the graphs of one trace, and knows the `TracedValue` of every fake tensor.
 
     Fake tensors pretend to be on `device`. In place of the meta device that is the CPU: there, what the model's
     code makes without naming a device, autocast and literals are as they will be when the program runs.
     """
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.hollow = device.type == "meta"
         self.device = torch.device("cpu") if self.hollow else device
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.frame = Frame("")
-        self.path = [""]
         self.active = True
         self.constants: dict[str, torch.Tensor] = {}
         self.placed: dict[str, torch.device] = {}
@@ -55,14 +50,6 @@ class Recorder:
         self._values: dict[int, TracedValue] = {}
         self._state_names: dict[int, list[str]] = {}
         self.state_of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
-
-    def where(self) -> Where:
-        """The place in the model that is running."""
-        return Where(self.path[-1], source_line())
-
-    def opaque(self, text: str) -> Opaque:
-        """An error that blames the module that is running."""
-        return Opaque(text, qualified(self.frame.prefix, self.path[-1]).rstrip("."))
 
     @contextmanager
     def recording(self, active: bool) -> Iterator[None]:
@@ -172,24 +159,9 @@ class Recorder:
         """All that a result of these tensors depends on."""
         return NO_ROOTS.union(*(self.value(tensor).roots for tensor in tensors))
 
-    def emit(self, op: str, target: Any, args: Any, kwargs: Any, spec: Any, where: Where, name: str = "") -> fx.Node:
-        """Append a node with its metadata to the current graph."""
-        node = self.frame.graph.create_node(op, target, args, kwargs, name or None)
-        node.meta.clear()
-        node.meta[SPEC] = spec
-        node.meta[WHERE] = where
-        return node
-
     def call(self, func: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
         """Append an operator call whose arguments are fake tensors, nodes and literals."""
-        kwargs = {key: item for key, item in kwargs.items() if not (key == "pin_memory" and not item)}
-        args, kwargs = map_tensors(args, self.node), map_tensors(kwargs, self.node)
-        name = func._schema.name.rpartition("::")[2].strip("_")
-        return self.emit("call_function", func, args, kwargs, spec, self.where(), name)
-
-    def item(self, node: fx.Node, index: int, spec: Any) -> fx.Node:
-        """Append the selection of one result of a node."""
-        return self.emit("call_function", operator.getitem, (node, index), {}, spec, self.where())
+        return super().call(func, map_tensors(args, self.node), map_tensors(kwargs, self.node), spec)
 
     def node(self, tensor: torch.Tensor) -> fx.Node:
         """The node that holds a tensor's contents now, in the current frame."""
@@ -213,28 +185,3 @@ class Recorder:
             spec = spec_of(value.fake)
             self.frame.state[name] = self.emit("get_attr", name, (), {}, spec, self.where(), name.replace(".", "_"))
         return self.frame.state[name]
-
-    def relative(self, names: list[str]) -> str | None:
-        """One of an object's names, relative to the frame's prefix; constants have none."""
-        prefix = f"{self.frame.prefix}." if self.frame.prefix else ""
-        for name in names:
-            if name.startswith((prefix, f"{CONSTANT}.")):
-                return name if name.startswith(f"{CONSTANT}.") else name[len(prefix) :]
-        return None
-
-    def view_node(self, source: fx.Node, view: View) -> fx.Node:
-        """Append what a view computes from its source's contents."""
-        if view.func in IDENTITY:
-            return source
-        args = (source, *view.args[1:])
-        if view.func is aten.reshape.default:
-            args = (source, list(view.result.shape))
-        if view.index is None:
-            return self.call(view.func, args, view.kwargs, spec_of(view.result))
-        return self.item(self.call(view.func, args, view.kwargs, view.pieces), view.index, spec_of(view.result))
-
-    def replay(self, node: fx.Node, chain: tuple[View, ...]) -> fx.Node:
-        """Append a chain of views of a base's contents."""
-        for view in chain:
-            node = self.view_node(node, view)
-        return node

@@ -11,7 +11,7 @@ from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.blocks import Blocks, Restart, candidates, prune
+from xdit_ir.capture.blocks import Blocks, prune
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.fingerprint import fingerprint
@@ -19,7 +19,8 @@ from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name
 from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named, snapshot
 from xdit_ir.capture.known import PythonReads, readable
-from xdit_ir.capture.leaves import Leaves, Reasons, ShapeDepends, Wanted, like, named_leaves
+from xdit_ir.capture.ladder import FAILURES, Rung
+from xdit_ir.capture.leaves import Leaves, ShapeDepends, Wanted
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.outputs import flatten_output, literal
 from xdit_ir.capture.recorder import Recorder
@@ -32,7 +33,6 @@ from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.program import CONSTANT, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
 
 Flat = list[tuple[str, Any]]
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: Sequence[Wanted] = ()) -> Program:
@@ -43,47 +43,18 @@ def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: 
     Submodules that cannot be captured, and those named in `leaf`, become opaque leaves.
     """
     named, by_name = bind_example(model, example), isinstance(example, Mapping)
-    chosen, leaves = candidates(model), named_leaves(model, leaf)
+    rung = Rung.top(model, leaf)
     while True:
         try:
             functions = replacements()
             with clean_caches(model), replaced(functions, model.modules()):
-                return _attempt(model, named, by_name, chosen, leaves, functions)
-        except Restart as restart:
-            kind = type(chosen[restart.path])
-            chosen = {path: module for path, module in chosen.items() if type(module) is not kind}
-        except Opaque as error:
-            if not error.path or error.path in leaves:
-                raise
-            leaves |= dict.fromkeys(like(model, error.path), str(error))
-        except ShapeDepends as error:
-            leaves = _widened(model, leaves, error.path)
-        except Unshareable as error:
-            if not chosen:
-                raise TraceError(f"{failing_line(error)}: {error}") from error
-            chosen = {}
+                return _attempt(rung, named, by_name, functions)
+        except FAILURES as failure:
+            rung = rung.below(failure)
 
 
-def _widened(model: nn.Module, leaves: Reasons, path: str) -> Reasons:
-    """Make leaves of the parents of modules that cannot be leaves themselves."""
-    failed = like(model, path)
-    reason = f"{leaves[path]}; its result has another shape for other contents"
-    parents = {name.rpartition(".")[0] for name in failed}
-    while "" not in parents and any(isinstance(model.get_submodule(name), _CONTAINERS) for name in parents):
-        parents = {name.rpartition(".")[0] for name in parents}
-    if "" in parents:
-        raise TraceError(reason)
-    return {name: why for name, why in leaves.items() if name not in failed} | dict.fromkeys(parents, reason)
-
-
-def _attempt(
-    model: nn.Module,
-    named: dict[str, Any],
-    by_name: bool,
-    chosen: dict[str, nn.Module],
-    opaque: Reasons,
-    functions: Functions,
-) -> Program:
+def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions) -> Program:
+    model = rung.model
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
     recorder = Recorder(device)
@@ -92,8 +63,8 @@ def _attempt(
     with torch.inference_mode():
         skeleton = Skeleton(model, recorder.state, functions)
         recorder.state_of = skeleton.state_of
-        blocks = Blocks(recorder, set(chosen), _watch(skeleton, chosen, recorder))
-        called_whole = Leaves(recorder, opaque, dict(model.named_modules()))
+        blocks = Blocks(recorder, set(rung.blocks), _watch(skeleton, rung.blocks, recorder))
+        called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
         blocks.leaves_below = called_whole.below
         _instrument(skeleton, recorder, blocks, called_whole)
         given = ArgumentState(args, in_spec, skeleton.copy_of)

@@ -1,0 +1,66 @@
+"""The ladder of fallbacks: what is given up, step by step, where a model cannot be captured as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from xdit_ir.capture.blocks import Restart, candidates
+from xdit_ir.capture.leaves import Reasons, ShapeDepends, Wanted, like, named_leaves
+from xdit_ir.capture.source import failing_line
+from xdit_ir.capture.values import Opaque, Unshareable
+from xdit_ir.errors import TraceError
+
+FAILURES = (Restart, Opaque, ShapeDepends, Unshareable)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True, eq=False)
+class Rung:
+    """What one attempt at a capture takes as blocks, and what as leaves, which are called whole (why, by path)."""
+
+    model: nn.Module
+    blocks: dict[str, nn.Module]
+    leaves: Reasons
+
+    @staticmethod
+    def top(model: nn.Module, leaf: Sequence[Wanted]) -> Rung:
+        """Every block that there may be, and only those leaves that were asked for."""
+        return Rung(model, candidates(model), named_leaves(model, leaf))
+
+    def below(self, failure: BaseException) -> Rung:
+        """What to try after one of the `FAILURES`.
+
+        Raises:
+            TraceError: there is nothing to give up that would help.
+        """
+        match failure:
+            case Restart(path=path):
+                return self._without_blocks_like(path)
+            case Opaque(path=path) if path and path not in self.leaves:
+                return replace(self, leaves=self.leaves | dict.fromkeys(like(self.model, path), str(failure)))
+            case ShapeDepends(path=path):
+                return self._with_parents_as_leaves(path)
+            case Unshareable() if self.blocks:
+                return replace(self, blocks={})
+            case TraceError():
+                raise failure
+        raise TraceError(f"{failing_line(failure)}: {failure}") from failure
+
+    def _without_blocks_like(self, path: str) -> Rung:
+        kind = type(self.blocks[path])
+        return replace(self, blocks={name: one for name, one in self.blocks.items() if type(one) is not kind})
+
+    def _with_parents_as_leaves(self, path: str) -> Rung:
+        """For leaves that cannot be leaves themselves, since the shape of what they return is not known."""
+        failed = like(self.model, path)
+        reason = f"{self.leaves[path]}; its result has another shape for other contents"
+        parents = {name.rpartition(".")[0] for name in failed}
+        while "" not in parents and any(isinstance(self.model.get_submodule(one), _CONTAINERS) for one in parents):
+            parents = {name.rpartition(".")[0] for name in parents}
+        if "" in parents:
+            raise TraceError(reason)
+        kept = {name: why for name, why in self.leaves.items() if name not in failed}
+        return replace(self, leaves=kept | dict.fromkeys(parents, reason))
