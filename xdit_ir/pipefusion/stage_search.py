@@ -7,7 +7,9 @@ cuts that are nearly as good, those over which the fewest bytes go.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ SLACK = 1.001
 EXCESS = (0.01, 0.03, 0.1, 0.3, 1.0, np.inf)
 
 Floats = NDArray[np.float64]
+State = tuple[int, int]
 
 
 def contiguous(ranks: int) -> tuple[int, ...]:
@@ -115,12 +118,13 @@ def cut_folded(marks: CutPoints, count: int, weights: float) -> StagePlan | None
         return None
     mean = int(marks.flops[-1]) / count
     for excess in EXCESS:
-        found = _Fold(marks, count, min(mean * (1 + excess), float(marks.flops[-1])), weights).search(cheapest=False)
+        found = _Fold(marks, count, min(mean * (1 + excess), float(marks.flops[-1])), weights, _slowest_first).search()
         if found is not None:
             break
     else:
         return None
-    best = _Fold(marks, count, _slowest(marks, found) * SLACK, weights).search(cheapest=True)
+    price = partial(_bytes_first, 1 / (count * max(float(marks.flops[-1]), 1.0) ** 2))
+    best = _Fold(marks, count, _slowest(marks, found) * SLACK, weights, price).search()
     assert best is not None
     pairs = zip(best[: count - 1], best[: count - 1 : -1], strict=True)
     sent = [int(marks.sent[pair]) for pair in pairs]
@@ -132,37 +136,50 @@ def _slowest(marks: CutPoints, found: list[int]) -> int:
     return int((work + work[::-1]).max())
 
 
+def _slowest_first(value: float, front: Any, back: Any, sent: Any) -> Any:
+    """The price of giving a rank two runs, after ranks of price `value`: the work of the slowest."""
+    return np.maximum(value, front + back)
+
+
+def _bytes_first(square: float, value: float, front: Any, back: Any, sent: Any) -> Any:
+    """Bytes sent, and a sum of squares that is less than a byte for all stages together: it decides between equals."""
+    return value + sent + (front**2 + back**2) * square
+
+
 class _Fold:
     """Dynamic programming from the outside in: a state (i, j) says that the ranks so far have what is before mark i and
     what is from mark j on."""
 
-    def __init__(self, marks: CutPoints, count: int, flops: float, weights: float) -> None:
-        self.marks, self.count, self.limit, self.bound = marks, count, flops, weights
+    def __init__(
+        self, marks: CutPoints, count: int, flops: float, weights: float, price: Callable[[float, Any, Any, Any], Any]
+    ) -> None:
+        self.marks, self.count, self.limit, self.bound, self.price = marks, count, flops, weights, price
         self.flops, self.weights = (sums.astype(np.float64) for sums in (marks.flops, marks.weights))
-        # Less than one byte for all stages together, so that it decides between equal bytes only.
-        self.square = 1 / (count * max(self.flops[-1], 1.0) ** 2)
 
-    def search(self, *, cheapest: bool) -> list[int] | None:
-        """The inner marks with the fewest bytes (else with the least work of the slowest rank) within the limits."""
+    def search(self) -> list[int] | None:
+        """The inner marks of the least price within the limits."""
         end = self.marks.end
-        states: dict[tuple[int, int], float] = {(0, end): 0.0}
-        before: list[dict[tuple[int, int], tuple[int, int]]] = []
-        for rank in range(self.count - 1):
+        states: dict[State, float] = {(0, end): 0.0}
+        before: list[dict[State, State]] = []
+        for left in range(self.count - 1, 0, -1):
             values = np.full((end + 1, end + 1), np.inf)
             sources = np.zeros((end + 1, end + 1), dtype=np.int64)
             for number, (state, value) in enumerate(states.items()):
-                self._spread(state, value, self.count - rank - 1, cheapest, values, sources, number)
+                rows, columns, prices = self._next(state, value, left)
+                better = prices < values[rows, columns]
+                values[rows, columns][better] = prices[better]
+                sources[rows, columns][better] = number
             known = list(states)
             reached = [(int(i), int(j)) for i, j in np.argwhere(values < np.inf)]
             before.append({state: known[sources[state]] for state in reached})
             states = {state: float(values[state]) for state in reached}
-        ends = {state: self._last(state, value, cheapest) for state, value in states.items()}
+        ends = {state: self._last(state, value) for state, value in states.items()}
         last = min(ends, key=ends.__getitem__, default=None)
         if last is None or ends[last] == np.inf:
             return None
         return self._path(last, before)
 
-    def _path(self, last: tuple[int, int], before: list[dict[tuple[int, int], tuple[int, int]]]) -> list[int]:
+    def _path(self, last: State, before: list[dict[State, State]]) -> list[int]:
         middle = self._middle(*last)
         path = [last]
         for steps in reversed(before):
@@ -175,43 +192,26 @@ class _Fold:
         half = (self.flops[i] + self.flops[j]) / 2
         return i + 1 + int(np.abs(self.flops[i + 1 : j] - half).argmin())
 
-    def _last(self, state: tuple[int, int], value: float, cheapest: bool) -> float:
+    def _last(self, state: State, value: float) -> float:
+        """The price where the last rank does all that is left; infinite where that is too much."""
         i, j = state
-        work = float(self.flops[j] - self.flops[i])
+        work = self.flops[j] - self.flops[i]
         if j - i < 2 or work > self.limit or self.weights[j] - self.weights[i] > self.bound:
             return np.inf
-        if not cheapest:
-            return max(value, work)
         middle = self.flops[self._middle(i, j)]
-        squares = (middle - self.flops[i]) ** 2 + (self.flops[j] - middle) ** 2
-        return float(value + squares * self.square)
+        return float(self.price(value, middle - self.flops[i], self.flops[j] - middle, 0))
 
-    def _spread(
-        self,
-        state: tuple[int, int],
-        value: float,
-        left: int,
-        cheapest: bool,
-        values: Floats,
-        sources: IntArray,
-        number: int,
-    ) -> None:
-        """Give the next rank every pair of runs that fits, such that the `left` ranks after it can do the rest."""
+    def _next(self, state: State, value: float, left: int) -> tuple[slice, slice, Floats]:
+        """Up to which marks the next rank may do, and at which price, such that the `left` ranks after it can do the
+        rest; infinite where that does not fit."""
         i, j = state
         flops, weights = self.flops, self.weights
         rows = slice(i + 1, bisect_right(flops, flops[i] + self.limit))
         columns = slice(max(bisect_left(flops, flops[j] - self.limit), i + 2), j)
         front, back = flops[rows, None] - flops[i], flops[j] - flops[None, columns]
         taken = weights[rows, None] - weights[i] + weights[j] - weights[None, columns]
-        work = front + back
-        fits = (work <= self.limit) & (taken <= self.bound)
+        fits = (front + back <= self.limit) & (taken <= self.bound)
         fits &= flops[None, columns] - flops[rows, None] <= left * self.limit
         fits &= weights[None, columns] - weights[rows, None] <= left * self.bound
-        if not fits.any():
-            return
-        option: Any = np.maximum(value, work)
-        if cheapest:
-            option = value + self.marks.sent[rows, columns] + (front**2 + back**2) * self.square
-        better = fits & (option < values[rows, columns])
-        values[rows, columns][better] = option[better]
-        sources[rows, columns][better] = number
+        prices = self.price(value, front, back, self.marks.sent[rows, columns]) if fits.any() else np.inf
+        return rows, columns, np.where(fits, prices, np.inf)
