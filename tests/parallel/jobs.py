@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.inputs import expand_objects
+from xdit_ir.capture.objects import expand_objects
 
 Degrees = dict[str, int]
 

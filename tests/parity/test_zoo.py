@@ -17,7 +17,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import run_single
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.inputs import expand_objects
+from xdit_ir.capture.objects import expand_objects
 from xdit_ir.degrees import Degrees
 from xdit_ir.ir.difference import relative_error, tensors_of
 from xdit_ir.tools.survey import DEGREES, Outcome, Subject

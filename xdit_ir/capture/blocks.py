@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
-from xdit_ir.capture.inputs import Kind, expand_objects, restore_objects
 from xdit_ir.capture.known import note_read
+from xdit_ir.capture.objects import Kind, expand_objects, restore_objects
 from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, TracedValue, Unshareable, spec_of

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.fingerprint import describe
-from xdit_ir.capture.inputs import Kind, expand_objects, path_name
+from xdit_ir.capture.inputs import path_name
+from xdit_ir.capture.objects import Kind, expand_objects
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import TracedValue, Unshareable
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.fingerprint import describe
-from xdit_ir.capture.inputs import expand_objects, restore_objects
+from xdit_ir.capture.objects import expand_objects, restore_objects
 from xdit_ir.capture.outputs import literal
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import TracedValue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.fingerprint import describe
+from xdit_ir.capture.objects import Snapshot, expand_objects, snapshot
 from xdit_ir.capture.predicates import evaluate
-from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.ir.program import Guard, Program, TensorSpec
@@ -72,70 +70,6 @@ def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytr
     return [(path_name(path), leaf) for path, leaf in leaves], spec
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """Stands, in the dict of an object's attributes, for its class."""
-
-    kind: type
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """What an object without tensors was like; equal to a later one of the same class and attributes."""
-
-    kind: type
-    description: Any = dataclasses.field(repr=False)
-
-
-def snapshot(leaf: Any) -> Any:
-    """An input that is no tensor, so that it can be compared with later ones even if it is changed in place."""
-    plain = is_plain_object(type(leaf)) and hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, Kind))
-    comparison: Any = type(leaf).__eq__
-    if not plain or comparison is not object.__eq__:
-        return leaf
-    return Snapshot(type(leaf), describe(leaf))
-
-
-_CLASS = "__class__"
-
-
-def expand_objects(tree: Any) -> Any:
-    """A tree whose plain objects with tensors inside, such as caches of keys, are dicts of their attributes."""
-
-    def leaf(item: Any) -> Any:
-        if not _is_open(item):
-            return item
-        return {_CLASS: Kind(type(item)), **{name: expand_objects(entry) for name, entry in vars(item).items()}}
-
-    return pytree.tree_map(leaf, tree)
-
-
-def _is_open(item: Any) -> bool:
-    if isinstance(item, (torch.Tensor, nn.Module, type)) or not is_plain_object(type(item)):
-        return False
-    return hasattr(item, "__dict__") and _has_tensors(item)
-
-
-def _has_tensors(item: Any) -> bool:
-    leaves = pytree.tree_leaves(vars(item))
-    return any(isinstance(leaf, torch.Tensor) or _is_open(leaf) for leaf in leaves)
-
-
-def restore_objects(tree: Any) -> Any:
-    """The inverse of `expand_objects`, with objects and containers of its own."""
-    return pytree.tree_map(lambda item: _object(item) if _is_object(item) else item, tree, is_leaf=_is_object)
-
-
-def _is_object(tree: Any) -> bool:
-    return type(tree) is dict and isinstance(tree.get(_CLASS), Kind)
-
-
-def _object(tree: dict[str, Any]) -> Any:
-    made = object.__new__(tree[_CLASS].kind)
-    made.__dict__.update({name: restore_objects(entry) for name, entry in tree.items() if name != _CLASS})
-    return made
-
-
 def _sorted(tree: Any) -> Any:
     """The same tree with the keys of its dicts in alphabetical order."""
     if type(tree) is dict:
@@ -158,6 +92,30 @@ def path_name(path: Sequence[Any]) -> str:
     return text
 
 
+class _Accepted:
+    """Tensors whose contents were found to be right, by what was checked, as long as nothing writes to them."""
+
+    def __init__(self) -> None:
+        self._known: dict[str | int, list[tuple[weakref.ref[torch.Tensor], int]]] = {}
+
+    def has(self, check: str | int, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these very tensors were accepted, and are as they were then; never known of inference tensors."""
+        known = self._known.get(check, [])
+        return len(known) == len(tensors) and all(
+            ref() is tensor and _version(tensor) == before >= 0
+            for (ref, before), tensor in zip(known, tensors, strict=True)
+        )
+
+    def note(self, check: str | int, tensors: Sequence[torch.Tensor]) -> None:
+        """These tensors are right."""
+        self._known[check] = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 where that is not counted."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class InputBinder:
     """Turns calls into values of a program's placeholders, if the program was made for such calls.
 
@@ -168,8 +126,7 @@ class InputBinder:
         self._signature = forward if isinstance(forward, inspect.Signature) else inspect.signature(forward.forward)
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
-        self._seen: dict[int, list[tuple[weakref.ref[torch.Tensor], int]]] = {}
-        self._accepted: dict[str, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._accepted = _Accepted()
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors for the placeholders; raises `MismatchError` naming what differs."""
@@ -189,19 +146,14 @@ class InputBinder:
         """What was read of inputs must be as it was; waits for the device, but only if their contents may be new."""
         for index, fact in enumerate(self._expected.predicates):
             given = [leaves[path] for path in fact.paths]
-            seen = self._seen.get(index, [])
-            versions = [-1 if leaf.is_inference() else leaf._version for leaf in given]
-            if len(seen) == len(given) and all(
-                ref() is leaf and version == before >= 0
-                for (ref, before), leaf, version in zip(seen, given, versions, strict=True)
-            ):
+            if self._accepted.has(index, given):
                 continue
             with torch.no_grad():
                 same = not any(leaf.is_meta for leaf in given) and torch.equal(evaluate(fact, leaves).cpu(), fact.value)
             if not same:
                 names = ", ".join(fact.paths)
                 raise MismatchError(f"{names}: what was read of it while tracing ({fact.reason}) has changed")
-            self._seen[index] = [(weakref.ref(leaf), version) for leaf, version in zip(given, versions, strict=True)]
+            self._accepted.note(index, given)
 
     def _reorder(self, leaves: list[tuple[str, Any]], named: dict[str, Any]) -> list[tuple[str, Any]]:
         """The leaves in the order of the trace, if only the order of keys differs."""
@@ -231,13 +183,11 @@ class InputBinder:
             self._check_contents(guard, leaf)
 
     def _check_contents(self, guard: Guard, leaf: torch.Tensor) -> None:
-        version = -1 if leaf.is_inference() else leaf._version
-        accepted = self._accepted.get(guard.path)
-        if accepted is not None and accepted[0]() is leaf and accepted[1] == version >= 0:
+        if self._accepted.has(guard.path, [leaf]):
             return
         if leaf.device.type == "meta" or not torch.equal(leaf.detach().cpu(), guard.value):
             raise MismatchError(f"{guard.path}: its contents were read while tracing ({guard.reason}) and have changed")
-        self._accepted[guard.path] = (weakref.ref(leaf), version)
+        self._accepted.note(guard.path, [leaf])
 
 
 def bind_inputs(

@@ -15,92 +15,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from xdit_ir.capture.kernels import logsumexp
+from xdit_ir.capture.packed_attention import PackedAttention
 from xdit_ir.capture.source import source_line
 from xdit_ir.errors import TraceError
 
 Arguments = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """One attention on `[batch, tokens, heads, dim]`, or on `[tokens, heads, dim]` where sequences are packed.
-
-    `queries` and `keys` are the lengths of the packed sequences. `left` and `right` bound the distance of a key from
-    its query, counted from the last query and the last key; -1 is no bound. `bias` is a mask as PyTorch takes it. The
-    result is as the queries are, or `[batch, heads, tokens, dim]` where `heads_first`.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    scale: float | None
-    queries: Sequence[int]
-    keys: Sequence[int]
-    left: int = -1
-    right: int = -1
-    bias: torch.Tensor | None = None
-    heads_first: bool = False
-
-    def run(self) -> torch.Tensor:
-        """The attention as one operator."""
-        plain = self._unpacked()
-        mask, causal = plain._visible()
-        q, k, v = (x.transpose(1, 2) for x in (plain.q, plain.k, plain.v))
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=self.scale, enable_gqa=grouped)
-        if self.heads_first:
-            return out
-        return out.transpose(1, 2).flatten(0, 1) if self.q.dim() == 3 else out.transpose(1, 2)
-
-    def logsumexp(self) -> torch.Tensor:
-        """`[batch, heads, queries]`, or `[heads, queries]` where sequences are packed."""
-        mask = _mask(self.queries, self.keys, self.left, self.right, self.q.device)
-        q, k = (x.transpose(-3, -2) for x in (self.q, self.k))
-        return logsumexp(q, k, [] if mask is None else [mask], self.scale)
-
-    def _unpacked(self) -> _Attention:
-        """With a batch dimension: sequences of one length become a batch, others stay packed in a batch of one."""
-        if self.q.dim() != 3:
-            return self
-        if len({*self.queries}) == len({*self.keys}) == 1:
-            q, k, v = (x.reshape(len(self.queries), -1, *x.shape[1:]) for x in (self.q, self.k, self.v))
-            return replace(self, q=q, k=k, v=v, queries=self.queries[:1], keys=self.keys[:1])
-        return replace(self, q=self.q.unsqueeze(0), k=self.k.unsqueeze(0), v=self.v.unsqueeze(0))
-
-    def _visible(self) -> tuple[torch.Tensor | None, bool]:
-        """A mask, or whether attention is causal instead."""
-        alone = len(self.queries) == 1 and self.bias is None
-        if alone and self.queries == self.keys and (self.left, self.right) == (-1, 0):
-            return None, True
-        if self.bias is not None:
-            return self.bias, False
-        return _mask(self.queries, self.keys, self.left, self.right, self.q.device), False
-
-
-def _mask(
-    queries: Sequence[int], keys: Sequence[int], left: int, right: int, device: torch.device
-) -> torch.Tensor | None:
-    """Which key each query sees: those of its own sequence, within the bounds. None where it sees all."""
-    mask = None
-    if len(queries) > 1:
-        owners = [[i for i, length in enumerate(lengths) for _ in range(length)] for lengths in (queries, keys)]
-        of_query, of_key = (torch.tensor(owner, device=device) for owner in owners)
-        mask = of_query[:, None] == of_key
-    if (left, right) == (-1, -1):
-        return mask
-    ends = [i + keys[n] - length for n, length in enumerate(queries) for i in range(length)]
-    starts = [i for length in keys for i in range(length)]
-    distance = torch.tensor(starts, device=device) - torch.tensor(ends, device=device)[:, None]
-    for bound, inside in ((right, distance <= right), (left, distance >= -left)):
-        if bound >= 0:
-            mask = inside if mask is None else mask & inside
-    return mask
-
-
-def _flash(given: Arguments) -> _Attention:
+def _flash(given: Arguments) -> PackedAttention:
     """flash-attn: `[batch, tokens, heads, dim]`, or packed sequences that begin at `cu_seqlens`."""
     if "qkv" in given:
         q, k, v = given.pop("qkv").unbind(-3)
@@ -110,10 +33,10 @@ def _flash(given: Arguments) -> _Attention:
         q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
     left, right = (-1 if side is None else int(side) for side in given.pop("window_size", None) or (-1, -1))
     right = 0 if given.pop("causal", False) else right
-    return _Attention(q, k, v, given.pop("softmax_scale", None), *_given_lengths(given, q, k), left, right)
+    return PackedAttention(q, k, v, given.pop("softmax_scale", None), *_given_lengths(given, q, k), left, right)
 
 
-def _sage(given: Arguments) -> _Attention:
+def _sage(given: Arguments) -> PackedAttention:
     """SageAttention: `[batch, heads, tokens, dim]` unless `tensor_layout` is "NHD", or packed sequences."""
     q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
     right = 0 if given.pop("is_causal", False) else -1
@@ -121,7 +44,7 @@ def _sage(given: Arguments) -> _Attention:
     if heads_first:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     lengths = _given_lengths(given, q, k)
-    return _Attention(q, k, v, given.pop("sm_scale", None), *lengths, -1, right, heads_first=heads_first)
+    return PackedAttention(q, k, v, given.pop("sm_scale", None), *lengths, -1, right, heads_first=heads_first)
 
 
 def _given_lengths(given: Arguments, q: torch.Tensor, k: torch.Tensor) -> tuple[Sequence[int], Sequence[int]]:
@@ -138,13 +61,13 @@ def _lengths(starts: torch.Tensor | Sequence[int]) -> list[int]:
     return [after - before for before, after in itertools.pairwise(places)]
 
 
-def _xformers(given: Arguments) -> _Attention:
+def _xformers(given: Arguments) -> PackedAttention:
     """xformers: `[batch, tokens, heads, dim]`; `attn_bias` is a tensor, or an object that says what is visible."""
     q, k, v = given.pop("query"), given.pop("key"), given.pop("value")
     bias, scale = given.pop("attn_bias", None), given.pop("scale", None)
     if q.dim() != 4:
         raise TraceError(f"{source_line()}: query of {q.dim()} dimensions cannot be captured; make it 4")
-    plain = _Attention(q, k, v, scale, [q.shape[1]], [k.shape[1]])
+    plain = PackedAttention(q, k, v, scale, [q.shape[1]], [k.shape[1]])
     if bias is None or isinstance(bias, torch.Tensor):
         return replace(plain, bias=bias)
     kind = type(bias).__name__
@@ -167,7 +90,7 @@ class _Function:
     """A function of a library: its parameters in order, and what a call means."""
 
     parameters: str
-    meaning: Callable[[Arguments], _Attention]
+    meaning: Callable[[Arguments], PackedAttention]
 
     def replacing(self, name: str, original: Any) -> Callable[..., Any]:
         """What takes the place of the library's function."""

@@ -17,11 +17,12 @@ from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
-from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named, snapshot
+from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
 from xdit_ir.capture.known import PythonReads, readable
 from xdit_ir.capture.ladder import FAILURES, Rung
 from xdit_ir.capture.leaves import Leaves, ShapeDepends, Wanted
 from xdit_ir.capture.libraries import replacements
+from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import flatten_output, literal
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced

@@ -1,0 +1,77 @@
+"""Objects among the inputs: those with tensors inside as trees of their attributes, others as snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_ir.capture.fingerprint import describe
+from xdit_ir.capture.skeleton import is_plain_object
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Stands, in the dict of an object's attributes, for its class."""
+
+    kind: type
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What an object without tensors was like; equal to a later one of the same class and attributes."""
+
+    kind: type
+    description: Any = field(repr=False)
+
+
+def snapshot(leaf: Any) -> Any:
+    """An input that is no tensor, so that it can be compared with later ones even if it is changed in place."""
+    plain = is_plain_object(type(leaf)) and hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, Kind))
+    comparison: Any = type(leaf).__eq__
+    if not plain or comparison is not object.__eq__:
+        return leaf
+    return Snapshot(type(leaf), describe(leaf))
+
+
+_CLASS = "__class__"
+
+
+def expand_objects(tree: Any) -> Any:
+    """A tree whose plain objects with tensors inside, such as caches of keys, are dicts of their attributes."""
+
+    def leaf(item: Any) -> Any:
+        if not _is_open(item):
+            return item
+        return {_CLASS: Kind(type(item)), **{name: expand_objects(entry) for name, entry in vars(item).items()}}
+
+    return pytree.tree_map(leaf, tree)
+
+
+def _is_open(item: Any) -> bool:
+    if isinstance(item, (torch.Tensor, nn.Module, type)) or not is_plain_object(type(item)):
+        return False
+    return hasattr(item, "__dict__") and _has_tensors(item)
+
+
+def _has_tensors(item: Any) -> bool:
+    leaves = pytree.tree_leaves(vars(item))
+    return any(isinstance(leaf, torch.Tensor) or _is_open(leaf) for leaf in leaves)
+
+
+def restore_objects(tree: Any) -> Any:
+    """The inverse of `expand_objects`, with objects and containers of its own."""
+    return pytree.tree_map(lambda item: _object(item) if _is_object(item) else item, tree, is_leaf=_is_object)
+
+
+def _is_object(tree: Any) -> bool:
+    return type(tree) is dict and isinstance(tree.get(_CLASS), Kind)
+
+
+def _object(tree: dict[str, Any]) -> Any:
+    made = object.__new__(tree[_CLASS].kind)
+    made.__dict__.update({name: restore_objects(entry) for name, entry in tree.items() if name != _CLASS})
+    return made
