@@ -12,7 +12,8 @@ from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.passes.find_tokens import units_of
-from xdit_ir.pipefusion.patch_plan import PatchPlan, evaluate, inputs_of, output_seeds
+from xdit_ir.pipefusion.latents import inputs_of, output_seeds
+from xdit_ir.pipefusion.patch_plan import PatchPlan, evaluate
 from xdit_ir.sharding.propagate import Propagation, Seeds
 
 

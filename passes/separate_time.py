@@ -13,8 +13,8 @@ from xdit_ir.ir.graphs import OUTER, all_graphs, map_graphs, operands, placehold
 from xdit_ir.ir.layout import kind
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, SCOPE, ComputeScope, Program, is_weight
-from xdit_ir.pipefusion.patch_plan import is_divided_over_time, latents
-from xdit_ir.sharding.buffer_access import before_time
+from xdit_ir.pipefusion.latents import latents
+from xdit_ir.sharding.buffer_access import before_time, is_divided_over_time
 
 
 @dataclass(frozen=True)

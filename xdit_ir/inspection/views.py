@@ -15,8 +15,8 @@ from xdit_ir.ir.layout import in_mesh_order
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.printer import arguments_text, node_type, target_name
 from xdit_ir.ir.program import SPEC, Program, call_parts, is_block_call, where_of
-from xdit_ir.pipefusion.patch_plan import over_time
 from xdit_ir.rules.base import dividing_dims_of
+from xdit_ir.sharding.buffer_access import over_time
 from xdit_ir.sharding.cost import graph_flops, local_flops
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.sharding.report import traffic

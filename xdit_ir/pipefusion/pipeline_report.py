@@ -14,8 +14,8 @@ from xdit_ir.ir.flops import is_counted
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import TIME
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, is_block_call, qualified
-from xdit_ir.pipefusion.patch_plan import over_time
 from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
+from xdit_ir.sharding.buffer_access import over_time
 from xdit_ir.sharding.cost import local_flops, program_flops
 from xdit_ir.sharding.report import Collective, Report, find_fallbacks, read_at_calls, traffic
 

@@ -17,7 +17,7 @@ from xdit_ir.ir.graphs import copy_graph, map_graphs, operands, remove_dead, res
 from xdit_ir.ir.partition import Indices, Runs
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.pipefusion.interleave_patches import interleave, of_patch
-from xdit_ir.pipefusion.patch_plan import latents, without
+from xdit_ir.pipefusion.latents import latents, without
 from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline, has_effect
 
 Specs = tuple[TensorSpec, ...]

@@ -6,12 +6,27 @@ import math
 
 from torch import fx
 
+from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Places, Read, Write
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, part_of
+from xdit_ir.ir.layout import Layout, kind, part_of
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import LAYOUT, SPEC
+from xdit_ir.rules.base import dividing_dims_of
+
+
+def over_time(node: fx.Node, mesh: Mesh) -> bool:
+    """Whether a node changes a layout in a way that needs other patches."""
+    if not ops.communicates(node.target):
+        return False
+    have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
+    return TIME in (have.partial - want.partial if node.target in ops.SUMS else kind(mesh, have, want)[1])
+
+
+def is_divided_over_time(node: fx.Node, mesh: Mesh) -> bool:
+    """Whether a value is divided over time (or has a sum over time pending)."""
+    return TIME in dividing_dims_of(node, mesh)
 
 
 def buffer_layout(mesh: Mesh, source: Layout) -> Layout:
