@@ -9,7 +9,7 @@ import torch
 
 from xdit_ir.deferral.deferred import Deferred, pending
 from xdit_ir.ir.partition import Indices
-from xdit_ir.pipefusion.rank_tasks import PatchCut
+from xdit_ir.pipefusion.patch_cut import PatchCut
 from xdit_ir.pipelined.requests import AGAIN, NEW, NEXT, CallPosition, Requests
 
 ROWS = 1

@@ -6,44 +6,20 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from torch import fx
 
-from xdit_ir.ir import ops
-from xdit_ir.ir.buffer_ops import Read, Write
+from xdit_ir.ir.buffer_ops import Write
 from xdit_ir.ir.collective_ops import Communicate
 from xdit_ir.ir.graphs import copy_graph, map_graphs, operands, remove_dead, results_of
-from xdit_ir.ir.partition import Indices, Runs
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.pipefusion.interleave_patches import interleave, of_patch
-from xdit_ir.pipefusion.latents import latents, without
+from xdit_ir.pipefusion.latents import latents
+from xdit_ir.pipefusion.patch_cut import PatchCut, cut_of, narrowed, own_dim, slot_of, write_to
 from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline, has_effect
 
 Specs = tuple[TensorSpec, ...]
 Held = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class PatchCut:
-    """How an output (and the latents) is divided over patches: `parts[p]` of dimension `dim` belong to patch p."""
-
-    dim: int
-    parts: tuple[Indices, ...]
-
-    @property
-    def size(self) -> int:
-        """Positions of all patches."""
-        return sum(part.size for part in self.parts)
-
-    def meeting(self, wanted: Indices) -> tuple[int, ...]:
-        """The patches that have something of what is wanted."""
-        return tuple(p for p, part in enumerate(self.parts) if part.within(wanted).size)
-
-    def joined(self, patches: Sequence[int]) -> Indices:
-        """What these patches have, in order of position."""
-        runs = sorted(run for patch in patches for run in self.parts[patch].runs)
-        return Indices.of_runs(runs)
 
 
 @dataclass(frozen=True)
@@ -95,7 +71,7 @@ class RankTasks:
     def cuts(self) -> tuple[PatchCut | None, ...]:
         """How each output of the model is divided over patches; None where it is had with the last patch, whole."""
         last = [self._part(self.pipeline.stages - 1, patch) for patch in range(self.pipeline.patches)]
-        return tuple(_cut(value, last) for value in results_of(last[-1].program.graph))
+        return tuple(cut_of(value, last) for value in results_of(last[-1].program.graph))
 
     @cached_property
     def latents(self) -> dict[str, PatchCut]:
@@ -105,7 +81,7 @@ class RankTasks:
             [node] = (n for n in self.pipeline.program.graph.nodes if n.op == "placeholder" and n.name == name)
             shape = node.meta[SPEC].shape
             for cut, output in zip(self.cuts, results_of(self.pipeline.program.graph), strict=True):
-                own = None if cut is None else _own_dim(cut, output.meta[SPEC].shape, shape)
+                own = None if cut is None else own_dim(cut, output.meta[SPEC].shape, shape)
                 if cut is not None and own is not None:
                     found.setdefault(name, replace(cut, dim=own))
         return found
@@ -140,7 +116,7 @@ class RankTasks:
     def _results(self, program: Program, patch: int) -> list[fx.Node]:
         last = self._part(self.pipeline.stages - 1, self.pipeline.patches - 1).program
         slots = [
-            _slot(value) if cut is not None else ""
+            slot_of(value) if cut is not None else ""
             for value, cut in zip(results_of(last.graph), self.cuts, strict=True)
         ]
         whole = iter(results_of(program.graph)) if patch == self.pipeline.patches - 1 else None
@@ -148,7 +124,7 @@ class RankTasks:
         for slot in slots:
             value = next(whole) if whole is not None else None
             if slot:
-                results.append(operands(_write(program, slot))[0])
+                results.append(operands(write_to(program, slot))[0])
             elif value is not None:
                 results.append(value)
         return results
@@ -184,14 +160,6 @@ class RankTasks:
         )
 
 
-def _own_dim(cut: PatchCut, output: Sequence[int], shape: Sequence[int]) -> int | None:
-    """The dim of an input of this shape that is cut like the output's; codes lack the dim of their scores."""
-    if cut.dim < len(shape) and cut.size == shape[cut.dim]:
-        return cut.dim
-    lacks = (dim for dim in range(cut.dim) if without(output, dim) == tuple(shape))
-    return None if next(lacks, None) is None else cut.dim - 1
-
-
 def _feed(parts: Sequence[tuple[PatchStage, int]]) -> tuple[int | Held, ...]:
     """What the inputs behind the model's own get, patch by patch: what is received, then what is held."""
     feed: list[int | Held] = []
@@ -205,36 +173,6 @@ def _feed(parts: Sequence[tuple[PatchStage, int]]) -> tuple[int | Held, ...]:
 
 def _placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if node.op == "placeholder")
-
-
-def _slot(value: fx.Node) -> str:
-    """The slot in which the parts of an output are collected; empty if it is no such thing."""
-    target = value.target
-    if not isinstance(target, Read) or target.summed or any(places is not None for places in target.places):
-        return ""
-    return target.slot
-
-
-def _write(program: Program, slot: str) -> fx.Node:
-    found: list[fx.Node] = [n for n in program.graph.nodes if isinstance(n.target, Write) and n.target.slot == slot]
-    [write] = found
-    return write
-
-
-def _cut(value: fx.Node, parts: Sequence[PatchStage]) -> PatchCut | None:
-    """How the parts of the patches lie in an output, if along one dimension and none twice."""
-    slot = _slot(value)
-    if not slot:
-        return None
-    targets = [_write(part.program, slot).target for part in parts]
-    places = [target.places for target in targets if isinstance(target, Write)]
-    dims = {dim for place in places for dim, runs in enumerate(place) if runs is not None}
-    if len(dims) != 1 or value.meta[SPEC].shape != targets[0].shape:  # type: ignore[union-attr]
-        return None
-    [dim] = dims
-    size = value.meta[SPEC].shape[dim]
-    cut = PatchCut(dim, tuple(Indices(((0, size),) if place[dim] is None else place[dim] or ()) for place in places))
-    return cut if cut.size == cut.joined(range(len(parts))).size == size else None
 
 
 def _returning(program: Program, results: Sequence[fx.Node]) -> Program:
@@ -284,40 +222,5 @@ def _trimmed(
         if not node.users:
             program.graph.erase_node(node)
             continue
-        needs.append(Need(node.name, _narrowed(node, cuts[node.name]) if node.name in cuts else None))
+        needs.append(Need(node.name, narrowed(node, cuts[node.name]) if node.name in cuts else None))
     return program, tuple(needs)
-
-
-def _narrowed(node: fx.Node, cut: PatchCut) -> tuple[int, ...] | None:
-    """The patches that have what a program takes of an input; its `take`s then are of what those have together."""
-    carried_in = _takes(node, cut.dim)
-    if carried_in is None:
-        return None
-    runs: set[tuple[int, int]] = {run for take in carried_in for run in _runs(take)}
-    wanted = Indices.of_runs(sorted(runs))
-    patches = cut.meeting(wanted)
-    held = cut.joined(patches)
-    for take in carried_in:
-        take.args = (take.args[0], cut.dim, held.positions(Indices(_runs(take))).runs)
-    return patches
-
-
-def _runs(take: fx.Node) -> Runs:
-    runs: Any = take.args[2]
-    return tuple(runs)
-
-
-def _takes(node: fx.Node, dim: int) -> list[fx.Node] | None:
-    """The first `take`s along a dimension; None if something else uses the value before."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        if user.target is not ops.take:
-            return None
-        if user.args[1] == dim:
-            found.append(user)
-            continue
-        further = _takes(user, dim)
-        if further is None:
-            return None
-        found += further
-    return found

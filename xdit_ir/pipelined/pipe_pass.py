@@ -10,7 +10,8 @@ import torch
 from xdit_ir.deferral.deferred import Deferred, materialize, materialize_slice, pending
 from xdit_ir.emission.execution import as_normal_tensor
 from xdit_ir.ir.program import TensorSpec
-from xdit_ir.pipefusion.rank_tasks import Held, Need, PatchCut
+from xdit_ir.pipefusion.patch_cut import PatchCut
+from xdit_ir.pipefusion.rank_tasks import Held, Need
 from xdit_ir.pipelined.requests import GuidanceBranch
 from xdit_ir.pipelined.schedule import StageRun
 from xdit_ir.pipelined.step_queue import StepQueue

@@ -11,7 +11,7 @@ import torch
 
 from xdit_ir.deferral.deferred import Deferred
 from xdit_ir.deferral.recorded import Descent, Numbered
-from xdit_ir.pipefusion.rank_tasks import PatchCut
+from xdit_ir.pipefusion.patch_cut import PatchCut
 from xdit_ir.pipelined.memory import Memory
 
 NEW, NEXT, AGAIN = "a new request", "the next step", "the same step again"

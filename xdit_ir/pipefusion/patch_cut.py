@@ -1,0 +1,112 @@
+"""How an output of the model, and the latents, are divided over patches, and what a patch takes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.buffer_ops import Read, Write
+from xdit_ir.ir.partition import Indices, Runs
+from xdit_ir.ir.program import SPEC, Program
+from xdit_ir.pipefusion.latents import without
+from xdit_ir.pipefusion.pipeline_program import PatchStage
+
+
+@dataclass(frozen=True)
+class PatchCut:
+    """How an output (and the latents) is divided over patches: `parts[p]` of dimension `dim` belong to patch p."""
+
+    dim: int
+    parts: tuple[Indices, ...]
+
+    @property
+    def size(self) -> int:
+        """Positions of all patches."""
+        return sum(part.size for part in self.parts)
+
+    def meeting(self, wanted: Indices) -> tuple[int, ...]:
+        """The patches that have something of what is wanted."""
+        return tuple(p for p, part in enumerate(self.parts) if part.within(wanted).size)
+
+    def joined(self, patches: Sequence[int]) -> Indices:
+        """What these patches have, in order of position."""
+        runs = sorted(run for patch in patches for run in self.parts[patch].runs)
+        return Indices.of_runs(runs)
+
+
+def slot_of(value: fx.Node) -> str:
+    """The slot in which the parts of an output are collected; empty if it is no such thing."""
+    target = value.target
+    if not isinstance(target, Read) or target.summed or any(places is not None for places in target.places):
+        return ""
+    return target.slot
+
+
+def write_to(program: Program, slot: str) -> fx.Node:
+    """The node by which a program fills a slot."""
+    write: fx.Node
+    [write] = (n for n in program.graph.nodes if isinstance(n.target, Write) and n.target.slot == slot)
+    return write
+
+
+def cut_of(value: fx.Node, parts: Sequence[PatchStage]) -> PatchCut | None:
+    """How the parts of the patches lie in an output, if along one dimension and none twice."""
+    slot = slot_of(value)
+    if not slot:
+        return None
+    targets = [write_to(part.program, slot).target for part in parts]
+    places = [target.places for target in targets if isinstance(target, Write)]
+    dims = {dim for place in places for dim, runs in enumerate(place) if runs is not None}
+    if len(dims) != 1 or value.meta[SPEC].shape != targets[0].shape:  # type: ignore[union-attr]
+        return None
+    [dim] = dims
+    size = value.meta[SPEC].shape[dim]
+    cut = PatchCut(dim, tuple(Indices(((0, size),) if place[dim] is None else place[dim] or ()) for place in places))
+    return cut if cut.size == cut.joined(range(len(parts))).size == size else None
+
+
+def own_dim(cut: PatchCut, output: Sequence[int], shape: Sequence[int]) -> int | None:
+    """The dim of an input of this shape that is cut like the output's; codes lack the dim of their scores."""
+    if cut.dim < len(shape) and cut.size == shape[cut.dim]:
+        return cut.dim
+    lacks = (dim for dim in range(cut.dim) if without(output, dim) == tuple(shape))
+    return None if next(lacks, None) is None else cut.dim - 1
+
+
+def narrowed(node: fx.Node, cut: PatchCut) -> tuple[int, ...] | None:
+    """The patches that have what a program takes of an input; its `take`s then are of what those have together."""
+    takes = _takes(node, cut.dim)
+    if takes is None:
+        return None
+    runs: set[tuple[int, int]] = {run for take in takes for run in _runs(take)}
+    wanted = Indices.of_runs(sorted(runs))
+    patches = cut.meeting(wanted)
+    held = cut.joined(patches)
+    for take in takes:
+        take.args = (take.args[0], cut.dim, held.positions(Indices(_runs(take))).runs)
+    return patches
+
+
+def _runs(take: fx.Node) -> Runs:
+    runs: Any = take.args[2]
+    return tuple(runs)
+
+
+def _takes(node: fx.Node, dim: int) -> list[fx.Node] | None:
+    """The first `take`s along a dimension; None if something else uses the value before."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        if user.target is not ops.take:
+            return None
+        if user.args[1] == dim:
+            found.append(user)
+            continue
+        further = _takes(user, dim)
+        if further is None:
+            return None
+        found += further
+    return found
