@@ -24,7 +24,7 @@ from xdit_ir.tools import targets
 from xdit_ir.tools.terminal import working, write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-View = Callable[[Program], str]
+Render = Callable[[Program], str]
 DRAWINGS = {
     "html": "a page that needs nothing else: the blocks, every value, what passes changed, the schedule",
     "svg": "a drawing of the blocks",
@@ -124,18 +124,18 @@ def _trace(args: argparse.Namespace) -> TracedProgram:
         return xir.trace(target.model, target.example)
 
 
-def _analysis(traced: TracedProgram, view: View) -> list[str]:
+def _analysis(traced: TracedProgram, view: Render) -> list[str]:
     """The program after each pass that does not depend on the degrees."""
     seen: list[str] = []
     run_passes(traced.ir, analysis_passes(), lambda one, program: seen.append(_after(one, program, view)))
     return seen
 
 
-def _after(one: Pass, program: Program, view: View) -> str:
+def _after(one: Pass, program: Program, view: Render) -> str:
     return f"# after {one.name}\n{view(program)}"
 
 
-def _view(args: argparse.Namespace, program: Program) -> View:
+def _view(args: argparse.Namespace, program: Program) -> Render:
     """How to print a program: whole, with every operator, or one block of it."""
     block = args.block
     if block is None:

@@ -16,7 +16,7 @@ from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.inspection import WRITERS, Inspection, inspect
 from xdit_ir.inspection.durations import Durations
 from xdit_ir.inspection.folded import folded
-from xdit_ir.inspection.model import Span, View
+from xdit_ir.inspection.model import GraphView, Span
 from xdit_ir.inspection.schedule import Clock, Team, _run, tasks, timeline
 from xdit_ir.inspection.svg import svg_text
 from xdit_ir.ir.mesh import Mesh
@@ -44,7 +44,7 @@ def stages(traced: TracedProgram) -> Inspection:
     return inspect(traced, NAME, pipefusion=2)
 
 
-def is_acyclic(view: View) -> bool:
+def is_acyclic(view: GraphView) -> bool:
     both = [[(edge.source, edge.target) for edge in view.edges], list(folded(view).edges)]
     return all(networkx.is_directed_acyclic_graph(networkx.DiGraph(edges)) for edges in both)
 

@@ -17,12 +17,12 @@ from xdit_ir.capture.outputs import literal
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import TracedValue
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import Effect, Entry, Literal, Signature
+from xdit_ir.ir.program import Effect, Literal, PathEntry, Signature
 
 _DEPTH = 4
 _PLAIN = (str, bytes, int, float, bool, complex, type(None))
 _MISSING = object()
-Path = tuple[Entry, ...]
+Path = tuple[PathEntry, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class ArgumentState:
         attribute = not isinstance(holder.item, (list, dict))
         for key, item in after.items():
             if not _unchanged(item, holder.before.get(key, _MISSING)):
-                path = (*holder.path, Entry(key, attribute))
+                path = (*holder.path, PathEntry(key, attribute))
                 inside = [entry for _, entry in _walk(item, path, set())]
                 if any(held.item is entry for held in self._holders for entry in inside):
                     raise TraceError(f"forward moves a container that it was given to {_show(path)}")
@@ -77,7 +77,7 @@ class ArgumentState:
                 made = (place(x) if isinstance(x, torch.Tensor) else literal(x) for x in leaves)
                 yield Effect(path, tuple(made), spec)
         for key in [key for key in reversed(holder.before) if key not in after]:
-            yield Effect((*holder.path, Entry(key, attribute)))
+            yield Effect((*holder.path, PathEntry(key, attribute)))
 
 
 def apply_effects(signature: Signature, tensors: Sequence[torch.Tensor], named: Mapping[str, Any]) -> None:
@@ -163,7 +163,7 @@ def _walk(item: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Any]]:
         return
     attribute = not isinstance(item, (list, dict, tuple))
     for key, entry in parts.items():
-        yield from _walk(entry, (*path, Entry(key, attribute)), seen)
+        yield from _walk(entry, (*path, PathEntry(key, attribute)), seen)
 
 
 def _holds_tensors(item: Any, depth: int) -> bool:

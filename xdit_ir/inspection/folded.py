@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xdit_ir.inspection.model import Box, View
+from xdit_ir.inspection.model import Box, GraphView
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Folded:
     edges: dict[tuple[str, str], list[str]]
 
 
-def folded(view: View) -> Folded:
+def folded(view: GraphView) -> Folded:
     """Calls of one run are one box, named after the first."""
     first: dict[int, str] = {}
     home: dict[str, str] = {}

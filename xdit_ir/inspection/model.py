@@ -74,7 +74,7 @@ class Edge:
 
 
 @dataclass(frozen=True)
-class View:
+class GraphView:
     """A program as a picture."""
 
     boxes: Sequence[Box]
@@ -160,8 +160,8 @@ class Inspection:
     model: str
     degrees: str
     mesh: Mapping[str, int]
-    before: View
-    after: View | None
+    before: GraphView
+    after: GraphView | None
     passes: Sequence[PassStep]
     lines: Sequence[str]
     facts: Sequence[Fact] = ()

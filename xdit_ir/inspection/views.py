@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import fx
 
 from xdit_ir.inspection.boxes import Group, module_of, owners, runs
-from xdit_ir.inspection.model import BodyView, Box, Edge, ExchangeView, Line, View
+from xdit_ir.inspection.model import BodyView, Box, Edge, ExchangeView, GraphView, Line
 from xdit_ir.ir.graphs import arguments_of, operands, results_of, weights_of
 from xdit_ir.ir.layout import in_mesh_order
 from xdit_ir.ir.mesh import TIME, Mesh
@@ -24,7 +24,7 @@ from xdit_ir.sharding.report import traffic
 BUFFER = "buffer"
 
 
-def view(program: Program, stages: Mapping[str, int] | None = None) -> View:
+def view(program: Program, stages: Mapping[str, int] | None = None) -> GraphView:
     """The picture of a program; `stages` are those of outer nodes, by name, in a pipeline."""
     return _Viewer(program, stages).view()
 
@@ -71,12 +71,12 @@ class _Viewer:
     def _line(self, node: fx.Node) -> Line:
         return line(node, self.mesh, in_time=self.in_time)
 
-    def view(self) -> View:
+    def view(self) -> GraphView:
         edges = self._edges()
         boxes = [self._box(group) for group in dict.fromkeys(self.owner.values())]
         kinds = {box.id: kind for box in boxes if (kind := _kind(box)) is not None}
         joined = runs(kinds, [(edge.source, edge.target) for edge in edges])
-        return View([replace(box, run=joined.get(box.id, -1)) for box in boxes], edges, self.bodies)
+        return GraphView([replace(box, run=joined.get(box.id, -1)) for box in boxes], edges, self.bodies)
 
     def _body(self, name: str) -> BodyView:
         graph = self.program.blocks[name].graph

@@ -127,7 +127,7 @@ class Predicate:
 
 
 @dataclass(frozen=True)
-class Entry:
+class PathEntry:
     """One step into an argument: the entry `key` of a list or dict, or the `attribute` of an object."""
 
     key: Any
@@ -146,7 +146,7 @@ class Effect:
     if `spec` is None.
     """
 
-    path: tuple[Entry, ...]
+    path: tuple[PathEntry, ...]
     leaves: tuple[int | Literal, ...] = ()
     spec: pytree.TreeSpec | None = None
     write: bool = False

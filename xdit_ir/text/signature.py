@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from xdit_ir.ir.program import Effect, Entry, Guard, InputLeaf, Literal, Predicate, Signature
+from xdit_ir.ir.program import Effect, Guard, InputLeaf, Literal, PathEntry, Predicate, Signature
 from xdit_ir.text.literals import STRING, LiteralWriter, name_text, read_literal, read_name
 from xdit_ir.text.scanner import Scanner
 from xdit_ir.text.types import TypeReader, TypeWriter
@@ -168,10 +168,10 @@ class SignatureReader:
         path = []
         while not scanner.done and scanner.looking_at(r"[.\[]"):
             if scanner.take("."):
-                path.append(Entry(scanner.expect(r"\w+", "an attribute"), attribute=True))
+                path.append(PathEntry(scanner.expect(r"\w+", "an attribute"), attribute=True))
             else:
                 scanner.need("[")
-                path.append(Entry(self._literal(scanner)))
+                path.append(PathEntry(self._literal(scanner)))
                 scanner.need("]")
         if word == "remove":
             self.effects.append(Effect(tuple(path)))

@@ -146,7 +146,7 @@ class Channel(ABC):
 
 
 @dataclass(eq=False)
-class Collective(Channel):
+class CollectiveChannel(Channel):
     """A channel over a process group that nothing else uses, so that messages cannot overtake, and run on a stream
     aside from the one that computes."""
 
@@ -176,7 +176,7 @@ class Collective(Channel):
 
 
 @dataclass(eq=False)
-class Pair(Collective):
+class Pair(CollectiveChannel):
     """Between two ranks."""
 
     target: int = field(kw_only=True)
@@ -188,7 +188,7 @@ class Pair(Collective):
 
 
 @dataclass(eq=False)
-class Broadcast(Collective):
+class Broadcast(CollectiveChannel):
     """From one rank to all others of the group."""
 
     def _start(self, message: torch.Tensor, *, outgoing: bool) -> Any:
