@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import fx
 
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.program import WHERE, Program, call_parts, is_block_call, where_of
+from xdit_ir.ir.program import WHERE, Program, call_parts, where_of
 
 Note = Callable[[fx.Node | None, fx.Node, fx.Node], None]
 
@@ -30,11 +30,8 @@ def inline(program: Program, calls: Collection[fx.Node], note: Note) -> Program:
             env[node] = results[node.args[0]][node.args[1]]
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].meta = dict(node.meta)
             note(None, node, env[node])
-    used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
-    blocks = {name: block for name, block in program.blocks.items() if name in used}
-    return program.replace(graph=graph, blocks=blocks)
+    return program.with_graph(graph)
 
 
 def _expand(

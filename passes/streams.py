@@ -18,5 +18,5 @@ def leading_values(graph: fx.Graph) -> list[fx.Node]:
             found |= dict.fromkeys(source for source in sources if source not in after)
         if is_block_call(node) or any(source in after for source in sources):
             after.add(node)
-    found |= dict.fromkeys(node for node in graph.nodes if node.op == "placeholder")
+    found |= dict.fromkeys(graph.find_nodes(op="placeholder"))
     return [node for node in found if node.meta[SPEC].dtype.is_floating_point and node.op != "get_attr"]

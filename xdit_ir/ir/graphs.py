@@ -28,7 +28,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """What a graph is given: the inputs of an outer graph; the arguments and then the weights of a body."""
-    return [node for node in graph.nodes if node.op == "placeholder"]
+    return list(graph.find_nodes(op="placeholder"))
 
 
 def arguments_of(graph: fx.Graph) -> list[fx.Node]:
@@ -43,8 +43,7 @@ def weights_of(graph: fx.Graph) -> dict[str, fx.Node]:
 
 def results_of(graph: fx.Graph) -> list[fx.Node]:
     """What a graph returns."""
-    [output] = (node for node in graph.nodes if node.op == "output")
-    return operands(output)
+    return operands(graph.output_node())
 
 
 def with_operands(node: fx.Node, new: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -78,7 +77,6 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         env[node] = result.node_copy(node, env.__getitem__)
-        env[node].meta = dict(node.meta)
     return result
 
 

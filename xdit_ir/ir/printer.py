@@ -165,7 +165,7 @@ def outer_text(program: Program) -> str:
 def _head(program: Program) -> list[str]:
     mesh = program.mesh
     over = "" if mesh is None else " on " + mesh_text(mesh)
-    inputs = (node for node in program.graph.nodes if node.op == "placeholder")
+    inputs = program.graph.find_nodes(op="placeholder")
     return [f"program {program.name}{over} {{", *(f"  input %{n.name}: {node_type(n, mesh)}" for n in inputs)]
 
 

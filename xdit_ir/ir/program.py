@@ -224,6 +224,12 @@ class Program:
         """A copy with fields changed; graphs are shared, so whoever edits one copies it first."""
         return replace(self, **changes)
 
+    def with_graph(self, graph: fx.Graph) -> Program:
+        """The program with another outer graph, and only the blocks that this calls."""
+        used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
+        blocks = {name: block for name, block in self.blocks.items() if name in used}
+        return replace(self, graph=graph, blocks=blocks)
+
     @property
     def calls(self) -> Iterator[fx.Node]:
         """The block calls of the outer graph, in order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +117,7 @@ class _Weaver:
         if node.op == "get_attr":
             name = str(node.target)
             if name not in self.state:
-                self.state[name] = self._copy(node, thread.env)
+                self.state[name] = self.graph.node_copy(node, thread.env.__getitem__)
             return self.state[name]
         if isinstance(node.target, Recall):
             return self.kept[node.target.slot]
@@ -131,10 +131,7 @@ class _Weaver:
             assert isinstance(source, fx.Node) and isinstance(node.args[1], int)
             place = thread.first[source] + node.args[1]
             return self._noted(node, self.graph.call_function(operator.getitem, (thread.env[source], place)))
-        return self._copy(node, thread.env)
-
-    def _copy(self, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
-        return self._noted(node, self.graph.node_copy(node, env.__getitem__))
+        return self.graph.node_copy(node, thread.env.__getitem__)
 
     def _noted(self, node: fx.Node, new: fx.Node) -> fx.Node:
         new.meta = dict(node.meta)

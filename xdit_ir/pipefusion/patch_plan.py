@@ -10,7 +10,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.dataflow import Nodes, reach
 from xdit_ir.ir.flops import is_counted, node_flops
-from xdit_ir.ir.graphs import OUTER, all_graphs, operands, results_of
+from xdit_ir.ir.graphs import OUTER, all_graphs, operands, placeholders, results_of
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call, is_weight
@@ -45,7 +45,7 @@ class PatchPlan:
 def evaluate(program: Program, mesh: Mesh) -> PatchPlan:
     """Price a division over time, and refuse it with a reason where it would not be PipeFusion."""
     found = latents(program, mesh)
-    seeds = {OUTER: {node for node in program.graph.nodes if node.op == "placeholder" and node.name in found}}
+    seeds = {OUTER: {node for node in placeholders(program.graph) if node.name in found}}
     dependent = reach(program, seeds)
     covered, price = _work(program, mesh, dependent)
     refusal = ""

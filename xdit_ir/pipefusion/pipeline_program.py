@@ -38,7 +38,7 @@ class PatchStage:
         """Types of what is sent (or received)."""
         if sent:
             return tuple(node.meta[SPEC] for node in results_of(self.program.graph)[: len(self.sends)])
-        inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        inputs = self.program.graph.find_nodes(op="placeholder")
         end = len(inputs) - len(self.carried_in)
         return tuple(node.meta[SPEC] for node in inputs[end - len(self.receives) : end])
 
@@ -196,10 +196,8 @@ def _part(cut: Stage, program: Program, patch: int, patches: int) -> PatchStage:
         kept += values[len(passed) :]
     graph = _for_patch(program.graph, patch, patches, received=(*cut.receives, *cut.carried_in), outputs=kept)
     remove_dead(graph, partial(has_effect, program))
-    used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
-    blocks = {name: block for name, block in program.blocks.items() if name in used}
-    fit_calls(graph, blocks)
-    return PatchStage(program.replace(graph=graph, blocks=blocks), *wanted)
+    fit_calls(graph, program.blocks)
+    return PatchStage(program.with_graph(graph), *wanted)
 
 
 def _for_patch(
@@ -226,7 +224,6 @@ def _for_patch(
                 env[node].meta = dict(node.meta)
             continue
         env[node] = result.node_copy(node, env.__getitem__)
-        env[node].meta = dict(node.meta)
         if shared:
             kept = result.create_node("call_function", Keep(node.name, patch), (env[node],), name=f"{node.name}_keep")
             kept.meta = dict(node.meta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -171,17 +171,12 @@ def _feed(parts: Sequence[tuple[PatchStage, int]]) -> tuple[int | Held, ...]:
     return tuple(feed)
 
 
-def _placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if node.op == "placeholder")
-
-
 def _returning(program: Program, results: Sequence[fx.Node]) -> Program:
     """The program of a last stage with other results; buffers that only these were collected in are gone."""
     graph = copy_graph(program.graph)
     values = {node.name: node for node in graph.nodes}
     outputs = tuple(values[node.name] for node in results)
-    [output] = (node for node in graph.nodes if node.op == "output")
-    output.args = (outputs,)
+    graph.output_node().args = (outputs,)
     unread = {node for node in graph.nodes if isinstance(node.target, Write) and operands(node)[0] in outputs}
     remove_dead(graph, lambda node: has_effect(program, node) and node not in unread)
     return program.replace(graph=graph)
@@ -202,7 +197,7 @@ def _mapped(program: Program, work: RankTasks) -> Program:
 
 def _sort_outputs(program: Program, counts: Sequence[tuple[int, ...]]) -> None:
     """Outputs by kind instead of by patch; of each patch there are so many of each kind."""
-    [output] = (node for node in program.graph.nodes if node.op == "output")
+    output = program.graph.output_node()
     values = iter(operands(output))
     kinds: list[list[fx.Node]] = [[] for _ in counts[0]]
     for patch in counts:
@@ -216,7 +211,7 @@ def _trimmed(
 ) -> tuple[Program, tuple[Need, ...]]:
     """The program without inputs that it does not use, which takes of the latents what it needs."""
     needs = []
-    for node in list(_placeholders(program.graph)):
+    for node in program.graph.find_nodes(op="placeholder"):
         if node.name in received:
             continue
         if not node.users:

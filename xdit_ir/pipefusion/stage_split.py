@@ -140,8 +140,7 @@ def _stage(program: Program, homes: Homes, routes: Mapping[fx.Node, _Route], sta
     carried_out = [node for node, route in routes.items() if stage in route.waits.values()]
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
-    for node in [*inputs, *receives, *carried_in]:
+    for node in [*program.graph.find_nodes(op="placeholder"), *receives, *carried_in]:
         env[node] = graph.create_node("placeholder", node.name, name=node.name)
         env[node].meta = dict(node.meta)
     results: tuple[fx.Node, ...] = ()
@@ -150,9 +149,6 @@ def _stage(program: Program, homes: Homes, routes: Mapping[fx.Node, _Route], sta
             results = tuple(operands(node))
         elif node not in env and stage in homes[node]:
             env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].meta = dict(node.meta)
     graph.output(tuple(env[node] for node in (*sends, *carried_out, *results)))
-    used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
-    blocks = {name: block for name, block in program.blocks.items() if name in used}
     names = [tuple(node.name for node in nodes) for nodes in (receives, sends, carried_in, carried_out)]
-    return Stage(program.replace(graph=graph, blocks=blocks), *names)
+    return Stage(program.with_graph(graph), *names)
