@@ -39,16 +39,16 @@ class LowerAttention:
 
     def infer(self, call: OpCall) -> OpSharding:
         """The rules' decision, lowered where it is about an attention."""
-        ruling = infer(call)
-        return self._lower(call, ruling) if call.node.target is ops.attention else ruling
+        sharding = infer(call)
+        return self._lower(call, sharding) if call.node.target is ops.attention else sharding
 
-    def _lower(self, call: OpCall, ruling: OpSharding) -> OpSharding:
-        q, k = ruling.inputs[:2]
-        out = ruling.outputs
+    def _lower(self, call: OpCall, sharding: OpSharding) -> OpSharding:
+        q, k = sharding.inputs[:2]
+        out = sharding.outputs
         assert isinstance(out, Layout)
         talk = call.dividing_dims(k.dims[-2])
         if call.arguments["is_causal"] and (talk or q.dims[-2] is not None):
-            return self._causal(call, ruling)
+            return self._causal(call, sharding)
         if not _has_square_mask(call):
             talk = key_gather_dims(call.mesh, q, k)
         heads = self._heads(call, q, k) if ULYSSES in talk else None
@@ -97,12 +97,12 @@ class LowerAttention:
         gathering = (k + v) * away
         return self.machine.seconds(flops * share, exchange) <= self.machine.seconds(flops / degree, gathering)
 
-    def _causal(self, call: OpCall, ruling: OpSharding) -> OpSharding:
+    def _causal(self, call: OpCall, sharding: OpSharding) -> OpSharding:
         """Causality needs keys in natural order: divide heads over every sequence mesh dim, or gather the keys and
         tell each rank the places of its queries."""
-        out, q, k = ruling.outputs, ruling.inputs[0], ruling.inputs[1].with_dims({-2: None})
+        out, q, k = sharding.outputs, sharding.inputs[0], sharding.inputs[1].with_dims({-2: None})
         assert isinstance(out, Layout)
-        talk = call.dividing_dims(ruling.inputs[1].dims[-2]) | call.dividing_dims(q.dims[-2])
+        talk = call.dividing_dims(sharding.inputs[1].dims[-2]) | call.dividing_dims(q.dims[-2])
         size = call.specs[1].shape[-3] if len(call.out.shape) > 2 else 0
         if size == call.out.shape[-3] and size >= self.mesh.size(talk) and q.dims[-3] is None:
             heads = self.mesh.divide(size, talk)

@@ -8,6 +8,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ir_strategies import examples
 
 from xdit_ir.ir.partition import Indices
 from xdit_ir.rules import intervals, lookups, views
@@ -31,6 +32,7 @@ def read(window: Window, result: int) -> set[int]:
     return set(range(window.start(result), window.stop(result))) & set(range(window.size))
 
 
+@examples(100)
 @given(windows(), st.data())
 def test_what_is_needed_is_all_that_is_read(window: Window, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, window.out - 1))
@@ -39,6 +41,7 @@ def test_what_is_needed_is_all_that_is_read(window: Window, data: st.DataObject)
     assert set(needed.array.tolist()) >= set().union(*(read(window, result) for result in range(first, stop)))
 
 
+@examples(100)
 @given(windows(), st.data())
 def test_what_is_made_reads_nothing_else(window: Window, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, window.size - 1))
@@ -50,6 +53,7 @@ def test_what_is_made_reads_nothing_else(window: Window, data: st.DataObject) ->
     assert made >= set(inside)
 
 
+@examples(100)
 @given(windows(), st.lists(st.integers(0, 12), max_size=3))
 def test_every_result_has_its_centre_on_one_rank(window: Window, cuts: list[int]) -> None:
     edges = sorted({0, window.size, *(cut for cut in cuts if cut < window.size)})

@@ -26,7 +26,7 @@ def _attention(call: OpCall) -> OpSharding:
     queries = _free(call, q.dims[-2], taken)
     keys = _free(call, k.dims[-2], taken, exact=True) or _free(call, v.dims[-2], taken, exact=True)
     ndim = len(call.out.shape)
-    return _ruling(call, tuple(chosen.get(d - ndim) for d in range(ndim - 2)), queries, keys)
+    return _sharding(call, tuple(chosen.get(d - ndim) for d in range(ndim - 2)), queries, keys)
 
 
 def _candidates(call: OpCall) -> Iterator[tuple[int, Partition]]:
@@ -65,7 +65,7 @@ def _free(call: OpCall, partition: Partition | None, taken: frozenset[str], *, e
     return None if exact and not call.mesh.tiles(partition) else partition
 
 
-def _ruling(call: OpCall, head: Dims, queries: Partition | None, keys: Partition | None) -> OpSharding:
+def _sharding(call: OpCall, head: Dims, queries: Partition | None, keys: Partition | None) -> OpSharding:
     q = Layout((*_fit(call, 0, head), queries, None))
     k, v = (Layout((*_fit(call, operand, head), keys, None)) for operand in (1, 2))
     output = Layout((*head, queries, None))
@@ -118,7 +118,7 @@ def _attention_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None
     queries = wanted.dims[-2]
     if wanted.dims[-1] is not None:
         return None
-    inputs = _ruling(call, wanted.dims[:-2], queries, None).inputs
+    inputs = _sharding(call, wanted.dims[:-2], queries, None).inputs
     masks = []
     for spec, layout in zip(call.specs[3:], inputs[3:], strict=True):
         rows = len(spec.shape) > 1 and spec.shape[-2] == call.out.shape[-2]

@@ -165,8 +165,8 @@ def verified(rule: Rule) -> Rule:
         needs = rule.demand(call, wanted)
         if needs is None:
             return None
-        ruling = rule.forward(OpCall(call.node, call.mesh, needs))
-        return needs if ruling.inputs == needs and ruling.outputs == wanted else None
+        sharding = rule.forward(OpCall(call.node, call.mesh, needs))
+        return needs if sharding.inputs == needs and sharding.outputs == wanted else None
 
     return Rule(rule.forward, demand)
 

@@ -45,8 +45,8 @@ def _added(call: OpCall) -> Labels:
 def _once(argument: str, without: object) -> object:
     """Where the result is partial, only the first rank of each group adds what is not part of the sum."""
 
-    def localize(call: OpCall, ruling: OpSharding) -> Localize | None:
-        partial = as_layouts(ruling.outputs)[0].partial
+    def localize(call: OpCall, sharding: OpSharding) -> Localize | None:
+        partial = as_layouts(sharding.outputs)[0].partial
         if not partial or call.arguments[argument] is None:
             return None
 

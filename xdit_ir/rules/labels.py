@@ -86,11 +86,11 @@ def labelled(
         labels = describe(call)
         if isinstance(labels, str):
             return gather_all(call, labels)
-        ruling = _forward(call, labels, sums)
-        if not _divides(ruling):
-            return ruling
-        make = local(call, ruling) if local is not None else None
-        return handle_empty_parts(call, OpSharding(ruling.inputs, ruling.outputs, make))
+        sharding = _forward(call, labels, sums)
+        if not _divides(sharding):
+            return sharding
+        make = local(call, sharding) if local is not None else None
+        return handle_empty_parts(call, OpSharding(sharding.inputs, sharding.outputs, make))
 
     def demand(call: OpCall, wanted: Any) -> tuple[Layout, ...] | None:
         labels = describe(call)
@@ -99,15 +99,15 @@ def labelled(
     return Rule(forward, demand)
 
 
-def _divides(ruling: OpSharding) -> bool:
-    return any(not layout.is_whole for layout in (*ruling.inputs, *as_layouts(ruling.outputs)))
+def _divides(sharding: OpSharding) -> bool:
+    return any(not layout.is_whole for layout in (*sharding.inputs, *as_layouts(sharding.outputs)))
 
 
-def handle_empty_parts(call: OpCall, ruling: OpSharding) -> OpSharding:
+def handle_empty_parts(call: OpCall, sharding: OpSharding) -> OpSharding:
     """Many kernels refuse empty operands or return something odd: a rank with no part of any result makes it itself."""
-    layouts, make = as_layouts(ruling.outputs), ruling.local
+    layouts, make = as_layouts(sharding.outputs), sharding.local
     if not any(0 in dim.sizes for layout in layouts for dim in layout.dims if dim is not None):
-        return ruling
+        return sharding
     shapes = [
         [layout.local_shape(spec.shape, rank) for layout, spec in zip(layouts, call.results, strict=True)]
         for rank in range(call.mesh.world_size)
@@ -119,7 +119,7 @@ def handle_empty_parts(call: OpCall, ruling: OpSharding) -> OpSharding:
             return _nothing(call, shapes[rank])
         return (call.node.target, call.node.args, call.node.kwargs) if make is None else make(rank)  # type: ignore[return-value]
 
-    return OpSharding(ruling.inputs, ruling.outputs, local)
+    return OpSharding(sharding.inputs, sharding.outputs, local)
 
 
 def _nothing(call: OpCall, shapes: Sequence[tuple[int, ...]]) -> LocalCall:
@@ -182,5 +182,5 @@ def _demand(call: OpCall, labels: Labels, wanted: tuple[Layout, ...]) -> tuple[L
             if partition is not None:
                 chosen[name] = partition
     inputs = tuple(Layout(dims) for dims in _dims(call.specs, labels.operands, sizes, chosen))
-    ruling = _forward(OpCall(call.node, call.mesh, inputs), labels, sums=False)
-    return inputs if as_layouts(ruling.outputs) == wanted and ruling.inputs == inputs else None
+    sharding = _forward(OpCall(call.node, call.mesh, inputs), labels, sums=False)
+    return inputs if as_layouts(sharding.outputs) == wanted and sharding.inputs == inputs else None

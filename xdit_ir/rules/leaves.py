@@ -17,10 +17,10 @@ def _leaf(call: OpCall) -> OpSharding:
         for operand in aligned
         if (partition := call.layouts[operand].dims[dim]) is not None
     )
-    return _ruling(call, choose(call.mesh, wanted))
+    return _sharding(call, choose(call.mesh, wanted))
 
 
-def _ruling(call: OpCall, chosen: dict[int, Partition]) -> OpSharding:
+def _sharding(call: OpCall, chosen: dict[int, Partition]) -> OpSharding:
     leaf, inputs = _target(call), list(whole(call.specs))
     outputs = [Layout.whole(len(spec.shape)) for spec in call.results]
     for dim, aligned in leaf.aligned:
@@ -36,7 +36,7 @@ def _ruling(call: OpCall, chosen: dict[int, Partition]) -> OpSharding:
 def _demand(call: OpCall, wanted: Layout | tuple[Layout, ...]) -> tuple[Layout, ...] | None:
     if not isinstance(wanted, Layout):
         return None
-    return _ruling(call, {d: partition for d, partition in enumerate(wanted.dims) if partition is not None}).inputs
+    return _sharding(call, {d: partition for d, partition in enumerate(wanted.dims) if partition is not None}).inputs
 
 
 def _target(call: OpCall) -> Leaf:

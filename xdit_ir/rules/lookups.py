@@ -149,7 +149,7 @@ RULES = {
     **rules_of(labelled(_gather), aten.gather),
     **rules_of(labelled(_take_along), aten.take_along_dim),
     **rules_of(
-        labelled(_one_hot, lambda call, ruling: lambda rank: same_call(call, num_classes=call.out.shape[-1])),
+        labelled(_one_hot, lambda call, sharding: lambda rank: same_call(call, num_classes=call.out.shape[-1])),
         aten.one_hot,
     ),
     **rules_of(labelled(_searchsorted), aten.searchsorted),

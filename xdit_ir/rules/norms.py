@@ -26,11 +26,11 @@ def _group_norm(call: OpCall) -> Labels:
     return by_argument(call, *results, input=plain(call.out, range(1, len(call.out.shape))))
 
 
-def _local_batch(call: OpCall, ruling: OpSharding) -> Localize | None:
+def _local_batch(call: OpCall, sharding: OpSharding) -> Localize | None:
     """`native_group_norm` is told the batch size."""
     if "N" not in call.arguments:
         return None
-    output = as_layouts(ruling.outputs)[0]
+    output = as_layouts(sharding.outputs)[0]
 
     def local(rank: int) -> LocalCall:
         return same_call(call, N=output.local_shape(call.out.shape, rank)[0])

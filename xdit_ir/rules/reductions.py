@@ -49,9 +49,9 @@ def share_of_mean(x: torch.Tensor, dims: Sequence[int], keepdim: bool, count: in
     return x.mean(tuple(dims), keepdim) * (own / count) if own else x.sum(tuple(dims), keepdim)
 
 
-def _share_of_mean(call: OpCall, ruling: OpSharding) -> Localize | None:
+def _share_of_mean(call: OpCall, sharding: OpSharding) -> Localize | None:
     """A mean over divided dims is a partial sum of the ranks' weighted means."""
-    if not as_layouts(ruling.outputs)[0].partial:
+    if not as_layouts(sharding.outputs)[0].partial:
         return None
     dims, arguments = _dims(call), call.arguments
     count = math.prod(call.specs[0].shape[dim] for dim in dims)

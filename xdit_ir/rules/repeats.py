@@ -31,8 +31,8 @@ def _expand(call: OpCall) -> Labels:
     return by_argument(call, (None,) * offset + names, self=names)
 
 
-def _local_size(call: OpCall, ruling: OpSharding) -> Localize:
-    output = as_layouts(ruling.outputs)[0]
+def _local_size(call: OpCall, sharding: OpSharding) -> Localize:
+    output = as_layouts(sharding.outputs)[0]
     return lambda rank: same_call(call, size=list(output.local_shape(call.out.shape, rank)))
 
 

@@ -70,10 +70,10 @@ def _node(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mes
     if node.target is ops.ring_attention:
         return _ring(node, env, graph, mesh, rank)
     layouts = tuple(source.meta[LAYOUT] for source in operands(node))
-    ruling = infer(OpCall(node, mesh, layouts))
+    sharding = infer(OpCall(node, mesh, layouts))
     target, args, kwargs = node.target, node.args, node.kwargs
-    if ruling.local is not None:
-        target, args, kwargs = ruling.local(rank)
+    if sharding.local is not None:
+        target, args, kwargs = sharding.local(rank)
     args, kwargs = fx.map_arg((args, kwargs), env.__getitem__)
     return graph.create_node("call_function", target, args, dict(kwargs), name=node.name)
 

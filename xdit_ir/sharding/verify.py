@@ -109,11 +109,11 @@ class _Verifier:
 
     def _operator(self, node: fx.Node, mesh: Mesh) -> None:
         layouts = tuple(source.meta[LAYOUT] for source in operands(node))
-        ruling = infer(OpCall(node, mesh, layouts))
-        for place, (have, need) in enumerate(zip(layouts, ruling.inputs, strict=True)):
+        sharding = infer(OpCall(node, mesh, layouts))
+        for place, (have, need) in enumerate(zip(layouts, sharding.inputs, strict=True)):
             if have != need:
                 self.fail(node, f"operand {place} has a layout that {node.target} cannot take")
-        if ruling.outputs != node.meta[LAYOUT]:
+        if sharding.outputs != node.meta[LAYOUT]:
             self.fail(node, "its layout is not what the rules infer")
         if self.runnable and node.target in ops.ATTENTIONS:
             allowed = {"ring"} if node.target is ops.ring_attention else set()
