@@ -11,26 +11,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
+from xdit_ir.capture.failures import Restart, Unshareable
 from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
 from xdit_ir.capture.known import note_read
 from xdit_ir.capture.objects import Kind, expand_objects, restore_objects
 from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
-from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, TracedValue, Unshareable, spec_of
+from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, TracedValue, spec_of
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.graphs import remove_dead
 from xdit_ir.ir.program import Literal, Where, call_block
-
-
-class Restart(BaseException):
-    """The trace must begin anew, with some modules not taken as blocks.
-
-    Not an `Exception`, so that handlers in the model's code do not swallow it.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
 
 
 @dataclass(frozen=True)
@@ -61,17 +51,6 @@ class CapturedBody:
     shared: set[int]
     outputs: list[int | Argument | Literal]
     out_spec: pytree.TreeSpec
-
-
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that may become blocks, by path: with children of their own, and siblings of their class."""
-    chosen: set[int] = set()
-    for parent in model.modules():
-        children = [child for child in parent._modules.values() if child is not None and child._modules]
-        enough = 2 if isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) else 3
-        kinds = [type(child) for child in children]
-        chosen |= {id(child) for child in children if kinds.count(type(child)) >= enough}
-    return {path: module for path, module in model.named_modules() if id(module) in chosen}
 
 
 class Blocks:

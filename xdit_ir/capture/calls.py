@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.fingerprint import describe
 from xdit_ir.capture.inputs import path_name
 from xdit_ir.capture.objects import Kind, expand_objects
 from xdit_ir.capture.recorder import Recorder
-from xdit_ir.capture.values import TracedValue, Unshareable
+from xdit_ir.capture.values import TracedValue
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.operators import aten, facts
 from xdit_ir.capture.predicates import predicate
 from xdit_ir.capture.recorder import Recorder
@@ -24,7 +25,6 @@ from xdit_ir.capture.values import (
     Origin,
     Roots,
     TracedValue,
-    Unshareable,
     map_tensors,
     share_memory,
     spec_of,

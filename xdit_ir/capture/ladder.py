@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from xdit_ir.capture.blocks import Restart, candidates
-from xdit_ir.capture.leaves import Reasons, ShapeDepends, Wanted, like, named_leaves
+from xdit_ir.capture.failures import Opaque, Restart, ShapeDepends, Unshareable
+from xdit_ir.capture.leaves import Reasons, Wanted, like, named_leaves
 from xdit_ir.capture.source import failing_line
-from xdit_ir.capture.values import Opaque, Unshareable
 from xdit_ir.errors import TraceError
 
 FAILURES = (Restart, Opaque, ShapeDepends, Unshareable)
@@ -64,3 +63,14 @@ class Rung:
             raise TraceError(reason)
         kept = {name: why for name, why in self.leaves.items() if name not in failed}
         return replace(self, leaves=kept | dict.fromkeys(parents, reason))
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that may become blocks, by path: with children of their own, and siblings of their class."""
+    chosen: set[int] = set()
+    for parent in model.modules():
+        children = [child for child in parent._modules.values() if child is not None and child._modules]
+        enough = 2 if isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) else 3
+        kinds = [type(child) for child in children]
+        chosen |= {id(child) for child in children if kinds.count(type(child)) >= enough}
+    return {path: module for path, module in model.named_modules() if id(module) in chosen}

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
+from xdit_ir.capture.failures import ShapeDepends
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.outputs import flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
@@ -26,14 +27,6 @@ _TOLERANCE = 1e-4
 
 Wanted = str | type | nn.Module
 Reasons = dict[str, str]
-
-
-class ShapeDepends(Exception):
-    """What a module returns has another shape for other contents; the module at `path` cannot be a leaf."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
 
 
 def named_leaves(model: nn.Module, wanted: Sequence[Wanted]) -> Reasons:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
     KNOWN_NUMEL,
@@ -18,7 +19,6 @@ from xdit_ir.capture.values import (
     Roots,
     Storage,
     TracedValue,
-    Unshareable,
     contents,
     map_tensors,
     spec_of,

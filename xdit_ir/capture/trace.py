@@ -14,13 +14,14 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.blocks import Blocks, prune
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import ArgumentState
+from xdit_ir.capture.failures import Opaque, ShapeDepends, Unshareable
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
 from xdit_ir.capture.known import PythonReads, readable
 from xdit_ir.capture.ladder import FAILURES, Rung
-from xdit_ir.capture.leaves import Leaves, ShapeDepends, Wanted
+from xdit_ir.capture.leaves import Leaves, Wanted
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import flatten_output, literal
@@ -29,7 +30,7 @@ from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line
 from xdit_ir.capture.tracer import Tracer
-from xdit_ir.capture.values import Frame, Opaque, TracedValue, Unshareable, spec_of
+from xdit_ir.capture.values import Frame, TracedValue, spec_of
 from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.program import CONSTANT, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
 

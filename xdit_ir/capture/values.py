@@ -10,23 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import TensorSpec
 
 KNOWN_NUMEL = 1 << 20
 KNOWN_INPUT_NUMEL = 1 << 22
-
-
-class Unshareable(Exception):
-    """A block does something that a shared body cannot express."""
-
-
-class Opaque(TraceError):
-    """The module at `path` does what cannot be captured; called as a leaf it could run."""
-
-    def __init__(self, text: str, path: str) -> None:
-        super().__init__(text)
-        self.path = path
 
 
 class Origin(Enum):

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import fx
 
+from xdit_ir.capture.failures import Opaque
 from xdit_ir.capture.operators import IDENTITY, aten
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import Frame, Opaque, View, spec_of
+from xdit_ir.capture.values import Frame, View, spec_of
 from xdit_ir.ir.program import CONSTANT, SPEC, WHERE, Where, qualified
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.known import write_known
 from xdit_ir.capture.operators import argument, aten, facts, functional_twin
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import TracedValue, Unshareable, View, spec_of, tensors_in
+from xdit_ir.capture.values import TracedValue, View, spec_of, tensors_in
 from xdit_ir.capture.views import scatter
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import TensorSpec

@@ -1,0 +1,36 @@
+"""Why an attempt at capturing a model may fail, so that another one, which gives something up, may do."""
+
+from __future__ import annotations
+
+from xdit_ir.errors import TraceError
+
+
+class Unshareable(Exception):
+    """A block does something that a shared body cannot express."""
+
+
+class Opaque(TraceError):
+    """The module at `path` does what cannot be captured; called as a leaf it could run."""
+
+    def __init__(self, text: str, path: str) -> None:
+        super().__init__(text)
+        self.path = path
+
+
+class Restart(BaseException):
+    """The trace must begin anew, with some modules not taken as blocks.
+
+    Not an `Exception`, so that handlers in the model's code do not swallow it.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+class ShapeDepends(Exception):
+    """What a module returns has another shape for other contents; the module at `path` cannot be a leaf."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
