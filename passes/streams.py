@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.graphs import operands, placeholders
 from xdit_ir.ir.program import SPEC, is_block_call
 
 
@@ -18,5 +18,5 @@ def leading_values(graph: fx.Graph) -> list[fx.Node]:
             found |= dict.fromkeys(source for source in sources if source not in after)
         if is_block_call(node) or any(source in after for source in sources):
             after.add(node)
-    found |= dict.fromkeys(graph.find_nodes(op="placeholder"))
+    found |= dict.fromkeys(placeholders(graph))
     return [node for node in found if node.meta[SPEC].dtype.is_floating_point and node.op != "get_attr"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.ir.graphs import arguments_of
+from xdit_ir.ir.graphs import arguments_of, placeholders
 from xdit_ir.ir.layout import Layout, in_mesh_order
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.ir.partition import Partition
@@ -165,7 +165,7 @@ def outer_text(program: Program) -> str:
 def _head(program: Program) -> list[str]:
     mesh = program.mesh
     over = "" if mesh is None else " on " + mesh_text(mesh)
-    inputs = program.graph.find_nodes(op="placeholder")
+    inputs = placeholders(program.graph)
     return [f"program {program.name}{over} {{", *(f"  input %{n.name}: {node_type(n, mesh)}" for n in inputs)]
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir.buffer_ops import Keep, Recall, Write
-from xdit_ir.ir.graphs import drop_unused_weights, fit_calls, operands, remove_dead, results_of
+from xdit_ir.ir.graphs import drop_unused_weights, fit_calls, operands, placeholders, remove_dead, results_of
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import SPEC, Block, ComputeScope, Program, TensorSpec, is_block_call, scope_of
 from xdit_ir.pipefusion.stage_split import Stage, cut_stages
@@ -38,7 +38,7 @@ class PatchStage:
         """Types of what is sent (or received)."""
         if sent:
             return tuple(node.meta[SPEC] for node in results_of(self.program.graph)[: len(self.sends)])
-        inputs = self.program.graph.find_nodes(op="placeholder")
+        inputs = placeholders(self.program.graph)
         end = len(inputs) - len(self.carried_in)
         return tuple(node.meta[SPEC] for node in inputs[end - len(self.receives) : end])
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from xdit_ir.ir.buffer_ops import Write
 from xdit_ir.ir.collective_ops import Communicate
-from xdit_ir.ir.graphs import copy_graph, map_graphs, operands, remove_dead, results_of
+from xdit_ir.ir.graphs import copy_graph, map_graphs, operands, placeholders, remove_dead, results_of
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.pipefusion.interleave_patches import interleave, of_patch
 from xdit_ir.pipefusion.latents import latents
@@ -78,7 +78,7 @@ class RankTasks:
         """The inputs that are divided over patches like an output."""
         found: dict[str, PatchCut] = {}
         for name in latents(self.pipeline.program, self.pipeline.virtual):
-            [node] = (n for n in self.pipeline.program.graph.nodes if n.op == "placeholder" and n.name == name)
+            [node] = (n for n in placeholders(self.pipeline.program.graph) if n.name == name)
             shape = node.meta[SPEC].shape
             for cut, output in zip(self.cuts, results_of(self.pipeline.program.graph), strict=True):
                 own = None if cut is None else own_dim(cut, output.meta[SPEC].shape, shape)
@@ -211,7 +211,7 @@ def _trimmed(
 ) -> tuple[Program, tuple[Need, ...]]:
     """The program without inputs that it does not use, which takes of the latents what it needs."""
     needs = []
-    for node in program.graph.find_nodes(op="placeholder"):
+    for node in placeholders(program.graph):
         if node.name in received:
             continue
         if not node.users:

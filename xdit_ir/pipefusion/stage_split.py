@@ -11,7 +11,7 @@ from torch import fx
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir import ops
 from xdit_ir.ir.flops import is_counted
-from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.graphs import operands, placeholders
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import node_type
 from xdit_ir.ir.program import STAGE, Program, is_block_call, scope_of
@@ -140,7 +140,7 @@ def _stage(program: Program, homes: Homes, routes: Mapping[fx.Node, _Route], sta
     carried_out = [node for node, route in routes.items() if stage in route.waits.values()]
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    for node in [*program.graph.find_nodes(op="placeholder"), *receives, *carried_in]:
+    for node in [*placeholders(program.graph), *receives, *carried_in]:
         env[node] = graph.create_node("placeholder", node.name, name=node.name)
         env[node].meta = dict(node.meta)
     results: tuple[fx.Node, ...] = ()
