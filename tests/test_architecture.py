@@ -76,6 +76,13 @@ def test_folders_stand_in_the_order_of_the_data_flow() -> None:
     assert [f"{module} -> {one}" for module, one in edges if places[room(one)] > places[room(module)]] == []
 
 
+def test_the_page_for_newcomers_has_this_order() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert listed == [name for name in ORDER if name]
+
+
 def test_no_module_imports_itself_by_way_of_others() -> None:
     assert [sorted(circle) for circle in nx.strongly_connected_components(import_graph()) if len(circle) > 1] == []
 
