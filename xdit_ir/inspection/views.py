@@ -70,7 +70,7 @@ class _Viewer:
     def _line(self, node: fx.Node) -> Line:
         return line(node, self.mesh, in_time=self.in_time)
 
-    def _dims(self, several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    def _dims(self, several: Iterable[Sequence[str]]) -> tuple[str, ...]:
         return () if self.mesh is None else self.mesh.ordered(set().union(*several))
 
     def view(self) -> View:

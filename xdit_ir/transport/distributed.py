@@ -102,7 +102,8 @@ def _degrees(mesh: Mesh) -> str:
 
 def _nearest(mesh: Mesh, processes: int) -> str:
     """Degrees for this many processes: change one degree if that is enough."""
-    for name, size in reversed(mesh.degrees.items()):
+    for name in reversed(mesh.names):
+        size = mesh.degrees[name]
         others = mesh.world_size // size
         if size > 1 and processes % others == 0:
             return _degrees(mesh.resized(name, processes // others))
