@@ -199,7 +199,7 @@ def _finds_all(mesh: Mesh, queries: Partition | None, keys: Partition, dims: fro
 
 @lru_cache(maxsize=1024)
 def _groups(mesh: Mesh, dims: frozenset[str]) -> tuple[tuple[int, ...], ...]:
-    mesh.size(dims)  # raises where there is no such dim
+    mesh._known(dims)
     fixed = [name for name in mesh.names if name not in dims]
     keys = [tuple(at[name] for name in fixed) for at in map(mesh.coordinate, range(mesh.world_size))]
     return tuple(tuple(other for other, there in enumerate(keys) if there == here) for here in keys)
