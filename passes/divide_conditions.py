@@ -13,7 +13,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands, placeholders, results_of
 from xdit_ir.ir.hoist import Hoisted, ancestors, early_inputs, hoist
 from xdit_ir.ir.layout import Layout, kind
-from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import (
     LAYOUT,
     SPEC,
@@ -28,7 +28,8 @@ from xdit_ir.ir.program import (
 )
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
-from xdit_ir.sharding.cost import Machine, local_flops
+from xdit_ir.sharding.cost import local_flops
+from xdit_ir.sharding.machine import Machine
 
 aten = torch.ops.aten
 Projections = Mapping[str, list[fx.Node]]
@@ -97,7 +98,7 @@ def _divide(body: fx.Graph, names: Sequence[str], mesh: Mesh) -> None:
     """Make the projections of these names project to each rank's part of the features; all else is whole."""
     for node in list(body.nodes):
         if node.name in names:
-            features = mesh.divide(node.meta[SPEC].shape[-1], MESH_DIMS)
+            features = mesh.divide(node.meta[SPEC].shape[-1], mesh.names)
             for weight in operands(node)[1:]:
                 with body.inserting_before(node):
                     part = body.call_function(ops.shard, (weight,))

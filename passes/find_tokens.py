@@ -11,7 +11,7 @@ from torch import fx
 
 from xdit_ir.ir.graphs import all_graphs, bound_arguments, operands
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.program import SPEC, Program, TokenAxis
 from xdit_ir.passes.streams import leading_values
 from xdit_ir.rules.views import groups
@@ -59,10 +59,10 @@ class FindTokens:
 def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Attempt | None]:
     """The stream and what it divides; nothing where it reaches no query and is no dim that could be tokens."""
     shape = node.meta[SPEC].shape
-    cut = Layout.whole(len(shape)).with_dims({dim: PROBE.divide(shape[dim], ("ulysses",))})
+    cut = Layout.whole(len(shape)).with_dims({dim: PROBE.divide(shape[dim], SEQUENCE)})
     axis = TokenAxis(node.name, dim, shape[dim])
     tried = probe.attempt({node.name: (cut,)})
-    if "ulysses" in tried.attention_mesh_dims("queries"):
+    if tried.attention_mesh_dims("queries"):
         return axis, tried
     axis = replace(axis, is_context=True)
     if node.op == "placeholder":

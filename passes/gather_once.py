@@ -13,8 +13,8 @@ from xdit_ir.ir.program import Program
 from xdit_ir.passes.find_tokens import segments_of
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.rules.joins import concat_partitions, section
-from xdit_ir.sharding.cost import Machine
 from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode
+from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 
 # The work of the slowest rank that may be done for fewer exchanges, whatever they cost, to what it was.

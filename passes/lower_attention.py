@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.layout import Layout, key_gather_dims
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import RING, ULYSSES, Mesh
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import Program
 from xdit_ir.rules import infer
 from xdit_ir.rules.attentions import shared_heads
 from xdit_ir.rules.base import OpCall, OpSharding
-from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Propagation
-
-ULYSSES, RING = "ulysses", "ring"
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import MESH_DIMS, TIME, Mesh
+from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
@@ -27,6 +25,7 @@ from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.passes.take_known import TakeKnown
 from xdit_ir.pipefusion.pipeline_program import Pipeline, verify_pipeline
+from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.sharding.verify import verify
 
 After = Callable[[Pass, Program], None]
@@ -37,32 +36,34 @@ def analysis_passes() -> list[Pass]:
     return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), SplitStatistics(), FindTokens()]
 
 
-def mesh_passes(mesh: Mesh, *, split_batch: bool = True) -> list[Pass]:
+def mesh_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True) -> list[Pass]:
     """Passes that divide a program over a mesh; `specialize` follows, per rank."""
     batch: list[Pass] = [SplitBatch(mesh)] if split_batch else []
     return [
         *batch,
-        ShardTokens(mesh),
-        LowerAttention(mesh),
-        DivideConditions(mesh),
+        ShardTokens(mesh, machine),
+        LowerAttention(mesh, machine),
+        DivideConditions(mesh, machine),
         OrderExchanges(),
         SplitJoins(),
-        Overlap(mesh),
+        Overlap(mesh, machine),
     ]
 
 
-def divide(program: Program, mesh: Mesh, after: After | None = None, *, split_batch: bool = True) -> Program:
+def divide(
+    program: Program, mesh: Mesh, machine: Machine = H100, after: After | None = None, *, split_batch: bool = True
+) -> Program:
     """Run the mesh passes over an analysed program and verify that ranks can run the result."""
-    divided = run_passes(program, mesh_passes(mesh, split_batch=split_batch), after)
+    divided = run_passes(program, mesh_passes(mesh, machine, split_batch=split_batch), after)
     verify(divided, "the last pass", runnable=True)
     return divided
 
 
-def time_passes(mesh: Mesh, *, split_batch: bool = True) -> list[Pass]:
+def time_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True) -> list[Pass]:
     """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches."""
-    tokens: Pass = DisplacePatches(mesh) if mesh.size((TIME,)) > 1 else ShardTokens(mesh)
+    tokens: Pass = DisplacePatches(mesh) if mesh.size((TIME,)) > 1 else ShardTokens(mesh, machine)
     batch: list[Pass] = [SplitBatch(mesh)] if split_batch else []
-    return [*batch, tokens, LowerAttention(mesh), SeparateTime(mesh)]
+    return [*batch, tokens, LowerAttention(mesh, machine), SeparateTime(mesh)]
 
 
 def make_pipeline(
@@ -71,15 +72,16 @@ def make_pipeline(
     patches: int,
     warmup_steps: int = 1,
     stages: Sequence[int] | None = None,
+    machine: Machine = H100,
     after: After | None = None,
     *,
     split_batch: bool = True,
 ) -> tuple[Program, Pipeline]:
     """The analysed program with its stages noted, and the pipeline made from it, verified."""
     given = None if stages is None else tuple(stages)
-    staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given)], after)
-    cfg, _, ring, ulysses = mesh.sizes
-    divided = run_passes(staged, time_passes(Mesh.of(cfg, patches, ring, ulysses), split_batch=split_batch), after)
+    staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)
+    passes = time_passes(mesh.resized(TIME, patches), machine, split_batch=split_batch)
+    divided = run_passes(staged, passes, after)
     verify(divided, "separate-time", runnable=True)
     pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
     verify_pipeline(pipeline)
@@ -96,15 +98,3 @@ def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stag
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ParallelizeError(f"{name}={value!r} is not a positive integer; the nearest legal one is {name}=1")
     return pipefusion if patches is None else patches
-
-
-def mesh_of(degrees: dict[str, Any]) -> Mesh:
-    """The mesh of these degrees; raises `ParallelizeError` for what is no degree."""
-    for name, degree in degrees.items():
-        if name not in MESH_DIMS:
-            near = difflib.get_close_matches(name, MESH_DIMS, n=1)
-            hint = f"did you mean {near[0]}={degree!r}? " if near else ""
-            raise ParallelizeError(f"{name}={degree!r} is no parallel degree; {hint}there are {', '.join(MESH_DIMS)}")
-        if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
-            raise ParallelizeError(f"{name}={degree!r} is not a positive integer; the nearest legal one is {name}=1")
-    return Mesh.of(**degrees)

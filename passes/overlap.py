@@ -12,7 +12,8 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import map_graphs
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program
-from xdit_ir.sharding.cost import Machine, relayout_bytes
+from xdit_ir.sharding.cost import relayout_bytes
+from xdit_ir.sharding.machine import Machine
 
 Seconds = dict[fx.Node, float]
 

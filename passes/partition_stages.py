@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import fx
@@ -16,7 +16,7 @@ from xdit_ir.ir.program import STAGE, Program
 from xdit_ir.passes.inline import inline
 from xdit_ir.pipefusion.liveness import Liveness, boundaries, liveness
 from xdit_ir.pipefusion.stage_search import CutPoints, StagePlan, contiguous, cut_folded, cut_straight, folded
-from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.machine import Machine
 
 # "As few bytes as at the boundary": a second, smaller stream may be in two states at once.
 ROOM = 1.5
@@ -39,6 +39,7 @@ class PartitionStages:
 
     count: int
     stages: tuple[int, ...] | None = None
+    machine: Machine = field(default_factory=Machine)
     name: str = "partition-stages"
 
     def apply(self, program: Program) -> Program:
@@ -50,7 +51,9 @@ class PartitionStages:
         ]
         found = liveness(program, sources)
         coordinates, cuts = (
-            _balanced(found, self.count) if self.stages is None else _given(found, self.count, self.stages)
+            _balanced(found, self.count, self.machine)
+            if self.stages is None
+            else _given(found, self.count, self.stages)
         )
         calls = {value.call for place in cuts if (value := _crossed(found, place)) is not None}
 
@@ -88,7 +91,7 @@ def _candidates(found: Liveness) -> list[int]:
     return [place for _, place in best.values()]
 
 
-def _balanced(found: Liveness, count: int) -> Choice:
+def _balanced(found: Liveness, count: int, machine: Machine) -> Choice:
     """Contiguous or folded stages: whose slowest rank is done first, among those that spread the weights well."""
     places = _candidates(found)
     if len(places) < count - 1:
@@ -99,12 +102,16 @@ def _balanced(found: Liveness, count: int) -> Choice:
     marks = _marks(found, places)
     straight = cut_straight(marks, count, float("inf"))
     assert straight is not None
+
+    def seconds(plan: StagePlan) -> float:
+        return machine.seconds(plan.slowest, plan.bytes)
+
     for bound in WEIGHTS:
-        best = min(_options(marks, count, bound), key=_seconds, default=None)
-        if best is not None and _seconds(best) <= EVEN * _seconds(straight):
+        best = min(_options(marks, count, bound), key=seconds, default=None)
+        if best is not None and seconds(best) <= EVEN * seconds(straight):
             break
     else:
-        best = min(_options(marks, count, float("inf")), key=_seconds)
+        best = min(_options(marks, count, float("inf")), key=seconds)
     return best.coordinates, [places[mark - 1] for mark in best.marks]
 
 
@@ -112,10 +119,6 @@ def _options(marks: CutPoints, count: int, bound: float) -> list[StagePlan]:
     weights = bound * float(marks.weights[-1]) / count
     found = (cut(marks, count, weights) for cut in (cut_straight, cut_folded))
     return [cuts for cuts in found if cuts is not None]
-
-
-def _seconds(cuts: StagePlan) -> float:
-    return Machine().seconds(cuts.slowest, cuts.bytes)
 
 
 def _marks(found: Liveness, places: Sequence[int]) -> CutPoints:

@@ -1,7 +1,8 @@
 """Passes by name, their options, and lists of them as text: `find-tokens,shard-tokens{ulysses=2},lower-attention`.
 
 An option is a field of the pass's dataclass. A mesh is given by its degrees, a machine by its speeds. A pass that wants
-a mesh and is given no degree gets that of the pass before it, or else of the program.
+a mesh and is given no degree gets that of the pass before it, or else of the program; speeds that it is not given are
+those of the pass before it too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from xdit_ir.passes.split_batch import SplitBatch
 from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.passes.take_known import TakeKnown
-from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.machine import H100, Machine
 
 PASSES: tuple[type[Any], ...] = (
     *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, SplitStatistics, FindTokens),
@@ -97,8 +98,8 @@ class PassSpec:
     kind: type[Any]
     options: Mapping[str, str] = field(default_factory=dict)
 
-    def make(self, mesh: Mesh | None = None) -> Pass:
-        """The pass, with this mesh if it wants one and is given no degree.
+    def make(self, mesh: Mesh | None = None, machine: Machine = H100) -> Pass:
+        """The pass, with this mesh if it wants one and is given no degree, and these speeds where it is given none.
 
         Raises:
             XditError: it has no such option, or the option no such value.
@@ -118,7 +119,7 @@ class PassSpec:
             if hint is Mesh:
                 values[place] = Mesh.of(**grouped[place]) if place in grouped else self._wanted(mesh)
             elif hint is Machine:
-                values[place] = Machine(**grouped.get(place, {}))
+                values[place] = dataclasses.replace(machine, **grouped.get(place, {}))
         try:
             return typing.cast(Pass, self.kind(**values))
         except TypeError as error:
@@ -199,9 +200,9 @@ def apply_passes(
     program: Program, steps: Sequence[PassSpec], after: Callable[[Pass, Program], None] | None = None
 ) -> Program:
     """Run the passes in order, with the verifier behind each."""
-    mesh = program.mesh
+    mesh, machine = program.mesh, H100
     for step in steps:
-        made = step.make(mesh)
-        mesh = getattr(made, "mesh", mesh)
+        made = step.make(mesh, machine)
+        mesh, machine = getattr(made, "mesh", mesh), getattr(made, "machine", machine)
         program = run_passes(program, [made], after)
     return program

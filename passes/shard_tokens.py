@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
@@ -13,6 +13,7 @@ from xdit_ir.passes.find_tokens import divides
 from xdit_ir.passes.gather_once import GatherOnce
 from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.layout_graph import Layouts
+from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 
 # The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
@@ -48,6 +49,7 @@ class ShardTokens:
     """
 
     mesh: Mesh
+    machine: Machine = field(default_factory=Machine)
     name: str = "shard-tokens"
 
     def apply(self, program: Program) -> Program:
@@ -72,7 +74,7 @@ class ShardTokens:
                 best = choice if accepted else best
         if best is None:
             return program  # every rank computes all of it, which the report says
-        wanted = GatherOnce(self.mesh).improved(program, best.seeds)
+        wanted = GatherOnce(self.mesh, self.machine).improved(program, best.seeds)
         chosen = best.attempt if wanted is best.seeds else trial.attempt(wanted)
         return chosen.program().replace(mesh=self.mesh)
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.passes.find_tokens import JOINS, borders_of, divides, joined_dim
@@ -46,7 +46,7 @@ class SplitBatch:
 
     def apply(self, program: Program) -> Program:
         """The program with the batch divided, of all choices of the leading input the one with the least work."""
-        degree = self.mesh.size(("cfg",))
+        degree = self.mesh.size((BATCH,))
         if degree == 1:
             return program
         trial = Propagation(program, self.mesh)
@@ -75,10 +75,10 @@ class SplitBatch:
     def _tried(self, trial: Propagation, node: fx.Node, seeds: Seeds) -> _Choice | None:
         """The choice to cut this value too, unless that divides queries or keys."""
         shape = node.meta[SPEC].shape
-        layout = Layout.whole(len(shape)).with_dims({0: self.mesh.divide(shape[0], ("cfg",))})
+        layout = Layout.whole(len(shape)).with_dims({0: self.mesh.divide(shape[0], (BATCH,))})
         seeds = {**seeds, node.name: (layout,)}
         result = trial.attempt(seeds)
-        if "cfg" in result.attention_mesh_dims("queries", "keys"):
+        if BATCH in result.attention_mesh_dims("queries", "keys"):
             return None
         return _Choice(max(result.flops()), shape[0], seeds, result)
 
@@ -95,20 +95,20 @@ class SplitBatch:
                 seeds = {**(best.seeds if best else {}), node.name: (layout,)}
                 result = trial.attempt(seeds)
                 choice = _Choice(max(result.flops()), shape[dim], seeds, result)
-                if "cfg" not in result.key_gather_dims() and (best is None or choice.work < best.work):
+                if BATCH not in result.key_gather_dims() and (best is None or choice.work < best.work):
                     best = choice
         return best
 
     def _between(self, size: int, borders: Collection[int]) -> list[Partition]:
         """Partitions at some of these borders, the most even first."""
-        degree, ranks = self.mesh.size(("cfg",)), range(self.mesh.world_size)
+        degree, ranks = self.mesh.size((BATCH,)), range(self.mesh.world_size)
         found = [
             [Indices.range(start, end) for start, end in itertools.pairwise((0, *chosen, size))]
             for chosen in itertools.combinations(sorted(borders), degree - 1)
         ]
         found.sort(key=lambda pieces: max(piece.size for piece in pieces))
         return [
-            Partition(size, tuple(pieces[self.mesh.index(rank, ("cfg",))] for rank in ranks))
+            Partition(size, tuple(pieces[self.mesh.index(rank, (BATCH,))] for rank in ranks))
             for pieces in found[:TRIALS]
         ]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from xdit_ir.errors import XditError
-from xdit_ir.tools import bench_report, estimate, scale
+from xdit_ir.sharding.machine import H100, Machine
+from xdit_ir.tools import bench_report, estimate, scale, targets
 from xdit_ir.tools.contenders import Contender
 from xdit_ir.tools.terminal import write
 
@@ -52,6 +53,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--estimate", action="store_true", help="with --scale: schedules worked out from sizes, without a GPU"
+    )
+    parser.add_argument(
+        "--machine", type=Machine.parse, default=H100, metavar="SPEEDS", help=f"with --estimate: {targets.MACHINE}"
     )
     parser.add_argument("--page", type=Path, default=None, help="make this page (and a plot beside it) from JSON files")
     parser.set_defaults(run=run)
@@ -111,13 +115,13 @@ def _estimate(args: argparse.Namespace) -> int:
         raise XditError("--estimate works out what --scale would measure: give both")
     tables = []
     for model in args.what or scale.MODELS:
-        made = list(estimate.estimates(model, scale.counts(args.gpus)))
+        made = list(estimate.estimates(model, scale.counts(args.gpus), args.machine))
         for gpus in scale.counts(args.gpus):
             title, rows = f"{model}, {gpus} GPUs", [one.row() for one in made if one.gpus == gpus]
             _table(title, estimate.HEADER, rows)
             tables.append((title, rows))
     if args.page is not None:
-        args.page.write_text(estimate.page(tables))
+        args.page.write_text(estimate.page(tables, args.machine))
     return 0
 
 

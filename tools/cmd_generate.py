@@ -16,9 +16,10 @@ from xdit_ir.generation.files import FPS
 from xdit_ir.generation.folder import parse_dtypes
 from xdit_ir.generation.generate import REPORT
 from xdit_ir.generation.request import parse_size
+from xdit_ir.ir.mesh import DIMS, MESH_DIMS
+from xdit_ir.sharding.machine import Machine
+from xdit_ir.tools import targets
 from xdit_ir.tools.terminal import write
-
-DEGREES = {"cfg": "guidance", "ulysses": "tokens for heads", "ring": "keys around a ring", "pipefusion": "stages"}
 
 
 def add_parser(commands: Any) -> None:
@@ -41,10 +42,11 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any argument of the pipeline")
     what.add_argument("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="may be repeated")
     how = parser.add_argument_group("how")
-    for name, meaning in DEGREES.items():
-        how.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"processes that divide {meaning}")
+    for dim in DIMS:
+        how.add_argument(f"--{dim.name}", type=int, default=1, metavar="N", help=f"processes that divide {dim.says}")
     how.add_argument("--patches", type=int, metavar="N", help="of the latents, with --pipefusion")
     how.add_argument("--warmup", type=int, metavar="N", help="synchronous steps, with --pipefusion")
+    how.add_argument("--machine", type=Machine.parse, metavar="SPEEDS", help=targets.MACHINE)
     how.add_argument("--data", type=int, default=1, metavar="N", help="groups of processes that share out the prompts")
     how.add_argument("--dtype", metavar="TYPE", help="bf16, fp16 or fp32; also bf16,vae=fp32")
     how.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
@@ -91,7 +93,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     width, height = parse_size(args.size) if args.size else (None, None)
     # Absent options are left out, since `port` has defaults of its own.
     parallel = {"patches": args.patches, "warmup_steps": args.warmup, "compile": args.compile or None}
-    parallel |= {"cuda_graph": args.cuda_graph or None} | {name: getattr(args, name) for name in DEGREES}
+    parallel |= {"cuda_graph": args.cuda_graph or None, "machine": args.machine} | {
+        name: getattr(args, name) for name in MESH_DIMS
+    }
     same = ("embeddings", "image", "frames", "steps", "guidance", "seed", "lora", "device", "whole", "offload")
     return {
         **{name: getattr(args, name) for name in (*same, "data", "benchmark", "output", "fps")},

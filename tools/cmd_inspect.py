@@ -12,13 +12,14 @@ import torch
 
 import xdit_ir as xir
 from xdit_ir.api import TracedProgram
-from xdit_ir.degrees import Degrees
 from xdit_ir.errors import XditError
 from xdit_ir.inspection import WRITERS, inspect
+from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.ir.printer import body_text, program_text
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import Pass, run_passes
-from xdit_ir.passes.order import analysis_passes, mesh_of
+from xdit_ir.passes.order import analysis_passes
+from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.text import save
 from xdit_ir.tools import targets
 from xdit_ir.tools.terminal import working, write_text
@@ -43,8 +44,9 @@ def add_parser(commands: Any) -> None:
         "Needs no GPU, and for the zoo no memory for weights.",
     )
     parser.add_argument("model", metavar="MODEL", help=targets.HELP)
-    for name in Degrees().as_dict():
+    for name in MESH_DIMS:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"ranks along {name} (default 1)")
+    parser.add_argument("--machine", type=Machine.parse, default=H100, metavar="SPEEDS", help=targets.MACHINE)
     parser.add_argument("--bodies", action="store_true", help="print every operator, not only the block level")
     parser.add_argument("--block", metavar="NAME", help="print only this block, with every operator")
     parser.add_argument("--passes", action="store_true", help="print the program after each pass")
@@ -60,8 +62,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print, or write to a file; nothing is printed if a degree is illegal."""
-    given = {name: getattr(args, name) for name in Degrees().as_dict() if getattr(args, name) is not None}
-    mesh_of(given)
+    given = {name: getattr(args, name) for name in MESH_DIMS if getattr(args, name) is not None}
+    Mesh.of(**given)
     traced = _trace(args)
     if args.ir is not None:
         print(f"wrote {' and '.join(map(str, save(traced.ir, args.ir)))}")
@@ -91,7 +93,7 @@ def _draw(args: argparse.Namespace, traced: TracedProgram, given: dict[str, Any]
     wanted = {name: getattr(args, name) for name in DRAWINGS if getattr(args, name) is not None}
     if wanted:
         with working("gathering what each pass changed"):
-            inspection = inspect(traced, args.model, **given)
+            inspection = inspect(traced, args.model, args.machine, **given)
     for name, path in wanted.items():
         text = WRITERS[name](inspection)
         _write(path, text)
@@ -109,7 +111,9 @@ def _sections(args: argparse.Namespace, traced: TracedProgram, given: dict[str, 
     named = " ".join(f"{name}={size}" for name, size in given.items()) or "one rank"
     steps: list[str] = []
     with working(f"parallelizing: {named}"):
-        parallel = traced.parallelize(**given, after=lambda one, ir: steps.append(_after(one, ir, view)))
+        parallel = traced.parallelize(
+            **given, machine=args.machine, after=lambda one, ir: steps.append(_after(one, ir, view))
+        )
         report = f"# report: {args.model}, {named}\n{str(parallel.report()).rstrip()}"
     if args.report:
         return [report]

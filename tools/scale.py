@@ -28,12 +28,12 @@ def counts(gpus: int) -> list[int]:
 
 def degree_sets(gpus: int) -> list[Degrees]:
     """Ulysses, Ring and hybrids, halves of `cfg`, and pipelines with as many patches as stages, and twice as many."""
-    found = [Degrees(ulysses=gpus), Degrees(ring=gpus)]
+    found = [Degrees.of(ulysses=gpus), Degrees.of(ring=gpus)]
     if gpus > 2:
-        found += [Degrees(ulysses=gpus // 2, ring=2), Degrees(cfg=2, ulysses=gpus // 2)]
+        found += [Degrees.of(ulysses=gpus // 2, ring=2), Degrees.of(cfg=2, ulysses=gpus // 2)]
     for stages in (2, 4, gpus):
         if stages <= gpus:
-            found += [Degrees(pipefusion=stages, ulysses=gpus // stages, patches=m) for m in (stages, 2 * stages)]
+            found += [Degrees.of(pipefusion=stages, ulysses=gpus // stages, patches=m) for m in (stages, 2 * stages)]
     return list(dict.fromkeys(found))
 
 

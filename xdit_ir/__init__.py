@@ -5,10 +5,12 @@ from xdit_ir.checking.check import check
 from xdit_ir.errors import GenerationError, MismatchError, ParallelizeError, TraceError, VerifyError, XditError
 from xdit_ir.generation import Generation, generate
 from xdit_ir.porting.port import port
+from xdit_ir.sharding.machine import Machine
 
 __all__ = [
     "Generation",
     "GenerationError",
+    "Machine",
     "MismatchError",
     "ParallelizeError",
     "TraceError",

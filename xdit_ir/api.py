@@ -21,10 +21,11 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
-from xdit_ir.passes.order import After, analysis_passes, check_schedule, divide, make_pipeline, mesh_of
+from xdit_ir.passes.order import After, analysis_passes, check_schedule, divide, make_pipeline
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
 from xdit_ir.runtime.emitted import Emitted, emit
+from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.sharding.report import Report, make_report
 from xdit_ir.sharding.specialize import Specialize
 from xdit_ir.simulation.lockstep import RankObserver, run_ranks
@@ -77,8 +78,9 @@ class TracedProgram:
         warmup_steps: int = 1,
         stages: Sequence[int] | None = None,
         pair_calls: bool = False,
+        machine: Machine = H100,
         after: After | None = None,
-        **unknown: Any,
+        **further: int,
     ) -> ParallelProgram:
         """Divide the model over `cfg * pipefusion * ring * ulysses` ranks; needs no process group and no GPU.
 
@@ -92,28 +94,30 @@ class TracedProgram:
             stages: how many of the model's blocks each of the `pipefusion` stages gets, or of twice as many, which
                 go there and back again; default: what balances work and weights best, also cut inside blocks.
             pair_calls: `cfg` divides nothing: its halves run whole forwards of two different calls (`port` pairs them).
+            machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
             after: called with every pass and the program it made.
 
         Raises:
             ParallelizeError: a degree is illegal for this model and input; names the nearest legal choice.
         """
-        mesh = mesh_of({"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **unknown})
+        mesh, machine = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         if pipefusion == 1:
-            divided = divide(self.analysed, mesh, after, split_batch=not pair_calls)
-            return ParallelProgram(self.ir, self.analysed, divided, mesh, pair_calls=pair_calls)
+            divided = divide(self.analysed, mesh, machine, after, split_batch=not pair_calls)
+            return ParallelProgram(self.ir, self.analysed, divided, mesh, None, pair_calls, machine)
         staged, pipeline = make_pipeline(
-            self.analysed, mesh, count, warmup_steps, stages, after, split_batch=not pair_calls
+            self.analysed, mesh, count, warmup_steps, stages, machine, after, split_batch=not pair_calls
         )
-        return ParallelProgram(self.ir, staged, pipeline.program, mesh, pipeline, pair_calls)
+        return ParallelProgram(self.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 
 
 @dataclass(frozen=True, eq=False)
 class ParallelProgram:
-    """A program divided over a mesh; rank order outer to inner: cfg, pipefusion, ring, ulysses.
+    """A program divided over a mesh; rank order is that of `mesh.names`, outer to inner.
 
     `original` is the program as traced, `analysed` its canonical form, `ir` that form divided. Under PipeFusion there
-    is a `pipeline`, `analysed` has stages, and in `ir` the mesh dim `pipefusion` counts patches.
+    is a `pipeline`, `analysed` has stages, and in `ir` the mesh dim `pipefusion` counts patches. Choices are
+    priced for `machine`.
     """
 
     original: Program
@@ -122,6 +126,7 @@ class ParallelProgram:
     mesh: Mesh
     pipeline: Pipeline | None = None
     pair_calls: bool = False
+    machine: Machine = H100
     _ranks: dict[int, Program] = field(default_factory=dict)
 
     def __str__(self) -> str:

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.mesh import DIMS, Mesh
 
-LETTERS = {"c": "cfg", "p": "pipefusion", "r": "ring", "u": "ulysses"}
+LETTERS = {dim.letter: dim.name for dim in DIMS}
 PATCHES = "m"
-ITEM = re.compile(r"(?:[cprum][1-9]\d*)+")
+PAIR = rf"([{''.join(LETTERS)}{PATCHES}])(\d+)"
 
 
 @dataclass(frozen=True)
 class Degrees:
     """One set of degrees; `str()` is its short form, in rank order. `patches`: None for as many as stages."""
 
-    cfg: int = 1
-    pipefusion: int = 1
-    ring: int = 1
-    ulysses: int = 1
+    mesh: Mesh = field(default_factory=Mesh)
     patches: int | None = None
 
+    @staticmethod
+    def of(patches: int | None = None, **degrees: int) -> Degrees:
+        """By name of the mesh dims; those that are not named are 1."""
+        return Degrees(Mesh.of(**degrees), patches)
+
     def __str__(self) -> str:
-        named = {letter: getattr(self, name) for letter, name in LETTERS.items()}
-        degrees = "".join(f"{letter}{size}" for letter, size in named.items() if size > 1) or "u1"
+        named = ((letter, self.mesh.degrees[name]) for letter, name in LETTERS.items())
+        degrees = "".join(f"{letter}{size}" for letter, size in named if size > 1) or "u1"
         return degrees if self.patches is None else f"{degrees}{PATCHES}{self.patches}"
 
     @property
     def ranks(self) -> int:
         """Their product."""
-        return math.prod(getattr(self, name) for name in LETTERS.values())
+        return self.mesh.world_size
 
     def as_dict(self) -> dict[str, Any]:
         """Keyword arguments for `parallelize`, `check` and `port`."""
-        degrees = {name: getattr(self, name) for name in LETTERS.values()}
-        return degrees if self.patches is None else degrees | {"patches": self.patches}
+        return {**self.mesh.degrees, **({} if self.patches is None else {"patches": self.patches})}
 
 
 def parse(text: str) -> list[Degrees]:
@@ -52,14 +53,14 @@ def parse(text: str) -> list[Degrees]:
 
 def _one(item: str, text: str) -> Degrees:
     item = item.strip()
-    pairs = re.findall(r"([cprum])(\d+)", item)
-    letters = [letter for letter, _ in pairs]
-    if not ITEM.fullmatch(item) or len(set(letters)) != len(letters):
+    sizes = {LETTERS.get(letter, "patches"): int(number) for letter, number in re.findall(PAIR, item)}
+    if not re.fullmatch(f"(?:{PAIR})+", item) or len(sizes) < len(re.findall(PAIR, item)) or 0 in sizes.values():
+        named = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
         raise ParallelizeError(
-            f"{item!r} is no set of parallel degrees: write c (cfg), p (pipefusion), r (ring), u (ulysses), "
-            f"m (patches), each at most once, with a number; the nearest legal form is {nearest(text)!r}"
+            f"{item!r} is no set of parallel degrees: write {named}, {PATCHES} (patches), each at most once, with a "
+            f"number; the nearest legal form is {nearest(text)!r}"
         )
-    return Degrees(**{LETTERS.get(letter, "patches"): int(number) for letter, number in pairs})
+    return Degrees.of(**sizes)
 
 
 def nearest(text: str) -> str:
@@ -75,7 +76,7 @@ def _nearest_item(item: str) -> str:
     if not found:
         found = [(word, "2") for word in re.findall(r"[a-z]+", item) if _letter(word)]
     sizes = {LETTERS[_letter(word)]: max(1, int(number)) for word, number in found}
-    return str(Degrees(**sizes)) if sizes else "u2"
+    return str(Degrees.of(**sizes)) if sizes else "u2"
 
 
 def _letter(word: str) -> str:

@@ -74,7 +74,7 @@ def degree_sets(degrees: Degrees | Iterable[Degrees]) -> dict[str, dict[str, Any
 def degrees_of(world_size: int) -> list[str]:
     """All ways to spend this many ranks on `cfg` (at most 2), `ring` and `ulysses`, in short."""
     sizes = range(1, world_size + 1)
-    every = (short.Degrees(cfg=c, ring=r, ulysses=u) for c in (1, 2) for r in sizes for u in sizes)
+    every = (short.Degrees.of(cfg=c, ring=r, ulysses=u) for c in (1, 2) for r in sizes for u in sizes)
     return [str(one) for one in every if one.ranks == world_size]
 
 

@@ -21,7 +21,7 @@ from xdit_ir.inspection.schedule import Clock, Team, _run, tasks, timeline
 from xdit_ir.inspection.svg import svg_text
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import body_text, outer_text
-from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.report import traffic
 from xdit_ir.text import difference, parse, write
 

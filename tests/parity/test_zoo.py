@@ -44,7 +44,7 @@ GATHERED = {
 
 NAMES = models.names()
 CAPTURED = [name for name in NAMES if name not in NOT_CAPTURED]
-WIDEST = Degrees(ulysses=4)
+WIDEST = Degrees.of(ulysses=4)
 
 
 def rotation(name: str, *, everything: bool) -> list[Degrees]:

@@ -22,7 +22,7 @@ from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
-from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.specialize import Specialize
 from xdit_ir.simulation.lockstep import run_ranks
 

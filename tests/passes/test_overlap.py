@@ -22,7 +22,7 @@ from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_joins import SplitJoins
-from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.machine import Machine
 
 Golden = Callable[[str, str], None]
 MESH = Mesh.of(ulysses=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.passes.order import mesh_of
+from xdit_ir.ir.mesh import Mesh
 
 
 @pytest.mark.parametrize(
@@ -19,4 +19,4 @@ from xdit_ir.passes.order import mesh_of
 )
 def test_degrees(degrees: dict[str, int], hint: str) -> None:
     with pytest.raises(ParallelizeError, match=hint):
-        mesh_of(degrees)
+        Mesh.of(**degrees)

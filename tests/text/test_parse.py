@@ -78,7 +78,7 @@ def test_a_program_by_hand_verifies() -> None:
         ("@proj.weight", "@proj.weigth", "@proj.weigth is no weight or constant"),
         ("Layer<layers.0>", "Later<layers.0>", "there is no block Later; there are Layer"),
         ("  return %whole\n", "", "expected a graph that ends with `return`"),
-        ("on ulysses=2", "on ulises=2", "expected one of cfg, pipefusion, ring, ulysses"),
+        ("on ulysses=2", "on ulises=2", "8/ulysses says no exact partition on ulises=2"),
         ("on ulysses=2 ", "", "the program is on no mesh"),
         ("weights {", "weigths {", "'weigths' begins no section; nearest: weights"),
         ("%out: f32", "%cut: f32", "there is a value %cut already"),

@@ -12,14 +12,14 @@ from xdit_ir.ir.mesh import MESH_DIMS
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("u2", [Degrees(ulysses=2)]),
-        ("r3", [Degrees(ring=3)]),
-        ("p2", [Degrees(pipefusion=2)]),
-        ("c2u2r2", [Degrees(cfg=2, ring=2, ulysses=2)]),
-        ("u16, c2", [Degrees(ulysses=16), Degrees(cfg=2)]),
-        ("u2,r2,u2", [Degrees(ulysses=2), Degrees(ring=2)]),
-        ("u1", [Degrees()]),
-        ("p2m4u2", [Degrees(pipefusion=2, ulysses=2, patches=4)]),
+        ("u2", [Degrees.of(ulysses=2)]),
+        ("r3", [Degrees.of(ring=3)]),
+        ("p2", [Degrees.of(pipefusion=2)]),
+        ("c2u2r2", [Degrees.of(cfg=2, ring=2, ulysses=2)]),
+        ("u16, c2", [Degrees.of(ulysses=16), Degrees.of(cfg=2)]),
+        ("u2,r2,u2", [Degrees.of(ulysses=2), Degrees.of(ring=2)]),
+        ("u1", [Degrees.of()]),
+        ("p2m4u2", [Degrees.of(pipefusion=2, ulysses=2, patches=4)]),
     ],
 )
 def test_parse(text: str, expected: list[Degrees]) -> None:
@@ -27,12 +27,12 @@ def test_parse(text: str, expected: list[Degrees]) -> None:
 
 
 def test_text_is_in_rank_order_and_parses_back() -> None:
-    degrees = Degrees(cfg=2, pipefusion=3, ring=4, ulysses=5)
+    degrees = Degrees.of(cfg=2, pipefusion=3, ring=4, ulysses=5)
     assert tuple(degrees.as_dict()) == MESH_DIMS
     assert degrees.ranks == 120
-    assert [str(degrees), str(Degrees())] == ["c2p3r4u5", "u1"]
+    assert [str(degrees), str(Degrees.of())] == ["c2p3r4u5", "u1"]
     assert parse(str(degrees)) == [degrees]
-    assert str(Degrees(pipefusion=2, patches=5)) == "p2m5"
+    assert str(Degrees.of(pipefusion=2, patches=5)) == "p2m5"
 
 
 @pytest.mark.parametrize(

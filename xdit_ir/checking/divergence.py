@@ -178,7 +178,7 @@ def _who(ranks: list[int], mesh: Mesh) -> str:
     time = f", {TIME} counts patches" if mesh.size((TIME,)) > 1 else ""
     if len(wrong) == mesh.world_size:
         return f"wrong on all {mesh.world_size} ranks{time}"
-    sizes = ", ".join(f"{name} {size}" for name, size in zip(("cfg", TIME, "ring", "ulysses"), mesh.sizes, strict=True))
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.degrees.items())
     return f"wrong on rank {ranges(wrong)} of 0-{mesh.world_size - 1} (mesh {sizes}{time})"
 
 

@@ -18,8 +18,7 @@ from xdit_ir.generation.folder import Dtypes, check_dtypes, load
 from xdit_ir.generation.job import Job, start
 from xdit_ir.generation.meter import Meter, summary, watching
 from xdit_ir.generation.request import Request, dealt, read_embeddings
-from xdit_ir.ir.mesh import MESH_DIMS
-from xdit_ir.passes.order import mesh_of
+from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.porting.denoisers import components
 from xdit_ir.porting.port import port
 from xdit_ir.porting.ported import Ported
@@ -102,7 +101,7 @@ def generate(
     degrees = {name: parallel.get(name, 1) for name in MESH_DIMS}
     dealt(prompts, 0, data)
     made = not isinstance(pipe, (str, Path)) and bool(_ported(pipe))
-    job = start(None if made else mesh_of(degrees), data, device)
+    job = start(None if made else Mesh.of(**degrees), data, device)
     _quiet(job)
     embedded = read_embeddings(embeddings) if isinstance(embeddings, (str, Path)) else dict(embeddings or {})
     picture = _picture(image)
@@ -254,4 +253,4 @@ def _write(generation: Generation, folder: Path, places: Sequence[int], fps: int
         generation.files += files.write(items, folder, place, fps)
     generation.report["files"] = [path.name for path in generation.files]
     if generation.job.reports:
-        (folder / REPORT).write_text(json.dumps(generation.report, indent=1) + "\n")
+        (folder / REPORT).write_text(json.dumps(generation.report, indent=1, default=vars) + "\n")

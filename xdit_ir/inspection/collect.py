@@ -9,24 +9,18 @@ from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.inspection.model import Fact, Inspection, PassStep, Rows, StageView
 from xdit_ir.inspection.schedule import timeline
 from xdit_ir.inspection.views import view
-from xdit_ir.ir.mesh import MESH_DIMS
+from xdit_ir.ir.mesh import DIMS, MESH_DIMS
 from xdit_ir.ir.printer import body_text, outer_text
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import Pass, run_passes
 from xdit_ir.passes.order import analysis_passes
 from xdit_ir.passes.registry import describe
 from xdit_ir.pipefusion.pipeline_program import Pipeline
+from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.sharding.report import Report
 
-MESH_DIMS_SAY = {
-    "cfg": "the batch, conditional and unconditional",
-    "pipefusion": "stages of a pipeline; in layouts: patches",
-    "ring": "tokens; keys and values travel",
-    "ulysses": "tokens; exchanged for heads around attention",
-}
 
-
-def inspect(traced: TracedProgram, model: str, **degrees: Any) -> Inspection:
+def inspect(traced: TracedProgram, model: str, machine: Machine = H100, **degrees: Any) -> Inspection:
     """Everything that there is to see of a program, and of what these degrees make of it; none: of the program alone.
 
     Raises:
@@ -38,15 +32,15 @@ def inspect(traced: TracedProgram, model: str, **degrees: Any) -> Inspection:
     if not degrees:
         before = view(traced.ir)
         return Inspection(traced.ir.name, model, named, {}, before, None, history.steps, list(history.lines))
-    parallel = traced.parallelize(**degrees, after=history.after)
+    parallel = traced.parallelize(**degrees, machine=machine, after=history.after)
     report, stages = parallel.report(), _stages_of(parallel.pipeline)
     schedule = timeline(parallel)
-    sizes = dict(zip(MESH_DIMS, parallel.mesh.sizes, strict=True))
+    wide = {name: size for name, size in parallel.mesh.degrees.items() if size > 1}
     return Inspection(
         title=traced.ir.name,
         model=model,
         degrees=named,
-        mesh={name: size for name, size in sizes.items() if size > 1},
+        mesh=wide,
         before=view(traced.ir),
         after=view(parallel.ir, stages),
         passes=history.steps,
@@ -55,7 +49,7 @@ def inspect(traced: TracedProgram, model: str, **degrees: Any) -> Inspection:
         tables=list(_tables(report)),
         stages=list(_stage_views(parallel.pipeline)),
         timeline=schedule,
-        legend={name: MESH_DIMS_SAY[name] for name, size in sizes.items() if size > 1},
+        legend={dim.name: dim.says for dim in DIMS if dim.name in wide},
     )
 
 

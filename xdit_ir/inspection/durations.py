@@ -9,7 +9,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.sharding.buffer_access import over_time
-from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.report import traffic
 
 

@@ -23,7 +23,7 @@ from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import Program, call_parts, called_block
 from xdit_ir.pipefusion.pipeline_program import Pipeline
-from xdit_ir.sharding.cost import Machine
+from xdit_ir.sharding.machine import Machine
 
 Place = tuple[str, str]  # a call's prefix, and a name in it
 DISPLACED = 2  # steps shown after the warmup
@@ -75,7 +75,7 @@ class Team:
 
 def timeline(parallel: ParallelProgram, machine: Machine | None = None) -> Timeline:
     """The schedule of one forward, or under PipeFusion of the warmup and two displaced steps."""
-    machine = machine or Machine()
+    machine = machine or parallel.machine
     clocks = [Clock() for _ in range(parallel.world_size)]
     if parallel.pipeline is not None:
         steps = _run_pipeline(parallel.pipeline, machine, clocks)
@@ -87,10 +87,7 @@ def timeline(parallel: ParallelProgram, machine: Machine | None = None) -> Timel
     spans = [replace(span, rank=rank) for rank, clock in enumerate(clocks) for span in clock.spans]
     total = max((span.end for span in spans), default=0.0)
     busy = [sum(s.end - s.start for s in clock.spans if s.lane == "compute") / max(total, 1e-12) for clock in clocks]
-    note = (
-        f"Worked out from sizes for {machine.flops / 1e12:.0f} TFLOP/s and {machine.bytes / 1e9:.0f} GB/s a rank; "
-        "not measured."
-    )
+    note = f"Worked out from sizes for ranks with {machine}; not measured."
     micro = [replace(s, start=round(s.start * 1e6, 2), end=round(s.end * 1e6, 2)) for s in spans]
     return Timeline(micro, round(total * 1e6, 2), [round(part, 4) for part in busy], steps, note)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -11,7 +11,6 @@ from torch import fx
 from xdit_ir.inspection.boxes import Group, module_of, owners, runs
 from xdit_ir.inspection.model import BodyView, Box, Edge, ExchangeView, GraphView, Line
 from xdit_ir.ir.graphs import arguments_of, operands, results_of, weights_of
-from xdit_ir.ir.layout import in_mesh_order
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.printer import arguments_text, node_type, target_name
 from xdit_ir.ir.program import SPEC, Program, call_parts, is_block_call, where_of
@@ -57,7 +56,7 @@ def exchange(node: fx.Node, mesh: Mesh, *, in_time: bool) -> ExchangeView | None
 
 def dims_of(node: fx.Node, mesh: Mesh | None) -> tuple[str, ...]:
     """The mesh dims along which ranks hold different parts of a value."""
-    return () if mesh is None else in_mesh_order(dividing_dims_of(node, mesh))
+    return () if mesh is None else mesh.ordered(dividing_dims_of(node, mesh))
 
 
 class _Viewer:
@@ -70,6 +69,9 @@ class _Viewer:
 
     def _line(self, node: fx.Node) -> Line:
         return line(node, self.mesh, in_time=self.in_time)
+
+    def _dims(self, several: Iterable[Sequence[str]]) -> tuple[str, ...]:
+        return () if self.mesh is None else self.mesh.ordered(set().union(*several))
 
     def view(self) -> GraphView:
         edges = self._edges()
@@ -100,13 +102,13 @@ class _Viewer:
             body = self.bodies[name]
             sent = sum(one.exchange.bytes for one in body.lines if one.exchange)
             results = [self._line(node) for node in group[1:]]
-            dims = in_mesh_order({dim for one in results for dim in one.dims})
+            dims = self._dims(one.dims for one in results)
             return Box(first.name, "call", prefix, name, -1, stage, dims, body.flops, sent, results)
         if first.op == "output":
             results = [self._line(node) for node in operands(first)]
             return Box("output", "output", "output", stage=stage, lines=results)
         lines = [self._line(node) for node in group]
-        dims = in_mesh_order({dim for one in lines for dim in one.dims})
+        dims = self._dims(one.dims for one in lines)
         if first.op == "placeholder":
             return Box(first.name, "input", first.name, stage=-1, dims=dims, lines=lines)
         flops = sum(one.flops for one in lines)
@@ -125,7 +127,7 @@ class _Viewer:
                 "output" if source[0].op == "output" else self.ids[source],
                 "output" if target[0].op == "output" else self.ids[target],
                 [f"%{name}: {node_type(node, self.mesh)}" for name, node in nodes.items()],
-                in_mesh_order({dim for node in nodes.values() for dim in dims_of(node, self.mesh)}),
+                self._dims(dims_of(node, self.mesh) for node in nodes.values()),
             )
             for (source, target), nodes in found.items()
         ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition, Runs
 
 
@@ -71,11 +71,6 @@ class Layout:
 def key_gather_dims(mesh: Mesh, queries: Layout, keys: Layout) -> frozenset[str]:
     """The mesh dims along which an attention must bring keys together, by the layouts of its queries and keys."""
     return mesh.key_gather_dims(queries.dims[-2], keys.dims[-2])
-
-
-def in_mesh_order(dims: Iterable[str]) -> tuple[str, ...]:
-    """Mesh dims, outer to inner."""
-    return tuple(name for name in MESH_DIMS if name in set(dims))
 
 
 @dataclass(frozen=True)
@@ -151,10 +146,10 @@ def _talk(mesh: Mesh, source: Layout, target: Layout) -> tuple[str, ...]:
     """The fewest mesh dims, inner ones first, such that ranks which differ only there hold all that they need."""
     moved = _moved(source, target)
     talk: frozenset[str] = frozenset().union(*(mesh.dividing_dims(source.dims[dim]) for dim in moved))
-    for name in in_mesh_order(talk):
+    for name in mesh.ordered(talk):
         if all(_reaches(mesh, source.dims[dim], target.dims[dim], talk - {name}) for dim in moved):
             talk -= {name}
-    return in_mesh_order(talk)
+    return mesh.ordered(talk)
 
 
 @lru_cache(maxsize=65536)
@@ -203,7 +198,7 @@ def plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> 
 def scatter_plan(mesh: Mesh, shape: tuple[int, ...], source: Layout, target: Layout) -> Relayout:
     """How ranks that hold summands of a value sum it, each its own part: the mesh dims along which `target` has no
     pending sum any more talk, and every piece that comes from a member is a summand of the result."""
-    talk, held = in_mesh_order(source.partial - target.partial), source.summed()
+    talk, held = mesh.ordered(source.partial - target.partial), source.summed()
     moved, ranks = _moved(held, target), []
     cells = [[part_of(target.dims[d], shape[d], rank) for d in moved] for rank in range(mesh.world_size)]
     for rank in range(mesh.world_size):

@@ -1,55 +1,143 @@
-"""The mesh of ranks: named dimensions, outer to inner `cfg, pipefusion, ring, ulysses`."""
+"""The mesh of ranks: named dims, outer to inner. `DIMS` is the one place that says which there are."""
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import numpy as np
-
+from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
 
-MESH_DIMS = ("cfg", "pipefusion", "ring", "ulysses")
+
+@dataclass(frozen=True)
+class MeshDim:
+    """A mesh dim: its name, its letter in the short form of degrees (`u2`), what it divides, and that for people."""
+
+    name: str
+    letter: str
+    divides: str
+    says: str
+
+
+# Along these queries meet the keys of other ranks by keys that travel, and by an exchange of tokens for heads.
+RING, ULYSSES = "ring", "ulysses"
+# Outer to inner.
+DIMS = (
+    MeshDim("cfg", "c", "batch", "the batch, conditional and unconditional"),
+    MeshDim("pipefusion", "p", "time", "stages of a pipeline; in layouts: patches"),
+    MeshDim(RING, "r", "tokens", "tokens; keys and values travel"),
+    MeshDim(ULYSSES, "u", "tokens", "tokens; exchanged for heads around attention"),
+)
+MESH_DIMS = tuple(dim.name for dim in DIMS)
+(BATCH,) = (dim.name for dim in DIMS if dim.divides == "batch")
 # In layouts this mesh dim counts patches, which one rank computes one after the other.
-TIME = "pipefusion"
-# The mesh dims that divide tokens.
-SEQUENCE = ("ring", "ulysses")
+(TIME,) = (dim.name for dim in DIMS if dim.divides == "time")
+SEQUENCE = tuple(dim.name for dim in DIMS if dim.divides == "tokens")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the mesh dimensions, in the order of `MESH_DIMS`."""
+    """Mesh dims with their sizes, outer to inner. Those of `DIMS` that are not named are there with size 1, each behind
+    the one that precedes it in `DIMS`.
 
-    sizes: tuple[int, ...]
+    Raises:
+        ParallelizeError: a name stands there twice or is none, or a size is no positive integer.
+    """
+
+    names: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self.names, self.sizes)
+        sizes = dict(zip(self.names, self.sizes, strict=True))
+        names = list(self.names)
+        for place, name in enumerate(MESH_DIMS):
+            if name not in sizes:
+                names.insert(names.index(MESH_DIMS[place - 1]) + 1 if place else 0, name)
+        object.__setattr__(self, "names", tuple(names))
+        object.__setattr__(self, "sizes", tuple(sizes.get(name, 1) for name in names))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.names, self.sizes))
 
     @staticmethod
-    def of(cfg: int = 1, pipefusion: int = 1, ring: int = 1, ulysses: int = 1) -> Mesh:
-        """A mesh by name of its dimensions."""
-        return Mesh((cfg, pipefusion, ring, ulysses))
+    def of(**degrees: int) -> Mesh:
+        """The mesh of these degrees, in the order of `DIMS`.
+
+        Raises:
+            ParallelizeError: there is no such degree, or it is no positive integer; names the nearest legal one.
+        """
+        for name, degree in degrees.items():
+            if name not in MESH_DIMS:
+                near = difflib.get_close_matches(name, MESH_DIMS, n=1)
+                hint = f"did you mean {near[0]}={degree!r}? " if near else ""
+                there = ", ".join(MESH_DIMS)
+                raise ParallelizeError(f"{name}={degree!r} is no parallel degree; {hint}there are {there}")
+        return Mesh(MESH_DIMS, tuple(degrees.get(name, 1) for name in MESH_DIMS))
+
+    @cached_property
+    def degrees(self) -> Mapping[str, int]:
+        """Sizes by name, outer to inner."""
+        return dict(zip(self.names, self.sizes, strict=True))
+
+    def resized(self, name: str, size: int) -> Mesh:
+        """The same mesh with another size of one dim."""
+        self._known((name,))
+        return Mesh(self.names, tuple({**self.degrees, name: size}.values()))
 
     def size(self, dims: Collection[str]) -> int:
         """Product of the sizes of these mesh dims."""
-        return math.prod(size for name, size in zip(MESH_DIMS, self.sizes, strict=True) if name in dims)
+        self._known(dims)
+        return math.prod(size for name, size in self.degrees.items() if name in dims)
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return math.prod(self.sizes)
 
+    def ordered(self, dims: Collection[str]) -> tuple[str, ...]:
+        """These mesh dims, outer to inner."""
+        return tuple(name for name in self.names if name in dims)
+
     @cached_property
-    def coordinates(self) -> tuple[tuple[int, ...], ...]:
-        """Coordinates of every rank."""
-        return tuple(tuple(int(i) for i in np.unravel_index(rank, self.sizes)) for rank in range(self.world_size))
+    def _places(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(itertools.product(*map(range, self.sizes)))
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Where a rank is along every mesh dim."""
+        return dict(zip(self.names, self._places[rank], strict=True))
+
+    def rank_at(self, coordinate: Mapping[str, int]) -> int:
+        """The inverse of `coordinate`; mesh dims that are not named count as 0."""
+        self._known(coordinate)
+        rank = 0
+        for name, size in self.degrees.items():
+            at = coordinate.get(name, 0)
+            if not 0 <= at < size:
+                raise IndexError(f"{name}={at}, but the mesh has {name}={size}")
+            rank = rank * size + at
+        return rank
 
     def index(self, rank: int, dims: Collection[str]) -> int:
         """Position of a rank inside its group over these mesh dims (row-major in mesh order)."""
         place = 0
-        for name, size, at in zip(MESH_DIMS, self.sizes, self.coordinates[rank], strict=True):
+        for name, size, at in zip(self.names, self.sizes, self._places[rank], strict=True):
             if name in dims:
                 place = place * size + at
         return place
+
+    def _known(self, dims: Collection[str]) -> None:
+        if unknown := [name for name in dims if name not in self.degrees]:
+            raise ParallelizeError(f"the mesh has no dim {unknown[0]!r}; it has {', '.join(self.names)}")
 
     def group(self, rank: int, dims: Collection[str]) -> tuple[int, ...]:
         """The ranks that differ from `rank` at most in these mesh dims, in rank order."""
@@ -62,8 +150,8 @@ class Mesh:
     def key_gather_dims(self, queries: Partition | None, keys: Partition | None) -> frozenset[str]:
         """The mesh dims along which keys must be brought together, for every rank that has queries to have all keys."""
         found = self.dividing_dims(keys)
-        for name in MESH_DIMS:
-            if keys is not None and name in found and _finds_all(self, queries, keys, found - {name}):
+        for name in self.ordered(found):
+            if keys is not None and _finds_all(self, queries, keys, found - {name}):
                 found -= {name}
         return found
 
@@ -89,6 +177,18 @@ class Mesh:
         return _gathered(self, partition, frozenset(dims))
 
 
+def _check(names: Sequence[str], sizes: Sequence[int]) -> None:
+    if len(names) != len(sizes):
+        raise ParallelizeError(f"a mesh has a size for each of its dims; got the dims {names} and the sizes {sizes}")
+    for name, size in zip(names, sizes, strict=True):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ParallelizeError(f"{name!r} is no name of a mesh dim; legal are letters, digits and _, as in 'ring'")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ParallelizeError(f"{name}={size!r} is not a positive integer; the nearest legal one is {name}=1")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ParallelizeError(f"the mesh dims {', '.join(names)} name {twice[0]} twice; each may stand there once")
+
+
 def _finds_all(mesh: Mesh, queries: Partition | None, keys: Partition, dims: frozenset[str]) -> bool:
     held = _gathered(mesh, keys, dims)
     return held is None or all(
@@ -99,8 +199,9 @@ def _finds_all(mesh: Mesh, queries: Partition | None, keys: Partition, dims: fro
 
 @lru_cache(maxsize=1024)
 def _groups(mesh: Mesh, dims: frozenset[str]) -> tuple[tuple[int, ...], ...]:
-    fixed = [axis for axis, name in enumerate(MESH_DIMS) if name not in dims]
-    keys = [tuple(place[axis] for axis in fixed) for place in mesh.coordinates]
+    mesh._known(dims)
+    fixed = [name for name in mesh.names if name not in dims]
+    keys = [tuple(at[name] for name in fixed) for at in map(mesh.coordinate, range(mesh.world_size))]
     return tuple(tuple(other for other, there in enumerate(keys) if there == here) for here in keys)
 
 
@@ -124,8 +225,8 @@ def _tiles(mesh: Mesh, partition: Partition) -> bool:
 @lru_cache(maxsize=4096)
 def _varies(mesh: Mesh, partition: Partition) -> frozenset[str]:
     found = set()
-    for axis, name in enumerate(MESH_DIMS):
-        if mesh.sizes[axis] == 1:
+    for name, size in mesh.degrees.items():
+        if size == 1:
             continue
         for rank in range(mesh.world_size):
             first = mesh.group(rank, (name,))[0]

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from xdit_ir.ir.graphs import arguments_of, placeholders
-from xdit_ir.ir.layout import Layout, in_mesh_order
-from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Partition
 from xdit_ir.ir.program import (
     LAYOUT,
@@ -43,7 +43,7 @@ def dimension_text(mesh: Mesh, size: int, partition: Partition | None) -> str:
     """One dimension, einops style: `4096/ulysses`, `(512+4096)/(ring*ulysses)`, uneven parts spelled out."""
     if partition is None:
         return str(size)
-    varies = in_mesh_order(mesh.dividing_dims(partition))
+    varies = mesh.ordered(mesh.dividing_dims(partition))
     segments = _segments(partition)
     whole = f"({'+'.join(map(str, segments))})" if len(segments) > 1 else str(size)
     if not varies:
@@ -73,12 +73,12 @@ def type_text(spec: TensorSpec, layout: Layout | None, mesh: Mesh | None) -> str
     if layout is None or mesh is None:
         return f"{name}[{', '.join(map(str, spec.shape))}]"
     dims = (dimension_text(mesh, size, p) for size, p in zip(spec.shape, layout.dims, strict=True))
-    return f"{name}[{', '.join(dims)}]{partial_text(layout)}"
+    return f"{name}[{', '.join(dims)}]{partial_text(layout, mesh)}"
 
 
-def partial_text(layout: Layout | None) -> str:
+def partial_text(layout: Layout, mesh: Mesh) -> str:
     """` partial(ulysses)` where a sum is pending, else nothing."""
-    return f" partial({', '.join(in_mesh_order(layout.partial))})" if layout is not None and layout.partial else ""
+    return f" partial({', '.join(mesh.ordered(layout.partial))})" if layout.partial else ""
 
 
 def node_type(node: fx.Node, mesh: Mesh | None) -> str:
@@ -170,9 +170,10 @@ def _head(program: Program) -> list[str]:
 
 
 def mesh_text(mesh: Mesh) -> str:
-    """`cfg=2 ulysses=2`, or `1 rank`."""
-    named = zip(MESH_DIMS, mesh.sizes, strict=True)
-    return " ".join(f"{name}={size}" for name, size in named if size > 1) or "1 rank"
+    """`cfg=2 ulysses=2`, or `1 rank`; sizes of 1 too where the mesh dims are in another order than usual."""
+    wide = {name: size for name, size in mesh.degrees.items() if size > 1}
+    named = wide if Mesh(tuple(wide), tuple(wide.values())) == mesh else mesh.degrees
+    return " ".join(f"{name}={size}" for name, size in named.items()) or "1 rank"
 
 
 def _block_level(program: Program, mesh: Mesh | None) -> Iterator[str]:

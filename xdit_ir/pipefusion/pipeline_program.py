@@ -81,18 +81,15 @@ class Pipeline:
     @cached_property
     def mesh(self) -> Mesh:
         """The mesh of ranks."""
-        cfg, _, ring, ulysses = self.virtual.sizes
-        return Mesh.of(cfg, len(set(self.coordinates)), ring, ulysses)
+        return self.virtual.resized(TIME, len(set(self.coordinates)))
 
     def virtual_rank(self, rank: int, patch: int) -> int:
         """The virtual rank that a rank is while it computes a patch."""
-        cfg, _, ring, ulysses = self.mesh.coordinates[rank]
-        return self.virtual.coordinates.index((cfg, patch, ring, ulysses))
+        return self.virtual.rank_at(self.mesh.coordinate(rank) | {TIME: patch})
 
     def rank(self, stage: int, virtual: int) -> int:
         """The rank that computes a stage for a virtual rank."""
-        cfg, _, ring, ulysses = self.virtual.coordinates[virtual]
-        return self.mesh.coordinates.index((cfg, self.coordinates[stage], ring, ulysses))
+        return self.mesh.rank_at(self.virtual.coordinate(virtual) | {TIME: self.coordinates[stage]})
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank computes, in their order."""

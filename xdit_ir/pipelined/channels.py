@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xdit_ir.ir.mesh import TIME
+from xdit_ir.ir.mesh import BATCH, TIME
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.transport.distributed import Communicator, configured_timeout, peers_reachable
@@ -55,7 +55,7 @@ class ChannelMaker:
         between = {ranks: self._between(pipeline, ranks) for ranks in sorted(set(columns.values()))}
         returns = {}
         for rank in everyone:
-            halves = [columns[other] for other in pipeline.mesh.group(rank, ("cfg",))] if apart else [columns[rank]]
+            halves = [columns[other] for other in pipeline.mesh.group(rank, (BATCH,))] if apart else [columns[rank]]
             returns[rank] = tuple(self._returns(pipeline, half, halves) for half in halves)
         mine = self.communicator.rank
         return Channels(between[columns[mine]], returns[mine], mine == columns[mine][-1])

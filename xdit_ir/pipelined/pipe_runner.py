@@ -20,6 +20,7 @@ from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, com
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.interpret import constant_on
+from xdit_ir.ir.mesh import BATCH
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec
 from xdit_ir.parallel import Parallel
 from xdit_ir.pipefusion.rank_tasks import RankTasks, StageTask
@@ -70,7 +71,7 @@ class PipelineRunner:
         self.pipeline, self.work, self.traffic = work.pipeline, work, traffic
         self.program, self.device = work.pipeline.program, communicator.device
         self.channels = traffic.channels.open(self.pipeline, apart=parallel.pair_calls)
-        self._half = self.pipeline.mesh.index(communicator.rank, ("cfg",)) if parallel.pair_calls else 0
+        self._half = self.pipeline.mesh.index(communicator.rank, (BATCH,)) if parallel.pair_calls else 0
         self._binder = InputBinder(inspect.signature(model.forward), self.program)
         self._inputs = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
         self._specs = [value.meta[SPEC] for value in results_of(self.program.graph)]

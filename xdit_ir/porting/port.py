@@ -12,10 +12,11 @@ from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.state import hooked
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.passes.order import mesh_of
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.porting.denoisers import denoisers as find_denoisers
 from xdit_ir.porting.denoisers import replace
 from xdit_ir.porting.ported import Ported, Specialisations
+from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.transport.distributed import check_world_size
 
 Pipe = TypeVar("Pipe")
@@ -38,6 +39,7 @@ def port(
     pipefusion: int = 1,
     patches: int | None = None,
     warmup_steps: int = 1,
+    machine: Machine = H100,
     compile: bool = False,
     cuda_graph: bool = False,
     transport: str = "auto",
@@ -46,7 +48,7 @@ def port(
     weights: str | Path | None = None,
     release: bool = False,
     denoisers: Sequence[str] | None = None,
-    **unknown: Any,
+    **further: int,
 ) -> Any:
     """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
 
@@ -59,8 +61,8 @@ def port(
     the job (torchrun) does the same, with the same inputs: give all of them the same seed.
 
     Args:
-        cfg, ulysses, ring, pipefusion, patches, warmup_steps: as in `TracedProgram.parallelize`. Where the batch
-            cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`.
+        cfg, ulysses, ring, pipefusion, patches, warmup_steps, machine: as in `TracedProgram.parallelize`. Where the
+            batch cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`.
         compile, cuda_graph, transport, attention, handshake: as in `xdit_ir.emission.execution.Execution`.
         weights: the folder (or file) of a checkpoint from which each rank reads what it uses, and nothing else; the
             model may be on the meta device. Runs where the inputs are. `release`: a loaded model gives up its weights
@@ -73,10 +75,9 @@ def port(
         ParallelizeError: a degree is unknown or no positive integer, the job has another number of processes, or a
             pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
-    degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses}
-    mesh = mesh_of(unknown | degrees)
+    mesh = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further)
     check_world_size(mesh)
-    options = {**degrees, "patches": patches, "warmup_steps": warmup_steps}
+    options = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": checked(machine)}
     execution = Execution(compile, cuda_graph, transport, attention, handshake)
 
     def ported(original: nn.Module, checkpoint: str | Path | None) -> Ported:

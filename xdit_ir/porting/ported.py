@@ -19,7 +19,7 @@ from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.emission.checkpoint import Loading, WeightStore
 from xdit_ir.emission.execution import Execution, Tensors
 from xdit_ir.errors import MismatchError, ParallelizeError
-from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.mesh import BATCH, TIME, Mesh
 from xdit_ir.pipelined.pipe_runner import PipelineRunner
 from xdit_ir.pipelined.step_queue import StepQueue
 from xdit_ir.porting.settings import ModelSettings
@@ -228,7 +228,7 @@ def _parallelized(traced: TracedProgram, options: Mapping[str, Any]) -> Parallel
     try:
         return traced.parallelize(**options)
     except ParallelizeError:
-        if options["cfg"] != 2:
+        if options[BATCH] != 2:
             raise
         return traced.parallelize(**options, pair_calls=True)
 

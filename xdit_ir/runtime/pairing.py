@@ -21,11 +21,12 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import Deferred, materialize, pending
 from xdit_ir.emission.execution import Tensors
+from xdit_ir.ir.mesh import BATCH
 from xdit_ir.runtime.runner import Runner
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.handshake import ARGUMENTS, agree, digest
 
-PAIRED = ("cfg",)
+PAIRED = (BATCH,)
 EARLY = (
     "cfg=2 divides neither a batch nor a pair of calls here: the result of a forward was read before the next forward "
     "was called, so both halves of cfg ran it; use cfg=1 and more ulysses or ring"

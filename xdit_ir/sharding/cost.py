@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -12,7 +11,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.flops import counts, flops_as, is_counted, node_flops
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, in_mesh_order, key_gather_dims, plan, scatter_plan
+from xdit_ir.ir.layout import Layout, key_gather_dims, plan, scatter_plan
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
 
@@ -81,7 +80,7 @@ def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mes
 
 def ring_dims(node: fx.Node, mesh: Mesh) -> tuple[str, ...]:
     """The mesh dims around which a ring attention passes its keys and values, outer to inner."""
-    return in_mesh_order(key_gather_dims(mesh, *(source.meta[LAYOUT] for source in operands(node)[:2])))
+    return mesh.ordered(key_gather_dims(mesh, *(source.meta[LAYOUT] for source in operands(node)[:2])))
 
 
 def ring_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
@@ -105,24 +104,3 @@ def written_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
         return [0] * mesh.world_size
     shapes = (node.meta[LAYOUT].local_shape(spec.shape, rank) for rank in range(mesh.world_size))
     return [math.prod(shape) * spec.dtype.itemsize for shape in shapes]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Speeds that choices are priced with: FLOP/s of a rank, bytes/s that it can send and that its memory can write,
-    and the seconds before the first byte arrives. Defaults: H100 on NVLink.
-    """
-
-    flops: float = 500e12
-    bytes: float = 200e9
-    memory: float = 1.5e12
-    latency: float = 15e-6
-
-    def seconds(self, flops: float, sent: float) -> float:
-        """Time of so much work and traffic, not overlapped."""
-        return flops / self.flops + sent / self.bytes
-
-    def work_seconds(self, node: fx.Node, mesh: Mesh) -> tuple[float, ...]:
-        """Time of an operator on every rank: of its FLOPs, or of writing its result."""
-        pairs = zip(local_flops(node, mesh), written_bytes(node, mesh), strict=True)
-        return tuple(max(self.seconds(flops, 0), written / self.memory) for flops, written in pairs)

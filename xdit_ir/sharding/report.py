@@ -13,7 +13,7 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import all_graphs, operands
-from xdit_ir.ir.layout import in_mesh_order, kind
+from xdit_ir.ir.layout import kind
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, where_of
@@ -153,7 +153,7 @@ def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]
     if not ops.communicates(node.target):
         return None
     have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
-    dims = in_mesh_order(have.partial - want.partial) if node.target in ops.SUMS else kind(mesh, have, want)[1]
+    dims = mesh.ordered(have.partial - want.partial) if node.target in ops.SUMS else kind(mesh, have, want)[1]
     return (target_name(node.target), "*".join(dims)), relayout_bytes(node, mesh)
 
 

@@ -11,7 +11,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.collective_ops import Reduce, ReduceScatter, Reshuffle, Ring
 from xdit_ir.ir.graphs import operands, with_operands
-from xdit_ir.ir.layout import Layout, in_mesh_order, kind, part_of, plan, scatter_plan
+from xdit_ir.ir.layout import Layout, kind, part_of, plan, scatter_plan
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT as LAYOUT
 from xdit_ir.ir.program import SCOPE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
@@ -102,7 +102,7 @@ def _reduce(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: in
     """Sum over ranks, then over patches."""
     source = operands(node)[0]
     pending: frozenset[str] = source.meta[LAYOUT].partial
-    dims = in_mesh_order(pending - {TIME})
+    dims = mesh.ordered(pending - {TIME})
     if dims:
         target: Any = Reduce("all_reduce", dims, mesh.group(rank, dims))
         name = f"{node.name}_space" if TIME in pending else node.name

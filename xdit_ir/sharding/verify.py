@@ -11,7 +11,7 @@ from xdit_ir.errors import VerifyError
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import arguments_of, operands, placeholders, results_of, weights_of
 from xdit_ir.ir.layout import Layout, key_gather_dims, kind
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import RING, Mesh
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call
 from xdit_ir.rules import infer
@@ -116,7 +116,7 @@ class _Verifier:
         if sharding.outputs != node.meta[LAYOUT]:
             self.fail(node, "its layout is not what the rules infer")
         if self.runnable and node.target in ops.ATTENTIONS:
-            allowed = {"ring"} if node.target is ops.ring_attention else set()
+            allowed = {RING} if node.target is ops.ring_attention else set()
             astray = key_gather_dims(mesh, *layouts[:2]) - allowed
             if astray:
                 self.fail(node, f"its keys are divided over {sorted(astray)} and nothing brings them together")

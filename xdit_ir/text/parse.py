@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from xdit_ir.errors import ParseError
+from xdit_ir.errors import ParallelizeError, ParseError
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.ir.program import Block, Program, Signature, TokenAxis
 from xdit_ir.text.graphs import GraphReader
@@ -120,13 +120,16 @@ class _Reader:
             head.end()
             return None
         if head.match(r"1 rank"):
-            return Mesh.of()
-        sizes = {}
+            return Mesh()
+        names, sizes = list[str](), list[int]()
         while not head.done:
-            name = head.expect(rf"(?:{'|'.join(MESH_DIMS)})(?==)", f"one of {', '.join(MESH_DIMS)} with its size")
+            names.append(head.expect(r"\w+(?==)", f"a mesh dim such as {' or '.join(MESH_DIMS)} with its size"))
             head.need("=")
-            sizes[name] = int(head.expect(r"[1-9]\d*", "a positive size"))
-        return Mesh.of(**sizes)
+            sizes.append(int(head.expect(r"\d+", "a size")))
+        try:
+            return Mesh(tuple(names), tuple(sizes))
+        except ParallelizeError as error:
+            raise ParseError(f"line {head.line}: {error}") from None
 
     def _partitions(self) -> dict[int, Any]:
         found = {}

@@ -12,14 +12,14 @@ from typing import Any
 
 from xdit_ir.errors import ParseError
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
-from xdit_ir.ir.printer import dimension_text, partial_text
+from xdit_ir.ir.printer import dimension_text, mesh_text, partial_text
 from xdit_ir.ir.program import TensorSpec
 from xdit_ir.text.literals import dtype_text, read_dtype
 from xdit_ir.text.scanner import Scanner
 
-OVER = r"\(?[a-z]+(?:\*[a-z]+)*\)?"
+OVER = r"\(?\w+(?:\*\w+)*\)?"
 
 
 class TypeWriter:
@@ -40,7 +40,8 @@ class TypeWriter:
     def _tensor(self, spec: TensorSpec, layout: Layout | None) -> str:
         dims = layout.dims if layout is not None else (None,) * len(spec.shape)
         texts = (str(n) if dim is None else self._dimension(dim) for n, dim in zip(spec.shape, dims, strict=True))
-        return f"{dtype_text(spec.dtype)}[{', '.join(texts)}]{partial_text(layout)}"
+        partial = "" if layout is None or self.mesh is None else partial_text(layout, self.mesh)
+        return f"{dtype_text(spec.dtype)}[{', '.join(texts)}]{partial}"
 
     def _dimension(self, partition: Partition) -> str:
         assert self.mesh is not None
@@ -59,7 +60,7 @@ def obvious(text: str, mesh: Mesh) -> Partition | None:
         return None
     segments = [int(size) for size in found[1].strip("()").split("+")]
     dims = found[2].strip("()").split("*")
-    if any(dim not in MESH_DIMS for dim in dims):
+    if any(mesh.degrees.get(dim, 1) == 1 for dim in dims):
         return None
     even = mesh.divide(sum(segments), dims, segments=segments)
     if found[3] is None or len(segments) > 1:
@@ -134,8 +135,8 @@ class TypeReader:
             if not scanner.take(","):
                 scanner.need("]")
                 break
-        partial = scanner.match(r"partial\([a-z, ]+\)")
-        names = frozenset(re.findall(r"[a-z]+", partial)[1:]) if partial else frozenset[str]()
+        partial = scanner.match(r"partial\([\w, ]+\)")
+        names = frozenset(re.findall(r"\w+", partial)[1:]) if partial else frozenset[str]()
         spec = TensorSpec(tuple(shape), dtype)
         return spec, None if self.mesh is None else Layout(tuple(dims), names)
 
@@ -155,5 +156,8 @@ class TypeReader:
             )
         found = obvious(text, self.mesh)
         if found is None:
-            raise ParseError(f"line {scanner.line}: {text} says no exact partition; number one: {text}#0, and list it")
+            on = mesh_text(self.mesh)
+            raise ParseError(
+                f"line {scanner.line}: {text} says no exact partition on {on}; number one: {text}#0, and list it"
+            )
         return found.size, found

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.mesh import Mesh
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -96,18 +96,17 @@ def _check_backend(device: torch.device) -> None:
 
 
 def _degrees(mesh: Mesh) -> str:
-    named = [f"{name}={size}" for name, size in zip(MESH_DIMS, mesh.sizes, strict=True) if size > 1]
+    named = [f"{name}={size}" for name, size in mesh.degrees.items() if size > 1]
     return " x ".join(reversed(named)) or "ulysses=1"
 
 
 def _nearest(mesh: Mesh, processes: int) -> str:
     """Degrees for this many processes: change one degree if that is enough."""
-    for axis in reversed(range(len(MESH_DIMS))):
-        others = mesh.world_size // mesh.sizes[axis]
-        if mesh.sizes[axis] > 1 and processes % others == 0:
-            sizes = list(mesh.sizes)
-            sizes[axis] = processes // others
-            return _degrees(Mesh(tuple(sizes)))
+    for name in reversed(mesh.names):
+        size = mesh.degrees[name]
+        others = mesh.world_size // size
+        if size > 1 and processes % others == 0:
+            return _degrees(mesh.resized(name, processes // others))
     return f"ulysses={processes}"
 
 
@@ -129,9 +128,9 @@ class Communicator:
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """The mesh as torch sees it, with `MESH_DIMS` as names; its first use is collective."""
+        """The mesh as torch sees it, with the same names; its first use is collective."""
         if self._device_mesh is None:
-            self._device_mesh = init_device_mesh(self.device.type, self.mesh.sizes, mesh_dim_names=MESH_DIMS)
+            self._device_mesh = init_device_mesh(self.device.type, self.mesh.sizes, mesh_dim_names=self.mesh.names)
         return self._device_mesh
 
     def prepare(self, wanted: Iterable[tuple[str, ...]]) -> None:
@@ -144,7 +143,7 @@ class Communicator:
         return self._groups[self._wide(dims)]
 
     def _wide(self, dims: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dim for dim in MESH_DIMS if dim in dims and self.mesh.size((dim,)) > 1)
+        return tuple(dim for dim in self.mesh.ordered(dims) if self.mesh.degrees[dim] > 1)
 
     def _prepare(self, dims: tuple[str, ...]) -> None:
         wide = self._wide(dims)

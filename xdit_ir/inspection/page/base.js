@@ -2,7 +2,7 @@
 // What every part of the page uses: the data, elements, numbers for people, tooltips.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const MESH_DIMS = ["cfg", "pipefusion", "ring", "ulysses"];
+const MESH_DIMS = Object.keys(DATA.mesh);
 const byId = (id) => document.getElementById(id);
 
 /** An element with attributes (or properties, or listeners `onclick`) and children. */
@@ -16,6 +16,9 @@ function el(name, attributes = {}, ...children) {
   node.append(...children.flat().filter((child) => child !== null && child !== undefined));
   return node;
 }
+
+// Each mesh dim in its colour of the style sheet, where it has one.
+document.head.append(el("style", {}, ...MESH_DIMS.map((dim) => `.${dim} { --swatch: var(--${dim}, var(--accent)); } `)));
 
 /** A row of buttons of which one is pressed. */
 function choice(target, options, chosen, choose) {
@@ -43,7 +46,7 @@ function time(microseconds) {
 
 /** A type with the mesh dims in their colours. */
 function typeText(text) {
-  const parts = text.split(/\b(cfg|pipefusion|ring|ulysses)\b/);
+  const parts = MESH_DIMS.length ? text.split(new RegExp(`\\b(${MESH_DIMS.join("|")})\\b`)) : [text];
   return el("span", { class: "type" }, parts.map((part) => (MESH_DIMS.includes(part) ? el("b", { class: part }, part) : part)));
 }
 

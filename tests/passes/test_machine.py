@@ -1,0 +1,129 @@
+"""The machine is a value: choices are priced with the speeds that are given, wherever a pass makes one."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import xdit_ir as xir
+from xdit_ir import Machine
+from xdit_ir.inspection.schedule import timeline
+from xdit_ir.passes.base import Pass
+from xdit_ir.passes.partition_stages import PartitionStages
+from xdit_ir.passes.registry import parse_passes
+
+FAST, SLOW = Machine(bytes=1e18, latency=0.0), Machine(bytes=1e6)
+TOKENS = {"x": torch.zeros(1, 16, 24)}
+
+
+class Attention(nn.Module):
+    """Six heads, which four ranks cannot share evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(24, 72)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 6, 4)).permute(2, 0, 3, 1, 4)
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Layers(nn.Module):
+    """Two layers that have all the weights, then two of as many FLOPs that have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        for _ in range(2):
+            x = (x @ torch.ones(24, 24)).relu()
+        return x
+
+
+def test_a_slow_link_makes_ulysses_of_gathered_keys() -> None:
+    """Uneven heads cost FLOPs of the slowest rank, whole heads over gathered keys cost bytes."""
+    traced = xir.trace(Attention(), TOKENS)
+    kinds = {
+        machine: {one.kind for one in traced.parallelize(ulysses=4, machine=machine).report().collectives}
+        for machine in (FAST, SLOW)
+    }
+    assert "all_to_all" not in kinds[FAST] and "all_to_all" in kinds[SLOW]
+
+
+def test_a_slow_link_keeps_stages_contiguous() -> None:
+    """Folded stages spread the weights, but send three times."""
+    program = xir.trace(Layers(), TOKENS).ir
+    assert PartitionStages(2, machine=FAST).apply(program).coordinates == (0, 1, 1, 0)
+    assert PartitionStages(2, machine=SLOW).apply(program).coordinates == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "priced"),
+    [
+        ({"ulysses": 2}, {"shard-tokens", "lower-attention", "divide-conditions", "overlap"}),
+        ({"pipefusion": 2}, {"partition-stages", "lower-attention"}),
+        ({"pipefusion": 2, "patches": 1, "ulysses": 2}, {"partition-stages", "shard-tokens", "lower-attention"}),
+    ],
+)
+def test_every_pass_that_prices_gets_the_machine(degrees: dict[str, int], priced: set[str]) -> None:
+    passes: list[Pass] = []
+    traced = xir.trace(nn.Sequential(Attention(), Attention()), {"input": TOKENS["x"]})
+    parallel = traced.parallelize(**degrees, machine=SLOW, after=lambda one, _: passes.append(one))
+    assert {one.name for one in passes if getattr(one, "machine", None) == SLOW} == priced
+    assert {one.name for one in passes if hasattr(one, "machine")} == priced
+    assert parallel.machine == SLOW, "schedules are worked out for it"
+    assert timeline(parallel).total > timeline(parallel, FAST).total
+
+
+def test_port_hands_it_on() -> None:
+    ported = xir.port(Attention(), machine=SLOW)
+    ported(**TOKENS)
+    assert ported.program is not None and ported.program.machine == SLOW
+
+
+def test_without_one_it_is_the_default() -> None:
+    assert xir.trace(Attention(), TOKENS).parallelize().machine == Machine()
+
+
+@pytest.mark.parametrize(
+    ("speeds", "said"),
+    [
+        ({"bytes": 0}, "Machine(bytes=0): expected a positive number, such as 2e+11"),
+        ({"flops": -1.0}, "Machine(flops=-1.0)"),
+        ({"memory": math.nan}, "Machine(memory=nan)"),
+        ({"latency": -1e-6}, "Machine(latency=-1e-06)"),
+        ({"flops": "fast"}, "Machine(flops='fast')"),
+    ],
+)
+def test_what_is_no_speed(speeds: dict[str, Any], said: str) -> None:
+    with pytest.raises(xir.ParallelizeError, match=re.escape(said)):
+        Machine(**speeds)
+
+
+def test_what_is_no_machine() -> None:
+    for call in (xir.trace(Attention(), TOKENS).parallelize, lambda **given: xir.port(Attention(), **given)):
+        with pytest.raises(xir.ParallelizeError, match=r"machine='h100' is no xdit_ir\.Machine, such as"):
+            call(machine="h100")
+
+
+def test_as_text() -> None:
+    assert Machine.parse("bytes=25e9, latency=30e-6") == Machine(bytes=25e9, latency=30e-6)
+    assert str(Machine()) == "500 TFLOP/s, 1500 GB/s of memory, 200 GB/s to other ranks after 15 µs"
+    for text in ("speed=2", "bytes", "bytes=fast", ""):
+        with pytest.raises(xir.ParallelizeError, match="expected flops, bytes, memory, latency with a number"):
+            Machine.parse(text)
+
+
+def test_a_list_of_passes_keeps_the_speeds_of_the_pass_before() -> None:
+    first, second = parse_passes("shard-tokens{ulysses=2 bytes=25e9},overlap{latency=1e-6}")
+    made: Any = first.make()
+    then: Any = second.make(made.mesh, made.machine)
+    assert then.machine == Machine(bytes=25e9, latency=1e-6) and then.mesh == made.mesh
