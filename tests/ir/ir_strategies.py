@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -53,7 +53,7 @@ def meshes(most: int = 6) -> st.SearchStrategy[Mesh]:
 @st.composite
 def mesh_dims(draw: Draw, mesh: Mesh) -> tuple[str, ...]:
     """Some of the mesh dims that have more than one rank."""
-    names = [name for name, size in zip(MESH_DIMS, mesh.sizes, strict=True) if size > 1]
+    names = [name for name, size in mesh.degrees.items() if size > 1]
     return tuple(name for name in names if draw(st.booleans()))
 
 
@@ -102,9 +102,7 @@ def layouts(
 ) -> Layout:
     """A layout in which a mesh dim divides at most one tensor dim; equal sizes get partitions from the pool."""
     placed = {
-        name: draw(st.integers(-1, len(shape) - 1)) if shape else -1
-        for name, size in zip(MESH_DIMS, mesh.sizes, strict=True)
-        if size > 1
+        name: draw(st.integers(-1, len(shape) - 1)) if shape else -1 for name, size in mesh.degrees.items() if size > 1
     }
     pool = {} if pool is None else pool
     result: list[Partition | None] = []
