@@ -1,19 +1,23 @@
 """xdit-ir: port a diffusion transformer to several GPUs with one trace call."""
 
-from xdit_ir.api import trace
+from xdit_ir.api import ParallelProgram, TracedProgram, trace
 from xdit_ir.checking.check import check
 from xdit_ir.errors import GenerationError, MismatchError, ParallelizeError, TraceError, VerifyError, XditError
 from xdit_ir.generation import Generation, generate
 from xdit_ir.porting.port import port
 from xdit_ir.sharding.machine import Machine
+from xdit_ir.sharding.report import Report
 
 __all__ = [
     "Generation",
     "GenerationError",
     "Machine",
     "MismatchError",
+    "ParallelProgram",
     "ParallelizeError",
+    "Report",
     "TraceError",
+    "TracedProgram",
     "VerifyError",
     "XditError",
     "check",

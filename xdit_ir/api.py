@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import nn
 from xdit_ir import capture
 from xdit_ir.capture.inputs import bind_example
 from xdit_ir.emission.checkpoint import Loading
+from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.interpret import Interpreter, model_state
@@ -104,27 +105,26 @@ class TracedProgram:
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         if pipefusion == 1:
             divided = divide(self.analysed, mesh, machine, after, split_batch=not pair_calls)
-            return ParallelProgram(self.ir, self.analysed, divided, mesh, None, pair_calls, machine)
+            return ParallelProgram(self.ir, self.analysed, divided, mesh, pair_calls, machine)
         staged, pipeline = make_pipeline(
             self.analysed, mesh, count, warmup_steps, stages, machine, after, split_batch=not pair_calls
         )
-        return ParallelProgram(self.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
+        return PipelinedProgram(self.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 
 
 @dataclass(frozen=True, eq=False)
 class ParallelProgram:
     """A program divided over a mesh; rank order is that of `mesh.names`, outer to inner.
 
-    `original` is the program as traced, `analysed` its canonical form, `ir` that form divided. Under PipeFusion there
-    is a `pipeline`, `analysed` has stages, and in `ir` the mesh dim `pipefusion` counts patches. Choices are
-    priced for `machine`.
+    `original` is the program as traced, `analysed` its canonical form, `ir` that form divided. There is a `pipeline`
+    under PipeFusion only, see `PipelinedProgram`. Choices are priced for `machine`.
     """
 
     original: Program
     analysed: Program
     ir: Program
     mesh: Mesh
-    pipeline: Pipeline | None = None
+    pipeline: Pipeline | None = field(default=None, init=False)
     pair_calls: bool = False
     machine: Machine = H100
     _ranks: dict[int, Program] = field(default_factory=dict)
@@ -134,8 +134,7 @@ class ParallelProgram:
 
     def text(self, *, bodies: bool = False) -> str:
         """The textual form; with `bodies`, every operator. Under PipeFusion also what goes from stage to stage."""
-        program = program_text(self.ir, bodies=bodies)
-        return program if self.pipeline is None else f"{pipeline_text(self.pipeline)}\n{program}"
+        return program_text(self.ir, bodies=bodies)
 
     @property
     def world_size(self) -> int:
@@ -144,18 +143,14 @@ class ParallelProgram:
 
     def report(self) -> Report:
         """FLOPs, weights, communication and fallbacks; `str()` is a table."""
-        if self.pipeline is not None:
-            return pipeline_report(self.original, self.pipeline)
         return make_report(self.original, self.ir)
 
     def rank(self, rank: int) -> Program:
         """The program of one rank, with static local sizes.
 
         Raises:
-            ParallelizeError: under PipeFusion, where a rank has one for each patch (`pipeline.part`).
+            ParallelizeError: under PipeFusion.
         """
-        if self.pipeline is not None:
-            raise ParallelizeError("under pipefusion a rank runs a program for each patch: see pipeline.part")
         if rank not in self._ranks:
             self._ranks[rank] = Specialize(rank).apply(self.ir)
         return self._ranks[rank]
@@ -169,32 +164,25 @@ class ParallelProgram:
         Raises:
             MismatchError: `example` differs from what the program was traced for; names the argument.
         """
-        if self.pipeline is not None:
-            return self.simulate_steps(model, [example], observe)[0]
-        inputs = capture.bind_inputs(model, self.original, *split_example(example))
-        ranks = [self.rank(rank) for rank in range(self.world_size)]
-        with torch.no_grad():
-            outputs = run_ranks(ranks, model_state(self.original, model), inputs, _device(model, inputs), observe)
-        _leave(self.original, model, example, outputs[0])
-        return [capture.build_output(self.original.signature, tensors) for tensors in outputs]
+        return self.simulate_steps(model, [example], observe)[0]
 
     def simulate_steps(
         self, model: nn.Module, examples: Sequence[Example], observe: RankObserver | None = None
     ) -> list[list[Any]]:
-        """`simulate` for consecutive denoising steps of one request: a list over steps of the outputs of every rank.
+        """`simulate` for consecutive denoising steps of one request; `observe` sees the values of the last one.
 
-        Under PipeFusion the first `warmup_steps` are synchronous (and exact); later ones read buffers. `observe` sees
-        the values of the last step.
+        Returns:
+            For every step, the outputs of every rank.
         """
-        watch = [None] * (len(examples) - 1) + [observe]
-        if self.pipeline is None:
-            return [self.simulate(model, example, see) for example, see in zip(examples, watch, strict=False)]
-        bound = [capture.bind_inputs(model, self.original, *split_example(example)) for example in examples]
-        device = _device(model, bound[0]) if bound else torch.device("cpu")
-        run = PipelineSimulation(self.pipeline, model_state(self.original, model), device)
-        with torch.no_grad():
-            steps = [run.step(inputs, see) for inputs, see in zip(bound, watch, strict=False)]
-        return [[capture.build_output(self.original.signature, tensors) for tensors in step] for step in steps]
+        ranks, state = [self.rank(rank) for rank in range(self.world_size)], model_state(self.original, model)
+        steps = []
+        for example, see in zip(examples, _observers(examples, observe), strict=True):
+            inputs = capture.bind_inputs(model, self.original, *split_example(example))
+            with torch.no_grad():
+                outputs = run_ranks(ranks, state, inputs, _device(model, inputs), see)
+            _write_back(self.original, model, example, outputs[0])
+            steps.append([capture.build_output(self.original.signature, tensors) for tensors in outputs])
+        return steps
 
     def emit(
         self,
@@ -212,7 +200,42 @@ class ParallelProgram:
         """The module of this process's rank; see `xdit_ir.runtime.emitted.emit` and, for the options, `Execution` and
         `xdit_ir.emission.checkpoint.Loading`."""
         execution = Execution(compile, cuda_graph, transport, attention, handshake)
-        return emit(self, model, device, execution, Loading(weights, release))
+        return emit(self, model, device, RunOptions(execution, Loading(weights, release)))
+
+
+@dataclass(frozen=True, eq=False)
+class PipelinedProgram(ParallelProgram):
+    """A program under PipeFusion: `analysed` has stages, and in `ir` the mesh dim `pipefusion` counts patches."""
+
+    pipeline: Pipeline = field()
+
+    def text(self, *, bodies: bool = False) -> str:
+        """The textual form, and what goes from stage to stage; with `bodies`, every operator."""
+        return f"{pipeline_text(self.pipeline)}\n{super().text(bodies=bodies)}"
+
+    def report(self) -> Report:
+        """FLOPs, weights, communication and fallbacks; `str()` is a table."""
+        return pipeline_report(self.original, self.pipeline)
+
+    def rank(self, rank: int) -> Program:
+        """Raises `ParallelizeError`: a rank has a program for each patch, see `pipeline.part`."""
+        raise ParallelizeError("under pipefusion a rank runs a program for each patch: see pipeline.part")
+
+    def simulate_steps(
+        self, model: nn.Module, examples: Sequence[Example], observe: RankObserver | None = None
+    ) -> list[list[Any]]:
+        """As of any program; the first `warmup_steps` are synchronous (and exact), later ones read buffers."""
+        bound = [capture.bind_inputs(model, self.original, *split_example(example)) for example in examples]
+        device = _device(model, bound[0]) if bound else torch.device("cpu")
+        run = PipelineSimulation(self.pipeline, model_state(self.original, model), device)
+        with torch.no_grad():
+            steps = [run.step(inputs, see) for inputs, see in zip(bound, _observers(bound, observe), strict=True)]
+        return [[capture.build_output(self.original.signature, tensors) for tensors in step] for step in steps]
+
+
+def _observers(steps: Sequence[Any], observe: RankObserver | None) -> Iterable[RankObserver | None]:
+    """For each step; only the last one is observed."""
+    return (observe if place == len(steps) else None for place, _ in enumerate(steps, 1))
 
 
 def run_single(program: Program, model: nn.Module, example: Example) -> Any:
@@ -220,11 +243,11 @@ def run_single(program: Program, model: nn.Module, example: Example) -> Any:
     inputs = capture.bind_inputs(model, program, *split_example(example))
     with torch.no_grad():
         tensors = Interpreter(program, model_state(program, model), _device(model, inputs)).run(inputs)
-    _leave(program, model, example, tensors)
+    _write_back(program, model, example, tensors)
     return capture.build_output(program.signature, tensors)
 
 
-def _leave(program: Program, model: nn.Module, example: Example, tensors: Sequence[torch.Tensor]) -> None:
+def _write_back(program: Program, model: nn.Module, example: Example, tensors: Sequence[torch.Tensor]) -> None:
     """Write into the example what forward would have."""
     if program.signature.effects:
         capture.apply_effects(program.signature, tensors, bind_example(model, example))

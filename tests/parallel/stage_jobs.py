@@ -146,7 +146,7 @@ def _image(
     want = run(Simulated(original, lanes, **{name: n for name, n in degrees.items() if lanes == 1 or name != "cfg"}))
     ported, passes = xir.port(original, **degrees), set[int]()
     got = run(ported)
-    ported.__dict__["_xdit"].traffic.observe = lambda number, item: passes.add(number)
+    ported._xdit_specialisations.factory.queue.observe = lambda number, item: passes.add(number)
     again = run(ported)
     scale = exact.norm()
     return {
@@ -158,8 +158,8 @@ def _image(
     }
 
 
-def _traffic(module: Any) -> Any:
-    return module._xdit_runner.traffic
+def _queue(module: Any) -> Any:
+    return module._xdit_runner.queue
 
 
 def counted_sends(name: str, degrees: Degrees, steps: int) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def overlapping_steps(name: str, degrees: Degrees, steps: int) -> dict[str, Any]
             store.wait([f"{name} began {number + 1}"], timedelta(seconds=100))
         trace.append([number, item.stage, item.patch, time.monotonic()])
 
-    _traffic(module).observe = observe
+    _queue(module).observe = observe
     inputs = _inputs(example, steps)
     outputs = _run(module, inputs)
     want = parallel.simulate_steps(model, inputs)
@@ -221,9 +221,9 @@ def interrupted(name: str, degrees: Degrees) -> dict[str, Any]:
         return output
 
     _run(module, inputs[:3])
-    _traffic(module).observe = failing
+    _queue(module).observe = failing
     failures = [_failure(lambda: _run(module, inputs))["error"] for _ in range(2)]
-    _traffic(module).observe = None
+    _queue(module).observe = None
     errors = []
     for run in (module, reading):
         got = _run(run, inputs)
@@ -270,7 +270,7 @@ def lost_rank(name: str, degrees: Degrees, how: str, seconds: int) -> dict[str, 
         for output in _run(module, _inputs(example, 5)):
             materialize(_tensor(output))
 
-    _traffic(module).observe = stop
+    _queue(module).observe = stop
     return _failure(run)
 
 
@@ -300,10 +300,10 @@ def folded_stages(name: str, stages: list[int], patches: Sequence[int]) -> list[
     for count in patches:
         parallel = traced.parallelize(pipefusion=len(stages) // 2, patches=count, stages=stages)
         module, trace = parallel.emit(model), list[list[Any]]()
-        _traffic(module).observe = lambda number, item, trace=trace: trace.append([number, item.patch, item.stage])
+        _queue(module).observe = lambda number, item, trace=trace: trace.append([number, item.patch, item.stage])
         got, want = _run(module, inputs), parallel.simulate_steps(model, inputs)
         errors = [relative_error(mine, step[0]) for mine, step in zip(got, want, strict=True)]
-        held = sum(len(work.holds) for work in module._xdit_runner.work.displaced.values())
+        held = sum(len(task.carried_out) for task in module._xdit_runner.tasks.displaced.values())
         found.append({"errors": errors, "trace": trace, "held": held})
     return found
 

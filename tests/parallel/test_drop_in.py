@@ -145,7 +145,7 @@ def test_an_emitted_module_names_what_no_longer_fits(loaded: tuple[nn.Module, di
 
 
 def test_too_many_specialisations_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xdit_ir.porting import ported as module
+    from xdit_ir.porting import specialisations as module
 
     monkeypatch.setattr(module, "LIMIT", 2)
 

@@ -22,13 +22,13 @@ class Module:
     def __init__(self, warmup: int = 1) -> None:
         self.requests, self.warmup, self.owner = Requests(), warmup, "one"
         self.cuts = {"x": PatchCut(ROWS, (Indices.range(0, 4), Indices.range(4, 8)))}
-        self.moments: list[CallPosition] = []
+        self.positions: list[CallPosition] = []
 
     def __call__(self, x: torch.Tensor) -> Deferred:
-        moment = self.requests.moment({"x": x}, self.cuts, self.owner, self.warmup)
-        self.requests.enter(moment, {"x": x}, self.owner)
+        position = self.requests.position({"x": x}, self.cuts, self.owner, self.warmup)
+        self.requests.enter(position, {"x": x}, self.owner)
         self.requests.number += 1
-        self.moments.append(moment)
+        self.positions.append(position)
         value = torch.zeros(SHAPE)
 
         class Source:
@@ -45,7 +45,7 @@ class Module:
 
     @property
     def kinds(self) -> list[str]:
-        return [moment.kind for moment in self.moments]
+        return [position.kind for position in self.positions]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_steps_of_one_call(module: Module) -> None:
     for _ in range(3):
         x = x - 0.1 * module(x)
     assert module.kinds == [NEW, NEXT, NEXT]
-    assert [moment.synchronous for moment in module.moments] == [True, False, False]
+    assert [position.synchronous for position in module.positions] == [True, False, False]
 
 
 def test_steps_of_two_calls_with_the_output_cast_and_read(module: Module) -> None:
@@ -72,8 +72,8 @@ def test_steps_of_two_calls_with_the_output_cast_and_read(module: Module) -> Non
         two = module(x).double().float()
         x = x - 0.1 * (one + 2 * (two - one))
     assert module.kinds == [NEW, AGAIN, NEXT, AGAIN, NEXT, AGAIN]
-    assert [moment.place for moment in module.moments] == [0, 1] * 3
-    assert [moment.synchronous for moment in module.moments] == [True, True, *[False] * 4]
+    assert [position.place for position in module.positions] == [0, 1] * 3
+    assert [position.synchronous for position in module.positions] == [True, True, *[False] * 4]
 
 
 def test_a_call_that_is_left_out_warms_up_again(module: Module) -> None:
@@ -81,7 +81,7 @@ def test_a_call_that_is_left_out_warms_up_again(module: Module) -> None:
     for step in range(4):
         outputs = [module(x) for _ in range(1 if step == 1 else 2)]
         x = x + sum(outputs)
-    late = [moment.synchronous for moment in module.moments if moment.place == 1]
+    late = [position.synchronous for position in module.positions if position.place == 1]
     assert late == [True, True, False]
 
 
@@ -157,7 +157,7 @@ def test_another_specialisation_warms_up(module: Module) -> None:
     x = x + module(x)
     x = x + module(x)
     assert module.kinds == [NEW, NEXT, NEXT]
-    assert [moment.synchronous for moment in module.moments] == [True, True, False]
+    assert [position.synchronous for position in module.positions] == [True, True, False]
 
 
 def test_outputs_of_another_module_are_foreign(module: Module) -> None:

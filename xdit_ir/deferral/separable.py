@@ -109,6 +109,7 @@ def _dim_argument(args: Sequence[Any], place: int, count: int) -> int:
 
 
 def _unsqueeze(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int) -> int | None:
+    """unsqueeze, stack: one dimension of the result is new."""
     new = _dim_argument(args, 1, len(out))
     return None if dim == new else dim - (dim > new)
 
@@ -133,10 +134,6 @@ def _elsewhere(place: int) -> Rule:
     return rule
 
 
-def _stack(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int) -> int | None:
-    return _unsqueeze(args, shapes, out, dim)
-
-
 _RULES: dict[Any, Rule] = {
     aten.clone.default: _same,
     aten.alias.default: _same,
@@ -154,7 +151,7 @@ _RULES: dict[Any, Rule] = {
     aten.split.Tensor: _elsewhere(2),
     aten.split_with_sizes.default: _elsewhere(2),
     aten.cat.default: _elsewhere(1),
-    aten.stack.default: _stack,
+    aten.stack.default: _unsqueeze,
 }
 STRUCTURAL = frozenset({*_RULES, aten.expand.default})
 

@@ -7,7 +7,7 @@ import gc
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.emission.state import Weights, running_device
+from xdit_ir.emission.state import ModelWeights, check_type, running_device
 from xdit_ir.errors import MismatchError
+from xdit_ir.ir.named_tensors import find_tensor
 from xdit_ir.ir.program import TensorSpec
 
 INDEX, SHARD = ".safetensors.index.json", ".safetensors"
@@ -144,7 +145,7 @@ def _opened(path: Path, name: str) -> Any:
 
 
 class Held:
-    """Tensors that do not change, in the order of a program's names; stands where `Weights` does."""
+    """Tensors that do not change, in the order of a program's names; stands where `WeightReferences` does."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = list(tensors)
@@ -176,7 +177,7 @@ class WeightStore:
             self.checkpoint = Checkpoint(self.checkpoint.path)
         for name in names:
             if name in self._tensors:
-                self._same(name, self._tensors[name], specs[name])
+                check_type(name, self._tensors[name], specs[name])
             elif self.checkpoint is not None and self._saved(name):
                 self.checkpoint.check(name, specs[name])
             else:
@@ -204,9 +205,8 @@ class WeightStore:
         return self.checkpoint is not None and (name in self.checkpoint.files or self._find(name) is None)
 
     def _find(self, name: str) -> torch.Tensor | None:
-        holder, leaf = _place(self.model, name)
-        found = holder.get(leaf)
-        return found if isinstance(found, torch.Tensor) and not found.is_meta else None
+        found = find_tensor(self.model, name)
+        return None if found.is_meta else found
 
     def _own(self, name: str, spec: TensorSpec) -> torch.Tensor:
         found = self._find(name)
@@ -215,35 +215,21 @@ class WeightStore:
                 f"{name} has no values: the model is on the meta device, or gave it up (release=True) when it was made "
                 "parallel for other inputs; give weights=, the folder of a checkpoint"
             )
-        self._same(name, found, spec)
+        check_type(name, found, spec)
         return found
-
-    def _same(self, name: str, found: torch.Tensor, spec: TensorSpec) -> None:
-        if (tuple(found.shape), found.dtype) != (spec.shape, spec.dtype):
-            raise MismatchError(
-                f"parameter {name}: the program needs {spec.dtype}{list(spec.shape)}, "
-                f"the model has {found.dtype}{list(found.shape)}"
-            )
-
-
-def rank_weights(
-    model: nn.Module,
-    store: WeightStore | None,
-    names: Sequence[str],
-    specs: Mapping[str, TensorSpec],
-    device: torch.device,
-) -> Weights | Held:
-    """The weights that a rank uses: by reference, or taken from a store."""
-    return Weights(model, names, specs, device) if store is None else store.take(names, specs)
 
 
 @dataclass(frozen=True)
 class Loading:
     """Options of `emit` and `port`: where this rank gets its weights from, if not by reference from the model.
 
+    With either, they are held besides those of the model, and others that are loaded into it do not take effect.
+
     Args:
-        weights: a checkpoint: a folder, a file, or an index.
-        release: the model gives up its weights, see `WeightStore`.
+        weights: a checkpoint (a folder, a file, or an index) from which each rank reads what it uses, and nothing
+            else; the model may be on the meta device. Runs where the inputs are.
+        release: a loaded model gives up its weights at the first forward: what this rank uses moves to where the
+            inputs are, the rest is dropped.
     """
 
     weights: str | Path | None = None
@@ -254,10 +240,14 @@ class Loading:
         """Whether weights are held besides those of the model."""
         return self.weights is not None or self.release
 
-    def store(self, model: nn.Module, device: torch.device) -> WeightStore | None:
-        """A new store; None where weights are used by reference."""
+    def component(self, name: str) -> Loading:
+        """For a component of a pipeline, whose weights lie in a folder of its name."""
+        return self if self.weights is None else replace(self, weights=Path(self.weights) / name)
+
+    def store(self, model: nn.Module, device: torch.device) -> WeightStore | ModelWeights:
+        """Where the programs of a model take their weights from."""
         if not self.holds:
-            return None
+            return ModelWeights(model, device)
         checkpoint = None if self.weights is None else Checkpoint(Path(self.weights))
         return WeightStore(model, device, checkpoint, self.release)
 
@@ -278,17 +268,6 @@ class Loading:
             return torch.device("cpu")
         local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
         return torch.device("cuda", local % torch.cuda.device_count())  # a launcher may show each process one GPU
-
-
-def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dict of a module that holds a tensor, and the key there."""
-    path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError as error:
-        raise MismatchError(f"the model has no parameter or buffer {name!r} that its program uses") from error
-    holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
-    return next((holder for holder in holders if leaf in holder), module.__dict__), leaf
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:

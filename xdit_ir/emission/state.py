@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from xdit_ir.errors import MismatchError
+from xdit_ir.ir.named_tensors import way_to
 from xdit_ir.ir.program import TensorSpec
 
 
-class StaleError(MismatchError):
-    """The model's modules, or shapes, dtypes or device of its weights, are no longer those of the program."""
+@dataclass(frozen=True)
+class ModelWeights:
+    """The weights of a model on `device`, which its programs use by reference; stands where `WeightStore` does."""
+
+    model: nn.Module
+    device: torch.device
+
+    def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> None:
+        """Raise `MismatchError` unless `take` can give all of these."""
+        self.take(names, specs)
+
+    def take(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> WeightReferences:
+        """The tensors of these names."""
+        return WeightReferences(self.model, names, specs, self.device)
 
 
-class Weights:
+class WeightReferences:
     """The tensors called `names` in `model`, read anew by each `fetch`, so that reloaded weights take effect.
 
     Args:
@@ -32,60 +46,44 @@ class Weights:
         self, model: nn.Module, names: Sequence[str], specs: Mapping[str, TensorSpec], device: torch.device
     ) -> None:
         self._names, self._device = list(names), device
-        self._places: list[tuple[Any, str]] = []
-        self._edges: list[tuple[dict[str, nn.Module | None], str]] = []
-        self._modules: list[nn.Module | None] = []
-        owners: dict[str, nn.Module] = {"": model}
-        for name in names:
-            owner, _, leaf = name.rpartition(".")
-            self._places.append((_holder(self._owner(owner, owners, name), leaf, name), leaf))
-        self._shapes = [torch.Size(specs[name].shape) for name in names]
-        self._dtypes = [specs[name].dtype for name in names]
+        ways = [way_to(model, name) for name in names]
+        self._places = [way[-1] for way in ways]
+        self._above = list({(id(holder), key): (holder, key) for way in ways for holder, key in way[:-1]}.values())
+        self._owners = [holder[key] for holder, key in self._above]
+        self._specs = [specs[name] for name in names]
+        self._shapes = [torch.Size(spec.shape) for spec in self._specs]
+        self._dtypes = [spec.dtype for spec in self._specs]
         for name, tensor in zip(names, self.fetch(), strict=True):
             _check_device(name, tensor, device)
 
-    def _owner(self, path: str, owners: dict[str, nn.Module], name: str) -> nn.Module:
-        """The module at `path`; notes every step on the way there."""
-        if path not in owners:
-            above, _, leaf = path.rpartition(".")
-            parent = self._owner(above, owners, name)
-            child = parent._modules.get(leaf)
-            if child is None:
-                raise MismatchError(f"the model has no parameter or buffer {name!r} that its program uses")
-            self._edges.append((parent._modules, leaf))
-            self._modules.append(child)
-            owners[path] = child
-        return owners[path]
-
     def fetch(self) -> list[torch.Tensor]:
-        """The tensors, in the order of their names; raises `StaleError` if the program no longer fits them."""
-        if [modules.get(name) for modules, name in self._edges] != self._modules:
-            raise StaleError("modules of the model were replaced since it was traced")
+        """The tensors, in the order of their names; raises `MismatchError` if the program no longer fits them."""
         try:
-            tensors: list[torch.Tensor] = [holder[leaf] for holder, leaf in self._places]
+            replaced = any(map(operator.is_not, [holder[key] for holder, key in self._above], self._owners))
+        except LookupError:
+            replaced = True
+        if replaced:
+            raise MismatchError("modules of the model were replaced since it was traced")
+        try:
+            tensors: list[torch.Tensor] = [holder[key] for holder, key in self._places]
             fits = [x.dtype for x in tensors] == self._dtypes and [x.shape for x in tensors] == self._shapes
-        except (KeyError, AttributeError) as error:
-            raise StaleError(f"parameter or buffer {error} of the model was removed") from error
+        except (LookupError, AttributeError) as error:
+            raise MismatchError(f"parameter or buffer {error} of the model was removed") from error
         if not fits:
-            self._complain(tensors)
+            for name, tensor, spec in zip(self._names, tensors, self._specs, strict=True):
+                check_type(name, tensor, spec)
         if tensors and tensors[0].device != self._device:
-            raise StaleError(f"the model moved from {self._device} to {tensors[0].device}")
+            raise MismatchError(f"the model moved from {self._device} to {tensors[0].device}")
         return tensors
 
-    def _complain(self, tensors: Sequence[torch.Tensor]) -> None:
-        for name, tensor, shape, dtype in zip(self._names, tensors, self._shapes, self._dtypes, strict=True):
-            if (tensor.shape, tensor.dtype) != (shape, dtype):
-                raise StaleError(
-                    f"parameter {name}: the program needs {dtype}{list(shape)}, "
-                    f"the model has {tensor.dtype}{list(tensor.shape)}"
-                )
 
-
-def _holder(module: nn.Module, leaf: str, name: str) -> Any:
-    for holder in (module._parameters, module._buffers, module.__dict__):
-        if isinstance(holder.get(leaf), torch.Tensor):
-            return holder
-    raise MismatchError(f"the model has no parameter or buffer {name!r} that its program uses")
+def check_type(name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
+    """Raise `MismatchError` unless a tensor of the model has the shape and dtype that a program needs."""
+    if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype):
+        raise MismatchError(
+            f"parameter {name}: the program needs {spec.dtype}{list(spec.shape)}, "
+            f"the model has {tensor.dtype}{list(tensor.shape)}"
+        )
 
 
 def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -14,14 +14,11 @@ import torch.distributed as dist
 
 from xdit_ir.errors import GenerationError
 from xdit_ir.generation import files
-from xdit_ir.generation.folder import Dtypes, check_dtypes, load
-from xdit_ir.generation.job import Job, start
+from xdit_ir.generation.folder import Dtypes
+from xdit_ir.generation.job import Job
 from xdit_ir.generation.meter import Meter, summary, watching
 from xdit_ir.generation.request import Request, dealt, read_embeddings
-from xdit_ir.ir.mesh import MESH_DIMS, Mesh
-from xdit_ir.porting.denoisers import components
-from xdit_ir.porting.port import port
-from xdit_ir.porting.ported import Ported
+from xdit_ir.generation.setup import Setup, ported_components
 
 NEEDED = ("diffusers", "transformers", "accelerate")
 REPORT = "generate.json"
@@ -40,7 +37,7 @@ class Generation:
 
     def close(self) -> None:
         """End the job: CUDA graphs are freed, and torch.distributed ends, which would wait for them."""
-        for component in _ported(self.pipe):
+        for component in ported_components(self.pipe):
             component.reset()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -98,43 +95,28 @@ def generate(
     if missing:
         raise GenerationError(f"generate needs {', '.join(missing)}: pip install xdit-ir[zoo]")
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
-    degrees = {name: parallel.get(name, 1) for name in MESH_DIMS}
-    dealt(prompts, 0, data)
-    made = not isinstance(pipe, (str, Path)) and bool(_ported(pipe))
-    job = start(None if made else Mesh.of(**degrees), data, device)
-    _quiet(job)
-    embedded = read_embeddings(embeddings) if isinstance(embeddings, (str, Path)) else dict(embeddings or {})
-    picture = _picture(image)
-    mine = [prompts[place] for place in dealt(prompts, job.group, data)] if prompts else []
-    request = Request(
-        tuple(mine), embedded, negative_prompt, picture, width, height, frames, steps, guidance, seed, arguments or {}
-    )
-    meter = Meter(job.device)
-    whole = whole or bool(lora) or offload or (job.device.type == "cpu" and torch.cuda.is_available())
-    ready = _prepared(pipe, job, meter, parallel, dtype, lora, whole=whole, offload=offload)
-    ready.set_progress_bar_config(disable=not job.reports)
-    generation = Generation(ready, job)
-    _run(generation, request, meter, benchmark)
-    generation.report = _report(pipe, generation, meter, degrees, parallel) | generation.report
+    setup = Setup(pipe, parallel, dtype, lora, whole, offload)
+    job = setup.start(prompts, data, device)
+    inputs = _embedded(embeddings), negative_prompt, _picture(image)
+    request = Request(prompts, *inputs, width, height, frames, steps, guidance, seed, arguments or {})
+    return _generated(setup, job, request, benchmark, output, fps)
+
+
+def _generated(
+    setup: Setup, job: Job, request: Request, benchmark: int, output: str | Path | None, fps: int
+) -> Generation:
+    """The share of this process's group, generated and written."""
+    places, meter = dealt(request.prompts, job.group, job.groups), Meter(job.device)
+    generation = Generation(setup.pipeline(job, meter), job)
+    _run(generation, request.share(places), meter, benchmark)
+    generation.report = _report(setup, generation, meter) | generation.report
     if output is not None and job.leads:
-        _write(generation, Path(output), dealt(prompts, job.group, data), fps)
+        _write(generation, Path(output), places, fps)
     return generation
 
 
-def _ported(pipe: Any) -> list[Ported]:
-    return [component for component in components(pipe).values() if type(component) is Ported]
-
-
-def _quiet(job: Job) -> None:
-    """Only the first process shows how loading goes on."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    if not job.reports:
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        diffusers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.set_verbosity_error()
+def _embedded(embeddings: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    return read_embeddings(embeddings) if isinstance(embeddings, (str, Path)) else dict(embeddings or {})
 
 
 def _picture(image: Any) -> Any:
@@ -146,61 +128,6 @@ def _picture(image: Any) -> Any:
         return diffusers.utils.load_image(str(image))
     except (OSError, ValueError) as error:
         raise GenerationError(f"image {image} cannot be read: {error}") from error
-
-
-def _prepared(
-    pipe: Any,
-    job: Job,
-    meter: Meter,
-    options: Mapping[str, Any],
-    dtype: Dtypes,
-    lora: Sequence[str],
-    *,
-    whole: bool,
-    offload: bool,
-) -> Any:
-    """The pipeline, loaded, with its adapters, ported, and where it runs."""
-    weights = None
-    if isinstance(pipe, (str, Path)):
-        loaded = load(pipe, dtype, whole=whole)
-        pipe, weights = loaded.pipe, loaded.weights
-    else:
-        _cast(pipe, dtype)
-        check_dtypes(pipe, dtype)
-    _adapt(pipe, lora)
-    meter.end("load")
-    if options or not _ported(pipe):
-        port(pipe, **{"weights": weights, **options})
-    if offload:
-        pipe.enable_model_cpu_offload(device=job.device)
-    else:
-        pipe.to(job.device)
-    meter.end("port")
-    return pipe
-
-
-def _cast(pipe: Any, dtype: Dtypes) -> None:
-    for name, module in components(pipe).items():
-        wanted = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
-        if wanted is not None:
-            module.to(wanted)
-
-
-def _adapt(pipe: Any, lora: Sequence[str]) -> None:
-    scales = {}
-    for place, text in enumerate(lora):
-        path, colon, scale = text.rpartition(":")
-        name = f"lora{place}"
-        try:
-            scales[name] = float(scale) if colon else 1.0
-        except ValueError:
-            path, scales[name] = text, 1.0
-        try:
-            pipe.load_lora_weights(path if colon and path else text, adapter_name=name)
-        except (OSError, ValueError, AttributeError) as error:
-            raise GenerationError(f"lora {text} cannot be loaded into {type(pipe).__name__}: {error}") from error
-    if scales:
-        pipe.set_adapters(list(scales), list(scales.values()))
 
 
 def _run(generation: Generation, request: Request, meter: Meter, benchmark: int) -> None:
@@ -228,21 +155,20 @@ def _call(pipe: Any, request: Request, call: Mapping[str, Any], meter: Meter) ->
         return files.results(output)
 
 
-def _report(
-    source: Any, generation: Generation, meter: Meter, degrees: Mapping[str, int], parallel: Mapping[str, Any]
-) -> dict[str, Any]:
+def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any]:
     import diffusers
 
     job, device = generation.job, generation.job.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    holds = any(component._holds for component in ported_components(generation.pipe))
     return {
         "pipeline": type(generation.pipe).__name__,
-        "source": str(source) if isinstance(source, (str, Path)) else None,
-        "options": {**degrees, **{key: value for key, value in parallel.items() if value not in (None, False)}},
+        "source": str(setup.source) if setup.is_folder else None,
+        "options": {**setup.degrees, **{key: one for key, one in setup.options.items() if one not in (None, False)}},
         "data": job.groups,
         "processes": job.processes * job.groups,
         "device": name,
-        "weights": "read by each rank" if any(one._holds for one in _ported(generation.pipe)) else "loaded whole",
+        "weights": "read by each rank" if holds else "loaded whole",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "phases": meter.as_dict(),
     }

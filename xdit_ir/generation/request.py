@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ class Request:
     def count(self) -> int:
         """How many calls it takes."""
         return max(1, len(self.prompts))
+
+    def share(self, places: Sequence[int]) -> Request:
+        """For the prompts at these places."""
+        return replace(self, prompts=tuple(self.prompts[place] for place in places) if self.prompts else ())
 
     def calls(self, pipe: Any) -> list[dict[str, Any]]:
         """The arguments of every call but the generator; one call per prompt.

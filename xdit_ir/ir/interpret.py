@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from xdit_ir.errors import MismatchError
 from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.named_tensors import constants_on, find_tensor
 from xdit_ir.ir.program import CONSTANT, Program, call_parts, is_block_call
 
 State = Callable[[str], torch.Tensor]
@@ -25,32 +25,8 @@ Steps = Generator[Any, Any, Any]
 def model_state(program: Program, model: nn.Module) -> State:
     """Look up parameters, buffers and constants by qualified name, by reference, at every call."""
     device = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
-    constants = {f"{CONSTANT}.{name}": constant_on(program, name, device) for name in program.constants}
-
-    def lookup(name: str) -> torch.Tensor:
-        if name in constants:
-            return constants[name]
-        found: Any = model
-        try:
-            for part in name.split("."):
-                found = getattr(found, part) if isinstance(found, nn.Module) else _entry(found, part)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise MismatchError(f"the model has no parameter or buffer {name!r} that its program uses") from error
-        tensor: torch.Tensor = found
-        return tensor
-
-    return lookup
-
-
-def constant_on(program: Program, name: str, device: torch.device | None) -> torch.Tensor:
-    """A constant follows the model: what was on the device of the trace (or stood in for meta) is on `device`."""
-    value = program.constants[name]
-    return value.to(device=device) if program.device.type == "meta" or value.device == program.device else value
-
-
-def _entry(container: Any, part: str) -> Any:
-    """An entry of a list, tuple or dict that a module holds."""
-    return container[int(part)] if isinstance(container, (list, tuple)) else container[part]
+    constants = constants_on(program, (f"{CONSTANT}.{name}" for name in program.constants), device)
+    return lambda name: constants[name] if name in constants else find_tensor(model, name)
 
 
 @dataclass(eq=False)

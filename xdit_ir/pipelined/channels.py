@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from xdit_ir.ir.mesh import BATCH, TIME
+from xdit_ir.ir.program import TensorSpec
 from xdit_ir.pipefusion.pipeline_program import Pipeline
-from xdit_ir.pipefusion.rank_tasks import RankTasks
+from xdit_ir.pipefusion.rank_tasks import RankTasks, StageTask
+from xdit_ir.pipelined.schedule import StageRun
 from xdit_ir.transport.distributed import Communicator, configured_timeout, peers_reachable
-from xdit_ir.transport.messages import Broadcast, Channel, Envelope, Pair, Slots
+from xdit_ir.transport.messages import Arrival, Broadcast, Channel, Envelope, Pair, Slots
 
 Key = tuple[Any, ...]
 Sizes = Callable[[], Sequence[int]]  # bytes of the messages of a pass, which only peers ask for
@@ -24,12 +27,62 @@ BETWEEN = "between stages"
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """This rank's ends: `between[s]` leads to stage s from the one before (None: not here), `returns` from the last
-    stage to all ranks; where halves of `cfg` run different calls, one for each half."""
+    """The ends of a rank with these tasks: `between[s]` leads to stage s from the one before (None: not here),
+    `returns` from the last stage to all ranks; where halves of `cfg` run different calls, one for each half, of which
+    this rank's is `half`."""
 
+    tasks: RankTasks
     between: tuple[Channel | None, ...]
     returns: tuple[Channel, ...]
+    half: int
     is_last: bool
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Of the tasks."""
+        return self.tasks.pipeline
+
+    @cached_property
+    def types(self) -> Sequence[Sequence[TensorSpec]]:
+        """Of the results of each patch."""
+        return [self.tasks.result_types(patch) for patch in range(self.pipeline.patches)]
+
+    def arrivals(self, runs: Iterable[tuple[StageRun, StageTask]]) -> dict[StageRun, Arrival]:
+        """Expect the messages for these runs of stages, where there are any."""
+        found = {}
+        for item, task in runs:
+            channel, message = self.between[item.stage], _envelope(task.receives)
+            if channel is not None and message is not None:
+                found[item] = channel.expect(message, item.issue_order - 1)
+        return found
+
+    def results(self, number: int, half: int, *, synchronous: bool) -> dict[int | None, Arrival | None]:
+        """Expect the results of a pass that a half runs, by patch, None for all patches: those that other ranks make;
+        None for results of which there are none."""
+        if self.is_last and half == self.half:
+            return {}
+        found: dict[int | None, Arrival | None] = {}
+        for patch in (None,) if synchronous else range(self.pipeline.patches):
+            message = _envelope([spec for p, types in enumerate(self.types) if patch in (None, p) for spec in types])
+            due = self.pipeline.issue_order(self.pipeline.stages - 1, number, patch or 0)
+            found[patch] = None if message is None else self.returns[half].expect(message, due)
+        return found
+
+    def send(self, item: StageRun, task: StageTask, outputs: Sequence[torch.Tensor]) -> None:
+        """Hand what a stage gave to the next one, or as results to all ranks."""
+        message = _envelope(task.sends)
+        if message is not None:
+            channel = self.between[item.stage + 1]
+            assert channel is not None
+            channel.send(message, outputs[: len(task.sends)])
+        message = _envelope(task.results)
+        if message is not None:
+            self.returns[self.half].send(message, outputs)
+
+    def post_sent(self, limit: float) -> None:
+        """Post what is sent before a turn."""
+        for channel in (*filter(None, self.between), *self.returns):
+            channel.post_sent(limit)
 
 
 class ChannelMaker:
@@ -47,9 +100,10 @@ class ChannelMaker:
         self._groups: dict[Key, dist.ProcessGroup] = {}
         self._channels: dict[Key, Channel] = {}
 
-    def open(self, pipeline: Pipeline, *, apart: bool = False) -> Channels:
-        """The channels for a pipeline, in which halves of `cfg` may run calls `apart`. Collective: all ranks open the
-        same ones."""
+    def open(self, tasks: RankTasks, *, apart: bool = False) -> Channels:
+        """The channels for a rank's tasks; halves of `cfg` may run calls `apart`. Collective: all ranks open those of
+        the same pipeline."""
+        pipeline = tasks.pipeline
         everyone = range(pipeline.mesh.world_size)
         columns = {rank: RankTasks(pipeline, rank).ranks() for rank in everyone}
         between = {ranks: self._between(pipeline, ranks) for ranks in sorted(set(columns.values()))}
@@ -58,7 +112,8 @@ class ChannelMaker:
             halves = [columns[other] for other in pipeline.mesh.group(rank, (BATCH,))] if apart else [columns[rank]]
             returns[rank] = tuple(self._returns(pipeline, half, halves) for half in halves)
         mine = self.communicator.rank
-        return Channels(between[columns[mine]], returns[mine], mine == columns[mine][-1])
+        half = pipeline.mesh.index(mine, (BATCH,)) if apart else 0
+        return Channels(tasks, between[columns[mine]], returns[mine], half, mine == columns[mine][-1])
 
     def _between(self, pipeline: Pipeline, ranks: tuple[int, ...]) -> tuple[Channel | None, ...]:
         """Channels between the ranks of successive stages, each for one direction."""
@@ -105,6 +160,12 @@ class ChannelMaker:
         if key not in self._groups:
             self._groups[key] = dist.new_group(sorted(members), timeout=self.timeout)
         return self._groups[key]
+
+
+def _envelope(specs: Sequence[TensorSpec]) -> Envelope | None:
+    """The message for tensors of these types; None if there is nothing in it."""
+    made = Envelope.of(specs)
+    return made if made.size else None
 
 
 def _sent_to(pipeline: Pipeline, stage: int) -> list[int]:

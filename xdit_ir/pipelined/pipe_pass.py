@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,57 +11,99 @@ from xdit_ir.deferral.deferred import Deferred, materialize, materialize_slice, 
 from xdit_ir.emission.execution import as_normal_tensor
 from xdit_ir.ir.program import TensorSpec
 from xdit_ir.pipefusion.patch_cut import PatchCut
-from xdit_ir.pipefusion.rank_tasks import Held, Need
+from xdit_ir.pipefusion.rank_tasks import Held, Need, RankTasks
+from xdit_ir.pipelined.channels import Channels
+from xdit_ir.pipelined.memory import zeros
 from xdit_ir.pipelined.requests import GuidanceBranch
-from xdit_ir.pipelined.schedule import StageRun
+from xdit_ir.pipelined.schedule import StageRun, items_of
+from xdit_ir.pipelined.stage_code import RankCode
 from xdit_ir.pipelined.step_queue import StepQueue
-from xdit_ir.transport.messages import Arrival, Envelope
+from xdit_ir.transport.messages import Arrival
 
 Tensors = list[torch.Tensor]
 
 
 @dataclass(eq=False)
 class PipelinePass:
-    """The inputs by name, the messages that are expected, the results (by patch; None: of all patches), and what this
-    rank's first stages hold for its later ones. `half`: which half of `cfg` runs it, where they run calls apart."""
+    """A call of the model: its `inputs` and `weights` by name, the messages that are expected, the results (by patch;
+    None: of all patches), and what this rank's first stages hold for its later ones. `half`: which half of `cfg` runs
+    it, where they run calls apart."""
 
     number: int
     half: int
-    lane: GuidanceBranch
+    synchronous: bool
+    branch: GuidanceBranch
     inputs: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor]
-    run: Callable[[PipelinePass, StageRun], None]
-    traffic: StepQueue
-    arrivals: dict[tuple[int, int | None], Arrival] = field(default_factory=dict)
-    returns: dict[int | None, Arrival] = field(default_factory=dict)
+    code: RankCode
+    channels: Channels
+    queue: StepQueue
+    arrivals: dict[StageRun, Arrival] = field(default_factory=dict)
+    returns: dict[int | None, Arrival | None] = field(default_factory=dict)
     results: dict[int | None, Tensors] = field(default_factory=dict)
     held: dict[Held, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def tasks(self) -> RankTasks:
+        """What this rank runs."""
+        return self.channels.tasks
+
+    def issue(self) -> None:
+        """Expect all messages, and put off the runs of this rank's stages, if its half runs any."""
+        pipeline, mine = self.tasks.pipeline, self.half == self.channels.half
+        runs = items_of(pipeline, self.number, self.tasks.stages if mine else (), synchronous=self.synchronous)
+        self.arrivals = self.channels.arrivals((item, self.code.task(item)) for item in runs)
+        self.returns = self.channels.results(self.number, self.half, synchronous=self.synchronous)
+        self.queue.put_off(self, runs)
+
     def execute(self, item: StageRun) -> None:
-        """Run a stage."""
-        self.run(self, item)
+        """Run a stage for a patch, or for all of them, and send what it gives."""
+        task, device = self.code.task(item), self.queue.communicator.device
+        arrival = self.arrivals.pop(item, None)
+        received = arrival.take() if arrival is not None else [zeros(spec, device) for spec in task.receives]
+        given = [self._input(need) for need in task.needs]
+        given += [received[one] if isinstance(one, int) else self.held.pop(one) for one in task.feed]
+        assert self.branch.memory is not None
+        self._deliver(item, self.code.run(item, self.branch.memory, given, self.weights))
+
+    def skip(self, item: StageRun) -> None:
+        """Take and send the messages of a stage, whatever is in them."""
+        task, device = self.code.task(item), self.queue.communicator.device
+        arrival = self.arrivals.pop(item, None)
+        if arrival is not None:
+            arrival.take()
+        self._deliver(item, [zeros(spec, device) for spec in (*task.sends, *task.results)])
 
     def result(self, patch: int | None) -> Tensors:
         """The results of a patch; waits for them."""
         if patch in self.returns:
-            self.traffic.settle()
-            self.results[patch] = self.returns.pop(patch).take()
+            self.queue.settle()
+            arrival = self.returns.pop(patch)
+            self.results[patch] = [] if arrival is None else arrival.take()
         if patch not in self.results:
-            self.traffic.run(until=lambda: patch in self.results)
+            self.queue.run(until=lambda: patch in self.results)
         return self.results[patch]
 
-    def given(self, need: Need, cuts: Mapping[str, PatchCut]) -> torch.Tensor:
+    def _input(self, need: Need) -> torch.Tensor:
         """What a stage wants of an input; waits for no more of the results that it was made of."""
         x = self.inputs[need.name]
         if need.patches is None:
             return as_normal_tensor(materialize(x))
-        cut = cuts[need.name]
+        cut = self.tasks.latents[need.name]
         if not isinstance(x, Deferred):
             return _joined([x.narrow(cut.dim, *run) for run in cut.joined(need.patches).runs], x, cut.dim)
         runs = sorted(run for patch in need.patches for run in cut.parts[patch].runs)
         return as_normal_tensor(
             _joined([materialize_slice(x, cut.dim, start, start + size) for start, size in runs], x, cut.dim)
         )
+
+    def _deliver(self, item: StageRun, outputs: Sequence[torch.Tensor]) -> None:
+        """Hand on what a stage gave: to the next one, to a later one of this rank, or as results to all ranks."""
+        task = self.code.task(item)
+        self.held |= dict(zip(task.carried_out, outputs[len(task.sends) :], strict=False))
+        if item.stage == self.tasks.pipeline.stages - 1:
+            self.results[item.patch] = list(outputs)
+        self.channels.send(item, task, outputs)
 
 
 def _joined(pieces: Sequence[torch.Tensor], x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -109,29 +151,15 @@ class Result:
         return self.made.result(patch)[place]
 
 
-def outputs_of(
-    made: PipelinePass,
-    types: Sequence[Sequence[TensorSpec]],
-    cuts: Sequence[PatchCut | None],
-    specs: Sequence[TensorSpec],
-    device: torch.device,
-    maker: object,
-    *,
-    synchronous: bool,
-) -> list[Deferred]:
-    """The model's outputs, of types `specs`, from the results of the patches, of `types`."""
+def outputs_of(made: PipelinePass, specs: Sequence[TensorSpec]) -> list[Deferred]:
+    """The model's outputs, of types `specs`, from the results of the patches."""
+    types, cuts, requests = made.channels.types, made.tasks.cuts, made.queue.requests
     last = len(types) - 1
-    firsts = tuple(sum(len(t) for t in types[:patch]) for patch in range(len(types))) if synchronous else None
+    firsts = tuple(sum(len(t) for t in types[:patch]) for patch in range(len(types))) if made.synchronous else None
     found = []
     for index, (cut, spec) in enumerate(zip(cuts, specs, strict=True)):
         before = sum(one is not None for one in cuts[:index])
         places = tuple(index if p == last else before if cut is not None else None for p in range(len(types)))
         source = Result(made, cut, places, firsts)
-        found.append(pending(source, spec.shape, spec.dtype, device, maker, made.number))
+        found.append(pending(source, spec.shape, spec.dtype, made.queue.communicator.device, requests, made.number))
     return found
-
-
-def envelope(specs: Sequence[TensorSpec]) -> Envelope | None:
-    """The message for tensors of these types; None if there is nothing in it."""
-    made = Envelope.of(specs)
-    return made if made.size else None

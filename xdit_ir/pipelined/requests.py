@@ -54,42 +54,42 @@ class Requests:
     def forget(self) -> None:
         """Drop the request and its buffers."""
         self._step, self._place = 0, 0
-        self._lanes: list[GuidanceBranch] = []
+        self._branches: list[GuidanceBranch] = []
         self._given: list[tuple[torch.Tensor, int]] | None = None
         self._began: int | None = None
         self._latest: int | None = None
         self._outputs: list[weakref.ref[Numbered]] = []
 
-    def moment(
+    def position(
         self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, PatchCut], owner: Any, warmup: int
     ) -> CallPosition:
         """What a call with these latents is, for a program that begins with `warmup` synchronous steps."""
         kind = self._kind(latents, cuts)
         place = self._place + 1 if kind == AGAIN else 0
         step = self._step + (kind == NEXT)
-        lane = self._lanes[place] if kind != NEW and place < len(self._lanes) else None
-        goes_on = lane is not None and lane.owner is owner and lane.last == step - 1
-        return CallPosition(kind, place, not goes_on or lane is None or lane.steps < warmup)
+        branch = self._branches[place] if kind != NEW and place < len(self._branches) else None
+        goes_on = branch is not None and branch.owner is owner and branch.last == step - 1
+        return CallPosition(kind, place, not goes_on or branch is None or branch.steps < warmup)
 
-    def enter(self, moment: CallPosition, latents: Mapping[str, torch.Tensor], owner: Any) -> GuidanceBranch:
-        """Begin the call; its lane."""
-        if moment.kind == NEW:
+    def enter(self, position: CallPosition, latents: Mapping[str, torch.Tensor], owner: Any) -> GuidanceBranch:
+        """Begin the call; its branch."""
+        if position.kind == NEW:
             self.forget()
             self._given = [(x, _version(x)) for x in latents.values()]
-        if moment.kind == NEXT:
+        if position.kind == NEXT:
             self._step += 1
             self._given, self._began = None, self._latest
-        if moment.kind != AGAIN:
+        if position.kind != AGAIN:
             self._outputs = []
-        self._place = moment.place
-        if moment.place == len(self._lanes):
-            self._lanes.append(GuidanceBranch(owner))
-        lane = self._lanes[moment.place]
-        if lane.owner is not owner:
-            lane = self._lanes[moment.place] = GuidanceBranch(owner)
-        lane.steps = lane.steps + 1 if lane.last == self._step - 1 else 1
-        lane.last = self._step
-        return lane
+        self._place = position.place
+        if position.place == len(self._branches):
+            self._branches.append(GuidanceBranch(owner))
+        branch = self._branches[position.place]
+        if branch.owner is not owner:
+            branch = self._branches[position.place] = GuidanceBranch(owner)
+        branch.steps = branch.steps + 1 if branch.last == self._step - 1 else 1
+        branch.last = self._step
+        return branch
 
     def returned(self, number: int, output: Deferred | None) -> None:
         """The call that was entered gave this."""

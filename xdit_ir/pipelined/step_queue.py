@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 
+from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.pipelined.channels import ChannelMaker
 from xdit_ir.pipelined.requests import Requests
 from xdit_ir.pipelined.schedule import StageRun
 from xdit_ir.transport.distributed import Communicator
+from xdit_ir.transport.messages import LostError
 
 
 class PendingPass(Protocol):
@@ -23,22 +25,39 @@ class PendingPass(Protocol):
         """Run a stage."""
         ...
 
+    def skip(self, item: StageRun) -> None:
+        """Take and send the messages of a stage, whatever is in them."""
+        ...
+
 
 Observer = Callable[[int, StageRun], None]
 
 
 class StepQueue:
-    """One for each module and process. `observe(pass, item)` is told before every run of a stage; `last` is the runner
-    that made the last call."""
+    """One for each module and process. `observe(pass, item)` is told before every run of a stage."""
 
     def __init__(self, communicator: Communicator) -> None:
         self.communicator, self.requests = communicator, Requests()
         self.observe: Observer | None = None
-        self.last: Any = None
-        self.previous: list[torch.Tensor] = []
+        self._last: object = None
+        self._previous: list[Deferred] = []
         self._queue: list[tuple[StageRun, PendingPass]] = []
         self._running: list[tuple[StageRun, PendingPass]] = []
         self.channels = ChannelMaker(communicator)
+
+    def turn_to(self, runner: object, *, whole: bool) -> None:
+        """A runner makes the next call: where that wants `whole` results, or another runner made the last one, all
+        that was put off is done first."""
+        if whole or self._last is not runner:
+            self.run()
+        self._last = runner
+
+    def remember(self, inputs: Iterable[torch.Tensor]) -> None:
+        """The inputs of a call that was made; those of the one before are finished, since what was made of them is: so
+        nothing is remembered for more than two steps."""
+        for x in self._previous:
+            materialize(x)
+        self._previous = [x for x in inputs if isinstance(x, Deferred)]
 
     def put_off(self, work: PendingPass, items: list[StageRun]) -> None:
         """Add items to what is to be done."""
@@ -62,9 +81,12 @@ class StepQueue:
         if not self._running:
             self.run()
 
-    def abandon(self) -> list[tuple[StageRun, PendingPass]]:
-        """Forget the request; what was still to be done."""
+    def abandon(self, error: BaseException) -> None:
+        """Forget the request. Unless others are gone, send what they expect of it, whatever is in it, so that no
+        message is left over; that the ranks are not of one mind is found at their next call."""
         queue = [*reversed(self._running), *self._queue]
-        self._queue, self._running, self.previous, self.last = [], [], [], None
+        self._queue, self._running, self._previous, self._last = [], [], [], None
         self.requests.forget()
-        return queue
+        if isinstance(error, Exception) and not isinstance(error, LostError):
+            for item, work in queue:
+                work.skip(item)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from xdit_ir.emission.checkpoint import Loading
+from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.state import hooked
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.porting.denoisers import denoisers as find_denoisers
 from xdit_ir.porting.denoisers import replace
-from xdit_ir.porting.ported import Ported, Specialisations
+from xdit_ir.porting.ported import Ported
 from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.transport.distributed import check_world_size
 
@@ -64,11 +65,8 @@ def port(
         cfg, ulysses, ring, pipefusion, patches, warmup_steps, machine: as in `TracedProgram.parallelize`. Where the
             batch cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`.
         compile, cuda_graph, transport, attention, handshake: as in `xdit_ir.emission.execution.Execution`.
-        weights: the folder (or file) of a checkpoint from which each rank reads what it uses, and nothing else; the
-            model may be on the meta device. Runs where the inputs are. `release`: a loaded model gives up its weights
-            at the first forward: what this rank uses moves to where the inputs are, the rest is dropped. With either,
-            the port holds its weights itself, and others that are loaded into the model do not take effect. For a
-            pipeline: the folder with a folder for each component, as its `save_pretrained` writes it.
+        weights, release: as in `xdit_ir.emission.checkpoint.Loading`. For a pipeline: `weights` is the folder with a
+            folder for each component, as its `save_pretrained` writes it.
         denoisers: the names of the components to replace.
 
     Raises:
@@ -77,21 +75,21 @@ def port(
     """
     mesh = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further)
     check_world_size(mesh)
-    options = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": checked(machine)}
-    execution = Execution(compile, cuda_graph, transport, attention, handshake)
-
-    def ported(original: nn.Module, checkpoint: str | Path | None) -> Ported:
-        if type(original) is Ported:
-            raise ParallelizeError("the module is ported already; its original is needed to port it otherwise")
-        if (where := hooked(original)) is not None:
-            raise ParallelizeError(f"{where} has a hook of accelerate, which offloads or spreads weights: port first")
-        return Ported(original, Specialisations(mesh, options, execution, Loading(checkpoint, release)))
-
+    schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": checked(machine)}
+    execution, loading = Execution(compile, cuda_graph, transport, attention, handshake), Loading(weights, release)
     if isinstance(model, nn.Module):
         if denoisers is not None:
             raise ParallelizeError(f"denoisers={denoisers!r} names components of a pipeline, but a module was given")
-        return ported(model, weights)
+        return _ported(model, mesh, schedule, RunOptions(execution, loading))
     found = find_denoisers(model, denoisers)
-    folders = {name: None if weights is None else Path(weights) / name for name in found}
-    replace(model, found, lambda name, original: ported(original, folders[name]))
+    options = {name: RunOptions(execution, loading.component(name)) for name in found}
+    replace(model, found, lambda name, original: _ported(original, mesh, schedule, options[name]))
     return model
+
+
+def _ported(original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions) -> Ported:
+    if type(original) is Ported:
+        raise ParallelizeError("the module is ported already; its original is needed to port it otherwise")
+    if (where := hooked(original)) is not None:
+        raise ParallelizeError(f"{where} has a hook of accelerate, which offloads or spreads weights: port first")
+    return Ported(original, mesh, schedule, options)

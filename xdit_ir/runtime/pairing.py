@@ -10,32 +10,28 @@ own. Reading the first result early runs the first call everywhere, which is rig
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.outputs import build_output
-from xdit_ir.deferral.deferred import Deferred, materialize, pending
+from xdit_ir.deferral.deferred import materialize, pending
+from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.mesh import BATCH
+from xdit_ir.ir.program import Program
 from xdit_ir.runtime.runner import Runner
 from xdit_ir.transport.distributed import Communicator
-from xdit_ir.transport.handshake import ARGUMENTS, agree, digest
+from xdit_ir.transport.handshake import ARGUMENTS, Facts, agree, digest
 
 PAIRED = (BATCH,)
 EARLY = (
     "cfg=2 divides neither a batch nor a pair of calls here: the result of a forward was read before the next forward "
     "was called, so both halves of cfg ran it; use cfg=1 and more ulysses or ring"
 )
-
-
-def materialized(tree: Any) -> Any:
-    """The arguments of a call with finished tensors."""
-    return pytree.tree_map_only(Deferred, materialize, tree)
 
 
 @dataclass(eq=False)
@@ -80,7 +76,7 @@ class _Result:
 
 @dataclass(eq=False)
 class Pairing:
-    """The calls of one module. Making one is collective."""
+    """The calls of one module, whichever of its programs they run. Making one is collective."""
 
     communicator: Communicator
     _waiting: PairedCall | None = field(default=None, init=False)
@@ -144,3 +140,15 @@ class Pairing:
             call.results = [result.contiguous() for result in call.results]
             for result in call.results:
                 dist.broadcast(result, pair[place], group=group)
+
+
+class PairedRunner(Runner):
+    """Runs one of two calls on this rank; what the first of a pair gives is `Deferred`."""
+
+    def __init__(self, context: RankContext, program: Program, facts: Facts, pairing: Pairing) -> None:
+        super().__init__(context, program, facts)
+        self._pairing = pairing
+
+    def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The model's result; inputs that were made of that of a call which waits are finished first."""
+        return self._pairing.call(self, [materialize(x) for x in inputs], weights)

@@ -1,0 +1,69 @@
+"""What all programs of a model have in common on this rank: its processes, how to run, and where weights come from."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from xdit_ir.emission.checkpoint import Loading, WeightStore
+from xdit_ir.emission.codegen import Code, generate
+from xdit_ir.emission.execution import Execution, compile_body
+from xdit_ir.emission.state import ModelWeights
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import Program
+from xdit_ir.transport.distributed import Communicator
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of `emit` and `port`: how to run, and where weights come from."""
+
+    execution: Execution = field(default_factory=Execution)
+    loading: Loading = field(default_factory=Loading)
+
+    def context(self, model: nn.Module, mesh: Mesh, device: torch.device) -> RankContext:
+        """For the programs of a model on `device`. Collective.
+
+        Raises:
+            ParallelizeError: an option does not exist, or `device` cannot do it; or the job has another number of
+                processes than the mesh.
+        """
+        self.execution.check(device)
+        communicator = Communicator(mesh, device, handshake=self.execution.handshake)
+        return RankContext(model, communicator, self.execution, self.loading.store(model, device))
+
+
+@dataclass(frozen=True, eq=False)
+class RankContext:
+    """One for each model, device and process; `store` gives this rank its weights."""
+
+    model: nn.Module
+    communicator: Communicator
+    execution: Execution
+    store: WeightStore | ModelWeights
+
+    @property
+    def rank(self) -> int:
+        """This process's."""
+        return self.communicator.rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where programs run."""
+        return self.communicator.device
+
+    @property
+    def parameters(self) -> inspect.Signature:
+        """Of the model's forward."""
+        return inspect.signature(self.model.forward)
+
+    def code(self, program: Program, *, peer: bool = False) -> Code:
+        """A program as code, compiled if that is wanted; `peer` as in `generate`."""
+        code = generate(program, self.communicator, self.device, self.execution, peer=peer)
+        if self.execution.compile:
+            for body in code.bodies.values():
+                compile_body(body.module, fixed=body.uses_mailbox)
+        return code

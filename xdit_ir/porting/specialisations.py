@@ -1,0 +1,156 @@
+"""What a ported module has made for the calls it got: a program and its runner for every kind of call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_ir.api import ParallelProgram, TracedProgram, trace
+from xdit_ir.capture.inputs import bind_arguments
+from xdit_ir.deferral.deferred import Deferred, materialize
+from xdit_ir.emission.context import RunOptions
+from xdit_ir.emission.execution import Tensors
+from xdit_ir.errors import MismatchError, ParallelizeError
+from xdit_ir.ir.mesh import BATCH, Mesh
+from xdit_ir.porting.settings import ModelSettings
+from xdit_ir.runtime.build import RunnerFactory
+from xdit_ir.runtime.rank_runner import RankRunner
+from xdit_ir.transport.handshake import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
+
+LIMIT = 32  # specialisations kept per module, the most recently used ones
+Mode = tuple[Any, ...]
+Bound = tuple[Tensors, Tensors]
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """Those of one call of forward."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Specialisation:
+    """What runs calls of some kind, and what it was made for besides inputs and weights."""
+
+    mode: Mode
+    settings: ModelSettings
+    program: ParallelProgram
+    runner: RankRunner
+
+    def bind(self, mode: Mode, given: Arguments) -> Bound | None:
+        """The inputs and weights for a call; None if this was not made for it."""
+        if mode != self.mode:
+            return None
+        try:
+            bound = self.runner.bind(given.args, given.kwargs)
+        except MismatchError:
+            return None
+        return bound if self.settings.unchanged() else None
+
+
+@dataclass(eq=False)
+class Specialisations:
+    """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets."""
+
+    model: nn.Module
+    mesh: Mesh
+    schedule: Mapping[str, Any]
+    options: RunOptions
+    factory: RunnerFactory | None = None
+    found: list[Specialisation] = field(default_factory=list)
+
+    def call(self, given: Arguments) -> Any:
+        """The model's result, on all ranks; raises `MismatchError` on all if they make different calls."""
+        device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
+        factory, mode = self._factory(device), self._mode(device)
+        bound = self._find(mode, given)
+        self._agree(factory, mode, given, bound)
+        if bound is None:
+            bound = self._specialise(factory, mode, given).runner.bind(given.args, given.kwargs)
+        return self.found[0].runner.run(*bound, given.args, given.kwargs)
+
+    def clear(self) -> None:
+        """Forget all, and free what they recorded."""
+        for one in self.found:
+            one.runner.forget()
+        self.found.clear()
+
+    def _factory(self, device: torch.device) -> RunnerFactory:
+        if self.factory is None or self.factory.context.device != device:
+            self.factory = RunnerFactory(self.options.context(self.model, self.mesh, device), pairs=True)
+        return self.factory
+
+    def _mode(self, device: torch.device) -> Mode:
+        """What a trace depends on besides arguments and weights."""
+        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return device, self.model.training, cast
+
+    def _find(self, mode: Mode, given: Arguments) -> Bound | None:
+        """The inputs and weights for the specialisation that a call is for, which is moved to the front."""
+        for place, one in enumerate(self.found):
+            bound = one.bind(mode, given)
+            if bound is not None:
+                self.found.insert(0, self.found.pop(place))
+                return bound
+        return None
+
+    def _agree(self, factory: RunnerFactory, mode: Mode, given: Arguments, bound: Bound | None) -> None:
+        """All ranks make the same call; contents are compared only of inputs that some specialisation was made for."""
+        if factory.context.communicator.control is None:
+            return
+
+        def facts() -> dict[str, str]:
+            contents = guarded(one.runner.program for one in self.found)
+            facts = call_facts(factory.context.parameters, given.args, given.kwargs, contents)
+            options = {"the degrees of port": fact(self.schedule), "training mode and autocast": fact(mode[1:])}
+            return facts | options
+
+        state = {"the program of this call": "not made yet" if bound is None else "made before"}
+        mine, later = (digest(facts()), False) if bound is None else self.found[0].runner.vote(bound[0])
+        agree(factory.context.communicator, mine, lambda: facts() | state, later=later)
+
+    def _specialise(self, factory: RunnerFactory, mode: Mode, given: Arguments) -> Specialisation:
+        """A specialisation for a call, at the front."""
+        signature, settings = factory.context.parameters, ModelSettings(self.model)
+
+        def make() -> ParallelProgram:
+            named = bind_arguments(signature, given.args, given.kwargs, MismatchError)
+            example = tuple(given.args) if given.args and not given.kwargs else named
+            example = pytree.tree_map_only(Deferred, materialize, example)
+            return _parallelized(trace(self.model, example), self.schedule)
+
+        agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
+        made = Specialisation(mode, settings, *factory.build(make))
+        if len(self.found) >= LIMIT:
+            del self.found[LIMIT - 1 :]
+            warnings.warn(
+                f"more than {LIMIT} specialisations: forward is traced again and again because of changes in "
+                f"{_changing(self.found[0].runner, made.runner)}; pass what changes at every step as a tensor",
+                stacklevel=2,
+            )
+        self.found.insert(0, made)
+        return made
+
+
+def _parallelized(traced: TracedProgram, schedule: Mapping[str, Any]) -> ParallelProgram:
+    """`cfg` divides the batch, or, where it cannot be divided, two calls."""
+    try:
+        return traced.parallelize(**schedule)
+    except ParallelizeError:
+        if schedule[BATCH] != 2:
+            raise
+        return traced.parallelize(**schedule, pair_calls=True)
+
+
+def _changing(last: RankRunner, new: RankRunner) -> str:
+    """The inputs in which two specialisations differ."""
+    names = [name for name, value in new.facts.items() if last.facts.get(name) != value]
+    return ", ".join(name for name in names if not name.startswith("the ")) or "the model"

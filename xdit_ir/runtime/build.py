@@ -1,0 +1,124 @@
+"""Runners of the programs of one model: made by all ranks together, or by none."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+
+from xdit_ir.emission.codegen import communications, state_names
+from xdit_ir.emission.context import RankContext
+from xdit_ir.errors import MismatchError
+from xdit_ir.ir.program import Program
+from xdit_ir.parallel import Parallel
+from xdit_ir.pipefusion.pipeline_program import Pipeline
+from xdit_ir.pipefusion.rank_tasks import RankTasks
+from xdit_ir.pipelined.pipe_runner import PipelineRunner, check_pipeline
+from xdit_ir.pipelined.schedule import verify_schedule
+from xdit_ir.pipelined.step_queue import StepQueue
+from xdit_ir.runtime.pairing import PairedRunner, Pairing
+from xdit_ir.runtime.rank_runner import RankRunner
+from xdit_ir.runtime.runner import Runner
+from xdit_ir.transport.handshake import TRACE, Facts, agree, contents_hash, digest, fact, failure_text
+
+AnyParallel = TypeVar("AnyParallel", bound=Parallel)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What one rank knows of its part of a program without the others: the names of the weights it uses, the programs
+    whose process groups all make together, and how it is made a runner, which is collective."""
+
+    weights: Sequence[str]
+    exchanging: Iterable[Program]
+    runner: Callable[[Facts], RankRunner]
+
+
+class RunnerFactory:
+    """Makes runners, and has what those of one model share: the queue of a pipeline, and calls that wait for another.
+
+    `pairs`: programs of which halves of `cfg` run different calls pair them.
+    """
+
+    def __init__(self, context: RankContext, *, pairs: bool = False) -> None:
+        self.context, self.pairs = context, pairs
+
+    @cached_property
+    def queue(self) -> StepQueue:
+        """What passes through stages. Collective at its first use."""
+        return StepQueue(self.context.communicator)
+
+    @cached_property
+    def pairing(self) -> Pairing:
+        """The calls that are paired. Collective at its first use."""
+        return Pairing(self.context.communicator)
+
+    def build(self, make: Callable[[], AnyParallel]) -> tuple[AnyParallel, RankRunner]:
+        """Make a parallel program and its runner; all ranks call it together.
+
+        Raises:
+            MismatchError: on all ranks, if `make` fails on some only, or the programs of the ranks differ.
+        """
+        failure: Exception | None = None
+        try:
+            parallel = make()
+            part = self._part(parallel)
+            self.context.store.check(part.weights, parallel.ir.state)
+            facts = program_facts(parallel)
+        except Exception as error:
+            failure, facts = error, {TRACE: failure_text(error)}
+        try:
+            agree(self.context.communicator, digest(facts), lambda: facts)
+        except MismatchError as mismatch:
+            raise mismatch from failure
+        if failure is not None:
+            raise failure
+        self.context.communicator.prepare(
+            target.mesh_dims
+            for program in part.exchanging
+            for target in communications(program)
+            if len(target.group) > 1
+        )
+        return parallel, part.runner(facts)
+
+    def _part(self, parallel: Parallel) -> _Part:
+        if parallel.pipeline is not None:
+            return self._stages(parallel.pipeline, apart=parallel.pair_calls)
+        return self._whole(parallel.rank(self.context.rank), paired=parallel.pair_calls and self.pairs)
+
+    def _whole(self, program: Program, *, paired: bool) -> _Part:
+        def runner(facts: Facts) -> Runner:
+            if paired and not program.signature.effects:  # what a call leaves in caches cannot be put off
+                return PairedRunner(self.context, program, facts, self.pairing)
+            return Runner(self.context, program, facts)
+
+        return _Part(state_names(program)[0], [program], runner)
+
+    def _stages(self, pipeline: Pipeline, *, apart: bool) -> _Part:
+        check_pipeline(pipeline.program, self.context.execution)
+        verify_schedule(pipeline)
+        tasks = RankTasks(pipeline, self.context.rank)
+        everyone = itertools.product(range(pipeline.stages), range(pipeline.virtual.world_size))
+        return _Part(
+            pipeline.weights_of(self.context.rank),
+            (pipeline.part(stage, virtual).program for stage, virtual in everyone),
+            lambda facts: PipelineRunner(self.context, tasks, self.queue, facts, apart=apart),
+        )
+
+
+def program_facts(parallel: Parallel) -> dict[str, str]:
+    """What two ranks must have in common to run a program together."""
+    signature = parallel.original.signature
+    facts = {TRACE: "made"}
+    facts |= {leaf.path: "a value" if leaf.spec is None else fact(leaf.spec) for leaf in signature.leaves}
+    for guard in signature.guards:
+        is_tensor = isinstance(guard.value, torch.Tensor)
+        facts[guard.path] = f"contents {contents_hash(guard.value)}" if is_tensor else fact(guard.value)
+    facts["the mesh"] = fact(parallel.mesh)
+    facts["the program"] = hashlib.blake2b(parallel.text(bodies=True).encode(), digest_size=8).hexdigest()
+    return facts

@@ -1,0 +1,39 @@
+"""What runs one rank's part of a program in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from xdit_ir.emission.codegen import EmittedBody
+from xdit_ir.emission.execution import Tensors
+from xdit_ir.ir.program import Program
+from xdit_ir.transport.handshake import Facts
+
+
+class RankRunner(Protocol):
+    """Ready to run; `facts` are equal on two ranks only if they run the same program, for the same guarded values."""
+
+    facts: Facts
+    program: Program
+
+    @property
+    def bodies(self) -> Mapping[str, EmittedBody]:
+        """The shared blocks."""
+        ...
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
+        """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
+        ...
+
+    def vote(self, inputs: Tensors) -> tuple[int, bool]:
+        """What all ranks must agree on before a call, and whether that may be compared later."""
+        ...
+
+    def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The model's result; what forward leaves in caches is left in the arguments."""
+        ...
+
+    def forget(self) -> None:
+        """Free what was recorded."""
+        ...
