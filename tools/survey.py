@@ -22,7 +22,7 @@ from xdit_ir.errors import ParallelizeError, TraceError
 from xdit_ir.ir.difference import relative_error, tensors_of
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
-from xdit_ir.sharding.report import find_gathers
+from xdit_ir.sharding.fallbacks import find_gathers
 
 DEGREES = tuple(parse("u2,u3,u4,r2,c2,u2r2"))
 TOLERANCE = 1e-5

@@ -143,10 +143,11 @@ class ParallelProgram:
         return self.mesh.world_size
 
     def report(self) -> Report:
-        """FLOPs, weights, communication and fallbacks; `str()` is a table."""
+        """FLOPs, weights, communication, fallbacks and who does how much of what; `str()` is a table."""
+        forwards = self.mesh.size(("cfg",)) if self.pair_calls else 1
         if self.pipeline is not None:
-            return pipeline_report(self.original, self.pipeline)
-        return make_report(self.original, self.ir)
+            return pipeline_report(self.original, self.pipeline, forwards)
+        return make_report(self.original, self.ir, forwards)
 
     def rank(self, rank: int) -> Program:
         """The program of one rank, with static local sizes.
