@@ -42,10 +42,11 @@ class _RankCost:
 
 def pipeline_report(original: Program, pipeline: Pipeline, forwards: int = 1) -> Report:
     """The report of a pipeline, compared with the program that it was made from; `forwards` as for `make_report`."""
-    ranks = [_Tally(pipeline).rank(rank) for rank in range(pipeline.mesh.world_size)]
+    tally = _Tally(pipeline)
+    ranks = [tally.rank(rank) for rank in range(pipeline.mesh.world_size)]
     keys = sorted({key for rank in ranks for key in rank.counts})
     total, flops = program_flops(original, None)[0], [rank.flops.total() for rank in ranks]
-    names = region_flops(pipeline.program, None)
+    regions = region_flops(pipeline.program, tally.regions, None)
     return Report(
         flops_total=total,
         flops_per_rank=flops,
@@ -58,7 +59,7 @@ def pipeline_report(original: Program, pipeline: Pipeline, forwards: int = 1) ->
         fallbacks=list(find_fallbacks(pipeline.program, pipeline.virtual)),
         buffer_bytes_per_rank=[sum(rank.buffers.values()) for rank in ranks],
         reads=read_at_calls(original),
-        regions=find_regions(pipeline.program, {name: [rank.flops[name] for rank in ranks] for name in names}),
+        regions=find_regions(regions, {name: [rank.flops[name] for rank in ranks] for name in regions}),
         idle=list(find_idle(flops, forwards / len(ranks), total)),
         forwards=forwards,
     )

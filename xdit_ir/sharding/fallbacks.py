@@ -2,7 +2,8 @@
 
 A pass may gather a value long before the operator that needs it: before a block, or once for all its calls. So each
 gathered value is followed as if it had stayed divided, through the operators whose rules accept that, to those that do
-not. What only meets attentions as keys, and what is only put in place for the model's outputs, is no fallback.
+not. No fallbacks are keys of attentions, conditions that are broadcast to a stream (divided or not), and what is only
+put in place, to be divided again or as an output of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from xdit_ir.ir.graphs import operands, results_of
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.printer import target_name
-from xdit_ir.ir.program import LAYOUT, Program, call_parts, is_block_call, where_of
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, call_parts, is_block_call, where_of
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, as_layouts, dividing_dims_of
 from xdit_ir.rules.pointwise import is_pointwise
@@ -92,20 +93,30 @@ def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
     nodes = [(name, node) for name, graph in graphs.items() for node in graph.nodes]
     if mesh.size(SEQUENCE) > 1 and not any(dividing_dims_of(node, mesh) & {*SEQUENCE} for _, node in nodes):
         yield Fallback("forward", "the whole model", UNDIVIDED, 0)
-    walk = _Walk(program, mesh)
-    computed = _computed(program)
+    walk, computed = _Walk(program, mesh), _computed(program)
     times = Counter(call_parts(call)[0] for call in program.calls) | Counter({"": 1})
     homes = {node: name for name, node in nodes if node.target is ops.gather}
+    chosen = _chosen([gather for gather, name in homes.items() if name and gather in computed - walk.needed])
     for name, node in nodes:
-        reason, gathers = node.meta.get(FALLBACK, ""), walk.needs.get(node, frozenset())
+        reason, gathers = node.meta.get(FALLBACK, ""), walk.needs.get(node) or chosen.get(node, frozenset())
         if not reason and (not gathers or (_moves(node) and node not in computed)):
             continue
-        sent = sum(times[homes[gather]] * max(relayout_bytes(gather, mesh)) for gather in gathers)
+        reason = reason or ("what follows is not divided" if node in chosen else "needs the dimension whole")
         hoisted = "; gathered before the block" if name and any(not homes[gather] for gather in gathers) else ""
-        outside = "" if name else "; outside of blocks"
+        sent = sum(times[homes[gather]] * max(relayout_bytes(gather, mesh)) for gather in gathers)
         repeated = sum(walk.repeated[cause] for cause in {node, *gathers})
-        reason = f"{reason or 'needs the dimension whole'}{hoisted}{outside}"
+        reason += hoisted if name else "; outside of blocks"
         yield Fallback(target_name(node.target), place_of(name, node), reason, sent, repeated)
+
+
+def _chosen(gathers: Sequence[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
+    """The operators that get gathered what they would take divided; conditions aside, and keys of attentions."""
+    users = [(user, gather) for gather in gathers for user in gather.users if user.target not in ops.ATTENTIONS]
+    found: dict[fx.Node, frozenset[fx.Node]] = {}
+    for user, gather in users:
+        if not ops.is_relayout(user.target) and not _is_broadcast(gather, user):
+            found[user] = found.get(user, frozenset()) | {gather}
+    return found
 
 
 class _Walk:
@@ -154,6 +165,8 @@ class _Walk:
         behind = frozenset[fx.Node]().union(*(source.behind for source in sources))
         if node.target is ops.gather:
             return (replace(sources[0], gathers=gathers | {node}),)
+        if not gathers and not behind:
+            return _as_it_is(node)
         if ops.is_relayout(node.target):
             divided = node.target is not ops.all_reduce
             found = _as_it_is(node) if divided else (replace(sources[0], layout=sources[0].layout.summed()),)
@@ -171,19 +184,23 @@ class _Walk:
             others = [_Value(operand.meta[LAYOUT]) for operand in operands(node)[1:]]
             sources = [sources[0], *others]
         ruling = infer(OpCall(node, self.mesh, tuple(source.layout for source in sources)))
-        wanted = zip(sources, ruling.inputs, strict=True)
-        needed = [
-            source.gathers
-            for source, want in wanted
+        gathers = frozenset[fx.Node]().union(*(source.gathers for source in sources))
+        refused = [
+            (operand, source.gathers or gathers)
+            for operand, source, want in zip(operands(node), sources, ruling.inputs, strict=True)
             if kind(self.mesh, source.layout.summed(), want.summed())[0] == "gather"
         ]
-        gathers = frozenset[fx.Node]().union(*(source.gathers for source in sources))
-        if not needed:
+        if not refused:
             return tuple(_Value(layout, gathers) for layout in as_layouts(ruling.outputs))
-        if node.target not in ops.ATTENTIONS:
-            found = frozenset[fx.Node]().union(*needed) or gathers
-            self.needs[node] = self.needs.get(node, frozenset()) | found
+        needed = [found for operand, found in refused if not _is_broadcast(operand, node)]
+        if needed and node.target not in ops.ATTENTIONS:
+            self.needs[node] = self.needs.get(node, frozenset()).union(*needed)
         return _as_it_is(node)
+
+    @property
+    def needed(self) -> frozenset[fx.Node]:
+        """The gathers that some operator cannot do without."""
+        return frozenset[fx.Node]().union(*self.needs.values())
 
     def _dims(self, need: fx.Node) -> frozenset[str]:
         return frozenset[str]().union(*(_dims_of(gather, self.mesh) for gather in self.needs[need]))
@@ -198,6 +215,11 @@ def _dims_of(gather: fx.Node, mesh: Mesh) -> frozenset[str]:
     return dividing_dims_of(operands(gather)[0], mesh) - dividing_dims_of(gather, mesh)
 
 
+def _is_broadcast(operand: fx.Node, node: fx.Node) -> bool:
+    """Whether an operator applies a smaller operand to all of another one, by which its result is divided or not."""
+    return is_pointwise(node.target) and operand.meta[SPEC].nbytes < node.meta[SPEC].nbytes
+
+
 def _moves(node: fx.Node) -> bool:
     """Whether a node puts elements elsewhere or changes them one by one."""
     target: Any = node.target
@@ -206,7 +228,7 @@ def _moves(node: fx.Node) -> bool:
 
 
 def _computed(program: Program) -> set[fx.Node]:
-    """Values with which something is computed before they are outputs of the model: more than moves."""
+    """Values with which something is computed before they are divided again, or outputs: more than moves."""
     found: set[fx.Node] = set()
     seen: set[tuple[str, tuple[bool, ...]]] = set()
 
@@ -216,7 +238,7 @@ def _computed(program: Program) -> set[fx.Node]:
             if node.op != "call_function":
                 continue
             if not is_block_call(node):
-                if node in found or not _moves(node):
+                if (node in found or not _moves(node)) and node.target is not ops.shard:
                     found.update(operands(node))
                 continue
             block = program.blocks[call_parts(node)[0]].graph

@@ -85,18 +85,17 @@ def _by_module(program: Program) -> dict[fx.Node, str]:
     return names(max((depth for depth in depths if len({*names(depth).values()}) <= READABLE), default=1))
 
 
-def region_flops(program: Program, mesh: Mesh | None) -> dict[str, list[int]]:
+def region_flops(program: Program, names: dict[fx.Node, str], mesh: Mesh | None) -> dict[str, list[int]]:
     """FLOPs of every region per rank (one entry without a mesh), in the order of the data flow."""
     flops, total = outer_flops(program, mesh), dict[str, list[int]]()
-    for node, name in region_names(program).items():
+    for node, name in names.items():
         total[name] = list(map(sum, zip(flops[node], total.get(name, [0] * len(flops[node])), strict=True)))
     return total
 
 
-def find_regions(program: Program, flops_per_rank: dict[str, list[int]]) -> list[Region]:
-    """The regions in which anything is computed, given the FLOPs of ranks in each."""
-    totals = region_flops(program, None)
-    return [Region(name, whole, flops_per_rank[name]) for name, (whole,) in totals.items() if whole]
+def find_regions(totals: dict[str, list[int]], per_rank: dict[str, list[int]]) -> list[Region]:
+    """The regions in which anything is computed, from what `region_flops` gives without a mesh, and per rank."""
+    return [Region(name, whole, per_rank[name]) for name, (whole,) in totals.items() if whole]
 
 
 def find_idle(

@@ -19,12 +19,11 @@ from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, ring_dims
 from xdit_ir.sharding.fallbacks import Fallback, find_fallbacks
-from xdit_ir.sharding.regions import NOTABLE, Idle, Region, find_idle, find_regions, region_flops
+from xdit_ir.sharding.regions import NOTABLE, Idle, Region, find_idle, find_regions, region_flops, region_names
 
 NO_FALLBACKS = "no fallbacks: no operator needed a divided dimension whole"
 # A region's slowest rank may do so much more than a fair share before it is listed.
 UNEVEN = 1.05
-
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,15 @@ class Report:
         found = [region for region in notable if region.share > UNEVEN * self.fair_share]
         return sorted(found, key=lambda region: -cost[region.name])
 
+    def part(self, flops: int) -> str:
+        """FLOPs as a part of a forward's."""
+        return f"{flops / max(self.flops_total, 1):.4f}"
+
+    def reason(self, item: Fallback) -> str:
+        """Why something was gathered, and what follows from it."""
+        many = item.repeated >= NOTABLE * self.flops_total > 0
+        return f"{item.reason}; every rank repeats {self.part(item.repeated)} of all FLOPs" if many else item.reason
+
     def __str__(self) -> str:
         """A table."""
         stream = io.StringIO()
@@ -100,24 +108,17 @@ class Report:
         if any(self.buffer_bytes_per_rank):
             yield f"buffers that outlive a step: {max(self.buffer_bytes_per_rank) / 2**20:.1f} MiB a rank"
         if self.uneven:
-            rows = [[one.name, self._part(one.flops_total), f"{one.share:.4f}"] for one in self.uneven]
+            rows = [[one.name, self.part(one.flops_total), f"{one.share:.4f}"] for one in self.uneven]
             yield _table(["not shared evenly", "of all FLOPs", "the slowest rank's part"], rows)
         yield from map(str, self.idle)
         sent = [[one.kind, one.mesh_dim, str(one.count), _mib(one.bytes_per_rank)] for one in self.collectives]
         yield _table(["collective", "mesh dim", "count", "MiB sent by the busiest rank"], sent)
         if self.fallbacks:
-            rows = [[item.op, item.place, self._reason(item), _mib(item.bytes)] for item in self.fallbacks]
+            rows = [[item.op, item.place, self.reason(item), _mib(item.bytes)] for item in self.fallbacks]
             yield _table(["fallback: gathered for", "place", "reason", "MiB"], rows)
         else:
             yield NO_FALLBACKS
         yield from (f"a call with new inputs waits for the device to read {read}" for read in self.reads)
-
-    def _reason(self, item: Fallback) -> str:
-        many = item.repeated >= NOTABLE * self.flops_total
-        return f"{item.reason}; every rank repeats {self._part(item.repeated)} of all FLOPs" if many else item.reason
-
-    def _part(self, flops: int) -> str:
-        return f"{flops / max(self.flops_total, 1):.4f}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Table:
@@ -143,7 +144,8 @@ def make_report(original: Program, program: Program, forwards: int = 1) -> Repor
     assert mesh is not None
     weights = sum(spec.nbytes for spec in program.state.values())
     total, ranks = program_flops(original, None)[0], program_flops(program, mesh)
-    regions = find_regions(program, region_flops(program, mesh))
+    names = region_names(program)
+    regions = find_regions(region_flops(program, names, None), region_flops(program, names, mesh))
     return Report(
         flops_total=total,
         flops_per_rank=ranks,
