@@ -28,9 +28,9 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`equal`, `DIFFERENT`, `OVER LIMIT`, `refused` (the degrees are illegal for the model) or `ERROR`."""
+        """`equal`, `DIFFERENT`, `COSTLY`, `refused` (the degrees are illegal for the model) or `ERROR`."""
         if self.result is not None:
-            return "DIFFERENT" if not self.result.ok else "OVER LIMIT" if self.exceeded else "equal"
+            return "DIFFERENT" if not self.result.ok else "COSTLY" if self.exceeded else "equal"
         return "refused" if isinstance(self.error, ParallelizeError) else "ERROR"
 
     @property
@@ -38,7 +38,7 @@ class Row:
         """What to know beyond the verdict."""
         if self.result is None:
             return str(self.error)
-        return "\n".join([*([] if self.verdict == "OVER LIMIT" else [str(self.result)]), *self.exceeded])
+        return "\n".join([*([] if self.verdict == "COSTLY" else [str(self.result)]), *self.exceeded])
 
 
 def junit(model: str, rows: Sequence[Row]) -> str:
@@ -59,7 +59,7 @@ def junit(model: str, rows: Sequence[Row]) -> str:
     return xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-_KINDS = {"failure": ("DIFFERENT", "OVER LIMIT"), "error": ("refused", "ERROR")}
+_KINDS = {"failure": ("DIFFERENT", "COSTLY"), "error": ("refused", "ERROR")}
 
 
 def github_commands(model: str, rows: Sequence[Row]) -> Iterator[str]:

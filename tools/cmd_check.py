@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     _print(rows, args)
     _for_machines(rows, args)
     verdicts = {row.verdict for row in rows}
-    if verdicts & {"DIFFERENT", "OVER LIMIT"}:
+    if verdicts & {"DIFFERENT", "COSTLY"}:
         return DIFFERENT
     return EQUAL if verdicts == {"equal"} else REFUSED
 
@@ -111,7 +111,7 @@ def _check(
 COLOURS = {
     "equal": "green",
     "DIFFERENT": "bold red",
-    "OVER LIMIT": "bold red",
+    "COSTLY": "bold red",
     "refused": "yellow",
     "ERROR": "bold red",
 }
@@ -127,7 +127,7 @@ def _print(rows: list[Row], args: argparse.Namespace) -> None:
         table.add_row(*_cells(row))
     write(table)
     for row in rows:
-        if row.verdict in ("DIFFERENT", "OVER LIMIT"):
+        if row.verdict in ("DIFFERENT", "COSTLY"):
             print(f"{row.degrees}: {row.explanation}")
         elif row.error is not None:
             print(f"xdit-ir: {row.degrees}: {row.error}", file=sys.stderr)
