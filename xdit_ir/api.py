@@ -17,7 +17,7 @@ from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.interpret import Interpreter, model_state
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
@@ -144,7 +144,7 @@ class ParallelProgram:
 
     def report(self) -> Report:
         """FLOPs, weights, communication, fallbacks and who does how much of what; `str()` is a table."""
-        forwards = self.mesh.size(("cfg",)) if self.pair_calls else 1
+        forwards = self.mesh.size((BATCH,)) if self.pair_calls else 1
         if self.pipeline is not None:
             return pipeline_report(self.original, self.pipeline, forwards)
         return make_report(self.original, self.ir, forwards)

@@ -13,7 +13,7 @@ from xdit_ir.ir.flops import counts, flops_as, is_counted, node_flops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout, key_gather_dims, plan, scatter_plan
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, call_parts
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, called_block
 
 Placed = tuple[TensorSpec, Layout]
 
@@ -57,7 +57,7 @@ def outer_flops(program: Program, mesh: Mesh | None) -> dict[fx.Node, list[int]]
     """FLOPs per rank (one entry without a mesh) of every block call, and of all else in the outer graph that counts."""
     bodies = {name: graph_flops(block.graph, mesh) for name, block in program.blocks.items()}
     others = {node: local_flops(node, mesh) for node in program.graph.nodes if is_counted(node)}
-    return {call: bodies[call_parts(call)[0]] for call in program.calls} | others
+    return {call: bodies[called_block(call)] for call in program.calls} | others
 
 
 def program_flops(program: Program, mesh: Mesh | None) -> list[int]:

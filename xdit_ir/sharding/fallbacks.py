@@ -18,11 +18,11 @@ import torch
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import operands, results_of
+from xdit_ir.ir.graphs import all_graphs, operands, placeholders, results_of
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.printer import target_name
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, call_parts, is_block_call, where_of
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, called_block, is_block_call, is_weight, where_of
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, as_layouts, dividing_dims_of
 from xdit_ir.rules.pointwise import is_pointwise
@@ -89,12 +89,12 @@ def place_of(graph: str, node: fx.Node) -> str:
 
 def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
     """Operators for which something had to be gathered; or all of them, where nothing is divided."""
-    graphs = {"": program.graph} | {name: block.graph for name, block in program.blocks.items()}
-    nodes = [(name, node) for name, graph in graphs.items() for node in graph.nodes]
+    graphs = list(all_graphs(program))
+    nodes = [(name, node) for name, graph, _ in graphs for node in graph.nodes]
     if mesh.size(SEQUENCE) > 1 and not any(dividing_dims_of(node, mesh) & {*SEQUENCE} for _, node in nodes):
         yield Fallback("forward", "the whole model", UNDIVIDED, 0)
     walk, computed = _Walk(program, mesh), _computed(program)
-    times = Counter(call_parts(call)[0] for call in program.calls) | Counter({"": 1})
+    times = {name: count for name, _, count in graphs}
     homes = {node: name for name, node in nodes if node.target is ops.gather}
     chosen = _chosen([gather for gather, name in homes.items() if name and gather in computed - walk.needed])
     for name, node in nodes:
@@ -128,7 +128,7 @@ class _Walk:
         self.needs: dict[fx.Node, frozenset[fx.Node]] = {}
         self.repeated: Counter[fx.Node] = Counter()
         self.called: dict[tuple[str, _Values], tuple[_Values, Counter[fx.Node]]] = {}
-        inputs = [_Value(node.meta[LAYOUT]) for node in program.graph.nodes if node.op == "placeholder"]
+        inputs = [_Value(node.meta[LAYOUT]) for node in placeholders(program.graph)]
         self._graph(program.graph, inputs, self.repeated)
 
     def _graph(self, graph: fx.Graph, inputs: Sequence[_Value], repeated: Counter[fx.Node]) -> _Values:
@@ -151,7 +151,7 @@ class _Walk:
         return tuple(env[value][0] for value in results_of(graph))
 
     def _call(self, node: fx.Node, sources: _Values, repeated: Counter[fx.Node]) -> _Values:
-        key = (call_parts(node)[0], sources)
+        key = (called_block(node), sources)
         if key not in self.called:
             found: Counter[fx.Node] = Counter()
             self.called[key] = self._graph(self.program.blocks[key[0]].graph, sources, found), found
@@ -163,7 +163,7 @@ class _Walk:
         """The value or values of a change of layout or an operator; notes what it needs and what it costs."""
         gathers = frozenset[fx.Node]().union(*(source.gathers for source in sources))
         behind = frozenset[fx.Node]().union(*(source.behind for source in sources))
-        if node.target is ops.gather:
+        if node.target is ops.gather and not is_weight(operands(node)[0]):
             return (replace(sources[0], gathers=gathers | {node}),)
         if not gathers and not behind:
             return _as_it_is(node)
@@ -241,14 +241,14 @@ def _computed(program: Program) -> set[fx.Node]:
                 if (node in found or not _moves(node)) and node.target is not ops.shard:
                     found.update(operands(node))
                 continue
-            block = program.blocks[call_parts(node)[0]].graph
+            block = program.blocks[called_block(node)].graph
             used = {user.args[1] for user in node.users if user in found}
-            key = (call_parts(node)[0], tuple(place in used for place in range(len(results_of(block)))))
+            key = (called_block(node), tuple(place in used for place in range(len(results_of(block)))))
             if key not in seen:
                 seen.add(key)
                 visit(block, key[1])
-            inputs = [argument for argument in block.nodes if argument.op == "placeholder"]
-            found.update(value for value, inner in zip(operands(node), inputs, strict=True) if inner in found)
+            pairs = zip(operands(node), placeholders(block), strict=True)
+            found.update(value for value, inner in pairs if inner in found)
 
     visit(program.graph, [False] * len(results_of(program.graph)))
     return found

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from xdit_ir.ir.flops import is_counted
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import Program, call_parts, is_block_call, where_of
-from xdit_ir.sharding.cost import is_counted, outer_flops
+from xdit_ir.ir.program import Program, called_block, is_block_call, where_of
+from xdit_ir.sharding.cost import outer_flops
 
 # Modules are told apart as far down as that gives no more regions than these.
 READABLE = 12
@@ -54,7 +55,7 @@ def block_region(block: str) -> str:
 
 def region_names(program: Program) -> dict[fx.Node, str]:
     """The region of every block call and, where FLOPs are counted, operator of the outer graph, in their order."""
-    calls = {call: block_region(call_parts(call)[0]) for call in program.calls}
+    calls = {call: block_region(called_block(call)) for call in program.calls}
     flops = outer_flops(program, None)
     mostly_blocks = 2 * sum(flops[call][0] for call in calls) >= sum(one for (one,) in flops.values())
     found = calls | (_by_place if mostly_blocks else _by_module)(program)
