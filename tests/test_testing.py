@@ -44,6 +44,11 @@ def test_asked(xdit):
     xdit(*build())
 
 
+@pytest.mark.xdit(degrees=["u2"], max_share=0.4, max_fallbacks=0)
+def test_uneven(xdit):
+    xdit(*build())
+
+
 @pytest.mark.xdit(world_size=2)
 def test_every_way(xdit):
     xdit(*build())
@@ -93,6 +98,14 @@ def test_a_wrong_rank_fails_and_all_such_sets_are_named(monkeypatch: pytest.Monk
         assert_parallel(*built(), degrees="r2,u2,r3")
 
 
+def test_what_costs_too_much_fails() -> None:
+    assert_parallel(*built(), degrees="u2", max_share=0.55, max_fallbacks=0)
+    with pytest.raises(AssertionError, match=r"^r2: the slowest rank does 0\.5\d* of the FLOPs, above 0\.5 "):
+        assert_parallel(*built(), degrees="r2", max_share=0.5)
+    with pytest.raises(xir.XditError, match=r"max_share=0 is no part"):
+        assert_parallel(*built(), degrees="u2", max_share=0)
+
+
 def test_illegal_degrees_are_an_error() -> None:
     with pytest.raises(xir.ParallelizeError, match="cfg=1"):
         assert_parallel(*built(), degrees="c3")
@@ -127,6 +140,7 @@ def test_the_plugin(tmp_path: Path) -> None:
     assert found == {
         ("PASSED", "test_asked[u2]"),
         ("PASSED", "test_asked[r3]"),
+        ("FAILED", "test_uneven[u2]"),
         ("PASSED", "test_every_way[u2]"),
         ("PASSED", "test_every_way[r2]"),
         ("FAILED", "test_illegal[c2]"),

@@ -16,29 +16,33 @@ from xdit_ir.sharding.report import Report
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one set of degrees: a result and its cost, or the error that refused it."""
+    """What was found for one set of degrees: a result, its cost and what of that is above a limit, or the error that
+    refused it."""
 
     degrees: Degrees
     result: CheckResult | None = None
     report: Report | None = None
+    exceeded: tuple[str, ...] = ()
     error: XditError | None = None
     seconds: float = 0.0
 
     @property
     def verdict(self) -> str:
-        """`equal`, `DIFFERENT`, `refused` (the degrees are illegal for the model) or `ERROR`."""
+        """`equal`, `DIFFERENT`, `COSTLY`, `refused` (the degrees are illegal for the model) or `ERROR`."""
         if self.result is not None:
-            return "equal" if self.result.ok else "DIFFERENT"
+            return "DIFFERENT" if not self.result.ok else "COSTLY" if self.exceeded else "equal"
         return "refused" if isinstance(self.error, ParallelizeError) else "ERROR"
 
     @property
     def explanation(self) -> str:
         """What to know beyond the verdict."""
-        return str(self.error if self.result is None else self.result)
+        if self.result is None:
+            return str(self.error)
+        return "\n".join([*([] if self.verdict == "COSTLY" else [str(self.result)]), *self.exceeded])
 
 
 def junit(model: str, rows: Sequence[Row]) -> str:
-    """One test case per set of degrees: a difference is a failure, what could not be checked an error."""
+    """One test case per set of degrees: what differs or is above a limit fails, what was not checked is an error."""
     counts = {kind: sum(row.verdict in verdicts for row in rows) for kind, verdicts in _KINDS.items()}
     totals = {"tests": str(len(rows)), **{f"{kind}s": str(count) for kind, count in counts.items()}}
     totals["time"] = f"{sum(row.seconds for row in rows):.3f}"
@@ -55,7 +59,7 @@ def junit(model: str, rows: Sequence[Row]) -> str:
     return xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-_KINDS = {"failure": ("DIFFERENT",), "error": ("refused", "ERROR")}
+_KINDS = {"failure": ("DIFFERENT", "COSTLY"), "error": ("refused", "ERROR")}
 
 
 def github_commands(model: str, rows: Sequence[Row]) -> Iterator[str]:

@@ -18,9 +18,10 @@ and compared with the model.
 `c` is CFG parallelism (the batch), `u` Ulysses, `r` Ring, `r2u2` a hybrid of both on four ranks. *Exact*: the largest
 relative error of any output on any rank under {degrees}; a model that *rounds inside* to less
 than float32 may differ by what that costs itself, compared with float64. A cell says which part of one device's FLOPs
-the slowest rank does, what all ranks do together, how often something other than the keys of an attention is gathered
-inside a block, and MiB sent by the busiest rank in a forward. *Gathers in blocks* counts every gather in the block
-bodies at {widest}, those of keys and values too. In tiny models text and fixed parts weigh more than in the real ones.
+the slowest rank does, what all ranks do together, for how many operators something was gathered, in blocks or before
+them (keys of an attention and the outputs aside), and MiB sent by the busiest rank in a forward. *Gathers in blocks*
+counts every gather in the block bodies at {widest}, those of keys and values too. In tiny models text and fixed parts
+weigh more than in the real ones.
 """
 
 
@@ -63,7 +64,7 @@ def _summary(surveys: Sequence[Survey]) -> Iterator[str]:
     yield f"* {sum(one.exact for one in run)} of {len(run)} simulations within {TOLERANCE:.0e} of the model."
     yield f"* {balanced} of {len(surveys)} models: slowest rank at most {BALANCED:.2f} of the FLOPs at {WIDEST}."
     yield f"* {local} of {len(surveys)} models: nothing gathered inside a block at {WIDEST}."
-    what = "nothing but keys and values of attention gathered inside a block"
+    what = "nothing gathered for an operator but keys and values of attention"
     yield f"* {keys} of {len(surveys)} models: {what} at {WIDEST}."
 
 

@@ -22,7 +22,7 @@ from xdit_ir.errors import ParallelizeError, TraceError
 from xdit_ir.ir.difference import relative_error, tensors_of
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
-from xdit_ir.sharding.report import find_gathers
+from xdit_ir.sharding.fallbacks import find_gathers
 
 DEGREES = tuple(parse("u2,u3,u4,r2,c2,u2r2"))
 TOLERANCE = 1e-5
@@ -33,8 +33,8 @@ class Outcome:
     """One set of degrees: why it was refused, or how exact (within `tolerance`) and how costly it is.
 
     `slowest` and `work` are FLOPs of the slowest rank and of all ranks, over those of one device; `bytes` is what the
-    busiest rank sends in a forward; `gathers` are all gathers in blocks, `gathered` the operators in blocks other
-    than attention that need one, and `fallbacks` where anything was gathered for want of a rule.
+    busiest rank sends in a forward; `gathers` are all gathers in blocks, `fallbacks` the operators for which anything
+    was gathered, anywhere, or that no rule divides, and `gathered` those of them for which something is sent.
     """
 
     degrees: str
@@ -121,16 +121,15 @@ class Subject:
         if run:
             error = check_parallel(parallel, self.model, self.example, tolerance=self.tolerance).max_relative_error
         report = parallel.report()
-        inside = [i for i in report.fallbacks if i.bytes and i.place.partition(" ")[0] in parallel.ir.blocks]
         return Outcome(
             str(degrees),
             error=error,
             tolerance=self.tolerance,
-            slowest=max(report.flops_per_rank) / max(report.flops_total, 1),
+            slowest=report.share,
             work=sum(report.flops_per_rank) / max(report.flops_total, 1),
             bytes=sum(entry.bytes_per_rank for entry in report.collectives),
             gathers=tuple(find_gathers(parallel.ir)),
-            gathered=tuple(f"{item.op}, {item.place}: {item.reason}" for item in inside),
+            gathered=tuple(f"{item.op}, {item.place}: {item.reason}" for item in report.fallbacks if item.bytes),
             fallbacks=tuple(f"{item.op}, {item.place}: {item.reason}" for item in report.fallbacks),
         )
 

@@ -18,7 +18,7 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.interpret import Interpreter, model_state
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
@@ -142,8 +142,13 @@ class ParallelProgram:
         return self.mesh.world_size
 
     def report(self) -> Report:
-        """FLOPs, weights, communication and fallbacks; `str()` is a table."""
-        return make_report(self.original, self.ir)
+        """FLOPs, weights, communication, fallbacks and who does how much of what; `str()` is a table."""
+        return make_report(self.original, self.ir, self._forwards)
+
+    @property
+    def _forwards(self) -> int:
+        """How many forwards a call of all ranks together runs."""
+        return self.mesh.size((BATCH,)) if self.pair_calls else 1
 
     def rank(self, rank: int) -> Program:
         """The program of one rank, with static local sizes.
@@ -214,8 +219,8 @@ class PipelinedProgram(ParallelProgram):
         return f"{pipeline_text(self.pipeline)}\n{super().text(bodies=bodies)}"
 
     def report(self) -> Report:
-        """FLOPs, weights, communication and fallbacks; `str()` is a table."""
-        return pipeline_report(self.original, self.pipeline)
+        """As that of a program without stages; a forward is a displaced step."""
+        return pipeline_report(self.original, self.pipeline, self._forwards)
 
     def rank(self, rank: int) -> Program:
         """Raises `ParallelizeError`: a rank has a program for each patch, see `pipeline.part`."""

@@ -10,7 +10,7 @@ A set that follows from a `world_size` and is illegal for the model skips its te
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 NAME = "xdit"
 MARKER = (
-    "xdit(degrees=None, world_size=None, tolerance=1e-5, processes=False): run once per set of degrees, with the "
-    "fixture `xdit`, called as xdit(model, example)"
+    "xdit(degrees=None, world_size=None, tolerance=1e-5, processes=False, max_share=None, max_fallbacks=None): run "
+    "once per set of degrees, with the fixture `xdit`, called as xdit(model, example)"
 )
 
 
@@ -40,6 +40,8 @@ class CheckSettings:
     world_size: int | None = None
     tolerance: float = 1e-5
     processes: bool = False
+    max_share: float | None = None
+    max_fallbacks: int | None = None
 
     def sets(self) -> dict[str, dict[str, Any]]:
         """The sets of degrees, by name."""
@@ -62,9 +64,10 @@ class Check:
         from xdit_ir.errors import ParallelizeError
         from xdit_ir.testing import assert_parallel
 
-        options = {"tolerance": self.settings.tolerance, "processes": self.settings.processes}
+        options = asdict(self.settings)
+        del options["degrees"], options["world_size"]
         try:
-            assert_parallel(model, example, self.degrees, **options)  # type: ignore[arg-type]
+            assert_parallel(model, example, self.degrees, **options)
         except ParallelizeError as error:
             if self.settings.world_size is None:
                 raise

@@ -16,7 +16,8 @@ from torch.multiprocessing.spawn import spawn
 
 from xdit_ir import degrees as short
 from xdit_ir.api import Example, TracedProgram, split_example, trace
-from xdit_ir.checking.check import check
+from xdit_ir.checking.check import check_parallel
+from xdit_ir.checking.limits import Limits
 from xdit_ir.deferral.deferred import materialize
 from xdit_ir.ir.difference import relative_error, tensors_of
 from xdit_ir.ir.mesh import MESH_DIMS
@@ -32,6 +33,8 @@ def assert_parallel(
     tolerance: float = 1e-5,
     processes: bool = False,
     traced: TracedProgram | None = None,
+    max_share: float | None = None,
+    max_fallbacks: int | None = None,
 ) -> None:
     """Assert that the model divided over ranks computes what it computes alone; see `xdit_ir.checking.check`.
 
@@ -42,15 +45,20 @@ def assert_parallel(
         processes: also run what `emit` gives in one gloo process per rank (takes seconds); model and example must be
             picklable, and the test module importable. Of PipeFusion that is the first, synchronous step.
         traced: an earlier trace of the same model and example.
+        max_share: largest part of a forward's FLOPs that the slowest rank may do; 0.5 is fair for two ranks.
+        max_fallbacks: largest number of operators for which something may be gathered (`Report.fallbacks`).
 
     Raises:
-        AssertionError: names every set that differs, with the first diverging node.
-        XditError: the model cannot be captured or some degrees are illegal.
+        AssertionError: names every set that differs, with the first diverging node, or that is above a limit.
+        XditError: the model cannot be captured, some degrees are illegal or a limit means nothing.
     """
+    limits = Limits(max_share, max_fallbacks)
     traced = trace(model, example) if traced is None else traced
     problems = []
     for name, one in degree_sets(degrees).items():
-        result = check(model, example, tolerance=tolerance, traced=traced, **one)
+        parallel = traced.parallelize(**one)
+        problems += [f"{name}: {problem}" for problem in limits.exceeded(parallel.report())]
+        result = check_parallel(parallel, model, example, tolerance=tolerance)
         if not result.ok:
             problems.append(f"{name}: {result}")
         elif processes:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import xdit_ir as xir
-from xdit_ir.sharding.report import UNDIVIDED
+from xdit_ir.sharding.fallbacks import UNDIVIDED
 
 WIDTH, HEADS = 32, 4
 

@@ -145,8 +145,11 @@ def test_check_table_and_status(capsys: Capture) -> None:
     assert main(["check", TINY, "--degrees", "u2,c2r2"]) == 0
     out, err = capsys.readouterr()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
-    assert [(row[0], row[1], row[5]) for row in rows] == [("u2", "2", "equal"), ("c2r2", "4", "equal")]
-    for _, ranks, error, share, sent, _ in rows:
+    assert [(row[0], row[1], row[4], row[6]) for row in rows] == [
+        ("u2", "2", "0", "equal"),
+        ("c2r2", "4", "0", "equal"),
+    ]
+    for _, ranks, error, share, _, sent, _ in rows:
         assert float(error) < 1e-5 and float(sent) > 0
         assert float(share) == pytest.approx(1 / int(ranks), rel=0.05)
     assert err == ""
@@ -184,6 +187,19 @@ def test_check_writes_what_servers_read(capsys: Capture, here: Path, monkeypatch
     assert "%0A" in commands[0]
 
 
+def test_check_fails_above_a_limit(capsys: Capture, here: Path) -> None:
+    """A third for each of three ranks is below the limit, a half for each of two is not."""
+    argv = ["check", "cli_targets:build", "--degrees", "u3,u2", "--max-share", "0.4"]
+    assert main([*argv, "--junit", "out.xml", "--github"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"u3 .*equal", out) and re.search(r"u2 .*COSTLY", out)
+    said = "the slowest rank does 0.5000 of the FLOPs, above 0.4 (0.5000 is fair)"
+    assert f"u2: {said}" in out and f"u2: COSTLY::{said}" in out
+    [failure] = ElementTree.parse(here / "out.xml").getroot().iter("failure")
+    assert failure.attrib["message"] == said
+    assert main([*argv[:3], "u2", "--max-share", "0.5", "--max-fallbacks", "0"]) == 0
+
+
 def test_check_cannot_write(capsys: Capture, here: Path) -> None:
     assert main(["check", "cli_targets:build", "--degrees", "u2", "--junit", "no/such/folder.xml"]) == 2
     assert "cannot write no/such/folder.xml" in capsys.readouterr().err
@@ -203,6 +219,8 @@ def test_check_difference_names_the_place(capsys: Capture, monkeypatch: pytest.M
     [
         (["check", "flux.1-dev"], "check flux.1-dev:tiny"),
         (["check", TINY, "--degrees", "2u"], "nearest legal form is 'u2'"),
+        (["check", TINY, "--max-share", "55"], "max_share=55.0 is no part of a forward"),
+        (["check", TINY, "--max-fallbacks", "-1"], "max_fallbacks=-1 is no number of fallbacks; the smallest is 0"),
         (["check", "cli_targets:on_meta"], "on the meta device; check needs real weights"),
         (["inspect", "flux.1-def"], "nearest: flux.1-dev"),
         (["inspect", "flux.1-dev:big"], "nearest: flux.1-dev"),

@@ -100,10 +100,10 @@ def _stage_views(pipeline: Pipeline | None) -> Iterator[StageView]:
 
 
 def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[Fact]:
-    flops, slowest = max(report.flops_total, 1), max(report.flops_per_rank)
+    flops = max(report.flops_total, 1)
     yield Fact("ranks", str(parallel.world_size))
     yield Fact("a forward", _work(flops))
-    yield Fact("slowest rank", f"{slowest / flops:.1%}", "of that")
+    yield Fact("slowest rank", f"{report.share:.1%}", "of that")
     yield Fact("all ranks", f"{sum(report.flops_per_rank) / flops:.1%}", "of that")
     yield Fact("sent by a rank", _size(sum(one.bytes_per_rank for one in report.collectives)))
     yield Fact("weights a rank", _size(max(report.weight_bytes_per_rank)))
@@ -122,8 +122,11 @@ def _tables(report: Report) -> Iterator[Rows]:
         for rank, (work, weights) in enumerate(zip(report.flops_per_rank, report.weight_bytes_per_rank, strict=True))
     ]
     yield Rows("Ranks", ["rank", "work", "of one device", "weights", "buffers"], ranks)
-    fallbacks = [[f.op, f.place, f.reason, _size(f.bytes)] for f in report.fallbacks]
-    none = "nothing is gathered inside a block for want of a rule"
+    yield Rows("Ranks that idle", ["which"], [[str(one)] for one in report.idle], "none")
+    regions = [[one.name, _work(one.flops_total), f"{one.share:.2%}"] for one in report.regions]
+    yield Rows("Regions of the model", ["region", "work", "of that the slowest rank"], regions)
+    fallbacks = [[f.op, f.place, report.reason(f), _size(f.bytes)] for f in report.fallbacks]
+    none = "no operator needed a divided dimension whole"
     yield Rows("Fallbacks: where something was gathered", ["operator", "place", "reason", "sent"], fallbacks, none)
     reads = [[read] for read in report.reads]
     yield Rows("Read from new inputs at every call", ["input and reason"], reads, "nothing")

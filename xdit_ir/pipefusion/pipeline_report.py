@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -17,16 +18,18 @@ from xdit_ir.ir.program import CONSTANT, SPEC, Program, is_block_call, qualified
 from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
 from xdit_ir.sharding.buffer_access import over_time
 from xdit_ir.sharding.cost import local_flops, program_flops
-from xdit_ir.sharding.report import Collective, Report, find_fallbacks, read_at_calls, traffic
+from xdit_ir.sharding.fallbacks import find_fallbacks
+from xdit_ir.sharding.regions import block_region, find_idle, find_regions, region_flops, region_names
+from xdit_ir.sharding.report import Collective, Report, read_at_calls, traffic
 
 Key = tuple[str, str]
 
 
 @dataclass
 class _RankCost:
-    """What one rank has, does and sends."""
+    """What one rank has, does (by region) and sends."""
 
-    flops: int = 0
+    flops: Counter[str] = field(default_factory=Counter)
     weights: dict[str, int] = field(default_factory=dict)
     buffers: dict[tuple[int, str], int] = field(default_factory=dict)
     counts: dict[Key, int] = field(default_factory=dict)
@@ -37,13 +40,16 @@ class _RankCost:
         self.sent[key] = self.sent.get(key, 0) + nbytes
 
 
-def pipeline_report(original: Program, pipeline: Pipeline) -> Report:
-    """The report of a pipeline, compared with the program that it was made from."""
-    ranks = [_Tally(pipeline).rank(rank) for rank in range(pipeline.mesh.world_size)]
+def pipeline_report(original: Program, pipeline: Pipeline, forwards: int = 1) -> Report:
+    """The report of a pipeline, compared with the program that it was made from; `forwards` as for `make_report`."""
+    tally = _Tally(pipeline)
+    ranks = [tally.rank(rank) for rank in range(pipeline.mesh.world_size)]
     keys = sorted({key for rank in ranks for key in rank.counts})
+    total, flops = program_flops(original, None)[0], [rank.flops.total() for rank in ranks]
+    regions = region_flops(pipeline.program, tally.regions, None)
     return Report(
-        flops_total=program_flops(original, None)[0],
-        flops_per_rank=[rank.flops for rank in ranks],
+        flops_total=total,
+        flops_per_rank=flops,
         weight_bytes_total=sum(spec.nbytes for spec in original.state.values()),
         weight_bytes_per_rank=[sum(rank.weights.values()) for rank in ranks],
         collectives=[
@@ -53,6 +59,9 @@ def pipeline_report(original: Program, pipeline: Pipeline) -> Report:
         fallbacks=list(find_fallbacks(pipeline.program, pipeline.virtual)),
         buffer_bytes_per_rank=[sum(rank.buffers.values()) for rank in ranks],
         reads=read_at_calls(original),
+        regions=find_regions(regions, {name: [rank.flops[name] for rank in ranks] for name in regions}),
+        idle=list(find_idle(flops, forwards / len(ranks), total)),
+        forwards=forwards,
     )
 
 
@@ -63,6 +72,7 @@ class _Tally:
             name: {node.name: node for node in graph.nodes} for name, graph, _ in all_graphs(pipeline.program)
         }
         self.costs: dict[tuple[str, str], list[int]] = {}
+        self.regions = region_names(pipeline.program)
 
     def rank(self, rank: int) -> _RankCost:
         result = _RankCost()
@@ -95,7 +105,8 @@ class _Tally:
             key = (name, node.name)
             if key not in self.costs:
                 self.costs[key] = local_flops(source, self.pipeline.virtual)
-            result.flops += self.costs[key][virtual]
+            region = block_region(name) if name else self.regions[source]
+            result.flops[region] += self.costs[key][virtual]
         found = None if over_time(source, self.pipeline.virtual) else traffic(source, self.pipeline.virtual)
         if found is not None:
             result.send(found[0], 1, found[1][virtual])

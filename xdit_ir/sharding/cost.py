@@ -13,7 +13,7 @@ from xdit_ir.ir.flops import counts, flops_as, is_counted, node_flops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout, key_gather_dims, plan, scatter_plan
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_block_call
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, called_block
 
 Placed = tuple[TensorSpec, Layout]
 
@@ -53,14 +53,17 @@ def local_flops(node: fx.Node, mesh: Mesh | None) -> list[int]:
     return step_flops(node, node.target, placed, (node.meta[SPEC], node.meta[LAYOUT]), mesh)
 
 
+def outer_flops(program: Program, mesh: Mesh | None) -> dict[fx.Node, list[int]]:
+    """FLOPs per rank (one entry without a mesh) of every block call, and of all else in the outer graph that counts."""
+    bodies = {name: graph_flops(block.graph, mesh) for name, block in program.blocks.items()}
+    others = {node: local_flops(node, mesh) for node in program.graph.nodes if is_counted(node)}
+    return {call: bodies[called_block(call)] for call in program.calls} | others
+
+
 def program_flops(program: Program, mesh: Mesh | None) -> list[int]:
     """FLOPs per rank of a whole program (one entry without a mesh)."""
-    bodies = {name: graph_flops(block.graph, mesh) for name, block in program.blocks.items()}
-    total = graph_flops(program.graph, mesh)
-    for node in program.graph.nodes:
-        if is_block_call(node):
-            total = [a + b for a, b in zip(total, bodies[str(node.args[0])], strict=True)]
-    return total
+    none = [0] * (mesh.world_size if mesh else 1)
+    return list(map(sum, zip(none, *outer_flops(program, mesh).values(), strict=True)))
 
 
 def relayout_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:

@@ -14,14 +14,16 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import all_graphs, operands
 from xdit_ir.ir.layout import kind
-from xdit_ir.ir.mesh import SEQUENCE, Mesh
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import target_name
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, where_of
-from xdit_ir.rules.base import dividing_dims_of
+from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, ring_dims
-from xdit_ir.sharding.propagate import FALLBACK
+from xdit_ir.sharding.fallbacks import Fallback, find_fallbacks
+from xdit_ir.sharding.regions import NOTABLE, Idle, Region, find_idle, find_regions, region_flops, region_names
 
-UNDIVIDED = "no stream of tokens can be divided: along ulysses and ring every rank computes the same"
+NO_FALLBACKS = "no fallbacks: no operator needed a divided dimension whole"
+# A region's slowest rank may do so much more than a fair share before it is listed.
+UNEVEN = 1.05
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,12 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Fallback:
-    """An operator whose operand had to be gathered: where, why, and what that sends from the busiest rank."""
-
-    op: str
-    place: str
-    reason: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Report:
-    """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks; and what is read
-    of inputs at every call whose inputs are new.
+    """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks; how regions of
+    the model are shared, and ranks that idle; and what is read of inputs at every call whose inputs are new.
 
-    Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps.
+    Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps. `forwards` are run at a time,
+    each by a part of the ranks: more than one where halves of `cfg` run different calls.
     """
 
     flops_total: int
@@ -61,40 +54,82 @@ class Report:
     fallbacks: list[Fallback]
     buffer_bytes_per_rank: list[int] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
+    idle: list[Idle] = field(default_factory=list)
+    forwards: int = 1
+
+    @property
+    def share(self) -> float:
+        """The part of a forward's FLOPs that the slowest rank does."""
+        return max(self.flops_per_rank) / max(self.flops_total, 1)
+
+    @property
+    def fair_share(self) -> float:
+        """What it would be if ranks shared the work evenly."""
+        return self.forwards / len(self.flops_per_rank)
 
     @property
     def weight_share(self) -> float:
         """The part of the model's weights that the fullest rank has."""
         return max(self.weight_bytes_per_rank) / self.weight_bytes_total
 
+    @property
+    def uneven(self) -> list[Region]:
+        """The regions of which the slowest rank does more than a fair share, worst first."""
+        cost = {region.name: (region.share - self.fair_share) * region.flops_total for region in self.regions}
+        notable = [one for one in self.regions if one.flops_total >= NOTABLE * self.flops_total]
+        found = [region for region in notable if region.share > UNEVEN * self.fair_share]
+        return sorted(found, key=lambda region: -cost[region.name])
+
+    def part(self, flops: int) -> str:
+        """FLOPs as a part of a forward's."""
+        return f"{flops / max(self.flops_total, 1):.4f}"
+
+    def reason(self, item: Fallback) -> str:
+        """Why something was gathered, and what follows from it."""
+        many = item.repeated >= NOTABLE * self.flops_total > 0
+        return f"{item.reason}; every rank repeats {self.part(item.repeated)} of all FLOPs" if many else item.reason
+
     def __str__(self) -> str:
         """A table."""
         stream = io.StringIO()
         console = Console(file=stream, width=110, color_system=None)
-        slowest = max(self.flops_per_rank) / max(self.flops_total, 1)
+        for part in self._parts():
+            console.print(part, soft_wrap=isinstance(part, str))
+        return stream.getvalue()
+
+    def _parts(self) -> Iterator[str | Table]:
         work = sum(self.flops_per_rank) / max(self.flops_total, 1)
-        console.print(
+        yield (
             f"{self.flops_total / 1e12:.4g} TFLOP a forward; the slowest of {len(self.flops_per_rank)} ranks does "
-            f"{slowest:.4f} of it, all together {work:.4f}; weights {max(self.weight_bytes_per_rank) / 2**20:.1f} MiB "
-            f"a rank of {self.weight_bytes_total / 2**20:.1f} MiB",
-            soft_wrap=True,
+            f"{self.share:.4f} of it, all together {work:.4f}; weights {max(self.weight_bytes_per_rank) / 2**20:.1f} "
+            f"MiB a rank of {self.weight_bytes_total / 2**20:.1f} MiB"
         )
         if any(self.buffer_bytes_per_rank):
-            console.print(f"buffers that outlive a step: {max(self.buffer_bytes_per_rank) / 2**20:.1f} MiB a rank")
-        table = Table("collective", "mesh dim", "count", "MiB sent by the busiest rank")
-        for entry in self.collectives:
-            table.add_row(entry.kind, entry.mesh_dim, str(entry.count), f"{entry.bytes_per_rank / 2**20:.3f}")
-        console.print(table)
+            yield f"buffers that outlive a step: {max(self.buffer_bytes_per_rank) / 2**20:.1f} MiB a rank"
+        if self.uneven:
+            rows = [[one.name, self.part(one.flops_total), f"{one.share:.4f}"] for one in self.uneven]
+            yield _table(["not shared evenly", "of all FLOPs", "the slowest rank's part"], rows)
+        yield from map(str, self.idle)
+        sent = [[one.kind, one.mesh_dim, str(one.count), _mib(one.bytes_per_rank)] for one in self.collectives]
+        yield _table(["collective", "mesh dim", "count", "MiB sent by the busiest rank"], sent)
         if self.fallbacks:
-            table = Table("fallback: gathered for", "place", "reason", "MiB")
-            for item in self.fallbacks:
-                table.add_row(item.op, item.place, item.reason, f"{item.bytes / 2**20:.3f}")
-            console.print(table)
+            rows = [[item.op, item.place, self.reason(item), _mib(item.bytes)] for item in self.fallbacks]
+            yield _table(["fallback: gathered for", "place", "reason", "MiB"], rows)
         else:
-            console.print("no fallbacks: nothing is gathered inside a block for want of a rule")
-        for read in self.reads:
-            console.print(f"a call with new inputs waits for the device to read {read}", soft_wrap=True)
-        return stream.getvalue()
+            yield NO_FALLBACKS
+        yield from (f"a call with new inputs waits for the device to read {read}" for read in self.reads)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> Table:
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.3f}"
 
 
 def read_at_calls(original: Program) -> list[str]:
@@ -102,19 +137,26 @@ def read_at_calls(original: Program) -> list[str]:
     return [f"{', '.join(fact.paths)}: {fact.reason}" for fact in original.signature.predicates]
 
 
-def make_report(original: Program, program: Program) -> Report:
-    """The report of a program with layouts, compared with the program that it was made from."""
+def make_report(original: Program, program: Program, forwards: int = 1) -> Report:
+    """The report of a program with layouts, compared with the program that it was made from; `forwards` of it are run
+    at a time, each by a part of the ranks."""
     mesh = program.mesh
     assert mesh is not None
     weights = sum(spec.nbytes for spec in program.state.values())
+    total, ranks = program_flops(original, None)[0], program_flops(program, mesh)
+    names = region_names(program)
+    regions = find_regions(region_flops(program, names, None), region_flops(program, names, mesh))
     return Report(
-        flops_total=program_flops(original, None)[0],
-        flops_per_rank=program_flops(program, mesh),
+        flops_total=total,
+        flops_per_rank=ranks,
         weight_bytes_total=weights,
         weight_bytes_per_rank=_weight_bytes(program, mesh),
         collectives=_collectives(program, mesh),
         fallbacks=list(find_fallbacks(program, mesh)),
         reads=read_at_calls(original),
+        regions=regions,
+        idle=list(find_idle(ranks, forwards / mesh.world_size, total, regions)),
+        forwards=forwards,
     )
 
 
@@ -155,32 +197,3 @@ def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]
     have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
     dims = mesh.ordered(have.partial - want.partial) if node.target in ops.SUMS else kind(mesh, have, want)[1]
     return (target_name(node.target), "*".join(dims)), relayout_bytes(node, mesh)
-
-
-def find_gathers(program: Program) -> Iterator[str]:
-    """Every gather inside a block, whatever it is for: the operators that need it, and where."""
-    for name, block in program.blocks.items():
-        for node in block.graph.nodes:
-            if node.target is ops.gather:
-                names = (user.op if user.op == "output" else target_name(user.target) for user in node.users)
-                users = ", ".join(dict.fromkeys(names))
-                where = where_of(node)
-                yield f"{users}: {' '.join(part for part in (name, where.module, node.name, where.source) if part)}"
-
-
-def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
-    """Operators for which something had to be gathered; or all of them, where nothing is divided."""
-    nodes = (node for _, graph, _ in all_graphs(program) for node in graph.nodes)
-    if mesh.size(SEQUENCE) > 1 and not any(dividing_dims_of(node, mesh) & {*SEQUENCE} for node in nodes):
-        yield Fallback("forward", "the whole model", UNDIVIDED, 0)
-    for name, graph, times in all_graphs(program):
-        for node in graph.nodes:
-            reason = node.meta.get(FALLBACK, "")
-            gathered = [s for s in operands(node) if s.target is ops.gather] if node.op == "call_function" else []
-            wanted = name and gathered and node.target not in ops.ATTENTIONS
-            if not reason and not wanted:
-                continue
-            where = where_of(node)
-            bytes_sent = times * sum(max(relayout_bytes(source, mesh)) for source in gathered)
-            place = " ".join(part for part in (name, where.module, node.name, where.source) if part)
-            yield Fallback(target_name(node.target), place, reason or "needs the dimension whole", bytes_sent)
