@@ -23,6 +23,7 @@ from xdit_ir.ir.interpret import constant_on
 from xdit_ir.ir.mesh import BATCH
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec
 from xdit_ir.parallel import Parallel
+from xdit_ir.passes.base import run_passes
 from xdit_ir.pipefusion.rank_tasks import RankTasks, StageTask
 from xdit_ir.pipelined.memory import Memories, zeros
 from xdit_ir.pipelined.pipe_pass import PipelinePass, envelope, outputs_of
@@ -95,7 +96,8 @@ class PipelineRunner:
                     compile_body(body.module)
 
     def _runnable(self, work: StageTask, communicator: Communicator, execution: Execution) -> _Runnable:
-        code = generate(work.program, communicator, self.device, execution)
+        lowered = run_passes(work.program, execution.passes(self.device))
+        code = generate(lowered, communicator, self.device)
         weights, constants = state_names(work.program)
         return _Runnable(work, code, (*weights, *constants), tuple(slot_specs(work.program)))
 

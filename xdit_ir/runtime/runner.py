@@ -22,6 +22,7 @@ from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.interpret import constant_on
 from xdit_ir.ir.program import CONSTANT, SPEC, TensorSpec
 from xdit_ir.parallel import Parallel
+from xdit_ir.passes.base import run_passes
 from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.pipelined.pipe_runner import PipelineRunner, check_pipeline
 from xdit_ir.pipelined.schedule import verify_schedule
@@ -54,8 +55,9 @@ class Runner:
         ]
         self._parameters = inspect.signature(model.forward)
         self._binder = InputBinder(self._parameters, self.program)
-        peer = execution.uses_peers and peers_reachable(communicator)
-        self.code = generate(self.program, communicator, self.device, execution, peer=peer)
+        peers = execution.uses_peers and peers_reachable(communicator)
+        lowered = run_passes(self.program, execution.passes(self.device, peers=peers))
+        self.code = generate(lowered, communicator, self.device)
         if self.code.mailbox is not None:
             self._constants += self.code.mailbox.open(self.device)
         if execution.compile:
