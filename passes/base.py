@@ -1,34 +1,44 @@
-"""What a pass is, and how a list of them runs."""
+"""How a list of passes runs: what each requires is checked before it, the program after it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
+from xdit_ir.errors import PassError
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.program import Program
+from xdit_ir.passes.contract import Contract, Pass, contract_of
+from xdit_ir.passes.order import PASSES
 from xdit_ir.sharding.verify import verify
 
-
-class Pass(Protocol):
-    """A frozen dataclass with options; `apply` returns a new program and leaves its input as it was."""
-
-    @property
-    def name(self) -> str:
-        """The pass's name as users see it."""
-        ...
-
-    def apply(self, program: Program) -> Program:
-        """The rewritten program."""
-        ...
+After = Callable[[Pass, Program], None]
 
 
-def run_passes(
-    program: Program, passes: Sequence[Pass], after: Callable[[Pass, Program], None] | None = None
-) -> Program:
-    """Apply passes in order, verify after each; `after` sees every intermediate program."""
+def run_passes(program: Program, passes: Sequence[Pass], after: After | None = None) -> Program:
+    """Apply passes in order, verify after each; `after` sees every intermediate program.
+
+    Raises:
+        PassError: the program lacks what a pass requires; names the pass that provides it.
+        VerifyError: a pass made a wrong program.
+    """
     for one in passes:
+        contract = contract_of(type(one))
+        _check(one, contract, program)
         program = one.apply(program)
-        verify(program, one.name)
+        program = program.replace(facts=contract.after(program.facts))
+        verify(program, one.name, runnable=Fact.RUNNABLE in program.facts)
         if after is not None:
             after(one, program)
     return program
+
+
+def _check(one: Pass, contract: Contract, program: Program) -> None:
+    missing = [fact for fact in Fact if fact in contract.requires - program.facts]
+    if not missing:
+        return
+    reasons = []
+    for fact in missing:
+        makers = [kind.name for kind in PASSES if fact in contract_of(kind).provides]
+        reasons.append(f"{fact.value!r}, which {' or '.join(makers)} provides")
+    have = ", ".join(fact.value for fact in Fact if fact in program.facts) or "nothing"
+    raise PassError(f"pass {one.name} needs a program with {', and '.join(reasons)}; passes before gave it {have}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
@@ -28,10 +29,12 @@ COPIES = (
 @dataclass(frozen=True)
 class Canonicalize:
     """Drop copies and no-op casts, collapse view chains, write convolutions that make tokens of patches, or patches of
-    tokens, as matrix products, and attention as one `attention` operator. Numerics: reassociated (these products only).
+    tokens, as matrix products, and attention as one `attention` operator.
     """
 
-    name: str = "canonicalize"
+    name: ClassVar[str] = "canonicalize"
+    numerics: ClassVar[str] = "reassociated"
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
 
     def apply(self, program: Program) -> Program:
         """The canonical program."""

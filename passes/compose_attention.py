@@ -6,12 +6,13 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import map_graphs, operands, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
@@ -28,13 +29,15 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class ComposeAttention:
     """Find softmax(scale * q k^T + mask) v, written with matmul, bmm, baddbmm or einsum, with casts, fills and views
-    of the leading dims in between. Numerics: reassociated.
+    of the leading dims in between.
 
     A filled score is written as one from which the filling is subtracted, and only where nothing is left of the score
     in its own precision: rows in which every key is hidden then come out as before.
     """
 
-    name: str = "compose-attention"
+    name: ClassVar[str] = "compose-attention"
+    numerics: ClassVar[str] = "reassociated"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
 
     def apply(self, program: Program) -> Program:
         """The program with such attentions as single operators."""

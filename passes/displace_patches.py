@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
 from xdit_ir.passes.find_tokens import units_of
 from xdit_ir.pipefusion.latents import inputs_of, output_seeds
 from xdit_ir.pipefusion.patch_plan import PatchPlan, evaluate
@@ -22,19 +24,25 @@ class DisplacePatches:
     """PipeFusion's division of the tokens (arXiv 2405.14430): the latents' stream into patches, in whole rows or frames
     where views have such units; streams that do not depend on the latents (text) go with the first patch.
 
-    The cheapest of the proposals is taken that is not refused, see `xdit_ir.pipefusion.patch_plan`. Numerics: stale
-    after the warmup steps.
+    The cheapest of the proposals is taken that is not refused, see `xdit_ir.pipefusion.patch_plan`.
     """
 
+    name: ClassVar[str] = "displace-patches"
+    numerics: ClassVar[str] = "stale"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SEEDS})
+    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.RUNNABLE})
+
     mesh: Mesh
-    name: str = "displace-patches"
 
     def apply(self, program: Program) -> Program:
-        """The program with its token streams divided over `pipefusion` (patches), `ring` and `ulysses`."""
-        if self.mesh.size((TIME,)) == 1:
-            return program
+        """The program with the division over `pipefusion` (patches), `ring` and `ulysses` noted as seeds."""
+        seeds = self._best(program) if self.mesh.size((TIME,)) > 1 else {}
+        return program.replace(seeding=Seeding(self.mesh, seeds))
+
+    def _best(self, program: Program) -> Seeds:
         trial = Propagation(program, self.mesh)
-        best: PatchPlan | None = None
+        best: tuple[PatchPlan, Seeds] | None = None
         refused: list[str] = []
         for axis in program.tokens:
             source = inputs_of(program, axis.value)
@@ -42,28 +50,29 @@ class DisplacePatches:
                 continue
             first = self._first(trial, axis)
             for partition in self._partitions(program, axis, sum(other.size for other in first)):
-                plan = self._plan(trial, axis, self._seeds(program, axis, partition, first))
+                plan, seeds = self._plan(trial, axis, self._seeds(program, axis, partition, first))
                 if plan.refusal:
                     refused.append(plan.refusal)
-                elif best is None or plan.price < best.price:
-                    best = plan
+                elif best is None or plan.price < best[0].price:
+                    best = plan, seeds
         if best is None:
             reason = refused[0] if refused else "no attention takes its queries from a token stream"
             raise ParallelizeError(
                 f"patches={self.mesh.size((TIME,))} cannot divide the latents in time: {reason}; use patches=1"
             )
-        return best.program.replace(mesh=self.mesh)
+        return best[1]
 
-    def _plan(self, trial: Propagation, axis: TokenAxis, seeds: Seeds) -> PatchPlan:
-        """The division that these seeds give; where it is refused, the one that comes of cutting the latents like the
-        output instead, for what is computed from the latents before the stream begins."""
+    def _plan(self, trial: Propagation, axis: TokenAxis, seeds: Seeds) -> tuple[PatchPlan, Seeds]:
+        """The division that these seeds give, and they; where it is refused, the one that comes of cutting the latents
+        like the output instead, for what is computed from the latents before the stream begins."""
         plan = evaluate(trial.run(seeds), self.mesh)
         inputs = output_seeds(plan.program, self.mesh) if plan.refusal else {}
         if not inputs:
-            return plan
+            return plan, seeds
         others = {name: layouts for name, layouts in seeds.items() if name != axis.value}
-        again = evaluate(trial.run({name: (layout,) for name, layout in inputs.items()} | others), self.mesh)
-        return plan if again.refusal else again
+        wanted = {name: (layout,) for name, layout in inputs.items()} | others
+        again = evaluate(trial.run(wanted), self.mesh)
+        return (plan, seeds) if again.refusal else (again, wanted)
 
     def _first(self, trial: Propagation, axis: TokenAxis) -> list[TokenAxis]:
         """The streams that go with the first patch: those of queries which the latents do not reach, and which then

@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import operands, placeholders, results_of
 from xdit_ir.ir.hoist import Hoisted, ancestors, early_inputs, hoist
 from xdit_ir.ir.layout import Layout, kind
@@ -40,12 +42,14 @@ class DivideConditions:
     """Modulations and the like: every block projects the same few rows (of the timestep's embedding, say), so the time
     is that of reading its weights, on every rank. Where it pays, these projections of all blocks are made before the
     first one, each rank reads the weights of its part of the features, and all parts are exchanged at once.
-    Numerics: exact.
     """
+
+    name: ClassVar[str] = "divide-conditions"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
 
     mesh: Mesh
     machine: Machine = field(default_factory=Machine)
-    name: str = "divide-conditions"
 
     def apply(self, program: Program) -> Program:
         """The program with these projections taken out of its blocks and divided over all ranks."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import fx
 
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import all_graphs, bound_arguments, operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
@@ -29,10 +31,13 @@ class FindTokens:
 
     Candidates are the dimensions of what flows from the prologue into block calls, and those of the inputs that no
     such stream divides. The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come streams
-    that reach no query, but whose work can be divided nevertheless. Numerics: exact.
+    that reach no query, but whose work can be divided nevertheless.
     """
 
-    name: str = "find-tokens"
+    name: ClassVar[str] = "find-tokens"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
 
     def apply(self, program: Program) -> Program:
         """The program with `tokens` filled in."""

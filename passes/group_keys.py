@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import bound_arguments, map_graphs, operands, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
@@ -19,10 +21,12 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class GroupKeys:
     """Undo `repeat_interleave`, or an expansion that is joined with the heads, in front of an attention: ranks then
-    exchange each head of keys once. Numerics: exact.
+    exchange each head of keys once.
     """
 
-    name: str = "group-keys"
+    name: ClassVar[str] = "group-keys"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
 
     def apply(self, program: Program) -> Program:
         """The program with grouped attention where keys and values are repeated alike."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import RING, ULYSSES, Mesh
 from xdit_ir.ir.partition import Indices, Partition
@@ -24,12 +26,16 @@ class LowerAttention:
 
     Ulysses (arXiv 2309.14509): an all-to-all turns divided tokens into divided heads and back. Ring (arXiv
     2310.01889): keys and values travel, partial results are merged by their log-sum-exp. USP (arXiv 2405.07719) is
-    both at once. Numerics: reassociated (Ring's merge), else exact.
+    both at once.
     """
+
+    name: ClassVar[str] = "lower-attention"
+    numerics: ClassVar[str] = "reassociated"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
 
     mesh: Mesh
     machine: Machine = field(default_factory=Machine)
-    name: str = "lower-attention"
 
     def apply(self, program: Program) -> Program:
         """The program whose attentions each rank can compute with what the layouts give it."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import map_graphs, remove_dead
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.passes.emit import Emitter
@@ -17,10 +19,12 @@ from xdit_ir.passes.views import PERMUTES, order_of
 class OrderExchanges:
     """Exchange queries, keys, values and results of attention as `[..., tokens, heads, dim]` instead of `[..., heads,
     tokens, dim]`: projections write and read them so, hence nothing is transposed in memory on either side, and what
-    comes from one rank is one contiguous run of tokens. Numerics: exact.
+    comes from one rank is one contiguous run of tokens.
     """
 
-    name: str = "order-exchanges"
+    name: ClassVar[str] = "order-exchanges"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
 
     def apply(self, program: Program) -> Program:
         """The program with its exchanges turned."""

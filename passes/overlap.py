@@ -5,10 +5,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import map_graphs
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program
@@ -24,12 +26,14 @@ class Overlap:
     with the longest exchanges still ahead of it goes first (as Jackson's rule does for jobs with tails), and all that
     one exchange needs before what only the next one needs. Work with none ahead is left to fill the time in which the
     others wait. An exchange starts where it stands in the graph and is awaited by the first operator that needs it.
-    Numerics: exact.
     """
+
+    name: ClassVar[str] = "overlap"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
 
     mesh: Mesh
     machine: Machine = field(default_factory=Machine)
-    name: str = "overlap"
 
     def apply(self, program: Program) -> Program:
         """The program with every graph in its new order; the same on all ranks."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from torch import fx
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.dataflow import ProgramValue
-from xdit_ir.ir.program import STAGE, Program
-from xdit_ir.passes.inline import inline
+from xdit_ir.ir.facts import Fact
+from xdit_ir.ir.graphs import copy_graph, expand_call
+from xdit_ir.ir.program import STAGE, Program, called_block
 from xdit_ir.pipefusion.liveness import Liveness, boundaries, liveness
 from xdit_ir.pipefusion.stage_search import CutPoints, StagePlan, contiguous, cut_folded, cut_straight, folded
 from xdit_ir.sharding.machine import Machine
@@ -34,13 +36,17 @@ class PartitionStages:
     cut lies between blocks, or inside one where about as few bytes are alive as around it.
 
     Folded where the weights, or the bytes of long skips, are spread better so. `stages`: instead, how many of the
-    blocks each stage gets. Numerics: exact.
+    blocks each stage gets.
     """
+
+    name: ClassVar[str] = "partition-stages"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.STAGES})
 
     count: int
     stages: tuple[int, ...] | None = None
     machine: Machine = field(default_factory=Machine)
-    name: str = "partition-stages"
 
     def apply(self, program: Program) -> Program:
         """The program with `STAGE` noted; block calls that a cut goes through are expanded."""
@@ -55,18 +61,23 @@ class PartitionStages:
             if self.stages is None
             else _given(found, self.count, self.stages)
         )
-        calls = {value.call for place in cuts if (value := _crossed(found, place)) is not None}
-
+        crossed = [value.call for place in cuts if (value := _crossed(found, place)) is not None]
         called = {call: place for place, call in boundaries(found)}
 
-        def note(call: fx.Node | None, node: fx.Node, new: fx.Node) -> None:
-            value = ProgramValue(call, node)
-            place = found.place[value] if value in found.followed else called.get(node)
-            if place is not None:
-                new.meta[STAGE] = bisect.bisect_right(cuts, place)
+        def note(call: fx.Node | None, copies: Mapping[fx.Node, fx.Node]) -> None:
+            for node, new in copies.items():
+                value = ProgramValue(call, node)
+                place = found.place[value] if value in found.followed else called.get(node)
+                if place is not None:
+                    new.meta[STAGE] = bisect.bisect_right(cuts, place)
 
-        staged = inline(program, [call for call in calls if call is not None], note)
-        return staged.replace(coordinates=coordinates)
+        graph = copy_graph(program.graph)
+        copies = dict(zip(program.graph.nodes, graph.nodes, strict=True))
+        note(None, copies)
+        for call in dict.fromkeys(crossed):
+            assert call is not None
+            note(call, expand_call(graph, copies[call], program.blocks[called_block(call)].graph, prefixed=True))
+        return program.with_graph(graph).replace(coordinates=coordinates)
 
 
 def _crossed(found: Liveness, place: int) -> ProgramValue | None:

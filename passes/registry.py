@@ -12,63 +12,47 @@ import difflib
 import importlib
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from xdit_ir.errors import XditError
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.ir.program import Program
-from xdit_ir.passes.base import Pass, run_passes
-from xdit_ir.passes.canonicalize import Canonicalize
-from xdit_ir.passes.compose_attention import ComposeAttention
-from xdit_ir.passes.displace_patches import DisplacePatches
-from xdit_ir.passes.divide_conditions import DivideConditions
-from xdit_ir.passes.find_tokens import FindTokens
-from xdit_ir.passes.group_keys import GroupKeys
-from xdit_ir.passes.lower_attention import LowerAttention
-from xdit_ir.passes.order_exchanges import OrderExchanges
-from xdit_ir.passes.overlap import Overlap
-from xdit_ir.passes.partition_stages import PartitionStages
-from xdit_ir.passes.separate_time import SeparateTime
-from xdit_ir.passes.shard_tokens import ShardTokens
-from xdit_ir.passes.split_batch import SplitBatch
-from xdit_ir.passes.split_joins import SplitJoins
-from xdit_ir.passes.split_statistics import SplitStatistics
-from xdit_ir.passes.take_known import TakeKnown
+from xdit_ir.passes.base import After, run_passes
+from xdit_ir.passes.contract import Pass, contract_of
+from xdit_ir.passes.order import PASSES
 from xdit_ir.sharding.machine import H100, Machine
-
-PASSES: tuple[type[Any], ...] = (
-    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, SplitStatistics, FindTokens),
-    *(PartitionStages, SplitBatch, ShardTokens, DisplacePatches, LowerAttention),
-    DivideConditions,
-    *(OrderExchanges, SplitJoins, Overlap, SeparateTime),
-)
-NUMERICS = ("exact", "reassociated", "stale")
 
 
 @dataclass(frozen=True)
 class Described:
-    """A pass for people: what it does, whether results stay bit-equal, and its options with their defaults."""
+    """A pass for people: what it does, whether results stay bit-equal, its options with their defaults, and the facts
+    that it requires and provides."""
 
     name: str
     does: str
     numerics: str
     options: Mapping[str, str]
+    requires: tuple[str, ...] = ()
+    provides: tuple[str, ...] = ()
 
 
 def pass_name(kind: type[Any]) -> str:
-    """The name of a pass, which is the default of its field `name`."""
-    return str(kind.__dataclass_fields__["name"].default)
+    """The name of a pass: a class variable, or the default of a field."""
+    return str(kind.name)
 
 
 def describe(kind: type[Any]) -> Described:
-    """The description of a pass, from its docstring and its fields."""
-    text = re.sub(r"\s+", " ", kind.__doc__ or "").strip()
-    does, _, rest = text.partition("Numerics: ")
-    numerics = next((name for name in NUMERICS if rest.startswith(name)), "not declared")
+    """The description of a pass, from its docstring, its fields and what it declares."""
+    contract = contract_of(kind)
+    requires, provides = (
+        tuple(fact.value for fact in Fact if fact in facts) for facts in (contract.requires, contract.provides)
+    )
     options = {name: _shown(default) for name, _, default in _options(kind)}
-    return Described(pass_name(kind), does.strip(), numerics, options)
+    does = re.sub(r"\s+", " ", kind.__doc__ or "").strip()
+    return Described(pass_name(kind), does, contract.numerics, options, requires, provides)
 
 
 def _shown(default: Any) -> str:
@@ -142,7 +126,7 @@ def _value(name: str, text: str, hint: Any) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if hint is str:
             return text
-        return tuple(int(part) for part in re.split(r"[+:/]", text))
+        return tuple(int(part) for part in re.split(r"[+:/.]", text))
     except (ValueError, KeyError):
         wanted = getattr(hint, "__name__", "numbers joined by +")
         raise XditError(f"option {name}={text}: expected {wanted}, such as {name}=2") from None
@@ -196,11 +180,13 @@ def _kind(name: str) -> type[Any]:
     return found
 
 
-def apply_passes(
-    program: Program, steps: Sequence[PassSpec], after: Callable[[Pass, Program], None] | None = None
-) -> Program:
-    """Run the passes in order, with the verifier behind each."""
-    mesh, machine = program.mesh, H100
+def apply_passes(program: Program, steps: Sequence[PassSpec], after: After | None = None) -> Program:
+    """Run the passes in order, with the verifier behind each.
+
+    Raises:
+        XditError: a pass has no such option, or cannot run yet: see `run_passes`.
+    """
+    mesh, machine = program.seeding.mesh if program.seeding is not None else program.mesh, H100
     for step in steps:
         made = step.make(mesh, machine)
         mesh, machine = getattr(made, "mesh", mesh), getattr(made, "machine", machine)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir import ops
 from xdit_ir.ir.dataflow import reach
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import OUTER, all_graphs, map_graphs, operands, placeholders
 from xdit_ir.ir.layout import kind
 from xdit_ir.ir.mesh import TIME, Mesh
@@ -20,11 +22,14 @@ from xdit_ir.sharding.buffer_access import before_time, is_divided_over_time
 @dataclass(frozen=True)
 class SeparateTime:
     """Split every change of layout that talks over ranks and over time in two, and note what is computed once a step:
-    what neither depends on the latents, nor is divided over time, nor made from what is. Numerics: exact.
+    what neither depends on the latents, nor is divided over time, nor made from what is.
     """
 
+    name: ClassVar[str] = "separate-time"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
+
     mesh: Mesh
-    name: str = "separate-time"
 
     def apply(self, program: Program) -> Program:
         """The program in which a change of layout talks either over ranks or over time."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
 from xdit_ir.passes.find_tokens import divides
-from xdit_ir.passes.gather_once import GatherOnce
 from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.layout_graph import Layouts
-from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 
 # The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
@@ -43,21 +43,26 @@ class ShardTokens:
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
     a view's inner factor (rows, frames); even within each such unit (places of every frame). Streams that reach no
-    query are gathered before the blocks, or their keys are exchanged, where that saves enough work. `GatherOnce` then
-    looks for values that had better be whole. Where nothing can be divided every rank computes all, and the report says
-    so. Numerics: exact.
+    query are gathered before the blocks, or their keys are exchanged, where that saves enough work. What is chosen is
+    noted as seeds, of which `propagate-layouts` makes layouts. Where nothing can be divided every rank computes all,
+    and the report says so.
     """
 
+    name: ClassVar[str] = "shard-tokens"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SEEDS})
+    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.RUNNABLE})
+
     mesh: Mesh
-    machine: Machine = field(default_factory=Machine)
-    name: str = "shard-tokens"
 
     def apply(self, program: Program) -> Program:
-        """The program with its token streams divided."""
-        degree = self.mesh.size(SEQUENCE)
-        if degree == 1:
-            return program
-        trial = Propagation(program, self.mesh)
+        """The program with what to divide noted as seeds."""
+        best = self._best(program) if self.mesh.size(SEQUENCE) > 1 else None
+        return program.replace(seeding=Seeding(self.mesh, best.seeds if best is not None else {}))
+
+    def _best(self, program: Program) -> _Choice | None:
+        trial, degree = Propagation(program, self.mesh), self.mesh.size(SEQUENCE)
         best: _Choice | None = None
         for axis in program.tokens:
             if axis.is_context and best is not None and best.price.work * degree <= BALANCED:
@@ -72,11 +77,7 @@ class ShardTokens:
                 else:
                     accepted = best is None or (choice.price < best.price and self._is_worth(choice, best, axis))
                 best = choice if accepted else best
-        if best is None:
-            return program  # every rank computes all of it, which the report says
-        wanted = GatherOnce(self.mesh, self.machine).improved(program, best.seeds)
-        chosen = best.attempt if wanted is best.seeds else trial.attempt(wanted)
-        return chosen.program().replace(mesh=self.mesh)
+        return best
 
     def _is_worth(self, choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:
         """Each further stream costs communication, keys that are exchanged in every block most of all."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.partition import Indices, Partition
@@ -35,14 +37,17 @@ class _Choice:
 
 @dataclass(frozen=True)
 class SplitBatch:
-    """Cut the batch of one input and let demand cut the others; the outputs are gathered. Numerics: exact.
+    """Cut the batch of one input and let demand cut the others; the outputs are gathered.
 
     A batch that the model takes apart and puts together again is cut once more behind that, and before. Where there is
     no batch since samples are packed in one sequence, that is cut between samples.
     """
 
+    name: ClassVar[str] = "split-batch"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
+
     mesh: Mesh
-    name: str = "split-batch"
 
     def apply(self, program: Program) -> Program:
         """The program with the batch divided, of all choices of the leading input the one with the least work."""

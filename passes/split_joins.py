@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_weight
@@ -19,10 +21,12 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class SplitJoins:
     """`linear(cat(a, b), w)` is `linear(a, w_a) + linear(b, w_b)`: where `b` comes from other ranks and `a` does not,
-    the first product can run while `b` is on its way. Numerics: reassociated.
+    the first product can run while `b` is on its way.
     """
 
-    name: str = "split-joins"
+    name: ClassVar[str] = "split-joins"
+    numerics: ClassVar[str] = "reassociated"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
 
     def apply(self, program: Program) -> Program:
         """The program with such projections split."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
@@ -22,10 +23,12 @@ class SplitStatistics:
     """Write group and instance norms, and Euclidean norms along other dims than the last, with means and sums.
 
     Their rules need the dims whole over which statistics are taken, and these are where tokens are. The variance is
-    the mean of squared deviations, so that nothing cancels. Numerics: reassociated.
+    the mean of squared deviations, so that nothing cancels.
     """
 
-    name: str = "split-statistics"
+    name: ClassVar[str] = "split-statistics"
+    numerics: ClassVar[str] = "reassociated"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
 
     def apply(self, program: Program) -> Program:
         """The program with statistics as operators of their own."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import copy_graph, remove_dead
 from xdit_ir.ir.partition import Indices
 from xdit_ir.ir.program import CONSTANT, SPEC, Program
@@ -27,9 +28,11 @@ MOST_RUNS = 64
 
 @dataclass(frozen=True)
 class TakeKnown:
-    """Where ragged text is packed, or padding left out, the kept positions are known. Numerics: exact."""
+    """Where ragged text is packed, or padding left out, the kept positions are known."""
 
-    name: str = "take-known"
+    name: ClassVar[str] = "take-known"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
 
     def apply(self, program: Program) -> Program:
         """The program with constant selections along one dim as `take` and `put`."""

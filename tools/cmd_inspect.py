@@ -14,10 +14,12 @@ import xdit_ir as xir
 from xdit_ir.api import TracedProgram
 from xdit_ir.errors import XditError
 from xdit_ir.inspection import WRITERS, inspect
+from xdit_ir.inspection.collect import lower_rank
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.ir.printer import body_text, program_text
 from xdit_ir.ir.program import Program
-from xdit_ir.passes.base import Pass, run_passes
+from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.order import analysis_passes
 from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.text import save
@@ -50,6 +52,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--bodies", action="store_true", help="print every operator, not only the block level")
     parser.add_argument("--block", metavar="NAME", help="print only this block, with every operator")
     parser.add_argument("--passes", action="store_true", help="print the program after each pass")
+    parser.add_argument(
+        "--gpu",
+        type=_capability,
+        default=(9, 0),
+        metavar="M.N",
+        help="with --passes: the compute capability of the GPU that rank 0 is shown for, or `none` (default: 9.0)",
+    )
     parser.add_argument("--report", action="store_true", help="print only the report")
     parser.add_argument("--output", "--text", type=Path, metavar="FILE", help="write the text to FILE instead")
     for name, what in DRAWINGS.items():
@@ -58,6 +67,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", default="meta", help="where a zoo model is made (default: meta, no memory)")
     parser.add_argument("--dtype", choices=DTYPES, help="of a zoo model (default: bfloat16, for :tiny float32)")
     parser.set_defaults(run=run)
+
+
+def _capability(text: str) -> tuple[int, int] | None:
+    if text == "none":
+        return None
+    major, minor = map(int, text.split("."))
+    return major, minor
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,9 +127,13 @@ def _sections(args: argparse.Namespace, traced: TracedProgram, given: dict[str, 
     named = " ".join(f"{name}={size}" for name, size in given.items()) or "one rank"
     steps: list[str] = []
     with working(f"parallelizing: {named}"):
-        parallel = traced.parallelize(
-            **given, machine=args.machine, after=lambda one, ir: steps.append(_after(one, ir, view))
-        )
+
+        def note(one: Pass, program: Program) -> None:
+            steps.append(_after(one, program, view))
+
+        parallel = traced.parallelize(**given, machine=args.machine, after=note)
+        if args.passes:
+            lower_rank(parallel, 0, args.gpu, note)
         report = f"# report: {args.model}, {named}\n{str(parallel.report()).rstrip()}"
     if args.report:
         return [report]
@@ -149,4 +169,4 @@ def _view(args: argparse.Namespace, program: Program) -> Render:
         near = difflib.get_close_matches(block, known, n=1, cutoff=0.0)
         hint = f"nearest: {near[0]}; there are {', '.join(known)}" if near else "it has no shared blocks"
         raise XditError(f"{args.model} has no block {block!r}; {hint}")
-    return lambda shown: body_text(shown, block)
+    return lambda shown: body_text(shown, block) if block in shown.blocks else f"(no call of {block})"

@@ -11,7 +11,7 @@ from typing import Any
 from xdit_ir.errors import XditError
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program
-from xdit_ir.passes.base import Pass
+from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.registry import apply_passes, parse_passes
 from xdit_ir.sharding.verify import verify
 from xdit_ir.text import load, parse, save, write

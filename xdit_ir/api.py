@@ -21,8 +21,9 @@ from xdit_ir.ir.interpret import Interpreter, model_state
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program
-from xdit_ir.passes.base import run_passes
-from xdit_ir.passes.order import After, analysis_passes, check_schedule, divide, make_pipeline
+from xdit_ir.passes.base import After, run_passes
+from xdit_ir.passes.divide import check_schedule, divide, make_pipeline
+from xdit_ir.passes.order import analysis_passes
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
 from xdit_ir.runtime.emitted import Emitted, emit
@@ -157,7 +158,7 @@ class ParallelProgram:
             ParallelizeError: under PipeFusion.
         """
         if rank not in self._ranks:
-            self._ranks[rank] = Specialize(rank).apply(self.ir)
+            self._ranks[rank] = run_passes(self.ir, [Specialize(rank)])
         return self._ranks[rank]
 
     def simulate(self, model: nn.Module, example: Example, observe: RankObserver | None = None) -> list[Any]:

@@ -15,6 +15,10 @@ class ParallelizeError(XditError):
     """A parallel degree is unknown or illegal for this program; names the nearest legal one."""
 
 
+class PassError(XditError):
+    """A pass cannot run yet; names what the program lacks and the passes that provide it."""
+
+
 class VerifyError(XditError):
     """A program breaks an invariant of the IR; names the pass, block and node."""
 

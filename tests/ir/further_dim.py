@@ -46,9 +46,9 @@ from xdit_ir.ir.mesh import MESH_DIMS, Mesh  # noqa: E402
 from xdit_ir.ir.program import SPEC, Program  # noqa: E402
 from xdit_ir.passes.base import run_passes  # noqa: E402
 from xdit_ir.passes.lower_attention import LowerAttention  # noqa: E402
+from xdit_ir.passes.order import token_passes  # noqa: E402
 from xdit_ir.passes.overlap import Overlap  # noqa: E402
 from xdit_ir.passes.registry import apply_passes, parse_passes  # noqa: E402
-from xdit_ir.passes.shard_tokens import ShardTokens  # noqa: E402
 from xdit_ir.sharding.propagate import Propagation  # noqa: E402
 from xdit_ir.sharding.verify import verify  # noqa: E402
 from xdit_ir.text import difference, parse, write  # noqa: E402
@@ -67,7 +67,7 @@ def divided(program: Program, mesh: Mesh, dim: int) -> Program:
 def runs_by_hand(traced: TracedProgram, model: torch.nn.Module, example: Any, mesh: Mesh, dim: int) -> None:
     """What was divided over the further dim is lowered, verified, simulated, reported, written, read and seen."""
     program = divided(traced.analysed, mesh, dim)
-    program = run_passes(program, [ShardTokens(mesh), LowerAttention(mesh), Overlap(mesh)])
+    program = run_passes(program, [*token_passes(mesh), LowerAttention(mesh), Overlap(mesh)])
     verify(program, runnable=True)
     parallel = ParallelProgram(traced.ir, traced.analysed, program, mesh)
     result = check_parallel(parallel, model, example)
@@ -94,7 +94,7 @@ def main() -> None:
     seen = inspect(traced, "pixart-sigma:tiny", tensor=2, pipefusion=2)
     assert seen.mesh == {"pipefusion": 2, "tensor": 2} and seen.legend["tensor"] == "features"
     assert "tensor" in WRITERS["html"](seen)
-    steps = parse_passes("find-tokens,shard-tokens{ulysses=2 tensor=2},lower-attention")
+    steps = parse_passes("find-tokens,shard-tokens{ulysses=2 tensor=2},propagate-layouts,lower-attention")
     made = apply_passes(traced.analysed, steps)
     assert made.mesh == Mesh.of(ulysses=2, tensor=2)
     assert xir.port(model, tensor=2)._made.mesh == MESH

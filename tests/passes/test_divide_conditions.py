@@ -20,7 +20,7 @@ from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.divide_conditions import DivideConditions
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
-from xdit_ir.passes.shard_tokens import ShardTokens
+from xdit_ir.passes.order import token_passes
 from xdit_ir.passes.split_batch import SplitBatch
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.specialize import Specialize
@@ -68,7 +68,9 @@ EXAMPLE = {"x": torch.randn(BATCH, 16, WIDTH), "condition": torch.randn(BATCH, W
 
 def lowered(model: nn.Module, mesh: Mesh) -> Program:
     traced = xir.trace(model, EXAMPLE).ir
-    return run_passes(traced, [Canonicalize(), FindTokens(), SplitBatch(mesh), ShardTokens(mesh), LowerAttention(mesh)])
+    return run_passes(
+        traced, [Canonicalize(), FindTokens(), SplitBatch(mesh), *token_passes(mesh), LowerAttention(mesh)]
+    )
 
 
 def test_one_exchange_for_all_layers(golden: Callable[[str, str], None]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import xdit_ir as xir
 from xdit_ir import Machine
 from xdit_ir.inspection.schedule import timeline
-from xdit_ir.passes.base import Pass
+from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.registry import parse_passes
 
@@ -68,9 +68,9 @@ def test_a_slow_link_keeps_stages_contiguous() -> None:
 @pytest.mark.parametrize(
     ("degrees", "priced"),
     [
-        ({"ulysses": 2}, {"shard-tokens", "lower-attention", "divide-conditions", "overlap"}),
+        ({"ulysses": 2}, {"replicate-shared", "lower-attention", "divide-conditions", "overlap"}),
         ({"pipefusion": 2}, {"partition-stages", "lower-attention"}),
-        ({"pipefusion": 2, "patches": 1, "ulysses": 2}, {"partition-stages", "shard-tokens", "lower-attention"}),
+        ({"pipefusion": 2, "patches": 1, "ulysses": 2}, {"partition-stages", "replicate-shared", "lower-attention"}),
     ],
 )
 def test_every_pass_that_prices_gets_the_machine(degrees: dict[str, int], priced: set[str]) -> None:
@@ -123,7 +123,7 @@ def test_as_text() -> None:
 
 
 def test_a_list_of_passes_keeps_the_speeds_of_the_pass_before() -> None:
-    first, second = parse_passes("shard-tokens{ulysses=2 bytes=25e9},overlap{latency=1e-6}")
+    first, second = parse_passes("lower-attention{ulysses=2 bytes=25e9},overlap{latency=1e-6}")
     made: Any = first.make()
     then: Any = second.make(made.mesh, made.machine)
     assert then.machine == Machine(bytes=25e9, latency=1e-6) and then.mesh == made.mesh

@@ -18,9 +18,9 @@ from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
+from xdit_ir.passes.order import token_passes
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
-from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.sharding.machine import Machine
 
@@ -61,7 +61,7 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def lowered() -> Program:
     traced = xir.trace(Model(), (torch.zeros(2, 64, 8),)).ir
-    return run_passes(traced, [Canonicalize(), FindTokens(), ShardTokens(MESH), LowerAttention(MESH)])
+    return run_passes(traced, [Canonicalize(), FindTokens(), *token_passes(MESH), LowerAttention(MESH)])
 
 
 def position(graph: fx.Graph, find: Callable[[fx.Node], bool]) -> list[int]:

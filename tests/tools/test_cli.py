@@ -115,11 +115,31 @@ def test_inspect_one_block_after_each_pass(capsys: Capture) -> None:
     out = capsys.readouterr().out
     titles = re.findall(r"(?m)^# (.*)$", out)
     assert titles[0] == TINY and titles[-1].startswith("report")
-    passes = ["canonicalize", "find-tokens", "split-batch", "shard-tokens", "lower-attention"]
+    passes = ["canonicalize", "find-tokens", "split-batch", "shard-tokens", "replicate-shared", "propagate-layouts"]
+    passes += ["lower-attention", "specialize", "fuse-gelu", "choose-kernels", "use-copy-engines"]
     assert [title for title in titles if title.removeprefix("after ") in passes] == [f"after {p}" for p in passes]
     assert out.count("block FluxTransformerBlock(") == len(titles) - 1
     assert "block FluxSingleTransformerBlock(" not in out
-    assert "scaled_dot_product_attention(" in out and "= all_to_all(" in out
+    assert "scaled_dot_product_attention(" in out and "= all_to_all(" in out and "= all_to_all_by_copies(" in out
+
+
+def test_inspect_shows_what_a_rank_runs_on_other_devices(capsys: Capture) -> None:
+    """Kernels are chosen for the GPU that is described; on the CPU a rank's program runs as it is."""
+    args = ["inspect", TINY, "--dtype", "bfloat16", "--ring", "2", "--passes", "--block", "FluxTransformerBlock"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "= linear_gelu(" in out and "= ring_attention[cudnn](" in out
+    assert main([*args, "--gpu", "8.0"]) == 0
+    assert "= ring_attention[flash](" in capsys.readouterr().out
+    assert main([*args, "--gpu", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "# after specialize" in out and "# after fuse-gelu" not in out
+
+
+def test_inspect_shows_what_a_stage_runs(capsys: Capture) -> None:
+    assert main(["inspect", TINY, "--dtype", "bfloat16", "--pipefusion", "2", "--passes"]) == 0
+    out = capsys.readouterr().out
+    assert "# after partition-stages" in out and "# after displace-patches" in out and "# after choose-kernels" in out
 
 
 def test_inspect_bodies_to_a_file(capsys: Capture, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from xdit_ir.ir.flops import node_flops
-from xdit_ir.ir.graphs import weights_of
+from xdit_ir.ir.graphs import expand_call, weights_of
 from xdit_ir.ir.program import CONSTANT, SPEC, WEIGHT, WHERE, Block, TensorSpec, Where, is_block_call, qualified
 
 _WORTHWHILE = 0.01
@@ -67,34 +67,8 @@ def inline_small(graph: fx.Graph, bodies: Bodies) -> Bodies:
     small = {name for name in bodies if share[name] < _WORTHWHILE * total}
     for node in calls:
         if node.args[0] in small:
-            inline(graph, node, bodies[str(node.args[0])])
+            expand_call(graph, node, bodies[str(node.args[0])])
     return {name: body for name, body in bodies.items() if name not in small}
-
-
-def inline(graph: fx.Graph, call: fx.Node, body: fx.Graph) -> None:
-    """Replace a block call by its body's nodes."""
-    prefix, values = str(call.args[1]), iter(call.args[2])  # type: ignore[arg-type]
-    copies: dict[fx.Node, Any] = {}
-    results: Any = ()
-    with graph.inserting_before(call):
-        for node in body.nodes:
-            if node.op == "placeholder":
-                copies[node] = next(values)
-            elif node.op == "output":
-                results = fx.map_arg(node.args[0], copies.__getitem__)
-            else:
-                copies[node] = made = graph.node_copy(node, copies.__getitem__)
-                place = node.meta[WHERE]
-                made.meta = {
-                    SPEC: node.meta[SPEC],
-                    WHERE: Where(qualified(prefix, place.module).rstrip("."), place.source),
-                }
-                if node.op == "get_attr":
-                    made.target = qualified(prefix, str(node.target))
-    for item in list(call.users):
-        item.replace_all_uses_with(results[item.args[1]])
-        graph.erase_node(item)
-    graph.erase_node(call)
 
 
 def name_blocks(graph: fx.Graph, bodies: Bodies, kinds: Mapping[str, str]) -> dict[str, Block]:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import keyword
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.slots import slot_call, slot_spec
-from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Slot
-from xdit_ir.ir.collective_ops import Communicate, Ring
+from xdit_ir.ir.collective_ops import Communicate, PeerExchange
 from xdit_ir.ir.graphs import all_graphs, operands
-from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
-from xdit_ir.kernels.attention import Attention
-from xdit_ir.kernels.backends import Backend, Problem, choose
-from xdit_ir.kernels.fuse import fused, linear_gelu
+from xdit_ir.ir.program import CONSTANT, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
+from xdit_ir.kernels.attention import Attention, KernelAttention
 from xdit_ir.transport.collectives import lower
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
@@ -56,31 +51,18 @@ class Code:
     mailbox: Mailbox | None = None
 
 
-def generate(
-    program: Program,
-    communicator: Communicator,
-    device: torch.device,
-    execution: Execution | None = None,
-    *,
-    peer: bool = False,
-) -> Code:
-    """Code for one rank's program on `device`; the process groups that it needs exist already.
-
-    `peer`: exchanges inside blocks go over symmetric memory where they can.
-    """
-    execution = execution or Execution()
+def generate(program: Program, communicator: Communicator, device: torch.device) -> Code:
+    """Code for one rank's program on `device`; the process groups that it needs exist already."""
     bodies = {}
-    mailbox = Mailbox.of(program, communicator) if peer else None
+    mailbox = Mailbox.of(program, communicator)
     for name, block in program.blocks.items():
-        writer = _CodeWriter(name, program.device, device, communicator, execution)
+        writer = _CodeWriter(name, program.device, device, communicator, mailbox)
         constants = writer.head(block.graph, _state_names(block.graph))
         slots = writer.buffers(list(_slot_specs(block.graph)))
-        writer.mailbox = mailbox
         bodies[name] = EmittedBody(writer.write(block.graph, {}), constants, slots, bool(writer.shared))
-    writer = _CodeWriter(program.name, program.device, device, communicator, execution)
+    writer = _CodeWriter(program.name, program.device, device, communicator, mailbox)
     writer.head(program.graph, list(itertools.chain(*state_names(program))))
     writer.buffers(list(slot_specs(program)))
-    mailbox = mailbox if mailbox and mailbox.channels else None
     if mailbox is not None:
         writer.share(mailbox)
     return Code(writer.write(program.graph, bodies), bodies, mailbox)
@@ -129,17 +111,20 @@ class _CodeWriter:
     """Writes one graph anew: weights become placeholders, communications become calls of modules."""
 
     def __init__(
-        self, name: str, traced: torch.device, device: torch.device, communicator: Communicator, execution: Execution
+        self,
+        name: str,
+        traced: torch.device,
+        device: torch.device,
+        communicator: Communicator,
+        mailbox: Mailbox | None,
     ) -> None:
         self.name, self.traced, self.device, self.communicator = name, traced, device, communicator
-        self.execution = execution
+        self.mailbox = mailbox
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.state: dict[str, fx.Node] = {}
         self.modules: dict[str, nn.Module] = {}
         self.pending: dict[fx.Node, tuple[nn.Module, fx.Node]] = {}
-        self.fusions: dict[fx.Node, fx.Node] = {}
-        self.mailbox: Mailbox | None = None
         self.taken: set[str] = set()
         self.custody = Custody()
         self.shared: list[fx.Node] = []
@@ -177,7 +162,6 @@ class _CodeWriter:
 
     def write(self, source: fx.Graph, bodies: Mapping[str, EmittedBody]) -> fx.GraphModule:
         """Write the rest and make a module of it."""
-        self.fusions = dict(found for node in source.nodes if (found := self._fused(node)))
         for node in source.nodes:
             if node.op == "get_attr":
                 self.env[node] = self.state[str(node.target)]
@@ -187,23 +171,14 @@ class _CodeWriter:
         self.custody.close()
         return fx.GraphModule(self.modules, self.graph, _identifier(self.name))
 
-    def _fused(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        return fused(node) if self.device.type == "cuda" else None
-
     def _node(self, node: fx.Node, bodies: Mapping[str, EmittedBody]) -> fx.Node:
-        if node in self.fusions:
-            args = fx.map_arg(node.args, self.env.__getitem__)
-            return self.graph.create_node("call_function", linear_gelu, args, name=node.name)
-        if node in self.fusions.values():
-            return self.env[node.all_input_nodes[0]]
         if is_block_call(node):
             return self._block_call(node, bodies)
         if isinstance(node.target, Communicate):
             return self._communication(node, node.target)
-        backend = choose(self.execution.attention, self._problem(node)) if node.target is ops.attention else None
-        if backend is not None:
+        if isinstance(node.target, KernelAttention):
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
-            return self._call(f"attention_{len(self.modules)}", Attention(backend), args, dict(kwargs), node.name)
+            return self._call(f"attention_{len(self.modules)}", Attention(node.target), args, dict(kwargs), node.name)
         if isinstance(node.target, Slot):
             values = [self.env[value] for value in node.all_input_nodes]
             return slot_call(self.graph, node, self.kept[node.target.slot], values)
@@ -212,28 +187,13 @@ class _CodeWriter:
             new.update_kwarg("device", self.device)
         return new
 
-    def _problem(self, node: fx.Node) -> Problem:
-        """The shapes of an attention."""
-        given = inspect.signature(ops.attention).bind(*node.args, **node.kwargs).arguments
-        q, k, v = (given[name].meta[SPEC] for name in ("q", "k", "v"))
-        masked, causal = given.get("mask") is not None, bool(given.get("is_causal"))
-        return Problem(q.shape, k.shape, v.shape, q.dtype, self.device, masked, causal, self.execution.cuda_graph)
-
-    def _ring_kernels(self, node: fx.Node, keys: Sequence[int]) -> list[Backend | None]:
-        """The kernels for the keys of each member of a ring, which come with as many heads as queries have."""
-        problem = self._problem(node)
-        parts = ((*problem.q[:-2], count) for count in keys)
-        each = (replace(problem, k=(*part, problem.k[-1]), v=(*part, problem.v[-1])) for part in parts)
-        return [choose(self.execution.attention, one, lse=True) for one in each]
-
     def _communication(self, node: fx.Node, target: Communicate) -> fx.Node:
         """Started here; what waits for it is written just before the first operator that needs the result."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
-        over_peers = self.mailbox.lower(self.name, node) if self.mailbox is not None else None
-        if over_peers is not None:
-            return self._put(node, args, *over_peers)
-        kernels = self._ring_kernels(node, target.keys) if isinstance(target, Ring) else ()
-        first, *rest = lower(target, self.communicator, kernels)
+        if isinstance(target, PeerExchange):
+            assert self.mailbox is not None
+            return self._put(node, args, *self.mailbox.modules(node, target))
+        first, *rest = lower(target, self.communicator)
         name = f"{node.name}_start" if rest else node.name
         new = self._call(f"{target.kind}_{len(self.modules)}", first, args, dict(kwargs), name)
         if rest:

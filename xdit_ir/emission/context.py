@@ -14,6 +14,7 @@ from xdit_ir.emission.execution import Execution, compile_body
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program
+from xdit_ir.passes.base import run_passes
 from xdit_ir.transport.distributed import Communicator
 
 
@@ -60,9 +61,10 @@ class RankContext:
         """Of the model's forward."""
         return inspect.signature(self.model.forward)
 
-    def code(self, program: Program, *, peer: bool = False) -> Code:
-        """A program as code, compiled if that is wanted; `peer` as in `generate`."""
-        code = generate(program, self.communicator, self.device, self.execution, peer=peer)
+    def code(self, program: Program, *, peers: bool = False) -> Code:
+        """A program as code, compiled if that is wanted; `peers` as in `Execution.passes`."""
+        lowered = run_passes(program, self.execution.passes(self.device, peers=peers))
+        code = generate(lowered, self.communicator, self.device)
         if self.execution.compile:
             for body in code.bodies.values():
                 compile_body(body.module, fixed=body.uses_mailbox)

@@ -12,6 +12,8 @@ from torch import nn
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.kernels.backends import check_name
+from xdit_ir.passes.contract import Pass
+from xdit_ir.passes.order import rank_passes
 
 Tensors = list[torch.Tensor]
 TRANSPORTS = ("auto", "collective", "peer")
@@ -53,6 +55,11 @@ class Execution:
         check_name(self.attention)
         if self.cuda_graph and device.type != "cuda":
             raise ParallelizeError(f"cuda_graph=True needs a model on a CUDA device, this one is on {device}")
+
+    def passes(self, device: torch.device, *, peers: bool = False) -> list[Pass]:
+        """What is done to a rank's program for `device`; `peers`: exchanges inside blocks may go over its peers."""
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return rank_passes(capability, self.attention, recorded=self.cuda_graph, peers=peers)
 
 
 @contextmanager

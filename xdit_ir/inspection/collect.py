@@ -12,12 +12,15 @@ from xdit_ir.inspection.views import view
 from xdit_ir.ir.mesh import DIMS, MESH_DIMS
 from xdit_ir.ir.printer import body_text, outer_text
 from xdit_ir.ir.program import Program
-from xdit_ir.passes.base import Pass, run_passes
-from xdit_ir.passes.order import analysis_passes
+from xdit_ir.passes.base import After, run_passes
+from xdit_ir.passes.contract import Pass
+from xdit_ir.passes.order import analysis_passes, rank_passes
 from xdit_ir.passes.registry import describe
 from xdit_ir.pipefusion.pipeline_program import Pipeline
+from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.sharding.report import Report
+from xdit_ir.sharding.specialize import Specialize
 
 
 def inspect(traced: TracedProgram, model: str, machine: Machine = H100, **degrees: Any) -> Inspection:
@@ -51,6 +54,16 @@ def inspect(traced: TracedProgram, model: str, machine: Machine = H100, **degree
         timeline=schedule,
         legend={dim.name: dim.says for dim in DIMS if dim.name in wide},
     )
+
+
+def lower_rank(parallel: ParallelProgram, rank: int, capability: tuple[int, int] | None, after: After) -> None:
+    """Run the passes over one rank's program as on a GPU of this compute capability that records CUDA graphs and
+    reaches its peers; None: on the CPU. Of a pipeline, over what the rank does first."""
+    if parallel.pipeline is None:
+        run_passes(parallel.ir, [Specialize(rank), *rank_passes(capability, recorded=True, peers=True)], after)
+    else:
+        task = next(iter(RankTasks(parallel.pipeline, rank).displaced.values()))
+        run_passes(task.program, rank_passes(capability, recorded=True), after)
 
 
 class History:

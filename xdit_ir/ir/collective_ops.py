@@ -40,6 +40,23 @@ class Reshuffle(Communicate):
 
 
 @dataclass(frozen=True)
+class PeerExchange(Reshuffle):
+    """The same by the GPUs' copy engines: what is sent lands in the `slots` (byte offsets, of which calls of a block
+    take turns) of every member's workspace, and flags on `channel` say so."""
+
+    channel: int
+    slots: tuple[int, ...]
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.kind}_by_copies"
+
+    def slot_size(self, itemsize: int) -> int:
+        """Bytes of the largest result of any member."""
+        return max(math.prod(landing.shape) for landing in self.exchange.landings) * itemsize
+
+
+@dataclass(frozen=True)
 class Reduce(Communicate):
     """Sum over the group."""
 
@@ -53,9 +70,16 @@ class ReduceScatter(Communicate):
 
 @dataclass(frozen=True)
 class Ring(Communicate):
-    """Attention with keys and values passed around the group; `keys[i]` of them belong to `group[i]`."""
+    """Attention with keys and values passed around the group; `keys[i]` of them belong to `group[i]`, and the kernel
+    for these is `kernels[i]` (empty: matrix products)."""
 
     keys: tuple[int, ...]
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def __name__(self) -> str:
+        used = ",".join(dict.fromkeys(filter(None, self.kernels)))
+        return f"{self.kind}[{used}]" if used else self.kind
 
 
 def pack(x: torch.Tensor, exchange: RankExchange) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from xdit_ir.ir.program import WEIGHT, Block, Program, is_block_call
+from xdit_ir.ir.program import WEIGHT, WHERE, Block, Program, is_block_call, qualified, where_of
 
 OUTER = ""  # the outer graph among the names of blocks
 
@@ -121,6 +121,33 @@ def all_graphs(program: Program) -> Iterator[tuple[str, fx.Graph, int]]:
     yield OUTER, program.graph, 1
     for name, block in program.blocks.items():
         yield name, block.graph, calls.count(name)
+
+
+def expand_call(graph: fx.Graph, call: fx.Node, body: fx.Graph, *, prefixed: bool = False) -> dict[fx.Node, fx.Node]:
+    """Replace a block call by the operators of the body that it calls, in place; returns the new node of each.
+
+    `prefixed`: names of values begin with the call's prefix.
+    """
+    prefix, given = str(call.args[1]), iter(operands(call))
+    inside: dict[fx.Node, fx.Node] = {}
+    made: dict[fx.Node, fx.Node] = {}
+    for node in body.nodes:
+        if node.op == "placeholder":
+            inside[node] = next(given)
+        elif node.op != "output":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), inside.__getitem__)
+            target = qualified(prefix, str(node.target)) if node.op == "get_attr" else node.target
+            name = f"{prefix}_{node.name}".replace(".", "_") if prefixed else node.name
+            with graph.inserting_before(call):
+                inside[node] = made[node] = new = graph.create_node(node.op, target, args, dict(kwargs), name=name)
+            where = where_of(node)
+            new.meta = node.meta | {WHERE: replace(where, module=where.below(prefix))}
+    results = [inside[value] for value in results_of(body)]
+    for item in list(call.users):
+        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+        graph.erase_node(item)
+    graph.erase_node(call)
+    return made
 
 
 def remove_dead(graph: fx.Graph, stays: Callable[[fx.Node], bool] = lambda node: False) -> None:

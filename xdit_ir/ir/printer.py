@@ -166,7 +166,17 @@ def _head(program: Program) -> list[str]:
     mesh = program.mesh
     over = "" if mesh is None else " on " + mesh_text(mesh)
     inputs = placeholders(program.graph)
-    return [f"program {program.name}{over} {{", *(f"  input %{n.name}: {node_type(n, mesh)}" for n in inputs)]
+    lines = [f"program {program.name}{over} {{", *(f"  input %{n.name}: {node_type(n, mesh)}" for n in inputs)]
+    return lines + list(_seeds(program))
+
+
+def _seeds(program: Program) -> Iterator[str]:
+    """What is decided to be divided, but not divided yet."""
+    if program.seeding is not None:
+        specs = {node.name: node.meta[SPEC] for node in program.graph.nodes}
+        for name, layouts in program.seeding.seeds.items():
+            types = (type_text(specs[name], layout, program.seeding.mesh) for layout in layouts)
+            yield f"  seed %{name}: {', '.join(types)}"
 
 
 def mesh_text(mesh: Mesh) -> str:

@@ -25,6 +25,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from xdit_ir.ir.facts import Fact
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 
 SPEC = "spec"
@@ -202,11 +204,20 @@ class TokenAxis:
     is_context: bool = False
 
 
+@dataclass(frozen=True)
+class Seeding:
+    """How values of the outer graph shall be divided over `mesh`: by name, the layouts to bring them into in turn."""
+
+    mesh: Mesh
+    seeds: Mapping[str, tuple[Layout, ...]]
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A captured model. `device` is the device it was traced on: nodes that name it mean "the running device".
 
-    In a pipeline, `coordinates[stage]` is where along `pipefusion` a stage is computed.
+    In a pipeline, `coordinates[stage]` is where along `pipefusion` a stage is computed. `facts` is what passes have
+    made true of it; `seeding` is there from when it is decided until layouts are written.
     """
 
     name: str
@@ -219,6 +230,8 @@ class Program:
     mesh: Mesh | None = None
     tokens: tuple[TokenAxis, ...] = ()
     coordinates: tuple[int, ...] = ()
+    seeding: Seeding | None = None
+    facts: frozenset[Fact] = frozenset()
 
     def replace(self, **changes: Any) -> Program:
         """A copy with fields changed; graphs are shared, so whoever edits one copies it first."""
@@ -229,6 +242,11 @@ class Program:
         used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
         blocks = {name: block for name, block in self.blocks.items() if name in used}
         return replace(self, graph=graph, blocks=blocks)
+
+    @property
+    def layout_mesh(self) -> Mesh | None:
+        """The mesh on which every value has a layout; None where values have none."""
+        return None if Fact.LOCAL in self.facts else self.mesh
 
     @property
     def calls(self) -> Iterator[fx.Node]:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from xdit_ir.kernels.backends import Backend
+from xdit_ir.kernels.backends import BACKENDS, Backend
 
 MOST_SCORES = 2**28
 
 
-class Attention(nn.Module):
-    """`ops.attention` of a shape for which a kernel was chosen."""
+@dataclass(frozen=True)
+class KernelAttention:
+    """Target of a node that is `ops.attention` by one of `BACKENDS`."""
 
-    def __init__(self, backend: Backend) -> None:
-        super().__init__()
-        self.backend = backend
+    backend: str
 
-    def forward(
+    @property
+    def __name__(self) -> str:
+        return f"attention[{self.backend}]"
+
+    def __call__(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -31,7 +36,19 @@ class Attention(nn.Module):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """As `ops.attention`."""
-        return self.backend.run(q, k, v, scale, is_causal)[0]
+        return BACKENDS[self.backend].run(q, k, v, scale, is_causal)[0]
+
+
+class Attention(nn.Module):
+    """A `KernelAttention` in code."""
+
+    def __init__(self, target: KernelAttention) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `ops.attention`."""
+        return self.target(*args, **kwargs)
 
 
 def attention_with_lse(

@@ -30,14 +30,15 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "float | None", bool],
 class Problem:
     """One attention: `q [..., heads, queries, dim]`, `k [..., kv_heads, keys, dim]`, `v [..., kv_heads, keys, dim_v]`.
 
-    `recorded`: it becomes part of a CUDA graph, so that the host's time to start it does not count.
+    `capability`: the compute capability of the GPU, None without one. `recorded`: it becomes part of a CUDA graph, so
+    that the host's time to start it does not count.
     """
 
     q: tuple[int, ...]
     k: tuple[int, ...]
     v: tuple[int, ...]
     dtype: torch.dtype
-    device: torch.device
+    capability: tuple[int, int] | None
     masked: bool = False
     causal: bool = False
     recorded: bool = False
@@ -66,9 +67,10 @@ class Backend:
         """Why it cannot do this; empty if it can."""
         if not _importable(self.module):
             return f"{self.module} is not installed"
-        if problem.device.type != "cuda" or problem.dtype not in HALF:
-            return f"it needs fp16 or bf16 on a GPU, not {problem.dtype} on {problem.device.type}"
-        if torch.cuda.get_device_capability(problem.device) < self.capability:
+        if problem.capability is None or problem.dtype not in HALF:
+            place = "the CPU" if problem.capability is None else "a GPU"
+            return f"it needs fp16 or bf16 on a GPU, not {problem.dtype} on {place}"
+        if problem.capability < self.capability:
             return f"it needs a GPU of compute capability {'.'.join(map(str, self.capability))}"
         return self._shape_refusal(problem)
 

@@ -32,8 +32,8 @@ class Runner:
         self._constants = list(constants_on(program, constants, self.device).values())
         self._parameters = context.parameters
         self._binder = InputBinder(self._parameters, program)
-        peer = context.execution.uses_peers and peers_reachable(context.communicator)
-        self.code = context.code(program, peer=peer)
+        peers = context.execution.uses_peers and peers_reachable(context.communicator)
+        self.code = context.code(program, peers=peers)
         if self.code.mailbox is not None:
             self._constants += self.code.mailbox.open(self.device)
         self._forward = Recording(self._compute) if context.execution.cuda_graph else self._compute

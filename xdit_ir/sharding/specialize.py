@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.collective_ops import Reduce, ReduceScatter, Reshuffle, Ring
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import operands, with_operands
 from xdit_ir.ir.layout import Layout, kind, part_of, plan, scatter_plan
 from xdit_ir.ir.mesh import TIME, Mesh
@@ -23,10 +24,16 @@ from xdit_ir.sharding.cost import ring_dims
 
 @dataclass(frozen=True)
 class Specialize:
-    """The pass `specialize`: from a program with layouts to the program of one rank."""
+    """Make the program of one rank of a program with layouts: sizes become local, changes of layout become exchanges
+    with named peers, and operators are told which part they work on."""
+
+    name: ClassVar[str] = "specialize"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.LOCAL})
+    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.RUNNABLE})
 
     rank: int
-    name: str = "specialize"
 
     def apply(self, program: Program) -> Program:
         """The rank's program; a node keeps the name of the node that it was made from."""
@@ -36,7 +43,8 @@ class Specialize:
             name: replace(block, graph=_localize(block.graph, program.mesh, self.rank))
             for name, block in program.blocks.items()
         }
-        return program.replace(graph=graph, blocks=blocks)
+        facts = program.facts - self.invalidates | self.provides
+        return program.replace(graph=graph, blocks=blocks, facts=facts)
 
 
 def _localize(graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Graph:
@@ -130,7 +138,9 @@ def _shard(node: fx.Node, value: fx.Node, graph: fx.Graph, have: Layout, want: L
     for place, dim in enumerate(moved):
         held, wanted = (part_of(layout.dims[dim], shape[dim], rank) for layout in (have, want))
         name = node.name if place == len(moved) - 1 else f"{node.name}_along{dim}"
+        dims = [want.dims[d] if d <= dim else have.dims[d] for d in range(len(shape))]
         value = graph.create_node("call_function", ops.take, (value, dim, held.positions(wanted).runs), name=name)
+        value.meta[SPEC] = TensorSpec(Layout(tuple(dims)).local_shape(shape, rank), node.meta[SPEC].dtype)
     return value
 
 

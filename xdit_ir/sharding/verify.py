@@ -56,8 +56,8 @@ class _Verifier:
                 self.fail(node, "has no type")
             if node.op == "get_attr":
                 self._known(node)
-            if self.program.mesh is not None:
-                self._layouts(node, self.program.mesh)
+            if self.program.layout_mesh is not None:
+                self._layouts(node, self.program.layout_mesh)
 
     def _layouts(self, node: fx.Node, mesh: Mesh) -> None:
         layout = node.meta.get(LAYOUT)
@@ -135,7 +135,7 @@ class _Verifier:
         for given, taken in zip(operands(node), placeholders(block.graph), strict=True):
             if given.meta[SPEC] != taken.meta[SPEC] or given.meta.get(LAYOUT) != taken.meta.get(LAYOUT):
                 self.fail(node, f"argument {taken.name} of {name} has another type")
-        if self.program.mesh is not None and node.meta[LAYOUT] != tuple(r.meta[LAYOUT] for r in results):
+        if self.program.layout_mesh is not None and node.meta[LAYOUT] != tuple(r.meta[LAYOUT] for r in results):
             self.fail(node, f"the results of {name} have other layouts")
 
     def _known(self, node: fx.Node) -> None:
@@ -147,7 +147,7 @@ class _Verifier:
             self.fail(node, f"{name} is no parameter, buffer or constant of the program")
 
     def _outputs(self) -> None:
-        if self.program.mesh is None:
+        if self.program.layout_mesh is None:
             return
         for value in results_of(self.program.graph):
             if not value.meta[LAYOUT].is_whole:

@@ -29,7 +29,7 @@ from xdit_ir.ir.program import (
 )
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.text.attachments import attached
-from xdit_ir.text.literals import STRING, read_literal, read_name
+from xdit_ir.text.literals import RECORD, STRING, read_literal, read_name
 from xdit_ir.text.scanner import Scanner
 from xdit_ir.text.targets import resolve
 from xdit_ir.text.types import TypeReader
@@ -131,6 +131,8 @@ class GraphReader:
     def _target(self, scanner: Scanner) -> Any:
         if scanner.take("$"):
             found = attached(self.attachments, scanner.expect(r"[\w.:\-]+", "an attachment"), scanner.line)
+        elif scanner.looking_at(RECORD):
+            found = read_literal(scanner, self.attachments, self._reference)
         else:
             found = resolve(scanner.expect(OPERATOR, "an operator, such as add.Tensor"), scanner.line)
         scanner.need("(")

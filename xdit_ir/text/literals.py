@@ -6,21 +6,25 @@ Python's own notation where there is one. Tuples and lists stay what they are; `
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from xdit_ir.errors import ParseError
 from xdit_ir.ir.printer import DTYPES
 from xdit_ir.text.attachments import INLINE, Collected, attached
 from xdit_ir.text.scanner import Scanner
+from xdit_ir.text.targets import RECORDS
 
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 COMPLEX = r"\([^(), ]*j\)|-?[\d.]+(?:e[+-]?\d+)?j"
 NUMBER = r"-?(?:inf|nan|\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.])"
 WORD = r"[A-Za-z_][\w.]*(?::\d+)?"
+RECORD = r"[A-Z]\w*\{"
 PLAIN = r"[\w.\-]+"
 DEVICES = ("cpu", "cuda", "meta", "xpu", "mps", "hpu", "npu", "privateuseone")
 Reader = Callable[[Scanner], Any]
@@ -63,7 +67,13 @@ class LiteralWriter:
             return f"slice({self(value.start)}, {self(value.stop)}, {self(value.step)})"
         if isinstance(value, torch.Tensor):
             return self.tensor(value)
+        if RECORDS.get(type(value).__name__) is type(value):
+            return self._record(value)
         return self._word(value)
+
+    def _record(self, value: Any) -> str:
+        given = (f"{one.name}: {self(getattr(value, one.name))}" for one in dataclasses.fields(value))
+        return f"{type(value).__name__}{{{', '.join(given)}}}"
 
     def _word(self, value: Any) -> str:
         if value is Ellipsis:
@@ -114,6 +124,8 @@ def read_literal(scanner: Scanner, attachments: Mapping[str, Any], reference: Re
         return slice(*_items(scanner, ")", read))
     if scanner.take("..."):
         return ...
+    if scanner.looking_at(RECORD):
+        return _record(scanner, read)
     return _word(scanner)
 
 
@@ -131,6 +143,22 @@ def _pair(scanner: Scanner, read: Reader) -> tuple[Any, Any]:
     key = read(scanner)
     scanner.need(":")
     return key, read(scanner)
+
+
+def _record(scanner: Scanner, read: Reader) -> Any:
+    kind = scanner.expect(r"[A-Z]\w*", "the name of a record")
+    scanner.need("{")
+    given = dict(_items(scanner, "}", lambda inner: _field(inner, read)))
+    try:
+        return RECORDS[kind](**given)
+    except (KeyError, TypeError):
+        raise ParseError(f"line {scanner.line}: there is no record {kind} of {', '.join(given)}") from None
+
+
+def _field(scanner: Scanner, read: Reader) -> tuple[str, Any]:
+    name = scanner.expect(r"\w+", "the name of a field")
+    scanner.need(":")
+    return name, read(scanner)
 
 
 def _word(scanner: Scanner) -> Any:

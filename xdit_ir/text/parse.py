@@ -13,15 +13,21 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from xdit_ir.errors import ParallelizeError, ParseError
+from xdit_ir.ir.facts import Fact
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
-from xdit_ir.ir.program import Block, Program, Signature, TokenAxis
+from xdit_ir.ir.program import Block, Program, Seeding, Signature, TokenAxis
 from xdit_ir.text.graphs import GraphReader
 from xdit_ir.text.literals import read_literal, read_name
 from xdit_ir.text.scanner import Scanner
 from xdit_ir.text.signature import SignatureReader
 from xdit_ir.text.types import TypeReader, read_partition
+from xdit_ir.text.write import usual_facts
 
-KEYWORDS = ("program", "block", "device", "coordinates", "weights", "constants", "tokens", "signature", "partitions")
+KEYWORDS = (
+    *("program", "block", "device", "facts", "coordinates", "weights", "constants", "tokens", "seeds", "signature"),
+    "partitions",
+)
 CALLS = re.compile(r"= ([\w.$-]+)<([^>]*)>\(")
 
 
@@ -80,9 +86,10 @@ class _Reader:
             raise ParseError(f"expected one program in the text, got {len(programs)}")
         self.main = programs[0]
         name = self.main.head.expect(r"[\w.]+", "the program's name")
-        self.mesh = self._mesh()
-        self.types = TypeReader(self.mesh, self._partitions())
-        self.result = Program(name, fx.Graph(), {}, _no_signature(), {}, torch.device("cpu"), mesh=self.mesh)
+        mesh, self.partitions = self._program_mesh(), self._partitions()
+        self.result = Program(name, fx.Graph(), {}, _no_signature(), {}, torch.device("cpu"), mesh=mesh)
+        self._change(facts=self._facts())
+        self.types = TypeReader(self.result.layout_mesh, self.partitions)
 
     def _all(self, keyword: str) -> list[_Section]:
         return [section for section in self.sections if section.keyword == keyword]
@@ -93,7 +100,7 @@ class _Reader:
     def program(self) -> Program:
         """All sections in the order in which they need each other."""
         self._change(state=self._weights(), constants=self._constants(), device=self._device(), tokens=self._tokens())
-        self._change(coordinates=self._coordinates())
+        self._change(coordinates=self._coordinates(), seeding=self._seeding())
         signature = self._lines("signature")
         if signature:
             self._change(signature=SignatureReader(self.attachments, self._predicate).read(signature))
@@ -114,11 +121,13 @@ class _Reader:
     def _change(self, **fields: Any) -> None:
         self.result = replace(self.result, **fields)
 
-    def _mesh(self) -> Mesh | None:
-        head = self.main.head
-        if not head.match(r"on\b"):
-            head.end()
-            return None
+    def _program_mesh(self) -> Mesh | None:
+        if self.main.head.match(r"on\b"):
+            return self._mesh(self.main.head)
+        self.main.head.end()
+        return None
+
+    def _mesh(self, head: Scanner) -> Mesh:
         if head.match(r"1 rank"):
             return Mesh()
         names, sizes = list[str](), list[int]()
@@ -139,6 +148,32 @@ class _Reader:
             found[number] = read_partition(line)
             line.end()
         return found
+
+    def _facts(self) -> frozenset[Fact]:
+        for section in self._all("facts"):
+            found = set[Fact]()
+            while not section.head.done:
+                word = next((fact for fact in Fact if section.head.match(rf"{fact.value}\b")), None)
+                found.add(word or section.head.fail("a fact", [fact.value for fact in Fact]))
+                section.head.take(",")
+            return frozenset(found)
+        return usual_facts(self.result.mesh)
+
+    def _seeding(self) -> Seeding | None:
+        for section in self._all("seeds"):
+            section.head.need("on")
+            mesh, seeds = self._mesh(section.head), dict[str, tuple[Layout, ...]]()
+            types = TypeReader(mesh, self.partitions)
+            for line in section.lines:
+                name = line.expect(r"%\w+", "a value")[1:]
+                line.need(":")
+                layouts = [types(line)[1]]
+                while line.take(","):
+                    layouts.append(types(line)[1])
+                line.end()
+                seeds[name] = tuple(layouts)
+            return Seeding(mesh, seeds)
+        return None
 
     def _device(self) -> torch.device:
         for section in self._all("device"):

@@ -1,4 +1,4 @@
-"""Operators by name: ours first, then ATen's, others with their namespace."""
+"""Operators by name: ours first, then ATen's, others with their namespace; and what targets of a rank are made of."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ import torch
 
 from xdit_ir.errors import ParseError
 from xdit_ir.ir import ops
+from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
+from xdit_ir.ir.collective_ops import PeerExchange, Reduce, ReduceScatter, Reshuffle, Ring
+from xdit_ir.ir.layout import Landing, Piece, RankExchange
 from xdit_ir.ir.printer import target_name
+from xdit_ir.kernels.attention import KernelAttention
+from xdit_ir.kernels.linear_gelu import linear_gelu
 
 OURS = {
     name: function
     for name, function in vars(ops).items()
     if inspect.isfunction(function) and function.__module__ == ops.__name__ and not name.startswith("_")
-}
+} | {"linear_gelu": linear_gelu}
+# Targets of a rank's program, and their parts: written as `Name{field: value, ...}`.
+_TARGETS: tuple[type[Any], ...] = (
+    *(Reshuffle, PeerExchange, Reduce, ReduceScatter, Ring, KernelAttention),
+    *(Read, Write, Keep, Recall),
+)
+RECORDS = {one.__name__: one for one in (*_TARGETS, RankExchange, Piece, Landing)}
 
 
 def target_text(target: Any) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import arguments_of, results_of
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
@@ -26,6 +27,7 @@ from xdit_ir.ir.program import (
     STAGE,
     WEIGHT,
     Program,
+    Seeding,
     TensorSpec,
     TokenAxis,
     Where,
@@ -55,7 +57,7 @@ class Document:
 
 def write(program: Program) -> Document:
     """The complete text of a program."""
-    collected, types = Collected(), TypeWriter(program.mesh)
+    collected, types = Collected(), TypeWriter(program.mesh if program.seeding is None else program.seeding.mesh)
     over = "" if program.mesh is None else f" on {mesh_text(program.mesh)}"
     outer = GraphWriter(program, program.graph, collected, types, [""])
     sections = [[f"program {program.name}{over} {{", *outer.inputs(), *outer.lines(), "}"]]
@@ -70,6 +72,8 @@ def write(program: Program) -> Document:
 def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterator[list[str]]:
     literal, plain = LiteralWriter(collected), TypeWriter(None)
     yield [f"device {literal(program.device)}"]
+    if program.facts != usual_facts(program.mesh):
+        yield [f"facts {', '.join(fact.value for fact in Fact if fact in program.facts)}".rstrip()]
     if program.coordinates:
         yield [f"coordinates {literal(program.coordinates)}"]
     if program.state:
@@ -79,6 +83,8 @@ def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterat
         yield ["constants {", *held, "}"]
     if program.tokens:
         yield ["tokens {", *(f"  {_token_text(axis)}" for axis in program.tokens), "}"]
+    if program.seeding is not None:
+        yield [f"seeds on {mesh_text(program.seeding.mesh)} {{", *_seed_lines(program, program.seeding, types), "}"]
 
     def graph(part: fx.Graph) -> list[str]:
         writer = GraphWriter(program, part, collected, types, [])
@@ -102,6 +108,17 @@ def reference(node: fx.Node) -> str:
     return str(node.meta.get(WEIGHT, node.target))
 
 
+def _seed_lines(program: Program, seeding: Seeding, types: TypeWriter) -> Iterator[str]:
+    specs = {node.name: node.meta[SPEC] for node in program.graph.nodes if node.name in seeding.seeds}
+    for name, layouts in seeding.seeds.items():
+        yield f"  %{name}: {', '.join(types(specs[name], layout) for layout in layouts)}"
+
+
+def usual_facts(mesh: Mesh | None) -> frozenset[Fact]:
+    """What is true of a program whose text does not say: on a mesh, that it has layouts."""
+    return frozenset() if mesh is None else frozenset({Fact.LAYOUTS})
+
+
 def usual_name(target: str) -> str:
     """What the node of a parameter, buffer or constant is called unless its line says otherwise."""
     return target.removeprefix(f"{CONSTANT}.").replace(".", "_")
@@ -123,7 +140,7 @@ class GraphWriter:
     def _is_usual(self, node: fx.Node) -> bool:
         spec = state_spec(self.program, reference(node), self.prefixes)
         usual = node.name == usual_name(reference(node)) and node.meta.get(SPEC) == spec
-        return usual and not clauses(node, origin=False) and is_usual_layout(node, self.program.mesh)
+        return usual and not clauses(node, origin=False) and is_usual_layout(node, self.program.layout_mesh)
 
     def _reference(self, value: Any) -> str | None:
         if not isinstance(value, fx.Node):
@@ -161,7 +178,7 @@ class GraphWriter:
             head = f"%{node.name}" if self._is_as_body(node, called_block(node)) else self._typed(node)
             return f"{head} = {call_text(node, self.literal)}"
         given = [*map(self.literal, node.args), *(f"{key}={self.literal(item)}" for key, item in node.kwargs.items())]
-        target = target_text(node.target) or f"${name_text(self.collected.object(node.target))}"
+        target = target_text(node.target) or self.literal(node.target)
         return f"{self._typed(node)} = {target}({', '.join(given)})"
 
     def _is_as_body(self, node: fx.Node, name: str) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from xdit_ir.ir.collective_ops import Assembly, Communicate, Reduce, ReduceScatter, Reshuffle, Ring, add_up, pack
 from xdit_ir.ir.layout import RankExchange
 from xdit_ir.kernels.attention import RingMerge
-from xdit_ir.kernels.backends import Backend
+from xdit_ir.kernels.backends import BACKENDS
 from xdit_ir.transport.distributed import Communicator
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -24,12 +24,8 @@ Shapes = tuple[tuple[int, ...], ...]
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8)
 
 
-def lower(
-    target: Communicate, communicator: Communicator, kernels: Sequence[Backend | None] = ()
-) -> tuple[nn.Module, ...]:
+def lower(target: Communicate, communicator: Communicator) -> tuple[nn.Module, ...]:
     """The modules that execute a communication on this process's rank; its process group exists already.
-
-    `kernels`: for the attention to the keys of each member of a ring.
 
     One that does all of it, or one that starts it and one that, given what the first returned, waits for it.
     """
@@ -48,7 +44,7 @@ def lower(
         shapes = tuple(shape if direct or i != at else (0,) for i, shape in enumerate(target.exchange.shapes))
         return Send(target.exchange, at, shapes, name, direct=direct), Receive(assembly, at, shapes, direct=direct)
     assert isinstance(target, Ring)
-    return (RingAttention(target, at, name, kernels),)
+    return (RingAttention(target, at, name),)
 
 
 class AllReduce(nn.Module):
@@ -130,9 +126,10 @@ class AddUp(nn.Module):
 class RingAttention(nn.Module):
     """Attention whose keys and values travel around the group, each hop under the previous block's computation."""
 
-    def __init__(self, target: Ring, at: int, group: str, kernels: Sequence[Backend | None]) -> None:
+    def __init__(self, target: Ring, at: int, group: str) -> None:
         super().__init__()
-        self.keys, self.at, self.group, self.kernels = target.keys, at, group, kernels
+        self.keys, self.at, self.group = target.keys, at, group
+        self.kernels = [BACKENDS.get(name) for name in target.kernels]
 
     def forward(
         self,

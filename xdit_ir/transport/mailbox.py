@@ -3,29 +3,25 @@
 Every exchange of a block has slots in every member's workspace. A sender copies into the receiver's slot without
 asking, and raises a flag there. That is safe because successive calls of a block take different slots: when a rank
 writes to a slot for the second time it has waited, in the call between, for something that the receiver sent after
-it had read that slot for the first time. It needs three things, which `Mailbox` sees to: slots alternate over the
-calls of a block and from the last call of a forward to the first of the next; every exchange is awaited inside the
-call that started it; and its result is not returned from the block.
+it had read that slot for the first time. It needs three things: slots alternate over the calls of a block and from
+the last call of a forward to the first of the next (`slot_sequence`); every exchange is awaited inside the call that
+started it; and its result is not returned from the block, which the pass `use-copy-engines` sees to.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
-from xdit_ir.ir import ops
-from xdit_ir.ir.collective_ops import Reshuffle
-from xdit_ir.ir.program import SPEC, Program
+from xdit_ir.ir.collective_ops import PeerExchange
+from xdit_ir.ir.program import SPEC, Program, called_block
 from xdit_ir.transport.copies import Copy, copies
 from xdit_ir.transport.distributed import Communicator
-from xdit_ir.transport.workspace import HEADER, SIGNALS, SLOTS
-
-ALIGNMENT = 512
-MOST_COPIES = 16  # per peer; an exchange in smaller pieces is left to a collective
+from xdit_ir.transport.workspace import SLOTS
 
 
 def slot_sequence(calls: int) -> list[int]:
@@ -38,49 +34,31 @@ def slot_sequence(calls: int) -> list[int]:
 
 @dataclass
 class Mailbox:
-    """Places for the exchanges of one program over one set of mesh dims, collected while its code is written."""
+    """The workspace of a rank's program in which exchanges over `mesh_dims` land; `size` in bytes, `calls` of each
+    block."""
 
     communicator: Communicator
-    mesh_dims: tuple[str, ...] = ()
-    calls: dict[str, int] = field(default_factory=dict)
-    size: int = HEADER
-    channels: int = 0
+    mesh_dims: tuple[str, ...]
+    calls: Mapping[str, int]
+    size: int
     workspace: torch.Tensor | None = None
 
     @staticmethod
-    def of(program: Program, communicator: Communicator) -> Mailbox:
-        """An empty one for a rank's program."""
-        calls: dict[str, int] = {}
-        for call in program.calls:
-            calls[str(call.args[0])] = calls.get(str(call.args[0]), 0) + 1
-        return Mailbox(communicator, calls=calls)
+    def of(program: Program, communicator: Communicator) -> Mailbox | None:
+        """That of a rank's program; None if nothing in it is exchanged over symmetric memory."""
+        nodes = [node for block in program.blocks.values() for node in block.graph.nodes]
+        found = [(node.target, node.meta[SPEC].dtype) for node in nodes if isinstance(node.target, PeerExchange)]
+        if not found:
+            return None
+        size = max(target.slots[-1] + target.slot_size(dtype.itemsize) for target, dtype in found)
+        return Mailbox(communicator, found[0][0].mesh_dims, Counter(map(called_block, program.calls)), size)
 
-    def lower(self, block: str, node: fx.Node) -> tuple[PeerSend, PeerReceive] | None:
-        """Modules that start and await an exchange of a block over symmetric memory; None if it does not fit."""
-        target = node.target
-        calls = self.calls.get(block, 0)
-        if not isinstance(target, Reshuffle) or len(target.group) < 2 or calls < 2 or _escapes(node):
-            return None
-        if self.mesh_dims not in ((), target.mesh_dims) or (self.channels + 1) * SLOTS * len(target.group) > SIGNALS:
-            return None
-        dtype = node.meta[SPEC].dtype
-        plans = [copies(target.exchange, member, dtype.itemsize) for member in range(len(target.group))]
-        if max(len(plan) for plan in plans) > MOST_COPIES:
-            return None
-        self.mesh_dims = target.mesh_dims
-        largest = max(math.prod(landing.shape) for landing in target.exchange.landings) * dtype.itemsize
-        place = Place(
-            self.communicator.group(target.mesh_dims).group_name,
-            self.channels,
-            tuple(self._reserve(largest) for _ in range(len(set(slot_sequence(calls))))),
-        )
-        self.channels += 1
+    def modules(self, node: fx.Node, target: PeerExchange) -> tuple[PeerSend, PeerReceive]:
+        """Modules that start and await an exchange."""
+        itemsize = node.meta[SPEC].dtype.itemsize
+        plans = [copies(target.exchange, member, itemsize) for member in range(len(target.group))]
+        place = Place(self.group, target.channel, target.slots)
         return PeerSend(place, plans), PeerReceive(place, target.exchange.shape)
-
-    def _reserve(self, nbytes: int) -> int:
-        start = -(-self.size // ALIGNMENT) * ALIGNMENT
-        self.size = start + nbytes
-        return start
 
     @property
     def group(self) -> str:
@@ -201,12 +179,3 @@ class Custody:
         for _, send, receive in self.open:
             send.tell_self = receive.sent = True
         self.open.clear()
-
-
-def _escapes(node: fx.Node) -> bool:
-    """Whether the block returns the exchanged value or a view of it."""
-    return any(user.op == "output" or (_hands_on(user) and _escapes(user)) for user in node.users)
-
-
-def _hands_on(node: fx.Node) -> bool:
-    return ops.is_view(node.target) or ops.is_relayout(node.target)

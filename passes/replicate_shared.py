@@ -1,15 +1,17 @@
-"""Keys that every block would gather of a value that they share: gather that value once, or do not divide it."""
+"""`replicate-shared`: what every block would gather of a value that they share is gathered once, or not divided."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.partition import Partition
-from xdit_ir.ir.program import Program
+from xdit_ir.ir.program import Program, Seeding
 from xdit_ir.passes.find_tokens import segments_of
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.rules.joins import concat_partitions, section
@@ -22,24 +24,35 @@ REPEATED = 1.10
 
 
 @dataclass(frozen=True)
-class GatherOnce:
-    """Given how token streams are divided, which of them, or of what is made of them, every rank should have whole.
+class ReplicateShared:
+    """Given how token streams shall be divided, which of them, or of what is made of them, every rank had better have
+    whole.
 
     A short text that is divided saves the projections of its keys, but each block then waits for a gather of them.
     What all calls of a block share is gathered before them instead (or one segment of it is, or a stream is not
     divided in the first place) where that takes less time: more FLOPs of the slowest rank, fewer bytes and exchanges.
     """
 
-    mesh: Mesh
+    name: ClassVar[str] = "replicate-shared"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SEEDS})
+
     machine: Machine = field(default_factory=Machine)
 
-    def improved(self, program: Program, seeds: Seeds) -> Seeds:
-        """The seeds with such values whole; the first one stays."""
-        run = Propagation(program, self.mesh, LowerAttention(self.mesh, self.machine).infer)
+    def apply(self, program: Program) -> Program:
+        """The program whose seeds leave such values whole; the first seed stays."""
+        given = program.seeding
+        assert given is not None
+        seeds = self._improved(program, given) if given.seeds else {}
+        return program.replace(seeding=replace(given, seeds=seeds))
+
+    def _improved(self, program: Program, given: Seeding) -> Seeds:
+        mesh, seeds = given.mesh, given.seeds
+        run = Propagation(program, mesh, LowerAttention(mesh, self.machine).infer)
         best, limit = run.attempt(seeds), None
         while count := _count(best):
             limit = limit or REPEATED * max(best.flops())
-            tried = [(run.attempt(one), one) for one in self._candidates(program, best, seeds)]
+            tried = [(run.attempt(one), one) for one in _candidates(program, mesh, best, seeds)]
             fewer = [pair for pair in tried if _count(pair[0]) < count and max(pair[0].flops()) <= limit]
             choice, chosen = min(fewer, key=lambda pair: self._seconds(pair[0]), default=(best, seeds))
             if self._seconds(choice) >= self._seconds(best):
@@ -51,24 +64,26 @@ class GatherOnce:
         waited = self.machine.latency * attempt.exchanges()
         return waited + self.machine.seconds(max(attempt.flops()), attempt.moved_bytes())
 
-    def _candidates(self, program: Program, attempt: Attempt, seeds: Seeds) -> Iterator[Seeds]:
-        for name in list(seeds)[1:]:
-            yield {other: layouts for other, layouts in seeds.items() if other != name}
-        for value in _shared(attempt):
-            name = value.node.name
-            for layout in dict.fromkeys(self._wider(program, value.layout)):
-                if layout != value.layout:
-                    yield {**seeds, name: (*seeds.get(name, ()), layout)}
 
-    def _wider(self, program: Program, layout: Layout) -> Iterator[Layout]:
-        """The layout with a divided dim whole, or one of the segments that it is joined of."""
-        for dim, partition in enumerate(layout.dims):
-            if partition is None or not self.mesh.dividing_dims(partition) & set(SEQUENCE):
-                continue
-            yield layout.with_dims({dim: self.mesh.gathered(partition, SEQUENCE)})
-            if self.mesh.dividing_dims(partition) <= set(SEQUENCE):
-                for sizes in segments_of(program, partition.size):
-                    yield from (layout.with_dims({dim: _with_whole(partition, sizes, i)}) for i in range(len(sizes)))
+def _candidates(program: Program, mesh: Mesh, attempt: Attempt, seeds: Seeds) -> Iterator[Seeds]:
+    for name in list(seeds)[1:]:
+        yield {other: layouts for other, layouts in seeds.items() if other != name}
+    for value in _shared(attempt):
+        name = value.node.name
+        for layout in dict.fromkeys(_wider(program, mesh, value.layout)):
+            if layout != value.layout:
+                yield {**seeds, name: (*seeds.get(name, ()), layout)}
+
+
+def _wider(program: Program, mesh: Mesh, layout: Layout) -> Iterator[Layout]:
+    """The layout with a divided dim whole, or one of the segments that it is joined of."""
+    for dim, partition in enumerate(layout.dims):
+        if partition is None or not mesh.dividing_dims(partition) & set(SEQUENCE):
+            continue
+        yield layout.with_dims({dim: mesh.gathered(partition, SEQUENCE)})
+        if mesh.dividing_dims(partition) <= set(SEQUENCE):
+            for sizes in segments_of(program, partition.size):
+                yield from (layout.with_dims({dim: _with_whole(partition, sizes, i)}) for i in range(len(sizes)))
 
 
 def _with_whole(partition: Partition, sizes: tuple[int, ...], whole: int) -> Partition | None:

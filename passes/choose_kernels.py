@@ -1,0 +1,62 @@
+"""`choose-kernels`: which kernel each attention of a rank gets, by its shape and the GPU."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.collective_ops import Ring
+from xdit_ir.ir.facts import Fact
+from xdit_ir.ir.graphs import map_graphs
+from xdit_ir.ir.program import SPEC, Program
+from xdit_ir.kernels.attention import KernelAttention
+from xdit_ir.kernels.backends import Problem, choose
+
+
+@dataclass(frozen=True)
+class ChooseKernels:
+    """Give attentions the kernels of `xdit_ir.kernels.backends`: "auto" takes the fastest that is installed and can do
+    it on a GPU of this compute capability, a name that one wherever it can; the others are left to PyTorch. Where keys
+    travel around a ring, those of each member have a kernel. `recorded`: the forward becomes a CUDA graph.
+    """
+
+    name: ClassVar[str] = "choose-kernels"
+    numerics: ClassVar[str] = "reassociated"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.LOCAL})
+
+    capability: tuple[int, int] = (9, 0)
+    attention: str = "auto"
+    recorded: bool = False
+
+    def apply(self, program: Program) -> Program:
+        """The program whose attentions name their kernels."""
+        return map_graphs(program, self._choose)
+
+    def _choose(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.target is ops.attention:
+                backend = choose(self.attention, self._problem(node))
+                if backend is not None:
+                    node.target = KernelAttention(backend.name)
+            elif isinstance(node.target, Ring):
+                node.target = replace(node.target, kernels=tuple(self._ring(node, node.target)))
+
+    def _ring(self, node: fx.Node, target: Ring) -> Iterator[str]:
+        """A kernel for the keys of each member, which come with as many heads as queries have."""
+        problem = self._problem(node)
+        for count in target.keys:
+            part = (*problem.q[:-2], count)
+            one = replace(problem, k=(*part, problem.k[-1]), v=(*part, problem.v[-1]))
+            backend = choose(self.attention, one, lse=True)
+            yield "" if backend is None else backend.name
+
+    def _problem(self, node: fx.Node) -> Problem:
+        given = inspect.signature(ops.attention).bind(*node.args, **node.kwargs).arguments
+        q, k, v = (given[name].meta[SPEC] for name in ("q", "k", "v"))
+        masked, causal = given.get("mask") is not None, bool(given.get("is_causal"))
+        return Problem(q.shape, k.shape, v.shape, q.dtype, self.capability, masked, causal, self.recorded)

@@ -1,0 +1,54 @@
+"""From an analysed program to one divided over a mesh, or to a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.program import Program
+from xdit_ir.passes.base import After, run_passes
+from xdit_ir.passes.order import mesh_passes, time_passes
+from xdit_ir.passes.partition_stages import PartitionStages
+from xdit_ir.pipefusion.pipeline_program import Pipeline, verify_pipeline
+from xdit_ir.sharding.machine import H100, Machine
+
+
+def divide(
+    program: Program, mesh: Mesh, machine: Machine = H100, after: After | None = None, *, split_batch: bool = True
+) -> Program:
+    """Run the mesh passes over an analysed program: ranks can run the result."""
+    return run_passes(program, mesh_passes(mesh, machine, split_batch=split_batch), after)
+
+
+def make_pipeline(
+    program: Program,
+    mesh: Mesh,
+    patches: int,
+    warmup_steps: int = 1,
+    stages: Sequence[int] | None = None,
+    machine: Machine = H100,
+    after: After | None = None,
+    *,
+    split_batch: bool = True,
+) -> tuple[Program, Pipeline]:
+    """The analysed program with its stages noted, and the pipeline made from it, verified."""
+    given = None if stages is None else tuple(stages)
+    staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)
+    passes = time_passes(mesh.resized(TIME, patches), machine, split_batch=split_batch)
+    divided = run_passes(staged, passes, after)
+    pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
+    verify_pipeline(pipeline)
+    return staged, pipeline
+
+
+def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stages: Sequence[int] | None) -> int:
+    """The number of patches; raises `ParallelizeError` for settings that mean nothing."""
+    if pipefusion == 1:
+        if patches not in (None, 1) or stages is not None:
+            raise ParallelizeError(f"patches={patches}, stages={stages} need pipefusion > 1; leave them out")
+        return 1
+    for name, value in (("patches", pipefusion if patches is None else patches), ("warmup_steps", warmup_steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ParallelizeError(f"{name}={value!r} is not a positive integer; the nearest legal one is {name}=1")
+    return pipefusion if patches is None else patches
