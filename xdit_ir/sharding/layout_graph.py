@@ -12,10 +12,10 @@ from typing import Any
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import with_operands
+from xdit_ir.ir.graphs import with_operands, write_relayout
 from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, WHERE
+from xdit_ir.ir.program import LAYOUT, SPEC
 from xdit_ir.sharding.cost import relayout_sent, step_flops
 
 FALLBACK = "fallback"
@@ -160,16 +160,13 @@ class LayoutGraph:
 def _write(graph: fx.Graph, step: LayoutNode, sources: list[fx.Node], name_of: Callable[[Any], str]) -> fx.Node:
     node = step.node
     if step.relayout:
-        name = f"{sources[0].name}_{step.target.__name__}"
-        new = graph.create_node("call_function", step.target, (sources[0],), name=name)
-        new.meta = {key: node.meta[key] for key in (SPEC, WHERE) if key in node.meta}
-    else:
-        args, kwargs = with_operands(node, sources)
-        if step.body is not None:
-            args = (name_of(step.body), *args[1:])
-        target = step.target if node.op == "call_function" else node.target
-        new = graph.create_node(node.op, target, args, kwargs, name=node.name, type_expr=node.type)
-        new.meta = dict(node.meta)
+        return write_relayout(graph, sources[0], step.target, step.layout)
+    args, kwargs = with_operands(node, sources)
+    if step.body is not None:
+        args = (name_of(step.body), *args[1:])
+    target = step.target if node.op == "call_function" else node.target
+    new = graph.create_node(node.op, target, args, kwargs, name=node.name, type_expr=node.type)
+    new.meta = dict(node.meta)
     if node.op != "output":
         new.meta[LAYOUT] = step.layout
     if step.fallback:
