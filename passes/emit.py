@@ -16,7 +16,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands, write_relayout
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, TensorSpec
+from xdit_ir.ir.program import LAYOUT, SPEC, STAGE, WHERE, TensorSpec
 from xdit_ir.passes.views import PERMUTES, VIEWS, order_of
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, Outputs
@@ -45,8 +45,7 @@ class Emitter:
         with self._here():
             new = self.graph.create_node("call_function", target, args, kwargs, name=name)
         new.meta = {SPEC: _type_of(new)}
-        if WHERE in self.node.meta:
-            new.meta[WHERE] = self.node.meta[WHERE]
+        new.meta |= {key: self.node.meta[key] for key in (WHERE, STAGE) if key in self.node.meta}
         if self.mesh is not None:
             new.meta[LAYOUT] = layout_of(new, self.mesh)
         return new

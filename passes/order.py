@@ -33,7 +33,7 @@ After = Callable[[Pass, Program], None]
 
 def analysis_passes() -> list[Pass]:
     """Passes that do not depend on the mesh."""
-    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), SplitStatistics(), FindTokens()]
+    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), FindTokens()]
 
 
 def mesh_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True) -> list[Pass]:
@@ -43,6 +43,7 @@ def mesh_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True
         *batch,
         ShardTokens(mesh, machine),
         LowerAttention(mesh, machine),
+        SplitStatistics(),
         DivideConditions(mesh, machine),
         OrderExchanges(),
         SplitJoins(),
@@ -63,7 +64,7 @@ def time_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True
     """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches."""
     tokens: Pass = DisplacePatches(mesh) if mesh.size((TIME,)) > 1 else ShardTokens(mesh, machine)
     batch: list[Pass] = [SplitBatch(mesh)] if split_batch else []
-    return [*batch, tokens, LowerAttention(mesh, machine), SeparateTime(mesh)]
+    return [*batch, tokens, LowerAttention(mesh, machine), SplitStatistics(), SeparateTime(mesh)]
 
 
 def make_pipeline(

@@ -39,8 +39,8 @@ from xdit_ir.passes.take_known import TakeKnown
 from xdit_ir.sharding.machine import H100, Machine
 
 PASSES: tuple[type[Any], ...] = (
-    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, SplitStatistics, FindTokens),
-    *(PartitionStages, SplitBatch, ShardTokens, DisplacePatches, LowerAttention),
+    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens),
+    *(PartitionStages, SplitBatch, ShardTokens, DisplacePatches, LowerAttention, SplitStatistics),
     DivideConditions,
     *(OrderExchanges, SplitJoins, Overlap, SeparateTime),
 )

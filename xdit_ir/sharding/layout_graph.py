@@ -16,6 +16,7 @@ from xdit_ir.ir.graphs import with_operands, write_relayout
 from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC
+from xdit_ir.rules.norms import divided_statistics
 from xdit_ir.sharding.cost import relayout_sent, step_flops
 
 FALLBACK = "fallback"
@@ -130,9 +131,22 @@ class LayoutGraph:
         )
 
     def exchanges(self) -> int:
-        """How many changes of layout send anything, and attentions that pass their keys around a ring."""
+        """How many changes of layout send anything, attentions that pass their keys around a ring, and
+        norms whose statistics are divided."""
         sent = (step.relayout and step.target is not ops.shard for step in self.steps)
-        return sum(sent) + sum(step.target is ops.ring_attention for step in self.steps)
+        rings = (step.target is ops.ring_attention for step in self.steps)
+        return sum(sent) + sum(rings) + sum(map(self._adds_statistics, self.steps))
+
+    def sums_up(self) -> bool:
+        """Whether ranks hold summands that are added up."""
+        reduced = (step.relayout and step.target in ops.SUMS for step in self.steps)
+        return any(reduced) or any(map(self._adds_statistics, self.steps))
+
+    def _adds_statistics(self, step: LayoutNode) -> bool:
+        """Whether a norm, once it is lowered, adds up statistics of all ranks."""
+        return step.is_operator and bool(
+            step.sources and divided_statistics(step.node, step.sources[0].layout, self.mesh)
+        )
 
     def attention_mesh_dims(self, part: str) -> frozenset[str]:
         """The mesh dims that divide the `queries`, the `keys` or the `batch` (and heads) of some attention."""
