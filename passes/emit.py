@@ -89,7 +89,8 @@ class Emitter:
 
 
 def _type_of(node: fx.Node) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta[SPEC])
+    types: Any = fx.map_arg((node.args, node.kwargs), lambda source: source.meta[SPEC])
+    args, kwargs = types
     try:
         return _result_type(node.target, *args, **kwargs)
     except TypeError:  # an argument that cannot be a key

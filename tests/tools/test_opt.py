@@ -20,7 +20,7 @@ Capture = pytest.CaptureFixture[str]
 DOC = (Path(__file__).parents[2] / "docs" / "writing_passes.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", DOC, re.DOTALL)
 MESH_PASSES = "split-batch{ulysses=2},shard-tokens,lower-attention,order-exchanges,split-joins,overlap"
-ANALYSIS = "canonicalize,take-known,compose-attention,group-keys,split-statistics,find-tokens"
+ANALYSIS = "canonicalize,take-known,compose-attention,group-keys,find-tokens"
 
 
 @pytest.fixture

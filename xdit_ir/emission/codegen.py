@@ -22,7 +22,7 @@ from xdit_ir.ir.graphs import all_graphs, operands
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
 from xdit_ir.kernels.attention import Attention
 from xdit_ir.kernels.backends import Backend, Problem, choose
-from xdit_ir.kernels.fuse import fused, linear_gelu
+from xdit_ir.kernels.fuse import fused, linear_gelu, write_slice, writes_in_place
 from xdit_ir.transport.collectives import lower
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
@@ -208,6 +208,8 @@ class _CodeWriter:
             values = [self.env[value] for value in node.all_input_nodes]
             return slot_call(self.graph, node, self.kept[node.target.slot], values)
         new = self.graph.node_copy(node, self.env.__getitem__)
+        if writes_in_place(node):
+            new.target = write_slice
         if new.kwargs.get("device") == self.traced:
             new.update_kwarg("device", self.device)
         return new
