@@ -98,9 +98,7 @@ def _dense(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    with graph.inserting_before(node):
-        dense = graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
-    dense.meta = dict(source.meta)
+    dense = Emitter(graph, node).emit(aten.clone.default, source, memory_format=torch.contiguous_format)
     node.replace_input_with(source, dense)
     return True
 
@@ -130,11 +128,10 @@ def _padded(graph: fx.Graph, node: fx.Node) -> bool:
         own, *rest = part.meta[SPEC].shape
         if own < length:
             amounts = [0] * (2 * len(rest)) + [0, length - own]
-            args = (part, amounts, given["padding_value"])
-            part = emitter.emit(aten.constant_pad_nd.default, args, (length, *rest))
+            part = emitter.emit(aten.constant_pad_nd.default, part, amounts, given["padding_value"])
         parts.append(part)
     dim = 0 if given["batch_first"] else 1
-    node.replace_all_uses_with(emitter.emit(aten.stack.default, (parts, dim), node.meta[SPEC].shape))
+    node.replace_all_uses_with(emitter.emit(aten.stack.default, parts, dim))
     return True
 
 
@@ -145,10 +142,7 @@ def _attention(graph: fx.Graph, node: fx.Node) -> bool:
     kwargs = {"mask": given["attn_mask"], "scale": given["scale"]}
     kwargs |= {"is_causal": given["is_causal"], "enable_gqa": given.get("enable_gqa", False)}
     kwargs = {key: value for key, value in kwargs.items() if value not in (None, False) or isinstance(value, fx.Node)}
-    with graph.inserting_before(node):
-        new = graph.create_node("call_function", ops.attention, tuple(node.args[:3]), kwargs, name="attention")
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
+    node.replace_all_uses_with(Emitter(graph, node).emit(ops.attention, *node.args[:3], name="attention", **kwargs))
     return True
 
 
@@ -200,7 +194,7 @@ def _patches(graph: fx.Graph, node: fx.Node) -> bool:
     y = emitter.permute(y, [0, *range(2, 2 + 2 * count, 2), 1, *range(3, 3 + 2 * count, 2)])
     y = emitter.reshape(y, [batch, tokens, features])
     matrix = emitter.reshape(weight, [out_channels, features])
-    y = emitter.emit(aten.linear.default, (y, matrix, given["bias"]), (batch, tokens, out_channels))
+    y = emitter.emit(aten.linear.default, y, matrix, given["bias"])
     y = emitter.reshape(y, [batch, *grid, out_channels])
     node.replace_all_uses_with(emitter.permute(y, [0, count + 1, *range(1, count + 1)]))
     return True
@@ -225,12 +219,12 @@ def _unpatches(graph: fx.Graph, node: fx.Node) -> bool:
     emitter = Emitter(graph, node)
     y = emitter.permute(x, [0, *range(2, 2 + count), 1])
     matrix = emitter.permute(emitter.reshape(weight, [in_channels, features]), [1, 0])
-    y = emitter.emit(aten.linear.default, (y, matrix), (batch, *grid, features))
+    y = emitter.emit(aten.linear.default, y, matrix)
     y = emitter.reshape(y, [batch, *grid, out_channels, *kernel])
     pairs = (dim for d in range(count) for dim in (1 + d, 2 + count + d))
     y = emitter.reshape(emitter.permute(y, [0, count + 1, *pairs]), node.meta[SPEC].shape)
     if bias is not None:
         column = emitter.reshape(bias, [out_channels, *[1] * count])
-        y = emitter.emit(aten.add.Tensor, (y, column), node.meta[SPEC].shape)
+        y = emitter.emit(aten.add.Tensor, y, column)
     node.replace_all_uses_with(y)
     return True

@@ -110,21 +110,20 @@ def _mask(emitter: Emitter, scores: Scores, lead: Shape) -> fx.Node | bool | Non
     if any(term is None for term in fitted):
         return False
     present = [term for term in fitted if term is not None]
-    return functools.reduce(emitter.plus, present) if present else None
+    return functools.reduce(functools.partial(emitter.emit, aten.add.Tensor), present) if present else None
 
 
 def _times(emitter: Emitter, mask: fx.Node, factor: float) -> fx.Node:
-    spec = mask.meta[SPEC]
-    return mask if factor == 1 else emitter.emit(aten.mul.Tensor, (mask, factor), spec.shape, dtype=spec.dtype)
+    return mask if factor == 1 else emitter.emit(aten.mul.Tensor, mask, factor)
 
 
 def _hidden(emitter: Emitter, condition: fx.Node, hides: bool, value: float) -> fx.Node:
-    spec, dtype = condition.meta[SPEC], emitter.node.meta[SPEC].dtype
+    dtype = emitter.node.meta[SPEC].dtype
     value = max(value, torch.finfo(dtype).min) if value != -math.inf else value
-    zeros = emitter.emit(aten.zeros_like.default, (condition,), spec.shape, kwargs={"dtype": dtype})
+    zeros = emitter.emit(aten.zeros_like.default, condition, dtype=dtype)
     if hides:
-        return emitter.emit(aten.masked_fill.Scalar, (zeros, condition, value), spec.shape)
-    return emitter.emit(aten.where.ScalarOther, (condition, zeros, value), spec.shape)
+        return emitter.emit(aten.masked_fill.Scalar, zeros, condition, value)
+    return emitter.emit(aten.where.ScalarOther, condition, zeros, value)
 
 
 def _fitted(emitter: Emitter, mask: fx.Node, lead: Sequence[int]) -> fx.Node | None:
@@ -143,6 +142,5 @@ def _attend(emitter: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node 
     kwargs: dict[str, Any] = {"scale": scale}
     if isinstance(mask, fx.Node):
         kwargs["mask"] = mask if mask.meta[SPEC].dtype == torch.float32 else emitter.cast(mask, dtype)
-    shape = (*q.meta[SPEC].shape[:-1], v.meta[SPEC].shape[-1])
-    out = emitter.emit(ops.attention, (q, k, v), shape, dtype=dtype, kwargs=kwargs, name="attention")
+    out = emitter.emit(ops.attention, q, k, v, name="attention", **kwargs)
     return emitter.cast(out, emitter.node.meta[SPEC].dtype)

@@ -31,7 +31,7 @@ class DisplacePatches:
     numerics: ClassVar[str] = "stale"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SEEDS})
-    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.RUNNABLE})
+    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.ATTENTION, Fact.RUNNABLE})
 
     mesh: Mesh
 

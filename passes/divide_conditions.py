@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -14,12 +13,11 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import operands, placeholders, results_of
 from xdit_ir.ir.hoist import Hoisted, ancestors, early_inputs, hoist
-from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import (
     LAYOUT,
     SPEC,
-    WEIGHT,
     Block,
     Program,
     TensorSpec,
@@ -28,8 +26,7 @@ from xdit_ir.ir.program import (
     is_block_call,
     is_weight,
 )
-from xdit_ir.rules import infer
-from xdit_ir.rules.base import OpCall
+from xdit_ir.passes.emit import Emitter, layout_of
 from xdit_ir.sharding.cost import local_flops
 from xdit_ir.sharding.machine import Machine
 
@@ -104,13 +101,10 @@ def _divide(body: fx.Graph, names: Sequence[str], mesh: Mesh) -> None:
         if node.name in names:
             features = mesh.divide(node.meta[SPEC].shape[-1], mesh.names)
             for weight in operands(node)[1:]:
-                with body.inserting_before(node):
-                    part = body.call_function(ops.shard, (weight,))
-                part.meta = weight.meta | {LAYOUT: weight.meta[LAYOUT].with_dims({0: features})}
-                part.meta.pop(WEIGHT, None)
+                part = Emitter(body, node, mesh).relayout(weight, weight.meta[LAYOUT].with_dims({0: features}))
                 node.replace_input_with(weight, part)
         if node.op != "output" and node.target is not ops.shard:
-            _give_layout(node, mesh)
+            node.meta[LAYOUT] = layout_of(node, mesh)
 
 
 class _Exchange:
@@ -132,9 +126,9 @@ class _Exchange:
         for part in parts:
             spec: TensorSpec = part.meta[SPEC]
             alike.setdefault((spec.shape[:-1], spec.dtype, wanted[part].dims[:-1]), []).append(part)
-        with self.graph.inserting_before(parts[-1].next):
-            for group in alike.values():
-                self._exchange(group, wanted[group[0]])
+        behind = parts[-1].next
+        for group in alike.values():
+            self._exchange(Emitter(self.graph, group[0], self.mesh, behind), group, wanted[group[0]])
 
     def _called(self, call: fx.Node) -> list[fx.Node]:
         """The results of a hoisted call, which gets its conditions whole."""
@@ -148,45 +142,16 @@ class _Exchange:
 
     def _gathered(self, value: fx.Node, call: fx.Node) -> fx.Node:
         if value not in self.whole:
-            with self.graph.inserting_before(call):
-                whole = Layout.whole(len(value.meta[SPEC].shape))
-                self.whole[value] = _relaid(self.graph, value, whole, self.mesh)
+            whole = Layout.whole(len(value.meta[SPEC].shape))
+            self.whole[value] = Emitter(self.graph, call, self.mesh).relayout(value, whole)
         return self.whole[value]
 
-    def _exchange(self, parts: list[fx.Node], wanted: Layout) -> None:
+    def _exchange(self, emitter: Emitter, parts: list[fx.Node], wanted: Layout) -> None:
         """Exchange results that differ in their features only as one value, and cut it again."""
-        first = parts[0].meta[SPEC]
-        joined = self.graph.create_node("call_function", aten.cat.default, (parts, -1), name="conditions")
-        features = sum(part.meta[SPEC].shape[-1] for part in parts)
-        joined.meta = {**parts[0].meta, SPEC: replace(first, shape=(*first.shape[:-1], features))}
-        _give_layout(joined, self.mesh)
-        whole = _relaid(self.graph, joined, wanted, self.mesh)
-        start = 0
+        joined = emitter.emit(aten.cat.default, parts, -1, name="conditions")
+        whole, start = emitter.relayout(joined, wanted), 0
         for part in parts:
-            spec: TensorSpec = part.meta[SPEC]
-            stop = start + spec.shape[-1]
-            one = self.graph.call_function(aten.slice.Tensor, (whole, len(spec.shape) - 1, start, stop))
-            one.meta = {**whole.meta, SPEC: spec}
-            _give_layout(one, self.mesh)
+            *outer, width = part.meta[SPEC].shape
+            one = emitter.emit(aten.slice.Tensor, whole, len(outer), start, start + width)
             part.replace_all_uses_with(one, delete_user_cb=is_block_call)
-            start = stop
-
-
-def _give_layout(node: fx.Node, mesh: Mesh) -> None:
-    """The layout that the rules infer; arguments and weights are whole."""
-    if node.op != "call_function":
-        node.meta[LAYOUT] = Layout.whole(len(node.meta[SPEC].shape))
-    elif node.target is operator.getitem:
-        node.meta[LAYOUT] = operands(node)[0].meta[LAYOUT][node.args[1]]
-    else:
-        node.meta[LAYOUT] = infer(OpCall(node, mesh, tuple(s.meta[LAYOUT] for s in operands(node)))).outputs
-
-
-def _relaid(graph: fx.Graph, value: fx.Node, wanted: Layout, mesh: Mesh) -> fx.Node:
-    """A value in another layout."""
-    if value.meta[LAYOUT] == wanted:
-        return value
-    change = kind(mesh, value.meta[LAYOUT], wanted)[0]
-    new = graph.create_node("call_function", ops.RELAYOUTS[change], (value,), name=f"{value.name}_{change}")
-    new.meta = {**value.meta, LAYOUT: wanted}
-    return new
+            start += width

@@ -32,7 +32,7 @@ class LowerAttention:
     name: ClassVar[str] = "lower-attention"
     numerics: ClassVar[str] = "reassociated"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.ATTENTION})
 
     mesh: Mesh
     machine: Machine = field(default_factory=Machine)

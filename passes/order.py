@@ -27,22 +27,23 @@ from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.passes.take_known import TakeKnown
 from xdit_ir.passes.use_copy_engines import UseCopyEngines
+from xdit_ir.passes.write_in_place import WriteInPlace
 from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.sharding.specialize import Specialize
 
 # Every pass that can run between `trace` and the code of a rank, in that order. `displace-patches` stands in for
 # `shard-tokens` under PipeFusion, which skips what is about exchanges.
 PASSES: tuple[type[Any], ...] = (
-    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, SplitStatistics, FindTokens),
+    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens),
     *(PartitionStages, SplitBatch, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
-    *(LowerAttention, DivideConditions, OrderExchanges, SplitJoins, Overlap, SeparateTime),
-    *(Specialize, FuseGelu, ChooseKernels, UseCopyEngines),
+    *(LowerAttention, SplitStatistics, DivideConditions, OrderExchanges, SplitJoins, Overlap, SeparateTime),
+    *(Specialize, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
 )
 
 
 def analysis_passes() -> list[Pass]:
     """Passes that do not depend on the mesh."""
-    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), SplitStatistics(), FindTokens()]
+    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), FindTokens()]
 
 
 def token_passes(mesh: Mesh, machine: Machine = H100) -> list[Pass]:
@@ -59,6 +60,7 @@ def mesh_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True
         *batch,
         *token_passes(mesh, machine),
         LowerAttention(mesh, machine),
+        SplitStatistics(),
         DivideConditions(mesh, machine),
         OrderExchanges(),
         SplitJoins(),
@@ -69,7 +71,7 @@ def mesh_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True
 def time_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True) -> list[Pass]:
     """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches."""
     batch: list[Pass] = [SplitBatch(mesh)] if split_batch else []
-    return [*batch, *token_passes(mesh, machine), LowerAttention(mesh, machine), SeparateTime(mesh)]
+    return [*batch, *token_passes(mesh, machine), LowerAttention(mesh, machine), SplitStatistics(), SeparateTime(mesh)]
 
 
 def rank_passes(
@@ -78,12 +80,12 @@ def rank_passes(
     """Passes over the program of one rank, for the device that it runs on.
 
     Args:
-        capability: the compute capability of the GPU; None: no GPU, for which nothing is changed.
+        capability: the compute capability of the GPU; None: no GPU.
         attention: the kernel for attention, see `xdit_ir.emission.execution.Execution`.
         recorded: the program becomes part of a CUDA graph.
         peers: exchanges inside blocks go over symmetric memory where they can.
     """
     if capability is None:
-        return []
+        return [WriteInPlace()]
     copies: list[Pass] = [UseCopyEngines()] if peers else []
-    return [FuseGelu(), ChooseKernels(capability, attention, recorded), *copies]
+    return [WriteInPlace(), FuseGelu(), ChooseKernels(capability, attention, recorded), *copies]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
@@ -10,6 +10,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import map_graphs, remove_dead
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.views import PERMUTES, order_of
@@ -28,13 +29,13 @@ class OrderExchanges:
 
     def apply(self, program: Program) -> Program:
         """The program with its exchanges turned."""
-        return map_graphs(program, _turn)
+        return map_graphs(program, lambda graph: _turn(graph, program.mesh))
 
 
-def _turn(graph: fx.Graph) -> None:
+def _turn(graph: fx.Graph, mesh: Mesh | None) -> None:
     for node in list(graph.nodes):
         if node.target is ops.all_to_all and _meets_attention(node) and _moves_heads(node):
-            _tokens_first(graph, node)
+            _tokens_first(Emitter(graph, node, mesh))
     remove_dead(graph)
 
 
@@ -47,22 +48,16 @@ def _moves_heads(node: fx.Node) -> bool:
     return {dim - len(have) for dim in range(len(have)) if have[dim] != want[dim]} == {-3, -2}
 
 
-def _tokens_first(graph: fx.Graph, node: fx.Node) -> None:
-    count = len(node.meta[SPEC].shape)
+def _tokens_first(emitter: Emitter) -> None:
+    node, count = emitter.node, len(emitter.node.meta[SPEC].shape)
     swap = [*range(count - 3), count - 2, count - 3, count - 1]
-    emitter = Emitter(graph, node)
-    exchanged = emitter.emit(
-        ops.all_to_all,
-        (emitter.permute(_source(node), swap),),
-        [node.meta[SPEC].shape[dim] for dim in swap],
-        name=f"{node.name}_turned",
-        layout=node.meta[LAYOUT].permuted(swap),
-    )
+    turned = emitter.permute(_source(node), swap)
+    exchanged = emitter.relayout(turned, node.meta[LAYOUT].permuted(swap), f"{node.name}_turned")
     back = emitter.permute(exchanged, swap)
     node.replace_all_uses_with(back)
     for user in list(back.users):
         if user.target in PERMUTES:
-            user.replace_all_uses_with(Emitter(graph, user).permute(back, order_of(user, count)))
+            user.replace_all_uses_with(replace(emitter, node=user).permute(back, order_of(user, count)))
 
 
 def _source(node: fx.Node) -> fx.Node:

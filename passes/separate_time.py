@@ -15,6 +15,7 @@ from xdit_ir.ir.graphs import OUTER, all_graphs, map_graphs, operands, placehold
 from xdit_ir.ir.layout import kind
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, SCOPE, ComputeScope, Program, is_weight
+from xdit_ir.passes.emit import Emitter
 from xdit_ir.pipefusion.latents import latents
 from xdit_ir.sharding.buffer_access import before_time, is_divided_over_time
 
@@ -48,15 +49,10 @@ class SeparateTime:
             if TIME not in talk or len(talk) == 1:
                 continue
             between = before_time(self.mesh, have, want)
-            (first, over_ranks), (then, over_time) = kind(self.mesh, have, between), kind(self.mesh, between, want)
+            (_, over_ranks), (then, over_time) = kind(self.mesh, have, between), kind(self.mesh, between, want)
             if TIME in over_ranks or over_time not in ((TIME,), ()):
                 raise ParallelizeError(f"{node.name} cannot be exchanged over ranks first and over patches then")
-            with graph.inserting_before(node):
-                exchanged = graph.create_node(
-                    "call_function", ops.RELAYOUTS[first], (source,), name=f"{source.name}_{first}"
-                )
-            exchanged.meta = node.meta | {LAYOUT: between}
-            node.args = (exchanged,)
+            node.args = (Emitter(graph, node, self.mesh).relayout(source, between),)
             node.target = ops.RELAYOUTS[then]
 
 

@@ -52,7 +52,7 @@ class ShardTokens:
     numerics: ClassVar[str] = "exact"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SEEDS})
-    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.RUNNABLE})
+    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.ATTENTION, Fact.RUNNABLE})
 
     mesh: Mesh
 

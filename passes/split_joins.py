@@ -11,7 +11,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
-from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_weight
 from xdit_ir.passes.emit import Emitter
 
@@ -30,10 +30,10 @@ class SplitJoins:
 
     def apply(self, program: Program) -> Program:
         """The program with such projections split."""
-        return map_graphs(program, _split)
+        return map_graphs(program, lambda graph: _split(graph, program.mesh))
 
 
-def _split(graph: fx.Graph) -> None:
+def _split(graph: fx.Graph, mesh: Mesh | None) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.linear.default:
             continue
@@ -41,7 +41,7 @@ def _split(graph: fx.Graph) -> None:
         parts = _parts(join)
         late = [_arrives(part) for part in parts]
         if any(late) and not all(late) and is_weight(weight):
-            _project_parts(graph, node, parts, sorted(range(len(parts)), key=late.__getitem__))
+            _project_parts(Emitter(graph, node, mesh), parts, sorted(range(len(parts)), key=late.__getitem__))
     remove_dead(graph)
 
 
@@ -63,18 +63,14 @@ def _arrives(node: fx.Node) -> bool:
     return ops.communicates(node.target)
 
 
-def _project_parts(graph: fx.Graph, node: fx.Node, parts: list[fx.Node], order: list[int]) -> None:
-    _, weight, *bias = node.args
-    assert isinstance(weight, fx.Node)
+def _project_parts(emitter: Emitter, parts: list[fx.Node], order: list[int]) -> None:
+    _, weight, *bias = emitter.node.args
     widths = [part.meta[SPEC].shape[-1] for part in parts]
-    emitter, spec, layout = Emitter(graph, node), node.meta[SPEC], node.meta[LAYOUT]
     total: fx.Node | None = None
     for place in order:
-        start, shape = sum(widths[:place]), (weight.meta[SPEC].shape[0], widths[place])
-        cut = (weight, 1, start, start + widths[place])
-        columns = emitter.emit(aten.slice.Tensor, cut, shape, dtype=weight.meta[SPEC].dtype, layout=Layout.whole(2))
-        given = (parts[place], columns, *(bias if total is None else ()))
-        product = emitter.emit(aten.linear.default, given, spec.shape, layout=layout)
-        total = product if total is None else emitter.emit(aten.add.Tensor, (total, product), spec.shape, layout=layout)
+        start = sum(widths[:place])
+        columns = emitter.emit(aten.slice.Tensor, weight, 1, start, start + widths[place])
+        product = emitter.emit(aten.linear.default, parts[place], columns, *(bias if total is None else ()))
+        total = product if total is None else emitter.emit(aten.add.Tensor, total, product)
     assert total is not None
-    node.replace_all_uses_with(total)
+    emitter.node.replace_all_uses_with(total)

@@ -82,16 +82,16 @@ def _selection(node: fx.Node) -> _Selection | None:
 
 
 def _written(emitter: Emitter, found: _Selection, kept: Indices) -> fx.Node:
-    name, shape = emitter.node.name, emitter.node.meta[SPEC].shape
+    name = emitter.node.name
     if found.values is None:
         if kept.is_whole(found.size):
             return found.x
-        return emitter.emit(ops.take, (found.x, found.dim, kept.runs), shape, name=name)
-    part = [kept.size if d == found.dim else size for d, size in enumerate(shape)]
+        return emitter.emit(ops.take, found.x, found.dim, kept.runs, name=name)
+    part = [kept.size if d == found.dim else size for d, size in enumerate(emitter.node.meta[SPEC].shape)]
     values = emitter.expand(found.values, part)
     if kept.is_whole(found.size):
         return values
-    return emitter.emit(ops.put, (found.x, values, found.dim, kept.runs), shape, name=name)
+    return emitter.emit(ops.put, found.x, values, found.dim, kept.runs, name=name)
 
 
 def _known(index: Any, constants: Mapping[str, torch.Tensor], size: int) -> Indices | None:

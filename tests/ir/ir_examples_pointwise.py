@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from ir_examples import Sample, aten, example, named
+
+from xdit_ir.ir import ops
 
 UNARY = [
     "clone",
@@ -280,6 +284,20 @@ def batch_norm(d, packet):
     training = d.bool() if packet is aten.batch_norm and x[:, 0].numel() > 1 else False
     flags = () if "legit" in str(packet) else (training,)
     return Sample(packet.default, (*args, *flags, 0.1, 1e-5, *((False,) if packet is aten.batch_norm else ())))
+
+
+@example(ops.moments)
+def moments(d, packet):
+    shape = d.shape(d.int(3, 5))
+    return Sample(packet, (d.tensor(*shape), math.prod(shape[2:])))
+
+
+@example(ops.normalize)
+def normalize(d, packet):
+    shape = d.shape(d.int(3, 5))
+    mean, weight, bias = d.tensor(*shape[:2]), d.tensor(*shape[1:3]), d.tensor(*shape[1:3])
+    args = (torch.stack((mean, mean * mean + 1)), d.pick(weight, None), d.pick(bias, None), 1e-5)
+    return Sample(packet, (d.tensor(*shape), *args))
 
 
 @example(aten.instance_norm)

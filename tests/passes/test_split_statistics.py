@@ -1,4 +1,4 @@
-"""Norms over tokens become sums that ranks can share, and stay equal; norms over features stay one operator."""
+"""Norms over divided tokens take statistics that ranks add up once, and stay equal; all others stay one operator."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xdit_ir as xir
-from xdit_ir.ir.interpret import Interpreter, model_state
+from xdit_ir.errors import VerifyError
+from xdit_ir.ir import ops
+from xdit_ir.ir.interpret import model_state
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.split_statistics import SplitStatistics
+from xdit_ir.sharding.propagate import Propagation
+from xdit_ir.sharding.specialize import Specialize
+from xdit_ir.sharding.verify import verify
+from xdit_ir.simulation.lockstep import run_ranks
 
 Golden = Callable[[str, str], None]
 aten = torch.ops.aten
+NORMS = {aten.group_norm.default, aten.instance_norm.default, aten.linalg_vector_norm.default}
 
 
 class Norms(nn.Module):
+    """Of values `[batch, 4, tokens]`."""
+
     def __init__(self) -> None:
         super().__init__()
         self.group = nn.GroupNorm(2, 4)
@@ -31,38 +41,76 @@ class Norms(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.instance(self.group(x))
-        return x * x.norm(p=2, dim=1, keepdim=True) / x.norm(dim=-1, keepdim=True)
+        return x * x.norm(p=2, dim=-1, keepdim=True) / x.norm(dim=1, keepdim=True)
 
 
-class FeatureNorm(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, 2) * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+def divided(model: nn.Module, x: Tensor, mesh: Mesh, dim: int) -> Program:
+    """The program whose input is divided along a dim, before statistics are split."""
+    program = run_passes(xir.trace(model, (x,)).ir, [Canonicalize()])
+    cut = Layout.whole(x.ndim).with_dims({dim: mesh.divide(x.shape[dim], ("ring", "ulysses"))})
+    name = next(node.name for node in program.graph.nodes if node.op == "placeholder")
+    return Propagation(program, mesh).run({name: (cut,)}).replace(mesh=mesh)
 
 
-def rewritten(model: nn.Module, x: Tensor) -> Program:
-    """The program, after it was compared with the model."""
-    program = run_passes(xir.trace(model, (x,)).ir, [Canonicalize(), SplitStatistics()])
-    (got,) = Interpreter(program, model_state(program, model), x.device).run([x])
-    torch.testing.assert_close(
-        got, model(x), rtol=1e-5 if x.dtype == torch.float32 else 5e-2, atol=1e-5 if x.dtype == torch.float32 else 0.1
-    )
-    assert got.dtype == x.dtype
+def rewritten(model: nn.Module, x: Tensor, mesh: Mesh, dim: int) -> Program:
+    """The program that ranks can run, after they were compared with the model."""
+    program = run_passes(divided(model, x, mesh, dim), [SplitStatistics()])
+    verify(program, runnable=True)
+    ranks = [Specialize(rank).apply(program) for rank in range(mesh.world_size)]
+    short = x.dtype == torch.bfloat16
+    for (got,) in run_ranks(ranks, model_state(program, model), [x], x.device):
+        torch.testing.assert_close(got, model(x), rtol=5e-2 if short else 1e-5, atol=0.1 if short else 1e-5)
+        assert got.dtype == x.dtype
     return program
 
 
-# A mean that is large beside the deviations would be lost in a difference of squares.
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_norms_over_tokens_are_split(offset: float, golden: Golden) -> None:
-    x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)) + offset
-    golden("split_statistics", program_text(rewritten(Norms(), x), bodies=True))
+def sample(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_norms_over_divided_tokens_are_split(golden: Golden) -> None:
+    program = rewritten(Norms(), sample(2, 4, 6), Mesh.of(ulysses=2), 2)
+    golden("split_statistics", program_text(program, bodies=True))
+
+
+# A mean that is large beside the deviations would be lost in a difference of squares in single precision.
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
+def test_ranks_exchange_once_and_lose_nothing(offset: float) -> None:
+    norm, x = nn.GroupNorm(2, 4), sample(2, 4, 50) + offset
+    program = run_passes(divided(norm, x, Mesh.of(ulysses=3), 2), [SplitStatistics()])
+    assert [node.target for node in program.graph.nodes if ops.communicates(node.target)] == [
+        ops.all_reduce,
+        ops.gather,
+    ]
+    ranks = [Specialize(rank).apply(program) for rank in range(3)]
+    wanted = norm.double()(x.double())
+    norm.float()
+    error = (run_ranks(ranks, model_state(program, norm), [x], x.device)[0][0] - wanted).abs().max()
+    assert error <= 1.5 * max((norm(x) - wanted).abs().max(), 1e-6), "no worse than the module"
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+def test_uneven_and_empty_parts(ring: int) -> None:
+    rewritten(Norms(), sample(2, 4, 5), Mesh.of(ulysses=3, ring=ring), 2)
 
 
 def test_half_precision_is_accumulated_in_single() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 4, 6).bfloat16()
-    rewritten(Norms().bfloat16(), x)
+    rewritten(Norms().bfloat16(), sample(2, 4, 6).bfloat16(), Mesh.of(ulysses=2), 2)
 
 
-def test_norms_over_features_stay_whole() -> None:
-    program = rewritten(FeatureNorm(), torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
-    assert {aten.group_norm.default, aten.linalg_vector_norm.default} <= {node.target for node in program.graph.nodes}
+@pytest.mark.parametrize("dim", [0, 1])
+def test_norms_whose_statistics_are_not_divided_stay_one_operator(dim: int) -> None:
+    class Apart(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.instance_norm(nn.functional.group_norm(x, 2)) * x.norm(dim=-1, keepdim=True)
+
+    program = rewritten(Apart(), sample(2, 4, 6), Mesh.of(ulysses=2), dim)
+    assert {node.target for node in program.graph.nodes} >= NORMS
+    assert not [node for node in program.graph.nodes if node.target is ops.all_reduce]
+
+
+def test_a_norm_that_lacks_statistics_is_no_program_that_ranks_can_run() -> None:
+    program = divided(nn.GroupNorm(2, 4), sample(2, 4, 6), Mesh.of(ulysses=2), 2)
+    verify(program)
+    with pytest.raises(VerifyError, match=r"its statistics are divided over \['ulysses'\]"):
+        verify(program, runnable=True)

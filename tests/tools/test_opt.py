@@ -22,10 +22,12 @@ DOC = (Path(__file__).parents[2] / "docs" / "writing_passes.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", DOC, re.DOTALL)
 MESH_PASSES = (
     "split-batch{ulysses=2},shard-tokens,replicate-shared,propagate-layouts,"
-    "lower-attention,order-exchanges,split-joins,overlap"
+    "lower-attention,split-statistics,order-exchanges,split-joins,overlap"
 )
-RANK_PASSES = "specialize{rank=1},fuse-gelu,choose-kernels{capability=8.0 recorded=true},use-copy-engines"
-ANALYSIS = "canonicalize,take-known,compose-attention,group-keys,split-statistics,find-tokens"
+RANK_PASSES = (
+    "specialize{rank=1},write-in-place,fuse-gelu,choose-kernels{capability=8.0 recorded=true},use-copy-engines"
+)
+ANALYSIS = "canonicalize,take-known,compose-attention,group-keys,find-tokens"
 
 
 @pytest.fixture

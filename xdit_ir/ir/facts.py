@@ -13,5 +13,6 @@ class Fact(Enum):
     STAGES = "stages"  # the stage of each outer node is noted
     SEEDS = "seeds"  # which values shall be divided, and how, is decided but not yet written
     LAYOUTS = "layouts"  # every value has a layout on the program's mesh
-    RUNNABLE = "runnable"  # every attention finds its keys, so that ranks can be made
+    ATTENTION = "attention"  # every attention finds its keys
+    RUNNABLE = "runnable"  # and every norm the statistics that it takes, so that ranks can be made
     LOCAL = "local"  # it is the program of one rank: sizes are local, and nothing has a layout

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from xdit_ir.ir.program import WEIGHT, WHERE, Block, Program, is_block_call, qualified, where_of
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.program import LAYOUT, SPEC, WEIGHT, WHERE, Block, Program, is_block_call, qualified, where_of
 
 OUTER = ""  # the outer graph among the names of blocks
 
@@ -148,6 +149,13 @@ def expand_call(graph: fx.Graph, call: fx.Node, body: fx.Graph, *, prefixed: boo
         graph.erase_node(item)
     graph.erase_node(call)
     return made
+
+
+def write_relayout(graph: fx.Graph, x: fx.Node, target: Any, layout: Layout, name: str | None = None) -> fx.Node:
+    """`x` brought into another layout by `target`, one of `xdit_ir.ir.ops.RELAYOUTS`; of its type and origin."""
+    new = graph.create_node("call_function", target, (x,), name=name or f"{x.name}_{target.__name__}")
+    new.meta = {key: x.meta[key] for key in (SPEC, WHERE) if key in x.meta} | {LAYOUT: layout}
+    return new
 
 
 def remove_dead(graph: fx.Graph, stays: Callable[[fx.Node], bool] = lambda node: False) -> None:

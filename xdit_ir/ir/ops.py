@@ -6,6 +6,7 @@ rank does instead is decided by `xdit_ir.sharding.specialize` and done by `xdit_
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -133,6 +134,42 @@ def put(x: torch.Tensor, source: torch.Tensor, dim: int, runs: Runs) -> torch.Te
         result.narrow(dim, start, length).copy_(source.narrow(dim, offset, length))
         offset += length
     return result
+
+
+def moments(x: torch.Tensor, count: int) -> torch.Tensor:
+    """`[2, batch, groups]` in double precision: sums of `x [batch, groups, ...]` and of its squares, over `count`.
+
+    Such parts of `count` elements add up to their mean and mean square; double, as the square of a mean that is large
+    beside the deviations is taken from that.
+    """
+    dims = tuple(range(2, x.ndim))
+    if not x.numel():
+        return x.new_zeros((2, *x.shape[:2]), dtype=torch.float64)
+    variance, mean = torch.var_mean(x.to(_accumulated(x)), dims, correction=0)
+    mean, variance = mean.double(), variance.double()
+    return torch.stack((mean, variance + mean * mean)) * (math.prod(x.shape[2:]) / count)
+
+
+def normalize(
+    x: torch.Tensor, moments: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """`x [batch, groups, channels, ...]` less its mean, over its deviation, by the `moments [2, batch, groups]`; times
+    `weight [groups, channels]`, plus `bias` of that shape."""
+    around, dtype = (1,) * (x.ndim - 3), _accumulated(x)
+    mean, square = moments[:, :, :, None]
+    scale = (square - mean * mean).clamp_min(0).add(eps).rsqrt().to(dtype)
+    scale = scale if weight is None else scale * weight
+    centred = x - mean.to(dtype).view(*mean.shape, *around)
+    scale = scale.view(*scale.shape, *around)
+    scaled = (
+        centred * scale if bias is None else torch.addcmul(bias.to(dtype).view(*bias.shape, *around), centred, scale)
+    )
+    return scaled.to(x.dtype)
+
+
+def _accumulated(x: torch.Tensor) -> torch.dtype:
+    """What kernels accumulate statistics in."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def is_view(target: object) -> bool:

@@ -15,6 +15,7 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call, is_weight
 from xdit_ir.pipefusion.latents import latents
+from xdit_ir.rules.norms import divided_statistics
 from xdit_ir.sharding.buffer_access import is_divided_over_time, over_time
 from xdit_ir.sharding.cost import local_flops
 
@@ -93,12 +94,18 @@ def _single(program: Program) -> int:
     return sum(count * sum(map(node_flops, graph.nodes)) for _, graph, count in all_graphs(program))
 
 
+def _needs_patches(node: fx.Node, mesh: Mesh) -> bool:
+    """Whether it, or what it will be lowered to, needs other patches: also a norm over what is divided over time."""
+    sources = operands(node)
+    return over_time(node, mesh) or bool(sources and TIME in divided_statistics(node, sources[0].meta[LAYOUT], mesh))
+
+
 def _tail(program: Program, mesh: Mesh) -> set[fx.Node]:
     """Outer nodes that nothing follows which other patches need: the last patch alone computes them."""
     found: set[fx.Node] = set()
     for node in reversed(list(program.graph.nodes)):
         if node.op == "output" or (
-            not is_block_call(node) and all(user in found and not over_time(user, mesh) for user in node.users)
+            not is_block_call(node) and all(user in found and not _needs_patches(user, mesh) for user in node.users)
         ):
             found.add(node)
     return found

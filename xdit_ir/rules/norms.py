@@ -1,11 +1,36 @@
-"""Normalisations: the dims over which statistics are taken must be whole, the others are divided freely."""
+"""Normalisations: the dims over which statistics are taken must be whole, the others are divided freely.
+
+Group, instance and Euclidean norms take what is divided along these dims too: a lowering adds the statistics up.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, as_layouts, rules_of, same_call
+import torch
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import bound_arguments
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Runs
+from xdit_ir.ir.program import SPEC
+from xdit_ir.rules.base import (
+    LocalCall,
+    Localize,
+    OpCall,
+    OpSharding,
+    Rule,
+    as_layouts,
+    gather_all,
+    rules_of,
+    same_call,
+)
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
+from xdit_ir.rules.reductions import REDUCE, SUM
 
 aten = torch.ops.aten
 
@@ -20,16 +45,102 @@ def _layer_norm(call: OpCall) -> Labels:
     )
 
 
-def _group_norm(call: OpCall) -> Labels:
+def divided_statistics(node: fx.Node, layout: Layout, mesh: Mesh) -> frozenset[str]:
+    """The mesh dims along which ranks hold parts of what a norm takes statistics of, its operand having this layout."""
+    dims_of = STATISTICS.get(node.target)
+    if dims_of is None:
+        return frozenset()
+    return frozenset().union(*(mesh.dividing_dims(layout.dims[dim]) for dim in dims_of(bound_arguments(node))))
+
+
+def _space(given: dict[str, Any]) -> range:
+    """What is behind the channels, for a norm over that and over some of these."""
+    return range(2, len(given["input"].meta[SPEC].shape))
+
+
+def _euclidean_dims(given: dict[str, Any]) -> list[int]:
+    """Those of a root of a sum of squares; none of another norm."""
+    spec, dims = given["self"].meta[SPEC], given["dim"]
+    ndim = len(spec.shape)
+    if given["ord"] != 2 or given["dtype"] not in (None, spec.dtype) or spec.dtype.is_complex:
+        return []
+    return [dim % ndim for dim in dims] if dims else list(range(ndim))
+
+
+STATISTICS: dict[Any, Callable[[dict[str, Any]], Any]] = {
+    aten.group_norm.default: _space,
+    aten.instance_norm.default: _space,
+    aten.linalg_vector_norm.default: _euclidean_dims,
+}
+
+
+def _grouped(call: OpCall, layout: Layout, groups: int) -> Labels:
+    """A norm over groups of channels and what is behind: ranks may have some of the groups, and parts of the rest."""
+    channels, size = layout.dims[1], call.out.shape[1] // groups
+    split = channels is not None and not all(_whole_groups(runs.runs, size) for runs in channels.parts)
+    overlaps = (d for d, dim in enumerate(layout.dims) if d > 1 and dim is not None and not call.mesh.tiles(dim))
+    names = plain(call.out, [*([1] if split else []), *overlaps])
+    return by_argument(call, names, input=names, weight=names[1:2], bias=names[1:2])
+
+
+def _whole_groups(runs: Runs, size: int) -> bool:
+    return all(start % size == 0 and length % size == 0 for start, length in runs)
+
+
+def _groups(call: OpCall) -> int:
+    """How many groups there are; an instance norm has one for each channel."""
+    return int(call.arguments.get("num_groups", call.out.shape[1]))
+
+
+def _local_groups(call: OpCall, sharding: OpSharding) -> Localize | None:
+    """A rank's own groups."""
+    output = as_layouts(sharding.outputs)[0]
+    if output.dims[1] is None or "num_groups" not in call.arguments:
+        return None
+    size = call.out.shape[1] // _groups(call)
+    return lambda rank: same_call(call, num_groups=output.local_shape(call.out.shape, rank)[1] // size)
+
+
+def _grouped_norm(call: OpCall) -> OpSharding:
+    if call.arguments.get("running_mean") is not None:
+        return gather_all(call, "instance norm with running statistics")
+    return labelled(lambda call: _grouped(call, call.layouts[0], _groups(call)), _local_groups).forward(call)
+
+
+def _grouped_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
+    """A part of the groups takes no communication, a part of one does."""
+    if call.arguments.get("running_mean") is not None or any(wanted.dims[2:]):
+        return None
+    return labelled(lambda call: _grouped(call, wanted, _groups(call))).demand(call, wanted)
+
+
+def _euclidean(call: OpCall) -> OpSharding:
+    if not _euclidean_dims(call.arguments):
+        return REDUCE.forward(call)
+    sharding = SUM.forward(call)
+    assert isinstance(sharding.outputs, Layout)
+    return replace(sharding, outputs=sharding.outputs.summed())
+
+
+def _moments(call: OpCall) -> Labels:
+    """Two sums over all behind batch and groups."""
+    return by_argument(call, (None, 0, 1), x=plain(call.specs[0]))
+
+
+def _normalize(call: OpCall) -> Labels:
+    """Pointwise: moments per sample and group, weights per group and channel."""
+    own = plain(call.out)
+    return by_argument(call, own, x=own, moments=(None, 0, 1), weight=(1, 2), bias=(1, 2))
+
+
+def _native_group_norm(call: OpCall) -> Labels:
     """Statistics are taken over part of the channels and everything behind them."""
     results = (plain(spec, range(1, len(spec.shape))) for spec in call.results)
     return by_argument(call, *results, input=plain(call.out, range(1, len(call.out.shape))))
 
 
-def _local_batch(call: OpCall, sharding: OpSharding) -> Localize | None:
+def _local_batch(call: OpCall, sharding: OpSharding) -> Localize:
     """`native_group_norm` is told the batch size."""
-    if "N" not in call.arguments:
-        return None
     output = as_layouts(sharding.outputs)[0]
 
     def local(rank: int) -> LocalCall:
@@ -56,22 +167,17 @@ def _batch_norm(call: OpCall) -> Labels | str:
     )
 
 
-def _instance_norm(call: OpCall) -> Labels | str:
-    """Statistics per sample and channel, over what is behind."""
-    if call.arguments.get("running_mean") is not None:
-        return "instance norm with running statistics"
-    names = plain(call.out, range(2, len(call.out.shape)))
-    return by_argument(call, names, input=names, weight=(1,), bias=(1,))
-
-
 RULES = {
     **rules_of(labelled(_layer_norm), aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten._fused_rms_norm),
-    **rules_of(labelled(_group_norm, _local_batch), aten.group_norm, aten.native_group_norm),
+    **rules_of(Rule(_grouped_norm, _grouped_demand), aten.group_norm, aten.instance_norm),
+    **rules_of(labelled(_native_group_norm, _local_batch), aten.native_group_norm),
+    **rules_of(Rule(_euclidean, REDUCE.demand), aten.linalg_vector_norm),
+    **rules_of(labelled(_moments, sums=True), ops.moments),
+    **rules_of(labelled(_normalize), ops.normalize),
     **rules_of(
         labelled(_batch_norm),
         aten.batch_norm,
         aten.native_batch_norm,
         aten._native_batch_norm_legit_no_training,
     ),
-    **rules_of(labelled(_instance_norm), aten.instance_norm),
 }

@@ -104,7 +104,6 @@ RULES = {
         aten.median,
         aten.kthvalue,
         aten.nanmean,
-        aten.linalg_vector_norm,
         aten.linalg_norm,
         aten.norm,
     ),

@@ -12,10 +12,11 @@ from typing import Any
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import with_operands
+from xdit_ir.ir.graphs import with_operands, write_relayout
 from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, WHERE
+from xdit_ir.ir.program import LAYOUT, SPEC
+from xdit_ir.rules.norms import divided_statistics
 from xdit_ir.sharding.cost import relayout_sent, step_flops
 
 FALLBACK = "fallback"
@@ -130,9 +131,22 @@ class LayoutGraph:
         )
 
     def exchanges(self) -> int:
-        """How many changes of layout send anything, and attentions that pass their keys around a ring."""
+        """How many changes of layout send anything, attentions that pass their keys around a ring, and
+        norms whose statistics are divided."""
         sent = (step.relayout and step.target is not ops.shard for step in self.steps)
-        return sum(sent) + sum(step.target is ops.ring_attention for step in self.steps)
+        rings = (step.target is ops.ring_attention for step in self.steps)
+        return sum(sent) + sum(rings) + sum(map(self._adds_statistics, self.steps))
+
+    def sums_up(self) -> bool:
+        """Whether ranks hold summands that are added up."""
+        reduced = (step.relayout and step.target in ops.SUMS for step in self.steps)
+        return any(reduced) or any(map(self._adds_statistics, self.steps))
+
+    def _adds_statistics(self, step: LayoutNode) -> bool:
+        """Whether a norm, once it is lowered, adds up statistics of all ranks."""
+        return step.is_operator and bool(
+            step.sources and divided_statistics(step.node, step.sources[0].layout, self.mesh)
+        )
 
     def attention_mesh_dims(self, part: str) -> frozenset[str]:
         """The mesh dims that divide the `queries`, the `keys` or the `batch` (and heads) of some attention."""
@@ -160,16 +174,13 @@ class LayoutGraph:
 def _write(graph: fx.Graph, step: LayoutNode, sources: list[fx.Node], name_of: Callable[[Any], str]) -> fx.Node:
     node = step.node
     if step.relayout:
-        name = f"{sources[0].name}_{step.target.__name__}"
-        new = graph.create_node("call_function", step.target, (sources[0],), name=name)
-        new.meta = {key: node.meta[key] for key in (SPEC, WHERE) if key in node.meta}
-    else:
-        args, kwargs = with_operands(node, sources)
-        if step.body is not None:
-            args = (name_of(step.body), *args[1:])
-        target = step.target if node.op == "call_function" else node.target
-        new = graph.create_node(node.op, target, args, kwargs, name=node.name, type_expr=node.type)
-        new.meta = dict(node.meta)
+        return write_relayout(graph, sources[0], step.target, step.layout)
+    args, kwargs = with_operands(node, sources)
+    if step.body is not None:
+        args = (name_of(step.body), *args[1:])
+    target = step.target if node.op == "call_function" else node.target
+    new = graph.create_node(node.op, target, args, kwargs, name=node.name, type_expr=node.type)
+    new.meta = dict(node.meta)
     if node.op != "output":
         new.meta[LAYOUT] = step.layout
     if step.fallback:

@@ -168,7 +168,7 @@ class Attempt:
 
     def sums_up(self) -> bool:
         """Whether ranks hold summands outside of blocks."""
-        return any(step.relayout and step.target in ops.SUMS for step in self.draft.steps)
+        return self.draft.sums_up()
 
     def layout(self, name: str) -> Layout | None:
         """The layout of the value of this name, for an input as it is cut; None where nothing is left of it."""

@@ -16,6 +16,7 @@ from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
+from xdit_ir.rules.norms import divided_statistics
 
 OUTER = "outer graph"
 
@@ -23,7 +24,8 @@ OUTER = "outer graph"
 def verify(program: Program, after: str = "", *, runnable: bool = False) -> None:
     """Raise `VerifyError` where the program breaks an invariant; `after` names the pass to blame.
 
-    `runnable`: also every attention must find all keys on its rank, or pass them around along `ring` only.
+    `runnable`: also every attention must find all keys on its rank, or pass them around along `ring` only, and every
+    norm all that its statistics are taken of.
     """
     where = f"after {after}" if after else "program"
     _Verifier(program, where, runnable).check()
@@ -120,6 +122,8 @@ class _Verifier:
             astray = key_gather_dims(mesh, *layouts[:2]) - allowed
             if astray:
                 self.fail(node, f"its keys are divided over {sorted(astray)} and nothing brings them together")
+        if self.runnable and (parts := divided_statistics(node, layouts[0], mesh) if layouts else None):
+            self.fail(node, f"its statistics are divided over {sorted(parts)} and nothing adds them up")
 
     def _block_call(self, node: fx.Node) -> None:
         name, _, values, weights = call_parts(node)
