@@ -214,7 +214,7 @@ def test_check_fails_above_a_limit(capsys: Capture, here: Path) -> None:
     out = capsys.readouterr().out
     assert re.search(r"u3 .*equal", out) and re.search(r"u2 .*COSTLY", out)
     said = "the slowest rank does 0.5000 of the FLOPs, above 0.4 (0.5000 is fair)"
-    assert f"u2: {said}" in out and f"u2: COSTLY::{said}" in out
+    assert f"u2: {said}" in out and f"u2%3A COSTLY::{said}" in out
     [failure] = ElementTree.parse(here / "out.xml").getroot().iter("failure")
     assert failure.attrib["message"] == said
     assert main([*argv[:3], "u2", "--max-share", "0.5", "--max-fallbacks", "0"]) == 0
