@@ -1,1 +1,1 @@
-"""Passes over programs, one a file; the order is `xdit_ir.passes.order.passes_for`."""
+"""Passes over programs, one a file; `xdit_ir.passes.order` lists them in their order."""
