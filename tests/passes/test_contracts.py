@@ -85,7 +85,7 @@ def test_lists_are_in_the_order_of_the_list_of_all_passes() -> None:
             "canonicalize,find-tokens,shard-tokens{ulysses=2},lower-attention",
             "lower-attention needs a program with 'layouts', which propagate-layouts provides",
         ),
-        ("canonicalize,find-tokens,overlap{ulysses=2}", "'runnable', which lower-attention provides"),
+        ("canonicalize,find-tokens,overlap{ulysses=2}", "'runnable', which split-statistics provides"),
         ("fuse-gelu", "'local', which specialize provides; passes before gave it nothing"),
     ],
 )

@@ -86,6 +86,21 @@ weights {
 facts local
 """
 
+# Two writes into a tensor that has just been made, and one into an input.
+WRITES = """
+program Writes {
+  input %x: f32[2, 8]
+  input %part: f32[2, 4]
+  %made: f32[2, 8] = empty_like(%x)
+  %first: f32[2, 8] = slice_scatter(%made, %part, 1, 0, 4)
+  %both: f32[2, 8] = slice_scatter(%first, %part, 1, 4, 8)
+  %kept: f32[2, 8] = slice_scatter(%x, %part, 1, 0, 4)
+  return %both, %kept
+}
+
+facts local
+"""
+
 # Attention of one rank: long enough for a kernel, with a mask, and around a ring of two of which one has no keys.
 ATTENTIONS = """
 program Attentions {
@@ -103,7 +118,10 @@ facts local
 
 
 def ran(text: str, passes: str) -> str:
-    return write(apply_passes(parse(text), parse_passes(passes))).text.rstrip()
+    """The text of what passes make of a text, which can be read back."""
+    made = write(apply_passes(parse(text), parse_passes(passes)))
+    assert write(parse(made.text)).text == made.text
+    return made.text.rstrip()
 
 
 @pytest.mark.parametrize("name", ["shard-tokens", "replicate-shared", "propagate-layouts"])
@@ -112,6 +130,10 @@ def test_seeds(name: str, golden: Golden) -> None:
     passes = ["find-tokens", "shard-tokens{ulysses=4}", "replicate-shared", "propagate-layouts"]
     count = [one.partition("{")[0] for one in passes].index(name) + 1
     golden(f"on_text.{name.replace('-', '_')}", ran(CROSS, ",".join(passes[:count])))
+
+
+def test_write_in_place(golden: Golden) -> None:
+    golden("on_text.write_in_place", ran(WRITES, "write-in-place"))
 
 
 def test_fuse_gelu(golden: Golden) -> None:
@@ -136,5 +158,5 @@ def test_choose_kernels(
 
 def test_use_copy_engines(golden: Golden) -> None:
     """The exchanges around attention in blocks; that of the output, outside of blocks, stays a collective."""
-    passes = "find-tokens,shard-tokens{ulysses=2},replicate-shared,propagate-layouts,lower-attention,specialize{rank=1}"
-    golden("on_text.use_copy_engines", ran(ITSELF, f"{passes},use-copy-engines"))
+    passes = "find-tokens,shard-tokens{ulysses=2},replicate-shared,propagate-layouts,lower-attention,split-statistics"
+    golden("on_text.use_copy_engines", ran(ITSELF, f"{passes},specialize{{rank=1}},use-copy-engines"))

@@ -16,12 +16,13 @@ from xdit_ir.ir.layout import Landing, Piece, RankExchange
 from xdit_ir.ir.printer import target_name
 from xdit_ir.kernels.attention import KernelAttention
 from xdit_ir.kernels.linear_gelu import linear_gelu
+from xdit_ir.kernels.write_slice import write_slice
 
 OURS = {
     name: function
     for name, function in vars(ops).items()
     if inspect.isfunction(function) and function.__module__ == ops.__name__ and not name.startswith("_")
-} | {"linear_gelu": linear_gelu}
+} | {"linear_gelu": linear_gelu, "write_slice": write_slice}
 # Targets of a rank's program, and their parts: written as `Name{field: value, ...}`.
 _TARGETS: tuple[type[Any], ...] = (
     *(Reshuffle, PeerExchange, Reduce, ReduceScatter, Ring, KernelAttention),
