@@ -31,7 +31,7 @@ class Specialize:
     numerics: ClassVar[str] = "exact"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.LOCAL})
-    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.RUNNABLE})
+    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.ATTENTION, Fact.RUNNABLE})
 
     rank: int
 
