@@ -114,3 +114,8 @@ def test_a_norm_that_lacks_statistics_is_no_program_that_ranks_can_run() -> None
     verify(program)
     with pytest.raises(VerifyError, match=r"its statistics are divided over \['ulysses'\]"):
         verify(program, runnable=True)
+
+
+def test_a_program_without_divided_norms_is_handed_on() -> None:
+    program = divided(Norms(), sample(2, 4, 6), Mesh.of(ulysses=2), 0)
+    assert SplitStatistics().apply(program) is program
