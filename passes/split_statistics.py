@@ -12,7 +12,7 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
-from xdit_ir.ir.graphs import bound_arguments, map_graphs, operands, remove_dead
+from xdit_ir.ir.graphs import all_graphs, bound_arguments, map_graphs, operands, remove_dead
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
@@ -37,16 +37,22 @@ class SplitStatistics:
     def apply(self, program: Program) -> Program:
         """The program whose norms each rank can compute with what the layouts give it."""
         mesh = program.mesh
-        return program if mesh is None else map_graphs(program, lambda graph: _split(graph, mesh))
+        if mesh is None or not any(_divided(graph, mesh) for _, graph, _ in all_graphs(program)):
+            return program
+        return map_graphs(program, lambda graph: _split(graph, mesh))
+
+
+def _divided(graph: fx.Graph, mesh: Mesh) -> list[fx.Node]:
+    """The norms whose statistics are divided."""
+    norms = (node for node in graph.nodes if node.target in WRITERS)
+    return [node for node in norms if divided_statistics(node, operands(node)[0].meta[LAYOUT], mesh)]
 
 
 def _split(graph: fx.Graph, mesh: Mesh) -> None:
-    for node in list(graph.nodes):
-        write = WRITERS.get(node.target)
-        if write is not None and divided_statistics(node, operands(node)[0].meta[LAYOUT], mesh):
-            emitter = Emitter(graph, node, mesh)
-            new = write(emitter, bound_arguments(node))
-            node.replace_all_uses_with(emitter.relayout(new, node.meta[LAYOUT]))
+    for node in _divided(graph, mesh):
+        emitter = Emitter(graph, node, mesh)
+        new = WRITERS[node.target](emitter, bound_arguments(node))
+        node.replace_all_uses_with(emitter.relayout(new, node.meta[LAYOUT]))
     remove_dead(graph)
 
 

@@ -54,7 +54,7 @@ def divided(model: nn.Module, x: Tensor, mesh: Mesh, dim: int) -> Program:
 
 def rewritten(model: nn.Module, x: Tensor, mesh: Mesh, dim: int) -> Program:
     """The program that ranks can run, after they were compared with the model."""
-    program = run_passes(divided(model, x, mesh, dim), [SplitStatistics()])
+    program = SplitStatistics().apply(divided(model, x, mesh, dim))
     verify(program, runnable=True)
     ranks = [Specialize(rank).apply(program) for rank in range(mesh.world_size)]
     short = x.dtype == torch.bfloat16
@@ -77,7 +77,7 @@ def test_norms_over_divided_tokens_are_split(golden: Golden) -> None:
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
 def test_ranks_exchange_once_and_lose_nothing(offset: float) -> None:
     norm, x = nn.GroupNorm(2, 4), sample(2, 4, 50) + offset
-    program = run_passes(divided(norm, x, Mesh.of(ulysses=3), 2), [SplitStatistics()])
+    program = SplitStatistics().apply(divided(norm, x, Mesh.of(ulysses=3), 2))
     assert [node.target for node in program.graph.nodes if ops.communicates(node.target)] == [
         ops.all_reduce,
         ops.gather,
@@ -114,3 +114,8 @@ def test_a_norm_that_lacks_statistics_is_no_program_that_ranks_can_run() -> None
     verify(program)
     with pytest.raises(VerifyError, match=r"its statistics are divided over \['ulysses'\]"):
         verify(program, runnable=True)
+
+
+def test_a_program_without_divided_norms_is_handed_on() -> None:
+    program = divided(Norms(), sample(2, 4, 6), Mesh.of(ulysses=2), 0)
+    assert SplitStatistics().apply(program) is program
