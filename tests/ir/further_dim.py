@@ -67,7 +67,7 @@ def divided(program: Program, mesh: Mesh, dim: int) -> Program:
 def runs_by_hand(traced: TracedProgram, model: torch.nn.Module, example: Any, mesh: Mesh, dim: int) -> None:
     """What was divided over the further dim is lowered, verified, simulated, reported, written, read and seen."""
     program = divided(traced.analysed, mesh, dim)
-    program = run_passes(program, [*token_passes(mesh), LowerAttention(mesh), Overlap(mesh)])
+    program = run_passes(program, [*token_passes(mesh), LowerAttention(mesh), SplitStatistics(), Overlap(mesh)])
     verify(program, runnable=True)
     parallel = ParallelProgram(traced.ir, traced.analysed, program, mesh)
     result = check_parallel(parallel, model, example)

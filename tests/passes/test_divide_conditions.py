@@ -22,6 +22,7 @@ from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order import token_passes
 from xdit_ir.passes.split_batch import SplitBatch
+from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.specialize import Specialize
 from xdit_ir.simulation.lockstep import run_ranks
@@ -69,7 +70,8 @@ EXAMPLE = {"x": torch.randn(BATCH, 16, WIDTH), "condition": torch.randn(BATCH, W
 def lowered(model: nn.Module, mesh: Mesh) -> Program:
     traced = xir.trace(model, EXAMPLE).ir
     return run_passes(
-        traced, [Canonicalize(), FindTokens(), SplitBatch(mesh), *token_passes(mesh), LowerAttention(mesh)]
+        traced,
+        [Canonicalize(), FindTokens(), SplitBatch(mesh), *token_passes(mesh), LowerAttention(mesh), SplitStatistics()],
     )
 
 

@@ -20,6 +20,7 @@ from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order import token_passes
 from xdit_ir.passes.split_batch import SplitBatch
+from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.sharding.specialize import Specialize
 
 Golden = Callable[[str, str], None]
@@ -112,21 +113,21 @@ def test_shard_tokens(found: Program, golden: Golden) -> None:
     ],
 )
 def test_lower_attention(name: str, mesh: Mesh, found: Program, golden: Golden) -> None:
-    passes = [SplitBatch(mesh), *token_passes(mesh), LowerAttention(mesh)]
+    passes = [SplitBatch(mesh), *token_passes(mesh), LowerAttention(mesh), SplitStatistics()]
     lowered = run_passes(found, passes)
     golden(f"lower_attention.{name}", body_text(lowered, "Layer"))
 
 
 def test_specialize(found: Program, golden: Golden) -> None:
     mesh = Mesh.of(ulysses=3)
-    lowered = run_passes(found, [*token_passes(mesh), LowerAttention(mesh)])
+    lowered = run_passes(found, [*token_passes(mesh), LowerAttention(mesh), SplitStatistics()])
     golden("specialize.rank1_of_3", program_text(Specialize(1).apply(lowered), bodies=True))
 
 
 def test_passes_leave_their_input_alone(found: Program) -> None:
     before = program_text(found, bodies=True)
     mesh = Mesh.of(cfg=2, ulysses=2, ring=2)
-    run_passes(found, [SplitBatch(mesh), *token_passes(mesh), LowerAttention(mesh)])
+    run_passes(found, [SplitBatch(mesh), *token_passes(mesh), LowerAttention(mesh), SplitStatistics()])
     assert program_text(found, bodies=True) == before
 
 
