@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch._ops import OpOverload
 
 from xdit_ir.ir.facts import Fact
@@ -53,6 +54,8 @@ def check(program: Program, name: str) -> None:
     verify(program, name, runnable=Fact.RUNNABLE in program.facts)
     for _, graph, _ in all_graphs(program):
         for node in (node for node in graph.nodes if isinstance(node.target, OpOverload)):
+            if node.target is torch.ops.aten.index.Tensor:
+                continue  # as many results as a mask is true
             [copy] = (one for one in copy_graph(graph).nodes if one.name == node.name)
             assert Emitter(copy.graph, copy).emit(copy.target, *copy.args, **copy.kwargs).meta[SPEC] == node.meta[SPEC]
 

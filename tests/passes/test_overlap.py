@@ -22,6 +22,7 @@ from xdit_ir.passes.order import token_passes
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.split_joins import SplitJoins
+from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.sharding.machine import Machine
 
 Golden = Callable[[str, str], None]
@@ -61,7 +62,9 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def lowered() -> Program:
     traced = xir.trace(Model(), (torch.zeros(2, 64, 8),)).ir
-    return run_passes(traced, [Canonicalize(), FindTokens(), *token_passes(MESH), LowerAttention(MESH)])
+    return run_passes(
+        traced, [Canonicalize(), FindTokens(), *token_passes(MESH), LowerAttention(MESH), SplitStatistics()]
+    )
 
 
 def position(graph: fx.Graph, find: Callable[[fx.Node], bool]) -> list[int]:
