@@ -1,4 +1,5 @@
-"""Golden files: `golden(name, text)` compares with tests/golden/NAME.txt; `pytest --update-golden` rewrites them."""
+"""Golden files: `golden(name, text)` compares with tests/golden/NAME.txt, or NAME where that ends with `.ir`;
+`pytest --update-golden` rewrites them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     def compare(name: str, text: str) -> None:
-        path = GOLDEN / f"{name}.txt"
+        path = GOLDEN / (name if name.endswith(".ir") else f"{name}.txt")
         if request.config.getoption("--update-golden"):
             path.write_text(text + "\n")
         assert text + "\n" == path.read_text(), f"differs from {path.name}; if meant, run pytest --update-golden"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,6 +45,12 @@ def providers(fact: Fact) -> list[str]:
 def test_every_pass_declares_what_it_is(kind: type[Any]) -> None:
     assert kind.numerics in NUMERICS and kind.__doc__
     assert "name" not in {field.name for field in fields(kind)}, "a name is no option"
+
+
+def test_the_page_of_the_ir_has_them_in_their_order() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "ir.md").read_text()
+    listed = re.findall(r"(?m)^\| `([\w-]+)` \| .* \| (\w+)(?: \(Ring\))? \|$", page)
+    assert listed == [(kind.name, kind.numerics) for kind in PASSES]
 
 
 @kinds

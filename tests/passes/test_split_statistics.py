@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,6 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.interpret import model_state
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.canonicalize import Canonicalize
@@ -24,7 +21,6 @@ from xdit_ir.sharding.specialize import Specialize
 from xdit_ir.sharding.verify import verify
 from xdit_ir.simulation.lockstep import run_ranks
 
-Golden = Callable[[str, str], None]
 aten = torch.ops.aten
 NORMS = {aten.group_norm.default, aten.instance_norm.default, aten.linalg_vector_norm.default}
 
@@ -68,9 +64,10 @@ def sample(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_norms_over_divided_tokens_are_split(golden: Golden) -> None:
+def test_norms_over_divided_tokens_are_split() -> None:
     program = rewritten(Norms(), sample(2, 4, 6), Mesh.of(ulysses=2), 2)
-    golden("split_statistics", program_text(program, bodies=True))
+    whole = [node for node in program.graph.nodes if node.target in NORMS]
+    assert len(whole) == 1, "that over channels, of which a rank has all"
 
 
 # A mean that is large beside the deviations would be lost in a difference of squares in single precision.

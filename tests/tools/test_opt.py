@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from types import FunctionType
 
@@ -53,6 +54,15 @@ def test_the_worked_test_passes(here: Path) -> None:
     tests = [item for name, item in names.items() if name.startswith("test_") and isinstance(item, FunctionType)]
     assert len(tests) == 1
     tests[0]()
+
+
+def test_the_commands_of_the_page(here: Path, capsys: Capture) -> None:
+    """All of them run, on a whole model too; attention is lowered in the last one."""
+    commands = [line for kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "xdit-ir" and main(arguments) == 0
+    assert "= all_to_all(" in capsys.readouterr().out.partition("// after lower-attention")[2]
 
 
 def test_a_model_from_text_to_ranks(here: Path, capsys: Capture) -> None:

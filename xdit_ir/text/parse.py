@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from xdit_ir.errors import ParallelizeError, ParseError
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
-from xdit_ir.ir.program import Block, Program, Seeding, Signature, TokenAxis
+from xdit_ir.ir.program import Block, Program, Seeding, TokenAxis
 from xdit_ir.text.graphs import GraphReader
 from xdit_ir.text.literals import read_literal, read_name
 from xdit_ir.text.scanner import Scanner
-from xdit_ir.text.signature import SignatureReader
+from xdit_ir.text.signature import SignatureReader, no_signature
 from xdit_ir.text.types import TypeReader, read_partition
 from xdit_ir.text.write import usual_facts
 
@@ -87,7 +86,7 @@ class _Reader:
         self.main = programs[0]
         name = self.main.head.expect(r"[\w.]+", "the program's name")
         mesh, self.partitions = self._program_mesh(), self._partitions()
-        self.result = Program(name, fx.Graph(), {}, _no_signature(), {}, torch.device("cpu"), mesh=mesh)
+        self.result = Program(name, fx.Graph(), {}, no_signature(), {}, torch.device("cpu"), mesh=mesh)
         self._change(facts=self._facts())
         self.types = TypeReader(self.result.layout_mesh, self.partitions)
 
@@ -235,8 +234,3 @@ class _Reader:
     def _predicate(self, lines: Sequence[Scanner], constants: Mapping[str, Any]) -> fx.Graph:
         reader = GraphReader(self.result, TypeReader(None, {}), self.attachments, (), single=True)
         return reader.read(lines)
-
-
-def _no_signature() -> Signature:
-    empty = pytree.tree_structure(())
-    return Signature(empty, (), empty, ())

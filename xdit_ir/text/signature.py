@@ -24,6 +24,12 @@ Lines = list[Scanner]
 ReadGraph = Callable[[Lines, Mapping[str, Any]], fx.Graph]
 
 
+def no_signature() -> Signature:
+    """That of a program whose text says nothing of arguments and results."""
+    empty = pytree.tree_structure(())
+    return Signature(empty, (), empty, ())
+
+
 def write_signature(signature: Signature, literal: LiteralWriter, graph: GraphLines) -> Iterator[str]:
     """Its lines."""
     types = TypeWriter(None)

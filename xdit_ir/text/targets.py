@@ -22,7 +22,7 @@ OURS = {
     name: function
     for name, function in vars(ops).items()
     if inspect.isfunction(function) and function.__module__ == ops.__name__ and not name.startswith("_")
-} | {"linear_gelu": linear_gelu, "write_slice": write_slice}
+} | {function.__name__: function for function in (linear_gelu, write_slice)}
 # Targets of a rank's program, and their parts: written as `Name{field: value, ...}`.
 _TARGETS: tuple[type[Any], ...] = (
     *(Reshuffle, PeerExchange, Reduce, ReduceScatter, Ring, KernelAttention),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from xdit_ir.ir.facts import Fact
@@ -42,7 +43,7 @@ from xdit_ir.ir.program import (
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.text.attachments import Collected
 from xdit_ir.text.literals import LiteralWriter, name_text
-from xdit_ir.text.signature import write_signature
+from xdit_ir.text.signature import no_signature, write_signature
 from xdit_ir.text.targets import target_text
 from xdit_ir.text.types import TypeWriter, partition_text
 
@@ -71,7 +72,8 @@ def write(program: Program) -> Document:
 
 def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterator[list[str]]:
     literal, plain = LiteralWriter(collected), TypeWriter(None)
-    yield [f"device {literal(program.device)}"]
+    if program.device != torch.device("cpu"):
+        yield [f"device {literal(program.device)}"]
     if program.facts != usual_facts(program.mesh):
         yield [f"facts {', '.join(fact.value for fact in Fact if fact in program.facts)}".rstrip()]
     if program.coordinates:
@@ -90,7 +92,8 @@ def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterat
         writer = GraphWriter(program, part, collected, types, [])
         return [*writer.inputs(), *writer.lines()]
 
-    yield ["signature {", *write_signature(program.signature, literal, graph), "}"]
+    if program.signature != no_signature():
+        yield ["signature {", *write_signature(program.signature, literal, graph), "}"]
     if types.numbers:
         listed = (f"  #{number}: {partition_text(partition)}" for partition, number in types.numbers.items())
         yield ["partitions {", *listed, "}"]
