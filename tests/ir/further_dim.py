@@ -49,6 +49,7 @@ from xdit_ir.passes.lower_attention import LowerAttention  # noqa: E402
 from xdit_ir.passes.order import token_passes  # noqa: E402
 from xdit_ir.passes.overlap import Overlap  # noqa: E402
 from xdit_ir.passes.registry import apply_passes, parse_passes  # noqa: E402
+from xdit_ir.passes.split_statistics import SplitStatistics  # noqa: E402
 from xdit_ir.sharding.propagate import Propagation  # noqa: E402
 from xdit_ir.sharding.verify import verify  # noqa: E402
 from xdit_ir.text import difference, parse, write  # noqa: E402
