@@ -48,7 +48,7 @@ def test_every_pass_declares_what_it_is(kind: type[Any]) -> None:
 
 
 def test_the_page_of_the_ir_has_them_in_their_order() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "ir.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "ir.md").read_text().partition("## Passes")[2]
     listed = re.findall(r"(?m)^\| `([\w-]+)` \| .* \| (\w+)(?: \(Ring\))? \|$", page)
     assert listed == [(kind.name, kind.numerics) for kind in PASSES]
 
