@@ -40,14 +40,16 @@ class EmittedBody:
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """A rank's forward: `run(*inputs, *weights, *constants, *slots)`, ordered as in `state_names` and `slot_specs`,
-    gives the outputs.
+    """A rank's forward: `run(*inputs, *weights, *constants, *slots)`, of which these are the names, gives the outputs.
 
     With a `mailbox`, what that opens comes after these.
     """
 
     run: fx.GraphModule
     bodies: Mapping[str, EmittedBody]
+    weights: Sequence[str]
+    constants: Sequence[str]
+    slots: Mapping[str, TensorSpec | None]
     mailbox: Mailbox | None = None
 
 
@@ -61,11 +63,12 @@ def generate(program: Program, communicator: Communicator, device: torch.device)
         slots = writer.buffers(list(_slot_specs(block.graph)))
         bodies[name] = EmittedBody(writer.write(block.graph, {}), constants, slots, bool(writer.shared))
     writer = _CodeWriter(program.name, program.device, device, communicator, mailbox)
-    writer.head(program.graph, list(itertools.chain(*state_names(program))))
-    writer.buffers(list(slot_specs(program)))
+    (weights, state), held = state_names(program), slot_specs(program)
+    writer.head(program.graph, weights + state)
+    writer.buffers(list(held))
     if mailbox is not None:
         writer.share(mailbox)
-    return Code(writer.write(program.graph, bodies), bodies, mailbox)
+    return Code(writer.write(program.graph, bodies), bodies, weights, state, held, mailbox)
 
 
 def communications(program: Program) -> Iterator[Communicate]:

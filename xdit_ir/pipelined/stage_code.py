@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xdit_ir.emission.codegen import Code, EmittedBody, slot_specs, state_names
+from xdit_ir.emission.codegen import Code, EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.named_tensors import constants_on
@@ -22,18 +22,10 @@ Key = tuple[int, int | None]
 
 @dataclass(frozen=True, eq=False)
 class StageCode:
-    """A stage's task with its code; `weights` and `constants` are names in the order of arguments, `slots` follow."""
+    """A stage's task with its code."""
 
     task: StageTask
     code: Code
-    weights: Sequence[str]
-    constants: Sequence[str]
-    slots: Mapping[str, TensorSpec | None]
-
-    @staticmethod
-    def of(task: StageTask, context: RankContext) -> StageCode:
-        """Code for a task."""
-        return StageCode(task, context.code(task.program), *state_names(task.program), slot_specs(task.program))
 
     def __call__(self, inputs: Tensors, state: Tensors) -> Sequence[torch.Tensor]:
         """Run it; `state` with the buffers behind it."""
@@ -45,8 +37,8 @@ class RankCode:
     """All that one rank runs, and the `memories` in which requests keep what it writes."""
 
     def __init__(self, tasks: RankTasks, context: RankContext) -> None:
-        self._stages = {key: StageCode.of(task, context) for key, task in _keyed(tasks)}
-        names = dict.fromkeys(name for each in self._stages.values() for name in each.constants)
+        self._stages = {key: StageCode(task, context.code(task.program)) for key, task in _keyed(tasks)}
+        names = dict.fromkeys(name for each in self._stages.values() for name in each.code.constants)
         self._constants = constants_on(tasks.pipeline.program, names, context.device)
         self.memories = Memories(self._buffer_types(tasks.stages), context.device)
         self._pool = torch.cuda.graph_pool_handle() if context.execution.cuda_graph else None
@@ -69,13 +61,14 @@ class RankCode:
     ) -> Sequence[torch.Tensor]:
         """The outputs of a task; its buffers are those of a request's `memory`."""
         each = self._stages[item.stage, item.patch]
-        state = [weights[name] for name in each.weights] + [self._constants[name] for name in each.constants]
-        return memory.run((item.stage, item.patch), list(each.slots), each, self._pool)(inputs, state)
+        state = [weights[name] for name in each.code.weights]
+        state += [self._constants[name] for name in each.code.constants]
+        return memory.run((item.stage, item.patch), list(each.code.slots), each, self._pool)(inputs, state)
 
     def _buffer_types(self, stages: Sequence[int]) -> dict[int, dict[str, TensorSpec]]:
         found: dict[int, dict[str, TensorSpec]] = {stage: {} for stage in stages}
         for (stage, _), each in self._stages.items():
-            for name, spec in each.slots.items():
+            for name, spec in each.code.slots.items():
                 if spec is not None:
                     found[stage].setdefault(name, spec)
         return found

@@ -11,7 +11,7 @@ from xdit_ir.capture.effects import apply_effects
 from xdit_ir.capture.inputs import InputBinder, bind_arguments
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import materialize
-from xdit_ir.emission.codegen import EmittedBody, state_names
+from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Recording, Tensors, as_normal_tensor, plain_modes
 from xdit_ir.errors import MismatchError
@@ -27,13 +27,12 @@ class Runner:
 
     def __init__(self, context: RankContext, program: Program, facts: Facts) -> None:
         self.program, self.device, self.facts, self._digest = program, context.device, facts, digest(facts)
-        weights, constants = state_names(program)
-        self._weights = context.store.take(weights, program.state)
-        self._constants = list(constants_on(program, constants, self.device).values())
         self._parameters = context.parameters
         self._binder = InputBinder(self._parameters, program)
         peers = context.execution.uses_peers and peers_reachable(context.communicator)
         self.code = context.code(program, peers=peers)
+        self._weights = context.store.take(self.code.weights, program.state)
+        self._constants = list(constants_on(program, self.code.constants, self.device).values())
         if self.code.mailbox is not None:
             self._constants += self.code.mailbox.open(self.device)
         self._forward = Recording(self._compute) if context.execution.cuda_graph else self._compute
