@@ -98,7 +98,7 @@ def main() -> None:
     steps = parse_passes("find-tokens,shard-tokens{ulysses=2 tensor=2},propagate-layouts,lower-attention")
     made = apply_passes(traced.analysed, steps)
     assert made.mesh == Mesh.of(ulysses=2, tensor=2)
-    assert xir.port(model, tensor=2)._made.mesh == MESH
+    assert xir.port(model, tensor=2)._xdit_specialisations.mesh == MESH
 
 
 if __name__ == "__main__":

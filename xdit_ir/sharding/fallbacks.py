@@ -3,7 +3,8 @@
 A pass may gather a value long before the operator that needs it: before a block, or once for all its calls. So each
 gathered value is followed as if it had stayed divided, through the operators whose rules accept that, to those that do
 not. No fallbacks are keys of attentions, conditions that are broadcast to a stream (divided or not), and what is only
-put in place, to be divided again or as an output of the model.
+put in place, to be divided again or as an output of the model; nor is an operator whose work is divided by another
+dim instead (a projection of which each rank makes some features).
 """
 
 from __future__ import annotations
@@ -193,8 +194,11 @@ class _Walk:
         if not refused:
             return tuple(_Value(layout, gathers) for layout in as_layouts(ruling.outputs))
         needed = [found for operand, found in refused if not _is_broadcast(operand, node)]
-        if needed and node.target not in ops.ATTENTIONS:
-            self.needs[node] = self.needs.get(node, frozenset()).union(*needed)
+        together = frozenset[fx.Node]().union(*needed)
+        along = frozenset[str]().union(*(_dims_of(gather, self.mesh) for gather in together))
+        shared = along <= dividing_dims_of(node, self.mesh)  # its work is divided by another dim instead
+        if together and not shared and node.target not in ops.ATTENTIONS:
+            self.needs[node] = self.needs.get(node, frozenset()) | together
         return _as_it_is(node)
 
     @property
