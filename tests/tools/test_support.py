@@ -33,7 +33,7 @@ def test_survey(packed: Survey) -> None:
 
 
 def test_survey_says_why_degrees_are_illegal() -> None:
-    found = survey("cosmos3-omni", [one for one in DEGREES if one.cfg == 2]).outcome("c2")
+    found = survey("cosmos3-omni", [one for one in DEGREES if one.as_dict().get("cfg") == 2]).outcome("c2")
     assert "batch of 1" in found.refused and not found.exact
 
 

@@ -227,8 +227,10 @@ def _is_broadcast(operand: fx.Node, node: fx.Node) -> bool:
 def _moves(node: fx.Node) -> bool:
     """Whether a node puts elements elsewhere or changes them one by one."""
     target: Any = node.target
-    known = getattr(target, "overloadpacket", target) in _MOVES
-    return known or ops.is_relayout(target) or ops.is_view(target) or is_pointwise(target)
+    packet = getattr(target, "overloadpacket", target)
+    alone = packet is aten.einsum and len(operands(node)) == 1
+    permutes = alone and operands(node)[0].meta[SPEC].nbytes == node.meta[SPEC].nbytes
+    return packet in _MOVES or permutes or ops.is_relayout(target) or ops.is_view(target) or is_pointwise(target)
 
 
 def _computed(program: Program) -> set[fx.Node]:
