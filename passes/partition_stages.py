@@ -14,7 +14,7 @@ from torch import fx
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.dataflow import ProgramValue
 from xdit_ir.ir.facts import Fact
-from xdit_ir.ir.graphs import copy_graph, expand_call
+from xdit_ir.ir.graphs import copy_graph, expand_call, placeholders
 from xdit_ir.ir.program import STAGE, Program, called_block
 from xdit_ir.pipefusion.liveness import Liveness, boundaries, liveness
 from xdit_ir.pipefusion.stage_search import CutPoints, StagePlan, contiguous, cut_folded, cut_straight, folded
@@ -52,9 +52,7 @@ class PartitionStages:
         """The program with `STAGE` noted; block calls that a cut goes through are expanded."""
         if self.count == 1:
             return program
-        sources = [axis.value for axis in program.tokens[:1]] or [
-            node.name for node in program.graph.nodes if node.op == "placeholder"
-        ]
+        sources = [axis.value for axis in program.tokens[:1]] or [node.name for node in placeholders(program.graph)]
         found = liveness(program, sources)
         coordinates, cuts = (
             _balanced(found, self.count, self.machine)

@@ -20,7 +20,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.difference import relative_error
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import node_type, program_text, target_name
-from xdit_ir.ir.program import Program, where_of
+from xdit_ir.ir.program import Program, called_block, where_of
 from xdit_ir.tools.terminal import coloured
 
 CONSOLE = Console(highlight=False)
@@ -96,7 +96,7 @@ def program(parallel: ParallelProgram) -> None:
 
 
 def _communication(divided: Program) -> None:
-    calls = [str(call.args[0]) for call in divided.calls]
+    calls = [called_block(call) for call in divided.calls]
     found = {name: list(filter(_communicates, block.graph.nodes)) for name, block in divided.blocks.items()}
     name, nodes = next(((name, nodes) for name, nodes in found.items() if nodes), ("", []))
     if not nodes:

@@ -9,8 +9,19 @@ import torch
 from torch import fx
 
 from xdit_ir.ir.flops import node_flops
-from xdit_ir.ir.graphs import expand_call, weights_of
-from xdit_ir.ir.program import CONSTANT, SPEC, WEIGHT, WHERE, Block, TensorSpec, Where, is_block_call, qualified
+from xdit_ir.ir.graphs import expand_call, placeholders, weights_of
+from xdit_ir.ir.program import (
+    CONSTANT,
+    SPEC,
+    WEIGHT,
+    WHERE,
+    Block,
+    TensorSpec,
+    Where,
+    called_block,
+    is_block_call,
+    qualified,
+)
 
 _WORTHWHILE = 0.01
 Bodies = dict[str, fx.Graph]
@@ -22,7 +33,7 @@ def merge_equal(graph: fx.Graph, bodies: Bodies, constants: Mapping[str, torch.T
     same = {name: first.setdefault(graph_key(body, constants), name) for name, body in bodies.items()}
     for node in graph.nodes:
         if is_block_call(node):
-            node.args = (same[str(node.args[0])], *node.args[1:])
+            node.args = (same[called_block(node)], *node.args[1:])
     return {name: bodies[name] for name in first.values()}
 
 
@@ -62,12 +73,12 @@ def inline_small(graph: fx.Graph, bodies: Bodies) -> Bodies:
     """Put bodies that do next to no work back into the outer graph; returns the bodies that are left."""
     work = {name: sum(map(node_flops, body.nodes)) for name, body in bodies.items()}
     calls = [node for node in graph.nodes if is_block_call(node)]
-    total = sum(map(node_flops, graph.nodes)) + sum(work[str(node.args[0])] for node in calls)
+    total = sum(map(node_flops, graph.nodes)) + sum(work[called_block(node)] for node in calls)
     share = {name: sum(node.args[0] == name for node in calls) * work[name] for name in bodies}
     small = {name for name in bodies if share[name] < _WORTHWHILE * total}
     for node in calls:
         if node.args[0] in small:
-            expand_call(graph, node, bodies[str(node.args[0])])
+            expand_call(graph, node, bodies[called_block(node)])
     return {name: body for name, body in bodies.items() if name not in small}
 
 
@@ -80,7 +91,7 @@ def name_blocks(graph: fx.Graph, bodies: Bodies, kinds: Mapping[str, str]) -> di
         names[body] = f"{kinds[body]}_{number}" if number else kinds[body]
     for node in graph.nodes:
         if is_block_call(node):
-            node.args = (names[str(node.args[0])], *node.args[1:])
+            node.args = (names[called_block(node)], *node.args[1:])
     return {names[body]: Block(names[body], graph) for body, graph in bodies.items()}
 
 
@@ -125,7 +136,7 @@ def _with_weights(body: fx.Graph) -> fx.Graph:
     """The body with a placeholder, behind the others, for each parameter that it names."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     named = [n for n in body.nodes if n.op == "get_attr" and not str(n.target).startswith(f"{CONSTANT}.")]
-    for node in [n for n in body.nodes if n.op == "placeholder"]:
+    for node in placeholders(body):
         env[node] = graph.node_copy(node)
     for node in named:
         env[node] = graph.create_node("placeholder", node.name, name=node.name)

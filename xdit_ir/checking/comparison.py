@@ -15,7 +15,7 @@ from xdit_ir.ir.difference import Difference, relative, shard_of
 from xdit_ir.ir.graphs import OUTER
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call
 
 UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided")
 # A node where it runs: the block call (the prefix of its parameters; empty: outer graph), and its name.
@@ -66,7 +66,7 @@ class Comparison:
         """In order of execution, but for the outer graph, of which parts run before."""
         yield OUTER, self.program.graph
         for prefix, call in self.calls.items():
-            yield prefix, self.program.blocks[str(call.args[0])].graph
+            yield prefix, self.program.blocks[called_block(call)].graph
 
     def key(self, site: str, name: str) -> Key:
         """Where a node of a rank's program is in this one."""

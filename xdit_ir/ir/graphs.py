@@ -10,7 +10,18 @@ from typing import Any
 from torch import fx
 
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.program import LAYOUT, SPEC, WEIGHT, WHERE, Block, Program, is_block_call, qualified, where_of
+from xdit_ir.ir.program import (
+    LAYOUT,
+    SPEC,
+    WEIGHT,
+    WHERE,
+    Block,
+    Program,
+    called_block,
+    is_block_call,
+    qualified,
+    where_of,
+)
 
 OUTER = ""  # the outer graph among the names of blocks
 
@@ -118,7 +129,7 @@ def fit_calls(graph: fx.Graph, blocks: Mapping[str, Block]) -> None:
 
 def all_graphs(program: Program) -> Iterator[tuple[str, fx.Graph, int]]:
     """Every graph of a program, the outer one first: its block's name (`OUTER`), and how often it runs in a forward."""
-    calls = [str(node.args[0]) for node in program.calls]
+    calls = [called_block(node) for node in program.calls]
     yield OUTER, program.graph, 1
     for name, block in program.blocks.items():
         yield name, block.graph, calls.count(name)

@@ -239,7 +239,7 @@ class Program:
 
     def with_graph(self, graph: fx.Graph) -> Program:
         """The program with another outer graph, and only the blocks that this calls."""
-        used = {str(node.args[0]) for node in graph.nodes if is_block_call(node)}
+        used = {called_block(node) for node in graph.nodes if is_block_call(node)}
         blocks = {name: block for name, block in self.blocks.items() if name in used}
         return replace(self, graph=graph, blocks=blocks)
 

@@ -13,7 +13,7 @@ from xdit_ir.errors import VerifyError
 from xdit_ir.ir.buffer_ops import Keep, Recall, Write
 from xdit_ir.ir.graphs import drop_unused_weights, fit_calls, operands, placeholders, remove_dead, results_of
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import SPEC, Block, ComputeScope, Program, TensorSpec, is_block_call, scope_of
+from xdit_ir.ir.program import SPEC, Block, ComputeScope, Program, TensorSpec, called_block, is_block_call, scope_of
 from xdit_ir.pipefusion.stage_split import Stage, cut_stages
 from xdit_ir.sharding.specialize import Specialize
 
@@ -237,4 +237,4 @@ def _writes(node: fx.Node) -> bool:
 
 def has_effect(program: Program, node: fx.Node) -> bool:
     """Whether a node writes to a buffer, itself or in the block that it calls."""
-    return _writes(node) or (is_block_call(node) and any(map(_writes, program.blocks[str(node.args[0])].graph.nodes)))
+    return _writes(node) or (is_block_call(node) and any(map(_writes, program.blocks[called_block(node)].graph.nodes)))

@@ -14,7 +14,7 @@ from xdit_ir.ir.buffer_ops import Keep, Write
 from xdit_ir.ir.flops import is_counted
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import TIME
-from xdit_ir.ir.program import CONSTANT, SPEC, Program, is_block_call, qualified
+from xdit_ir.ir.program import CONSTANT, SPEC, Program, call_parts, is_block_call, qualified
 from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
 from xdit_ir.sharding.buffer_access import over_time
 from xdit_ir.sharding.cost import local_flops, program_flops
@@ -117,5 +117,5 @@ def _nodes(part: PatchStage) -> Iterator[tuple[str, str, fx.Node]]:
     for node in part.program.graph.nodes:
         yield "", "", node
         if is_block_call(node):
-            name, prefix = str(node.args[0]), str(node.args[1])
+            name, prefix, *_ = call_parts(node)
             yield from ((name, prefix, inner) for inner in part.program.blocks[name].graph.nodes)

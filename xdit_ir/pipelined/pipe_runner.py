@@ -15,7 +15,7 @@ from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, plain_modes
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.graphs import results_of
+from xdit_ir.ir.graphs import placeholders, results_of
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.pipelined.pipe_pass import PipelinePass, outputs_of
@@ -38,7 +38,7 @@ class PipelineRunner:
         self.program, self.device = tasks.pipeline.program, context.device
         self.channels = queue.channels.open(tasks, apart=apart)
         self._binder = InputBinder(context.parameters, self.program)
-        self._inputs = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
+        self._inputs = [node.name for node in placeholders(self.program.graph)]
         self._outputs = [value.meta[SPEC] for value in results_of(self.program.graph)]
         self.weights = self.pipeline.weights_of(context.rank)
         self._weights = context.store.take(self.weights, self.program.state)
