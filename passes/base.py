@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from xdit_ir.errors import PassError
 from xdit_ir.ir.facts import Fact
+from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.contract import Contract, Pass, contract_of
 from xdit_ir.passes.order import PASSES
@@ -22,11 +23,12 @@ def run_passes(program: Program, passes: Sequence[Pass], after: After | None = N
         VerifyError: a pass made a wrong program.
     """
     for one in passes:
-        contract = contract_of(type(one))
-        _check(one, contract, program)
-        program = one.apply(program)
-        program = program.replace(facts=contract.after(program.facts))
-        verify(program, one.name, runnable=Fact.RUNNABLE in program.facts)
+        with collector_paused():
+            contract = contract_of(type(one))
+            _check(one, contract, program)
+            program = one.apply(program)
+            program = program.replace(facts=contract.after(program.facts))
+            verify(program, one.name, runnable=Fact.RUNNABLE in program.facts)
         if after is not None:
             after(one, program)
     return program

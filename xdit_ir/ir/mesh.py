@@ -168,6 +168,10 @@ class Mesh:
         parts = (part.at(cuts[part][self.index(rank, rest)]) for rank, part in enumerate(partition.parts))
         return Partition(partition.size, tuple(parts))
 
+    def covers(self, partition: Partition) -> bool:
+        """Whether each index is held somewhere along the mesh dims that divide it."""
+        return _covers(self, partition)
+
     def tiles(self, partition: Partition) -> bool:
         """Whether each index is held exactly once along the mesh dims that divide it: no halo, nothing left out."""
         return _tiles(self, partition)
@@ -215,6 +219,11 @@ def _gathered(mesh: Mesh, partition: Partition, dims: frozenset[str]) -> Partiti
         joined[group] = held
     result = Partition(partition.size, tuple(joined[group] for group in _groups(mesh, dims)))
     return None if result.is_whole else result
+
+
+@lru_cache(maxsize=4096)
+def _covers(mesh: Mesh, partition: Partition) -> bool:
+    return all(partition.covers(group) for group in set(_groups(mesh, mesh.dividing_dims(partition))))
 
 
 @lru_cache(maxsize=4096)

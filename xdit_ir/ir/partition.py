@@ -6,6 +6,7 @@ shards and halos are all exact and need no symbolic algebra.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -195,11 +196,24 @@ class Partition:
 
     def covers(self, ranks: Iterable[int]) -> bool:
         """Whether these ranks together hold every index."""
-        return bool((self.counts(ranks) > 0).all())
+        end = 0
+        for start, length in self._runs(ranks):
+            if start > end:
+                return False
+            end = max(end, start + length)
+        return end == self.size
 
     def tiles(self, ranks: Iterable[int]) -> bool:
         """Whether exactly one of these ranks holds each index."""
-        return bool((self.counts(ranks) == 1).all())
+        end = 0
+        for start, length in self._runs(ranks):
+            if start != end:
+                return False
+            end = start + length
+        return end == self.size
+
+    def _runs(self, ranks: Iterable[int]) -> list[tuple[int, int]]:
+        return sorted(itertools.chain.from_iterable(self.parts[rank].runs for rank in ranks))
 
 
 def _map_parts(size: int, parts: tuple[Indices, ...], function: Callable[[Indices], Indices]) -> Partition:

@@ -90,7 +90,7 @@ class _Verifier:
                 self.fail(node, f"dim {dim} of size {size} is divided as if it had size {partition.size}")
             if varies & used:
                 self.fail(node, f"mesh dims {sorted(varies & used)} divide it twice")
-            if not all(partition.covers(mesh.group(rank, varies)) for rank in range(mesh.world_size)):
+            if not mesh.covers(partition):
                 self.fail(node, f"some indices of dim {dim} are on no rank")
             used |= varies
 
