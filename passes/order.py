@@ -9,6 +9,7 @@ from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.choose_kernels import ChooseKernels
 from xdit_ir.passes.compose_attention import ComposeAttention
 from xdit_ir.passes.contract import Pass
+from xdit_ir.passes.cut_blocks import CutBlocks
 from xdit_ir.passes.displace_patches import DisplacePatches
 from xdit_ir.passes.divide_conditions import DivideConditions
 from xdit_ir.passes.find_tokens import FindTokens
@@ -37,7 +38,7 @@ PASSES: tuple[type[Any], ...] = (
     *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens),
     *(PartitionStages, SplitBatch, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
     *(LowerAttention, SplitStatistics, DivideConditions, OrderExchanges, SplitJoins, Overlap, SeparateTime),
-    *(Specialize, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
+    *(Specialize, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
 )
 
 
@@ -75,17 +76,24 @@ def time_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True
 
 
 def rank_passes(
-    capability: tuple[int, int] | None, attention: str = "auto", *, recorded: bool = False, peers: bool = False
+    capability: tuple[int, int] | None,
+    attention: str = "auto",
+    *,
+    compiled: bool = False,
+    recorded: bool = False,
+    peers: bool = False,
 ) -> list[Pass]:
     """Passes over the program of one rank, for the device that it runs on.
 
     Args:
         capability: the compute capability of the GPU; None: no GPU.
         attention: the kernel for attention, see `xdit_ir.emission.execution.Execution`.
+        compiled: each block becomes the code of a compiler.
         recorded: the program becomes part of a CUDA graph.
         peers: exchanges inside blocks go over symmetric memory where they can.
     """
+    apart: list[Pass] = [CutBlocks()] if compiled or recorded else []
     if capability is None:
-        return [WriteInPlace()]
+        return [*apart, WriteInPlace()]
     copies: list[Pass] = [UseCopyEngines()] if peers else []
-    return [WriteInPlace(), FuseGelu(), ChooseKernels(capability, attention, recorded), *copies]
+    return [*apart, WriteInPlace(), FuseGelu(), ChooseKernels(capability, attention, recorded), *copies]

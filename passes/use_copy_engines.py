@@ -27,23 +27,48 @@ class UseCopyEngines:
     """Give exchanges of blocks places in a workspace that all ranks see, into which copy engines write while the GPU
     computes: of blocks that are called twice or more, over one set of mesh dims, in few rectangular copies, whose
     result the block does not return. The others stay collectives. See `xdit_ir.transport.mailbox`.
+
+    `agreed`: those that all ranks can have, as `candidates` names them, joined by `+`; empty: all that this rank can.
     """
 
     name: ClassVar[str] = "use-copy-engines"
     numerics: ClassVar[str] = "exact"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.LOCAL})
 
+    agreed: str = ""
+
     def apply(self, program: Program) -> Program:
         """The program with such exchanges as `PeerExchange`."""
         calls = Counter(map(called_block, program.calls))
-        places, blocks = _Places(), {}
-        for name, block in program.blocks.items():
-            graph = copy_graph(block.graph)
-            for node in graph.nodes if calls[name] > 1 else ():
-                if places.can_have(node):
-                    node.target = places.lowered(node, len(set(slot_sequence(calls[name]))))
-            blocks[name] = dataclasses.replace(block, graph=graph)
+        blocks = {
+            name: dataclasses.replace(block, graph=copy_graph(block.graph)) for name, block in program.blocks.items()
+        }
+        places, able = _Places(), _able(program.replace(blocks=blocks))
+        for name in self.agreed.split("+") if self.agreed else able:
+            node = able[name]
+            if places.has_room(node):
+                node.target = places.lowered(node, len(set(slot_sequence(calls[name.partition(".")[0]]))))
         return program.replace(blocks=blocks)
+
+
+def candidates(program: Program) -> list[str]:
+    """The exchanges of a rank's program that copy engines can do, as `block.node`."""
+    return list(_able(program))
+
+
+def _able(program: Program) -> dict[str, fx.Node]:
+    calls = Counter(map(called_block, program.calls))
+    found = ((name, node) for name, block in program.blocks.items() if calls[name] > 1 for node in block.graph.nodes)
+    return {f"{name}.{node.name}": node for name, node in found if _fits(node)}
+
+
+def _fits(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, Reshuffle) or len(target.group) < 2 or _escapes(node):
+        return False
+    itemsize = node.meta[SPEC].dtype.itemsize
+    members = range(len(target.group))
+    return max(len(copies(target.exchange, member, itemsize)) for member in members) <= MOST_COPIES
 
 
 @dataclass
@@ -54,16 +79,12 @@ class _Places:
     channels: int = 0
     size: int = HEADER
 
-    def can_have(self, node: fx.Node) -> bool:
-        """Whether a node is an exchange that can go over the workspace."""
+    def has_room(self, node: fx.Node) -> bool:
+        """Whether an exchange can have places beside those that have some."""
         target = node.target
-        if not isinstance(target, Reshuffle) or len(target.group) < 2 or _escapes(node):
-            return False
-        if self.mesh_dims not in ((), target.mesh_dims) or (self.channels + 1) * SLOTS * len(target.group) > SIGNALS:
-            return False
-        itemsize = node.meta[SPEC].dtype.itemsize
-        members = range(len(target.group))
-        return max(len(copies(target.exchange, member, itemsize)) for member in members) <= MOST_COPIES
+        assert isinstance(target, Reshuffle)
+        room = (self.channels + 1) * SLOTS * len(target.group) <= SIGNALS
+        return room and self.mesh_dims in ((), target.mesh_dims)
 
     def lowered(self, node: fx.Node, slots: int) -> PeerExchange:
         """The target of such a node, with a channel and places of its own."""

@@ -69,7 +69,7 @@ def test_what_was_sent_is_kept_until_a_later_message_or_a_flag_proves_that_it_le
         sends = [body.module.get_submodule(str(n.target)) for n in calls]
         told = [module.tell_self for module in sends if isinstance(module, PeerSend)]
         assert told == [False, False, False, True], "only the last exchange of a block has no later one"
-        assert len(calls[-1].args) == 4 + 3, "q, k and v are kept until the result has come back"
+        assert len(calls[-1].args) == 3 + 3, "q, k and v are kept until the result has come back"
 
 
 def test_slots_alternate_over_the_calls_of_a_block() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import keyword
 import operator
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch import fx, nn
 from xdit_ir.emission.slots import slot_call, slot_spec
 from xdit_ir.ir.buffer_ops import Slot
 from xdit_ir.ir.collective_ops import Communicate, PeerExchange
-from xdit_ir.ir.graphs import all_graphs, operands
+from xdit_ir.ir.graphs import all_graphs, operands, placeholders
+from xdit_ir.ir.named_tensors import constants_on
 from xdit_ir.ir.program import CONSTANT, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
 from xdit_ir.kernels.attention import Attention, KernelAttention
 from xdit_ir.transport.collectives import lower
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
+from xdit_ir.transport.workspace import SLOTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +43,48 @@ class EmittedBody:
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """A rank's forward: `run(*inputs, *weights, *constants, *slots)`, of which these are the names, gives the outputs.
+    """The forward of a rank's `program`: `run(*inputs, *weights, *constants, *slots)`, of which these are the names,
+    gives the outputs.
 
-    With a `mailbox`, what that opens comes after these.
+    With a `mailbox`, what that opens comes after these. `failures` says what could not be compiled or recorded.
     """
 
+    program: Program
     run: fx.GraphModule
     bodies: Mapping[str, EmittedBody]
     weights: Sequence[str]
     constants: Sequence[str]
     slots: Mapping[str, TensorSpec | None]
     mailbox: Mailbox | None = None
+    failures: list[str] = field(default_factory=list)
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The outputs, for all that `run` takes."""
+        outputs: Sequence[torch.Tensor] = self.run.forward(*tensors)
+        self.finish()
+        return outputs
+
+    def constant_tensors(self, device: torch.device) -> list[torch.Tensor]:
+        """The constants, as the model has them when it is on `device`."""
+        return list(constants_on(self.program, self.constants, device).values())
+
+    def finish(self) -> None:
+        """Make the current stream wait for what a forward, or a part of it, has sent."""
+        if self.mailbox is not None:
+            self.mailbox.join()
+
+    def note(self, failure: str) -> None:
+        """Remember and say what does not run as fast as `mode` "auto" means it to."""
+        self.failures.append(failure)
+        warnings.warn(f"mode 'auto': {failure}", stacklevel=2)
+
+    @property
+    def unchanging(self) -> frozenset[str]:
+        """The placeholders whose contents are the same at every call: those of constants, and the mailbox's slots."""
+        names = [node.name for node in placeholders(self.run.graph)]
+        end = len(names) - (0 if self.mailbox is None else 1 + SLOTS)
+        first = end - len(self.slots) - len(self.constants)
+        return frozenset(names[first : first + len(self.constants)] + names[end:])
 
 
 def generate(program: Program, communicator: Communicator, device: torch.device) -> Code:
@@ -68,7 +102,7 @@ def generate(program: Program, communicator: Communicator, device: torch.device)
     writer.buffers(list(held))
     if mailbox is not None:
         writer.share(mailbox)
-    return Code(writer.write(program.graph, bodies), bodies, weights, state, held, mailbox)
+    return Code(program, writer.write(program.graph, bodies), bodies, weights, state, held, mailbox)
 
 
 def communications(program: Program) -> Iterator[Communicate]:
@@ -160,7 +194,7 @@ class _CodeWriter:
 
     def share(self, mailbox: Mailbox) -> None:
         """Write the placeholders of an outer graph for what the mailbox opens."""
-        self.shared = [self._argument(name) for name in ("workspace", "slot_0", "slot_1", "slot_2")]
+        self.shared = [self._argument(name) for name in ("workspace", *(f"slot_{slot}" for slot in range(SLOTS)))]
         self.slots = {block: iter(slot_sequence(calls)) for block, calls in mailbox.calls.items()}
 
     def write(self, source: fx.Graph, bodies: Mapping[str, EmittedBody]) -> fx.GraphModule:
@@ -218,11 +252,12 @@ class _CodeWriter:
         for source in node.all_input_nodes:
             if source in self.pending:
                 module, started = self.pending.pop(source)
-                args = tuple(self.graph.call_function(operator.getitem, (started, place)) for place in range(2))
                 if isinstance(module, PeerReceive):
                     send = self.modules[str(started.target)]
                     assert isinstance(send, PeerSend)
-                    args += (*self.shared, *self.custody.wait(started, args[0], send, module))
+                    args = (started, *self.shared, *self.custody.wait(started, send, module))
+                else:
+                    args = tuple(self.graph.call_function(operator.getitem, (started, place)) for place in range(2))
                 self.env[source] = self._call(f"wait_{len(self.modules)}", module, args, {}, source.name)
 
     def _call(self, place: str, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> fx.Node:

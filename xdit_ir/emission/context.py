@@ -11,10 +11,13 @@ from torch import nn
 from xdit_ir.emission.checkpoint import Loading, WeightStore
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.execution import Execution, compile_body
+from xdit_ir.emission.fold import fold_constants
 from xdit_ir.emission.state import ModelWeights
+from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.use_copy_engines import UseCopyEngines, candidates
 from xdit_ir.transport.distributed import Communicator
 
 
@@ -32,9 +35,10 @@ class RunOptions:
             ParallelizeError: an option does not exist, or `device` cannot do it; or the job has another number of
                 processes than the mesh.
         """
-        self.execution.check(device)
-        communicator = Communicator(mesh, device, handshake=self.execution.handshake)
-        return RankContext(model, communicator, self.execution, self.loading.store(model, device))
+        execution = self.execution.on(device)
+        execution.check(device)
+        communicator = Communicator(mesh, device, handshake=execution.handshake)
+        return RankContext(model, communicator, execution, self.loading.store(model, device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +66,18 @@ class RankContext:
         return inspect.signature(self.model.forward)
 
     def code(self, program: Program, *, peers: bool = False) -> Code:
-        """A program as code, compiled if that is wanted; `peers` as in `Execution.passes`."""
-        lowered = run_passes(program, self.execution.passes(self.device, peers=peers))
-        code = generate(lowered, self.communicator, self.device)
+        """A program as code, compiled if that is wanted; `peers`: exchanges inside blocks may go over the GPU's peers,
+        those that all ranks can do so; all ranks call this together then."""
+        with torch.no_grad():
+            folded = fold_constants(program)
+        lowered = run_passes(folded, self.execution.passes(self.device))
+        if peers:
+            agreed = self.communicator.in_common(candidates(lowered))
+            lowered = run_passes(lowered, [UseCopyEngines("+".join(agreed))] if agreed else [])
+        with collector_paused():
+            code = generate(lowered, self.communicator, self.device)
         if self.execution.compile:
             for body in code.bodies.values():
-                compile_body(body.module, fixed=body.uses_mailbox)
+                failed = None if self.execution.forced else code.note
+                compile_body(body.module, fixed=body.uses_mailbox, failed=failed)
         return code

@@ -1,14 +1,16 @@
-"""How an emitted module runs: eagerly, compiled, or as one CUDA graph."""
+"""How an emitted module runs: eagerly, compiled, or recorded in CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.kernels.backends import check_name
@@ -17,6 +19,7 @@ from xdit_ir.passes.order import rank_passes
 
 Tensors = list[torch.Tensor]
 TRANSPORTS = ("auto", "collective", "peer")
+MODES = ("auto", "eager", "compiled", "graph")
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class Execution:
 
     Args:
         compile: compile each shared block once with torch.compile; all layers use that code.
-        cuda_graph: record the forward as one CUDA graph at the first call and replay it; moved weights are noticed
-            and recorded anew. Inputs are copied in, results copied out. In a pipeline: one graph for each stage and
-            patch of a rank, and one for each stage of a synchronous step.
+        cuda_graph: record the forward in CUDA graphs at the first call and replay them; moved weights are noticed
+            and recorded anew. Inputs are copied in, results copied out. What graphs cannot hold is run by the host
+            between them, see `xdit_ir.emission.recording`. In a pipeline: graphs for each stage and patch of a rank,
+            and for each stage of a synchronous step.
         transport: how exchanges inside blocks travel. "peer": by the GPUs' copy engines over symmetric memory, where
             all ranks are GPUs of one host that reach each other, else by collectives; "collective": by collectives;
             "auto": "peer" in a CUDA graph, where starting copies costs no time on the host.
@@ -35,6 +39,9 @@ class Execution:
             `xdit_ir.kernels.backends.BACKENDS`, for every attention that it can do.
         handshake: before every forward, make sure that all ranks make the same call, and raise on all if not; under
             PipeFusion, a further step of a request is compared when the next one is called.
+        mode: "eager"; "compiled", as `compile`; "graph", as `compile` and `cuda_graph`; "auto", the fastest that
+            works: as "graph" on CUDA, where a block that cannot be compiled stays as it is, and a part that cannot be
+            recorded is run by the host, with a warning; as "eager" elsewhere. None: as `compile` and `cuda_graph` say.
     """
 
     compile: bool = False
@@ -42,6 +49,40 @@ class Execution:
     transport: str = "auto"
     attention: str = "auto"
     handshake: bool = True
+    mode: str | None = None
+
+    @staticmethod
+    def of(
+        mode: str, compile: bool | None, cuda_graph: bool | None, transport: str, attention: str, handshake: bool
+    ) -> Execution:
+        """From the options of `port`: `compile` and `cuda_graph`, where one of them is given, else `mode`.
+
+        Raises:
+            ParallelizeError: there is no such mode, or both are given.
+        """
+        if mode not in MODES:
+            near = difflib.get_close_matches(str(mode), MODES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ParallelizeError(f"mode={mode!r}; there are {', '.join(MODES)}{hint}")
+        if compile is None and cuda_graph is None:
+            return Execution(False, False, transport, attention, handshake, mode)
+        if mode != "auto":
+            raise ParallelizeError(f"mode={mode!r} says what compile= and cuda_graph= say; give one or the other")
+        return Execution(bool(compile), bool(cuda_graph), transport, attention, handshake)
+
+    def on(self, device: torch.device) -> Execution:
+        """The same with `compile` and `cuda_graph` as `mode` means them on a device."""
+        if self.mode is None:
+            return self
+        fast = self.mode == "auto" and device.type == "cuda"
+        return replace(
+            self, compile=fast or self.mode in ("compiled", "graph"), cuda_graph=fast or self.mode == "graph"
+        )
+
+    @property
+    def forced(self) -> bool:
+        """Whether what cannot be compiled or recorded is an error."""
+        return self.mode != "auto"
 
     @property
     def uses_peers(self) -> bool:
@@ -54,12 +95,13 @@ class Execution:
             raise ParallelizeError(f"transport={self.transport!r}; there are {', '.join(TRANSPORTS)}")
         check_name(self.attention)
         if self.cuda_graph and device.type != "cuda":
-            raise ParallelizeError(f"cuda_graph=True needs a model on a CUDA device, this one is on {device}")
+            option = "cuda_graph=True" if self.mode is None else f"mode={self.mode!r}"
+            raise ParallelizeError(f"{option} needs a model on a CUDA device, this one is on {device}")
 
-    def passes(self, device: torch.device, *, peers: bool = False) -> list[Pass]:
-        """What is done to a rank's program for `device`; `peers`: exchanges inside blocks may go over its peers."""
+    def passes(self, device: torch.device) -> list[Pass]:
+        """What is done to a rank's program for `device`, before exchanges are given to copy engines."""
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        return rank_passes(capability, self.attention, recorded=self.cuda_graph, peers=peers)
+        return rank_passes(capability, self.attention, compiled=self.compile, recorded=self.cuda_graph)
 
 
 @contextmanager
@@ -82,58 +124,32 @@ def as_normal_tensor(x: torch.Tensor) -> torch.Tensor:
     return x.clone() if x.is_inference() else x
 
 
-def compile_body(module: nn.Module, *, fixed: bool = False) -> None:
+def compile_body(module: nn.Module, *, fixed: bool = False, failed: Callable[[str], None] | None = None) -> None:
     """Compile in place; one graph, static shapes, and the order of operators as it is written.
 
-    `fixed`: some intermediate tensors lie in memory that others write to, so none may be used for something else.
+    Args:
+        fixed: some intermediate tensors lie in memory that others write to, so none may be used for something else.
+        failed: told why it cannot be compiled, at the first call, and it stays as it is; None: that is an error.
     """
     options: dict[str, Any] = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
     if fixed:
         options |= {"allow_buffer_reuse": False, "inplace_buffers": False}
-    module.compile(fullgraph=True, dynamic=False, options=options)
+    plain = module.forward
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False, options=options)
+
+    def forward(*tensors: torch.Tensor) -> Any:
+        try:
+            return compiled(*tensors)
+        except TorchDynamoException as error:  # of compilation, so nothing was run
+            if failed is None:
+                raise
+            module.forward = plain
+            failed(f"a block is not compiled: {first_line(error)}")
+            return plain(*tensors)
+
+    module.forward = forward
 
 
-class Recording:
-    """A function of tensors as one CUDA graph, whose inputs and outputs have fixed addresses.
-
-    Args:
-        run: takes the inputs, which are copied each time, and the weights, which are used where they are.
-        pool: memory shared with other recordings, of which no two are replayed at the same time.
-    """
-
-    WARMUPS = 2  # the first compiles and makes communicators, the second shows allocators the steady state
-
-    def __init__(self, run: Callable[[Tensors, Tensors], Sequence[torch.Tensor]], pool: Any = None) -> None:
-        self._run, self._pool = run, pool
-        self._addresses: list[int] = []
-        self._inputs: Tensors = []
-        self._outputs: Sequence[torch.Tensor] = ()
-        self._graph: Any = None
-
-    def __call__(self, inputs: Tensors, weights: Tensors) -> Tensors:
-        """The results for these inputs, in tensors of their own."""
-        addresses = [weight.data_ptr() for weight in weights]
-        if self._graph is None or addresses != self._addresses:
-            self._record(inputs, weights)
-            self._addresses = addresses
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
-        self._graph.replay()
-        return [output.clone() for output in self._outputs]
-
-    def forget(self) -> None:
-        """Free the graph; the next call records anew. NCCL ends no communicator that a graph still refers to."""
-        self._graph, self._inputs, self._outputs = None, [], ()
-
-    def _record(self, inputs: Tensors, weights: Tensors) -> None:
-        self.forget()
-        self._inputs = [x.clone() for x in inputs]
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            for _ in range(self.WARMUPS):
-                self._run(self._inputs, weights)
-        current.wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=self._pool):
-            self._outputs = self._run(self._inputs, weights)
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from xdit_ir.emission.execution import Recording, Tensors
+from xdit_ir.emission.codegen import Code
+from xdit_ir.emission.execution import Execution, Tensors
+from xdit_ir.emission.recording import Recording
 from xdit_ir.ir.program import TensorSpec
 
-Run = Callable[[Tensors, Tensors], Sequence[torch.Tensor]]
 Types = Mapping[int, Mapping[str, TensorSpec]]
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """How stages are recorded: the memory of all graphs, and whether nothing else will do."""
+
+    pool: Any
+    forced: bool
+
+    @staticmethod
+    def of(execution: Execution) -> Recorded | None:
+        """None: they are not."""
+        return Recorded(torch.cuda.graph_pool_handle(), execution.forced) if execution.cuda_graph else None
 
 
 @dataclass(eq=False)
@@ -23,14 +37,16 @@ class Memory:
     buffers: Mapping[int, Mapping[str, torch.Tensor]]
     recordings: dict[Any, Recording] = field(default_factory=dict)
 
-    def run(self, key: tuple[int, int | None], names: Sequence[str], run: Run, pool: Any) -> Run:
-        """`run` with the buffers of a stage appended to its weights; recorded where there is a `pool`."""
-        buffers = [self.buffers[key[0]][name] for name in names]
-        if pool is not None:
-            if key not in self.recordings:
-                self.recordings[key] = Recording(run, pool)
-            run = self.recordings[key]
-        return lambda inputs, weights: run(inputs, [*weights, *buffers])
+    def run(
+        self, key: tuple[int, int | None], code: Code, inputs: Tensors, weights: Tensors, recorded: Recorded | None
+    ) -> Sequence[torch.Tensor]:
+        """What the code of a stage gives with the buffers of this memory."""
+        state = [*weights, *(self.buffers[key[0]][name] for name in code.slots)]
+        if recorded is None:
+            return code([*inputs, *state])
+        if key not in self.recordings:
+            self.recordings[key] = Recording(code, recorded.pool, forced=recorded.forced)
+        return self.recordings[key](inputs, state)
 
 
 @dataclass(eq=False)

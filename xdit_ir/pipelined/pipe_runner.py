@@ -49,6 +49,11 @@ class PipelineRunner:
         """The shared blocks of all stages and patches."""
         return self._code.bodies
 
+    @property
+    def execution(self) -> str:
+        """How it runs, and what does not run as it should."""
+        return self._code.execution
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
         return self._binder(args, kwargs), self._weights.fetch()

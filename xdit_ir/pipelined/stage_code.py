@@ -10,10 +10,9 @@ import torch
 from xdit_ir.emission.codegen import Code, EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors
-from xdit_ir.ir.named_tensors import constants_on
-from xdit_ir.ir.program import TensorSpec
+from xdit_ir.ir.program import CONSTANT, TensorSpec
 from xdit_ir.pipefusion.rank_tasks import RankTasks, StageTask
-from xdit_ir.pipelined.memory import Memories, Memory
+from xdit_ir.pipelined.memory import Memories, Memory, Recorded
 from xdit_ir.pipelined.schedule import StageRun
 
 Key = tuple[int, int | None]
@@ -27,21 +26,15 @@ class StageCode:
     task: StageTask
     code: Code
 
-    def __call__(self, inputs: Tensors, state: Tensors) -> Sequence[torch.Tensor]:
-        """Run it; `state` with the buffers behind it."""
-        outputs: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *state)
-        return outputs
-
 
 class RankCode:
     """All that one rank runs, and the `memories` in which requests keep what it writes."""
 
     def __init__(self, tasks: RankTasks, context: RankContext) -> None:
         self._stages = {key: StageCode(task, context.code(task.program)) for key, task in _keyed(tasks)}
-        names = dict.fromkeys(name for each in self._stages.values() for name in each.code.constants)
-        self._constants = constants_on(tasks.pipeline.program, names, context.device)
+        self._constants = _constants(self._stages, context.device)
         self.memories = Memories(self._buffer_types(tasks.stages), context.device)
-        self._pool = torch.cuda.graph_pool_handle() if context.execution.cuda_graph else None
+        self._compiled, self._recorded = context.execution.compile, Recorded.of(context.execution)
 
     @property
     def bodies(self) -> Mapping[str, EmittedBody]:
@@ -52,6 +45,13 @@ class RankCode:
             found |= {f"{name} ({where})": body for name, body in each.code.bodies.items()}
         return found
 
+    @property
+    def execution(self) -> str:
+        """How stages run, and what does not run as it should."""
+        failures = dict.fromkeys(text for each in self._stages.values() for text in each.code.failures)
+        recorded = [] if self._recorded is None else ["stages recorded"]
+        return "; ".join(["compiled" if self._compiled else "eagerly", *recorded, *failures])
+
     def task(self, item: StageRun) -> StageTask:
         """What is run."""
         return self._stages[item.stage, item.patch].task
@@ -60,10 +60,11 @@ class RankCode:
         self, item: StageRun, memory: Memory, inputs: Tensors, weights: Mapping[str, torch.Tensor]
     ) -> Sequence[torch.Tensor]:
         """The outputs of a task; its buffers are those of a request's `memory`."""
-        each = self._stages[item.stage, item.patch]
-        state = [weights[name] for name in each.code.weights]
-        state += [self._constants[name] for name in each.code.constants]
-        return memory.run((item.stage, item.patch), list(each.code.slots), each, self._pool)(inputs, state)
+        key = (item.stage, item.patch)
+        code = self._stages[key].code
+        state = [weights[name] for name in code.weights]
+        state += self._constants[key]
+        return memory.run(key, code, inputs, state, self._recorded)
 
     def _buffer_types(self, stages: Sequence[int]) -> dict[int, dict[str, TensorSpec]]:
         found: dict[int, dict[str, TensorSpec]] = {stage: {} for stage in stages}
@@ -78,3 +79,14 @@ def _keyed(tasks: RankTasks) -> Iterator[tuple[Key, StageTask]]:
     yield from tasks.displaced.items()
     if tasks.pipeline.patches > 1:
         yield from (((stage, None), task) for stage, task in tasks.synchronous.items())
+
+
+def _constants(stages: Mapping[Key, StageCode], device: torch.device) -> dict[Key, Tensors]:
+    """Those of each stage; what several have lies in memory once."""
+    shared: dict[int, torch.Tensor] = {}
+    found: dict[Key, Tensors] = {}
+    for key, each in stages.items():
+        held = [each.code.program.constants[name.removeprefix(f"{CONSTANT}.")] for name in each.code.constants]
+        moved = zip(held, each.code.constant_tensors(device), strict=True)
+        found[key] = [shared.setdefault(id(original), tensor) for original, tensor in moved]
+    return found

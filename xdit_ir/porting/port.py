@@ -41,8 +41,9 @@ def port(
     patches: int | None = None,
     warmup_steps: int = 1,
     machine: Machine = H100,
-    compile: bool = False,
-    cuda_graph: bool = False,
+    mode: str = "auto",
+    compile: bool | None = None,
+    cuda_graph: bool | None = None,
     transport: str = "auto",
     attention: str = "auto",
     handshake: bool = True,
@@ -64,7 +65,8 @@ def port(
     Args:
         cfg, ulysses, ring, pipefusion, patches, warmup_steps, machine: as in `TracedProgram.parallelize`. Where the
             batch cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`.
-        compile, cuda_graph, transport, attention, handshake: as in `xdit_ir.emission.execution.Execution`.
+        mode, compile, cuda_graph, transport, attention, handshake: as in `xdit_ir.emission.execution.Execution`; `mode`
+            decides where neither `compile` nor `cuda_graph` is given.
         weights, release: as in `xdit_ir.emission.checkpoint.Loading`. For a pipeline: `weights` is the folder with a
             folder for each component, as its `save_pretrained` writes it.
         denoisers: the names of the components to replace.
@@ -76,7 +78,8 @@ def port(
     mesh = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further)
     check_world_size(mesh)
     schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": checked(machine)}
-    execution, loading = Execution(compile, cuda_graph, transport, attention, handshake), Loading(weights, release)
+    execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake)
+    loading = Loading(weights, release)
     if isinstance(model, nn.Module):
         if denoisers is not None:
             raise ParallelizeError(f"denoisers={denoisers!r} names components of a pipeline, but a module was given")

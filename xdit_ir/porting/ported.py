@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 
 from xdit_ir.api import ParallelProgram
 from xdit_ir.emission.context import RunOptions
+from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.porting.specialisations import Arguments, Specialisations
 from xdit_ir.runtime.shadow import Shadow
+from xdit_ir.sharding.report import Report
 
 
 def _moving(name: str) -> Any:
@@ -54,6 +57,17 @@ class Ported(Shadow):
     def programs(self) -> tuple[ParallelProgram, ...]:
         """The parallel programs of all specialisations, the most recently used first."""
         return tuple(one.program for one in self._xdit_specialisations.found)
+
+    def report(self) -> Report:
+        """That of the program of the last forward, and how it runs on this rank.
+
+        Raises:
+            ParallelizeError: there was no forward yet.
+        """
+        found = next(iter(self._xdit_specialisations.found), None)
+        if found is None:
+            raise ParallelizeError("report() tells of the program of the last forward, and there was none yet")
+        return replace(found.program.report(), execution=found.runner.execution)
 
     def reset(self) -> None:
         """Forget all specialisations, on every rank, so that the next forward traces the model anew.

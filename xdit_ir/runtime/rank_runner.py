@@ -22,6 +22,11 @@ class RankRunner(Protocol):
         """The shared blocks."""
         ...
 
+    @property
+    def execution(self) -> str:
+        """How it runs, and what does not run as it should."""
+        ...
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
         ...

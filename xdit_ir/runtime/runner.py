@@ -13,10 +13,10 @@ from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import materialize
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RankContext
-from xdit_ir.emission.execution import Recording, Tensors, as_normal_tensor, plain_modes
+from xdit_ir.emission.execution import Tensors, as_normal_tensor, plain_modes
+from xdit_ir.emission.recording import Recording
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.graphs import results_of
-from xdit_ir.ir.named_tensors import constants_on
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.transport.distributed import peers_reachable
 from xdit_ir.transport.handshake import Facts, digest
@@ -32,10 +32,12 @@ class Runner:
         peers = context.execution.uses_peers and peers_reachable(context.communicator)
         self.code = context.code(program, peers=peers)
         self._weights = context.store.take(self.code.weights, program.state)
-        self._constants = list(constants_on(program, self.code.constants, self.device).values())
+        self._constants = self.code.constant_tensors(self.device)
         if self.code.mailbox is not None:
             self._constants += self.code.mailbox.open(self.device)
-        self._forward = Recording(self._compute) if context.execution.cuda_graph else self._compute
+        execution = context.execution
+        self._compiled = execution.compile
+        self._recording = Recording(self.code, forced=execution.forced) if execution.cuda_graph else None
 
     @property
     def bodies(self) -> Mapping[str, EmittedBody]:
@@ -61,8 +63,14 @@ class Runner:
 
     def forget(self) -> None:
         """Free what was recorded."""
-        if isinstance(self._forward, Recording):
-            self._forward.forget()
+        if self._recording is not None:
+            self._recording.forget()
+
+    @property
+    def execution(self) -> str:
+        """How it runs, and what does not run as it should."""
+        recorded = [] if self._recording is None else [str(self._recording)]
+        return "; ".join(["compiled" if self._compiled else "eagerly", *recorded, *self.code.failures])
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -72,10 +80,6 @@ class Runner:
     def compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         """The outputs of the program."""
         with plain_modes(self.device.type):
-            return self._forward([as_normal_tensor(materialize(x)) for x in inputs], weights)
-
-    def _compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
-        tensors: Sequence[torch.Tensor] = self.code.run.forward(*inputs, *weights, *self._constants)
-        if self.code.mailbox is not None:
-            self.code.mailbox.join()
-        return tensors
+            given = [as_normal_tensor(materialize(x)) for x in inputs]
+            state = [*weights, *self._constants]
+            return self.code([*given, *state]) if self._recording is None else self._recording(given, state)

@@ -43,7 +43,8 @@ class Report:
     the model are shared, and ranks that idle; and what is read of inputs at every call whose inputs are new.
 
     Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps. `forwards` are run at a time,
-    each by a part of the ranks: more than one where halves of `cfg` run different calls.
+    each by a part of the ranks: more than one where halves of `cfg` run different calls. `execution`, of a port: how
+    this rank runs it.
     """
 
     flops_total: int
@@ -57,6 +58,7 @@ class Report:
     regions: list[Region] = field(default_factory=list)
     idle: list[Idle] = field(default_factory=list)
     forwards: int = 1
+    execution: str = ""
 
     @property
     def share(self) -> float:
@@ -119,6 +121,8 @@ class Report:
         else:
             yield NO_FALLBACKS
         yield from (f"a call with new inputs waits for the device to read {read}" for read in self.reads)
+        if self.execution:
+            yield f"runs {self.execution}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Table:

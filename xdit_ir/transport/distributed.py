@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -142,6 +142,19 @@ class Communicator:
         """The ranks that differ from this one at most in `dims`, in rank order; `prepare` made it."""
         return self._groups[self._wide(dims)]
 
+    def of_all(self, mine: Any) -> list[Any]:
+        """What every rank gives, in rank order. Collective."""
+        found: list[Any] = [mine]
+        if self.mesh.world_size > 1:
+            found *= self.mesh.world_size
+            dist.all_gather_object(found, mine, group=self.control)
+        return found
+
+    def in_common(self, names: Sequence[str]) -> list[str]:
+        """The names that every rank gives, in the order of the first rank. Collective."""
+        first, *others = self.of_all(list(names))
+        return [name for name in first if all(name in other for other in others)]
+
     def _wide(self, dims: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dim for dim in self.mesh.ordered(dims) if self.mesh.degrees[dim] > 1)
 
@@ -180,7 +193,6 @@ def peers_reachable(communicator: Communicator) -> bool:
     others = [index for index in range(torch.cuda.device_count()) if index != here]
     reaches = all(torch.cuda.can_device_access_peer(here, other) for other in others)
     able = reaches and importlib.util.find_spec("cuda.bindings") is not None
-    facts: list[Any] = [None] * communicator.mesh.world_size
-    dist.all_gather_object(facts, (able, platform.node(), here), group=communicator.control)
+    facts = communicator.of_all((able, platform.node(), here))
     hosts, gpus = {host for _, host, _ in facts}, {gpu for _, _, gpu in facts}
     return all(fact[0] for fact in facts) and len(hosts) == 1 and len(gpus) == len(facts)

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from xdit_ir.ir.collective_ops import PeerExchange
-from xdit_ir.ir.program import SPEC, Program, called_block
+from xdit_ir.ir.program import SPEC, Program, TensorSpec, called_block
 from xdit_ir.transport.copies import Copy, copies
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.workspace import SLOTS
@@ -58,7 +58,7 @@ class Mailbox:
         itemsize = node.meta[SPEC].dtype.itemsize
         plans = [copies(target.exchange, member, itemsize) for member in range(len(target.group))]
         place = Place(self.group, target.channel, target.slots)
-        return PeerSend(place, plans), PeerReceive(place, target.exchange.shape)
+        return PeerSend(place, plans), PeerReceive(place, node.meta[SPEC])
 
     @property
     def group(self) -> str:
@@ -110,44 +110,36 @@ class PeerSend(nn.Module):
             )
         ]
 
-    def forward(
-        self, x: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x`, this rank's part in the old layout -> what `PeerReceive` needs."""
-        x = x.contiguous()
+    def forward(self, x: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """`x`, this rank's part in the old layout -> a token for `PeerReceive`, which keeps in memory what leaves."""
         place = self.place
-        token = torch.ops.xdit_ir.peer_put(
-            x, workspace, slot, place.group, place.channel, list(place.slots), self.plan, self.tell_self
+        token: torch.Tensor = torch.ops.xdit_ir.peer_put(
+            x.contiguous(), workspace, slot, place.group, place.channel, list(place.slots), self.plan, self.tell_self
         )
-        return x, token
+        return token
 
 
 class PeerReceive(nn.Module):
     """Wait for the pieces of all members."""
 
-    def __init__(self, place: Place, shape: tuple[int, ...]) -> None:
+    def __init__(self, place: Place, result: TensorSpec) -> None:
         super().__init__()
-        self.place, self.shape, self.sent = place, shape, False
+        self.place, self.result, self.sent = place, result, False
 
     def forward(
-        self,
-        x: torch.Tensor,
-        token: torch.Tensor,
-        workspace: torch.Tensor,
-        slot: torch.Tensor,
-        *earlier: torch.Tensor,
+        self, token: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor, *earlier: torch.Tensor
     ) -> torch.Tensor:
-        """What `PeerSend` gave -> this rank's part in the new layout, inside the workspace."""
+        """What `PeerSend` gave, here and `earlier` -> this rank's part in the new layout, inside the workspace."""
         place = self.place
         result: torch.Tensor = torch.ops.xdit_ir.peer_wait(
-            [x, *earlier],
-            token,
+            [token, *earlier],
             workspace,
             slot,
             place.group,
             place.channel,
             list(place.slots),
-            list(self.shape),
+            list(self.result.shape),
+            self.result.dtype,
             self.sent,
         )
         return result
@@ -155,24 +147,24 @@ class PeerReceive(nn.Module):
 
 @dataclass
 class Custody:
-    """Who keeps sent values in memory until they have left, as the code of one block is written.
+    """Who keeps tokens, and so what they stand for, until that has left, as the code of one block is written.
 
-    That something came from a member which it sent after it had received `x` proves that `x` has left. So a value is
+    That something came from a member which it sent after it had received `x` proves that `x` has left. So a token is
     kept until the next exchange that starts after its own was awaited; behind the last one, flags tell.
     """
 
     kept: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     open: list[tuple[fx.Node, PeerSend, PeerReceive]] = field(default_factory=list)
 
-    def start(self, node: fx.Node) -> None:
+    def start(self, token: fx.Node) -> None:
         """An exchange starts: its wait will keep what was awaited before."""
-        self.kept[node] = [value for value, _, _ in self.open]
+        self.kept[token] = [earlier for earlier, _, _ in self.open]
         self.open.clear()
 
-    def wait(self, node: fx.Node, value: fx.Node, send: PeerSend, receive: PeerReceive) -> list[fx.Node]:
-        """It is awaited, and `value` is what it sent; returns what else to keep until then."""
-        self.open.append((value, send, receive))
-        return self.kept.pop(node)
+    def wait(self, token: fx.Node, send: PeerSend, receive: PeerReceive) -> list[fx.Node]:
+        """It is awaited; returns what else to keep until then."""
+        self.open.append((token, send, receive))
+        return self.kept.pop(token)
 
     def close(self) -> None:
         """The block ends."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 from cuda.bindings import runtime as cuda
 
+from xdit_ir.transport.keeping import keeping
 from xdit_ir.transport.workspace import HEADER, SIGNALS, SLOTS
 
 TIMEOUT_MS = 600_000  # as NCCL's: a peer that died must not hang the others for ever
@@ -43,7 +44,7 @@ def peer_put(
         tell_self: raise a flag here too when everything has been sent.
 
     Returns:
-        An empty tensor, for `peer_wait`.
+        An empty tensor for `peer_wait`, which keeps `x` in memory: a compiler may have made `x` for this call alone.
     """
     handle = symmetric(workspace, group)
     at = int(slot.item())
@@ -60,35 +61,34 @@ def peer_put(
         raise_flag(handle, member, number, handle.rank, wires[member])
         if tell_self:
             raise_flag(handle, handle.rank, number + SIGNALS // handle.world_size, member, wires[member])
-    return x.new_empty(0)
+    return keeping(x)
 
 
 @peer_put.register_fake
 def _(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return x.new_empty(0)
+    return x.new_empty(0, dtype=torch.uint8)
 
 
 @torch.library.custom_op("xdit_ir::peer_wait", mutates_args=())
 def peer_wait(
     held: list[torch.Tensor],
-    token: torch.Tensor,
     workspace: torch.Tensor,
     slot: torch.Tensor,
     group: str,
     channel: int,
     slots: list[int],
     shape: list[int],
+    dtype: torch.dtype,
     sent: bool,
 ) -> torch.Tensor:
     """What all members put into this rank's slot, once it is there.
 
     Args:
-        held: what was put, here and before, and has surely been sent when this is over; this keeps its memory.
-        token: what `peer_put` gave.
+        held: what `peer_put` gave, here and before, of what has surely been sent when this is over.
         sent: wait also until everything has been sent, see `tell_self` there.
 
     Returns:
-        A tensor of `shape` that lies in the workspace: nobody may write to it.
+        A tensor of `shape` and `dtype` that lies in the workspace: nobody may write to it.
     """
     handle = symmetric(workspace, group)
     at = int(slot.item())
@@ -97,15 +97,14 @@ def peer_wait(
         handle.wait_signal(member, number, TIMEOUT_MS)
         if sent:
             handle.wait_signal(member, number + SIGNALS // handle.world_size, TIMEOUT_MS)
-    dtype = held[0].dtype
     result: torch.Tensor = handle.get_buffer(handle.rank, shape, dtype, slots[at] // dtype.itemsize)
     return result
 
 
 @peer_wait.register_fake
 def _(held: list[torch.Tensor], *rest: Any) -> torch.Tensor:
-    *_, shape, _ = rest
-    return held[0].new_empty(shape)
+    *_, shape, dtype, _ = rest
+    return held[0].new_empty(shape, dtype=dtype)
 
 
 def join(workspace: torch.Tensor, group: str) -> None:

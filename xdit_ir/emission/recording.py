@@ -1,0 +1,195 @@
+"""A forward as CUDA graphs, and the host's work between them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir.emission.codegen import Code
+from xdit_ir.emission.execution import Tensors, first_line
+from xdit_ir.emission.sections import Kind, Section, cut_sections
+from xdit_ir.emission.trial import Trial
+from xdit_ir.ir.graphs import placeholders, results_of
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Replay:
+    """A CUDA graph: `fed` are the values that it reads at fixed places, `given` what it gives, in places of its own."""
+
+    graph: torch.cuda.CUDAGraph
+    fed: tuple[tuple[str, torch.Tensor], ...]
+    given: Values
+
+    def __call__(self, values: Values) -> None:
+        for name, place in self.fed:
+            place.copy_(values[name])
+        self.graph.replay()
+        values |= self.given
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What the host runs."""
+
+    section: Section
+    code: Code
+
+    def __call__(self, values: Values) -> None:
+        values |= _run(self.section, self.code, [values[name] for name in self.section.takes])
+
+
+class Recording:
+    """A forward of which CUDA graphs hold all that they can.
+
+    A trial run tells what they cannot hold: operators on tensors of the host, or that wait for the device, and opaque
+    leaves. These are run by the host between the graphs. What depends on constants only is computed once.
+
+    Args:
+        code: takes the inputs, which are copied each time, and its state, which is used where it is.
+        pool: memory shared with other recordings, of which no two are replayed at the same time.
+        forced: raise where a section cannot be recorded; otherwise the host runs it, with a warning.
+    """
+
+    WARMUPS = 2  # the first compiles and makes communicators, the second shows allocators the steady state
+
+    def __init__(self, code: Code, pool: Any = None, *, forced: bool = True) -> None:
+        self._code, self._pool, self._forced = code, pool, forced
+        self._places = [node.name for node in placeholders(code.run.graph)]
+        self._results = results_of(code.run.graph)
+        self._sections: list[Section] = []
+        self._addresses: list[int] = []
+        self._once: Values = {}
+        self._steps: list[_Replay | _Call] = []
+
+    def __call__(self, inputs: Tensors, state: Tensors) -> Tensors:
+        """The results for these inputs, in tensors of their own."""
+        addresses = [tensor.data_ptr() for tensor in state]
+        values = dict(zip(self._places, [*inputs, *state], strict=True))
+        if self._steps and addresses == self._addresses:
+            values |= self._once
+            for step in self._steps:
+                step(values)
+        else:
+            self._record(values, inputs, state)
+            self._addresses = addresses
+        return [values[node.name].clone() for node in self._results]
+
+    def forget(self) -> None:
+        """Free the graphs; the next call records anew. NCCL ends no communicator that a graph still refers to."""
+        self._steps, self._once = [], {}
+
+    def __str__(self) -> str:
+        """What is recorded, and what the host does."""
+        kinds = Counter(section.kind for section in self._sections)
+        between = Counter(_name(node) for one in self._sections if one.kind is Kind.HOST for node in _work(one))
+        text = f"{kinds[Kind.DEVICE]} CUDA graph{'s' if kinds[Kind.DEVICE] != 1 else ''} a forward"
+        if between:
+            text += "; the host runs " + ", ".join(f"{name} ({count}x)" for name, count in between.items())
+        return text
+
+    def _record(self, values: Values, inputs: Tensors, state: Tensors) -> None:
+        self.forget()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with _aside() as stream:
+            if not self._sections:
+                self._sections = self._try([*inputs, *state])
+            places = dict[str, torch.Tensor]()
+            varying = set(self._places[: len(inputs)])
+            steps: list[_Replay | _Call] = []
+            for section in self._sections:
+                step: _Replay | _Call = _Call(section, self._code)
+                if section.kind is Kind.DEVICE and section.computes:
+                    step = self._captured(section, values, varying, places, stream)
+                step(values)
+                if section.kind is Kind.HOST:
+                    varying |= set(section.gives)
+                if section.kind is Kind.ONCE:
+                    self._once |= {name: values[name] for name in section.gives}
+                else:
+                    steps.append(step)
+        self._steps = steps
+
+    def _try(self, tensors: Tensors) -> list[Section]:
+        """Run the forward until it is compiled, then see what it does on the host."""
+        for _ in range(self.WARMUPS - 1):
+            self._code(tensors)
+        trial = Trial(self._code.run, self._code.unchanging)
+        trial.run(*tensors)
+        self._code.finish()
+        return cut_sections(*trial.kinds())
+
+    def _captured(
+        self, section: Section, values: Values, varying: set[str], places: dict[str, torch.Tensor], stream: Any
+    ) -> _Replay | _Call:
+        """A section as a CUDA graph, or run by the host if that fails."""
+        new = [name for name in section.takes if name in varying and name not in places]
+        places |= {name: values[name].clone() for name in new}
+        given = [places[name] if name in places else values[name] for name in section.takes]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with _capturing(graph, self._pool, stream.device_index):
+                results = _run(section, self._code, given)
+        except Exception as error:
+            if self._forced:
+                raise
+            self._code.note(f"a part cannot be recorded and is run by the host: {first_line(error)}")
+            return _Call(section, self._code)
+        fed = tuple((name, places[name]) for name in new)
+        return _Replay(graph, fed, results)
+
+
+def _run(section: Section, code: Code, given: Tensors) -> Values:
+    results = dict(zip(section.gives, section.module(*given), strict=True))
+    if section.talks:
+        code.finish()
+    return results
+
+
+def _work(section: Section) -> Iterator[fx.Node]:
+    return (node for node in section.module.graph.nodes if node.op in ("call_function", "call_module"))
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
+
+
+@contextmanager
+def _aside() -> Iterator[torch.cuda.Stream]:
+    """A stream beside the current one, as recording wants it; each waits for the other."""
+    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(current)
+    try:
+        with torch.cuda.stream(aside):
+            yield aside
+    finally:
+        current.wait_stream(aside)
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, device: int) -> Iterator[None]:
+    """Record the current stream, whatever other threads do; if that fails, generators and memory are as before.
+
+    A recording that was invalidated leaves them in the middle of it
+    (https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/cuda/CUDAGraph.cpp).
+    """
+    torch.cuda.synchronize()
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield
+        graph.capture_end()
+    except BaseException:
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
