@@ -21,6 +21,7 @@ from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.propagate_layouts import PropagateLayouts
 from xdit_ir.passes.replicate_shared import ReplicateShared
+from xdit_ir.passes.select_on_device import SelectOnDevice
 from xdit_ir.passes.separate_time import SeparateTime
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.split_batch import SplitBatch
@@ -38,7 +39,7 @@ PASSES: tuple[type[Any], ...] = (
     *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens),
     *(PartitionStages, SplitBatch, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
     *(LowerAttention, SplitStatistics, DivideConditions, OrderExchanges, SplitJoins, Overlap, SeparateTime),
-    *(Specialize, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
+    *(Specialize, SelectOnDevice, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
 )
 
 
@@ -92,7 +93,7 @@ def rank_passes(
         recorded: the program becomes part of a CUDA graph.
         peers: exchanges inside blocks go over symmetric memory where they can.
     """
-    apart: list[Pass] = [CutBlocks()] if compiled or recorded else []
+    apart: list[Pass] = [SelectOnDevice(), CutBlocks()] if compiled or recorded else []
     if capability is None:
         return [*apart, WriteInPlace()]
     copies: list[Pass] = [UseCopyEngines()] if peers else []

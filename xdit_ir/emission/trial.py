@@ -100,7 +100,7 @@ class Trial(fx.Interpreter):
             self.device = there
         from_host = [source for source in dict.fromkeys(sources) if source in self.on_host]
         if from_host and there and not here and self._mixes(node, sources):
-            self.moved += [(node, s) for s in from_host if s not in self._fixed or s not in self._scalars]
+            self.moved += [(node, s) for s in from_host if waits or s not in self._fixed or s not in self._scalars]
         elif waits or isinstance(node.target, Leaf) or any(source not in self._fixed for source in from_host):
             self.reading.add(node)
 

@@ -1,0 +1,86 @@
+"""What `mode` means where, and what it refuses."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import xdit_ir as xir
+from xdit_ir.emission.execution import Execution, compile_body
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def of(mode: str = "auto", compile: bool | None = None, cuda_graph: bool | None = None) -> Execution:
+    return Execution.of(mode, compile, cuda_graph, "auto", "auto", True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "on_cuda", "on_cpu"),
+    [
+        ("auto", (True, True), (False, False)),
+        ("eager", (False, False), (False, False)),
+        ("compiled", (True, False), (True, False)),
+        ("graph", (True, True), (True, True)),
+    ],
+)
+def test_a_mode_is_the_same_as_two_options(mode: str, on_cuda: tuple[bool, bool], on_cpu: tuple[bool, bool]) -> None:
+    for device, expected in ((CUDA, on_cuda), (CPU, on_cpu)):
+        found = of(mode).on(device)
+        assert (found.compile, found.cuda_graph) == expected
+        assert found.forced == (mode != "auto")
+
+
+def test_options_that_are_given_decide() -> None:
+    assert of(compile=True).on(CUDA) == Execution(True, False)
+    assert of(cuda_graph=False).on(CUDA) == Execution(False, False)
+    with pytest.raises(xir.ParallelizeError, match="give one or the other"):
+        of("graph", compile=True)
+
+
+def test_an_unknown_mode_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(xir.ParallelizeError, match=r"'grpah'.*did you mean 'graph'"):
+        xir.port(nn.Linear(2, 2), mode="grpah")
+
+
+def test_graphs_need_cuda() -> None:
+    port = xir.port(nn.Linear(2, 2), mode="graph")
+    with pytest.raises(xir.ParallelizeError, match="mode='graph' needs a model on a CUDA device"):
+        port(torch.ones(1, 2))
+
+
+class Odd(nn.Module):
+    """Cannot be compiled as one graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+
+def test_a_block_that_cannot_be_compiled_stays_as_it_is_and_says_so() -> None:
+    said: list[str] = []
+    odd = Odd()
+    compile_body(odd, failed=said.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(odd(torch.ones(2)), torch.full((2,), 2.0))
+        assert torch.equal(odd(torch.ones(2)), torch.full((2,), 2.0))
+    assert len(said) == 1 and "a block is not compiled" in said[0]
+
+
+def test_where_compilation_is_asked_for_it_is_an_error() -> None:
+    odd = Odd()
+    compile_body(odd)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        odd(torch.ones(2))
+
+
+def test_the_report_of_a_port_says_how_it_runs() -> None:
+    port = xir.port(nn.Linear(2, 2))
+    with pytest.raises(xir.ParallelizeError, match="there was none yet"):
+        port.report()
+    port(torch.ones(1, 2))
+    assert port.report().execution == "eagerly" and "runs eagerly" in str(port.report())

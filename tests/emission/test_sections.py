@@ -1,0 +1,86 @@
+"""A forward in sections: together they compute what it computes, whoever runs which node."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import fx
+
+import xdit_ir as xir
+from xdit_ir import capture, models
+from xdit_ir.emission.codegen import Code, generate
+from xdit_ir.emission.sections import Kind, cut_sections
+from xdit_ir.emission.state import WeightReferences
+from xdit_ir.ir.graphs import placeholders, results_of
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.order import rank_passes
+from xdit_ir.transport.distributed import Communicator
+
+NAMES = ["plain-mmdit:tiny", "wan2.1-t2v-1.3b:tiny", "hidream-i1:tiny"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def forward(request: pytest.FixtureRequest) -> tuple[Code, list[torch.Tensor]]:
+    """The code of a model on one rank, and what it takes."""
+    model, example = models.load(request.param, seed=0)
+    program = run_passes(xir.trace(model, example).parallelize().rank(0), rank_passes(None, compiled=True))
+    cpu = torch.device("cpu")
+    code = generate(program, Communicator(Mesh.of(), cpu), cpu)
+    args, kwargs = xir.api.split_example(example)
+    inputs = capture.bind_inputs(model, program, args, kwargs)
+    weights = WeightReferences(model, code.weights, program.state, cpu).fetch()
+    return code, [*inputs, *weights, *code.constant_tensors(cpu)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sections_in_a_row_compute_what_the_forward_computes(
+    forward: tuple[Code, list[torch.Tensor]], seed: int
+) -> None:
+    code, tensors = forward
+    draw = random.Random(seed)
+    kinds = {}
+    for node in code.run.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            picked = node.target.__name__ == "getitem" if node.op == "call_function" else False
+            kinds[node] = kinds[node.args[0]] if picked else draw.choice([Kind.HOST, Kind.DEVICE, Kind.DEVICE])
+    values = dict(zip((node.name for node in placeholders(code.run.graph)), tensors, strict=True))
+    with torch.no_grad():
+        want = code(tensors)
+        for section in cut_sections(code.run, kinds):
+            values |= zip(section.gives, section.module(*(values[name] for name in section.takes)), strict=True)
+    for node, expected in zip(results_of(code.run.graph), want, strict=True):
+        assert torch.equal(values[node.name], expected)
+
+
+def graph_of(text: str) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+    """A graph of calls: `d = f(a, b)` by lines; who runs a node is said by the first letter of its name."""
+    graph = fx.Graph()
+    named = {name: graph.placeholder(name) for name in ("x", "y")}
+    for line in text.split():
+        name, _, given = line.partition("=")
+        args = tuple(named[arg] for arg in given.split(","))
+        named[name] = graph.create_node("call_function", torch.add if len(args) > 1 else torch.neg, args, name=name)
+    graph.output((named[name],))
+    return fx.GraphModule({}, graph), named
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("d1=x d2=d1", ["d1 d2"]),
+        ("d1=x h1=y d2=d1,h1", ["h1", "d1 d2"]),
+        ("d1=x h1=d1 d2=h1", ["d1", "h1", "d2"]),
+        ("d1=x h1=y o1=y h2=d1 d2=o1,h1 d3=d2,h2", ["o1", "h1", "d1", "h2", "d2 d3"]),
+    ],
+)
+def test_the_host_comes_first_where_it_can_and_all_else_stays_in_its_order(text: str, found: list[str]) -> None:
+    run, named = graph_of(text)
+    letters = {"d": Kind.DEVICE, "h": Kind.HOST, "o": Kind.ONCE}
+    kinds = {node: letters[name[0]] for name, node in named.items() if name[0] in letters}
+    sections = cut_sections(run, kinds)
+    names = [" ".join(n.name for n in one.module.graph.nodes if n.op == "call_function") for one in sections]
+    assert names == found
+    assert [one.kind for one in sections] == [letters[name[0]] for name in names]
