@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from xdit_ir.emission.execution import MODES
 from xdit_ir.errors import GenerationError
 from xdit_ir.generation import Generation, generate
 from xdit_ir.generation.files import FPS
@@ -50,6 +51,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--data", type=int, default=1, metavar="N", help="groups of processes that share out the prompts")
     how.add_argument("--dtype", metavar="TYPE", help="bf16, fp16 or fp32; also bf16,vae=fp32")
     how.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    how.add_argument("--mode", choices=MODES, help="how denoisers run; default: auto, the fastest that works here")
     how.add_argument("--compile", action="store_true", help="compile the blocks of denoisers")
     how.add_argument("--cuda-graph", action="store_true", help="record the denoisers as CUDA graphs")
     how.add_argument("--offload", action="store_true", help="components wait in host memory while others run")
@@ -92,7 +94,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     width, height = parse_size(args.size) if args.size else (None, None)
     # Absent options are left out, since `port` has defaults of its own.
-    parallel = {"patches": args.patches, "warmup_steps": args.warmup, "compile": args.compile or None}
+    parallel = {
+        "patches": args.patches,
+        "warmup_steps": args.warmup,
+        "mode": args.mode,
+        "compile": args.compile or None,
+    }
     parallel |= {"cuda_graph": args.cuda_graph or None, "machine": args.machine} | {
         name: getattr(args, name) for name in MESH_DIMS
     }

@@ -130,10 +130,22 @@ def work(mode: str, said: str, tasks: Sequence[tuple[str, str]]) -> None:
     os._exit(0)
 
 
+def moved(value: Any, device: Any) -> Any:
+    """A value with all tensors in it on a device; objects, such as caches, are changed in place."""
+    if hasattr(value, "device") and hasattr(value, "to"):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(item, device) for item in value)
+    for name, item in getattr(value, "__dict__", {}).items():
+        setattr(value, name, moved(item, device))
+    return value
+
+
 def tried(name: str, degrees: str, mode: str) -> dict[str, Any]:
     """What becomes of a model under these degrees."""
     import torch
-    from torch.utils import _pytree as pytree
 
     import xdit_ir as xir
     from xdit_ir import models
@@ -142,7 +154,7 @@ def tried(name: str, degrees: str, mode: str) -> dict[str, Any]:
     start, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
     model, example = models.load(f"{name}:tiny", seed=0)
     model = model.to(device).eval()
-    example = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example)
+    example = moved(example, device)
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     with torch.no_grad(), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
