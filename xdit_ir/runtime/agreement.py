@@ -15,7 +15,7 @@ from xdit_ir.transport.contents import Contents, Seen
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.handshake import WEIGHTS, Facts, agree, agree_contents
 
-ROOM = 2**19  # elements of weights that are looked at again in each call on the CPU; on GPUs one weight
+ROOM, MOST = 2**19, 64  # elements and number of weights that are read again in a call on the CPU; on GPUs one weight
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class Agreement:
         for _ in names:
             at = self._turn % len(names)
             room -= tensors[at].numel()
-            if found and (room < 0 or names[at] in found):
+            if found and (room < 0 or len(found) == MOST or names[at] in found):
                 break
             found[names[at]] = tensors[at]
             self._turn += 1
