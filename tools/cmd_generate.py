@@ -54,6 +54,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--mode", choices=MODES, help="how denoisers run; default: auto, the fastest that works here")
     how.add_argument("--compile", action="store_true", help="compile the blocks of denoisers")
     how.add_argument("--cuda-graph", action="store_true", help="record the denoisers as CUDA graphs")
+    how.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for other processes (default 600)")
     how.add_argument("--offload", action="store_true", help="components wait in host memory while others run")
     how.add_argument("--whole", action="store_true", help="load denoisers whole, not only what a rank uses")
     how.add_argument("--benchmark", type=int, default=0, metavar="N", help="warm up once, then time N generations")
@@ -99,10 +100,11 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "warmup_steps": args.warmup,
         "mode": args.mode,
         "compile": args.compile or None,
+        "cuda_graph": args.cuda_graph or None,
+        "machine": args.machine,
+        "timeout": args.timeout,
     }
-    parallel |= {"cuda_graph": args.cuda_graph or None, "machine": args.machine} | {
-        name: getattr(args, name) for name in MESH_DIMS
-    }
+    parallel |= {name: getattr(args, name) for name in MESH_DIMS}
     same = ("embeddings", "image", "frames", "steps", "guidance", "seed", "lora", "device", "whole", "offload")
     return {
         **{name: getattr(args, name) for name in (*same, "data", "benchmark", "output", "fps")},

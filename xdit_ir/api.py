@@ -202,12 +202,13 @@ class ParallelProgram:
         transport: str = "auto",
         attention: str = "auto",
         handshake: bool = True,
+        timeout: float | None = None,
         weights: str | Path | None = None,
         release: bool = False,
     ) -> Emitted:
         """The module of this process's rank; see `xdit_ir.runtime.emitted.emit` and, for the options, `Execution` and
         `xdit_ir.emission.checkpoint.Loading`."""
-        execution = Execution(compile, cuda_graph, transport, attention, handshake)
+        execution = Execution(compile, cuda_graph, transport, attention, handshake, timeout=timeout)
         return emit(self, model, device, RunOptions(execution, Loading(weights, release)))
 
 

@@ -42,5 +42,16 @@ class MismatchError(XditError):
     """Inputs, weights or ranks differ from what a program was made for; names the argument."""
 
 
+class LostError(MismatchError):
+    """Another rank failed, ended or stopped, so that a call cannot be finished; `rank` is that one, where it is known.
+
+    Every rank raises it once for one failure. The next call begins anew, on all of them.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class ParseError(XditError):
     """A program's text cannot be read; names the line, what was expected and what stands there."""

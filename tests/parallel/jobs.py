@@ -195,7 +195,7 @@ def other_noise(degrees: Degrees) -> list[dict[str, Any]]:
     model, example = _reader()
     ported = xir.port(model, **degrees)
     noise = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(_rank()))
-    rounded = example["x"] * (1 + 1e-3 * noise)
+    rounded = example["x"] * (1 + 1e-6 * noise)
     return [_failure(lambda x=x: ported(**{**example, "x": x})) for x in (noise, rounded)]
 
 

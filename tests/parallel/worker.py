@@ -14,12 +14,13 @@ def answer(request: dict[str, Any]) -> Any:
     """Run one job; an exception becomes its result."""
     import broken  # type: ignore[import-not-found]
     import exchanges  # type: ignore[import-not-found]
+    import failure_jobs  # type: ignore[import-not-found]
     import jobs  # type: ignore[import-not-found]
     import pipeline_jobs  # type: ignore[import-not-found]
     import stage_jobs  # type: ignore[import-not-found]
 
     try:
-        modules = (jobs, exchanges, stage_jobs, pipeline_jobs, broken)
+        modules = (jobs, exchanges, stage_jobs, pipeline_jobs, broken, failure_jobs)
         function = next(f for module in modules if (f := getattr(module, request["job"], None)))
         return function(**request["arguments"])
     except Exception as error:

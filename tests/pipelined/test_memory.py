@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from xdit_ir.ir.program import TensorSpec
@@ -20,9 +22,21 @@ def test_memory_is_used_again_without_what_was_in_it() -> None:
     assert again is mine and not again.buffers[3]["kv"].any()
 
 
+@dataclass
+class Types:
+    """Code that gives the types of what it is given."""
+
+    slots: dict[str, None]
+
+    def __call__(self, tensors: list[torch.Tensor]) -> list[torch.dtype]:
+        return [x.dtype for x in tensors]
+
+
 def test_a_stage_runs_with_its_buffers_behind_its_weights() -> None:
     memory = Memories({0: {"a": TensorSpec((1,), torch.int64), "b": TensorSpec((1,), torch.bool)}}, torch.device("cpu"))
     lent = memory.lend(GuidanceBranch(None))
-    run = lent.run((0, None), ["b", "a"], lambda inputs, state: [x.dtype for x in (*inputs, *state)], None)  # type: ignore[misc]
-    given = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int8)
-    assert run([given[0]], [given[1]]) == [torch.int32, torch.int8, torch.bool, torch.int64]
+    given = [torch.zeros(1, dtype=dtype) for dtype in (torch.int32, torch.int8)]
+    code = Types({"b": None, "a": None})
+    assert lent.run((0, None), code, given[:1], given[1:], None) == [  # type: ignore[arg-type, comparison-overlap]
+        *(torch.int32, torch.int8, torch.bool, torch.int64)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -165,3 +166,48 @@ def test_outputs_of_another_module_are_foreign(module: Module) -> None:
     module(x + module(x + other(x)))
     module(x + other(x))
     assert module.kinds == [NEW, NEXT, NEW]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: torch.cat([x[1:], x[:1]]),
+        lambda x: torch.stack([x[1], x[0]]),
+        lambda x: torch.stack(list(reversed(x.unbind(0)))),
+        lambda x: torch.cat(list(reversed(x.chunk(2)))),
+        lambda x: torch.cat([x[:1], x[:1]]),
+    ],
+)
+def test_samples_that_change_places_begin_a_request(module: Module, change: Any) -> None:
+    x: Any = torch.ones(SHAPE)
+    x = x - 0.1 * module(x)
+    module(change(x))
+    assert module.kinds == [NEW, NEW]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x, out: torch.cat([x.chunk(2)[0] - out.chunk(2)[0] + 2 * (out.chunk(2)[1] - out.chunk(2)[0])] * 2),
+        lambda x, out: torch.stack([a - b for a, b in zip(x.unbind(0), out.unbind(0), strict=True)]),
+        lambda x, out: (x.unsqueeze(0) - out.unsqueeze(0)).squeeze(0),
+        lambda x, out: torch.cat([x[:1] - out[:1], x[1:] - out[1:]]),
+        lambda x, out: x - out.view(2, 8, 1, 3).permute(3, 1, 2, 0).permute(3, 1, 2, 0).reshape(SHAPE),
+    ],
+)
+def test_samples_in_their_places_are_the_next_step(module: Module, step: Any) -> None:
+    """Guidance by a doubled batch, lists of samples, and other ways to write the same."""
+    x: Any = torch.ones(SHAPE)
+    for _ in range(3):
+        x = step(x, module(x))
+    assert module.kinds == [NEW, NEXT, NEXT]
+
+
+def test_guidance_of_one_sample_with_a_multistep_scheduler(module: Module) -> None:
+    scheduler = diffusers.UniPCMultistepScheduler()
+    scheduler.set_timesteps(5)
+    x: Any = torch.ones(1, *SHAPE[1:])
+    for time in scheduler.timesteps:
+        without, with_text = module(torch.cat([x] * 2)).chunk(2)
+        x = scheduler.step(without + 3 * (with_text - without), time, x, return_dict=False)[0]
+    assert module.kinds == [NEW, *[NEXT] * 4]

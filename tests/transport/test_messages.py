@@ -37,6 +37,13 @@ def test_receives_are_posted_ahead_on_the_cpu_and_when_taken_on_gpus() -> None:
         assert [int(arrivals[place].take()[0]) for place in (1, 0, 2)] == [2, 1, 3], "in the order of expectation"
 
 
+def test_results_that_nobody_reads_make_room_for_later_ones() -> None:
+    channel = Counting("cuda")
+    arrivals = [channel.expect(NUMBER, turn) for turn in range(4)]
+    channel.free(2)
+    assert channel.posted == 2 and [one.message is not None for one in arrivals] == [True, True, False, False]
+
+
 def tensors() -> list[torch.Tensor]:
     make = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, 7, generator=make)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from xdit_ir.deferral.recorded import Descent, Kept, Numbered, RecordedValue, Source
+from xdit_ir.deferral.samples import Samples
 from xdit_ir.deferral.separable import Range, is_recordable
 from xdit_ir.emission.execution import plain_modes
 
@@ -81,8 +82,12 @@ def pending(
     """A tensor for what `source` will give; the result with this `number` of a `maker`, which is noted in what is made
     of it."""
     like = torch.empty(tuple(shape), device="meta")
-    lineage = {} if maker is None else {maker: Descent(Numbered(number), tuple(range(len(like.shape))))}
+    lineage = {} if maker is None else {maker: Descent(Numbered(number), tuple(range(like.dim())), _samples(like))}
     return Deferred(RecordedValue(like.shape, like.stride(), dtype, device, source=source, lineage=lineage))
+
+
+def _samples(like: torch.Tensor) -> Samples | None:
+    return Samples.of(len(like)) if like.dim() else None
 
 
 def is_separable(tensor: torch.Tensor, dim: int, start: int, stop: int) -> bool:

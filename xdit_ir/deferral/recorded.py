@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
+from xdit_ir.deferral.samples import Samples, Step, carried
 from xdit_ir.deferral.separable import Needs, Range, operand_ranges, resized, tensors_in
 from xdit_ir.errors import MismatchError
 
@@ -38,10 +39,11 @@ class Numbered:
 @dataclass(frozen=True)
 class Descent:
     """From which pending result of one maker a value was made: the newest one; `dims[d]` is the dimension of it whose
-    positions dimension `d` follows, if any."""
+    positions dimension `d` follows, if any; `samples`, of which samples it was made, where that is known."""
 
     result: Numbered
     dims: tuple[int | None, ...]
+    samples: Samples | None = None
 
     @property
     def number(self) -> int:
@@ -160,7 +162,17 @@ class RecordedValue:
                 if source is not None and source.number == newest.number
             }
             dims.append(followed.pop() if len(followed) == 1 else None)
-        return Descent(newest, tuple(dims))
+        return Descent(newest, tuple(dims), self._samples(descents, newest.number, needs))
+
+    def _samples(
+        self, descents: Sequence[Descent | None], newest: int, needs: Sequence[Needs | None]
+    ) -> Samples | None:
+        made = [one for one in descents if one is not None and one.number == newest]
+        if any(one.samples is None for one in made):
+            return None
+        found = [one.samples if one is not None and one.number == newest else None for one in descents]
+        shapes = [operand.shape for operand in self._operands()]
+        return carried(Step(self.func, self.args, self.index, shapes, self.shape, needs), found)
 
     def _finish(self, value: torch.Tensor) -> None:
         self.done, self.source, self.func = value, None, None

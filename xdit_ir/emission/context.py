@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +15,7 @@ from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.execution import Execution, compile_body
 from xdit_ir.emission.fold import fold_constants
 from xdit_ir.emission.state import ModelWeights
+from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program
@@ -37,8 +40,27 @@ class RunOptions:
         """
         execution = self.execution.on(device)
         execution.check(device)
-        communicator = Communicator(mesh, device, handshake=execution.handshake)
+        communicator = Communicator(mesh, device, handshake=execution.handshake, timeout=execution.limit)
         return RankContext(model, communicator, execution, self.loading.store(model, device))
+
+
+@contextmanager
+def on_all_ranks(mesh: Mesh, options: RunOptions) -> Iterator[None]:
+    """What is raised inside, before this rank could tell the others anything, ends their waiting for it too."""
+    try:
+        yield
+    except Exception as error:
+        if mesh.world_size > 1 and options.execution.handshake:
+            _tell_others(mesh, options, error)
+        raise
+
+
+def _tell_others(mesh: Mesh, options: RunOptions, error: Exception) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with suppress(ParallelizeError):  # of a job that has no other processes
+        communicator = Communicator(mesh, device, timeout=options.execution.limit)
+        with suppress(type(error)), communicator.working():
+            raise error
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -38,10 +39,13 @@ class Execution:
         attention: the kernel for attention: "auto", by device and shape; "sdpa", what PyTorch chooses; or one of
             `xdit_ir.kernels.backends.BACKENDS`, for every attention that it can do.
         handshake: before every forward, make sure that all ranks make the same call, and raise on all if not; under
-            PipeFusion, a further step of a request is compared when the next one is called.
+            PipeFusion, a further step of a request is compared when the next one is called. It also compares what the
+            inputs and weights hold, and makes all ranks raise `LostError` where one fails, stops or ends.
         mode: "eager"; "compiled", as `compile`; "graph", as `compile` and `cuda_graph`; "auto", the fastest that
             works: as "graph" on CUDA, where a block that cannot be compiled stays as it is, and a part that cannot be
             recorded is run by the host, with a warning; as "eager" elsewhere. None: as `compile` and `cuda_graph` say.
+        timeout: seconds after which a rank gives up waiting for others; None: that of the caller's default process
+            group, at most ten minutes.
     """
 
     compile: bool = False
@@ -50,10 +54,17 @@ class Execution:
     attention: str = "auto"
     handshake: bool = True
     mode: str | None = None
+    timeout: float | None = None
 
     @staticmethod
     def of(
-        mode: str, compile: bool | None, cuda_graph: bool | None, transport: str, attention: str, handshake: bool
+        mode: str,
+        compile: bool | None,
+        cuda_graph: bool | None,
+        transport: str,
+        attention: str,
+        handshake: bool,
+        timeout: float | None,
     ) -> Execution:
         """From the options of `port`: `compile` and `cuda_graph`, where one of them is given, else `mode`.
 
@@ -65,10 +76,10 @@ class Execution:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ParallelizeError(f"mode={mode!r}; there are {', '.join(MODES)}{hint}")
         if compile is None and cuda_graph is None:
-            return Execution(False, False, transport, attention, handshake, mode)
+            return Execution(False, False, transport, attention, handshake, mode, timeout)
         if mode != "auto":
             raise ParallelizeError(f"mode={mode!r} says what compile= and cuda_graph= say; give one or the other")
-        return Execution(bool(compile), bool(cuda_graph), transport, attention, handshake)
+        return Execution(bool(compile), bool(cuda_graph), transport, attention, handshake, None, timeout)
 
     def on(self, device: torch.device) -> Execution:
         """The same with `compile` and `cuda_graph` as `mode` means them on a device."""
@@ -85,6 +96,11 @@ class Execution:
         return self.mode != "auto"
 
     @property
+    def limit(self) -> timedelta | None:
+        """The timeout, if one was given."""
+        return None if self.timeout is None else timedelta(seconds=self.timeout)
+
+    @property
     def uses_peers(self) -> bool:
         """Whether exchanges shall go over symmetric memory where they can."""
         return self.transport == "peer" or (self.transport == "auto" and self.cuda_graph)
@@ -94,6 +110,8 @@ class Execution:
         if self.transport not in TRANSPORTS:
             raise ParallelizeError(f"transport={self.transport!r}; there are {', '.join(TRANSPORTS)}")
         check_name(self.attention)
+        if self.timeout is not None and not self.timeout > 0:
+            raise ParallelizeError(f"timeout={self.timeout!r}: expected a positive number of seconds, or None")
         if self.cuda_graph and device.type != "cuda":
             option = "cuda_graph=True" if self.mode is None else f"mode={self.mode!r}"
             raise ParallelizeError(f"{option} needs a model on a CUDA device, this one is on {device}")

@@ -30,6 +30,17 @@ class ModelWeights:
         """The tensors of these names."""
         return WeightReferences(self.model, names, specs, self.device)
 
+    def held(self, specs: Mapping[str, TensorSpec]) -> WeightReferences:
+        """All of these that are here, whoever uses them."""
+        here = [name for name in specs if not _tensor(self.model, name).is_meta]
+        return WeightReferences(self.model, here, specs, self.device)
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    holder, key = way_to(model, name)[-1]
+    found: torch.Tensor = holder[key]
+    return found
+
 
 class WeightReferences:
     """The tensors called `names` in `model`, read anew by each `fetch`, so that reloaded weights take effect.
@@ -45,7 +56,7 @@ class WeightReferences:
     def __init__(
         self, model: nn.Module, names: Sequence[str], specs: Mapping[str, TensorSpec], device: torch.device
     ) -> None:
-        self._names, self._device = list(names), device
+        self.names, self._device = list(names), device
         ways = [way_to(model, name) for name in names]
         self._places = [way[-1] for way in ways]
         self._above = list({(id(holder), key): (holder, key) for way in ways for holder, key in way[:-1]}.values())
@@ -70,7 +81,7 @@ class WeightReferences:
         except (LookupError, AttributeError) as error:
             raise MismatchError(f"parameter or buffer {error} of the model was removed") from error
         if not fits:
-            for name, tensor, spec in zip(self._names, tensors, self._specs, strict=True):
+            for name, tensor, spec in zip(self.names, tensors, self._specs, strict=True):
                 check_type(name, tensor, spec)
         if tensors and tensors[0].device != self._device:
             raise MismatchError(f"the model moved from {self._device} to {tensors[0].device}")

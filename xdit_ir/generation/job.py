@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.transport.distributed import BACKENDS, check_processes
+from xdit_ir.transport.groups import DEFAULT_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Job:
         return self.rank == 0 and self.group == 0
 
 
-def start(mesh: Mesh | None, groups: int = 1, device: str | None = None) -> Job:
+def start(mesh: Mesh | None, groups: int = 1, device: str | None = None, timeout: timedelta | None = None) -> Job:
     """Check the degrees, choose LOCAL_RANK's device and, for several processes, initialise torch.distributed.
 
     Each group becomes a world of its own, so that nothing else has to know of the others. Nothing is loaded yet, so
@@ -46,6 +48,7 @@ def start(mesh: Mesh | None, groups: int = 1, device: str | None = None) -> Job:
 
     Args:
         mesh: the mesh of one group; None to take what is there (a pipeline that is ported already).
+        timeout: of the process group.
 
     Raises:
         ParallelizeError: the job has another number of processes, or a process has no GPU of its own.
@@ -58,7 +61,7 @@ def start(mesh: Mesh | None, groups: int = 1, device: str | None = None) -> Job:
     chosen = choose_device(device)
     if dist.is_initialized() or world == 1:
         return Job(chosen, dist.get_rank() if dist.is_initialized() else 0, world)
-    return _initialise(chosen, world, groups)
+    return _initialise(chosen, world, groups, timeout or DEFAULT_TIMEOUT)
 
 
 def check_size(mesh: Mesh, world: int, groups: int = 1) -> None:
@@ -94,7 +97,7 @@ def choose_device(name: str | None) -> torch.device:
     return chosen
 
 
-def _initialise(device: torch.device, world: int, groups: int) -> Job:
+def _initialise(device: torch.device, world: int, groups: int, timeout: timedelta) -> Job:
     store, rank, _ = next(iter(rendezvous("env://")))
     if device.type == "cuda":
         _compare_gpus(store, rank, world, str(torch.cuda.get_device_properties(device).uuid))
@@ -102,7 +105,7 @@ def _initialise(device: torch.device, world: int, groups: int) -> Job:
     group, within = divmod(rank, size)
     if size > 1:
         own = PrefixStore(f"data{group}", store)
-        dist.init_process_group(BACKENDS[device.type], store=own, rank=within, world_size=size)
+        dist.init_process_group(BACKENDS[device.type], store=own, rank=within, world_size=size, timeout=timeout)
     return Job(device, within, size, group, groups)
 
 

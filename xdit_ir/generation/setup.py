@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import GenerationError
 from xdit_ir.generation.folder import Dtypes, check_dtypes, load
 from xdit_ir.generation.job import Job, start
@@ -46,7 +47,8 @@ class Setup:
         """The job of this process; raises where its size, the degrees or the number of prompts do not fit."""
         dealt(prompts, 0, groups)
         is_ported = not self.is_folder and bool(ported_components(self.source))
-        job = start(None if is_ported else Mesh.of(**self.degrees), groups, device)
+        mesh = None if is_ported else Mesh.of(**self.degrees)
+        job = start(mesh, groups, device, Execution(timeout=self.options.get("timeout")).limit)
         if not job.reports:
             _quieten()
         return job

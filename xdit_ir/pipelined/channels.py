@@ -17,8 +17,8 @@ from xdit_ir.ir.program import TensorSpec
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.pipefusion.rank_tasks import RankTasks, StageTask
 from xdit_ir.pipelined.schedule import StageRun
-from xdit_ir.transport.distributed import Communicator, configured_timeout, peers_reachable
-from xdit_ir.transport.messages import Arrival, Broadcast, Channel, Envelope, Pair, Slots
+from xdit_ir.transport.distributed import Communicator, peers_reachable
+from xdit_ir.transport.messages import Arrival, Broadcast, Channel, CollectiveChannel, Envelope, Pair, Slots
 
 Key = tuple[Any, ...]
 Sizes = Callable[[], Sequence[int]]  # bytes of the messages of a pass, which only peers ask for
@@ -79,6 +79,12 @@ class Channels:
         if message is not None:
             self.returns[self.half].send(message, outputs)
 
+    def free(self, number: int) -> None:
+        """Before a pass: fetch results that nobody has read, except those of the last one, so that there is room."""
+        limit = self.pipeline.issue_order(self.pipeline.stages - 1, number - 1, 0)
+        for channel in self.returns:
+            channel.free(limit)
+
     def post_sent(self, limit: float) -> None:
         """Post what is sent before a turn."""
         for channel in (*filter(None, self.between), *self.returns):
@@ -93,7 +99,7 @@ class ChannelMaker:
     """
 
     def __init__(self, communicator: Communicator) -> None:
-        self.communicator, self.timeout = communicator, configured_timeout(communicator.device)
+        self.communicator = communicator
         self._peers = peers_reachable(communicator)
         cuda = communicator.device.type == "cuda"
         self._aside = torch.cuda.Stream(communicator.device) if cuda else None  # type: ignore[no-untyped-call]
@@ -149,16 +155,21 @@ class ChannelMaker:
 
             groups = {target: self._group(("peers", source, target), (source, target)) for target in targets}
             mine = [target for target in targets if rank in (source, target)]
-            links = [PeerLink(device, groups[t].group_name, int(source > t), key[-1], self.timeout) for t in mine]
+            links = [
+                PeerLink(device, groups[t].group_name, int(source > t), key[-1], self.communicator.timeout)
+                for t in mine
+            ]
             return PeerChannel(device, links)
         group = self._group(key, (source, *targets))
+        made: CollectiveChannel = Broadcast(device, group, source, self._aside)
         if key[0] == BETWEEN:
-            return Pair(device, group, source, self._aside, target=targets[0])
-        return Broadcast(device, group, source, self._aside)
+            made = Pair(device, group, source, self._aside, target=targets[0])
+        self.communicator.flush(made.leaving)
+        return made
 
     def _group(self, key: Key, members: tuple[int, ...]) -> dist.ProcessGroup:
         if key not in self._groups:
-            self._groups[key] = dist.new_group(sorted(members), timeout=self.timeout)
+            self._groups[key] = self.communicator.new_group(members)
         return self._groups[key]
 
 

@@ -52,6 +52,7 @@ class PipelinePass:
         """Expect all messages, and put off the runs of this rank's stages, if its half runs any."""
         pipeline, mine = self.tasks.pipeline, self.half == self.channels.half
         runs = items_of(pipeline, self.number, self.tasks.stages if mine else (), synchronous=self.synchronous)
+        self.channels.free(self.number)
         self.arrivals = self.channels.arrivals((item, self.code.task(item)) for item in runs)
         self.returns = self.channels.results(self.number, self.half, synchronous=self.synchronous)
         self.queue.put_off(self, runs)
@@ -66,16 +67,14 @@ class PipelinePass:
         assert self.branch.memory is not None
         self._deliver(item, self.code.run(item, self.branch.memory, given, self.weights))
 
-    def skip(self, item: StageRun) -> None:
-        """Take and send the messages of a stage, whatever is in them."""
-        task, device = self.code.task(item), self.queue.communicator.device
-        arrival = self.arrivals.pop(item, None)
-        if arrival is not None:
-            arrival.take()
-        self._deliver(item, [zeros(spec, device) for spec in (*task.sends, *task.results)])
-
     def result(self, patch: int | None) -> Tensors:
         """The results of a patch; waits for them."""
+        if patch not in self.results and (lost := self.queue.communicator.lost()) is not None:
+            raise lost
+        with self.queue.communicator.working():
+            return self._result(patch)
+
+    def _result(self, patch: int | None) -> Tensors:
         if patch in self.returns:
             self.queue.settle()
             arrival = self.returns.pop(patch)

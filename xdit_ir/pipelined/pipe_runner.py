@@ -14,7 +14,8 @@ from xdit_ir.deferral.deferred import Deferred
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, plain_modes
-from xdit_ir.errors import ParallelizeError
+from xdit_ir.emission.state import ModelWeights
+from xdit_ir.errors import MismatchError, ParallelizeError
 from xdit_ir.ir.graphs import placeholders, results_of
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.pipefusion.rank_tasks import RankTasks
@@ -22,7 +23,8 @@ from xdit_ir.pipelined.pipe_pass import PipelinePass, outputs_of
 from xdit_ir.pipelined.requests import NEW, CallPosition
 from xdit_ir.pipelined.stage_code import RankCode
 from xdit_ir.pipelined.step_queue import StepQueue
-from xdit_ir.transport.handshake import Facts, digest
+from xdit_ir.transport.contents import Contents
+from xdit_ir.transport.handshake import Facts, compare_later, digest
 
 
 class PipelineRunner:
@@ -42,6 +44,8 @@ class PipelineRunner:
         self._outputs = [value.meta[SPEC] for value in results_of(self.program.graph)]
         self.weights = self.pipeline.weights_of(context.rank)
         self._weights = context.store.take(self.weights, self.program.state)
+        store = context.store
+        self._held = store.held(self.program.state) if isinstance(store, ModelWeights) else None
         self._code = RankCode(tasks, context)
 
     @property
@@ -64,17 +68,34 @@ class PipelineRunner:
 
     def vote(self, inputs: Tensors) -> tuple[int, bool]:
         """What all ranks must agree on before a call, and whether that may be compared later."""
-        position = self._position(self._latents(inputs))
+        position, voted = self._position(self._latents(inputs)), self.queue.voted
+        self.queue.voted = None if position.synchronous else self._digest
         found = digest({"the program": str(self._digest), "the call": str(position)})
-        return found, position.kind != NEW and self.queue.requests.number > 0
+        return found, position.kind != NEW and voted == self._digest and not position.synchronous
+
+    def held(self, weights: Tensors) -> tuple[Sequence[str], Tensors]:
+        """Names and tensors of all weights that are here: of one's own stages, and of those that others run, which may
+        not be another model's."""
+        if self._held is None:
+            return self.weights, weights
+        try:
+            found = zip(self._held.names, self._held.fetch(), strict=True)
+        except MismatchError:  # those of other stages may be gone
+            return self.weights, weights
+        here = {name: x for name, x in found if not x.is_meta}
+        return list(here), list(here.values())
+
+    def plain(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """Those inputs, by name, that do not stand for something."""
+        return {name: x for name, x in self._named(inputs) if not isinstance(x, Deferred)}
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result, whose tensors are `Deferred`."""
         with plain_modes(self.device.type):
             try:
                 outputs = self._pass(inputs, weights)
-            except BaseException as error:
-                self.queue.abandon(error)
+            except BaseException:
+                self.queue.abandon()
                 raise
         return build_output(self.program.signature, outputs)
 
@@ -91,7 +112,9 @@ class PipelineRunner:
         outputs = outputs_of(made, self._outputs)
         divided = (x for x, cut in zip(outputs, self.tasks.cuts, strict=True) if cut is not None)
         requests.returned(made.number, next(divided, None))
-        self.queue.remember(made.inputs.values())
+        finished = self.queue.remember(made.inputs, at_once=len(self.tasks.stages) == 1)
+        if finished and self.queue.communicator.line is not None:
+            compare_later(self.queue.communicator, Contents(finished), what="latents", calls=2)
         return outputs
 
     def _position(self, latents: Mapping[str, torch.Tensor]) -> CallPosition:

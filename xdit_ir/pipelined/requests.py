@@ -130,7 +130,10 @@ class Requests:
 
 
 def _follows(descent: Descent, cut: PatchCut) -> bool:
-    return cut.dim < len(descent.dims) and descent.dims[cut.dim] == cut.dim
+    """Position by position of what is cut, and sample by sample."""
+    if cut.dim >= len(descent.dims) or descent.dims[cut.dim] != cut.dim:
+        return False
+    return cut.dim == 0 or (descent.samples is not None and descent.samples.in_place)
 
 
 def _version(x: torch.Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -13,7 +13,6 @@ from xdit_ir.pipelined.channels import ChannelMaker
 from xdit_ir.pipelined.requests import Requests
 from xdit_ir.pipelined.schedule import StageRun
 from xdit_ir.transport.distributed import Communicator
-from xdit_ir.transport.messages import LostError
 
 
 class PendingPass(Protocol):
@@ -23,10 +22,6 @@ class PendingPass(Protocol):
 
     def execute(self, item: StageRun) -> None:
         """Run a stage."""
-        ...
-
-    def skip(self, item: StageRun) -> None:
-        """Take and send the messages of a stage, whatever is in them."""
         ...
 
 
@@ -40,7 +35,8 @@ class StepQueue:
         self.communicator, self.requests = communicator, Requests()
         self.observe: Observer | None = None
         self._last: object = None
-        self._previous: list[Deferred] = []
+        self._previous: dict[str, torch.Tensor] = {}
+        self.voted: int | None = None
         self._queue: list[tuple[StageRun, PendingPass]] = []
         self._running: list[tuple[StageRun, PendingPass]] = []
         self.channels = ChannelMaker(communicator)
@@ -52,12 +48,14 @@ class StepQueue:
             self.run()
         self._last = runner
 
-    def remember(self, inputs: Iterable[torch.Tensor]) -> None:
-        """The inputs of a call that was made; those of the one before are finished, since what was made of them is: so
-        nothing is remembered for more than two steps."""
-        for x in self._previous:
-            materialize(x)
-        self._previous = [x for x in inputs if isinstance(x, Deferred)]
+    def remember(self, inputs: Mapping[str, torch.Tensor], *, at_once: bool) -> dict[str, torch.Tensor]:
+        """The inputs of a call that was made; finishes those that stand for something, by name: these, or, unless it
+        can be done `at_once`, those of the call before, since what was made of them is. So nothing is remembered for
+        more than two steps."""
+        waiting: dict[str, torch.Tensor] = {name: x for name, x in inputs.items() if isinstance(x, Deferred)}
+        due = waiting if at_once else self._previous
+        self._previous = {} if at_once else waiting
+        return {name: materialize(x) for name, x in due.items()}
 
     def put_off(self, work: PendingPass, items: list[StageRun]) -> None:
         """Add items to what is to be done."""
@@ -81,12 +79,8 @@ class StepQueue:
         if not self._running:
             self.run()
 
-    def abandon(self, error: BaseException) -> None:
-        """Forget the request. Unless others are gone, send what they expect of it, whatever is in it, so that no
-        message is left over; that the ranks are not of one mind is found at their next call."""
-        queue = [*reversed(self._running), *self._queue]
-        self._queue, self._running, self._previous, self._last = [], [], [], None
+    def abandon(self) -> None:
+        """Forget the request: it has failed, here or elsewhere."""
+        self._queue, self._previous, self._last = [], {}, None
+        self._running.clear()
         self.requests.forget()
-        if isinstance(error, Exception) and not isinstance(error, LostError):
-            for item, work in queue:
-                work.skip(item)

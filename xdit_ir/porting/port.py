@@ -47,6 +47,7 @@ def port(
     transport: str = "auto",
     attention: str = "auto",
     handshake: bool = True,
+    timeout: float | None = None,
     weights: str | Path | None = None,
     release: bool = False,
     denoisers: Sequence[str] | None = None,
@@ -65,8 +66,8 @@ def port(
     Args:
         cfg, ulysses, ring, pipefusion, patches, warmup_steps, machine: as in `TracedProgram.parallelize`. Where the
             batch cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`.
-        mode, compile, cuda_graph, transport, attention, handshake: as in `xdit_ir.emission.execution.Execution`; `mode`
-            decides where neither `compile` nor `cuda_graph` is given.
+        mode, compile, cuda_graph, transport, attention, handshake, timeout: as in
+            `xdit_ir.emission.execution.Execution`; `mode` decides where neither `compile` nor `cuda_graph` is given.
         weights, release: as in `xdit_ir.emission.checkpoint.Loading`. For a pipeline: `weights` is the folder with a
             folder for each component, as its `save_pretrained` writes it.
         denoisers: the names of the components to replace.
@@ -78,7 +79,7 @@ def port(
     mesh = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further)
     check_world_size(mesh)
     schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": checked(machine)}
-    execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake)
+    execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     loading = Loading(weights, release)
     if isinstance(model, nn.Module):
         if denoisers is not None:

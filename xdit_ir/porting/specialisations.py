@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.api import ParallelProgram, TracedProgram, trace
 from xdit_ir.capture.inputs import bind_arguments
 from xdit_ir.deferral.deferred import Deferred, materialize
-from xdit_ir.emission.context import RunOptions
+from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.errors import MismatchError, ParallelizeError
 from xdit_ir.ir.mesh import BATCH, Mesh
@@ -69,21 +69,30 @@ class Specialisations:
 
     def call(self, given: Arguments) -> Any:
         """The model's result, on all ranks; raises `MismatchError` on all if they make different calls."""
-        device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
+        with on_all_ranks(self.mesh, self.options):
+            device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
         factory, mode = self._factory(device), self._mode(device)
-        bound = self._find(mode, given)
-        self._agree(factory, mode, given, bound)
-        if bound is None:
-            bound = self._specialise(factory, mode, given).runner.bind(given.args, given.kwargs)
-        return self.found[0].runner.run(*bound, given.args, given.kwargs)
+        with factory.context.communicator.working():
+            bound = self._find(mode, given)
+            self._agree(factory, mode, given, bound)
+            if bound is None:
+                runner = self._specialise(factory, mode, given).runner
+                bound = runner.bind(given.args, given.kwargs)
+                factory.agreement.weights(runner, bound[1])
+            return self.found[0].runner.run(*bound, given.args, given.kwargs)
 
     def clear(self) -> None:
-        """Forget all, and free what they recorded."""
+        """Forget all, free what they recorded, and give back process groups."""
         for one in self.found:
             one.runner.forget()
         self.found.clear()
+        if self.factory is not None:
+            self.factory.context.communicator.close()
+            self.factory = None
 
     def _factory(self, device: torch.device) -> RunnerFactory:
+        if self.factory is not None and self.factory.context.communicator.ended:
+            self.clear()
         if self.factory is None or self.factory.context.device != device:
             self.factory = RunnerFactory(self.options.context(self.model, self.mesh, device), pairs=True)
         return self.factory
@@ -104,7 +113,7 @@ class Specialisations:
 
     def _agree(self, factory: RunnerFactory, mode: Mode, given: Arguments, bound: Bound | None) -> None:
         """All ranks make the same call; contents are compared only of inputs that some specialisation was made for."""
-        if factory.context.communicator.control is None:
+        if factory.context.communicator.line is None:
             return
 
         def facts() -> dict[str, str]:
@@ -114,8 +123,10 @@ class Specialisations:
             return facts | options
 
         state = {"the program of this call": "not made yet" if bound is None else "made before"}
-        mine, later = (digest(facts()), False) if bound is None else self.found[0].runner.vote(bound[0])
-        agree(factory.context.communicator, mine, lambda: facts() | state, later=later)
+        if bound is None:
+            agree(factory.context.communicator, digest(facts()), lambda: facts() | state)
+        else:
+            factory.agreement.call(self.found[0].runner, *bound, lambda: facts() | state)
 
     def _specialise(self, factory: RunnerFactory, mode: Mode, given: Arguments) -> Specialisation:
         """A specialisation for a call, at the front."""

@@ -21,6 +21,7 @@ from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.pipelined.pipe_runner import PipelineRunner, check_pipeline
 from xdit_ir.pipelined.schedule import verify_schedule
 from xdit_ir.pipelined.step_queue import StepQueue
+from xdit_ir.runtime.agreement import Agreement
 from xdit_ir.runtime.pairing import PairedRunner, Pairing
 from xdit_ir.runtime.rank_runner import RankRunner
 from xdit_ir.runtime.runner import Runner
@@ -40,13 +41,15 @@ class _Part:
 
 
 class RunnerFactory:
-    """Makes runners, and has what those of one model share: the queue of a pipeline, and calls that wait for another.
+    """Makes runners, and has what those of one model share: the queue of a pipeline, calls that wait for another,
+    and what ranks agree on.
 
     `pairs`: programs of which halves of `cfg` run different calls pair them.
     """
 
     def __init__(self, context: RankContext, *, pairs: bool = False) -> None:
         self.context, self.pairs = context, pairs
+        self.agreement = Agreement(context.communicator)
 
     @cached_property
     def queue(self) -> StepQueue:
@@ -77,7 +80,7 @@ class RunnerFactory:
         except MismatchError as mismatch:
             raise mismatch from failure
         if failure is not None:
-            raise failure
+            raise self.context.communicator.agreed(failure)
         self.context.communicator.prepare(
             target.mesh_dims
             for program in part.exchanging

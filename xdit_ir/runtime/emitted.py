@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from xdit_ir.emission.codegen import EmittedBody
-from xdit_ir.emission.context import RankContext, RunOptions
+from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.program import Program
 from xdit_ir.parallel import Parallel
 from xdit_ir.runtime.build import RunnerFactory
 from xdit_ir.runtime.rank_runner import RankRunner
 from xdit_ir.runtime.shadow import Shadow
+from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.handshake import agree, call_facts, digest, failure_text, guarded
 
 
@@ -34,9 +36,28 @@ def emit(
         MismatchError: the weights are not loaded, or not those of the program; or the ranks differ.
     """
     options = options or RunOptions()
-    context = options.context(model, parallel.mesh, options.loading.device(model, device))
-    _, runner = RunnerFactory(context).build(lambda: parallel)
-    return Emitted(context, runner)
+    with on_all_ranks(parallel.mesh, options):
+        found = options.loading.device(model, device)
+    return Emitted(model, lambda: _built(parallel, model, found, options))
+
+
+@dataclass(frozen=True, eq=False)
+class _Built:
+    """What is made anew after a failure of any rank."""
+
+    factory: RunnerFactory
+    runner: RankRunner
+
+    @property
+    def communicator(self) -> Communicator:
+        """Of all ranks."""
+        return self.factory.context.communicator
+
+
+def _built(parallel: Parallel, model: nn.Module, device: torch.device, options: RunOptions) -> _Built:
+    factory = RunnerFactory(options.context(model, parallel.mesh, device))
+    with factory.context.communicator.working():
+        return _Built(factory, factory.build(lambda: parallel)[1])
 
 
 class Emitted(Shadow):
@@ -46,12 +67,16 @@ class Emitted(Shadow):
     their shapes, dtypes or device, or of the module tree, `forward` raises `MismatchError`. Autograd is not recorded.
     """
 
-    _xdit_context: RankContext
-    _xdit_runner: RankRunner
+    _xdit_make: Callable[[], _Built]
+    _xdit_built: _Built
 
-    def __init__(self, context: RankContext, runner: RankRunner) -> None:
-        Shadow.__init__(self, context.model)
-        self.__dict__["_xdit_runner"], self.__dict__["_xdit_context"] = runner, context
+    def __init__(self, model: nn.Module, make: Callable[[], _Built]) -> None:
+        Shadow.__init__(self, model)
+        self.__dict__["_xdit_make"], self.__dict__["_xdit_built"] = make, make()
+
+    @property
+    def _xdit_runner(self) -> RankRunner:
+        return self._xdit_built.runner
 
     @property
     def program(self) -> Program:
@@ -64,26 +89,33 @@ class Emitted(Shadow):
         return self._xdit_runner.bodies
 
     def reset(self) -> None:
-        """Free CUDA graphs, which `torch.distributed.destroy_process_group` would wait for; forward records anew."""
+        """Free CUDA graphs, which `torch.distributed.destroy_process_group` would wait for, and give back process
+        groups, on every rank; forward makes what it needs anew."""
         self._xdit_runner.forget()
+        self._xdit_built.communicator.close()
 
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
-        runner = self._xdit_runner
-        failure: MismatchError | None = None
+        if self._xdit_built.communicator.ended:
+            self._xdit_runner.forget()
+            self.__dict__["_xdit_built"] = self._xdit_make()
+        built = self._xdit_built
+        with built.communicator.working():
+            return self._xdit_call(built, args, kwargs)
+
+    def _xdit_call(self, built: _Built, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        runner, communicator = built.runner, built.communicator
         try:
             inputs, weights = runner.bind(args, kwargs)
-        except MismatchError as error:
-            failure = error
-        refusal = {} if failure is None else {"the program": failure_text(failure)}
-
-        def details() -> dict[str, str]:
-            return call_facts(self._xdit_signature, args, kwargs, guarded([runner.program])) | refusal
-
-        try:
-            mine, later = (digest(refusal), False) if refusal else runner.vote(inputs)
-            agree(self._xdit_context.communicator, mine, details, later=later)
-        except MismatchError as mismatch:
-            raise mismatch from failure
-        if failure is not None:
-            raise failure
+        except MismatchError as failure:
+            refusal = {"the program": failure_text(failure)}
+            facts = self._xdit_facts(runner, args, kwargs) | refusal
+            try:
+                agree(communicator, digest(refusal), lambda: facts)
+            except MismatchError as mismatch:
+                raise mismatch from failure
+            raise communicator.agreed(failure) from None
+        built.factory.agreement.call(runner, inputs, weights, lambda: self._xdit_facts(runner, args, kwargs))
         return runner.run(inputs, weights, args, kwargs)
+
+    def _xdit_facts(self, runner: RankRunner, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
+        return call_facts(self._xdit_signature, args, kwargs, guarded([runner.program]))

@@ -53,7 +53,8 @@ class PairedCall:
     def read(self, index: int) -> torch.Tensor:
         """A result that somebody reads; runs the call if nothing has completed the pair."""
         if self.results is None:
-            self.pairing.read_early(self)
+            with self.pairing.communicator.working():
+                self.pairing.read_early(self)
         assert self.results is not None
         return self.results[index]
 
@@ -119,10 +120,9 @@ class Pairing:
         """The call that waits, if one does on all ranks and nobody has read its result."""
         first, self._waiting = self._waiting, None
         waits = first is not None and first.results is None
-        if self.communicator.control is not None:
-            votes = torch.tensor([int(waits)])
-            dist.all_reduce(votes, dist.ReduceOp.MIN, group=self.communicator.control)
-            waits = bool(votes.item())
+        line = self.communicator.line
+        if line is not None:
+            waits = all(line.exchange(("pair", line.count()), waits, self.communicator.timeout))
         return first if waits else None
 
     def _exchange(self, first: PairedCall, second: PairedCall) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.program import Program
@@ -16,6 +18,10 @@ class RankRunner(Protocol):
 
     facts: Facts
     program: Program
+
+    def held(self, weights: Tensors) -> tuple[Sequence[str], Tensors]:
+        """Names and tensors of all weights that are here, given those that are used."""
+        ...
 
     @property
     def bodies(self) -> Mapping[str, EmittedBody]:
@@ -29,6 +35,10 @@ class RankRunner(Protocol):
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
+        ...
+
+    def plain(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """Those inputs, by name, that hold something before the call."""
         ...
 
     def vote(self, inputs: Tensors) -> tuple[int, bool]:

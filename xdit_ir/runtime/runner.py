@@ -16,7 +16,7 @@ from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors, as_normal_tensor, plain_modes
 from xdit_ir.emission.recording import Recording
 from xdit_ir.errors import MismatchError
-from xdit_ir.ir.graphs import results_of
+from xdit_ir.ir.graphs import placeholders, results_of
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.transport.distributed import peers_reachable
 from xdit_ir.transport.handshake import Facts, digest
@@ -32,6 +32,7 @@ class Runner:
         peers = context.execution.uses_peers and peers_reachable(context.communicator)
         self.code = context.code(program, peers=peers)
         self._weights = context.store.take(self.code.weights, program.state)
+        self._inputs = [node.name for node in placeholders(program.graph)]
         self._constants = self.code.constant_tensors(self.device)
         if self.code.mailbox is not None:
             self._constants += self.code.mailbox.open(self.device)
@@ -47,6 +48,14 @@ class Runner:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
         return self._binder(args, kwargs), self._weights.fetch()
+
+    def held(self, weights: Tensors) -> tuple[Sequence[str], Tensors]:
+        """Names and tensors of all weights that are here: those that are used."""
+        return self.code.weights, weights
+
+    def plain(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """All inputs, by name."""
+        return {name: materialize(x) for name, x in zip(self._inputs, inputs, strict=True)}
 
     def vote(self, inputs: Tensors) -> tuple[int, bool]:
         """What all ranks must agree on before a call, and whether that may be compared later."""

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from xdit_ir.errors import ParallelizeError
+from xdit_ir.errors import LostError, ParallelizeError
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.transport.groups import DEFAULT_TIMEOUT, Groups, Leaving, configured_timeout, losing
+from xdit_ir.transport.line import AnyError, Line, line_of
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def ensure_process_group(device: torch.device, mesh: Mesh) -> int:
+def ensure_process_group(device: torch.device, mesh: Mesh, timeout: timedelta | None = None) -> int:
     """Make sure that the job has one process per rank of `mesh`, and return this process's rank.
 
     Uses the default process group, or initialises it from torchrun's environment (NCCL for `device` cuda, whose
@@ -38,7 +41,7 @@ def ensure_process_group(device: torch.device, mesh: Mesh) -> int:
         check_processes(mesh, dist.get_world_size())
         _check_backend(device)
     else:
-        _initialise(device, mesh)
+        _initialise(device, mesh, timeout)
     return dist.get_rank()
 
 
@@ -48,7 +51,7 @@ def check_world_size(mesh: Mesh) -> None:
         check_processes(mesh, dist.get_world_size())
 
 
-def _initialise(device: torch.device, mesh: Mesh) -> None:
+def _initialise(device: torch.device, mesh: Mesh, timeout: timedelta | None) -> None:
     missing = [name for name in _TORCHRUN if name not in os.environ]
     count = mesh.world_size
     if missing:
@@ -59,7 +62,7 @@ def _initialise(device: torch.device, mesh: Mesh) -> None:
     check_processes(mesh, int(os.environ["WORLD_SIZE"]))
     if device.type == "cuda":
         _select_gpu(device)
-    dist.init_process_group(BACKENDS.get(device.type))
+    dist.init_process_group(BACKENDS.get(device.type), timeout=timeout or DEFAULT_TIMEOUT)
 
 
 def _select_gpu(device: torch.device) -> None:
@@ -113,25 +116,82 @@ def _nearest(mesh: Mesh, processes: int) -> str:
 class Communicator:
     """This process's rank in a mesh and its process groups, each made once and by all processes together.
 
-    `control` is a gloo group of all ranks for small host-side messages (None for one rank, or without `handshake`).
+    `line` connects the hosts of all ranks (None for one rank, or without `handshake`). After a failure, and when it is
+    given back, a communicator is `ended`: whoever has it makes another one.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, *, handshake: bool = True) -> None:
+    def __init__(
+        self, mesh: Mesh, device: torch.device, *, handshake: bool = True, timeout: timedelta | None = None
+    ) -> None:
         self.mesh, self.device = mesh, device
-        self.rank = ensure_process_group(device, mesh)
-        self.control: dist.ProcessGroup | None = None
-        self.vote: tuple[torch.Tensor, Any, Any] | None = None
-        self._device_mesh: DeviceMesh | None = None
-        self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
-        if handshake and mesh.world_size > 1:
-            self.control = dist.new_group(backend="gloo", timeout=configured_timeout(device))
+        self.rank = ensure_process_group(device, mesh, timeout)
+        alone = mesh.world_size == 1
+        self.timeout = timeout or (DEFAULT_TIMEOUT if alone else configured_timeout(device))
+        self.line: Line | None = None
+        self._world = None if alone or dist.group.WORLD is None else weakref.ref(dist.group.WORLD)
+        if handshake and dist.group.WORLD is not None and not alone:
+            self.line = line_of(dist.group.WORLD, self.timeout)
+        self.epoch = 0 if self.line is None else self.line.epoch
+        self._groups = Groups(device, self.timeout)
+        self._by_dims: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        weakref.finalize(self, self._groups.drop).atexit = False
+        if self.line is not None:
+            self.line.watch(self)
 
     @property
-    def device_mesh(self) -> DeviceMesh:
-        """The mesh as torch sees it, with the same names; its first use is collective."""
-        if self._device_mesh is None:
-            self._device_mesh = init_device_mesh(self.device.type, self.mesh.sizes, mesh_dim_names=self.mesh.names)
-        return self._device_mesh
+    def ended(self) -> bool:
+        """Whether it is of no use any more."""
+        if self._world is not None and self._world() is not dist.group.WORLD:
+            return True  # the caller has destroyed all groups
+        return self._groups.ended or (self.line is not None and self.line.epoch != self.epoch)
+
+    def lost(self) -> LostError | None:
+        """What has ended it, if a rank failed in an earlier call."""
+        if self.line is not None:
+            return self.line.past(self.epoch)
+        return LostError("a rank failed in an earlier call", self.rank) if self._groups.ended else None
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Around all that other ranks take part in: one thread at a time, and if anything is raised inside, the others
+        do not wait for it.
+
+        Raises:
+            LostError: another rank failed.
+        """
+        if self.mesh.world_size == 1:
+            yield
+        elif self.line is not None:
+            with self.line.working():
+                yield
+        else:
+            try:
+                with losing():
+                    yield
+            except BaseException:
+                self.abort()
+                raise
+
+    def agreed(self, error: AnyError) -> AnyError:
+        """The error, marked as one that every rank raises now, so that nobody has to be told."""
+        return error if self.line is None else self.line.agreed(error)
+
+    def abort(self) -> None:
+        """End all waiting, from any thread."""
+        self._groups.abort()
+
+    def close(self) -> None:
+        """Give back all groups."""
+        self._by_dims.clear()
+        self._groups.close()
+
+    def flush(self, leaving: Leaving) -> None:
+        """Before groups are given back, wait for what is on its way there."""
+        self._groups.leaving.append(leaving)
+
+    def new_group(self, members: Sequence[int]) -> dist.ProcessGroup:
+        """A group of these ranks that lives as long as this. Collective: all ranks of the mesh call it."""
+        return self._groups.make(members)
 
     def prepare(self, wanted: Iterable[tuple[str, ...]]) -> None:
         """Make the groups over these sets of mesh dims. Collective: all ranks name the same sets."""
@@ -140,14 +200,15 @@ class Communicator:
 
     def group(self, dims: tuple[str, ...]) -> dist.ProcessGroup:
         """The ranks that differ from this one at most in `dims`, in rank order; `prepare` made it."""
-        return self._groups[self._wide(dims)]
+        return self._by_dims[self._wide(dims)]
 
     def of_all(self, mine: Any) -> list[Any]:
-        """What every rank gives, in rank order. Collective."""
-        found: list[Any] = [mine]
-        if self.mesh.world_size > 1:
-            found *= self.mesh.world_size
-            dist.all_gather_object(found, mine, group=self.control)
+        """What every rank gives, in rank order: lists, texts and numbers. Collective."""
+        if self.line is not None:
+            return self.line.exchange(("facts", self.line.count()), mine, self.timeout)
+        found: list[Any] = [mine] * self.mesh.world_size
+        if len(found) > 1:
+            dist.all_gather_object(found, mine)
         return found
 
     def in_common(self, names: Sequence[str]) -> list[str]:
@@ -160,29 +221,12 @@ class Communicator:
 
     def _prepare(self, dims: tuple[str, ...]) -> None:
         wide = self._wide(dims)
-        if not wide or wide in self._groups:
+        if not wide or wide in self._by_dims:
             return
-        default = dist.group.WORLD
-        assert default is not None
-        if self.mesh.size(wide) == self.mesh.world_size:
-            self._groups[wide] = default
-        elif len(wide) == 1:
-            self._groups[wide] = self.device_mesh.get_group(wide[0])
-        else:
-            everyone = range(self.mesh.world_size)
-            for members in sorted({self.mesh.group(rank, wide) for rank in everyone}):
-                made = dist.new_group(list(members))
-                if self.rank in members:
-                    self._groups[wide] = made
-
-
-def configured_timeout(device: torch.device) -> timedelta | None:
-    """The timeout with which the default process group was made; groups do not inherit it."""
-    default = dist.group.WORLD
-    assert default is not None
-    options = getattr(default._get_backend(device), "options", None)
-    timeout: timedelta | None = getattr(options, "_timeout", None)
-    return timeout
+        for members in sorted({self.mesh.group(rank, wide) for rank in range(self.mesh.world_size)}):
+            made = self.new_group(members)
+            if self.rank in members:
+                self._by_dims[wide] = made
 
 
 def peers_reachable(communicator: Communicator) -> bool:
@@ -193,6 +237,6 @@ def peers_reachable(communicator: Communicator) -> bool:
     others = [index for index in range(torch.cuda.device_count()) if index != here]
     reaches = all(torch.cuda.can_device_access_peer(here, other) for other in others)
     able = reaches and importlib.util.find_spec("cuda.bindings") is not None
-    facts = communicator.of_all((able, platform.node(), here))
+    facts = communicator.of_all([able, platform.node(), here])
     hosts, gpus = {host for _, host, _ in facts}, {gpu for _, _, gpu in facts}
     return all(fact[0] for fact in facts) and len(hosts) == 1 and len(gpus) == len(facts)

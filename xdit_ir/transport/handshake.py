@@ -1,4 +1,4 @@
-"""The handshake before a forward: all ranks make the same call, or all of them raise."""
+"""The handshake before a forward: all ranks make the same call with the same inputs, or all of them raise."""
 
 from __future__ import annotations
 
@@ -9,90 +9,139 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from xdit_ir.capture.inputs import bind_arguments, flatten_named
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.program import Program, TensorSpec
+from xdit_ir.transport.contents import Contents, Seen
 from xdit_ir.transport.distributed import Communicator
+from xdit_ir.transport.line import Line
 
 Facts = Mapping[str, str]
-ARGUMENTS, TRACE = "the arguments of forward", "the trace"
+ARGUMENTS, TRACE, WEIGHTS = "the arguments of forward", "the trace", "the weights"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def agree(communicator: Communicator, mine: int, details: Callable[[], Facts], *, later: bool = False) -> None:
+def agree(
+    communicator: Communicator,
+    mine: int,
+    details: Callable[[], Facts],
+    *,
+    later: bool = False,
+    contents: Contents | None = None,
+    new: bool = False,
+) -> bool:
     """Return once every rank has called this with the same number (a `digest` of what it is about to do).
 
-    `details` are asked for only where the numbers differ, to say how. Never waits for the device. With `later`, waits
-    for nobody: the numbers are compared when this is called again.
+    `details` are asked for only where the numbers differ, to say how. Never waits for what the device does now: the
+    `contents` of inputs are compared here if they are known, otherwise when this is called again. With `later`, waits
+    for nobody: everything is compared when this is called again.
+
+    Returns:
+        Whether weights are to be compared, because they are `new` to some rank.
 
     Raises:
         MismatchError: on every rank, if some rank differs: names the fact, this rank's value and the other's.
     """
-    if communicator.control is None:
-        return
-    pending, communicator.vote = communicator.vote, None
-    if pending is not None:
-        _settle(communicator, *pending)
-    votes = torch.tensor([mine, -mine])
-    try:
-        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=communicator.control, async_op=True)
-    except RuntimeError as error:
-        raise _stopped(error) from error
+    line = communicator.line
+    if line is None:
+        return False
+    line.settle()
+    number = line.count()
+    known = contents.numbers() if contents is not None and contents.ready else None
+    line.say(("call", number), {"is": str(mine), "later": later, "holds": known, "new": new})
+
+    def compare() -> bool:
+        votes = line.ask(("call", number), communicator.timeout)
+        _compare_calls(line, number, votes, details, communicator)
+        if contents is not None and known is not None:
+            _compare_contents(line, contents, [vote["holds"] for vote in votes], agreed=not later)
+        return any(vote["new"] for vote in votes)
+
+    found = False
     if later:
-        communicator.vote = votes, work, details
+        line.put_off(number + 1, compare)
     else:
-        _settle(communicator, votes, work, details)
+        found = compare()
+    if contents is not None and known is None:
+        compare_later(communicator, contents, what="inputs", calls=1)
+    return found
 
 
-def _settle(communicator: Communicator, votes: torch.Tensor, work: Any, details: Callable[[], Facts]) -> None:
-    try:
-        work.wait()
-        highest, lowest = votes.tolist()
-        if highest == -lowest:
+def compare_later(communicator: Communicator, contents: Contents, *, what: str, calls: int) -> None:
+    """Compare what is told of the latest call after so many `calls`, or sooner if all ranks have told it."""
+    line = communicator.line
+    if line is None:
+        return
+    number = line.calls
+    topic, told = (what, number), contents.ready
+    if told:
+        line.say(topic, contents.numbers())
+
+    def compare() -> None:
+        if not told:
+            line.say(topic, contents.numbers())
+        elif line.calls + 1 < number + calls and not line.has(topic):
+            line.put_off(number + calls, compare)
             return
-        everyone: list[Any] = [None] * communicator.mesh.world_size
-        dist.all_gather_object(everyone, dict(details()), group=communicator.control)
-    except RuntimeError as error:
-        raise _stopped(error) from error
-    raise MismatchError(_difference(communicator.rank, everyone))
+        _compare_contents(line, contents, line.ask(topic, communicator.timeout), agreed=False)
+
+    line.put_off(number + (1 if told else calls), compare)
 
 
-def _stopped(error: Exception) -> MismatchError:
-    return MismatchError(f"another rank stopped instead of making the same call: {error}")
-
-
-def agree_contents(communicator: Communicator, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Make sure that all ranks hold the same numbers, up to rounding. Waits for the device.
-
-    Compares a few projections of each tensor (on cosines of incommensurable frequencies) relative to its norm.
+def agree_contents(
+    communicator: Communicator, tensors: Mapping[str, torch.Tensor], seen: dict[str, Seen] | None = None
+) -> None:
+    """Make sure that all ranks hold the same numbers under each name that they share. Waits for the device; of those
+    that were `seen` before nothing is computed again.
 
     Raises:
         MismatchError: on every rank, e.g. if noise was drawn from another seed somewhere.
     """
-    if communicator.control is None or not tensors:
+    line = communicator.line
+    if line is None:
         return
-    mine = torch.stack([_projections(tensor) for tensor in tensors.values()])
-    everyone = [torch.empty_like(mine) for _ in range(communicator.mesh.world_size)]
-    dist.all_gather(everyone, mine, group=communicator.control)
-    for other, theirs in enumerate(everyone):
-        distance = (theirs - everyone[0]).abs().amax(1)
-        for name, apart, norm in zip(tensors, distance.tolist(), everyone[0][:, 0].tolist(), strict=True):
-            if apart > 0.1 * norm:
-                raise MismatchError(
-                    f"{name}: rank {other} holds other numbers than rank 0; every process needs the same "
-                    "inputs, so give all of them the same seed or generator"
-                )
+    contents = Contents(tensors, seen)
+    everyone = line.exchange(("contents", line.count()), contents.numbers(), communicator.timeout)
+    _compare_contents(line, contents, everyone, agreed=True)
 
 
-def _projections(tensor: torch.Tensor) -> torch.Tensor:
-    """Norm and projections, `[1 + 8]` on the CPU."""
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    flat = real.detach().flatten().float().nan_to_num()
-    places = torch.arange(flat.numel(), dtype=torch.float32, device=flat.device)
-    waves = (torch.dot(flat, torch.cos(places * index**0.5)) for index in range(8))
-    return torch.stack([flat.norm(), *waves]).cpu()
+def _compare_calls(
+    line: Line, number: int, votes: Sequence[Any], details: Callable[[], Facts], communicator: Communicator
+) -> None:
+    alike = len({vote["is"] for vote in votes}) == 1
+    waited = not any(vote["later"] for vote in votes)
+    if alike and (waited or not any(vote["new"] for vote in votes)):
+        return
+    if not waited:  # who did not wait is at work already, and will not answer
+        raise MismatchError(_out_of_step(line.rank, number, votes))
+    everyone = line.exchange(("details", number), dict(details()), communicator.timeout)
+    raise line.agreed(MismatchError(_difference(line.rank, everyone)))
+
+
+def _out_of_step(rank: int, number: int, votes: Sequence[Any]) -> str:
+    mine = votes[rank]
+    for other, vote in enumerate(votes):
+        if vote["is"] != mine["is"]:
+            return (
+                f"the ranks are out of step: call {number} is another one on rank {other} than on rank {rank} (this "
+                "one): a rank has left out a call, or begins another request"
+            )
+    [first, *_] = [other for other, vote in enumerate(votes) if vote["new"]]
+    return f"{WEIGHTS} of rank {first} changed during a request, those of other ranks did not"
+
+
+def _compare_contents(line: Line, contents: Contents, everyone: Sequence[Any], *, agreed: bool) -> None:
+    different = contents.difference([held or ((), ()) for held in everyone])
+    if different is None:
+        return
+    name, other = different
+    one, first = (f"rank {rank}{' (this one)' * (rank == line.rank)}" for rank in (other, 0))
+    error = MismatchError(
+        f"{name}: its contents differ: {one} holds other numbers than {first}; every process needs the same inputs and "
+        "weights, so give all of them the same seed or generator, and the same checkpoint and adapters"
+    )
+    raise line.agreed(error) if agreed else error
 
 
 def digest(facts: Facts) -> int:

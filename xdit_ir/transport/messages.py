@@ -13,17 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xdit_ir.errors import MismatchError
+from xdit_ir.errors import LostError
 from xdit_ir.ir.program import TensorSpec
+from xdit_ir.transport.groups import Leaving
 
 ALIGNMENT = 16
 SMALLEST, LARGEST = 2**12, 2**22  # bytes of a slot of a peer channel
 MOST = 128  # slots; a message that finds none free waits on the device for the receiver to take one
 Specs = Sequence[TensorSpec]
-
-
-class LostError(MismatchError):
-    """A message did not come, or could not be sent: another rank has stopped."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,11 @@ class Channel(ABC):
             first = self.expected.popleft()
             self._receive(first)
 
+    def free(self, limit: float) -> None:
+        """Fetch what was sent before a turn, if nobody asked for it: the sender may wait for the room that it takes."""
+        while self.expected and self.expected[0].due < limit:
+            self.post(self.expected[0])
+
     @abstractmethod
     def post_sent(self, limit: float) -> None:
         """Post what was sent before this turn, if a sender's device waits for that."""
@@ -153,7 +155,7 @@ class CollectiveChannel(Channel):
     group: dist.ProcessGroup
     source: int
     aside: torch.cuda.Stream | None = None
-    leaving: deque[tuple[torch.Tensor, Any]] = field(default_factory=deque, init=False)
+    leaving: Leaving = field(default_factory=deque, init=False)
 
     def _send(self, message: torch.Tensor) -> None:
         """Start to send; the message is kept until it is gone."""
@@ -198,7 +200,7 @@ class Broadcast(CollectiveChannel):
 LEAVING = 64  # messages that may be on their way; the receiver is never that far behind, so none waits for it
 
 
-def keep(leaving: deque[tuple[torch.Tensor, Any]], message: torch.Tensor, work: Any) -> None:
+def keep(leaving: Leaving, message: torch.Tensor, work: Any) -> None:
     """Hold a message that is being sent, and let go of those that are gone."""
     leaving.append((message, work))
     while leaving and leaving[0][1].is_completed():

@@ -1,0 +1,201 @@
+"""Jobs in which ranks disagree, fail or stop; each returns plain data for the test to judge."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jobs import Degrees, _failure, _rank, relative_error
+
+import xdit_ir as xir
+from xdit_ir import models
+from xdit_ir.deferral.deferred import materialize
+
+Example = dict[str, Any]
+
+
+def _made(how: str, degrees: Degrees, **options: Any) -> tuple[Any, Any, Example]:
+    """A module, its model and an example; all ranks have the same."""
+    torch.set_num_threads(1)
+    model, example = models.load("plain-dit:tiny")
+    if how == "emit":
+        return xir.trace(model, example).parallelize(**degrees).emit(model, **options), model, example
+    return xir.port(model, **degrees, **options), model, example
+
+
+def _runner(module: Any) -> Any:
+    made = vars(module).get("_xdit_built") or module._xdit_specialisations.found[0]
+    return made.runner
+
+
+@torch.no_grad()
+def _error(module: Any, model: Any, example: Example) -> float:
+    return relative_error(materialize(module(**example)), model(**example))
+
+
+CHANGES: dict[str, Callable[[Example], Example]] = {
+    "latents": lambda one: {"x": one["x"].flip(-1)},
+    "slightly": lambda one: {"x": one["x"] * 1.001},
+    "one element": lambda one: {"x": one["x"].index_fill(-1, torch.tensor([0]), 0.0)},
+    "nan": lambda one: {"x": one["x"].masked_fill(one["x"] == one["x"].max(), float("nan"))},
+    "timestep": lambda one: {"t": one["t"] + 1},
+    "label": lambda one: {"y": one["y"].flip(0)},
+}
+
+
+def disagreement(how: str, degrees: Degrees) -> list[dict[str, Any]]:
+    """For each change: what this rank's call raises if rank 1's input is another, and how right it is afterwards."""
+    module, model, example = _made(how, degrees)
+    _error(module, model, example)
+    found = []
+    for change in CHANGES.values():
+        other = example | (change(example) if _rank() else {})
+        found.append(_failure(lambda given=other: _error(module, model, given)))
+        found[-1]["afterwards"] = _error(module, model, example)
+    return found
+
+
+@torch.no_grad()
+def other_scheduler_noise(degrees: Degrees) -> dict[str, Any]:
+    """Rank 1's scheduler draws other noise between two steps; three more are made."""
+    module, model, example = _made("port", degrees)
+
+    def steps(changed: int) -> None:
+        x = example["x"]
+        for step in range(5):
+            x = x - 0.1 * module(**example | {"x": x})[:, : x.shape[1]]
+            seed = 7 + _rank() if step == changed else 7
+            x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        x.tolist()
+
+    steps(-1)
+    found = _failure(lambda: steps(1))
+    found["afterwards"] = _error(module, model, example)
+    return found
+
+
+@torch.no_grad()
+def other_weights(how: str, degrees: Degrees) -> list[dict[str, Any]]:
+    """Rank 1 has other weights in the first call; then all have the same; then rank 1 changes one, and does it again
+    where nobody sees it."""
+    module, model, example = _made(how, degrees)
+    weight = list(model.parameters())[-1]
+    found = []
+    for factor, written in ((1.5, weight), (1.01, weight), (1.01, weight.data)):
+        if _rank():
+            written.mul_(factor)
+        found.append(_failure(lambda: _error(module, model, example)))
+        if _rank():
+            written.mul_(1 / factor)
+        found[-1]["afterwards"] = _error(module, model, example)
+    return found
+
+
+def another_order(degrees: Degrees) -> dict[str, Any]:
+    """Two modules that rank 1 calls in another order."""
+    one, model, example = _made("port", degrees)
+    two = xir.port(models.load("plain-uvit:tiny")[0], **degrees)
+    other = models.load("plain-uvit:tiny")[1]
+    calls = [lambda: one(**example), lambda: two(**other)]
+    with torch.no_grad():
+        for call in calls:
+            call()
+        found = _failure(lambda: [call() for call in (reversed(calls) if _rank() else calls)])
+    found["afterwards"] = _error(one, model, example)
+    return found
+
+
+def raises_inside(how: str, degrees: Degrees) -> dict[str, Any]:
+    """Rank 1 raises in the middle of a forward; the others read what they get, and call again."""
+    module, model, example = _made(how, degrees)
+    _error(module, model, example)
+
+    def bomb(*_: Any) -> None:
+        raise ArithmeticError("injected")
+
+    if _rank() == 1:
+        for body in _runner(module).bodies.values():
+            body.module.register_forward_pre_hook(bomb)
+    found = _failure(lambda: _error(module, model, example))
+    found["afterwards"] = _error(module, model, example)
+    return found
+
+
+def is_lost(how: str, degrees: Degrees, seconds: float) -> dict[str, Any]:
+    """Rank 1 is killed or stopped in the middle of a forward."""
+    module, model, example = _made("port", degrees, timeout=seconds)
+    _error(module, model, example)
+
+    def end(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+
+    if _rank() == 1:
+        for body in _runner(module).bodies.values():
+            body.module.register_forward_pre_hook(end)
+    found = _failure(lambda: _error(module, model, example))
+    return found | {"again": _failure(lambda: _error(module, model, example))["error"]}
+
+
+def leaves_out_a_call(degrees: Degrees, seconds: float) -> dict[str, Any]:
+    """Rank 1 leaves out a call and waits for a barrier of the caller's."""
+    module, model, example = _made("port", degrees, timeout=seconds)
+    _error(module, model, example)
+    found = _failure(lambda: _rank() or _error(module, model, example))
+    dist.barrier()
+    again = _failure(lambda: _error(module, model, example))
+    return found | {"again": again["error"], "afterwards": _error(module, model, example) if again["error"] else 0.0}
+
+
+def two_threads(degrees: Degrees) -> list[float | str]:
+    """Each of two threads makes calls of its own: errors against the model, or the names of exceptions."""
+    module, model, example = _made("port", degrees)
+    _error(module, model, example)
+    found: list[float | str] = ["hangs", "hangs"]
+
+    def work(place: int) -> None:
+        try:
+            mine = example | {"x": example["x"] + place}
+            found[place] = max(_error(module, model, mine) for _ in range(3))
+        except xir.XditError:
+            found[place] = "refused"
+        except Exception as error:
+            found[place] = repr(error)
+
+    threads = [threading.Thread(target=work, args=(place,), daemon=True) for place in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+def given_back(degrees: Degrees) -> list[list[int]]:
+    """Threads and files of this process after each of some modules that came and went."""
+    found = []
+    for place in range(3):
+        module, model, example = _made("emit" if place % 2 else "port", degrees)
+        _error(module, model, example)
+        if place == 2:
+            module.reset()
+        del module, model
+        gc.collect()
+        found.append([len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))])
+    return found
+
+
+@torch.no_grad()
+def barriers(degrees: Degrees) -> float:
+    """A barrier and a sum of the caller's between calls whose results nobody has read."""
+    module, model, example = _made("port", degrees)
+    outputs = []
+    for _ in range(5):
+        outputs.append(module(**example))
+        dist.barrier()
+        dist.all_reduce(torch.ones(1))
+    return max(relative_error(materialize(output), model(**example)) for output in outputs)

@@ -1,0 +1,137 @@
+"""What tensors hold, in a few numbers that differ if they do; computed where they are, without waiting for devices."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+WAVES = 3
+SMALL = 16  # elements, for which rounding is no excuse
+LARGE = 2**26  # elements that are read at a time
+TINY = 1e-10  # integers, and what is computed of them in double precision
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was computed of a tensor, as it was then."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    numbers: torch.Tensor
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether it is that tensor, which nobody has written to."""
+        return self.tensor() is x and not x.is_inference() and x._version == self.version
+
+
+class Contents:
+    """Those of named tensors, on their way to the host: `numbers` waits for what was computed before, if it must.
+
+    `seen` has what was computed for earlier ones, and gets what is computed now; not so for those that are `again`
+    looked at.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        seen: dict[str, Seen] | None = None,
+        again: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        again = again or {}
+        self.names = [*tensors, *again]
+        self._tolerances = [_tolerance(x) for x in (*tensors.values(), *again.values())]
+        self._event: Any = None
+        with torch.inference_mode(False), torch.no_grad():
+            found = [_remembered(name, x, {} if seen is None else seen) for name, x in tensors.items()]
+            found += [_projections(x) for x in again.values()]
+            self._numbers = torch.stack(found) if found else torch.empty(0)
+        if self._numbers.is_cuda:
+            there = self._numbers
+            self._numbers = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+            self._numbers.copy_(there, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    @property
+    def ready(self) -> bool:
+        """Whether they are here already."""
+        return self._event is None
+
+    def numbers(self) -> list[Any]:
+        """Names and numbers, to be sent to others."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return [self.names, self._numbers.tolist()]
+
+    def difference(self, everyone: Sequence[Sequence[Any]]) -> tuple[str, int] | None:
+        """The first name under which some rank holds other numbers than the first rank that has it, and that rank."""
+        tables = [dict(zip(names, rows, strict=True)) for names, rows in everyone]
+        for name, tolerance in zip(self.names, self._tolerances, strict=True):
+            held = [(rank, table[name]) for rank, table in enumerate(tables) if name in table]
+            for rank, row in held[1:]:
+                if not _close(row, held[0][1], tolerance):
+                    return name, rank
+        return None
+
+
+def _remembered(name: str, x: torch.Tensor, seen: dict[str, Seen]) -> torch.Tensor:
+    before = seen.get(name)
+    if before is not None and before.holds(x):
+        return before.numbers
+    numbers = _projections(x)
+    if not x.is_inference():
+        seen[name] = Seen(weakref.ref(x), x._version, numbers)
+    return numbers
+
+
+def _close(one: Sequence[float], other: Sequence[float], tolerance: float) -> bool:
+    scale = tolerance * max(abs(one[0]), abs(other[0]))
+    return all(
+        a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= scale for a, b in zip(one, other, strict=True)
+    )
+
+
+def _tolerance(x: torch.Tensor) -> float:
+    """Relative to the norm; ranks compute the same, so it is rounding at most, as of other kernels."""
+    if not (x.is_floating_point() or x.is_complex()):
+        return TINY
+    return 1e-6 if x.numel() <= SMALL else 1e-3 if x.dtype.itemsize <= 2 else 1e-5
+
+
+def _projections(x: torch.Tensor) -> torch.Tensor:
+    """Norm and projections, `[1 + WAVES]` in double precision."""
+    real = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
+    exact = not real.is_floating_point() or real.dtype == torch.float64
+    rows = real.reshape(-1, real.shape[-1] if real.dim() else 1)
+    step = max(1, LARGE // max(1, rows.shape[1]))
+    if rows.shape[0] > step:
+        parts = [_of_rows(rows[first : first + step], first, exact) for first in range(0, rows.shape[0], step)]
+        total = torch.stack(parts)
+        return torch.cat([total[:, :1].norm(dim=0), total[:, 1:].sum(0)])
+    return _of_rows(rows, 0, exact)
+
+
+def _of_rows(rows: torch.Tensor, first: int, exact: bool) -> torch.Tensor:
+    dtype = torch.float64 if exact else torch.float32
+    plain = rows.to(dtype)
+    if not exact or rows.is_floating_point():  # what is no number is a number of its own, wherever it is
+        plain = plain.nan_to_num(1.2345e4, 2.3456e5, -3.4567e5)
+    down = _waves(rows.shape[0], first, 0.5, dtype, rows.device)
+    across = _waves(rows.shape[1], 0, 0.7, dtype, rows.device)
+    waves = ((plain @ across) * down).sum(0)
+    return torch.cat([plain.norm()[None], waves]).double()
+
+
+@functools.lru_cache(maxsize=256)
+def _waves(size: int, first: int, start: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`[size, WAVES]`: cosines of incommensurable frequencies."""
+    places = torch.arange(first, first + size, dtype=torch.float64, device=device)[:, None]
+    frequencies = torch.sqrt(torch.arange(1, WAVES + 1, dtype=torch.float64, device=device)) + start
+    return torch.cos(places * frequencies + start).to(dtype)
