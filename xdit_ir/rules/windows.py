@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
+import numpy as np
 import torch
 
 from xdit_ir.ir.layout import Layout
@@ -26,6 +28,64 @@ def _leading(spatial: int, channels: bool = True) -> Callable[[OpCall], Labels]:
         return by_argument(call, *results, **{slot: names})
 
     return describe
+
+
+def _factors(call: OpCall) -> dict[int, int]:
+    """By how much resizing to the nearest repeats the elements of each spatial dim; dims whose results are no whole
+    repetitions, in the operator's own arithmetic too, are left out."""
+    shape, out = call.specs[0].shape, call.out.shape
+    found = {}
+    for dim in range(2, len(shape)):
+        factor = out[dim] // max(shape[dim], 1)
+        if factor and factor * shape[dim] == out[dim] and _repeats(shape[dim], factor):
+            found[dim] = factor
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _repeats(size: int, factor: int) -> bool:
+    """Whether `floor(i / factor)`, in single precision by a product as kernels have it, is that for all results."""
+    results = np.arange(size * factor)
+    read = (results.astype(np.float32) * np.float32(1 / factor)).astype(np.int64)
+    return bool((np.minimum(read, size - 1) == results // factor).all())
+
+
+def _nearest(call: OpCall) -> OpSharding:
+    """Every rank repeats what it holds."""
+    factors, layout = _factors(call), call.layouts[0].summed()
+    taken = layout.with_dims({dim: None for dim in range(2, len(layout.dims)) if dim not in factors})
+    changes: dict[int, Partition | None] = {}
+    for dim, factor in factors.items():
+        partition = taken.dims[dim]
+        if partition is not None:
+            every = Indices.range(0, factor)
+            changes[dim] = partition.map(call.out.shape[dim], lambda part, e=every, f=factor: part.outer(e, f))  # type: ignore[misc]
+    output = taken.with_dims(changes)
+    if not changes:
+        return handle_empty_parts(call, OpSharding((taken,), output))
+    return handle_empty_parts(call, OpSharding((taken,), output, lambda rank: _repeated(call, output, rank)))
+
+
+def _repeated(call: OpCall, output: Layout, rank: int) -> LocalCall:
+    """The call with a rank's own sizes; a factor that is given stays."""
+    size = list(output.local_shape(call.out.shape, rank))[2:]
+    if call.arguments.get("output_size") is None:
+        return same_call(call)
+    return same_call(call, output_size=size)
+
+
+def _nearest_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
+    factors, changes = _factors(call), dict[int, Partition | None]()
+    for dim in range(2, len(wanted.dims)):
+        partition = wanted.dims[dim]
+        if partition is None:
+            continue
+        pairs = {part: part.factor(factors[dim]) for part in set(partition.parts)} if dim in factors else {}
+        if not pairs or any(pair is None or not pair[1].is_whole(factors[dim]) for pair in pairs.values()):
+            return None
+        parts = tuple(pair[0] for part in partition.parts if (pair := pairs[part]) is not None)
+        changes[dim] = Partition(partition.size // factors[dim], parts)
+    return (wanted.with_dims(changes),)
 
 
 def _sampled(call: OpCall) -> Labels:
@@ -120,10 +180,14 @@ RULES = {
         packet: labelled(_leading(n))
         for n, modes in ((1, ("linear",)), (2, ("bilinear", "bicubic")), (3, ("trilinear",)))
         for packet in (
-            *_resampled(*(f"upsample_{mode}{n}d" for mode in (*modes, "nearest")), f"_upsample_nearest_exact{n}d"),
+            *_resampled(*(f"upsample_{mode}{n}d" for mode in modes)),
             *_resampled(f"avg_pool{n}d", f"max_pool{n}d", f"adaptive_avg_pool{n}d", f"adaptive_max_pool{n}d"),
         )
     },
+    **rules_of(
+        verified(Rule(_nearest, _nearest_demand)),
+        *_resampled(*(f"{name}{n}d" for name in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3))),
+    ),
     **rules_of(
         labelled(_leading(2)),
         aten._upsample_bilinear2d_aa,
