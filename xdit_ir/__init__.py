@@ -2,7 +2,15 @@
 
 from xdit_ir.api import ParallelProgram, TracedProgram, trace
 from xdit_ir.checking.check import check
-from xdit_ir.errors import GenerationError, MismatchError, ParallelizeError, TraceError, VerifyError, XditError
+from xdit_ir.errors import (
+    GenerationError,
+    GradientError,
+    MismatchError,
+    ParallelizeError,
+    TraceError,
+    VerifyError,
+    XditError,
+)
 from xdit_ir.generation import Generation, generate
 from xdit_ir.porting.port import port
 from xdit_ir.sharding.machine import Machine
@@ -11,6 +19,7 @@ from xdit_ir.sharding.report import Report
 __all__ = [
     "Generation",
     "GenerationError",
+    "GradientError",
     "Machine",
     "MismatchError",
     "ParallelProgram",

@@ -95,6 +95,15 @@ def test_different_calls_are_refused_on_every_rank(
         assert result["afterwards"] < 1e-5
 
 
+@pytest.mark.parametrize("how", ["emit", "port"])
+def test_a_gradient_that_one_rank_wants_is_refused_on_all(workers: Pools, how: str) -> None:
+    alone, wants = workers(2).run("gradient_on_one_rank", degrees=ULYSSES, how=how, limit=60)
+    for result in (alone, wants):
+        assert result["error"] == "MismatchError", result
+        assert "GradientError: x requires a gradient" in result["message"] and result["seconds"] < 20
+        assert result["afterwards"] < 1e-5
+
+
 def test_ranks_must_draw_the_same_noise(workers: Pools) -> None:
     for different, rounded in workers(2).run("other_noise", degrees=ULYSSES):
         assert different["error"] == "MismatchError"

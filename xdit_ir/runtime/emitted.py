@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RankContext, RunOptions
-from xdit_ir.errors import MismatchError
+from xdit_ir.errors import MismatchError, XditError
 from xdit_ir.ir.program import Program
 from xdit_ir.parallel import Parallel
 from xdit_ir.runtime.build import RunnerFactory
@@ -43,7 +44,8 @@ class Emitted(Shadow):
     """Runs this rank's part of a program, with the weights, attributes and `forward` signature of the model.
 
     Weights are looked up by name at every call, so loading others into the model takes effect; after a change of
-    their shapes, dtypes or device, or of the module tree, `forward` raises `MismatchError`. Autograd is not recorded.
+    their shapes, dtypes or device, or of the module tree, `forward` raises `MismatchError`. No gradients are recorded:
+    who needs one gets a `GradientError`.
     """
 
     _xdit_context: RankContext
@@ -69,11 +71,11 @@ class Emitted(Shadow):
 
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
         runner = self._xdit_runner
-        failure: MismatchError | None = None
+        failure: XditError | None = gradient_refusal(self._xdit_signature, args, kwargs)
         try:
             inputs, weights = runner.bind(args, kwargs)
         except MismatchError as error:
-            failure = error
+            failure = failure or error
         refusal = {} if failure is None else {"the program": failure_text(failure)}
 
         def details() -> dict[str, str]:
