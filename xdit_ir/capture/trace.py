@@ -25,6 +25,7 @@ from xdit_ir.capture.leaves import Leaves, Wanted
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import flatten_output, literal
+from xdit_ir.capture.plain import applied, odd_weight
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
@@ -44,6 +45,8 @@ def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: 
     device, including meta. Nothing is computed but what Python must know, and the model is left as it was.
     Submodules that cannot be captured, and those named in `leaf`, become opaque leaves.
     """
+    if (odd := odd_weight(model)) is not None:
+        raise TraceError(odd)
     named, by_name = bind_example(model, example), isinstance(example, Mapping)
     rung = Rung.top(model, leaf)
     while True:
@@ -117,6 +120,7 @@ def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorde
 def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks, leaves: Leaves) -> None:
     """Wrap every copied module's forward, so that paths are known and blocks are intercepted."""
     for path, module in skeleton.modules.items():
+        module.__dict__["_apply"] = applied(path, module)
         forward = module.forward
         if getattr(forward, "__name__", "") != "_forward_unimplemented":
             names = skeleton.aliases[id(module)]
