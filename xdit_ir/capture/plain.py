@@ -99,9 +99,9 @@ def _cast(where: str, module: nn.Module) -> Iterator[str]:
     """Weights in a type that nothing computes with, and something around forward."""
     around = "forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks
     weights = ((name, weight) for name, weight in dict.items(module._parameters) if weight is not None)
-    stored = (name for name, weight in weights if _is_stored(weight.dtype))
-    if around and (name := next(stored, None)) is not None:
-        yield (
-            f"{where}.{name} is stored as {dict.get(module._parameters, name).dtype}, and a hook around {where} casts "
-            "it; give the model weights of the dtype in which it computes"
-        )
+    for name, dtype in ((name, weight.dtype) for name, weight in weights if _is_stored(weight.dtype)):
+        if around:
+            yield (
+                f"{where}.{name} is stored as {dtype}, and a hook around {where} casts it; give the model weights of "
+                "the dtype in which it computes"
+            )

@@ -28,7 +28,7 @@ def gradient_refusal(
     for name, x in call_tensors(signature, args, kwargs).items():
         if transformed and is_functorch_wrapped_tensor(x):
             return GradientError(f"{name} is under a transform of torch.func (grad, vmap, ...); {ADVICE}")
-        if dual and forward_ad.unpack_dual(x).tangent is not None:
+        if dual and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             return GradientError(f"{name} has a tangent of torch.autograd.forward_ad; {ADVICE}")
         if torch.is_grad_enabled() and x.requires_grad:
             return GradientError(f"{name} requires a gradient; {ADVICE}")
@@ -54,7 +54,7 @@ class _Refused(torch.autograd.Function):
     """The identity, as far as its gradient is not asked for."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return Deferred(x.value) if isinstance(x, Deferred) else x.detach()
 
     @staticmethod
