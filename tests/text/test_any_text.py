@@ -80,8 +80,8 @@ TREES = {
     '\\"xdit_evil:A\\", \\"name\\": \\"b\\"}]", "children_spec": []}]',
     "what makes missing entries": '[1, {"type": "collections.defaultdict", "context": {"default_factory_module": '
     '"xdit_evil", "default_factory_name": "x", "dict_context": []}, "children_spec": []}]',
-    "a plain factory of another module": '[1, {"type": "collections.defaultdict", "context": '
-    '{"default_factory_module": "xdit_evil", "default_factory_name": "list", "dict_context": []}, "children_spec": []}]',
+    "a plain factory of another module": '[1, {"type": "collections.defaultdict", "context": {"default_factory_module": '
+    '"xdit_evil", "default_factory_name": "list", "dict_context": []}, "children_spec": []}]',
     "no tree": "[1]",
     "nothing": "",
 }
@@ -211,13 +211,11 @@ def test_any_text_is_a_program_or_refused(request: pytest.FixtureRequest) -> Non
     """`--fuzz-texts N` tries N mutations, other ones at every run."""
     count = request.config.getoption("--fuzz-texts")
     seed = random.randrange(1 << 32) if count else 0
-    made, texts = programs(), [write(program) for program in programs()]
+    texts = [write(program) for program in programs()]
     attachments = {key: item for text in texts for key, item in text.attachments.items()}
-    assert made
     accepted = 0
-    for number, text in zip(
-        range(count or 150), mutations(random.Random(seed), [one.text for one in texts]), strict=False
-    ):
+    changed_texts = mutations(random.Random(seed), [one.text for one in texts])
+    for number, text in zip(range(count or 150), changed_texts, strict=False):
         try:
             with limit(10):
                 verify(parse(text, attachments), "reading")
