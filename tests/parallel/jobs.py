@@ -184,6 +184,7 @@ def differing_inputs(change: str, degrees: Degrees, how: str) -> dict[str, Any]:
                 "value": {"flip": True},
                 "contents": {"lengths": torch.tensor([7, 9])},
                 "unknown": {"surplus": 1},
+                "meta": {"x": example["x"].to("meta")},
             }[change]
         result = _failure(lambda: module(**call))
         result["afterwards"] = relative_error(module(**example), model(**example))

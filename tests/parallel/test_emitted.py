@@ -80,6 +80,7 @@ def test_a_changed_module_is_traced_anew(workers: Pools) -> None:
         ("value", ("flip", "True")),
         ("contents", ("lengths", "contents")),
         ("unknown", ("surplus",)),
+        ("meta", ("x", "meta device")),
     ],
 )
 @pytest.mark.parametrize("how", ["emit", "port", "first call"])

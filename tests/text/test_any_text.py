@@ -80,7 +80,7 @@ TREES = {
     '\\"xdit_evil:A\\", \\"name\\": \\"b\\"}]", "children_spec": []}]',
     "what makes missing entries": '[1, {"type": "collections.defaultdict", "context": {"default_factory_module": '
     '"xdit_evil", "default_factory_name": "x", "dict_context": []}, "children_spec": []}]',
-    "a plain factory of another module": '[1, {"type": "collections.defaultdict", "context": {"default_factory_module": '
+    "a plain factory elsewhere": '[1, {"type": "collections.defaultdict", "context": {"default_factory_module": '
     '"xdit_evil", "default_factory_name": "list", "dict_context": []}, "children_spec": []}]',
     "no tree": "[1]",
     "nothing": "",
