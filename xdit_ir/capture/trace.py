@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.blocks import Blocks, prune
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import ArgumentState
-from xdit_ir.capture.failures import Opaque, ShapeDepends, Unshareable
+from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unshareable
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
@@ -29,7 +29,7 @@ from xdit_ir.capture.plain import applied, odd_weight
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
-from xdit_ir.capture.source import failing_line
+from xdit_ir.capture.source import failing_line, is_raised_outside
 from xdit_ir.capture.tracer import Tracer
 from xdit_ir.capture.values import Frame, TracedValue, spec_of
 from xdit_ir.errors import TraceError, XditError
@@ -159,7 +159,10 @@ def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str
     except (XditError, Unshareable, ShapeDepends):
         raise
     except Exception as error:
-        raise TraceError(f"{failing_line(error)}: {type(error).__name__}: {error}") from error
+        text = f"{failing_line(error)}: {type(error).__name__}: {error}"
+        if is_raised_outside(error):
+            raise RaisedByForward(text, error) from error
+        raise TraceError(text) from error
 
 
 def _signature(

@@ -70,7 +70,7 @@ class Deferred(torch.Tensor):
 
     def tolist(self) -> Any:
         """As `Tensor.tolist`, of the whole value."""
-        return materialize(self).tolist()  # type: ignore[no-untyped-call]
+        return materialize(self).tolist()
 
     def __format__(self, spec: str) -> str:
         return format(materialize(self), spec) if spec else repr(self)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from xdit_ir.api import ParallelProgram
 from xdit_ir.emission.context import RunOptions
@@ -103,5 +104,6 @@ class Ported(Shadow):
         """Whether weights are elsewhere than in the original, which may be on the meta device."""
         return self._xdit_specialisations.options.loading.holds
 
+    @_disable_dynamo  # compiled by who uses it, it is called as it is
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._xdit_specialisations.call(Arguments(args, kwargs))

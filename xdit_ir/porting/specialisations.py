@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.api import ParallelProgram, TracedProgram, trace
+from xdit_ir.capture.failures import RaisedByForward
 from xdit_ir.capture.inputs import bind_arguments
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import gradient_refusal
@@ -140,7 +141,11 @@ class Specialisations:
             named = bind_arguments(signature, given.args, given.kwargs, MismatchError)
             example = tuple(given.args) if given.args and not given.kwargs else named
             example = pytree.tree_map_only(Deferred, materialize, example)
-            return _parallelized(trace(self.model, example), self.schedule)
+            try:
+                traced = trace(self.model, example)
+            except RaisedByForward as failure:
+                raise failure.error from None
+            return _parallelized(traced, self.schedule)
 
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
         made = Specialisation(mode, settings, *factory.build(make))
