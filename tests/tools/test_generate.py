@@ -67,7 +67,7 @@ def test_a_given_pipeline_is_ported_once(pipeline_folder: Path) -> None:
     pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder)
     decode = pipe.vae.decode
     first = xir.generate(pipe, PROMPT, **OPTIONS)
-    assert type(pipe.transformer) is Ported and first.pipe is pipe and first.files == []
+    assert isinstance(pipe.transformer, Ported) and first.pipe is pipe and first.files == []
     again = xir.generate(pipe, [PROMPT, "a cat"], **OPTIONS, offload=True)
     close(first.results[0][0], by_hand(pipeline_folder))
     close(again.results[0][0], first.results[0][0])

@@ -92,7 +92,7 @@ def port(
 
 
 def _ported(original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions) -> Ported:
-    if type(original) is Ported:
+    if isinstance(original, Ported):
         raise ParallelizeError("the module is ported already; its original is needed to port it otherwise")
     if (where := hooked(original)) is not None:
         raise ParallelizeError(f"{where} has a hook of accelerate, which offloads or spreads weights: port first")
