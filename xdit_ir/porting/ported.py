@@ -59,7 +59,9 @@ class Ported(Shadow, metaclass=_Equal):
 
     def __new__(cls, original: nn.Module, *_: Any) -> Ported:
         """Of a class of its own, which equals that of the original."""
-        return object.__new__(_Equal("Ported", (Ported,), {"stands_for": type(original), "__module__": __name__}))
+        kind: Any = _Equal("Ported", (Ported,), {"stands_for": type(original), "__module__": __name__})
+        made: Ported = object.__new__(kind)
+        return made
 
     def __init__(self, original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions) -> None:
         super().__init__(original)
