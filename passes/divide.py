@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import Program
+from xdit_ir.ir.mesh import BATCH, SEQUENCE, TIME, Mesh
+from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.base import After, run_passes
 from xdit_ir.passes.order import mesh_passes, time_passes
 from xdit_ir.passes.partition_stages import PartitionStages
+from xdit_ir.passes.split_batch import check_batch
 from xdit_ir.pipefusion.pipeline_program import Pipeline, verify_pipeline
 from xdit_ir.sharding.machine import H100, Machine
 
@@ -18,6 +19,7 @@ def divide(
     program: Program, mesh: Mesh, machine: Machine = H100, after: After | None = None, *, split_batch: bool = True
 ) -> Program:
     """Run the mesh passes over an analysed program: ranks can run the result."""
+    check_degrees(program, mesh, split_batch=split_batch)
     return run_passes(program, mesh_passes(mesh, machine, split_batch=split_batch), after)
 
 
@@ -33,13 +35,46 @@ def make_pipeline(
     split_batch: bool = True,
 ) -> tuple[Program, Pipeline]:
     """The analysed program with its stages noted, and the pipeline made from it, verified."""
+    check_degrees(program, mesh, split_batch=split_batch)
     given = None if stages is None else tuple(stages)
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)
+    if patches > (most := _most_tokens(program)):
+        raise ParallelizeError(f"patches={patches} divide tokens, of which there are {most}; use at most {most}")
     passes = time_passes(mesh.resized(TIME, patches), machine, split_batch=split_batch)
     divided = run_passes(staged, passes, after)
     pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
     verify_pipeline(pipeline)
     return staged, pipeline
+
+
+def check_degrees(program: Program, mesh: Mesh, *, split_batch: bool = True) -> None:
+    """Raise `ParallelizeError` for more ranks than there is to divide, before anything is listed for each of them."""
+    cfg, degree, most = mesh.size((BATCH,)), mesh.size(SEQUENCE), _most_tokens(program)
+    if split_batch:
+        check_batch(program, cfg)
+    elif cfg > 2:
+        raise ParallelizeError(f"{BATCH}={cfg} divides pairs of calls; use {BATCH}=2")
+    if degree > most:
+        given = {name: mesh.degrees[name] for name in SEQUENCE}
+        name = max(given, key=lambda one: given[one])
+        others = degree // given[name]
+        legal = {**given, name: most // others} if others <= most else {name: most}
+        raise ParallelizeError(
+            f"{_said(given)} divides tokens, of which there are {most} at most; nearest legal: {_said(legal)}"
+        )
+
+
+def _said(degrees: Mapping[str, int]) -> str:
+    return " x ".join(f"{name}={size}" for name, size in degrees.items() if size > 1) or f"{SEQUENCE[0]}=1"
+
+
+def _most_tokens(program: Program) -> int:
+    """Of the longest stream that reaches queries; where there is none, of any dimension of an input."""
+    inputs = (node.meta[SPEC] for node in program.graph.nodes if node.op == "placeholder")
+    found = [axis.size for axis in program.tokens if not axis.is_context] or [
+        size for spec in inputs for size in spec.shape
+    ]
+    return max(found, default=1)
 
 
 def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stages: Sequence[int] | None) -> int:

@@ -24,6 +24,7 @@ from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 WORTH = 0.9
 # More cuts are looked for where the work exceeds a fair share by more than this, and kept where they save so much.
 BALANCED, FURTHER = 1.01, 0.995
+LARGE = 8  # samples; more are seldom in a batch
 TRIALS = 8  # of cuts between packed samples
 
 
@@ -137,6 +138,24 @@ def _with_tokens(program: Program, seeds: Seeds) -> Program:
         streams.append(TokenAxis(cut.name, dim, cut.meta[SPEC].shape[dim]))
     rest = (axis for axis in program.tokens if axis.value not in seeds)
     return program.replace(tokens=(*streams, *rest))
+
+
+def check_batch(program: Program, degree: int) -> None:
+    """Raise `ParallelizeError` if no input has so many samples, before anything is listed for each rank.
+
+    Tables and ids may be longer than the batch, so a degree that is large is tried with two ranks first.
+    """
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.meta[SPEC].shape]
+    sizes = [node.meta[SPEC].shape[0] for node in inputs]
+    if LARGE < degree <= max(1, *sizes):
+        try:
+            halves = SplitBatch(Mesh.of(**{BATCH: 2})).apply(program)
+        except ParallelizeError:
+            raise ParallelizeError(_explain(degree, 1)) from None
+        found = [node for node in halves.graph.nodes if node.op == "placeholder" and node.meta[SPEC].shape]
+        sizes = [node.meta[SPEC].shape[0] for node in found if node.meta[LAYOUT].dims[0] is not None] or [degree]
+    if degree > max(1, *sizes):
+        raise ParallelizeError(_explain(degree, min(sizes, default=1)))
 
 
 def _explain(degree: int, batch: int) -> str:

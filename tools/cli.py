@@ -13,14 +13,15 @@ from xdit_ir.errors import XditError
 from xdit_ir.tools import cmd_bench, cmd_check, cmd_generate, cmd_inspect, cmd_models, cmd_opt, cmd_passes, cmd_support
 
 USAGE_ERROR = 2
+STOPPED = 130  # as shells say of what Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 on success; 2 for wrong usage and for every `XditError`, which becomes one line on standard error;
-        or the command's own status.
+        0 on success; 130 after Ctrl-C; 2 for wrong usage and for every `XditError`, which becomes one line on standard
+        error; or the command's own status.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")  # nothing users could act on
     try:
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"xdit-ir: {rank}{error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("xdit-ir: stopped", file=sys.stderr)
+        return STOPPED
     except BrokenPipeError:  # `xdit-ir inspect ... | head`; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -4,6 +4,7 @@ from xdit_ir.api import ParallelProgram, TracedProgram, trace
 from xdit_ir.checking.check import check
 from xdit_ir.errors import (
     GenerationError,
+    GradientError,
     LostError,
     MismatchError,
     ParallelizeError,
@@ -19,6 +20,7 @@ from xdit_ir.sharding.report import Report
 __all__ = [
     "Generation",
     "GenerationError",
+    "GradientError",
     "LostError",
     "Machine",
     "MismatchError",

@@ -12,7 +12,8 @@ from xdit_ir.ir.mesh import DIMS, Mesh
 
 LETTERS = {dim.letter: dim.name for dim in DIMS}
 PATCHES = "m"
-PAIR = rf"([{''.join(LETTERS)}{PATCHES}])(\d+)"
+DIGITS = 9  # of the largest number that is read
+PAIR = rf"([{''.join(LETTERS)}{PATCHES}])(\d{{1,{DIGITS}}})"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _nearest_item(item: str) -> str:
         found = [(word, number) for number, word in re.findall(r"(\d+)[^a-z0-9]*([a-z]+)", item) if _letter(word)]
     if not found:
         found = [(word, "2") for word in re.findall(r"[a-z]+", item) if _letter(word)]
-    sizes = {LETTERS[_letter(word)]: max(1, int(number)) for word, number in found}
+    sizes = {LETTERS[_letter(word)]: max(1, int(number[:DIGITS])) for word, number in found}
     return str(Degrees.of(**sizes)) if sizes else "u2"
 
 

@@ -38,6 +38,10 @@ class GenerationError(XditError):
     """A pipeline's folder, or what it shall generate, is not usable; names the file, argument or component."""
 
 
+class GradientError(XditError):
+    """A call of a parallel program needs gradients, of which it records none; names the input."""
+
+
 class MismatchError(XditError):
     """Inputs, weights or ranks differ from what a program was made for; names the argument."""
 

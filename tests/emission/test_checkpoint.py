@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -210,3 +212,55 @@ def test_resident_memory_grows_by_what_is_read(tmp_path: Path) -> None:
     held = WeightStore(nn.Module(), CPU, Checkpoint(tmp_path)).take(names, dict.fromkeys(names, spec)).fetch()
     assert [tensor[-1].item() for tensor in held] == list(range(0, 12, 2))
     assert resident("VmHWM") - before <= (len(names) + 1) * 16 + 8, "MiB: tensors of 16 each"
+
+
+INDEX = "model.safetensors.index.json"
+ELSEWHERE = "expected the name of a file in"
+ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "above": (lambda folder: "../x.safetensors", ELSEWHERE),
+    "absolute": (lambda folder: str(folder.parent / "x.safetensors"), ELSEWHERE),
+    "hidden": (lambda folder: "a/../../x.safetensors", ELSEWHERE),
+    "NUL": (lambda folder: "x\0.safetensors", ELSEWHERE),
+    "number": (lambda folder: 3, ELSEWHERE),
+    "pipe": (lambda folder: os.mkfifo(folder / "f") or "f", "f is no file"),
+    "folder": (lambda folder: (folder / "f").mkdir() or "f", "f is no file"),
+    "device": (lambda folder: (folder / "f").symlink_to("/dev/zero") or "f", "f is no file"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_index_names_files_beside_it_only(name: str, tmp_path: Path) -> None:
+    model, folder = nn.Linear(2, 2), tmp_path / "model"
+    folder.mkdir()
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    file, message = ODD[name]
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(model.state_dict(), file(folder))}))
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("listed", [[], "x", None, 1])
+def test_an_index_has_a_map(listed: Any, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": listed}))
+    refused(tmp_path, "is not an index")
+
+
+def test_an_index_that_is_no_file_or_endless_is_refused(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text("[" * 100_000)
+    refused(tmp_path, "is not an index")
+    (tmp_path / INDEX).unlink()
+    os.mkfifo(tmp_path / INDEX)
+    refused(tmp_path, "is no file")
+    refused(tmp_path / INDEX, "is no file")
+    refused(Path("/dev/zero"), "is no file")
+
+
+def refused(weights: Path, message: str) -> None:
+    start = time.perf_counter()
+    with torch.no_grad(), pytest.raises(xir.MismatchError, match=message):
+        xir.port(nn.Linear(2, 2, device="meta"), weights=weights)(torch.ones(1, 2))
+    assert time.perf_counter() - start < 5
+
+
+def test_an_input_without_values_is_refused() -> None:
+    with torch.no_grad(), pytest.raises(xir.MismatchError, match="input is on the meta device"):
+        xir.port(nn.Linear(2, 2))(torch.ones(1, 2, device="meta"))

@@ -184,8 +184,21 @@ def differing_inputs(change: str, degrees: Degrees, how: str) -> dict[str, Any]:
                 "value": {"flip": True},
                 "contents": {"lengths": torch.tensor([7, 9])},
                 "unknown": {"surplus": 1},
+                "meta": {"x": example["x"].to("meta")},
             }[change]
         result = _failure(lambda: module(**call))
+        result["afterwards"] = relative_error(module(**example), model(**example))
+    return result
+
+
+def gradient_on_one_rank(degrees: Degrees, how: str) -> dict[str, Any]:
+    """Rank 1 wants the gradient of an input; afterwards both make the same call without."""
+    model, example = _reader()
+    traced = xir.trace(model, example)
+    module: Any = traced.parallelize(**degrees).emit(model) if how == "emit" else xir.port(model, **degrees)
+    x = example["x"].clone().requires_grad_(_rank() == 1)
+    result = _failure(lambda: module(**{**example, "x": x}))
+    with torch.no_grad():
         result["afterwards"] = relative_error(module(**example), model(**example))
     return result
 

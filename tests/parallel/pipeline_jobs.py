@@ -39,7 +39,7 @@ def whole_pipelines(
         pipe, call = pipelines.BUILDERS[name]()
         xir.port(pipe, denoisers=denoisers, **degrees)
         got = run(pipe, call, steps)
-        ported = [component for component in pipe.components.values() if type(component) is Ported]
+        ported = [component for component in pipe.components.values() if isinstance(component, Ported)]
         programs = [len(component.programs) for component in ported]
         found.append({"error": error(got, want), "spread": want.std().item(), "programs": programs})
     return found
@@ -95,7 +95,7 @@ def adapters(degrees: Degrees, port_at: str) -> list[dict[str, Any]]:
         extra = act(alone) or {}
         act(pipe)
         want, got = run(alone, call | extra), run(pipe, call | extra)
-        programs = len(pipe.transformer.programs) if type(pipe.transformer) is Ported else 0
+        programs = len(pipe.transformer.programs) if isinstance(pipe.transformer, Ported) else 0
         found.append({"act": name, "error": error(got, want), "change": error(want, before), "programs": programs})
         before = want
     return found

@@ -65,9 +65,11 @@ def test_hooks_and_output_type(loaded: tuple[nn.Module, dict[str, Any]]) -> None
     assert ported.program is not None and ported.programs == (ported.program,)
 
 
-def test_no_gradient_is_recorded(loaded: tuple[nn.Module, dict[str, Any]]) -> None:
+def test_no_gradient_is_silently_lost(loaded: tuple[nn.Module, dict[str, Any]]) -> None:
     model, example = loaded
-    assert not xir.port(model)(**{**example, "return_dict": True}).sample.requires_grad
+    sample = xir.port(model)(**{**example, "return_dict": True}).sample
+    with pytest.raises(xir.GradientError, match="no_grad"):
+        sample.sum().backward()
 
 
 def test_a_copy_is_independent(loaded: tuple[nn.Module, dict[str, Any]]) -> None:

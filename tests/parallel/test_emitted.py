@@ -80,6 +80,7 @@ def test_a_changed_module_is_traced_anew(workers: Pools) -> None:
         ("value", ("flip", "True")),
         ("contents", ("lengths", "contents")),
         ("unknown", ("surplus",)),
+        ("meta", ("x", "meta device")),
     ],
 )
 @pytest.mark.parametrize("how", ["emit", "port", "first call"])
@@ -92,6 +93,15 @@ def test_different_calls_are_refused_on_every_rank(
         assert all(part in result["message"] for part in named), result
         assert f"rank {rank} (this one)" in result["message"]
         assert result["seconds"] < 20
+        assert result["afterwards"] < 1e-5
+
+
+@pytest.mark.parametrize("how", ["emit", "port"])
+def test_a_gradient_that_one_rank_wants_is_refused_on_all(workers: Pools, how: str) -> None:
+    alone, wants = workers(2).run("gradient_on_one_rank", degrees=ULYSSES, how=how, limit=60)
+    for result in (alone, wants):
+        assert result["error"] == "MismatchError", result
+        assert "GradientError: x requires a gradient" in result["message"] and result["seconds"] < 20
         assert result["afterwards"] < 1e-5
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import time
+from typing import Any
 
+import pytest
+import torch
+from torch import nn
+
+from xdit_ir.api import TracedProgram, trace
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 
@@ -20,3 +26,59 @@ from xdit_ir.ir.mesh import Mesh
 def test_degrees(degrees: dict[str, int], hint: str) -> None:
     with pytest.raises(ParallelizeError, match=hint):
         Mesh.of(**degrees)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        x = x + places[:, None]
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(scope="module")
+def traced() -> TracedProgram:
+    """Two samples of 24 tokens, and a table of their places."""
+    found = trace(Model(), (torch.ones(2, 24, 8), torch.ones(24)))
+    assert found.analysed.tokens
+    return found
+
+
+@pytest.mark.parametrize(
+    ("degrees", "hint"),
+    [
+        ({"ulysses": 10**6}, "24 at most; nearest legal: ulysses=24"),
+        ({"ring": 10**23}, "nearest legal: ring=24"),
+        ({"ulysses": 25}, "nearest legal: ulysses=24"),
+        ({"ulysses": 5, "ring": 5}, "nearest legal: ring=4 x ulysses=5"),
+        ({"ulysses": 100, "ring": 100}, "nearest legal: ring=24"),
+        ({"cfg": 10**6}, "a batch of 2.*or use cfg=2"),
+        ({"cfg": 24}, "a batch of 2.*or use cfg=2"),
+        ({"cfg": 2, "ulysses": 10**6}, "nearest legal: ulysses=24"),
+        ({"cfg": 10**6, "pair_calls": True}, "pairs of calls; use cfg=2"),
+        ({"pipefusion": 10**6}, "use at most pipefusion="),
+        ({"pipefusion": 2, "ulysses": 10**6}, "nearest legal: ulysses=24"),
+        ({"pipefusion": 2, "patches": 10**6}, "use at most 24"),
+    ],
+)
+def test_more_ranks_than_there_is_to_divide_are_refused_at_once(
+    traced: TracedProgram, degrees: dict[str, Any], hint: str
+) -> None:
+    start = time.perf_counter()
+    with pytest.raises(ParallelizeError, match=hint):
+        traced.parallelize(**degrees)
+    assert time.perf_counter() - start < 1

@@ -57,3 +57,8 @@ def test_wrong_text_names_the_nearest_legal_one(wrong: str, suggested: str) -> N
     with pytest.raises(ParallelizeError, match=f"nearest legal form is '{suggested}'"):
         parse(wrong)
     assert parse(nearest(wrong))
+
+
+def test_numbers_of_any_length_are_answered() -> None:
+    with pytest.raises(ParallelizeError, match="the nearest legal form is 'u999999999'"):
+        parse("u" + "9" * 6000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_a_given_pipeline_is_ported_once(pipeline_folder: Path) -> None:
     pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder)
     decode = pipe.vae.decode
     first = xir.generate(pipe, PROMPT, **OPTIONS)
-    assert type(pipe.transformer) is Ported and first.pipe is pipe and first.files == []
+    assert isinstance(pipe.transformer, Ported) and first.pipe is pipe and first.files == []
     again = xir.generate(pipe, [PROMPT, "a cat"], **OPTIONS, offload=True)
     close(first.results[0][0], by_hand(pipeline_folder))
     close(again.results[0][0], first.results[0][0])
@@ -140,6 +141,68 @@ def test_errors(pipeline_folder: Path, argv: list[str], said: str, capsys: Captu
     assert main(["generate", *filled, *CALL[2:], "--output", str(tmp_path / "out")]) == 2
     assert said.replace("{}", str(pipeline_folder)) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+DIGITS = ["generate", str(digits.PIPELINE), "--dtype", "fp32"]
+FINE = ["--set", "class_labels=[3]", "--steps", "1"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([*FINE, "--output", "/etc/hostname"], "output /etc/hostname cannot be written"),
+        ([*FINE, "--output", "/proc/x"], "output /proc/x cannot be written"),
+        ([*FINE, "--output", "/etc/hostname/x"], "cannot be written"),
+        (["--set", "class_labels=[3", "--steps", "1"], "Pipeline "),
+        (["--set", "class_labels=null", "--steps", "1"], "Pipeline "),
+        (["--set", "class_labels=[99999]", "--steps", "1"], "Pipeline fails"),
+        ([*FINE, "--steps", "0"], "steps=0 is not a positive integer; the nearest legal one is steps=1"),
+        ([*FINE, "--fps", "0"], "fps=0 is not a positive integer"),
+        ([*FINE, "--benchmark", "-1"], "benchmark=-1 is not a positive integer"),
+        ([*FINE, "--seed", "-1"], "seed=-1: expected an integer from 0"),
+        ([*FINE, "--seed", "1" + "0" * 30], "expected an integer from 0"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(argv: list[str], said: str, capsys: Capture, tmp_path: Path) -> None:
+    output = [] if "--output" in argv else ["--output", str(tmp_path / "out")]
+    assert main([*DIGITS, *argv, *output]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+    assert "1/1 [" not in err or "--output" not in argv, "known before anything is computed"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_generated_is_kept_elsewhere_if_it_cannot_be_written(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "out" / "0000.png").mkdir(parents=True)
+    assert main([*DIGITS, *FINE, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "what was generated is in" in said
+    assert Path(said.strip().rpartition(" ")[2], "0000.png").is_file()
+
+
+def test_ctrl_c_ends_quietly(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ported, "_xdit_forward", stopped)
+    assert main([*DIGITS, *FINE, "--output", str(tmp_path)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("index", ["[" * 100_000, "[1]", "3", "{"])
+def test_an_odd_index_of_a_pipeline(index: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "model_index.json").write_text(index)
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert "model_index.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_pipe_is_no_file_of_embeddings(tmp_path: Path, capsys: Capture) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert main([*DIGITS, "--embeddings", str(tmp_path / "pipe")]) == 2
+    assert "pipe cannot be read: it is no file" in capsys.readouterr().err
 
 
 def test_numbers_of_processes_prompts_and_gpus() -> None:

@@ -9,6 +9,14 @@ class Unshareable(Exception):
     """A block does something that a shared body cannot express."""
 
 
+class RaisedByForward(TraceError):
+    """Forward itself raised `error`, as it would without a trace."""
+
+    def __init__(self, text: str, error: Exception) -> None:
+        super().__init__(text)
+        self.error = error
+
+
 class Opaque(TraceError):
     """The module at `path` does what cannot be captured; called as a leaf it could run."""
 

@@ -100,7 +100,7 @@ class _Printer:
     def describe(self, item: Any) -> Any:
         if isinstance(item, _VALUES):
             return (type(item), item)
-        if isinstance(item, (types.FunctionType, types.BuiltinFunctionType)):
+        if isinstance(item, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
             return _Only(item)
         if isinstance(item, types.MethodType):
             return ("method", _Only(item.__func__), self.describe(item.__self__))

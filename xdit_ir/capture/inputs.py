@@ -119,10 +119,12 @@ def _version(tensor: torch.Tensor) -> int:
 class InputBinder:
     """Turns calls into values of a program's placeholders, if the program was made for such calls.
 
-    Contents of guarded tensors are compared only when another tensor comes, or when it was written to since.
+    Contents of guarded tensors are compared only when another tensor comes, or when it was written to since. `real`:
+    there must be contents.
     """
 
-    def __init__(self, forward: nn.Module | inspect.Signature, program: Program) -> None:
+    def __init__(self, forward: nn.Module | inspect.Signature, program: Program, *, real: bool = True) -> None:
+        self._real = real
         self._signature = forward if isinstance(forward, inspect.Signature) else inspect.signature(forward.forward)
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
@@ -138,6 +140,8 @@ class InputBinder:
         for expected, (path, leaf) in zip(self._expected.leaves, leaves, strict=True):
             self._check_leaf(path, expected.spec, leaf)
             if isinstance(leaf, torch.Tensor):
+                if self._real and leaf.is_meta:
+                    raise MismatchError(f"{path} is on the meta device: it has no values")
                 tensors.append(leaf)
         self._check_predicates(dict(leaves))
         return tensors
@@ -194,7 +198,7 @@ def bind_inputs(
     forward: nn.Module | inspect.Signature, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[torch.Tensor]:
     """The placeholders' values for one call; keep an `InputBinder` for many calls."""
-    return InputBinder(forward, program)(args, kwargs)
+    return InputBinder(forward, program, real=False)(args, kwargs)
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import linecache
 import os
 import sys
@@ -30,6 +31,17 @@ def source_line() -> str:
             return _describe(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def is_raised_outside(error: BaseException) -> bool:
+    """Whether code that is neither torch's nor ours raised an error: by a `raise`, or looking up or dividing."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None or traceback.tb_frame.f_code.co_filename.startswith(_SKIP):
+        return False
+    raises = traceback.tb_frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raises or isinstance(error, (LookupError, ArithmeticError))
 
 
 def failing_line(error: BaseException) -> str:

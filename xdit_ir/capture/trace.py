@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.blocks import Blocks, prune
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import ArgumentState
-from xdit_ir.capture.failures import Opaque, ShapeDepends, Unshareable
+from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unshareable
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
@@ -25,10 +25,11 @@ from xdit_ir.capture.leaves import Leaves, Wanted
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import flatten_output, literal
+from xdit_ir.capture.plain import applied, odd_weight
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
-from xdit_ir.capture.source import failing_line
+from xdit_ir.capture.source import failing_line, is_raised_outside
 from xdit_ir.capture.tracer import Tracer
 from xdit_ir.capture.values import Frame, TracedValue, spec_of
 from xdit_ir.errors import TraceError, XditError
@@ -44,6 +45,8 @@ def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: 
     device, including meta. Nothing is computed but what Python must know, and the model is left as it was.
     Submodules that cannot be captured, and those named in `leaf`, become opaque leaves.
     """
+    if (odd := odd_weight(model)) is not None:
+        raise TraceError(odd)
     named, by_name = bind_example(model, example), isinstance(example, Mapping)
     rung = Rung.top(model, leaf)
     while True:
@@ -117,6 +120,7 @@ def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorde
 def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks, leaves: Leaves) -> None:
     """Wrap every copied module's forward, so that paths are known and blocks are intercepted."""
     for path, module in skeleton.modules.items():
+        module.__dict__["_apply"] = applied(path, module)
         forward = module.forward
         if getattr(forward, "__name__", "") != "_forward_unimplemented":
             names = skeleton.aliases[id(module)]
@@ -155,7 +159,10 @@ def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str
     except (XditError, Unshareable, ShapeDepends):
         raise
     except Exception as error:
-        raise TraceError(f"{failing_line(error)}: {type(error).__name__}: {error}") from error
+        text = f"{failing_line(error)}: {type(error).__name__}: {error}"
+        if is_raised_outside(error):
+            raise RaisedByForward(text, error) from error
+        raise TraceError(text) from error
 
 
 def _signature(

@@ -21,17 +21,30 @@ from xdit_ir.deferral.recorded import Descent, Kept, Numbered, RecordedValue, So
 from xdit_ir.deferral.samples import Samples
 from xdit_ir.deferral.separable import Range, is_recordable
 from xdit_ir.emission.execution import plain_modes
+from xdit_ir.errors import XditError
 
 aten = torch.ops.aten
+TENSOR: Any = torch.Tensor
+# Functions that give away a tensor's memory, or say where it is.
+MEMORY = frozenset(
+    {
+        *(TENSOR.data_ptr, TENSOR.storage, TENSOR.untyped_storage, TENSOR._typed_storage, TENSOR.numpy),
+        *(TENSOR.__dlpack__, TENSOR.share_memory_, TENSOR.is_shared, TENSOR.__cuda_array_interface__.__get__),
+    }
+)
 KINDS = ("cpu", "cuda")  # devices on which whoever reads may be under autocast
 
 
 class Deferred(torch.Tensor):
-    """A tensor whose contents are a `RecordedValue`; has its shape, dtype and device, and behaves like any other."""
+    """A tensor whose contents are a `RecordedValue`; has its shape, dtype and device, and behaves like any other.
+
+    `is_lent`: what is outside (an array, a pointer) may share its memory, so that all writes must go there.
+    """
 
     value: RecordedValue
     views: list[weakref.ref[Deferred]]
     origin: tuple[Deferred, Any, Any, Any, int | None] | None
+    is_lent: bool
 
     @staticmethod
     def __new__(cls, value: RecordedValue) -> Deferred:
@@ -39,7 +52,8 @@ class Deferred(torch.Tensor):
             made: Deferred = torch.Tensor._make_wrapper_subclass(
                 cls, value.shape, strides=value.stride, dtype=value.dtype, device=value.device, requires_grad=False
             )
-        made.value, made.views, made.origin = value, [], None
+        torch._C._set_throw_on_mutable_data_ptr(made)  # in C, where nothing below is asked: raises instead of crashing
+        made.value, made.views, made.origin, made.is_lent = value, [], None, False
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -53,16 +67,24 @@ class Deferred(torch.Tensor):
 
     def numpy(self, *, force: bool = False) -> Any:
         """As `Tensor.numpy`, of the whole value."""
-        return _read(self).numpy(force=force)
+        return _lent(self).numpy(force=force)
 
     def tolist(self) -> Any:
         """As `Tensor.tolist`, of the whole value."""
-        return _read(self).tolist()
+        return materialize(self).tolist()
+
+    def __format__(self, spec: str) -> str:
+        return format(materialize(self), spec) if spec else repr(self)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.einsum and all(isinstance(leaf, torch.Tensor) for leaf in args[1:]):
             return _noted(func, args, kwargs or {})
+        if func in MEMORY:
+            given = func(_lent(args[0]), *args[1:], **(kwargs or {}))
+            return args[0] if given is args[0].value.done else given
+        if func is TENSOR.tolist:
+            return args[0].tolist()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -116,7 +138,7 @@ def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if _needs_shapes_only(func):
         args, kwargs = pytree.tree_map_only(Deferred, _like, (args, kwargs))
         return func(*args, **kwargs)
-    if func._schema.is_mutable:
+    if func._schema.is_mutable or func.namespace == "c10d":
         return _in_place(func, args, kwargs)
     if is_recordable(func):
         return _noted(func, args, kwargs)
@@ -135,7 +157,8 @@ def _like(tensor: Deferred) -> torch.Tensor:
 
 
 def _eager(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    args, kwargs = pytree.tree_map_only(Deferred, materialize, (args, kwargs))
+    is_view = any(one.alias_info is not None for one in func._schema.returns) if hasattr(func, "_schema") else False
+    args, kwargs = pytree.tree_map_only(Deferred, _lent if is_view else materialize, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -186,18 +209,22 @@ def _device(args: Any) -> torch.device:
 
 
 def _frozen(tensor: torch.Tensor) -> RecordedValue | Kept:
-    return tensor.value if isinstance(tensor, Deferred) else Kept.of(tensor)
+    if isinstance(tensor, Deferred):
+        return Kept.of(materialize(tensor)) if _root(tensor).is_lent else tensor.value
+    return Kept.of(tensor)
 
 
 def _in_place(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A write to a deferred tensor that shares memory with none makes it stand for the result."""
-    target = args[0]
+    targets = _targets(func, args, kwargs)
+    if torch.Tag.inplace_view in func.tags and targets:
+        name = func._schema.name.partition("::")[2]
+        raise XditError(f"{name} cannot change the shape of a result that is still being computed; make another tensor")
+    target = targets[0] if targets else None
     name = func._schema.name.partition("::")[2]
     functional = getattr(getattr(aten, name[:-1], None), func._overloadname, None) if name.endswith("_") else None
-    if not isinstance(target, Deferred):
-        return _eager(func, args, kwargs)
-    if target.origin is not None or _living(target) or functional is None or not is_recordable(functional):
-        return _written(func, args, kwargs)
+    if target is not args[0] or functional is None or not is_recordable(functional) or _shares(target):
+        return _written(func, args, kwargs, targets)
     value = _value(_noted(functional, args, kwargs))
     if value.dtype != target.dtype:
         value = _value(_noted(aten._to_copy.default, (Deferred(value),), {"dtype": target.dtype}))
@@ -205,15 +232,51 @@ def _in_place(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return target
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Give a family of views plain memory of its own, and write to that."""
-    target = root = args[0]
-    while root.origin is not None:
-        root = root.origin[0]
-    _settle_family(root, materialize(root).clone())
+def _targets(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Deferred]:
+    """The deferred tensors that an operator writes to; collectives do not say, so all of them."""
+    written: Any = (args, kwargs)
+    if func._schema.is_mutable:
+        given = zip(func._schema.arguments, args, strict=False)
+        named = ((one, kwargs.get(one.name)) for one in func._schema.arguments[len(args) :])
+        written = [item for one, item in (*given, *named) if one.alias_info is not None and one.alias_info.is_write]
+    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Deferred)]
+
+
+def _shares(member: Deferred) -> bool:
+    return member.is_lent or member.origin is not None or bool(_living(member))
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any], targets: Sequence[Deferred]) -> Any:
+    """Give families of views plain memory of their own, and write to that."""
+    for target in targets:
+        root = _root(target)
+        if not root.is_lent:
+            _settle_family(root, materialize(root).clone())
+        root.value.lineage = {}
     plain_args, plain_kwargs = pytree.tree_map_only(Deferred, materialize, (tuple(args), kwargs))
-    func(*plain_args, **plain_kwargs)
-    return target
+    result = func(*plain_args, **plain_kwargs)
+    known = {id(target.value.done): target for target in targets}
+    return pytree.tree_map_only(torch.Tensor, lambda x: known.get(id(x), x), result)
+
+
+def _root(member: Deferred) -> Deferred:
+    while member.origin is not None:
+        member = member.origin[0]
+    return member
+
+
+def _lent(member: torch.Tensor) -> torch.Tensor:
+    """A deferred tensor's memory, which is its own and stays so: what else is made of it does not change with it."""
+    if not isinstance(member, Deferred):
+        return member
+    root = _root(member)
+    if not root.is_lent:
+        with plain_modes(*KINDS):
+            lineage = root.value.lineage
+            _settle_family(root, materialize(root).clone())
+            root.value.lineage = lineage
+        root.is_lent = True
+    return materialize(member)
 
 
 def _settle_family(member: Deferred, plain: torch.Tensor) -> None:
@@ -233,6 +296,3 @@ def _value(tensor: torch.Tensor) -> RecordedValue:
     if isinstance(tensor, Deferred):
         return tensor.value
     return RecordedValue(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, done=tensor)
-
-
-_read = materialize

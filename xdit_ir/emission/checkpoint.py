@@ -6,6 +6,7 @@ import difflib
 import gc
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -54,7 +55,10 @@ class Checkpoint:
         """The index or the only file."""
         if not self.path.is_dir():
             return self.path
-        names = sorted(entry.name for entry in self.path.iterdir())
+        try:
+            names = sorted(entry.name for entry in self.path.iterdir())
+        except OSError as error:
+            raise MismatchError(f"{self.path} cannot be read: {error}") from error
         for suffix in (INDEX, SHARD):
             found = [name for name in names if name.endswith(suffix)]
             plain = [name for name in found if name.count(".") == suffix.count(".")]  # no variant, as `.fp16.`
@@ -73,11 +77,20 @@ class Checkpoint:
         if not self.source.name.endswith(".json"):
             with _opened(self.source, "") as file:
                 return dict.fromkeys(file.keys(), self.source)
+        _check_file(self.source)
         try:
-            listed = json.loads(self.source.read_text())["weight_map"]
-            return {name: self.source.parent / file for name, file in listed.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            listed = dict(json.loads(self.source.read_text())["weight_map"].items())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise MismatchError(f"{self.source} is not an index of safetensors files: {error!r}") from error
+        return {name: self._listed(name, file) for name, file in listed.items()}
+
+    def _listed(self, name: str, file: Any) -> Path:
+        """A file that the index names, which lies beside it or below."""
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts or "\0" in file:
+            raise MismatchError(
+                f"{self.source}: tensor {name!r} is in {file!r}; expected the name of a file in {self.source.parent}"
+            )
+        return self.source.parent / file
 
     def verify(self, names: Iterable[str] = ()) -> None:
         """Raise unless every file is whole and has the tensors that are listed, and `names` are among them; reads
@@ -131,15 +144,25 @@ class Checkpoint:
         return self.files[name]
 
 
+def _check_file(path: Path, wanted: str = "") -> None:
+    """Raise unless there is such a file; to open something else, such as a pipe, could wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise MismatchError(f"{path} {what}{wanted}") from error
+    if not stat.S_ISREG(mode):
+        raise MismatchError(f"{path} is no file{wanted}")
+
+
 def _opened(path: Path, name: str) -> Any:
     """A shard, opened by safetensors, which checks its header and its length."""
     from safetensors import SafetensorError, safe_open
 
     wanted = f" (for tensor {name!r})" if name else ""
+    _check_file(path, wanted)
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise MismatchError(f"{path} is missing{wanted}") from error
     except (OSError, SafetensorError) as error:
         raise MismatchError(f"{path} is damaged or truncated{wanted}: {error}") from error
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from xdit_ir.capture.plain import PLAIN, odd_tensor
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import way_to
 from xdit_ir.ir.program import TensorSpec
@@ -78,6 +79,7 @@ class WeightReferences:
         try:
             tensors: list[torch.Tensor] = [holder[key] for holder, key in self._places]
             fits = [x.dtype for x in tensors] == self._dtypes and [x.shape for x in tensors] == self._shapes
+            fits = fits and PLAIN.issuperset(map(type, tensors))
         except (LookupError, AttributeError) as error:
             raise MismatchError(f"parameter or buffer {error} of the model was removed") from error
         if not fits:
@@ -90,6 +92,8 @@ class WeightReferences:
 
 def check_type(name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
     """Raise `MismatchError` unless a tensor of the model has the shape and dtype that a program needs."""
+    if (why := odd_tensor(f"parameter {name}", tensor)) is not None:
+        raise MismatchError(why)
     if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype):
         raise MismatchError(
             f"parameter {name}: the program needs {spec.dtype}{list(spec.shape)}, "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,21 @@ def results(output: Any) -> list[Any]:
         kinds = sorted({type(frame).__name__ for frame in frames})
         raise GenerationError(f"the pipeline returned {', '.join(kinds) or 'nothing'}, expected images or videos")
     return items
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `GenerationError` unless files can be made in a folder, which need not be there; leaves nothing behind."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)
+    except (OSError, ValueError) as error:
+        raise GenerationError(f"output {folder} cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            for path in made:
+                path.rmdir()
 
 
 def write(items: list[Any], folder: Path, place: int, fps: int = FPS) -> list[Path]:

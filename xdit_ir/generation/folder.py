@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from xdit_ir.emission.checkpoint import SHARD, Checkpoint
-from xdit_ir.errors import GenerationError
+from xdit_ir.errors import GenerationError, XditError
 from xdit_ir.porting.denoisers import components, takes_timestep
 
 INDEX = "model_index.json"
@@ -48,11 +48,13 @@ def load(source: str | Path, dtype: Dtypes = None, *, whole: bool = False) -> Lo
 
     folder = find(source)
     check(folder)
-    bare = {} if whole else _bare(folder, dtype)
     try:
+        bare = {} if whole else _bare(folder, dtype)
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **bare)
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        raise GenerationError(f"{folder} cannot be loaded: {error}") from error
+    except XditError:
+        raise
+    except Exception as error:  # whatever its files make of diffusers
+        raise GenerationError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
     check_dtypes(pipe, dtype)
     return Loaded(pipe, folder if bare else None)
 
@@ -139,8 +141,8 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
 def _index(folder: Path) -> dict[str, tuple[str, str]]:
     """Library and class of every component of a pipeline."""
     try:
-        index = json.loads((folder / INDEX).read_text())
-    except (OSError, ValueError) as error:
+        index = dict(json.loads((folder / INDEX).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise GenerationError(f"{folder / INDEX} cannot be read: {error}") from error
     return {
         name: (entry[0], entry[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xdit_ir.errors import GenerationError
+from xdit_ir.errors import GenerationError, XditError
 from xdit_ir.generation import files
 from xdit_ir.generation.folder import Dtypes
 from xdit_ir.generation.job import Job
 from xdit_ir.generation.meter import Meter, summary, watching
-from xdit_ir.generation.request import Request, dealt, read_embeddings
+from xdit_ir.generation.request import Request, check_numbers, check_seed, dealt, read_embeddings
 from xdit_ir.generation.setup import Setup, ported_components
 
 NEEDED = ("diffusers", "transformers", "accelerate")
@@ -95,8 +96,12 @@ def generate(
     if missing:
         raise GenerationError(f"generate needs {', '.join(missing)}: pip install xdit-ir[zoo]")
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
+    check_numbers(width=width, height=height, frames=frames, steps=steps, fps=fps, benchmark=benchmark or None)
+    check_seed(seed)
     setup = Setup(pipe, parallel, dtype, lora, whole, offload)
     job = setup.start(prompts, data, device)
+    if output is not None and job.leads:
+        files.check_writable(Path(output))
     inputs = _embedded(embeddings), negative_prompt, _picture(image)
     request = Request(prompts, *inputs, width, height, frames, steps, guidance, seed, arguments or {})
     return _generated(setup, job, request, benchmark, output, fps)
@@ -144,14 +149,18 @@ def _run(generation: Generation, request: Request, meter: Meter, benchmark: int)
 
 
 def _call(pipe: Any, request: Request, call: Mapping[str, Any], meter: Meter) -> list[Any]:
-    """One call of the pipeline; what it refuses before it begins to denoise becomes one of our errors."""
+    """One call of the pipeline; its errors become ours."""
     with watching(pipe, meter) as watch:
         try:
             output = pipe(**call, **request.seeded(pipe))
-        except ValueError as error:
-            if watch.denoising:
-                raise
-            raise GenerationError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
+        except XditError:
+            raise
+        except Exception as error:
+            name = type(pipe).__name__
+            if isinstance(error, ValueError) and not watch.denoising:
+                raise GenerationError(f"{name} refuses its arguments: {error}") from error
+            when = "decoding" if watch.decoding else "denoising" if watch.denoising else "before it denoises"
+            raise GenerationError(f"{name} fails {when}: {type(error).__name__}: {error}") from error
         return files.results(output)
 
 
@@ -175,6 +184,16 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
 
 
 def _write(generation: Generation, folder: Path, places: Sequence[int], fps: int) -> None:
+    """Write files, elsewhere if that fails: what was generated is not lost."""
+    try:
+        _write_to(generation, folder, places, fps)
+    except (OSError, ValueError, RuntimeError) as error:
+        generation.files, elsewhere = [], Path(tempfile.mkdtemp(prefix="generated-"))
+        _write_to(generation, elsewhere, places, fps)
+        raise GenerationError(f"cannot write to {folder}: {error}; what was generated is in {elsewhere}") from error
+
+
+def _write_to(generation: Generation, folder: Path, places: Sequence[int], fps: int) -> None:
     for place, items in zip(places, generation.results, strict=False):
         generation.files += files.write(items, folder, place, fps)
     generation.report["files"] = [path.name for path in generation.files]

@@ -124,7 +124,7 @@ class Watch:
 
 
 def _programs(module: nn.Module) -> int:
-    return len(module.programs) if type(module) is Ported else 0
+    return len(module.programs) if isinstance(module, Ported) else 0
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def watching(pipe: Any, meter: Meter) -> Iterator[Watch]:
     watch = Watch(meter)
     with ExitStack() as undo:
         for component in components(pipe).values():
-            if type(component) is Ported:
+            if isinstance(component, Ported):
                 undo.callback(component.register_forward_pre_hook(watch.before).remove)
                 undo.callback(component.register_forward_hook(watch.after).remove)
             elif callable(decode := getattr(component, "decode", None)) and "decode" not in vars(component):

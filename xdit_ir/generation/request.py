@@ -107,6 +107,8 @@ def read_embeddings(path: str | Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not Path(path).is_file():  # to open a pipe could wait for ever
+        raise GenerationError(f"embeddings {path} cannot be read: it is no file")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -119,6 +121,19 @@ def read_embeddings(path: str | Path) -> dict[str, Any]:
         else:
             found.setdefault(stem, []).append(tensor)
     return found
+
+
+def check_numbers(**given: Any) -> None:
+    """Raise `GenerationError` for what counts something and is no positive integer; None is left to the pipeline."""
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise GenerationError(f"{name}={value!r} is not a positive integer; the nearest legal one is {name}=1")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise `GenerationError` for what torch takes as no seed."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+        raise GenerationError(f"seed={seed!r}: expected an integer from 0 to 2**63 - 1")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -81,7 +81,7 @@ class Setup:
 
 def ported_components(pipe: Any) -> list[Ported]:
     """The components of a pipeline that are ported."""
-    return [component for component in components(pipe).values() if type(component) is Ported]
+    return [component for component in components(pipe).values() if isinstance(component, Ported)]
 
 
 def _quieten() -> None:

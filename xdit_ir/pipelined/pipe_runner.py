@@ -11,6 +11,7 @@ import torch
 from xdit_ir.capture.inputs import InputBinder
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import Deferred
+from xdit_ir.deferral.gradients import without_gradients
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, plain_modes
@@ -97,7 +98,7 @@ class PipelineRunner:
             except BaseException:
                 self.queue.abandon()
                 raise
-        return build_output(self.program.signature, outputs)
+        return build_output(self.program.signature, without_gradients(outputs, weights))
 
     def _pass(self, inputs: Tensors, weights: Tensors) -> list[Deferred]:
         latents, requests = self._latents(inputs), self.queue.requests

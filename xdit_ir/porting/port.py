@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from xdit_ir.capture.plain import odd_weight
 from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
@@ -92,8 +93,10 @@ def port(
 
 
 def _ported(original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions) -> Ported:
-    if type(original) is Ported:
+    if isinstance(original, Ported):
         raise ParallelizeError("the module is ported already; its original is needed to port it otherwise")
     if (where := hooked(original)) is not None:
         raise ParallelizeError(f"{where} has a hook of accelerate, which offloads or spreads weights: port first")
+    if (odd := odd_weight(original)) is not None:
+        raise ParallelizeError(odd)
     return Ported(original, mesh, schedule, options)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from xdit_ir.api import ParallelProgram
 from xdit_ir.emission.context import RunOptions
@@ -34,7 +35,19 @@ def _moving(name: str) -> Any:
     return functools.wraps(getattr(nn.Module, name))(method)
 
 
-class Ported(Shadow):
+class _Equal(type):
+    """Of a class that equals the one in `stands_for`: pipelines ask for the exact type of their components."""
+
+    stands_for: type | None = None
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (cls.stands_for is not None and cls.stands_for is other)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls) if cls.stands_for is None else hash(cls.stands_for)
+
+
+class Ported(Shadow, metaclass=_Equal):
     """`original`, parallel: the same state, attributes, class and `forward` signature.
 
     Reloaded weights take effect at once. Weights of other shapes, dtypes or device, replaced submodules, changed plain
@@ -43,6 +56,12 @@ class Ported(Shadow):
     """
 
     _xdit_specialisations: Specialisations
+
+    def __new__(cls, original: nn.Module, *_: Any) -> Ported:
+        """Of a class of its own, which equals that of the original."""
+        kind: Any = _Equal("Ported", (Ported,), {"stands_for": type(original), "__module__": __name__})
+        made: Ported = object.__new__(kind)
+        return made
 
     def __init__(self, original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions) -> None:
         super().__init__(original)
@@ -103,5 +122,6 @@ class Ported(Shadow):
         """Whether weights are elsewhere than in the original, which may be on the meta device."""
         return self._xdit_specialisations.options.loading.holds
 
+    @_disable_dynamo  # compiled by who uses it, it is called as it is
     def _xdit_forward(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._xdit_specialisations.call(Arguments(args, kwargs))

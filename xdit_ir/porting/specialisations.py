@@ -12,16 +12,27 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.api import ParallelProgram, TracedProgram, trace
+from xdit_ir.capture.failures import RaisedByForward
 from xdit_ir.capture.inputs import bind_arguments
 from xdit_ir.deferral.deferred import Deferred, materialize
+from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.emission.execution import Tensors
-from xdit_ir.errors import MismatchError, ParallelizeError
+from xdit_ir.errors import MismatchError, ParallelizeError, XditError
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.runtime.build import RunnerFactory
 from xdit_ir.runtime.rank_runner import RankRunner
-from xdit_ir.transport.handshake import agree, agree_contents, call_facts, call_tensors, digest, fact, guarded
+from xdit_ir.transport.handshake import (
+    agree,
+    agree_contents,
+    call_facts,
+    call_tensors,
+    digest,
+    fact,
+    failure_text,
+    guarded,
+)
 
 LIMIT = 32  # specialisations kept per module, the most recently used ones
 Mode = tuple[Any, ...]
@@ -73,8 +84,11 @@ class Specialisations:
             device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
         factory, mode = self._factory(device), self._mode(device)
         with factory.context.communicator.working():
-            bound = self._find(mode, given)
-            self._agree(factory, mode, given, bound)
+            refusal = gradient_refusal(factory.context.parameters, given.args, given.kwargs)
+            bound = None if refusal else self._find(mode, given)
+            self._agree(factory, mode, given, bound, refusal)
+            if refusal is not None:
+                raise factory.context.communicator.agreed(refusal)
             if bound is None:
                 runner = self._specialise(factory, mode, given).runner
                 bound = runner.bind(given.args, given.kwargs)
@@ -111,7 +125,9 @@ class Specialisations:
                 return bound
         return None
 
-    def _agree(self, factory: RunnerFactory, mode: Mode, given: Arguments, bound: Bound | None) -> None:
+    def _agree(
+        self, factory: RunnerFactory, mode: Mode, given: Arguments, bound: Bound | None, refusal: XditError | None
+    ) -> None:
         """All ranks make the same call; contents are compared only of inputs that some specialisation was made for."""
         if factory.context.communicator.line is None:
             return
@@ -120,7 +136,7 @@ class Specialisations:
             contents = guarded(one.runner.program for one in self.found)
             facts = call_facts(factory.context.parameters, given.args, given.kwargs, contents)
             options = {"the degrees of port": fact(self.schedule), "training mode and autocast": fact(mode[1:])}
-            return facts | options
+            return facts | options | ({} if refusal is None else {"the gradients": failure_text(refusal)})
 
         state = {"the program of this call": "not made yet" if bound is None else "made before"}
         if bound is None:
@@ -136,7 +152,11 @@ class Specialisations:
             named = bind_arguments(signature, given.args, given.kwargs, MismatchError)
             example = tuple(given.args) if given.args and not given.kwargs else named
             example = pytree.tree_map_only(Deferred, materialize, example)
-            return _parallelized(trace(self.model, example), self.schedule)
+            try:
+                traced = trace(self.model, example)
+            except RaisedByForward as failure:
+                raise failure.error from None
+            return _parallelized(traced, self.schedule)
 
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
         made = Specialisation(mode, settings, *factory.build(make))

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RunOptions, on_all_ranks
-from xdit_ir.errors import MismatchError
+from xdit_ir.errors import GradientError, MismatchError
 from xdit_ir.ir.program import Program
 from xdit_ir.parallel import Parallel
 from xdit_ir.runtime.build import RunnerFactory
@@ -64,7 +65,8 @@ class Emitted(Shadow):
     """Runs this rank's part of a program, with the weights, attributes and `forward` signature of the model.
 
     Weights are looked up by name at every call, so loading others into the model takes effect; after a change of
-    their shapes, dtypes or device, or of the module tree, `forward` raises `MismatchError`. Autograd is not recorded.
+    their shapes, dtypes or device, or of the module tree, `forward` raises `MismatchError`. No gradients are recorded:
+    who needs one gets a `GradientError`.
     """
 
     _xdit_make: Callable[[], _Built]
@@ -105,8 +107,10 @@ class Emitted(Shadow):
     def _xdit_call(self, built: _Built, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         runner, communicator = built.runner, built.communicator
         try:
+            if (gradients := gradient_refusal(self._xdit_signature, args, kwargs)) is not None:
+                raise gradients
             inputs, weights = runner.bind(args, kwargs)
-        except MismatchError as failure:
+        except (GradientError, MismatchError) as failure:
             refusal = {"the program": failure_text(failure)}
             facts = self._xdit_facts(runner, args, kwargs) | refusal
             try:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import materialize, pending
+from xdit_ir.deferral.gradients import without_gradients
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.mesh import BATCH
@@ -98,10 +99,10 @@ class Pairing:
                 pending(_Result(call, index), spec.shape, spec.dtype, self.communicator.device)
                 for index, spec in enumerate(runner.outputs)
             ]
-            return build_output(signature, results)
+            return build_output(signature, without_gradients(results, weights))
         self._exchange(first, call)
         assert call.results is not None
-        return build_output(signature, call.results)
+        return build_output(signature, without_gradients(call.results, weights))
 
     def read_early(self, call: PairedCall) -> None:
         """Run a call that waits on both halves; its other ranks must read too, and all of them raise if they do not.

@@ -11,6 +11,7 @@ from xdit_ir.capture.effects import apply_effects
 from xdit_ir.capture.inputs import InputBinder, bind_arguments
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import materialize
+from xdit_ir.deferral.gradients import without_gradients
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors, as_normal_tensor, plain_modes
@@ -63,7 +64,7 @@ class Runner:
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result; what forward leaves in caches is left in the arguments."""
-        tensors = self.compute(inputs, weights)
+        tensors = without_gradients(self.compute(inputs, weights), weights)
         if self.program.signature.effects:
             apply_effects(
                 self.program.signature, tensors, bind_arguments(self._parameters, args, kwargs, MismatchError)

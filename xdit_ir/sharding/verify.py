@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from xdit_ir.errors import VerifyError
+from xdit_ir.errors import VerifyError, XditError
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import arguments_of, operands, placeholders, results_of, weights_of
 from xdit_ir.ir.layout import Layout, key_gather_dims, kind
@@ -37,6 +37,14 @@ class _Verifier:
         self.place = ""
 
     def check(self) -> None:
+        try:
+            self._all()
+        except XditError:
+            raise
+        except Exception as error:  # a rule, or PyTorch, meets what no operator takes
+            raise VerifyError(f"{self.where}, {self.place}: {type(error).__name__}: {error}") from error
+
+    def _all(self) -> None:
         for name, block in self.program.blocks.items():
             self.place = f"block {name}"
             self._graph(block.graph)

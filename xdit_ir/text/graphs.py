@@ -31,7 +31,7 @@ from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.text.attachments import attached
 from xdit_ir.text.literals import RECORD, STRING, read_literal, read_name
 from xdit_ir.text.scanner import Scanner
-from xdit_ir.text.targets import resolve
+from xdit_ir.text.targets import is_target, resolve
 from xdit_ir.text.types import TypeReader
 from xdit_ir.text.write import result_types, state_spec, usual_name
 
@@ -56,17 +56,24 @@ class GraphReader:
     def read(self, lines: Sequence[Scanner]) -> fx.Graph:
         """The graph; its last line is its `return`."""
         for scanner in lines:
-            if scanner.match(r"input\b"):
-                self.input(scanner)
-            elif scanner.match(r"return\b"):
-                self._return(scanner)
+            with scanner.reading():
+                returns = self._line(scanner)
                 scanner.end()
+            if returns:
                 return self.graph
-            else:
-                self._node(scanner)
-            scanner.end()
         where = f"line {lines[-1].line}: " if lines else ""
         raise ParseError(f"{where}expected a graph that ends with `return`")
+
+    def _line(self, scanner: Scanner) -> bool:
+        """One line; whether it is the last one."""
+        if scanner.match(r"input\b"):
+            self.input(scanner)
+        elif scanner.match(r"return\b"):
+            self._return(scanner)
+            return True
+        else:
+            self._node(scanner)
+        return False
 
     def input(self, scanner: Scanner) -> None:
         """One `%name: type`."""
@@ -135,6 +142,8 @@ class GraphReader:
             found = read_literal(scanner, self.attachments, self._reference)
         else:
             found = resolve(scanner.expect(OPERATOR, "an operator, such as add.Tensor"), scanner.line)
+        if not is_target(found):
+            scanner.fail(f"an operator, and {found!r:.60} is none")
         scanner.need("(")
         return found
 
@@ -159,6 +168,8 @@ class GraphReader:
         prefix = scanner.expect(r"<[^>]*>", "<the prefix of its parameters>")[1:-1]
         scanner.need("(")
         values, given = self._arguments(scanner)
+        if block not in self.program.blocks:
+            raise ParseError(f"line {scanner.line}: block {block} is called before it is defined")
         needed = weights_of(self.program.blocks[block].graph)
         if unknown := [key for key in given if key not in needed]:
             raise ParseError(f"line {scanner.line}: {block} has no weight {unknown[0]!r}; it has {', '.join(needed)}")

@@ -178,7 +178,7 @@ def _word(scanner: Scanner) -> Any:
         return {"None": None, "True": True, "False": False}[text]
     if text.partition(":")[0] in DEVICES:
         return torch.device(text)
-    found = BY_NAME.get(text, getattr(torch, text.removeprefix("torch."), None))
+    found = BY_NAME.get(text, vars(torch).get(text.removeprefix("torch.")))
     if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
         return found
     scanner.at = start
@@ -189,7 +189,7 @@ def read_dtype(scanner: Scanner) -> torch.dtype:
     """`f32`."""
     start = scanner.at
     name = scanner.expect(r"\w+", "a dtype")
-    found = BY_NAME.get(name, getattr(torch, name, None))
+    found = BY_NAME.get(name, vars(torch).get(name))
     if isinstance(found, torch.dtype):
         return found
     scanner.at = start

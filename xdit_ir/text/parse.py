@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ KEYWORDS = (
     *("program", "block", "device", "facts", "coordinates", "weights", "constants", "tokens", "seeds", "signature"),
     "partitions",
 )
+LARGEST_MESH = 1 << 14  # ranks; a layout lists what each of them holds
 CALLS = re.compile(r"= ([\w.$-]+)<([^>]*)>\(")
 
 
@@ -49,7 +51,12 @@ def parse(text: str, attachments: Mapping[str, Any] | None = None) -> Program:
     Raises:
         ParseError: names the line, what was expected there and what was found.
     """
-    return _Reader(_sections(text), attachments or {}).program()
+    try:
+        return _Reader(_sections(text), attachments or {}).program()
+    except ParseError:
+        raise
+    except Exception as error:
+        raise ParseError(f"the text is no program: {type(error).__name__}: {error}") from error
 
 
 def _sections(text: str) -> list[_Section]:
@@ -134,6 +141,8 @@ class _Reader:
             names.append(head.expect(r"\w+(?==)", f"a mesh dim such as {' or '.join(MESH_DIMS)} with its size"))
             head.need("=")
             sizes.append(int(head.expect(r"\d+", "a size")))
+        if math.prod(sizes) > LARGEST_MESH:
+            raise ParseError(f"line {head.line}: a mesh of {math.prod(sizes)} ranks; expected {LARGEST_MESH} at most")
         try:
             return Mesh(tuple(names), tuple(sizes))
         except ParallelizeError as error:

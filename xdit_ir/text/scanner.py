@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NoReturn
 
@@ -68,6 +69,16 @@ class Scanner:
         """Nothing may be left."""
         if not self.done:
             self.fail("the end of the line")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Whatever goes wrong while this line is read is a `ParseError` that names it."""
+        try:
+            yield
+        except ParseError:
+            raise
+        except Exception as error:
+            raise ParseError(f"line {self.line}: {type(error).__name__}: {error}") from error
 
     def fail(self, expected: str, near: Iterable[str] = ()) -> NoReturn:
         """Raise `ParseError`; `near`: what would be legal here, of which the nearest is named."""

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.ir.program import Effect, Guard, InputLeaf, Literal, PathEntry, Predicate, Signature
 from xdit_ir.text.literals import STRING, LiteralWriter, name_text, read_literal, read_name
 from xdit_ir.text.scanner import Scanner
+from xdit_ir.text.trees import load_tree
 from xdit_ir.text.types import TypeReader, TypeWriter
 
 GraphLines = Callable[[fx.Graph], list[str]]
@@ -100,7 +101,7 @@ def _read_entry(scanner: Scanner) -> tuple[Any, Any]:
 
 def _read_spec(scanner: Scanner) -> pytree.TreeSpec:
     if scanner.match(r"pytree\b"):
-        return pytree.treespec_loads(ast.literal_eval(scanner.expect(STRING, "pytree's JSON in quotes")))
+        return load_tree(ast.literal_eval(scanner.expect(STRING, "pytree's JSON in quotes")))
     return pytree.tree_structure(_read_tree(scanner))
 
 

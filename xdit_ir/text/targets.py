@@ -41,17 +41,29 @@ def target_text(target: Any) -> str | None:
     return name if target.namespace == "aten" and name not in OURS else f"{target.namespace}::{name}"
 
 
+def is_target(found: Any) -> bool:
+    """Whether a record, or an attachment, is something that a node can call."""
+    return isinstance(found, _TARGETS) or (callable(found) and not isinstance(found, (type, torch.Tensor)))
+
+
+def _packet(namespace: str, name: str) -> Any:
+    """The operator of this name with all its overloads; None for whatever else `torch.ops` has."""
+    space = getattr(torch.ops, namespace, None)
+    found = getattr(space, name, None) if isinstance(space, torch._ops._OpNamespace) else None
+    return found if isinstance(found, torch._ops.OpOverloadPacket) else None
+
+
 def resolve(name: str, line: int) -> Any:
     """The operator of this name; raises `ParseError` naming the nearest one there is."""
     if name in OURS:
         return OURS[name]
     namespace, _, rest = name.rpartition("::")
     packet_name, _, overload = rest.partition(".")
-    packet = getattr(getattr(torch.ops, namespace or "aten"), packet_name, None)
+    packet = _packet(namespace or "aten", packet_name)
     if packet is None:
         near = difflib.get_close_matches(packet_name, [*OURS, *dir(torch.ops.aten)], n=1)
         raise ParseError(f"line {line}: there is no operator {name!r}" + (f"; nearest: {near[0]}" if near else ""))
     found = getattr(packet, overload or "default", None)
-    if found is None:
+    if not isinstance(found, torch._ops.OpOverload):
         raise ParseError(f"line {line}: {packet_name} has no overload {overload!r}; there are {packet.overloads()}")
     return found

@@ -19,6 +19,7 @@ from xdit_ir.ir.program import TensorSpec
 from xdit_ir.text.literals import dtype_text, read_dtype
 from xdit_ir.text.scanner import Scanner
 
+LARGEST = 1 << 24  # indices of a divided dimension; some rules list them
 OVER = r"\(?\w+(?:\*\w+)*\)?"
 
 
@@ -147,17 +148,27 @@ class TypeReader:
             number = int(scanner.expect(r"\d+", "the number of a partition"))
             if number not in self.partitions:
                 raise ParseError(f"line {scanner.line}: partition #{number} is not listed in the text")
-            return self.partitions[number].size, self.partitions[number]
+            return self._listed(scanner, self.partitions[number])
         if text.isdigit():
             return int(text), None
         if self.mesh is None:
             raise ParseError(
                 f"line {scanner.line}: {text} is divided, but the program is on no mesh: `program X on ...`"
             )
-        found = obvious(text, self.mesh)
+        found = obvious(text, self.mesh) if sum(map(int, re.findall(r"\d+", text.split("/")[0]))) <= LARGEST else None
         if found is None:
             on = mesh_text(self.mesh)
             raise ParseError(
                 f"line {scanner.line}: {text} says no exact partition on {on}; number one: {text}#0, and list it"
             )
         return found.size, found
+
+    def _listed(self, scanner: Scanner, partition: Partition) -> tuple[int, Partition]:
+        """A numbered partition, which must be one for all ranks of the mesh."""
+        ranks = 0 if self.mesh is None else self.mesh.world_size
+        if len(partition.parts) != ranks or max(partition.size, *partition.sizes) > LARGEST:
+            raise ParseError(
+                f"line {scanner.line}: the partition has {len(partition.parts)} parts of {partition.size} indices; "
+                f"expected one for each of {ranks} ranks, and {LARGEST} indices at most"
+            )
+        return partition.size, partition

@@ -201,7 +201,8 @@ def guarded(programs: Iterable[Program]) -> frozenset[str]:
 def fact(leaf: Any) -> str:
     """A text that is the same in every process for equal leaves."""
     if isinstance(leaf, (torch.Tensor, TensorSpec)):
-        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+        absent = " on the meta device" if isinstance(leaf, torch.Tensor) and leaf.is_meta else ""
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}{absent}"
     return _ADDRESS.sub("", repr(leaf))
 
 

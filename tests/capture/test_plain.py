@@ -1,0 +1,197 @@
+"""Weights that are no plain tensors, or moved and cast by hooks, are refused by name before anything is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import xdit_ir as xir
+from xdit_ir import models
+
+
+class Int8(torch.Tensor):
+    """A matrix of bytes that pretends to be one of floats, as torchao's are."""
+
+    q: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, q: torch.Tensor) -> Int8:
+        return torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=torch.float32)  # type: ignore[no-any-return]
+
+    def __init__(self, q: torch.Tensor) -> None:
+        self.q = q
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return F.linear(args[0], args[1].q.float(), *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return Int8(args[0].q)
+        raise NotImplementedError(func)
+
+
+class Packed(nn.Parameter):
+    """Bytes that a layer unpacks by a type noted on them, as those of GGUF are."""
+
+    scale = 2.0
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def model() -> nn.Module:
+    return nn.Sequential(Layer(), Layer()).eval().requires_grad_(False)
+
+
+X = torch.ones(2, 8)
+
+
+def weight(module: nn.Module) -> torch.Tensor:
+    return module.get_parameter("1.linear.weight").detach()
+
+
+def subclass(module: nn.Module) -> None:
+    module[1].linear.weight = nn.Parameter(Int8(weight(module).to(torch.int8)), requires_grad=False)  # type: ignore[index]
+
+
+def packed(module: nn.Module) -> None:
+    module[1].linear.weight = Packed(weight(module), requires_grad=False)  # type: ignore[index]
+
+
+def sparse(module: nn.Module) -> None:
+    module[1].linear.weight = nn.Parameter(weight(module).to_sparse(), requires_grad=False)  # type: ignore[index]
+
+
+def lazy(module: nn.Module) -> None:
+    module[1].linear = nn.LazyLinear(8)  # type: ignore[index]
+
+
+def attribute(module: nn.Module) -> None:
+    module[1].table = Int8(torch.ones(3, 3, dtype=torch.int8))  # type: ignore[index]
+
+
+def stored_in_fp8(module: nn.Module) -> None:
+    linear = module[1].linear.to(torch.float8_e4m3fn)  # type: ignore[index]
+    linear.register_forward_pre_hook(lambda layer, args: layer.to(torch.float32) and None)
+    linear.register_forward_hook(lambda layer, args, result: layer.to(torch.float8_e4m3fn) and None)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (subclass, r"1\.linear\.weight is a .*Int8"),
+        (packed, r"1\.linear\.weight is a .*Packed"),
+        (sparse, r"1\.linear\.weight is a sparse"),
+        (lazy, r"1\.linear\.weight is a .*UninitializedParameter"),
+        (attribute, r"1\.table is a .*Int8"),
+        (stored_in_fp8, r"1\.linear\.weight is stored as torch\.float8_e4m3fn, and a hook"),
+    ],
+)
+def test_odd_weights_are_refused_by_port_and_by_trace(change: Callable[[nn.Module], None], named: str) -> None:
+    module = model()
+    change(module)
+    start = time.perf_counter()
+    with pytest.raises(xir.ParallelizeError, match=named):
+        xir.port(module)
+    with pytest.raises(xir.TraceError, match=named):
+        xir.trace(module, (X,))
+    assert time.perf_counter() - start < 1
+
+
+def test_weights_that_become_odd_after_the_first_call_are_refused_too() -> None:
+    module = model()
+    ported = xir.port(module)
+    ported(X)
+    subclass(module)
+    with pytest.raises(xir.XditError, match="Int8"):
+        ported(X)
+
+
+def test_a_hook_that_casts_weights_is_refused_when_it_does() -> None:
+    module = model().to(torch.float64)
+    ported = xir.port(module)
+    module[1].linear.register_forward_pre_hook(lambda layer, args: layer.to(torch.float32) and None)  # type: ignore[index]
+    with pytest.raises(xir.TraceError, match=r"1\.linear: forward, or a hook around it, makes its weight"):
+        ported(X.double())
+
+
+def test_a_cast_to_the_dtype_that_weights_have_is_none() -> None:
+    module = model()
+    module[1].linear.register_forward_pre_hook(lambda layer, args: layer.to(torch.float32) and None)  # type: ignore[index]
+    assert torch.equal(xir.port(module)(X), module(X))
+
+
+@pytest.mark.parametrize("how", ["group offload", "layerwise casting"])
+def test_hooks_of_diffusers_that_move_or_cast_weights(how: str) -> None:
+    transformer: Any = models.load("flux.1-dev:tiny")[0]
+    ported: Any = xir.port(transformer)
+    example = models.load("flux.1-dev:tiny")[1]
+    if how == "group offload":
+        cpu = torch.device("cpu")
+        ported.enable_group_offload(cpu, offload_device=cpu, offload_type="leaf_level")
+    else:
+        ported.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    named = "GroupOffloadingHook" if how == "group offload" else "LayerwiseCastingHook"
+    start = time.perf_counter()
+    with pytest.raises(xir.ParallelizeError, match=named):
+        xir.port(transformer)
+    assert time.perf_counter() - start < 1
+    with torch.no_grad(), pytest.raises(xir.TraceError, match=named):
+        ported(**example)
+
+
+def test_modules_that_others_have_wrapped(tmp_path: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        part = model()
+        fully_shard(part[0], mesh=mesh)  # type: ignore[index]
+        with pytest.raises(xir.ParallelizeError, match="0 is sharded by FSDP"):
+            xir.port(part)
+        root = model()
+        fully_shard(root, mesh=mesh)
+        with pytest.raises(xir.ParallelizeError, match="is sharded by FSDP"):
+            xir.port(root)
+        shared = nn.parallel.DistributedDataParallel(model().requires_grad_(True))
+        with pytest.raises(xir.ParallelizeError, match=r"DistributedDataParallel.*port what it wraps"):
+            xir.port(shared)
+        split = dist.tensor.distribute_module(model(), mesh)
+        with pytest.raises(xir.ParallelizeError, match=r"0\.linear\.weight is a .*DTensor"):
+            xir.port(split)
+    finally:
+        dist.destroy_process_group()
+
+
+class Library(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.library, self.namespaces, self.linear = F, [torch], nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.library.silu(self.linear(x))
+
+
+def test_python_modules_in_attributes_are_not_walked() -> None:
+    module = nn.Sequential(Library(), Library()).eval().requires_grad_(False)
+    start = time.perf_counter()
+    assert torch.equal(xir.port(module)(X), module(X))
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,107 @@
+"""Weights that a trace would misread: no plain tensors, or moved and cast by hooks around forward. Found by looking at
+the modules only, before anything is run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from xdit_ir.errors import TraceError
+
+PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})  # classes of tensors that are what they look like
+_WRAPPERS = (DataParallel, DistributedDataParallel)
+_FSDP = "torch.distributed.fsdp"
+# What the hooks do that diffusers keeps in these modules.
+_HOOKS = {
+    "diffusers.hooks.group_offloading": "offloads weights (enable_group_offload)",
+    "diffusers.hooks.layerwise_casting": "casts weights around each layer (enable_layerwise_casting)",
+    "diffusers.hooks.context_parallel": "divides the model already (enable_parallelism)",
+    "diffusers.hooks.tensor_parallel": "divides the model already (enable_parallelism)",
+}
+
+
+def odd_weight(model: nn.Module) -> str | None:
+    """What of a model's weights cannot be traced as it is, and what to do about it; None if there is nothing."""
+    return next(_odd(model), None)
+
+
+def odd_tensor(name: str, tensor: torch.Tensor) -> str | None:
+    """Why a tensor is not what its shape and dtype say; None if it is."""
+    kind = type(tensor)
+    if kind not in PLAIN:
+        return (
+            f"{name} is a {kind.__module__}.{kind.__qualname__}, which is no plain tensor: its operators are its own; "
+            "give the model plain weights (dequantised, gathered, initialised)"
+        )
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        how = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        return f"{name} is a {how} tensor; give the model plain (strided) weights"
+    return None
+
+
+def applied(path: str, module: nn.Module) -> Callable[..., nn.Module]:
+    """What `to` and the like do to a module while it is traced: nothing, or they are refused."""
+
+    def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
+            made = fn(tensor)
+            if (made.dtype, made.device) != (tensor.dtype, tensor.device):
+                raise TraceError(
+                    f"{path or 'the model'}: forward, or a hook around it, makes its {name} ({tensor.dtype}, "
+                    f"{tensor.device}) {made.dtype} on {made.device}; cast and move weights before"
+                )
+        return module
+
+    return apply
+
+
+def _odd(model: nn.Module) -> Iterator[str]:
+    name_of = type(model).__name__
+    for path, module in model.named_modules():
+        where = path or name_of
+        yield from _wrapper(where, module)
+        yield from _hooks(where, module)
+        for holder in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in dict.items(holder):
+                if isinstance(tensor, torch.Tensor) and (why := odd_tensor(f"{path}.{name}" if path else name, tensor)):
+                    yield why
+        yield from _cast(where, module)
+
+
+def _wrapper(where: str, module: nn.Module) -> Iterator[str]:
+    fsdp: Any = sys.modules.get(_FSDP)
+    if fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+        yield f"{where} is sharded by FSDP, whose hooks gather and free its weights; port the model without it"
+    if isinstance(module, _WRAPPERS):
+        yield f"{where} is wrapped in {type(module).__name__}; port what it wraps, its `module`"
+
+
+def _hooks(where: str, module: nn.Module) -> Iterator[str]:
+    registry = vars(module).get("_diffusers_hook")
+    for hook in getattr(registry, "hooks", {}).values():
+        if (what := _HOOKS.get(type(hook).__module__)) is not None:
+            kind = type(hook).__name__
+            yield f"{where} has a hook of diffusers, {kind}, which {what}; port the model without it"
+
+
+def _is_stored(dtype: torch.dtype) -> bool:
+    """Whether it is a type of which PyTorch stores numbers, and does not compute with them."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def _cast(where: str, module: nn.Module) -> Iterator[str]:
+    """Weights in a type that nothing computes with, and something around forward."""
+    around = "forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks
+    weights = ((name, weight) for name, weight in dict.items(module._parameters) if weight is not None)
+    for name, dtype in ((name, weight.dtype) for name, weight in weights if _is_stored(weight.dtype)):
+        if around:
+            yield (
+                f"{where}.{name} is stored as {dtype}, and a hook around {where} casts it; give the model weights of "
+                "the dtype in which it computes"
+            )
