@@ -25,6 +25,7 @@ from xdit_ir.capture.values import (
     Origin,
     Roots,
     TracedValue,
+    expand,
     map_tensors,
     share_memory,
     spec_of,
@@ -123,13 +124,13 @@ def note_read(recorder: Recorder, roots: Roots, what: str) -> None:
     for root in roots:
         if isinstance(root, FromArgument):
             root.frame.reads.add(root.index)
-    for origin in _expand(roots):
+    for origin in expand(roots):
         if isinstance(origin, str):
             recorder.read_inputs.setdefault(origin, f"{source_line()} ({what})")
 
 
 def _unknown(recorder: Recorder, roots: Roots, what: str) -> TraceError:
-    origins = sorted(_expand(roots), key=str)
+    origins = sorted(expand(roots), key=str)
     blamed = [root for root in origins if root in (Origin.PARAMETER, Origin.RANDOM)]
     inputs = [root for root in origins if isinstance(root, str)]
     hollow = [name for name in inputs if not recorder.inputs[name].dtype.is_floating_point]
@@ -142,13 +143,6 @@ def _unknown(recorder: Recorder, roots: Roots, what: str) -> TraceError:
     names = [f"input {name!r}" for name in inputs] + [root.value for root in blamed]
     blame = ", ".join(names) or Origin.BUFFER.value
     return recorder.opaque(f"{text}{blame}; only contents of integer inputs and masks may be read")
-
-
-def _expand(roots: Roots) -> set[str | Origin]:
-    found: set[str | Origin] = set()
-    for root in roots:
-        found |= _expand(root.frame.outer[root.index].roots) if isinstance(root, FromArgument) else {root}
-    return found
 
 
 def _s(names: list[str]) -> str:

@@ -35,6 +35,19 @@ def predicate(recorder: Recorder, value: TracedValue, what: str) -> Predicate | 
     return Predicate(graph, paths, constants, known, found.reason)
 
 
+def computed(recorder: Recorder, value: TracedValue) -> torch.Tensor | None:
+    """Contents, however many, of what was computed outside of blocks from nothing but constants; None of others."""
+    if value.frame is None or value.frame.parent is not None:
+        return None
+    graph, paths = _cone(recorder, recorder.node(value.fake))
+    names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    if paths or any(not name.startswith(f"{CONSTANT}.") for name in names):
+        return None
+    constants = {name: recorder.constants[name.partition(".")[2]] for name in names}
+    with torch.no_grad():
+        return evaluate(Predicate(graph, paths, constants, torch.empty(0)), {})
+
+
 def _cone(recorder: Recorder, result: fx.Node) -> tuple[fx.Graph, tuple[str, ...]]:
     """A graph of the nodes that a node is computed from, and the paths of the inputs among them."""
     needed = {result}

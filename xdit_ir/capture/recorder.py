@@ -155,6 +155,10 @@ class Recorder(GraphWriter):
         fake = self.state_of(tensor)
         return self.constant(tensor) if fake is tensor else self._values[id(fake)]
 
+    def found(self, tensor: torch.Tensor) -> TracedValue | None:
+        """What is known about a fake tensor; None if it is not of this trace."""
+        return self._values.get(id(tensor))
+
     def roots(self, tensors: list[torch.Tensor]) -> Roots:
         """All that a result of these tensors depends on."""
         return NO_ROOTS.union(*(self.value(tensor).roots for tensor in tensors))

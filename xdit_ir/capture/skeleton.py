@@ -81,6 +81,13 @@ class Skeleton:
         """A copy of an object that may refer to the model; unknown kinds of objects are themselves."""
         return self._copy(item)
 
+    @property
+    def originals(self) -> dict[int, Any]:
+        """What was copied, by the id of its copy; fakes stand for tensors. What is its own copy is not there."""
+        found = ((self._copies[id(item)], item) for item in self._originals)
+        pairs = {id(copy): item for copy, item in found if copy is not item}
+        return pairs | {id(vars(self._copies[id(item)])): vars(item) for item in pairs.values() if hasattr(item, "__dict__")}
+
     def _remember(self, original: Any, copy: Any) -> None:
         self._copies[id(original)] = copy
         self._originals.append(original)
@@ -94,6 +101,7 @@ class Skeleton:
         for name, item in module.__dict__.items():
             if name in ("_parameters", "_buffers"):
                 copy.__dict__[name] = LazyState(item, self.state_of)
+                self._remember(item, copy.__dict__[name])
             else:
                 copy.__dict__[name] = None if name == _COMPILED else self._copy(item)
         if "_orig_mod" in module._modules and "dynamo_ctx" in module.__dict__:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.blocks import Blocks, prune
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import ArgumentState
+from xdit_ir.capture.equality import compute_same
 from xdit_ir.capture.failures import Opaque, ShapeDepends, Unshareable
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
@@ -29,21 +31,51 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line
+from xdit_ir.capture.state import TRACED, StateWatch, Write, left, refusal, writes_of
 from xdit_ir.capture.tracer import Tracer
-from xdit_ir.capture.values import Frame, TracedValue, spec_of
+from xdit_ir.capture.values import Frame, TracedValue, ordinary, spec_of
 from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.program import CONSTANT, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
 
+Example = Mapping[str, Any] | tuple[Any, ...]
 Flat = list[tuple[str, Any]]
 
 
-def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: Sequence[Wanted] = ()) -> Program:
+def trace(
+    model: nn.Module,
+    example: Example,
+    leaf: Sequence[Wanted] = (),
+    *,
+    keep: bool = False,
+) -> Program:
     """Capture a module's forward for one input signature as a `Program`.
 
     `example` holds forward's arguments by name, or its positional arguments. Model and example may be on any
     device, including meta. Nothing is computed but what Python must know, and the model is left as it was.
     Submodules that cannot be captured, and those named in `leaf`, become opaque leaves.
+
+    Tables that forward fills once are left in the model if `keep`. Then the program is that of the calls to come.
+
+    Raises:
+        TraceError: forward cannot be captured, or keeps a state between calls: what it leaves in Python objects is
+            written again at every call, changes what it does, or depends on its inputs.
     """
+    program, writes = _captured(model, example, leaf)
+    if not writes:
+        return program
+    with left(writes) as kept:
+        again, more = _captured(model, example, leaf)
+        if more:
+            raise refusal(more)
+        if not compute_same(program, again, model):
+            raise refusal(writes, ", after which it computes something else")
+        if keep:
+            kept()
+    return again if keep else program
+
+
+def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted]) -> tuple[Program, list[Write]]:
+    """A program, and what forward leaves in Python objects outside of its arguments."""
     named, by_name = bind_example(model, example), isinstance(example, Mapping)
     rung = Rung.top(model, leaf)
     while True:
@@ -55,15 +87,16 @@ def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: 
             rung = rung.below(failure)
 
 
-def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions) -> Program:
+def _attempt(
+    rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions
+) -> tuple[Program, list[Write]]:
     model = rung.model
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
     recorder = Recorder(device)
     values = {path: _input(recorder, path, x) for path, x in leaves if isinstance(x, torch.Tensor)}
     args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
-    with torch.inference_mode():
-        skeleton = Skeleton(model, recorder.state, functions)
+    with torch.inference_mode(), _watched(Skeleton(model, recorder.state, functions)) as (skeleton, watch):
         recorder.state_of = skeleton.state_of
         blocks = Blocks(recorder, set(rung.blocks), _watch(skeleton, rung.blocks, recorder))
         called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
@@ -73,7 +106,19 @@ def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functi
         call = call_arguments(inspect.signature(model.forward), given.named, by_name)
         output = _run(skeleton.model, recorder, *call)
         signature = _signature(recorder, leaves, in_spec, output, lambda place: given.effects(values, place))
-    return _program(type(model).__name__, device, recorder, blocks, signature)
+        writes = writes_of(watch, skeleton, recorder)
+    return _program(type(model).__name__, device, recorder, blocks, signature), writes
+
+
+@contextmanager
+def _watched(skeleton: Skeleton) -> Iterator[tuple[Skeleton, StateWatch]]:
+    """A copy to be traced; what its forward does to objects that are no copies is put back."""
+    watch = StateWatch([("", skeleton.model)])
+    try:
+        yield skeleton, watch
+        watch.check_draws()
+    finally:
+        watch.restore(skeleton.originals)
 
 
 def _device(model: nn.Module, leaves: Flat) -> torch.device:
@@ -144,7 +189,7 @@ def _wrap(
         finally:
             recorder.path.pop()
 
-    wrapped.__wrapped__ = forward  # type: ignore[attr-defined]
+    setattr(wrapped, TRACED, forward)
     return wrapped
 
 
@@ -187,13 +232,7 @@ def _guard(recorder: Recorder, path: str, leaf: Any) -> Guard | None:
         return Guard(path, snapshot(leaf), "not a tensor")
     if path not in recorder.read_inputs:
         return None
-    return Guard(path, _plain(leaf.detach().cpu()), recorder.read_inputs[path])
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that is an ordinary tensor although it was made in inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.clone()
+    return Guard(path, ordinary(leaf.detach().cpu()), recorder.read_inputs[path])
 
 
 def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks, signature: Signature) -> Program:
@@ -226,5 +265,5 @@ def _check_constants(frame: Frame, recorder: Recorder) -> None:
 def _placed(recorder: Recorder, name: str) -> torch.Tensor:
     """A constant on the device where the model's code wanted it."""
     tensor = recorder.constants[name]
-    tensor = _plain(tensor) if tensor.is_inference() else tensor
+    tensor = ordinary(tensor) if tensor.is_inference() else tensor
     return tensor.to(recorder.placed.get(name, tensor.device))

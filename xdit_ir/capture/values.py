@@ -106,6 +106,20 @@ class Frame:
     constants: dict[int, TracedValue] = field(default_factory=dict)
 
 
+def expand(roots: Roots) -> set[str | Origin]:
+    """Roots as they are outside of all blocks."""
+    found: set[str | Origin] = set()
+    for root in roots:
+        found |= expand(root.frame.outer[root.index].roots) if isinstance(root, FromArgument) else {root}
+    return found
+
+
+def ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is an ordinary tensor although it was made in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
 def spec_of(value: Any) -> Any:
     """The spec of a tensor, or the tuple of specs of a sequence of tensors."""
     if isinstance(value, torch.Tensor):

@@ -1,0 +1,183 @@
+"""Everything in Python that forward may read or write: what a model's objects and code refer to."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+from xdit_ir.capture.parts import ATOMS, Attributes, Entries, Names, Part, inner, is_container, parts_of
+
+_CACHED = type(functools.lru_cache(lambda: None))
+_OPAQUE = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
+_STATE = ("_parameters", "_buffers")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_forward_hooks_always_called")
+
+
+class Reach:
+    """The `parts` of all objects reached from some roots, and the `tensors` there, which are no state of a module.
+
+    Followed are attributes, containers, closures, arguments of partials, and, as far as the names in code say, globals,
+    classes and Python modules. The standard library, torch and numpy are not looked into; the names that code uses of
+    them are noted.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, Any]], skip: Iterable[Any] = ()) -> None:
+        self.parts: list[Part] = []
+        self.modules: list[tuple[str, nn.Module]] = []
+        self.tensors: list[tuple[str, torch.Tensor]] = []
+        self._seen: dict[int, Any] = {id(item): item for item in skip}
+        self._known: set[str] = set()
+        self._spaces: list[tuple[Names, bool]] = []
+        self._globals: dict[int, Names] = {}
+        self._waiting: list[tuple[str, Any]] = [*roots]
+        for name in _GLOBAL_HOOKS:
+            self._waiting.append((f"the global hooks {name}", getattr(global_hooks, name)))
+        while self._waiting:
+            self._visit(*self._waiting.pop())
+
+    def _visit(self, label: str, item: Any) -> None:
+        if isinstance(item, ATOMS) or id(item) in self._seen:
+            return
+        self._seen[id(item)] = item
+        if isinstance(item, torch.Tensor):
+            self.tensors.append((label, item))
+        elif isinstance(item, type):
+            self._space(item, item.__qualname__, _is_opaque(item.__module__))
+        elif isinstance(item, types.ModuleType):
+            self._space(item, item.__name__, _is_opaque(item.__name__))
+        elif isinstance(item, nn.Module):
+            self._module(label, item)
+        elif isinstance(item, types.FunctionType):
+            self._function(label, item)
+        elif isinstance(item, functools.partial):
+            self._push((label, part) for part in (item.func, *item.args, *item.keywords.values()))
+        elif isinstance(item, _CACHED):
+            self._push([(label, item.__wrapped__)])
+        elif isinstance(item, weakref.ReferenceType):
+            self._push([(label, item())])
+        else:
+            self._object(label, item)
+
+    def _push(self, items: Iterable[tuple[str, Any]]) -> None:
+        self._waiting.extend(items)
+
+    def _object(self, label: str, item: Any) -> None:
+        self._push((f"{label}{how}", entry) for how, entry in inner(item))
+        kind = type(item)
+        if _is_opaque(kind.__module__) and not _is_plain(item):
+            return
+        for part in parts_of(item, label):
+            self.parts.append(part)
+            self._push((part.name(key), entry) for key, entry in part.read().items())
+        if not _is_opaque(kind.__module__):
+            self._classes(kind)
+
+    def _module(self, label: str, module: nn.Module) -> None:
+        self.modules.append((label, module))
+        held = vars(module)
+        self.parts.append(Attributes(held, label))
+        for name in _STATE:
+            self._seen[id(held[name])] = held[name]
+            self.parts.append(_Registered(held[name], label))
+            self._seen.update((id(tensor), tensor) for tensor in dict.values(held[name]))
+        self._classes(type(module))
+        submodules = held["_modules"]
+        self._seen[id(submodules)] = submodules
+        self.parts.append(_Registered(submodules, label))
+        own = ((name, entry) for name, entry in held.items() if name != "_modules")
+        self._push((f"{label}.{name}" if label else name, entry) for name, entry in (*own, *submodules.items()))
+
+    def _classes(self, kind: type) -> None:
+        self._push((base.__qualname__, base) for base in kind.__mro__ if base is not object)
+
+    def _function(self, label: str, function: types.FunctionType) -> None:
+        self.parts.extend(parts_of(function, label))
+        self._push((label, entry) for entry in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
+        self._push((f"{label}.{name}", entry) for name, entry in vars(function).items())
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            where = f"{name} in the closure of {function.__qualname__}"
+            for part in parts_of(cell, where):
+                if id(cell) not in self._seen:
+                    self._seen[id(cell)] = cell
+                    self.parts.append(part)
+                    self._push((where, entry) for entry in part.read().values() if not isinstance(entry, Part))
+        home = function.__globals__
+        if not _is_opaque(str(home.get("__name__"))):
+            names = list(_names(function.__code__))
+            self._know(names)
+            self._used(home, names)
+
+    def _used(self, home: dict[str, Any], names: Iterable[str]) -> None:
+        """Names that code uses of its globals."""
+        space = self._globals.get(id(home))
+        if space is None:
+            space = self._globals[id(home)] = Names(home, str(home.get("__name__")))
+            self.parts.append(space)
+        known = set(space.names)
+        for name in names:
+            if name not in known and not name.startswith("__"):
+                known.add(name)
+                space.names.append(name)
+                if name in home:
+                    self._push([(space.name(name), home[name])])
+
+    def _space(self, item: Any, label: str, opaque: bool) -> None:
+        """A class or Python module, of which the names matter that code uses anywhere."""
+        space = Names(item, label)
+        self.parts.append(space)
+        self._spaces.append((space, opaque))
+        held = vars(item)
+        named = isinstance(item, types.ModuleType)
+        for name in list(held):
+            if name in self._known or name == "forward" or (not named and not opaque and _is_operator(name)):
+                self._note(space, opaque, name)
+
+    def _know(self, names: Iterable[str]) -> None:
+        new = set(names) - self._known
+        self._known |= new
+        for space, opaque in self._spaces if new else ():
+            for name in new & vars(space.item).keys():
+                if name not in space.names:
+                    self._note(space, opaque, name)
+
+    def _note(self, space: Names, opaque: bool, name: str) -> None:
+        space.names.append(name)
+        if not opaque:
+            self._push([(space.name(name), vars(space.item)[name])])
+
+
+class _Registered(Entries):
+    """Parameters, buffers or submodules of a module, called as its attributes."""
+
+    def name(self, key: Any) -> str:
+        return f"{self.label}.{key}" if self.label else str(key)
+
+
+def _is_opaque(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _OPAQUE
+
+
+def _is_plain(item: Any) -> bool:
+    """An object of a library whose contents are its user's."""
+    return is_container(item) or isinstance(item, (np.ndarray, bytearray, ContextVar)) or hasattr(type(item), "__next__")
+
+
+def _is_operator(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__") and name not in ("__doc__", "__dict__", "__weakref__")
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for item in code.co_consts:
+        if isinstance(item, types.CodeType):
+            yield from _names(item)
