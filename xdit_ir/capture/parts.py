@@ -14,6 +14,7 @@ from torch import nn
 
 ATOMS = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size, range, slice)
 MISSING = object()
+_IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
 _EMPTY = object()
 
 
@@ -65,10 +66,27 @@ class Names(Part):
     def __init__(self, item: Any, label: str) -> None:
         super().__init__(item, label)
         self.names: list[str] = []
+        self._first: set[str] = set()
+
+    def note(self, name: str) -> None:
+        """Watch one more."""
+        self.names.append(name)
+        if name in self.held:
+            self._first.add(name)
+
+    @property
+    def held(self) -> Mapping[str, Any]:
+        """All names."""
+        held: Mapping[str, Any] = self.item if isinstance(self.item, dict) else vars(self.item)
+        return held
 
     def read(self) -> Mapping[Any, Any]:
-        held = self.item if isinstance(self.item, dict) else vars(self.item)
-        return {name: held[name] for name in self.names if name in held}
+        held, first = self.held, self._first
+        found = {name: held[name] for name in self.names if name in held}
+        late = [name for name in found if name not in first and isinstance(found[name], _IMPORTED)]
+        for name in late:  # code that was imported at its first use
+            del found[name]
+        return found
 
     def put(self, held: Mapping[Any, Any]) -> None:
         now = self.read()
@@ -80,7 +98,7 @@ class Names(Part):
 
     def of(self, item: Any) -> Part:
         made = Names(item, self.label)
-        made.names = self.names
+        made.names, made._first = self.names, self._first
         return made
 
     def name(self, key: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
@@ -44,6 +45,8 @@ def computed(recorder: Recorder, value: TracedValue) -> torch.Tensor | None:
     if paths or any(not name.startswith(f"{CONSTANT}.") for name in names):
         return None
     constants = {name: recorder.constants[name.partition(".")[2]] for name in names}
+    if any(map(is_functorch_wrapped_tensor, constants.values())):
+        return None
     with torch.no_grad():
         return evaluate(Predicate(graph, paths, constants, torch.empty(0)), {})
 

@@ -20,6 +20,9 @@ from xdit_ir.capture.parts import ATOMS, Attributes, Entries, Names, Part, inner
 _CACHED = type(functools.lru_cache(lambda: None))
 _OPAQUE = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
 _STATE = ("_parameters", "_buffers")
+_READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set")
+# Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
+BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_forward_hooks_always_called")
 
 
@@ -28,11 +31,12 @@ class Reach:
 
     Followed are attributes, containers, closures, arguments of partials, and, as far as the names in code say, globals,
     classes and Python modules. The standard library, torch and numpy are not looked into; the names that code uses of
-    them are noted.
+    them are in `library`.
     """
 
     def __init__(self, roots: Iterable[tuple[str, Any]], skip: Iterable[Any] = ()) -> None:
         self.parts: list[Part] = []
+        self.library: list[Names] = []
         self.modules: list[tuple[str, nn.Module]] = []
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self._seen: dict[int, Any] = {id(item): item for item in skip}
@@ -94,7 +98,7 @@ class Reach:
         submodules = held["_modules"]
         self._seen[id(submodules)] = submodules
         self.parts.append(_Registered(submodules, label))
-        own = ((name, entry) for name, entry in held.items() if name != "_modules")
+        own = ((name, entry) for name, entry in held.items() if name != "_modules" and name not in BESIDE)
         self._push((f"{label}.{name}" if label else name, entry) for name, entry in (*own, *submodules.items()))
 
     def _classes(self, kind: type) -> None:
@@ -127,14 +131,14 @@ class Reach:
         for name in names:
             if name not in known and not name.startswith("__"):
                 known.add(name)
-                space.names.append(name)
+                space.note(name)
                 if name in home:
                     self._push([(space.name(name), home[name])])
 
     def _space(self, item: Any, label: str, opaque: bool) -> None:
         """A class or Python module, of which the names matter that code uses anywhere."""
         space = Names(item, label)
-        self.parts.append(space)
+        (self.library if opaque else self.parts).append(space)
         self._spaces.append((space, opaque))
         held = vars(item)
         named = isinstance(item, types.ModuleType)
@@ -151,7 +155,7 @@ class Reach:
                     self._note(space, opaque, name)
 
     def _note(self, space: Names, opaque: bool, name: str) -> None:
-        space.names.append(name)
+        space.note(name)
         if not opaque:
             self._push([(space.name(name), vars(space.item)[name])])
 

@@ -49,6 +49,7 @@ class Recorder(GraphWriter):
         self.predicates: list[Predicate] = []
         self._values: dict[int, TracedValue] = {}
         self._state_names: dict[int, list[str]] = {}
+        self.outside: dict[int, str] = {}
         self.state_of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
     @contextmanager
@@ -153,7 +154,11 @@ class Recorder(GraphWriter):
         if isinstance(tensor, FakeTensor):
             raise Unshareable("a tensor from outside the trace")
         fake = self.state_of(tensor)
-        return self.constant(tensor) if fake is tensor else self._values[id(fake)]
+        if fake is not tensor:
+            return self._values[id(fake)]
+        made = self.constant(tensor)
+        made.storage.owner = self.outside.get(id(tensor), "")
+        return made
 
     def found(self, tensor: torch.Tensor) -> TracedValue | None:
         """What is known about a fake tensor; None if it is not of this trace."""

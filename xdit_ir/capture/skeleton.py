@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Origin
+from xdit_ir.errors import TraceError
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 _ATOMS = (
@@ -55,6 +57,19 @@ class LazyState(dict[str, Any]):
     def items(self) -> Any:
         """As of a dict."""
         return [(key, self[key]) for key in self]
+
+
+class _Still:
+    """Stands for an iterator, which cannot be copied and would be a step further after the trace."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        raise TraceError(f"{source_line()}: forward keeps a state between calls: how far a {self._kind} has gone")
 
 
 class Skeleton:
@@ -160,6 +175,8 @@ class Skeleton:
             copy.extend(self._copy(entry) for entry in item)
         elif kind is set:
             copy = set(item)
+        elif hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
+            copy = _Still(kind.__name__)
         elif kind in _DICTS:
             copy = item.copy()
             self._remember(item, copy)

@@ -45,13 +45,14 @@ class Write:
 
 
 class StateWatch:
-    """The Python state that a model's forward can reach, as it is now."""
+    """The Python state that a model's forward can reach, as it is now; `outside` are tensors there, by id."""
 
     def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
         reach = Reach(roots)
+        self._reach = reach  # so that ids stay those of what was found
         self._before = [(part, dict(part.read())) for part in reach.parts]
         self._random = random.getstate(), np.random.get_state()  # noqa: NPY002
-        self.tensors = reach.tensors
+        self.outside = {id(tensor): label for label, tensor in reach.tensors}
 
     def changes(self) -> Iterator[Write]:
         """What is not as it was."""
@@ -87,16 +88,15 @@ def changed(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> list[Any]:
     return [key for key in keys if not alike(after.get(key, MISSING), before.get(key, MISSING))] or list(keys)[:1]
 
 
-def writes_of(watch: StateWatch, skeleton: Skeleton, recorder: Recorder) -> list[Write]:
+def writes_of(watch: StateWatch, skeleton: Skeleton, recorder: Recorder) -> tuple[list[Write], TraceError | None]:
     """What forward left in copies and in the caller's objects, as writes to the caller's objects of real tensors.
 
-    Raises:
-        TraceError: something depends on what forward was given, or cannot be followed.
+    Also an error, if something depends on what forward was given, or cannot be followed.
     """
     found, originals = list(watch.changes()), skeleton.originals
     refused = [write for write in found if isinstance(write.part, Position)]
     if refused:
-        raise refusal(refused)
+        return [], refusal(refused)
     real = _Real(recorder, originals)
     made: list[Write] = []
     for write in found:
@@ -106,8 +106,25 @@ def writes_of(watch: StateWatch, skeleton: Skeleton, recorder: Recorder) -> list
         try:
             made.append(Write(part, before, dict(real.entries(write, before))))
         except _Unreal as problem:
-            raise refusal([write], f", which {problem}") from problem
-    return made
+            return [], refusal([write], f", which {problem}")
+    return [write for write in made if not same_contents(write.after, write.before)], None
+
+
+def same_contents(now: Any, before: Any) -> bool:
+    """Whether entries were written anew, but are as they were: a table that is made again at every call."""
+    if alike(now, before):
+        return True
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, torch.Tensor):
+        same = now.shape == before.shape and now.dtype == before.dtype and now.device == before.device
+        return same and not now.is_meta and torch.equal(now, before)
+    if isinstance(now, (list, tuple)):
+        return len(now) == len(before) and all(map(same_contents, now, before))
+    if isinstance(now, dict):
+        return list(now) == list(before) and all(map(same_contents, now.values(), before.values()))
+    plain = is_plain_object(type(now)) and hasattr(now, "__dict__") and not isinstance(now, nn.Module)
+    return plain and same_contents(vars(now), vars(before))
 
 
 def refusal(writes: Iterable[Write], why: str = ", again at every call") -> TraceError:
@@ -152,6 +169,8 @@ class _Real:
     def entries(self, write: Write, originally: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
         """What is written, and the caller's own of what is not."""
         for key, item in write.after.items():
+            if key is FakeTensor:  # a registry of types, to which that of the trace was added
+                continue
             same = key in originally and alike(item, write.before.get(key, MISSING))
             yield key, originally[key] if same else self(item)
 

@@ -97,7 +97,7 @@ def _attempt(
     values = {path: _input(recorder, path, x) for path, x in leaves if isinstance(x, torch.Tensor)}
     args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
     with torch.inference_mode(), _watched(Skeleton(model, recorder.state, functions)) as (skeleton, watch):
-        recorder.state_of = skeleton.state_of
+        recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
         blocks = Blocks(recorder, set(rung.blocks), _watch(skeleton, rung.blocks, recorder))
         called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
         blocks.leaves_below = called_whole.below
@@ -106,8 +106,11 @@ def _attempt(
         call = call_arguments(inspect.signature(model.forward), given.named, by_name)
         output = _run(skeleton.model, recorder, *call)
         signature = _signature(recorder, leaves, in_spec, output, lambda place: given.effects(values, place))
-        writes = writes_of(watch, skeleton, recorder)
-    return _program(type(model).__name__, device, recorder, blocks, signature), writes
+        writes, refused = writes_of(watch, skeleton, recorder)
+    program = _program(type(model).__name__, device, recorder, blocks, signature)
+    if refused is not None:  # only of a program that would have been one
+        raise refused
+    return program, writes
 
 
 @contextmanager
