@@ -22,6 +22,7 @@ from xdit_ir.capture.values import (
     KNOWN_INPUT_NUMEL,
     KNOWN_NUMEL,
     FromArgument,
+    FromBuffer,
     Origin,
     Roots,
     TracedValue,
@@ -119,7 +120,7 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
 
 def note_read(recorder: Recorder, roots: Roots, what: str) -> None:
     """Record that contents were seen: as guards on inputs, or as a dependence of a block on an argument."""
-    if Origin.BUFFER in roots and recorder.frame.parent is not None:
+    if recorder.frame.parent is not None and any(isinstance(root, FromBuffer) for root in roots):
         raise Unshareable("reads the contents of a buffer")
     for root in roots:
         if isinstance(root, FromArgument):
@@ -127,6 +128,8 @@ def note_read(recorder: Recorder, roots: Roots, what: str) -> None:
     for origin in expand(roots):
         if isinstance(origin, str):
             recorder.read_inputs.setdefault(origin, f"{source_line()} ({what})")
+        elif isinstance(origin, FromBuffer):
+            recorder.read_buffers.setdefault(origin.name, f"{source_line()} ({what})")
 
 
 def _unknown(recorder: Recorder, roots: Roots, what: str) -> TraceError:

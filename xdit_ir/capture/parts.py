@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import queue
+import sys
 import types
-from collections import OrderedDict, deque
+from collections import OrderedDict, UserList, deque
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
@@ -12,7 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-ATOMS = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size, range, slice)
+ATOMS = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size, range, slice, np.generic)
+_LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
+_HOLDERS = (
+    *(dict, list, set, deque, MutableMapping, types.SimpleNamespace, nn.Module),
+    *(np.ndarray, bytearray, ContextVar, queue.Queue, UserList, types.FunctionType, types.CellType),
+)
 MISSING = object()
 _IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
 _EMPTY = object()
@@ -309,6 +316,11 @@ def inner(item: Any) -> Iterable[tuple[str, Any]]:
     return ()
 
 
-def is_container(item: Any) -> bool:
-    """Whether a library's object is one that holds what others put there."""
-    return isinstance(item, (dict, list, set, deque, types.SimpleNamespace, MutableMapping, nn.Module))
+def is_library(module: str | None) -> bool:
+    """Whether a Python module is not looked into."""
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
+def is_opaque(kind: type) -> bool:
+    """Whether instances of a class are not looked into: those of libraries, unless they hold what others put there."""
+    return is_library(kind.__module__) and not (issubclass(kind, _HOLDERS) or hasattr(kind, "__next__"))

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-import sys
 import types
 import weakref
 from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
-from xdit_ir.capture.parts import ATOMS, Attributes, Entries, Names, Part, inner, is_container, parts_of
+from xdit_ir.capture.parts import ATOMS, Attributes, Entries, Names, Part, inner, is_library, is_opaque, parts_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
-_OPAQUE = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
 _STATE = ("_parameters", "_buffers")
 _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set")
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
@@ -56,9 +52,9 @@ class Reach:
         if isinstance(item, torch.Tensor):
             self.tensors.append((label, item))
         elif isinstance(item, type):
-            self._space(item, item.__qualname__, _is_opaque(item.__module__))
+            self._space(item, item.__qualname__, is_library(item.__module__))
         elif isinstance(item, types.ModuleType):
-            self._space(item, item.__name__, _is_opaque(item.__name__))
+            self._space(item, item.__name__, is_library(item.__name__))
         elif isinstance(item, nn.Module):
             self._module(label, item)
         elif isinstance(item, types.FunctionType):
@@ -78,12 +74,12 @@ class Reach:
     def _object(self, label: str, item: Any) -> None:
         self._push((f"{label}{how}", entry) for how, entry in inner(item))
         kind = type(item)
-        if _is_opaque(kind.__module__) and not _is_plain(item):
+        if is_opaque(kind):
             return
         for part in parts_of(item, label):
             self.parts.append(part)
             self._push((part.name(key), entry) for key, entry in part.read().items())
-        if not _is_opaque(kind.__module__):
+        if not is_library(kind.__module__):
             self._classes(kind)
 
     def _module(self, label: str, module: nn.Module) -> None:
@@ -116,7 +112,7 @@ class Reach:
                     self.parts.append(part)
                     self._push((where, entry) for entry in part.read().values() if not isinstance(entry, Part))
         home = function.__globals__
-        if not _is_opaque(str(home.get("__name__"))):
+        if not is_library(str(home.get("__name__"))):
             names = list(_names(function.__code__))
             self._know(names)
             self._used(home, names)
@@ -165,15 +161,6 @@ class _Registered(Entries):
 
     def name(self, key: Any) -> str:
         return f"{self.label}.{key}" if self.label else str(key)
-
-
-def _is_opaque(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _OPAQUE
-
-
-def _is_plain(item: Any) -> bool:
-    """An object of a library whose contents are its user's."""
-    return is_container(item) or isinstance(item, (np.ndarray, bytearray, ContextVar)) or hasattr(type(item), "__next__")
 
 
 def _is_operator(name: str) -> bool:

@@ -14,16 +14,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_ir.capture.fingerprint import TRACED
 from xdit_ir.capture.parts import ATOMS, MISSING, Part, Position, alike, same_entries
 from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.predicates import computed
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.skeleton import Skeleton, is_plain_object
-from xdit_ir.capture.values import KNOWN_NUMEL, Origin, expand, ordinary
+from xdit_ir.capture.values import FromBuffer, Origin, expand, ordinary
 from xdit_ir.errors import TraceError
 
-TRACED = "_xdit_traced_forward"  # marks the tracer's own wrapper of a forward
-_FIXED = {Origin.BUFFER, Origin.CONSTANT}
 _ADVICE = (
     "a parallel program repeats what was traced and would lose it; pass such a state to forward as an argument, or "
     "take the cache, counter or hook out of the model before it is ported"
@@ -158,6 +157,10 @@ class _Unreal(Exception):
     """What a value of the trace is, that it cannot be left in the caller's objects."""
 
 
+class _Unmade(Exception):
+    """A table that depends on nothing, but cannot be computed here: it is left out, and made again when it is missed."""
+
+
 class _Real:
     """Values of the trace as they are outside: originals for copies, and contents for fake tensors."""
 
@@ -171,8 +174,14 @@ class _Real:
         for key, item in write.after.items():
             if key is FakeTensor:  # a registry of types, to which that of the trace was added
                 continue
-            same = key in originally and alike(item, write.before.get(key, MISSING))
-            yield key, originally[key] if same else self(item)
+            if key in originally and alike(item, write.before.get(key, MISSING)):
+                yield key, originally[key]
+                continue
+            try:
+                yield key, self(item)
+            except _Unmade:
+                if key in originally:
+                    yield key, originally[key]
 
     def __call__(self, item: Any) -> Any:
         if isinstance(item, (*ATOMS, type)):
@@ -207,10 +216,11 @@ class _Real:
         value = self._recorder.found(fake)
         if value is None:
             raise _Unreal("is a tensor that the trace did not see")
-        origins = sorted(str(getattr(root, "value", f"input {root!r}")) for root in expand(value.roots) - _FIXED)
+        roots = (root for root in expand(value.roots) if root is not Origin.CONSTANT and not isinstance(root, FromBuffer))
+        origins = sorted(str(getattr(root, "value", f"input {root!r}")) for root in roots)
         if origins:
             raise _Unreal(f"is computed from {', '.join(origins)}")
         known = value.known if value.known is not None else computed(self._recorder, value)
         if known is None:
-            raise _Unreal(f"is a table of more than {KNOWN_NUMEL} numbers made from the model's buffers")
+            raise _Unmade
         return ordinary(known).to(fake.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.equality import compute_same
 from xdit_ir.capture.failures import Opaque, ShapeDepends, Unshareable
-from xdit_ir.capture.fingerprint import fingerprint
+from xdit_ir.capture.fingerprint import TRACED, fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
@@ -31,11 +32,11 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line
-from xdit_ir.capture.state import TRACED, StateWatch, Write, left, refusal, writes_of
+from xdit_ir.capture.state import StateWatch, Write, left, refusal, writes_of
 from xdit_ir.capture.tracer import Tracer
 from xdit_ir.capture.values import Frame, TracedValue, ordinary, spec_of
 from xdit_ir.errors import TraceError, XditError
-from xdit_ir.ir.program import CONSTANT, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
+from xdit_ir.ir.program import CONSTANT, STATE, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 Flat = list[tuple[str, Any]]
@@ -105,7 +106,8 @@ def _attempt(
         given = ArgumentState(args, in_spec, skeleton.copy_of)
         call = call_arguments(inspect.signature(model.forward), given.named, by_name)
         output = _run(skeleton.model, recorder, *call)
-        signature = _signature(recorder, leaves, in_spec, output, lambda place: given.effects(values, place))
+        effects = functools.partial(given.effects, values)
+        signature = _signature(recorder, leaves, in_spec, output, skeleton.originals, effects)
         writes, refused = writes_of(watch, skeleton, recorder)
     program = _program(type(model).__name__, device, recorder, blocks, signature)
     if refused is not None:  # only of a program that would have been one
@@ -211,6 +213,7 @@ def _signature(
     leaves: Flat,
     in_spec: pytree.TreeSpec,
     output: Any,
+    originals: Mapping[int, Any],
     effects_of: Callable[[Callable[[torch.Tensor], int]], tuple[Effect, ...]],
 ) -> Signature:
     out_leaves, out_spec = flatten_output(output)
@@ -220,22 +223,29 @@ def _signature(
         tensors.append(tensor)
         return len(tensors) - 1
 
-    places: list[int | Literal] = [place(x) if isinstance(x, torch.Tensor) else literal(x) for x in out_leaves]
+    places: list[int | Literal] = [place(x) if isinstance(x, torch.Tensor) else literal(x, originals) for x in out_leaves]
     effects = effects_of(place)
     nodes = tuple(recorder.node(tensor) for tensor in tensors)
     recorder.emit("output", "output", (nodes,), {}, tuple(spec_of(tensor) for tensor in tensors), Where())
     inputs = [InputLeaf(path, spec_of(leaf) if isinstance(leaf, torch.Tensor) else None) for path, leaf in leaves]
     guards = tuple(guard for path, leaf in leaves if (guard := _guard(recorder, path, leaf)) is not None)
+    guards += tuple(_buffer_guard(recorder, name, reason) for name, reason in recorder.read_buffers.items())
     predicates = tuple(recorder.predicates)
     return Signature(in_spec, tuple(inputs), out_spec, tuple(places), guards, predicates, effects)
 
 
 def _guard(recorder: Recorder, path: str, leaf: Any) -> Guard | None:
+    if hasattr(type(leaf), "__next__"):
+        raise TraceError(f"input {path!r} is a {type(leaf).__name__}, which can be read only once; give a list")
     if not isinstance(leaf, torch.Tensor):
         return Guard(path, snapshot(leaf), "not a tensor")
     if path not in recorder.read_inputs:
         return None
     return Guard(path, ordinary(leaf.detach().cpu()), recorder.read_inputs[path])
+
+
+def _buffer_guard(recorder: Recorder, name: str, reason: str) -> Guard:
+    return Guard(f"{STATE}{name}", ordinary(recorder.buffers[name]), reason)
 
 
 def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks, signature: Signature) -> Program:

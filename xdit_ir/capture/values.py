@@ -20,9 +20,21 @@ class Origin(Enum):
     """Where a value came from, apart from inputs."""
 
     PARAMETER = "the model's parameters"
-    BUFFER = "the model's buffers"
+    BUFFER = "the model's buffers"  # of the state itself; of values, see `FromBuffer`
     CONSTANT = "the model's constants"
     RANDOM = "random numbers"
+
+
+@dataclass(frozen=True)
+class FromBuffer:
+    """The value came from a buffer of the model."""
+
+    name: str
+
+    @property
+    def value(self) -> str:
+        """As messages name it."""
+        return f"the model's buffer {self.name!r}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class FromArgument:
     index: int
 
 
-Roots = frozenset[str | Origin | FromArgument]
+Roots = frozenset[str | Origin | FromBuffer | FromArgument]
 NO_ROOTS: Roots = frozenset()
 
 
@@ -106,9 +118,9 @@ class Frame:
     constants: dict[int, TracedValue] = field(default_factory=dict)
 
 
-def expand(roots: Roots) -> set[str | Origin]:
+def expand(roots: Roots) -> set[str | Origin | FromBuffer]:
     """Roots as they are outside of all blocks."""
-    found: set[str | Origin] = set()
+    found: set[str | Origin | FromBuffer] = set()
     for root in roots:
         found |= expand(root.frame.outer[root.index].roots) if isinstance(root, FromArgument) else {root}
     return found

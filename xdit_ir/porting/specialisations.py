@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.api import ParallelProgram, TracedProgram, trace
-from xdit_ir.capture.inputs import bind_arguments
+from xdit_ir import capture
+from xdit_ir.api import ParallelProgram, TracedProgram
+from xdit_ir.capture.inputs import BufferGuards, bind_arguments
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Tensors
@@ -42,6 +43,7 @@ class Specialisation:
 
     mode: Mode
     settings: ModelSettings
+    buffers: BufferGuards
     program: ParallelProgram
     runner: RankRunner
 
@@ -51,6 +53,7 @@ class Specialisation:
             return None
         try:
             bound = self.runner.bind(given.args, given.kwargs)
+            self.buffers.check()
         except MismatchError:
             return None
         return bound if self.settings.unchanged() else None
@@ -91,7 +94,8 @@ class Specialisations:
     def _mode(self, device: torch.device) -> Mode:
         """What a trace depends on besides arguments and weights."""
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return device, self.model.training, cast
+        dtype, place = torch.get_default_dtype(), torch.get_default_device().type
+        return device, self.model.training, cast, dtype, place, torch.is_autocast_enabled("cpu")
 
     def _find(self, mode: Mode, given: Arguments) -> Bound | None:
         """The inputs and weights for the specialisation that a call is for, which is moved to the front."""
@@ -119,16 +123,18 @@ class Specialisations:
 
     def _specialise(self, factory: RunnerFactory, mode: Mode, given: Arguments) -> Specialisation:
         """A specialisation for a call, at the front."""
-        signature, settings = factory.context.parameters, ModelSettings(self.model)
+        signature = factory.context.parameters
 
         def make() -> ParallelProgram:
             named = bind_arguments(signature, given.args, given.kwargs, MismatchError)
             example = tuple(given.args) if given.args and not given.kwargs else named
             example = pytree.tree_map_only(Deferred, materialize, example)
-            return _parallelized(trace(self.model, example), self.schedule)
+            return _parallelized(TracedProgram(capture.trace(self.model, example, keep=True)), self.schedule)
 
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
-        made = Specialisation(mode, settings, *factory.build(make))
+        program, runner = factory.build(make)
+        guards = BufferGuards(self.model, program.original)
+        made = Specialisation(mode, ModelSettings(self.model), guards, program, runner)
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]
             warnings.warn(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.capture.inputs import BufferGuards
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RankContext, RunOptions
 from xdit_ir.errors import MismatchError
@@ -48,10 +49,12 @@ class Emitted(Shadow):
 
     _xdit_context: RankContext
     _xdit_runner: RankRunner
+    _xdit_buffers: BufferGuards
 
     def __init__(self, context: RankContext, runner: RankRunner) -> None:
         Shadow.__init__(self, context.model)
         self.__dict__["_xdit_runner"], self.__dict__["_xdit_context"] = runner, context
+        self.__dict__["_xdit_buffers"] = BufferGuards(context.model, runner.program)
 
     @property
     def program(self) -> Program:
@@ -72,6 +75,7 @@ class Emitted(Shadow):
         failure: MismatchError | None = None
         try:
             inputs, weights = runner.bind(args, kwargs)
+            self._xdit_buffers.check()
         except MismatchError as error:
             failure = error
         refusal = {} if failure is None else {"the program": failure_text(failure)}
