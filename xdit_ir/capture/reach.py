@@ -15,6 +15,7 @@ from torch.nn.modules import module as global_hooks
 from xdit_ir.capture.parts import ATOMS, Attributes, Entries, Names, Part, inner, is_library, is_opaque, parts_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
+_OURS = "_xdit_"  # what a module that stands in for another keeps: of it only that other matters
 _STATE = ("_parameters", "_buffers")
 _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set")
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
@@ -94,7 +95,8 @@ class Reach:
         submodules = held["_modules"]
         self._seen[id(submodules)] = submodules
         self.parts.append(_Registered(submodules, label))
-        own = ((name, entry) for name, entry in held.items() if name != "_modules" and name not in BESIDE)
+        own = [(name, entry) for name, entry in held.items() if name != "_modules" and name not in BESIDE]
+        own = [(name, entry) for name, entry in own if not name.startswith(_OURS) or name == f"{_OURS}original"]
         self._push((f"{label}.{name}" if label else name, entry) for name, entry in (*own, *submodules.items()))
 
     def _classes(self, kind: type) -> None:
@@ -113,7 +115,7 @@ class Reach:
                     self._push((where, entry) for entry in part.read().values() if not isinstance(entry, Part))
         home = function.__globals__
         if not is_library(str(home.get("__name__"))):
-            names = list(_names(function.__code__))
+            names = list(names_in(function.__code__))
             self._know(names)
             self._used(home, names)
 
@@ -167,8 +169,9 @@ def _is_operator(name: str) -> bool:
     return name.startswith("__") and name.endswith("__") and name not in ("__doc__", "__dict__", "__weakref__")
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """All names of globals and attributes in some code, and in functions that it defines."""
     yield from code.co_names
     for item in code.co_consts:
         if isinstance(item, types.CodeType):
-            yield from _names(item)
+            yield from names_in(item)

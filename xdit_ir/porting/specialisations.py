@@ -17,7 +17,7 @@ from xdit_ir.capture.inputs import BufferGuards, bind_arguments
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Tensors
-from xdit_ir.errors import MismatchError, ParallelizeError
+from xdit_ir.errors import MismatchError, ParallelizeError, TraceError
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.runtime.build import RunnerFactory
@@ -69,9 +69,12 @@ class Specialisations:
     options: RunOptions
     factory: RunnerFactory | None = None
     found: list[Specialisation] = field(default_factory=list)
+    tracing: bool = False
 
     def call(self, given: Arguments) -> Any:
         """The model's result, on all ranks; raises `MismatchError` on all if they make different calls."""
+        if self.tracing:
+            raise TraceError("forward calls the port of the model that it belongs to; call what it stands for instead")
         device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
         factory, mode = self._factory(device), self._mode(device)
         bound = self._find(mode, given)
@@ -132,7 +135,11 @@ class Specialisations:
             return _parallelized(TracedProgram(capture.trace(self.model, example, keep=True)), self.schedule)
 
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
-        program, runner = factory.build(make)
+        self.tracing = True
+        try:
+            program, runner = factory.build(make)
+        finally:
+            self.tracing = False
         guards = BufferGuards(self.model, program.original)
         made = Specialisation(mode, ModelSettings(self.model), guards, program, runner)
         if len(self.found) >= LIMIT:
