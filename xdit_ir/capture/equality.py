@@ -28,7 +28,7 @@ class _Constant:
 def compute_same(left: Program, right: Program, model: nn.Module) -> bool:
     """Whether two programs do the same to the same inputs, operator by operator, but for what can be known before."""
     buffers = {name: item for name, item in model.named_buffers(remove_duplicate=False) if not item.is_meta}
-    return _Meaning(left, buffers).key() == _Meaning(right, buffers).key()
+    return bool(_Meaning(left, buffers).key() == _Meaning(right, buffers).key())
 
 
 class _Meaning:

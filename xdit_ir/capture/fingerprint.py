@@ -151,7 +151,11 @@ class _Printer:
 
 def _is_own(forward: Any, module: nn.Module) -> bool:
     """Whether a forward is that of the module's class."""
-    return isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
+    return (
+        isinstance(forward, types.MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is type(module).forward
+    )
 
 
 def _form(tensor: torch.Tensor) -> Any:

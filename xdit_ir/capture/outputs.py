@@ -18,7 +18,6 @@ from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import Literal, Signature
 
-
 _BUILT_IN = (dict, list, tuple, set, str, int, float)  # of which a subclass is not made anew without its constructor
 
 

@@ -14,7 +14,21 @@ import numpy as np
 import torch
 from torch import nn
 
-ATOMS = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size, range, slice, np.generic)
+ATOMS = (
+    str,
+    bytes,
+    int,
+    float,
+    bool,
+    complex,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    range,
+    slice,
+    np.generic,
+)
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
 _HOLDERS = (
     *(dict, list, set, deque, MutableMapping, types.SimpleNamespace, nn.Module),
@@ -238,7 +252,7 @@ class Position(Part):
     """How far an iterator or generator has gone, which cannot be put back."""
 
     def read(self) -> Mapping[Any, Any]:
-        frame = getattr(self.item, "gi_frame", MISSING)
+        frame: Any = getattr(self.item, "gi_frame", MISSING)
         if frame is MISSING:
             return {0: repr(self.item.__reduce__()) if _reduces(self.item) else "unknown"}
         return {0: -1 if frame is None else frame.f_lasti, 1: "" if frame is None else repr(frame.f_locals)}

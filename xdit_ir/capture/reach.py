@@ -20,7 +20,7 @@ _STATE = ("_parameters", "_buffers")
 _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set")
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
 BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_forward_hooks_always_called")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 class Reach:
@@ -41,7 +41,7 @@ class Reach:
         self._spaces: list[tuple[Names, bool]] = []
         self._globals: dict[int, Names] = {}
         self._waiting: list[tuple[str, Any]] = [*roots]
-        for name in _GLOBAL_HOOKS:
+        for name in GLOBAL_HOOKS:
             self._waiting.append((f"the global hooks {name}", getattr(global_hooks, name)))
         while self._waiting:
             self._visit(*self._waiting.pop())
@@ -104,7 +104,9 @@ class Reach:
 
     def _function(self, label: str, function: types.FunctionType) -> None:
         self.parts.extend(parts_of(function, label))
-        self._push((label, entry) for entry in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
+        self._push(
+            (label, entry) for entry in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        )
         self._push((f"{label}.{name}", entry) for name, entry in vars(function).items())
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             where = f"{name} in the closure of {function.__qualname__}"

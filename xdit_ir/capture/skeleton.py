@@ -101,7 +101,9 @@ class Skeleton:
         """What was copied, by the id of its copy; fakes stand for tensors. What is its own copy is not there."""
         found = ((self._copies[id(item)], item) for item in self._originals)
         pairs = {id(copy): item for copy, item in found if copy is not item}
-        return pairs | {id(vars(self._copies[id(item)])): vars(item) for item in pairs.values() if hasattr(item, "__dict__")}
+        return pairs | {
+            id(vars(self._copies[id(item)])): vars(item) for item in pairs.values() if hasattr(item, "__dict__")
+        }
 
     def _remember(self, original: Any, copy: Any) -> None:
         self._copies[id(original)] = copy

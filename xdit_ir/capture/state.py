@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_ir.capture.fingerprint import TRACED
 from xdit_ir.capture.parts import ATOMS, MISSING, Part, Position, alike, same_entries
-from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.predicates import computed
+from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.skeleton import Skeleton, is_plain_object
 from xdit_ir.capture.values import FromBuffer, Origin, expand, ordinary
@@ -50,7 +50,7 @@ class StateWatch:
         reach = Reach(roots)
         self._reach = reach  # so that ids stay those of what was found
         self._before = [(part, dict(part.read())) for part in reach.parts]
-        self._random = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._random = random.getstate(), np.random.get_state()
         self.outside = {id(tensor): label for label, tensor in reach.tensors}
 
     def changes(self) -> Iterator[Write]:
@@ -64,21 +64,31 @@ class StateWatch:
     def restore(self, copies: Mapping[int, Any] | None = None) -> None:
         """Put everything back but in `copies`, which are thrown away."""
         for part, before in self._before:
-            if copies is None or id(part.item) not in copies:
-                if not same_entries(part.read(), before):
-                    part.put(before)
+            ours = copies is not None and id(part.item) in copies
+            if not ours and not same_entries(part.read(), before):
+                part.put(before)
 
     def check_draws(self) -> None:
         """Raise `TraceError` if Python's or NumPy's random numbers were drawn, after putting their states back."""
         python, numpy = self._random
-        drawn = random.getstate() != python or str(np.random.get_state()) != str(numpy)  # noqa: NPY002
+        drawn = random.getstate() != python or str(np.random.get_state()) != str(numpy)
         random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        np.random.set_state(numpy)
         if drawn:
             raise TraceError(
                 "forward draws random numbers of Python or NumPy, of which a program would repeat the first for ever; "
                 "use torch.rand and the like"
             )
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[StateWatch]:
+    """Python state of a module that is run for a trial, put back afterwards."""
+    watch = StateWatch([("", module)])
+    try:
+        yield watch
+    finally:
+        watch.restore()
 
 
 def changed(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> list[Any]:
@@ -158,7 +168,7 @@ class _Unreal(Exception):
 
 
 class _Unmade(Exception):
-    """A table that depends on nothing, but cannot be computed here: it is left out, and made again when it is missed."""
+    """A table that depends on nothing, but cannot be computed here: it is left out, and made again when missed."""
 
 
 class _Real:
@@ -216,7 +226,9 @@ class _Real:
         value = self._recorder.found(fake)
         if value is None:
             raise _Unreal("is a tensor that the trace did not see")
-        roots = (root for root in expand(value.roots) if root is not Origin.CONSTANT and not isinstance(root, FromBuffer))
+        roots = (
+            root for root in expand(value.roots) if root is not Origin.CONSTANT and not isinstance(root, FromBuffer)
+        )
         origins = sorted(str(getattr(root, "value", f"input {root!r}")) for root in roots)
         if origins:
             raise _Unreal(f"is computed from {', '.join(origins)}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.blocks import Blocks, prune
@@ -28,6 +29,7 @@ from xdit_ir.capture.leaves import Leaves, Wanted
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import flatten_output, literal
+from xdit_ir.capture.reach import GLOBAL_HOOKS
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
@@ -36,7 +38,19 @@ from xdit_ir.capture.state import StateWatch, Write, left, refusal, writes_of
 from xdit_ir.capture.tracer import Tracer
 from xdit_ir.capture.values import Frame, TracedValue, ordinary, spec_of
 from xdit_ir.errors import TraceError, XditError
-from xdit_ir.ir.program import CONSTANT, STATE, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
+from xdit_ir.ir.program import (
+    CONSTANT,
+    STATE,
+    WHERE,
+    Effect,
+    Guard,
+    InputLeaf,
+    Literal,
+    Program,
+    Signature,
+    Where,
+    qualified,
+)
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 Flat = list[tuple[str, Any]]
@@ -61,6 +75,11 @@ def trace(
         TraceError: forward cannot be captured, or keeps a state between calls: what it leaves in Python objects is
             written again at every call, changes what it does, or depends on its inputs.
     """
+    if any(getattr(global_hooks, name) for name in GLOBAL_HOOKS):
+        raise TraceError(
+            "hooks of all modules (register_module_forward_hook) would see copies of the model's modules; "
+            "register them on the modules that they are for"
+        )
     program, writes = _captured(model, example, leaf)
     if not writes:
         return program
@@ -88,9 +107,7 @@ def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted]) -> tup
             rung = rung.below(failure)
 
 
-def _attempt(
-    rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions
-) -> tuple[Program, list[Write]]:
+def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions) -> tuple[Program, list[Write]]:
     model = rung.model
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
@@ -223,7 +240,9 @@ def _signature(
         tensors.append(tensor)
         return len(tensors) - 1
 
-    places: list[int | Literal] = [place(x) if isinstance(x, torch.Tensor) else literal(x, originals) for x in out_leaves]
+    places: list[int | Literal] = [
+        place(x) if isinstance(x, torch.Tensor) else literal(x, originals) for x in out_leaves
+    ]
     effects = effects_of(place)
     nodes = tuple(recorder.node(tensor) for tensor in tensors)
     recorder.emit("output", "output", (nodes,), {}, tuple(spec_of(tensor) for tensor in tensors), Where())

@@ -119,7 +119,9 @@ def _later_steps(
 
     def displaced(steps: list[Example]) -> list[float]:
         def run() -> list[list[list[torch.Tensor]]]:
-            return [[output_tensors(output) for output in step] for step in parallel.simulate_steps(model, steps)[warmup:]]
+            return [
+                [output_tensors(output) for output in step] for step in parallel.simulate_steps(model, steps)[warmup:]
+            ]
 
         return _errors(run, expected)
 

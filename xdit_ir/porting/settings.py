@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter, call, is_, itemgetter
 from typing import Any
@@ -64,7 +64,7 @@ class ModelSettings:
             _Flat(_chained([item for item in lists if item])),
             _names(sorts[Names]),
             _Flat(_each(_CONTENTS, [part.item for part in sorts[Cell]])),
-            _Flat(lambda functions=[part.item for part in sorts[Defaults]]: chain.from_iterable(map(_FUNCTION, functions))),
+            _Flat(_functions([part.item for part in sorts[Defaults]])),
             _Flat(_chained([item for item in states if item])),
             _absent(states),
         ]
@@ -115,6 +115,10 @@ def _each(get: Callable[[Any], Any], items: Sequence[Any]) -> Read:
     return lambda: map(get, items)
 
 
+def _functions(functions: Sequence[Any]) -> Read:
+    return lambda: chain.from_iterable(map(_FUNCTION, functions))
+
+
 def _got(getters: Sequence[tuple[Sequence[str], Any]]) -> Read:
     """The values of some names of some mappings."""
     padded = [((*names, *names) if len(names) == 1 else names, held) for names, held in getters if names]
@@ -130,7 +134,12 @@ def _attributes(modules: Sequence[nn.Module]) -> _Flat:
 def _names(spaces: Sequence[Names]) -> _Flat:
     """Names that are there, and the absence of others."""
     present = [(list(space.read()), space.held) for space in spaces]
-    absent = [(name, space) for space, (there, _) in zip(spaces, present, strict=True) for name in space.names if name not in there]
+    absent = [
+        (name, space)
+        for space, (there, _) in zip(spaces, present, strict=True)
+        for name in space.names
+        if name not in there
+    ]
     read = _got(present)
     missing = list(dict.fromkeys(space for _, space in absent))
     return _Flat(lambda: chain(read(), (len(space.read()) for space in missing)))
