@@ -156,8 +156,9 @@ class Reach:
 
     def _note(self, space: Names, opaque: bool, name: str) -> None:
         space.note(name)
-        if not opaque:
-            self._push([(space.name(name), vars(space.item)[name])])
+        entry = vars(space.item)[name]
+        if not opaque or isinstance(entry, types.ModuleType):  # as `functional` of `nn.functional.gelu`
+            self._push([(space.name(name), entry)])
 
 
 class _Registered(Entries):
