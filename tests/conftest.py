@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--pipefusion-all", action="store_true", help="run every PipeFusion case on real processes")
     parser.addoption("--pipelines-all", action="store_true", help="run every pipeline under every set of degrees")
+    parser.addoption("--guards", type=int, default=0, metavar="N", help="change each of twelve ported models N times")
     parser.addoption("--fuzz", type=int, default=0, metavar="N", help="try N random models, other ones at every run")
     parser.addoption("--fuzz-texts", type=int, default=0, metavar="N", help="try N mutations of texts of programs")
 

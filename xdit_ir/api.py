@@ -17,7 +17,6 @@ from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.interpret import Interpreter, model_state
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.printer import program_text
@@ -50,8 +49,7 @@ def trace(model: nn.Module, example: Example, leaf: Sequence[str | type | nn.Mod
     Raises:
         TraceError: the module cannot be captured; names the input or the source line at fault.
     """
-    with collector_paused():
-        return TracedProgram(capture.trace(model, example, leaf))
+    return TracedProgram(capture.trace(model, example, leaf))
 
 
 @dataclass(frozen=True, eq=False)

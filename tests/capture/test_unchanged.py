@@ -37,7 +37,6 @@ class Lazy(nn.Module):
         self.linear = nn.Linear(4, 4)
         self.cache: Any = None
         self.tables: dict[int, Any] = {}
-        self.calls: list[int] = []
         self.fixed = torch.randn(4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +45,6 @@ class Lazy(nn.Module):
             self.cache = torch.ones(size)
         if size not in self.tables:
             self.tables[size] = torch.arange(size) * 2
-        self.calls.append(size)
         return self.linear(x) * self.cache + self.tables[size] + table(size) + self.fixed[:4]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwarg
         if id(leaf) not in places:
             places[id(leaf)] = len(tensors)
             tensors.append(leaf)
-            names.append(_name(path, parameters))
+            names.append(_unlike(_name(path, parameters), names))
         key.append((places[id(leaf)], tuple(leaf.shape), leaf.stride(), leaf.dtype, str(leaf.device)))
     values = [recorder.value(tensor) for tensor in tensors]
     return SubmoduleCall(tensors, values, names, tuple(key), [leaf for _, leaf in paths], spec)
@@ -61,6 +62,12 @@ def _positional(forward: Any) -> list[str]:
         return list(inspect.signature(forward).parameters)
     except (TypeError, ValueError):
         return []
+
+
+def _unlike(name: str, taken: list[str]) -> str:
+    """A name that no other argument has, such as all that `*args` takes."""
+    numbered = (f"{name}_{number}" for number in itertools.count(1))
+    return name if name not in taken else next(one for one in numbered if one not in taken)
 
 
 def _name(path: Any, parameters: list[str]) -> str:

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_ir.capture.parts import Bytes, is_opaque, parts_of
 from xdit_ir.capture.values import contents
 
-_SKIPPED = frozenset({"_parameters", "_buffers", "_modules", "forward"})
+_SKIPPED = frozenset({"_parameters", "_buffers", "_modules"})
+TRACED = "_xdit_traced_forward"  # marks the tracer's own wrapper of a forward, and is what it wraps
 _STATE = ("_parameters", "_buffers")
 _SCALARS = (str, int, float, bool, type(None))
-_VALUES = (*_SCALARS, bytes, complex, torch.dtype, torch.device, torch.Size, type)
+_VALUES = (*_SCALARS, bytes, complex, torch.dtype, torch.device, torch.Size, np.generic, type)
 _DIGESTED_NUMEL = 1 << 16
 
 
@@ -44,9 +47,10 @@ def fingerprint(module: nn.Module, held: Mapping[int, torch.Tensor]) -> Fingerpr
     return Fingerprint(structure, printer.scalars)
 
 
-def describe(item: Any) -> Any:
-    """A comparable description of any object; what cannot be described is equal only to itself."""
-    return _Printer({}).describe(item)
+def describe(item: Any, *, closures: bool = False) -> Any:
+    """A comparable description of any object; what cannot be described is equal only to itself. With `closures`, of
+    functions also what they enclose, which may change."""
+    return _Printer({}, closures=closures).describe(item)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +67,8 @@ class _Only:
 
 
 class _Printer:
-    def __init__(self, held: Mapping[int, torch.Tensor]) -> None:
-        self._held = held
+    def __init__(self, held: Mapping[int, torch.Tensor], *, closures: bool = False) -> None:
+        self._held, self._closures = held, closures
         self.scalars: dict[tuple[str, str], Any] = {}
         self._seen: dict[int, int] = {}
 
@@ -77,6 +81,9 @@ class _Printer:
         plain = []
         for name, item in module.__dict__.items():
             if name in _SKIPPED or (type(item) in (dict, list) and not item):
+                continue
+            item = getattr(item, TRACED, item)
+            if name == "forward" and _is_own(item, module):
                 continue
             if type(item) in _SCALARS:
                 self.scalars[path, name] = (type(item), item)
@@ -100,6 +107,10 @@ class _Printer:
     def describe(self, item: Any) -> Any:
         if isinstance(item, _VALUES):
             return (type(item), item)
+        if isinstance(item, types.FunctionType) and self._closures and id(item) not in self._seen:
+            self._seen[id(item)] = len(self._seen)
+            cells = (dict(part.read()) for cell in item.__closure__ or () for part in parts_of(cell, ""))
+            return (_Only(item), tuple(self.describe(held) for held in (*cells, item.__defaults__, vars(item))))
         if isinstance(item, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
             return _Only(item)
         if isinstance(item, types.MethodType):
@@ -124,16 +135,27 @@ class _Printer:
         if isinstance(item, (list, tuple)):
             return (type(item), tuple(self.describe(entry) for entry in item))
         if isinstance(item, (set, frozenset)):
-            return (type(item), len(item), _Only(item)) if item else type(item)
+            return (type(item), frozenset(self.describe(entry) for entry in item))
+        if isinstance(item, (bytearray, np.ndarray)):
+            return (type(item), Bytes(item, "").read()[0])
         if isinstance(item, dict):
             return (
                 type(item),
                 tuple((self.describe(key), self.describe(entry)) for key, entry in item.items()),
             )
-        comparison: Any = type(item).__eq__
-        if comparison is object.__eq__ and hasattr(item, "__dict__"):
-            return (type(item), self.describe(vars(item)))
-        return _Only(item)
+        parts = [] if is_opaque(type(item)) else parts_of(item, "")
+        if not parts:
+            return _Only(item)
+        return (type(item), tuple(self.describe(dict(part.read())) for part in parts))
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward is that of the module's class."""
+    return (
+        isinstance(forward, types.MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is type(module).forward
+    )
 
 
 def _form(tensor: torch.Tensor) -> Any:

@@ -15,7 +15,8 @@ from xdit_ir.capture.objects import Snapshot, expand_objects, snapshot
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
-from xdit_ir.ir.program import Guard, Program, TensorSpec
+from xdit_ir.ir.named_tensors import find_tensor
+from xdit_ir.ir.program import STATE, Guard, Program, TensorSpec
 
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
@@ -99,10 +100,11 @@ class _Accepted:
         self._known: dict[str | int, list[tuple[weakref.ref[torch.Tensor], int]]] = {}
 
     def has(self, check: str | int, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these very tensors were accepted, and are as they were then; never known of inference tensors."""
+        """Whether these very tensors were accepted, and are as they were then; never known of inference tensors, and of
+        those on the CPU, which are quickly compared and may be written to through NumPy or `.data`, uncounted."""
         known = self._known.get(check, [])
         return len(known) == len(tensors) and all(
-            ref() is tensor and _version(tensor) == before >= 0
+            ref() is tensor and _version(tensor) == before >= 0 and tensor.device.type != "cpu"
             for (ref, before), tensor in zip(known, tensors, strict=True)
         )
 
@@ -114,6 +116,31 @@ class _Accepted:
 def _version(tensor: torch.Tensor) -> int:
     """How often a tensor was written to; -1 where that is not counted."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+class BufferGuards:
+    """Buffers of a model that were read in Python when a program was traced.
+
+    Raises:
+        MismatchError: by `check`, if one is not what it was, or is gone.
+    """
+
+    def __init__(self, model: nn.Module, program: Program) -> None:
+        self._model, self._accepted = model, _Accepted()
+        self._guards = [guard for guard in program.signature.guards if guard.path.startswith(STATE)]
+
+    def check(self) -> None:
+        """See above."""
+        for guard in self._guards:
+            name = guard.path.removeprefix(STATE)
+            buffer = find_tensor(self._model, name)
+            if self._accepted.has(name, [buffer]):
+                continue
+            if buffer.is_meta:  # released: nobody can write to it
+                continue
+            if buffer.dtype != guard.value.dtype or not torch.equal(buffer.cpu(), guard.value):
+                raise MismatchError(f"buffer {name}: it was read while tracing ({guard.reason}) and has changed")
+            self._accepted.note(name, [buffer])
 
 
 class InputBinder:
@@ -197,7 +224,10 @@ class InputBinder:
 def bind_inputs(
     forward: nn.Module | inspect.Signature, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[torch.Tensor]:
-    """The placeholders' values for one call; keep an `InputBinder` for many calls."""
+    """The placeholders' values for one call, for which also the buffers of a module that is given are checked; keep an
+    `InputBinder` for many calls."""
+    if isinstance(forward, nn.Module):
+        BufferGuards(forward, program).check()
     return InputBinder(forward, program, real=False)(args, kwargs)
 
 

@@ -22,9 +22,11 @@ from xdit_ir.capture.values import (
     KNOWN_INPUT_NUMEL,
     KNOWN_NUMEL,
     FromArgument,
+    FromBuffer,
     Origin,
     Roots,
     TracedValue,
+    expand,
     map_tensors,
     share_memory,
     spec_of,
@@ -118,18 +120,20 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
 
 def note_read(recorder: Recorder, roots: Roots, what: str) -> None:
     """Record that contents were seen: as guards on inputs, or as a dependence of a block on an argument."""
-    if Origin.BUFFER in roots and recorder.frame.parent is not None:
+    if recorder.frame.parent is not None and any(isinstance(root, FromBuffer) for root in roots):
         raise Unshareable("reads the contents of a buffer")
     for root in roots:
         if isinstance(root, FromArgument):
             root.frame.reads.add(root.index)
-    for origin in _expand(roots):
+    for origin in expand(roots):
         if isinstance(origin, str):
             recorder.read_inputs.setdefault(origin, f"{source_line()} ({what})")
+        elif isinstance(origin, FromBuffer):
+            recorder.read_buffers.setdefault(origin.name, f"{source_line()} ({what})")
 
 
 def _unknown(recorder: Recorder, roots: Roots, what: str) -> TraceError:
-    origins = sorted(_expand(roots), key=str)
+    origins = sorted(expand(roots), key=str)
     blamed = [root for root in origins if root in (Origin.PARAMETER, Origin.RANDOM)]
     inputs = [root for root in origins if isinstance(root, str)]
     hollow = [name for name in inputs if not recorder.inputs[name].dtype.is_floating_point]
@@ -142,13 +146,6 @@ def _unknown(recorder: Recorder, roots: Roots, what: str) -> TraceError:
     names = [f"input {name!r}" for name in inputs] + [root.value for root in blamed]
     blame = ", ".join(names) or Origin.BUFFER.value
     return recorder.opaque(f"{text}{blame}; only contents of integer inputs and masks may be read")
-
-
-def _expand(roots: Roots) -> set[str | Origin]:
-    found: set[str | Origin] = set()
-    for root in roots:
-        found |= _expand(root.frame.outer[root.index].roots) if isinstance(root, FromArgument) else {root}
-    return found
 
 
 def _s(names: list[str]) -> str:

@@ -16,6 +16,7 @@ from xdit_ir.capture.failures import ShapeDepends
 from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.outputs import flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.state import StateWatch, refusal, same_contents, unchanged
 from xdit_ir.capture.values import NO_ROOTS, Origin, spec_of
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.leaf import Leaf
@@ -113,7 +114,8 @@ class Leaves:
             weights = _weights(state)
             if weights is None:
                 return _guessed(leaf, call)
-            return self._measured(path, leaf, call, weights)
+            with unchanged(module):
+                return self._measured(path, leaf, call, weights)
 
     def _measured(self, path: str, leaf: Leaf, call: SubmoduleCall, weights: list[torch.Tensor]) -> _Described:
         device = weights[0].device if weights else self.recorder.device
@@ -124,6 +126,10 @@ class Leaves:
                 output = leaf.run(inputs, weights)
             flat, out_spec = flatten_output(output)
             runs.append((inputs, flat, out_spec, counter.get_total_flops()))
+            if seed == 0:
+                filled = StateWatch([("", leaf.module)])  # with what is kept from the first call on
+        if written := [write for write in filled.changes() if not same_contents(write.after, write.before)]:
+            raise refusal(written)
         shapes = [[spec_of(x) if isinstance(x, torch.Tensor) else literal(x) for x in flat] for _, flat, _, _ in runs]
         if any(str(shape) != str(shapes[0]) or run[2] != runs[0][2] for shape, run in zip(shapes, runs, strict=True)):
             raise ShapeDepends(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.fingerprint import describe
+from xdit_ir.capture.parts import ATOMS, is_opaque
 from xdit_ir.capture.skeleton import is_plain_object
 
 
@@ -30,11 +33,11 @@ class Snapshot:
 
 def snapshot(leaf: Any) -> Any:
     """An input that is no tensor, so that it can be compared with later ones even if it is changed in place."""
-    plain = is_plain_object(type(leaf)) and hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, Kind))
-    comparison: Any = type(leaf).__eq__
-    if not plain or comparison is not object.__eq__:
+    if isinstance(leaf, (*ATOMS, type, types.ModuleType, nn.Module, Kind)):
         return leaf
-    return Snapshot(type(leaf), describe(leaf))
+    if is_opaque(type(leaf)) and not isinstance(leaf, (tuple, frozenset, functools.partial, types.MethodType)):
+        return leaf
+    return Snapshot(type(leaf), describe(leaf, closures=True))
 
 
 _CLASS = "__class__"

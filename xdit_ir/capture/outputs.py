@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from xdit_ir.capture.parts import ATOMS
+from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import Literal, Signature
+
+_BUILT_IN = (dict, list, tuple, set, str, int, float)  # of which a subclass is not made anew without its constructor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +39,13 @@ def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
         output = pytree.tree_unflatten(opened, spec)
 
 
+def output_tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors of a result, in order, also those in dataclasses and objects."""
+    return [leaf for leaf in flatten_output(output)[0] if isinstance(leaf, torch.Tensor)]
+
+
 def _open(leaf: Any) -> Any:
-    if isinstance(leaf, (type, Record)) or not (dataclasses.is_dataclass(leaf) or _is_result(leaf)):
+    if isinstance(leaf, (type, Record, *_BUILT_IN)) or not (dataclasses.is_dataclass(leaf) or _is_result(leaf)):
         return leaf
     names = tuple(vars(leaf)) if hasattr(leaf, "__dict__") else tuple(item.name for item in dataclasses.fields(leaf))
     return [Record(type(leaf), names), *(getattr(leaf, name) for name in names)]
@@ -66,17 +78,34 @@ def _make(tree: list[Any]) -> Any:
     return made
 
 
-def literal(leaf: Any) -> Literal:
-    """An output leaf that is no tensor; objects with tensors inside cannot be rebuilt."""
-    inside = pytree.tree_leaves(vars(leaf)) if hasattr(leaf, "__dict__") and not isinstance(leaf, type) else []
-    if any(isinstance(item, torch.Tensor) for item in inside):
-        raise TraceError(
-            f"forward returns an object of type {type(leaf).__qualname__}, whose tensors cannot be followed"
-        )
+def literal(leaf: Any, originals: Mapping[int, Any] | None = None) -> Literal:
+    """An output leaf that is no tensor; `originals` are the caller's objects by the ids of copies that were traced.
+
+    Raises:
+        TraceError: it has tensors inside, which cannot be followed, or it can be read only once.
+    """
+    if isinstance(leaf, (*ATOMS, type, Record)):
+        return Literal(leaf)
+    originals = originals or {}
+    if id(leaf) in originals:
+        return Literal(originals[id(leaf)])
+    kind = type(leaf).__qualname__
+    if hasattr(type(leaf), "__next__"):
+        raise TraceError(f"forward returns a {kind}, which can be read only once; return a list")
+    reach = Reach([("", leaf)])
+    if any(isinstance(tensor, FakeTensor) for _, tensor in reach.tensors):
+        raise TraceError(f"forward returns a {kind}, whose tensors cannot be followed; return a tuple or a dict")
+    if any(id(module) in originals for _, module in reach.modules):
+        raise TraceError(f"forward returns a {kind} that refers to modules of the model; return tensors")
     return Literal(leaf)
+
+
+def _own(item: Any) -> Any:
+    """A literal for one caller, who may change it."""
+    return copy.deepcopy(item) if isinstance(item, (dict, list, set, bytearray, np.ndarray)) else item
 
 
 def build_output(signature: Signature, tensors: Sequence[torch.Tensor]) -> Any:
     """The module's result from the tensors that the graph returned."""
-    leaves = [item.value if isinstance(item, Literal) else tensors[item] for item in signature.out_leaves]
+    leaves = [_own(item.value) if isinstance(item, Literal) else tensors[item] for item in signature.out_leaves]
     return unflatten_output(leaves, signature.out_spec)

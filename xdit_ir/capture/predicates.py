@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
@@ -33,6 +34,21 @@ def predicate(recorder: Recorder, value: TracedValue, what: str) -> Predicate | 
     with torch.no_grad():
         known = evaluate(found, recorder.inputs).cpu()
     return Predicate(graph, paths, constants, known, found.reason)
+
+
+def computed(recorder: Recorder, value: TracedValue) -> torch.Tensor | None:
+    """Contents, however many, of what was computed outside of blocks from nothing but constants; None of others."""
+    if value.frame is None or value.frame.parent is not None:
+        return None
+    graph, paths = _cone(recorder, recorder.node(value.fake))
+    names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    if paths or any(not name.startswith(f"{CONSTANT}.") for name in names):
+        return None
+    constants = {name: recorder.constants[name.partition(".")[2]] for name in names}
+    if any(map(is_functorch_wrapped_tensor, constants.values())):
+        return None
+    with torch.no_grad():
+        return evaluate(Predicate(graph, paths, constants, torch.empty(0)), {})
 
 
 def _cone(recorder: Recorder, result: fx.Node) -> tuple[fx.Graph, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
     KNOWN_NUMEL,
     NO_ROOTS,
+    FromBuffer,
     Origin,
     Roots,
     Storage,
@@ -46,9 +47,12 @@ class Recorder(GraphWriter):
         self.held: dict[int, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.read_inputs: dict[str, str] = {}
+        self.read_buffers: dict[str, str] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
         self.predicates: list[Predicate] = []
         self._values: dict[int, TracedValue] = {}
         self._state_names: dict[int, list[str]] = {}
+        self.outside: dict[int, str] = {}
         self.state_of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
     @contextmanager
@@ -78,6 +82,14 @@ class Recorder(GraphWriter):
         """Run an operator on fake tensors, unrecorded."""
         with self.fake_mode:
             return func(*args, **kwargs)
+
+    def fake_uncached(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The same, past the cache of results, which forgets that a composite operator gave a view."""
+        before, self.fake_mode.cache_enabled = self.fake_mode.cache_enabled, False
+        try:
+            return self.fake(func, args, kwargs)
+        finally:
+            self.fake_mode.cache_enabled = before
 
     def add(self, value: TracedValue) -> TracedValue:
         """Remember what is known about a fake tensor."""
@@ -109,12 +121,15 @@ class Recorder(GraphWriter):
             fake = self.blank(real, self.device if self.hollow else None)  # where its weights will be, so will be this
             carried = origin is not Origin.PARAMETER and real.device.type != "meta"
             known = contents(real) if carried and real.numel() <= KNOWN_NUMEL else None
+            if origin is Origin.BUFFER and known is not None:
+                self.buffers[names[0]] = known.clone()
         if origin is Origin.CONSTANT and real.device.type == "meta":
             raise TraceError(f"the model holds a tensor without contents, {names[0]!r}, outside of its attributes")
         if origin is Origin.CONSTANT:
             names = [f"{CONSTANT}.{self._keep(real, names[0])}"]
             self.held[id(fake)] = real
-        self.add(TracedValue(fake, None, Storage(None, owner=names[0]), (), None, 0, known, frozenset({origin})))
+        roots: Roots = frozenset({FromBuffer(names[0]) if origin is Origin.BUFFER else origin})
+        self.add(TracedValue(fake, None, Storage(None, owner=names[0]), (), None, 0, known, roots))
         self._state_names[id(fake)] = names
         return fake
 
@@ -153,7 +168,15 @@ class Recorder(GraphWriter):
         if isinstance(tensor, FakeTensor):
             raise Unshareable("a tensor from outside the trace")
         fake = self.state_of(tensor)
-        return self.constant(tensor) if fake is tensor else self._values[id(fake)]
+        if fake is not tensor:
+            return self._values[id(fake)]
+        made = self.constant(tensor)
+        made.storage.owner = self.outside.get(id(tensor), "")
+        return made
+
+    def found(self, tensor: torch.Tensor) -> TracedValue | None:
+        """What is known about a fake tensor; None if it is not of this trace."""
+        return self._values.get(id(tensor))
 
     def roots(self, tensors: list[torch.Tensor]) -> Roots:
         """All that a result of these tensors depends on."""

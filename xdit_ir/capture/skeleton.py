@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Origin
+from xdit_ir.errors import TraceError
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 _ATOMS = (
@@ -57,6 +59,19 @@ class LazyState(dict[str, Any]):
         return [(key, self[key]) for key in self]
 
 
+class _Still:
+    """Stands for an iterator, which cannot be copied and would be a step further after the trace."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        raise TraceError(f"{source_line()}: forward keeps a state between calls: how far a {self._kind} has gone")
+
+
 class Skeleton:
     """The copy: `model`, the copies of all `modules` by path, and all paths of each copy by its id.
 
@@ -81,6 +96,15 @@ class Skeleton:
         """A copy of an object that may refer to the model; unknown kinds of objects are themselves."""
         return self._copy(item)
 
+    @property
+    def originals(self) -> dict[int, Any]:
+        """What was copied, by the id of its copy; fakes stand for tensors. What is its own copy is not there."""
+        found = ((self._copies[id(item)], item) for item in self._originals)
+        pairs = {id(copy): item for copy, item in found if copy is not item}
+        return pairs | {
+            id(vars(self._copies[id(item)])): vars(item) for item in pairs.values() if hasattr(item, "__dict__")
+        }
+
     def _remember(self, original: Any, copy: Any) -> None:
         self._copies[id(original)] = copy
         self._originals.append(original)
@@ -94,6 +118,7 @@ class Skeleton:
         for name, item in module.__dict__.items():
             if name in ("_parameters", "_buffers"):
                 copy.__dict__[name] = LazyState(item, self.state_of)
+                self._remember(item, copy.__dict__[name])
             else:
                 copy.__dict__[name] = None if name == _COMPILED else self._copy(item)
         if "_orig_mod" in module._modules and "dynamo_ctx" in module.__dict__:
@@ -152,6 +177,8 @@ class Skeleton:
             copy.extend(self._copy(entry) for entry in item)
         elif kind is set:
             copy = set(item)
+        elif hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
+            copy = _Still(kind.__name__)
         elif kind in _DICTS:
             copy = item.copy()
             self._remember(item, copy)

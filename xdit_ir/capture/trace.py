@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.blocks import Blocks, prune
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.effects import ArgumentState
+from xdit_ir.capture.equality import compute_same
 from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unshareable
-from xdit_ir.capture.fingerprint import fingerprint
+from xdit_ir.capture.fingerprint import TRACED, fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
@@ -26,48 +30,96 @@ from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import flatten_output, literal
 from xdit_ir.capture.plain import applied, odd_weight
+from xdit_ir.capture.reach import GLOBAL_HOOKS
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line, is_raised_outside
+from xdit_ir.capture.state import StateWatch, Write, left, refusal, writes_of
 from xdit_ir.capture.tracer import Tracer
-from xdit_ir.capture.values import Frame, TracedValue, spec_of
+from xdit_ir.capture.values import Frame, TracedValue, ordinary, spec_of
 from xdit_ir.errors import TraceError, XditError
-from xdit_ir.ir.program import CONSTANT, WHERE, Effect, Guard, InputLeaf, Literal, Program, Signature, Where, qualified
+from xdit_ir.ir.garbage import collector_paused
+from xdit_ir.ir.program import (
+    CONSTANT,
+    STATE,
+    WHERE,
+    Effect,
+    Guard,
+    InputLeaf,
+    Literal,
+    Program,
+    Signature,
+    Where,
+    qualified,
+)
 
+Example = Mapping[str, Any] | tuple[Any, ...]
 Flat = list[tuple[str, Any]]
 
 
-def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], leaf: Sequence[Wanted] = ()) -> Program:
+def trace(
+    model: nn.Module,
+    example: Example,
+    leaf: Sequence[Wanted] = (),
+    *,
+    keep: bool = False,
+) -> Program:
     """Capture a module's forward for one input signature as a `Program`.
 
     `example` holds forward's arguments by name, or its positional arguments. Model and example may be on any
     device, including meta. Nothing is computed but what Python must know, and the model is left as it was.
     Submodules that cannot be captured, and those named in `leaf`, become opaque leaves.
+
+    Tables that forward fills once are left in the model if `keep`. Then the program is that of the calls to come.
+
+    Raises:
+        TraceError: forward cannot be captured, or keeps a state between calls: what it leaves in Python objects is
+            written again at every call, changes what it does, or depends on its inputs.
     """
     if (odd := odd_weight(model)) is not None:
         raise TraceError(odd)
+    if any(getattr(global_hooks, name) for name in GLOBAL_HOOKS):
+        raise TraceError(
+            "hooks of all modules (register_module_forward_hook) would see copies of the model's modules; "
+            "register them on the modules that they are for"
+        )
+    program, writes = _captured(model, example, leaf)
+    if not writes:
+        return program
+    with left(writes) as kept:
+        again, more = _captured(model, example, leaf)
+        if more:
+            raise refusal(more)
+        if not compute_same(program, again, model):
+            raise refusal(writes, ", after which it computes something else")
+        if keep:
+            kept()
+    return again if keep else program
+
+
+def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted]) -> tuple[Program, list[Write]]:
+    """A program, and what forward leaves in Python objects outside of its arguments."""
     named, by_name = bind_example(model, example), isinstance(example, Mapping)
     rung = Rung.top(model, leaf)
     while True:
         try:
             functions = replacements()
-            with clean_caches(model), replaced(functions, model.modules()):
+            with collector_paused(), clean_caches(model), replaced(functions, model.modules()):
                 return _attempt(rung, named, by_name, functions)
         except FAILURES as failure:
             rung = rung.below(failure)
 
 
-def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions) -> Program:
+def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions) -> tuple[Program, list[Write]]:
     model = rung.model
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
     recorder = Recorder(device)
     values = {path: _input(recorder, path, x) for path, x in leaves if isinstance(x, torch.Tensor)}
     args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
-    with torch.inference_mode():
-        skeleton = Skeleton(model, recorder.state, functions)
-        recorder.state_of = skeleton.state_of
+    with torch.inference_mode(), _watched(Skeleton(model, recorder.state, functions)) as (skeleton, watch):
+        recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
         blocks = Blocks(recorder, set(rung.blocks), _watch(skeleton, rung.blocks, recorder))
         called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
         blocks.leaves_below = called_whole.below
@@ -75,8 +127,24 @@ def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functi
         given = ArgumentState(args, in_spec, skeleton.copy_of)
         call = call_arguments(inspect.signature(model.forward), given.named, by_name)
         output = _run(skeleton.model, recorder, *call)
-        signature = _signature(recorder, leaves, in_spec, output, lambda place: given.effects(values, place))
-    return _program(type(model).__name__, device, recorder, blocks, signature)
+        effects = functools.partial(given.effects, values)
+        signature = _signature(recorder, leaves, in_spec, output, skeleton.originals, effects)
+        writes, refused = writes_of(watch, skeleton, recorder)
+    program = _program(type(model).__name__, device, recorder, blocks, signature)
+    if refused is not None:  # only of a program that would have been one
+        raise refused
+    return program, writes
+
+
+@contextmanager
+def _watched(skeleton: Skeleton) -> Iterator[tuple[Skeleton, StateWatch]]:
+    """A copy to be traced; what its forward does to objects that are no copies is put back."""
+    watch = StateWatch([("", skeleton.model)])
+    try:
+        yield skeleton, watch
+        watch.check_draws()
+    finally:
+        watch.restore(skeleton.originals)
 
 
 def _device(model: nn.Module, leaves: Flat) -> torch.device:
@@ -148,7 +216,7 @@ def _wrap(
         finally:
             recorder.path.pop()
 
-    wrapped.__wrapped__ = forward  # type: ignore[attr-defined]
+    setattr(wrapped, TRACED, forward)
     return wrapped
 
 
@@ -170,6 +238,7 @@ def _signature(
     leaves: Flat,
     in_spec: pytree.TreeSpec,
     output: Any,
+    originals: Mapping[int, Any],
     effects_of: Callable[[Callable[[torch.Tensor], int]], tuple[Effect, ...]],
 ) -> Signature:
     out_leaves, out_spec = flatten_output(output)
@@ -179,28 +248,31 @@ def _signature(
         tensors.append(tensor)
         return len(tensors) - 1
 
-    places: list[int | Literal] = [place(x) if isinstance(x, torch.Tensor) else literal(x) for x in out_leaves]
+    places: list[int | Literal] = [
+        place(x) if isinstance(x, torch.Tensor) else literal(x, originals) for x in out_leaves
+    ]
     effects = effects_of(place)
     nodes = tuple(recorder.node(tensor) for tensor in tensors)
     recorder.emit("output", "output", (nodes,), {}, tuple(spec_of(tensor) for tensor in tensors), Where())
     inputs = [InputLeaf(path, spec_of(leaf) if isinstance(leaf, torch.Tensor) else None) for path, leaf in leaves]
     guards = tuple(guard for path, leaf in leaves if (guard := _guard(recorder, path, leaf)) is not None)
+    guards += tuple(_buffer_guard(recorder, name, reason) for name, reason in recorder.read_buffers.items())
     predicates = tuple(recorder.predicates)
     return Signature(in_spec, tuple(inputs), out_spec, tuple(places), guards, predicates, effects)
 
 
 def _guard(recorder: Recorder, path: str, leaf: Any) -> Guard | None:
+    if hasattr(type(leaf), "__next__"):
+        raise TraceError(f"input {path!r} is a {type(leaf).__name__}, which can be read only once; give a list")
     if not isinstance(leaf, torch.Tensor):
         return Guard(path, snapshot(leaf), "not a tensor")
     if path not in recorder.read_inputs:
         return None
-    return Guard(path, _plain(leaf.detach().cpu()), recorder.read_inputs[path])
+    return Guard(path, ordinary(leaf.detach().cpu()), recorder.read_inputs[path])
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that is an ordinary tensor although it was made in inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.clone()
+def _buffer_guard(recorder: Recorder, name: str, reason: str) -> Guard:
+    return Guard(f"{STATE}{name}", ordinary(recorder.buffers[name]), reason)
 
 
 def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks, signature: Signature) -> Program:
@@ -233,5 +305,5 @@ def _check_constants(frame: Frame, recorder: Recorder) -> None:
 def _placed(recorder: Recorder, name: str) -> torch.Tensor:
     """A constant on the device where the model's code wanted it."""
     tensor = recorder.constants[name]
-    tensor = _plain(tensor) if tensor.is_inference() else tensor
+    tensor = ordinary(tensor) if tensor.is_inference() else tensor
     return tensor.to(recorder.placed.get(name, tensor.device))

@@ -90,14 +90,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        about = facts(func)
+        may_view = about.composite and not about.aliases and len(tensors_in((args, kwargs))) == 1
         try:
-            result = self.recorder.fake(func, args, kwargs)
+            result = (self.recorder.fake_uncached if may_view else self.recorder.fake)(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return resolve(self.recorder, func, args, kwargs, self._again)
         tensors = tensors_in(result)
         if not tensors:
             return result
-        about = facts(func)
         shares = not about.aliases and about.composite and share_memory(result, (args, kwargs))
         if shares and func not in RESHAPES:
             return self._again(func.decompose, *args, **kwargs)

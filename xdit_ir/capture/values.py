@@ -20,9 +20,21 @@ class Origin(Enum):
     """Where a value came from, apart from inputs."""
 
     PARAMETER = "the model's parameters"
-    BUFFER = "the model's buffers"
+    BUFFER = "the model's buffers"  # of the state itself; of values, see `FromBuffer`
     CONSTANT = "the model's constants"
     RANDOM = "random numbers"
+
+
+@dataclass(frozen=True)
+class FromBuffer:
+    """The value came from a buffer of the model."""
+
+    name: str
+
+    @property
+    def value(self) -> str:
+        """As messages name it."""
+        return f"the model's buffer {self.name!r}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class FromArgument:
     index: int
 
 
-Roots = frozenset[str | Origin | FromArgument]
+Roots = frozenset[str | Origin | FromBuffer | FromArgument]
 NO_ROOTS: Roots = frozenset()
 
 
@@ -104,6 +116,20 @@ class Frame:
     attributes: set[tuple[str, str]] = field(default_factory=set)
     state: dict[str, fx.Node] = field(default_factory=dict)
     constants: dict[int, TracedValue] = field(default_factory=dict)
+
+
+def expand(roots: Roots) -> set[str | Origin | FromBuffer]:
+    """Roots as they are outside of all blocks."""
+    found: set[str | Origin | FromBuffer] = set()
+    for root in roots:
+        found |= expand(root.frame.outer[root.index].roots) if isinstance(root, FromArgument) else {root}
+    return found
+
+
+def ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is an ordinary tensor although it was made in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
 
 
 def spec_of(value: Any) -> Any:

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, split_example, trace
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_example, flatten_named
+from xdit_ir.capture.outputs import output_tensors
 from xdit_ir.checking.divergence import Divergence, first_divergence
 from xdit_ir.checking.submodule_diff import uncaptured, unrepeatable
 from xdit_ir.errors import ExecutionError
-from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.ir.difference import relative_error
 
 # Displaced steps within which a change of the inputs must have worn off: one for each layer would always do.
 REPEATS = (4, 16)
@@ -69,6 +70,9 @@ def check_parallel(
     """`check` for a program that is already divided."""
     with torch.no_grad():
         expected = _results(model, example, lambda given: [_call(model, given)])[0]
+    if not expected:
+        note = "nothing was compared: no tensor was found in what the module returns, or leaves in its arguments"
+        return CheckResult(False, float("inf"), tolerance, parallel.world_size, None, (note,))
     notes = []
     alone = _results(model, example, lambda given: [run_single(parallel.original, model, given)])[0]
     captured = relative_error(alone, expected)
@@ -115,7 +119,9 @@ def _later_steps(
 
     def displaced(steps: list[Example]) -> list[float]:
         def run() -> list[list[list[torch.Tensor]]]:
-            return [[tensors_of(output) for output in step] for step in parallel.simulate_steps(model, steps)[warmup:]]
+            return [
+                [output_tensors(output) for output in step] for step in parallel.simulate_steps(model, steps)[warmup:]
+            ]
 
         return _errors(run, expected)
 
@@ -163,4 +169,4 @@ def _results(model: nn.Module, example: Example, run: Callable[[Example], list[A
     outputs = run(given)
     named = bind_example(model, given)
     kept = [leaf for path, leaf in flatten_named(named)[0] if isinstance(leaf, torch.Tensor) and path not in named]
-    return [tensors_of(output) + kept for output in outputs]
+    return [output_tensors(output) + kept for output in outputs]

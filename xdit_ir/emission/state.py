@@ -119,8 +119,9 @@ def running_device(model: nn.Module, device: torch.device | str | None = None) -
 
     Some may be on the meta device: those that other ranks have.
     """
-    devices = [tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())]
-    found = next((one for one in devices if one.type != "meta"), devices[0] if devices else torch.device("cpu"))
+    devices = (tensor.device for tensor in itertools.chain(model.parameters(), model.buffers()))
+    first = next(devices, torch.device("cpu"))
+    found = first if first.type != "meta" else next((one for one in devices if one.type != "meta"), first)
     if found.type == "meta" and (where := hooked(model)) is not None:
         raise MismatchError(
             f"weights are moved to the device piece by piece, by hooks of accelerate ({where}), which a parallel "

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention  # not what callers put in its place later
 
 from xdit_ir.ir.partition import Runs
 
@@ -76,7 +77,7 @@ def attention(
     """Scaled dot-product attention, `q [..., heads, queries, dim]`, `k, v [..., heads, keys, dim]`."""
     if 0 in q.shape or 0 in k.shape:  # a rank without heads, queries or keys; kernels do not all accept that
         return q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    return F.scaled_dot_product_attention(
+    return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
 

@@ -37,6 +37,7 @@ WEIGHT = "weight"
 # In a pipeline: the stage of a node of the outer graph; and a `ComputeScope`, where it is not EACH_PATCH.
 STAGE = "stage"
 SCOPE = "scope"
+STATE = "@"  # before the names of buffers among the paths of guards
 CONSTANT = "_constant"
 
 
@@ -105,7 +106,8 @@ class Block:
 class Guard:
     """A fact about the inputs that the program has burned in: the leaf at `path` has the value `value`.
 
-    `value` is a CPU tensor when the leaf is a tensor whose contents were read while tracing.
+    `value` is a CPU tensor when the leaf is a tensor whose contents were read while tracing. With `STATE` before its
+    name, `path` is a buffer of the model that was read.
     """
 
     path: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from xdit_ir.api import ParallelProgram
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.porting.replacement import bound_to, wraps
 from xdit_ir.porting.specialisations import Arguments, Specialisations
 from xdit_ir.runtime.shadow import Shadow
 from xdit_ir.sharding.report import Report
@@ -50,9 +52,10 @@ class _Equal(type):
 class Ported(Shadow, metaclass=_Equal):
     """`original`, parallel: the same state, attributes, class and `forward` signature.
 
-    Reloaded weights take effect at once. Weights of other shapes, dtypes or device, replaced submodules, changed plain
-    attributes and hooks are noticed and the model is traced anew, so that adapters may come, go and change their scale.
-    After a change of anything else that forward reads (globals, objects without a `__dict__`), call `reset`.
+    Reloaded weights take effect at once. Weights of other shapes, dtypes or device, replaced submodules and forwards,
+    changed attributes, hooks, closures, globals and classes are noticed and the model is traced anew, so that adapters
+    may come, go and change their scale. After a change of anything else that forward reads (files, what compiled
+    libraries keep, a tensor on a GPU that is written to through `.data`), call `reset`.
     """
 
     _xdit_specialisations: Specialisations
@@ -94,6 +97,21 @@ class Ported(Shadow, metaclass=_Equal):
         Under `cuda_graph`, call it before `torch.distributed.destroy_process_group`, which would wait for the graphs.
         """
         self._xdit_specialisations.clear()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`forward` put here is traced instead of the original's, unless it wraps the port's own."""
+        if name != "forward" or wraps(value, self, Ported._xdit_forward):
+            Shadow.__setattr__(self, name, value)
+            return
+        original = self._xdit_original
+        self.__dict__.pop("forward", None)
+        original.forward = bound_to(value, self, original)
+        self.__dict__["_xdit_signature"] = inspect.signature(original.forward)
+
+    def __delattr__(self, name: str) -> None:
+        Shadow.__delattr__(self, name)
+        if name == "forward":
+            self.__dict__["_xdit_signature"] = inspect.signature(self._xdit_original.forward)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
         mine = self._xdit_specialisations

@@ -1,96 +1,163 @@
-"""What forward may read of a model besides its tensors: noticed when it changes."""
+"""What forward may read of a model and around it besides tensors: noticed when it changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import attrgetter, call, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from xdit_ir.capture.skeleton import is_plain_object
+from xdit_ir.capture.parts import Attributes, Cell, Defaults, Elements, Entries, Names, Part, alike, same_entries
+from xdit_ir.capture.reach import BESIDE, Reach
 
-_TENSORS = ("_parameters", "_buffers")
-_OWN = frozenset(vars(nn.Module()))  # these containers are never replaced by others
-_ATOMS = (str, bytes, int, float, bool, complex, type(None), type, torch.dtype, torch.device)
+_STATE = ("_parameters", "_buffers")
+# Containers of every module, which nobody replaces by others.
+_OWN = BESIDE | {*_STATE, "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"}
+_FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_VERSION, _CONTENTS = attrgetter("_version"), attrgetter("cell_contents")
+Read = Callable[[], Iterable[Any]]
 
 
-@dataclass(frozen=True, eq=False)
-class _Same:
-    """Equal to the very container that is watched by itself."""
+class _Flat:
+    """Many values that are read at once, as they were: the same objects, or equal numbers and texts."""
 
-    item: Any
+    def __init__(self, read: Read) -> None:
+        self._read, self._before = read, list(read())
 
-    def __eq__(self, other: object) -> bool:
-        return other is self.item
-
-    def __hash__(self) -> int:
-        return id(self.item)
+    def same(self) -> bool:
+        """Whether they are as they were."""
+        if all(map(is_, self._read(), self._before)):
+            return True
+        now = list(self._read())
+        if len(now) != len(self._before) or not all(map(alike, now, self._before)):
+            return False
+        self._before = now  # equal, but not the same: compared faster from now on
+        return True
 
 
 class ModelSettings:
-    """Submodules, plain attributes and hooks of all modules of a model, and what lists, dicts and plain objects there
-    hold, as they are now. Contents of parameters and buffers are not part of it.
+    """Submodules, attributes, hooks, globals, closures and classes of a model and its code, as they are now. Contents
+    of parameters and buffers are not part of it.
 
     A trace depends on all of this; on most of it in fact not, so that a change means: trace again to be sure.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._empty: list[Any] = []
-        self._held: list[tuple[Any, Any]] = []
-        self._constants: list[tuple[torch.Tensor, int]] = []
-        seen = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        waiting: list[Any] = [model]
-        while waiting:
-            item = waiting.pop()
-            if id(item) not in seen:
-                seen.add(id(item))
-                waiting.extend(self._watch(item))
+        self._reach = reach = Reach([("", model)])
+        modules = [module for _, module in reach.modules]
+        sorts = _sorted((*reach.parts, *reach.library), modules)
+        dicts = [part.item for part in (*sorts[Entries], *sorts[Attributes])]
+        lists = [part.item for part in sorts[Elements]]
+        states = [vars(module)[name] for module in modules for name in _STATE]
+        self._empty = [item for item in (*dicts, *lists, *states) if not item]
+        self._sized = [item for item in (*dicts, *lists, *states, *map(vars, modules)) if item]
+        self._sizes = list(map(len, self._sized))
+        self._flat = [
+            _Flat(lambda: map(type, modules)),
+            _attributes(modules),
+            _Flat(_chained([item for item in dicts if item])),
+            _Flat(_chained([item.values for item in dicts if item], called=True)),
+            _Flat(_chained([item for item in lists if item])),
+            _names(sorts[Names]),
+            _Flat(_each(_CONTENTS, [part.item for part in sorts[Cell]])),
+            _Flat(_functions([part.item for part in sorts[Defaults]])),
+            _Flat(_chained([item for item in states if item])),
+            _absent(states),
+        ]
+        self._ties = _ties(states)
+        self._others = [(part, dict(part.read())) for part in sorts[Part]]
+        constants = [tensor for _, tensor in reach.tensors if not tensor.is_inference()]  # those nobody can write to
+        self._versioned, self._versions = constants, list(map(_VERSION, constants))
+        self._contents = [(tensor, tensor.detach().clone()) for tensor in constants if tensor.device.type == "cpu"]
 
     def unchanged(self) -> bool:
         """Whether everything is as it was when this was made."""
         try:
-            same = not any(self._empty) and all(now == before for now, before in self._held)
-        except (RuntimeError, ValueError):  # an array in the place of another: its comparison has no truth value
+            return (
+                not any(self._empty)
+                and list(map(len, self._sized)) == self._sizes
+                and all(flat.same() for flat in self._flat)
+                and list(map(_VERSION, self._versioned)) == self._versions
+                and all(one is other for (left, a), (right, b) in self._ties for one, other in [(left[a], right[b])])
+                and all(same_entries(part.read(), before) for part, before in self._others)
+                and all(map(_equal, self._contents))
+            )
+        except (LookupError, AttributeError, ValueError):  # something was removed
             return False
-        return same and all(tensor._version == version for tensor, version in self._constants)
-
-    def _watch(self, item: Any) -> Iterator[Any]:
-        """Note what a container holds; gives the containers and tensors in it."""
-        if isinstance(item, torch.Tensor):
-            if not item.is_inference():  # those have no count of writes, and cannot be written to outside
-                self._constants.append((item, item._version))
-            return
-        holder: Any = vars(item) if isinstance(item, nn.Module) or _is_object(item) else item
-        if not holder:
-            self._empty.append(holder)
-        elif isinstance(holder, dict):
-            skipped = _TENSORS if isinstance(item, nn.Module) else ()
-            own = _OWN if isinstance(item, nn.Module) else ()
-            inner = {key: entry for key, entry in holder.items() if key not in skipped and _holds(entry)}
-            marked = {key: _Same(entry) for key, entry in inner.items() if key not in own and _mutable(entry)}
-            self._held.append((holder, dict(holder) | marked))
-            yield from inner.values()
-        elif isinstance(holder, list):
-            self._held.append((holder, [_Same(entry) if _mutable(entry) else entry for entry in holder]))
-            yield from filter(_holds, holder)
-        elif isinstance(holder, set):
-            self._held.append((holder, set(holder)))
-        else:
-            yield from filter(_holds, holder)
 
 
-def _is_object(item: Any) -> bool:
-    return not isinstance(item, (dict, list, tuple, set)) and is_plain_object(type(item)) and hasattr(item, "__dict__")
+def _sorted(parts: Iterable[Part], modules: Sequence[nn.Module]) -> dict[type[Part], list[Any]]:
+    """Parts by how they are read together; those under `Part` are read alone, those of modules themselves are left
+    out."""
+    own = {id(vars(module)) for module in modules}
+    own |= {id(vars(module)[name]) for module in modules for name in (*_STATE, "_non_persistent_buffers_set")}
+    found: dict[type[Part], list[Any]] = defaultdict(list)
+    for part in parts:
+        if id(part.item) in own:
+            continue
+        kind = type(part)
+        if isinstance(part, Entries):
+            kind = Entries if type(part.item) in (dict, OrderedDict) else Part
+        found[kind if kind in (Entries, Elements, Names, Cell, Defaults) else Part].append(part)
+    return found
 
 
-def _holds(item: Any) -> bool:
-    """Whether something inside may change."""
-    if isinstance(item, _ATOMS):
-        return False
-    return isinstance(item, (torch.Tensor, nn.Module, dict, list, tuple, set)) or _is_object(item)
+def _chained(items: Sequence[Any], *, called: bool = False) -> Read:
+    """All elements of some containers, or of what functions give."""
+    return (lambda: chain.from_iterable(map(call, items))) if called else (lambda: chain.from_iterable(items))
 
 
-def _mutable(item: Any) -> bool:
-    return _holds(item) and not isinstance(item, (torch.Tensor, tuple, nn.Module))
+def _each(get: Callable[[Any], Any], items: Sequence[Any]) -> Read:
+    return lambda: map(get, items)
+
+
+def _functions(functions: Sequence[Any]) -> Read:
+    return lambda: chain.from_iterable(map(_FUNCTION, functions))
+
+
+def _got(getters: Sequence[tuple[Sequence[str], Any]]) -> Read:
+    """The values of some names of some mappings."""
+    padded = [((*names, *names) if len(names) == 1 else names, held) for names, held in getters if names]
+    found = [(itemgetter(*names), held) for names, held in padded]  # of two or more names: a tuple
+    get, items = [one for one, _ in found], [held for _, held in found]
+    return lambda: chain.from_iterable(map(call, get, items))
+
+
+def _attributes(modules: Sequence[nn.Module]) -> _Flat:
+    return _Flat(_got([([name for name in vars(module) if name not in _OWN], vars(module)) for module in modules]))
+
+
+def _names(spaces: Sequence[Names]) -> _Flat:
+    """Names that are there, and the absence of others."""
+    present = [(list(space.read()), space.held) for space in spaces]
+    absent = [
+        (name, space)
+        for space, (there, _) in zip(spaces, present, strict=True)
+        for name in space.names
+        if name not in there
+    ]
+    read = _got(present)
+    missing = list(dict.fromkeys(space for _, space in absent))
+    return _Flat(lambda: chain(read(), (len(space.read()) for space in missing)))
+
+
+def _absent(states: Sequence[dict[str, Any]]) -> _Flat:
+    """Parameters and buffers that are None."""
+    return _Flat(_got([([name for name, item in state.items() if item is None], state) for state in states]))
+
+
+def _ties(states: Sequence[dict[str, Any]]) -> list[tuple[tuple[Any, str], tuple[Any, str]]]:
+    """Pairs of places where one parameter or buffer is."""
+    first: dict[int, tuple[Any, str]] = {}
+    places = [(state, name) for state in states for name, item in state.items() if item is not None]
+    pairs = [(first.setdefault(id(place[0][place[1]]), place), place) for place in places]
+    return [(one, other) for one, other in pairs if one is not other]
+
+
+def _equal(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Of the contents of a tensor now and before: written to through `.data` or NumPy, it counts no version."""
+    return torch.equal(*pair)

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.api import ParallelProgram, TracedProgram, trace
+from xdit_ir import capture
+from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.capture.failures import RaisedByForward
-from xdit_ir.capture.inputs import bind_arguments
+from xdit_ir.capture.inputs import BufferGuards, bind_arguments
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.emission.execution import Tensors
-from xdit_ir.errors import MismatchError, ParallelizeError, XditError
+from xdit_ir.errors import MismatchError, ParallelizeError, TraceError, XditError
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.runtime.build import RunnerFactory
@@ -53,6 +54,7 @@ class Specialisation:
 
     mode: Mode
     settings: ModelSettings
+    buffers: BufferGuards
     program: ParallelProgram
     runner: RankRunner
 
@@ -62,6 +64,7 @@ class Specialisation:
             return None
         try:
             bound = self.runner.bind(given.args, given.kwargs)
+            self.buffers.check()
         except MismatchError:
             return None
         return bound if self.settings.unchanged() else None
@@ -77,9 +80,12 @@ class Specialisations:
     options: RunOptions
     factory: RunnerFactory | None = None
     found: list[Specialisation] = field(default_factory=list)
+    tracing: bool = False
 
     def call(self, given: Arguments) -> Any:
         """The model's result, on all ranks; raises `MismatchError` on all if they make different calls."""
+        if self.tracing:
+            raise TraceError("forward calls the port of the model that it belongs to; call what it stands for instead")
         with on_all_ranks(self.mesh, self.options):
             device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
         factory, mode = self._factory(device), self._mode(device)
@@ -114,7 +120,8 @@ class Specialisations:
     def _mode(self, device: torch.device) -> Mode:
         """What a trace depends on besides arguments and weights."""
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return device, self.model.training, cast
+        dtype, place = torch.get_default_dtype(), torch.get_default_device().type
+        return device, self.model.training, cast, dtype, place, torch.is_autocast_enabled("cpu")
 
     def _find(self, mode: Mode, given: Arguments) -> Bound | None:
         """The inputs and weights for the specialisation that a call is for, which is moved to the front."""
@@ -146,20 +153,26 @@ class Specialisations:
 
     def _specialise(self, factory: RunnerFactory, mode: Mode, given: Arguments) -> Specialisation:
         """A specialisation for a call, at the front."""
-        signature, settings = factory.context.parameters, ModelSettings(self.model)
+        signature = factory.context.parameters
 
         def make() -> ParallelProgram:
             named = bind_arguments(signature, given.args, given.kwargs, MismatchError)
             example = tuple(given.args) if given.args and not given.kwargs else named
             example = pytree.tree_map_only(Deferred, materialize, example)
             try:
-                traced = trace(self.model, example)
+                traced = TracedProgram(capture.trace(self.model, example, keep=True))
             except RaisedByForward as failure:
                 raise failure.error from None
             return _parallelized(traced, self.schedule)
 
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
-        made = Specialisation(mode, settings, *factory.build(make))
+        self.tracing = True
+        try:
+            program, runner = factory.build(make)
+        finally:
+            self.tracing = False
+        guards = BufferGuards(self.model, program.original)
+        made = Specialisation(mode, ModelSettings(self.model), guards, program, runner)
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]
             warnings.warn(

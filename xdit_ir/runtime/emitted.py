@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.capture.inputs import BufferGuards
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RunOptions, on_all_ranks
@@ -71,10 +72,12 @@ class Emitted(Shadow):
 
     _xdit_make: Callable[[], _Built]
     _xdit_built: _Built
+    _xdit_buffers: BufferGuards
 
     def __init__(self, model: nn.Module, make: Callable[[], _Built]) -> None:
         Shadow.__init__(self, model)
         self.__dict__["_xdit_make"], self.__dict__["_xdit_built"] = make, make()
+        self.__dict__["_xdit_buffers"] = BufferGuards(model, self._xdit_runner.program)
 
     @property
     def _xdit_runner(self) -> RankRunner:
@@ -110,6 +113,7 @@ class Emitted(Shadow):
             if (gradients := gradient_refusal(self._xdit_signature, args, kwargs)) is not None:
                 raise gradients
             inputs, weights = runner.bind(args, kwargs)
+            self._xdit_buffers.check()
         except (GradientError, MismatchError) as failure:
             refusal = {"the program": failure_text(failure)}
             facts = self._xdit_facts(runner, args, kwargs) | refusal

@@ -1,0 +1,180 @@
+"""Everything in Python that forward may read or write: what a model's objects and code refer to."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+from xdit_ir.capture.parts import ATOMS, Attributes, Entries, Names, Part, inner, is_library, is_opaque, parts_of
+
+_CACHED = type(functools.lru_cache(lambda: None))
+_OURS = "_xdit_"  # what a module that stands in for another keeps: of it only that other matters
+_STATE = ("_parameters", "_buffers")
+_READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set")
+# Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
+BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+class Reach:
+    """The `parts` of all objects reached from some roots, and the `tensors` there, which are no state of a module.
+
+    Followed are attributes, containers, closures, arguments of partials, and, as far as the names in code say, globals,
+    classes and Python modules. The standard library, torch and numpy are not looked into; the names that code uses of
+    them are in `library`.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, Any]], skip: Iterable[Any] = ()) -> None:
+        self.parts: list[Part] = []
+        self.library: list[Names] = []
+        self.modules: list[tuple[str, nn.Module]] = []
+        self.tensors: list[tuple[str, torch.Tensor]] = []
+        self._seen: dict[int, Any] = {id(item): item for item in skip}
+        self._known: set[str] = set()
+        self._spaces: list[tuple[Names, bool]] = []
+        self._globals: dict[int, Names] = {}
+        self._waiting: list[tuple[str, Any]] = [*roots]
+        for name in GLOBAL_HOOKS:
+            self._waiting.append((f"the global hooks {name}", getattr(global_hooks, name)))
+        while self._waiting:
+            self._visit(*self._waiting.pop())
+
+    def _visit(self, label: str, item: Any) -> None:
+        if isinstance(item, ATOMS) or id(item) in self._seen:
+            return
+        self._seen[id(item)] = item
+        if isinstance(item, torch.Tensor):
+            self.tensors.append((label, item))
+        elif isinstance(item, type):
+            self._space(item, item.__qualname__, is_library(item.__module__))
+        elif isinstance(item, types.ModuleType):
+            self._space(item, item.__name__, is_library(item.__name__))
+        elif isinstance(item, nn.Module):
+            self._module(label, item)
+        elif isinstance(item, types.FunctionType):
+            self._function(label, item)
+        elif isinstance(item, functools.partial):
+            self._push((label, part) for part in (item.func, *item.args, *item.keywords.values()))
+        elif isinstance(item, _CACHED):
+            self._push([(label, item.__wrapped__)])
+        elif isinstance(item, weakref.ReferenceType):
+            self._push([(label, item())])
+        else:
+            self._object(label, item)
+
+    def _push(self, items: Iterable[tuple[str, Any]]) -> None:
+        self._waiting.extend(items)
+
+    def _object(self, label: str, item: Any) -> None:
+        self._push((f"{label}{how}", entry) for how, entry in inner(item))
+        kind = type(item)
+        if is_opaque(kind):
+            return
+        for part in parts_of(item, label):
+            self.parts.append(part)
+            self._push((part.name(key), entry) for key, entry in part.read().items())
+        if not is_library(kind.__module__):
+            self._classes(kind)
+
+    def _module(self, label: str, module: nn.Module) -> None:
+        self.modules.append((label, module))
+        held = vars(module)
+        self.parts.append(Attributes(held, label))
+        for name in _STATE:
+            self._seen[id(held[name])] = held[name]
+            self.parts.append(_Registered(held[name], label))
+            self._seen.update((id(tensor), tensor) for tensor in dict.values(held[name]))
+        self._classes(type(module))
+        submodules = held["_modules"]
+        self._seen[id(submodules)] = submodules
+        self.parts.append(_Registered(submodules, label))
+        own = [(name, entry) for name, entry in held.items() if name != "_modules" and name not in BESIDE]
+        own = [(name, entry) for name, entry in own if not name.startswith(_OURS) or name == f"{_OURS}original"]
+        self._push((f"{label}.{name}" if label else name, entry) for name, entry in (*own, *submodules.items()))
+
+    def _classes(self, kind: type) -> None:
+        self._push((base.__qualname__, base) for base in kind.__mro__ if base is not object)
+
+    def _function(self, label: str, function: types.FunctionType) -> None:
+        self.parts.extend(parts_of(function, label))
+        self._push(
+            (label, entry) for entry in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        )
+        self._push((f"{label}.{name}", entry) for name, entry in vars(function).items())
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            where = f"{name} in the closure of {function.__qualname__}"
+            for part in parts_of(cell, where):
+                if id(cell) not in self._seen:
+                    self._seen[id(cell)] = cell
+                    self.parts.append(part)
+                    self._push((where, entry) for entry in part.read().values() if not isinstance(entry, Part))
+        home = function.__globals__
+        if not is_library(str(home.get("__name__"))):
+            names = list(names_in(function.__code__))
+            self._know(names)
+            self._used(home, names)
+
+    def _used(self, home: dict[str, Any], names: Iterable[str]) -> None:
+        """Names that code uses of its globals."""
+        space = self._globals.get(id(home))
+        if space is None:
+            space = self._globals[id(home)] = Names(home, str(home.get("__name__")))
+            self.parts.append(space)
+        known = set(space.names)
+        for name in names:
+            if name not in known and not name.startswith("__"):
+                known.add(name)
+                space.note(name)
+                if name in home:
+                    self._push([(space.name(name), home[name])])
+
+    def _space(self, item: Any, label: str, opaque: bool) -> None:
+        """A class or Python module, of which the names matter that code uses anywhere."""
+        space = Names(item, label)
+        (self.library if opaque else self.parts).append(space)
+        self._spaces.append((space, opaque))
+        held = vars(item)
+        named = isinstance(item, types.ModuleType)
+        for name in list(held):
+            if name in self._known or name == "forward" or (not named and not opaque and _is_operator(name)):
+                self._note(space, opaque, name)
+
+    def _know(self, names: Iterable[str]) -> None:
+        new = set(names) - self._known
+        self._known |= new
+        for space, opaque in self._spaces if new else ():
+            for name in new & vars(space.item).keys():
+                if name not in space.names:
+                    self._note(space, opaque, name)
+
+    def _note(self, space: Names, opaque: bool, name: str) -> None:
+        space.note(name)
+        entry = vars(space.item)[name]
+        if not opaque or isinstance(entry, types.ModuleType):  # as `functional` of `nn.functional.gelu`
+            self._push([(space.name(name), entry)])
+
+
+class _Registered(Entries):
+    """Parameters, buffers or submodules of a module, called as its attributes."""
+
+    def name(self, key: Any) -> str:
+        return f"{self.label}.{key}" if self.label else str(key)
+
+
+def _is_operator(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__") and name not in ("__doc__", "__dict__", "__weakref__")
+
+
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """All names of globals and attributes in some code, and in functions that it defines."""
+    yield from code.co_names
+    for item in code.co_consts:
+        if isinstance(item, types.CodeType):
+            yield from names_in(item)

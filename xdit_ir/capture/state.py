@@ -1,0 +1,238 @@
+"""What forward writes into Python objects outside of its arguments: found, put back, and kept if it is a table."""
+
+from __future__ import annotations
+
+import random
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from xdit_ir.capture.fingerprint import TRACED
+from xdit_ir.capture.parts import ATOMS, MISSING, Part, Position, alike, same_entries
+from xdit_ir.capture.predicates import computed
+from xdit_ir.capture.reach import Reach
+from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.skeleton import Skeleton, is_plain_object
+from xdit_ir.capture.values import FromBuffer, Origin, expand, ordinary
+from xdit_ir.errors import TraceError
+
+_ADVICE = (
+    "a parallel program repeats what was traced and would lose it; pass such a state to forward as an argument, or "
+    "take the cache, counter or hook out of the model before it is ported"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """What forward left in one of the caller's objects: its entries before and after."""
+
+    part: Part
+    before: Mapping[Any, Any]
+    after: Mapping[Any, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """The entries that differ."""
+        return [self.part.name(key) for key in changed(self.before, self.after)]
+
+
+class StateWatch:
+    """The Python state that a model's forward can reach, as it is now; `outside` are tensors there, by id."""
+
+    def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
+        reach = Reach(roots)
+        self._reach = reach  # so that ids stay those of what was found
+        self._before = [(part, dict(part.read())) for part in reach.parts]
+        self._random = random.getstate(), np.random.get_state()
+        self.outside = {id(tensor): label for label, tensor in reach.tensors}
+
+    def changes(self) -> Iterator[Write]:
+        """What is not as it was."""
+        for part, before in self._before:
+            now = {key: item for key, item in part.read().items() if not hasattr(item, TRACED)}
+            before = {key: item for key, item in before.items() if key != "forward" or key in now}
+            if not same_entries(now, before):
+                yield Write(part, before, now)
+
+    def restore(self, copies: Mapping[int, Any] | None = None) -> None:
+        """Put everything back but in `copies`, which are thrown away."""
+        for part, before in self._before:
+            ours = copies is not None and id(part.item) in copies
+            if not ours and not same_entries(part.read(), before):
+                part.put(before)
+
+    def check_draws(self) -> None:
+        """Raise `TraceError` if Python's or NumPy's random numbers were drawn, after putting their states back."""
+        python, numpy = self._random
+        drawn = random.getstate() != python or str(np.random.get_state()) != str(numpy)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if drawn:
+            raise TraceError(
+                "forward draws random numbers of Python or NumPy, of which a program would repeat the first for ever; "
+                "use torch.rand and the like"
+            )
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[StateWatch]:
+    """Python state of a module that is run for a trial, put back afterwards."""
+    watch = StateWatch([("", module)])
+    try:
+        yield watch
+    finally:
+        watch.restore()
+
+
+def changed(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> list[Any]:
+    """The keys of entries that differ."""
+    keys = dict.fromkeys((*after, *before))
+    return [key for key in keys if not alike(after.get(key, MISSING), before.get(key, MISSING))] or list(keys)[:1]
+
+
+def writes_of(watch: StateWatch, skeleton: Skeleton, recorder: Recorder) -> tuple[list[Write], TraceError | None]:
+    """What forward left in copies and in the caller's objects, as writes to the caller's objects of real tensors.
+
+    Also an error, if something depends on what forward was given, or cannot be followed.
+    """
+    found, originals = list(watch.changes()), skeleton.originals
+    refused = [write for write in found if isinstance(write.part, Position)]
+    if refused:
+        return [], refusal(refused)
+    real = _Real(recorder, originals)
+    made: list[Write] = []
+    for write in found:
+        part = write.part.of(originals.get(id(write.part.item), write.part.item))
+        own = part is not write.part and part.item is write.part.item
+        before = write.before if own else dict(part.read())
+        try:
+            made.append(Write(part, before, dict(real.entries(write, before))))
+        except _Unreal as problem:
+            return [], refusal([write], f", which {problem}")
+    return [write for write in made if not same_contents(write.after, write.before)], None
+
+
+def same_contents(now: Any, before: Any) -> bool:
+    """Whether entries were written anew, but are as they were: a table that is made again at every call."""
+    if alike(now, before):
+        return True
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, torch.Tensor):
+        same = now.shape == before.shape and now.dtype == before.dtype and now.device == before.device
+        return same and not now.is_meta and torch.equal(now, before)
+    if isinstance(now, (list, tuple)):
+        return len(now) == len(before) and all(map(same_contents, now, before))
+    if isinstance(now, dict):
+        return list(now) == list(before) and all(map(same_contents, now.values(), before.values()))
+    plain = is_plain_object(type(now)) and hasattr(now, "__dict__") and not isinstance(now, nn.Module)
+    return plain and same_contents(vars(now), vars(before))
+
+
+def refusal(writes: Iterable[Write], why: str = ", again at every call") -> TraceError:
+    """That forward keeps a state."""
+    names = list(dict.fromkeys(name for write in writes for name in write.names))
+    shown = ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return TraceError(f"forward keeps a state between calls, writing {shown}{why}; {_ADVICE}")
+
+
+@contextmanager
+def left(writes: Iterable[Write]) -> Iterator[Callable[[], None]]:
+    """Writes done to the caller's objects while in the context; for good, if what it gives is called."""
+    done: list[Write] = []
+    keep = False
+
+    def kept() -> None:
+        nonlocal keep
+        keep = True
+
+    try:
+        for write in writes:
+            done.append(write)
+            write.part.put(write.after)
+        yield kept
+    finally:
+        for write in reversed(done) if not keep else ():
+            write.part.put(write.before)
+
+
+class _Unreal(Exception):
+    """What a value of the trace is, that it cannot be left in the caller's objects."""
+
+
+class _Unmade(Exception):
+    """A table that depends on nothing, but cannot be computed here: it is left out, and made again when missed."""
+
+
+class _Real:
+    """Values of the trace as they are outside: originals for copies, and contents for fake tensors."""
+
+    def __init__(self, recorder: Recorder, originals: Mapping[int, Any]) -> None:
+        self._recorder, self._originals = recorder, originals
+        self._made: dict[int, Any] = {}
+        self._kept: list[Any] = []
+
+    def entries(self, write: Write, originally: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+        """What is written, and the caller's own of what is not."""
+        for key, item in write.after.items():
+            if key is FakeTensor:  # a registry of types, to which that of the trace was added
+                continue
+            if key in originally and alike(item, write.before.get(key, MISSING)):
+                yield key, originally[key]
+                continue
+            try:
+                yield key, self(item)
+            except _Unmade:
+                if key in originally:
+                    yield key, originally[key]
+
+    def __call__(self, item: Any) -> Any:
+        if isinstance(item, (*ATOMS, type)):
+            return item
+        if id(item) in self._originals:
+            return self._originals[id(item)]
+        if id(item) not in self._made:
+            self._kept.append(item)
+            self._made[id(item)] = item  # for what refers to itself
+            self._made[id(item)] = self._convert(item)
+        return self._made[id(item)]
+
+    def _convert(self, item: Any) -> Any:
+        if isinstance(item, FakeTensor):
+            return self._contents(item)
+        if isinstance(item, (nn.Parameter, nn.Module)):
+            raise _Unreal(f"is a new {type(item).__name__}")
+        if isinstance(item, types.MethodType):
+            return types.MethodType(item.__func__, self(item.__self__))
+        if type(item) in (list, set, frozenset, tuple):
+            return type(item)(map(self, item))
+        if isinstance(item, dict):
+            for key, entry in list(item.items()):
+                dict.__setitem__(item, key, self(entry))
+        elif is_plain_object(type(item)) and hasattr(item, "__dict__"):
+            vars(item).update({key: self(entry) for key, entry in vars(item).items()})
+        elif any(isinstance(entry, FakeTensor) for _, entry in Reach([("", item)]).tensors):
+            raise _Unreal(f"is a {type(item).__qualname__} with tensors inside")
+        return item
+
+    def _contents(self, fake: FakeTensor) -> torch.Tensor:
+        value = self._recorder.found(fake)
+        if value is None:
+            raise _Unreal("is a tensor that the trace did not see")
+        roots = (
+            root for root in expand(value.roots) if root is not Origin.CONSTANT and not isinstance(root, FromBuffer)
+        )
+        origins = sorted(str(getattr(root, "value", f"input {root!r}")) for root in roots)
+        if origins:
+            raise _Unreal(f"is computed from {', '.join(origins)}")
+        known = value.known if value.known is not None else computed(self._recorder, value)
+        if known is None:
+            raise _Unmade
+        return ordinary(known).to(fake.device)
