@@ -121,9 +121,7 @@ class PackedDiT(nn.Module):
         c = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=1).to(x[0].dtype))
 
         texts = self.cap_embedder(self.cap_norm(torch.cat(caps)))
-        text_ids = [
-            torch.arange(len(cap), device=device)[:, None] * torch.tensor([1, 0, 0], device=device) for cap in caps
-        ]
+        text_ids = [F.pad(torch.arange(len(cap), device=device)[:, None], (0, 2)) for cap in caps]
         lengths = torch.tensor([len(cap) for cap in caps])
         table, bounds = rotary_table(torch.cat(text_ids), self.axes), F.pad(lengths.cumsum(0), (1, 0))
         for layer in self.text_refiner:

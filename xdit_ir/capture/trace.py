@@ -188,7 +188,8 @@ def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorde
 def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks, leaves: Leaves) -> None:
     """Wrap every copied module's forward, so that paths are known and blocks are intercepted."""
     for path, module in skeleton.modules.items():
-        module.__dict__["_apply"] = applied(path, module)
+        module.__dict__["_apply"] = guard = applied(path, module)
+        setattr(guard, TRACED, type(module)._apply)
         forward = module.forward
         if getattr(forward, "__name__", "") != "_forward_unimplemented":
             names = skeleton.aliases[id(module)]
