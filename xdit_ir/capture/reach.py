@@ -38,7 +38,7 @@ class Reach:
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self._seen: dict[int, Any] = {id(item): item for item in skip}
         self._known: set[str] = set()
-        self._spaces: list[tuple[Names, bool]] = []
+        self._spaces: dict[str, list[tuple[Names, bool]]] = {}
         self._globals: dict[int, Names] = {}
         self._waiting: list[tuple[str, Any]] = [*roots]
         for name in GLOBAL_HOOKS:
@@ -139,19 +139,19 @@ class Reach:
         """A class or Python module, of which the names matter that code uses anywhere."""
         space = Names(item, label)
         (self.library if opaque else self.parts).append(space)
-        self._spaces.append((space, opaque))
         held = vars(item)
         named = isinstance(item, types.ModuleType)
         for name in list(held):
+            self._spaces.setdefault(name, []).append((space, opaque))
             if name in self._known or name == "forward" or (not named and not opaque and _is_operator(name)):
                 self._note(space, opaque, name)
 
     def _know(self, names: Iterable[str]) -> None:
         new = set(names) - self._known
         self._known |= new
-        for space, opaque in self._spaces if new else ():
-            for name in new & vars(space.item).keys():
-                if name not in space.names:
+        for name in new:
+            for space, opaque in self._spaces.get(name, ()):
+                if name not in space.names and name in vars(space.item):
                     self._note(space, opaque, name)
 
     def _note(self, space: Names, opaque: bool, name: str) -> None:
