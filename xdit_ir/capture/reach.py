@@ -27,8 +27,9 @@ class Reach:
     """The `parts` of all objects reached from some roots, and the `tensors` there, which are no state of a module.
 
     Followed are attributes, containers, closures, arguments of partials, and, as far as the names in code say, globals,
-    classes and Python modules. The standard library, torch and numpy are not looked into; the names that code uses of
-    them are in `library`.
+    classes and Python modules of the packages that the model and its hooks come from. What other packages keep is
+    theirs, and may be changed by others at any time. The standard library, torch and numpy are not looked into; the
+    names that code uses of them are in `library`.
     """
 
     def __init__(self, roots: Iterable[tuple[str, Any]], skip: Iterable[Any] = ()) -> None:
@@ -40,15 +41,22 @@ class Reach:
         self._known: set[str] = set()
         self._spaces: dict[str, list[tuple[Names, bool]]] = {}
         self._globals: dict[int, Names] = {}
-        self._waiting: list[tuple[str, Any]] = [*roots]
-        for name in GLOBAL_HOOKS:
-            self._waiting.append((f"the global hooks {name}", getattr(global_hooks, name)))
+        self._waiting: list[tuple[str, Any, bool]] = []
+        self._homes = {"builtins", "collections"}
+        self._push(roots)
+        self._push((f"the global hooks {name}", getattr(global_hooks, name)) for name in GLOBAL_HOOKS)
         while self._waiting:
             self._visit(*self._waiting.pop())
 
-    def _visit(self, label: str, item: Any) -> None:
+    def _visit(self, label: str, item: Any, named: bool) -> None:
+        """`named`: it was found by its name in code."""
         if isinstance(item, ATOMS) or id(item) in self._seen:
             return
+        package = _package(item)
+        if named and package not in self._homes and not is_library(package):
+            return
+        if not named:
+            self._homes.add(package)
         self._seen[id(item)] = item
         if isinstance(item, torch.Tensor):
             self.tensors.append((label, item))
@@ -69,8 +77,8 @@ class Reach:
         else:
             self._object(label, item)
 
-    def _push(self, items: Iterable[tuple[str, Any]]) -> None:
-        self._waiting.extend(items)
+    def _push(self, items: Iterable[tuple[str, Any]], named: bool = False) -> None:
+        self._waiting.extend((label, item, named) for label, item in items)
 
     def _object(self, label: str, item: Any) -> None:
         self._push((f"{label}{how}", entry) for how, entry in inner(item))
@@ -129,11 +137,11 @@ class Reach:
             self.parts.append(space)
         known = set(space.names)
         for name in names:
-            if name not in known and not name.startswith("__"):
+            if name not in known and not name.startswith("__") and name.isidentifier():
                 known.add(name)
                 space.note(name)
                 if name in home:
-                    self._push([(space.name(name), home[name])])
+                    self._push([(space.name(name), home[name])], named=True)
 
     def _space(self, item: Any, label: str, opaque: bool) -> None:
         """A class or Python module, of which the names matter that code uses anywhere."""
@@ -158,7 +166,7 @@ class Reach:
         space.note(name)
         entry = vars(space.item)[name]
         if not opaque or isinstance(entry, types.ModuleType):  # as `functional` of `nn.functional.gelu`
-            self._push([(space.name(name), entry)])
+            self._push([(space.name(name), entry)], named=True)
 
 
 class _Registered(Entries):
@@ -166,6 +174,14 @@ class _Registered(Entries):
 
     def name(self, key: Any) -> str:
         return f"{self.label}.{key}" if self.label else str(key)
+
+
+def _package(item: Any) -> str:
+    """The package that something comes from, or its class."""
+    if isinstance(item, types.ModuleType):
+        return item.__name__.partition(".")[0]
+    kind = item if isinstance(item, (type, types.FunctionType)) else type(item)
+    return str(kind.__module__).partition(".")[0]
 
 
 def _is_operator(name: str) -> bool:
