@@ -50,42 +50,75 @@ def _repeats(size: int, factor: int) -> bool:
     return bool((np.minimum(read, size - 1) == results // factor).all())
 
 
-def _nearest(call: OpCall) -> OpSharding:
-    """Every rank repeats what it holds."""
-    factors, layout = _factors(call), call.layouts[0].summed()
-    taken = layout.with_dims({dim: None for dim in range(2, len(layout.dims)) if dim not in factors})
-    changes: dict[int, Partition | None] = {}
-    for dim, factor in factors.items():
-        partition = taken.dims[dim]
-        if partition is not None:
-            every = Indices.range(0, factor)
-            changes[dim] = partition.map(call.out.shape[dim], lambda part, e=every, f=factor: part.outer(e, f))  # type: ignore[misc]
-    output = taken.with_dims(changes)
-    if not changes:
-        return handle_empty_parts(call, OpSharding((taken,), output))
-    return handle_empty_parts(call, OpSharding((taken,), output, lambda rank: _repeated(call, output, rank)))
+def _shuffled(call: OpCall) -> dict[int, int]:
+    """By how much `pixel_shuffle` lengthens rows and columns, and `pixel_unshuffle` shortens them."""
+    given, ndim = call.arguments, len(call.out.shape)
+    factor = given.get("upscale_factor") or given["downscale_factor"]
+    return {ndim - 2: factor, ndim - 1: factor}
 
 
-def _repeated(call: OpCall, output: Layout, rank: int) -> LocalCall:
-    """The call with a rank's own sizes; a factor that is given stays."""
-    size = list(output.local_shape(call.out.shape, rank))[2:]
+def _whole_beside(layout: Layout, factors: dict[int, int], first: int) -> Layout:
+    """The layout with all dims from `first` on (counted from behind if negative) whole, but those of `factors`."""
+    dims = range(len(layout.dims))[first:]
+    return layout.with_dims({dim: None for dim in dims if dim not in factors})
+
+
+def _longer(partition: Partition, factor: int) -> Partition:
+    """Each index becomes `factor` of them."""
+    every = Indices.range(0, factor)
+    return partition.map(partition.size * factor, lambda part: part.outer(every, factor))
+
+
+def _shorter(partition: Partition, factor: int) -> Partition | None:
+    """`factor` indices become one; None where some rank has only a part of them."""
+    pairs = {part: part.factor(factor) for part in set(partition.parts)}
+    if any(pair is None or not pair[1].is_whole(factor) for pair in pairs.values()):
+        return None
+    outer = tuple(pair[0] for part in partition.parts if (pair := pairs[part]) is not None)
+    return Partition(partition.size // factor, outer)
+
+
+def _enlarged(first: int, factors: Callable[[OpCall], dict[int, int]]) -> Rule:
+    """Operators of which each rank makes the results for what it holds: dims from `first` on become longer by these
+    factors, or stay whole."""
+
+    def forward(call: OpCall) -> OpSharding:
+        by = factors(call)
+        taken = _whole_beside(call.layouts[0].summed(), by, first)
+        output = taken.with_dims({d: _longer(p, f) for d, f in by.items() if (p := taken.dims[d]) is not None})
+        if not any(output.dims[dim] for dim in by):
+            return handle_empty_parts(call, OpSharding((taken,), output))
+        return handle_empty_parts(call, OpSharding((taken,), output, lambda rank: _resized(call, output, rank)))
+
+    def demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
+        by = factors(call)
+        changes = {d: _shorter(p, f) for d, f in by.items() if (p := wanted.dims[d]) is not None}
+        beside = _whole_beside(wanted, by, first)
+        return None if None in changes.values() or beside != wanted else (wanted.with_dims(changes),)
+
+    return verified(Rule(forward, demand))
+
+
+def _resized(call: OpCall, output: Layout, rank: int) -> LocalCall:
+    """The call with a rank's own sizes, where sizes are given."""
     if call.arguments.get("output_size") is None:
         return same_call(call)
-    return same_call(call, output_size=size)
+    return same_call(call, output_size=list(output.local_shape(call.out.shape, rank))[2:])
 
 
-def _nearest_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
-    factors, changes = _factors(call), dict[int, Partition | None]()
-    for dim in range(2, len(wanted.dims)):
-        partition = wanted.dims[dim]
-        if partition is None:
-            continue
-        pairs = {part: part.factor(factors[dim]) for part in set(partition.parts)} if dim in factors else {}
-        if not pairs or any(pair is None or not pair[1].is_whole(factors[dim]) for pair in pairs.values()):
-            return None
-        parts = tuple(pair[0] for part in partition.parts if (pair := pairs[part]) is not None)
-        changes[dim] = Partition(partition.size // factors[dim], parts)
-    return (wanted.with_dims(changes),)
+def _unshuffle(call: OpCall) -> OpSharding:
+    by = _shuffled(call)
+    taken = _whole_beside(call.layouts[0].summed(), by, -3)
+    fits = {d: _shorter(p, f) for d, f in by.items() if (p := taken.dims[d]) is not None}
+    taken = taken.with_dims({dim: None for dim, partition in fits.items() if partition is None})
+    return handle_empty_parts(call, OpSharding((taken,), taken.with_dims(fits)))
+
+
+def _unshuffle_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
+    by = _shuffled(call)
+    if _whole_beside(wanted, by, -3) != wanted:
+        return None
+    return (wanted.with_dims({d: _longer(p, f) for d, f in by.items() if (p := wanted.dims[d]) is not None}),)
 
 
 def _sampled(call: OpCall) -> Labels:
@@ -185,7 +218,7 @@ RULES = {
         )
     },
     **rules_of(
-        verified(Rule(_nearest, _nearest_demand)),
+        _enlarged(2, _factors),
         *_resampled(*(f"{name}{n}d" for name in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3))),
     ),
     **rules_of(
@@ -196,7 +229,8 @@ RULES = {
         aten._adaptive_avg_pool2d,
     ),
     **rules_of(labelled(_leading(3)), aten.max_pool3d_with_indices, aten._adaptive_avg_pool3d),
-    **rules_of(labelled(_leading(2, channels=False)), aten.pixel_shuffle, aten.pixel_unshuffle),
+    **rules_of(_enlarged(-3, _shuffled), aten.pixel_shuffle),
+    **rules_of(verified(Rule(_unshuffle, _unshuffle_demand)), aten.pixel_unshuffle),
     **rules_of(labelled(_leading(2, channels=False)), aten.channel_shuffle, aten.im2col),
     **rules_of(labelled(_leading(1, channels=False)), aten.col2im),
     **rules_of(labelled(_sampled), aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d),
