@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ class Here:
 
     mesh: Mesh
     rank: int = 0
+    timeout: timedelta = timedelta(minutes=10)
 
     def group(self, dims: tuple[str, ...]) -> SimpleNamespace:
         return SimpleNamespace(group_name="0")

@@ -57,7 +57,8 @@ class Mailbox:
         """Modules that start and await an exchange."""
         itemsize = node.meta[SPEC].dtype.itemsize
         plans = [copies(target.exchange, member, itemsize) for member in range(len(target.group))]
-        place = Place(self.group, target.channel, target.slots)
+        patience = int(self.communicator.timeout.total_seconds() * 1e3)
+        place = Place(self.group, target.channel, target.slots, patience)
         return PeerSend(place, plans), PeerReceive(place, node.meta[SPEC])
 
     @property
@@ -82,11 +83,13 @@ class Mailbox:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an exchange happens: the group's name, its channel, and the byte offsets of its slots."""
+    """Where an exchange happens: the group's name, its channel, the byte offsets of its slots, and how many
+    milliseconds it is waited for."""
 
     group: str
     channel: int
     slots: tuple[int, ...]
+    patience: int
 
 
 class PeerSend(nn.Module):
@@ -141,6 +144,7 @@ class PeerReceive(nn.Module):
             list(self.result.shape),
             self.result.dtype,
             self.sent,
+            place.patience,
         )
         return result
 

@@ -80,12 +80,14 @@ def peer_wait(
     shape: list[int],
     dtype: torch.dtype,
     sent: bool,
+    patience: int,
 ) -> torch.Tensor:
     """What all members put into this rank's slot, once it is there.
 
     Args:
         held: what `peer_put` gave, here and before, of what has surely been sent when this is over.
         sent: wait also until everything has been sent, see `tell_self` there.
+        patience: milliseconds after which a kernel that waits gives up, with an error of the device.
 
     Returns:
         A tensor of `shape` and `dtype` that lies in the workspace: nobody may write to it.
@@ -94,16 +96,16 @@ def peer_wait(
     at = int(slot.item())
     number = SLOTS * channel + at
     for member in _others(handle):
-        handle.wait_signal(member, number, TIMEOUT_MS)
+        handle.wait_signal(member, number, patience)
         if sent:
-            handle.wait_signal(member, number + SIGNALS // handle.world_size, TIMEOUT_MS)
+            handle.wait_signal(member, number + SIGNALS // handle.world_size, patience)
     result: torch.Tensor = handle.get_buffer(handle.rank, shape, dtype, slots[at] // dtype.itemsize)
     return result
 
 
 @peer_wait.register_fake
 def _(held: list[torch.Tensor], *rest: Any) -> torch.Tensor:
-    *_, shape, dtype, _ = rest
+    *_, shape, dtype, _, _ = rest
     return held[0].new_empty(shape, dtype=dtype)
 
 
