@@ -15,7 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def of(mode: str = "auto", compile: bool | None = None, cuda_graph: bool | None = None) -> Execution:
-    return Execution.of(mode, compile, cuda_graph, "auto", "auto", True)
+    return Execution.of(mode, compile, cuda_graph, "auto", "auto", True, None)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,8 @@ def _difference(rank: int, everyone: Sequence[Facts]) -> str:
 
 def _urgency(name: str) -> int:
     """Failures first, then arguments, then what follows from them."""
+    if name == WEIGHTS:
+        return 3
     return 0 if name in (ARGUMENTS, TRACE) else 2 if name.startswith("the ") else 1
 
 
