@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,6 +73,11 @@ class RankContext:
     communicator: Communicator
     execution: Execution
     store: WeightStore | ModelWeights
+
+    @cached_property
+    def graph_pool(self) -> Any:
+        """The memory of all CUDA graphs: no two are replayed at the same time, and their results are copied out."""
+        return torch.cuda.graph_pool_handle()
 
     @property
     def rank(self) -> int:

@@ -60,7 +60,7 @@ class Recording:
 
     WARMUPS = 2  # the first compiles and makes communicators, the second shows allocators the steady state
 
-    def __init__(self, code: Code, pool: Any = None, *, forced: bool = True) -> None:
+    def __init__(self, code: Code, pool: Any, *, forced: bool = True) -> None:
         self._code, self._pool, self._forced = code, pool, forced
         self._places = [node.name for node in placeholders(code.run.graph)]
         self._results = results_of(code.run.graph)
@@ -97,7 +97,6 @@ class Recording:
 
     def _record(self, values: Values, inputs: Tensors, state: Tensors) -> None:
         self.forget()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         with _aside() as stream:
             if not self._sections:
                 self._sections = self._try([*inputs, *state])

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from xdit_ir.emission.codegen import Code
-from xdit_ir.emission.execution import Execution, Tensors
+from xdit_ir.emission.context import RankContext
+from xdit_ir.emission.execution import Tensors
 from xdit_ir.emission.recording import Recording
 from xdit_ir.ir.program import TensorSpec
 
@@ -25,9 +26,10 @@ class Recorded:
     forced: bool
 
     @staticmethod
-    def of(execution: Execution) -> Recorded | None:
+    def of(context: RankContext) -> Recorded | None:
         """None: they are not."""
-        return Recorded(torch.cuda.graph_pool_handle(), execution.forced) if execution.cuda_graph else None
+        execution = context.execution
+        return Recorded(context.graph_pool, execution.forced) if execution.cuda_graph else None
 
 
 @dataclass(eq=False)

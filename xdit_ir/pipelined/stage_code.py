@@ -34,7 +34,7 @@ class RankCode:
         self._stages = {key: StageCode(task, context.code(task.program)) for key, task in _keyed(tasks)}
         self._constants = _constants(self._stages, context.device)
         self.memories = Memories(self._buffer_types(tasks.stages), context.device)
-        self._compiled, self._recorded = context.execution.compile, Recorded.of(context.execution)
+        self._compiled, self._recorded = context.execution.compile, Recorded.of(context)
 
     @property
     def bodies(self) -> Mapping[str, EmittedBody]:

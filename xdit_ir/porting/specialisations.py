@@ -35,7 +35,7 @@ from xdit_ir.transport.handshake import (
     guarded,
 )
 
-LIMIT = 32  # specialisations kept per module, the most recently used ones
+LIMIT = 128  # specialisations kept per module, the most recently used ones
 Mode = tuple[Any, ...]
 Bound = tuple[Tensors, Tensors]
 

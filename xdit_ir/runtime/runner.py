@@ -39,7 +39,9 @@ class Runner:
             self._constants += self.code.mailbox.open(self.device)
         execution = context.execution
         self._compiled = execution.compile
-        self._recording = Recording(self.code, forced=execution.forced) if execution.cuda_graph else None
+        self._recording = (
+            Recording(self.code, context.graph_pool, forced=execution.forced) if execution.cuda_graph else None
+        )
 
     @property
     def bodies(self) -> Mapping[str, EmittedBody]:
