@@ -58,8 +58,6 @@ class Recording:
         forced: raise where a section cannot be recorded; otherwise the host runs it, with a warning.
     """
 
-    WARMUPS = 2  # the first compiles and makes communicators, the second shows allocators the steady state
-
     def __init__(self, code: Code, pool: Any, *, forced: bool = True) -> None:
         self._code, self._pool, self._forced = code, pool, forced
         self._places = [node.name for node in placeholders(code.run.graph)]
@@ -117,9 +115,8 @@ class Recording:
         self._steps = steps
 
     def _try(self, tensors: Tensors) -> list[Section]:
-        """Run the forward until it is compiled, then see what it does on the host."""
-        for _ in range(self.WARMUPS - 1):
-            self._code(tensors)
+        """Run the forward, which compiles it and makes communicators, then see what it does on the host."""
+        self._code(tensors)
         trial = Trial(self._code.run, self._code.unchanging)
         trial.run(*tensors)
         self._code.finish()

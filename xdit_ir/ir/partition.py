@@ -187,6 +187,19 @@ class Partition:
         """Apply `function` to every distinct part."""
         return _map_parts(size, self.parts, function)
 
+    def longer(self, factor: int) -> Partition:
+        """That of a dimension in which every index has become `factor` neighbours."""
+        every = Indices.range(0, factor)
+        return self.map(self.size * factor, lambda part: part.outer(every, factor))
+
+    def shorter(self, factor: int) -> Partition | None:
+        """The inverse of `longer`; None where some rank has only a part of such neighbours."""
+        pairs = {part: part.factor(factor) for part in set(self.parts)}
+        if any(pair is None or not pair[1].is_whole(factor) for pair in pairs.values()):
+            return None
+        outer = tuple(pair[0] for part in self.parts if (pair := pairs[part]) is not None)
+        return Partition(self.size // factor, outer)
+
     def counts(self, ranks: Iterable[int]) -> IntArray:
         """For every index, how many of these ranks hold it."""
         found = np.zeros(self.size, dtype=np.int64)

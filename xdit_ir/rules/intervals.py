@@ -85,10 +85,9 @@ class Window:
     def divide(self, mesh: Mesh, partition: Partition) -> tuple[Partition, Partition] | None:
         """What ranks need of the operand and what they make: without talking if possible; None: it must be whole."""
         if self.tiles:
-            pairs = {part: part.factor(self.reach) for part in set(partition.parts)}
-            if all(pair is not None and pair[1].is_whole(self.reach) for pair in pairs.values()):
-                outer = tuple(pair[0] for part in partition.parts if (pair := pairs[part]) is not None)
-                return partition, Partition(self.out, outer)
+            made = partition.shorter(self.reach)
+            if made is not None:
+                return partition, made
         if any(len(part.runs) > 1 for part in partition.parts):
             return None
         groups = {mesh.group(rank, mesh.dividing_dims(partition)) for rank in range(mesh.world_size)}
@@ -103,8 +102,7 @@ class Window:
     def demand(self, wanted: Partition) -> Partition | None:
         """The operand's partition from which ranks make these results without talking; None: there is none."""
         if self.tiles:
-            block = Indices.range(0, self.reach)
-            return wanted.map(self.size, lambda part: part.outer(block, self.reach))
+            return wanted.longer(self.reach)
         return None if any(len(part.runs) > 1 for part in wanted.parts) else wanted.map(self.size, self.needed)
 
 

@@ -49,9 +49,9 @@ def _interleave(call: OpCall) -> OpSharding:
     partition = layout.dims[dim]
     if partition is None:
         return OpSharding((layout,), layout)
-    every = Indices.range(0, count)
-    tiled = partition.map(partition.size * count, lambda part: part.outer(every, count))
-    return OpSharding((layout,), layout.with_dims({dim: tiled}), lambda rank: same_call(call, output_size=None))
+    return OpSharding(
+        (layout,), layout.with_dims({dim: partition.longer(count)}), lambda rank: same_call(call, output_size=None)
+    )
 
 
 def _interleave_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
@@ -60,11 +60,8 @@ def _interleave_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | Non
     partition = wanted.dims[dim]
     if partition is None:
         return (wanted,)
-    pairs = {part: part.factor(count) for part in set(partition.parts)}
-    if any(pair is None or not pair[1].is_whole(count) for pair in pairs.values()):
-        return None
-    parts = tuple(pair[0] for part in partition.parts if (pair := pairs[part]) is not None)
-    return (wanted.with_dims({dim: Partition(partition.size // count, parts)}),)
+    merged = partition.shorter(count)
+    return None if merged is None else (wanted.with_dims({dim: merged}),)
 
 
 def _by_tensor(call: OpCall) -> Labels | str:

@@ -63,21 +63,6 @@ def _whole_beside(layout: Layout, factors: dict[int, int], first: int) -> Layout
     return layout.with_dims({dim: None for dim in dims if dim not in factors})
 
 
-def _longer(partition: Partition, factor: int) -> Partition:
-    """Each index becomes `factor` of them."""
-    every = Indices.range(0, factor)
-    return partition.map(partition.size * factor, lambda part: part.outer(every, factor))
-
-
-def _shorter(partition: Partition, factor: int) -> Partition | None:
-    """`factor` indices become one; None where some rank has only a part of them."""
-    pairs = {part: part.factor(factor) for part in set(partition.parts)}
-    if any(pair is None or not pair[1].is_whole(factor) for pair in pairs.values()):
-        return None
-    outer = tuple(pair[0] for part in partition.parts if (pair := pairs[part]) is not None)
-    return Partition(partition.size // factor, outer)
-
-
 def _enlarged(first: int, factors: Callable[[OpCall], dict[int, int]]) -> Rule:
     """Operators of which each rank makes the results for what it holds: dims from `first` on become longer by these
     factors, or stay whole."""
@@ -85,14 +70,14 @@ def _enlarged(first: int, factors: Callable[[OpCall], dict[int, int]]) -> Rule:
     def forward(call: OpCall) -> OpSharding:
         by = factors(call)
         taken = _whole_beside(call.layouts[0].summed(), by, first)
-        output = taken.with_dims({d: _longer(p, f) for d, f in by.items() if (p := taken.dims[d]) is not None})
+        output = taken.with_dims({d: p.longer(f) for d, f in by.items() if (p := taken.dims[d]) is not None})
         if not any(output.dims[dim] for dim in by):
             return handle_empty_parts(call, OpSharding((taken,), output))
         return handle_empty_parts(call, OpSharding((taken,), output, lambda rank: _resized(call, output, rank)))
 
     def demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
         by = factors(call)
-        changes = {d: _shorter(p, f) for d, f in by.items() if (p := wanted.dims[d]) is not None}
+        changes = {d: p.shorter(f) for d, f in by.items() if (p := wanted.dims[d]) is not None}
         beside = _whole_beside(wanted, by, first)
         return None if None in changes.values() or beside != wanted else (wanted.with_dims(changes),)
 
@@ -109,7 +94,7 @@ def _resized(call: OpCall, output: Layout, rank: int) -> LocalCall:
 def _unshuffle(call: OpCall) -> OpSharding:
     by = _shuffled(call)
     taken = _whole_beside(call.layouts[0].summed(), by, -3)
-    fits = {d: _shorter(p, f) for d, f in by.items() if (p := taken.dims[d]) is not None}
+    fits = {d: p.shorter(f) for d, f in by.items() if (p := taken.dims[d]) is not None}
     taken = taken.with_dims({dim: None for dim, partition in fits.items() if partition is None})
     return handle_empty_parts(call, OpSharding((taken,), taken.with_dims(fits)))
 
@@ -118,7 +103,7 @@ def _unshuffle_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None
     by = _shuffled(call)
     if _whole_beside(wanted, by, -3) != wanted:
         return None
-    return (wanted.with_dims({d: _longer(p, f) for d, f in by.items() if (p := wanted.dims[d]) is not None}),)
+    return (wanted.with_dims({d: p.longer(f) for d, f in by.items() if (p := wanted.dims[d]) is not None}),)
 
 
 def _sampled(call: OpCall) -> Labels:
