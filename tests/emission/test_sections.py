@@ -11,7 +11,7 @@ from torch import fx
 import xdit_ir as xir
 from xdit_ir import capture, models
 from xdit_ir.emission.codegen import Code, generate
-from xdit_ir.emission.sections import Kind, cut_sections
+from xdit_ir.emission.sections import Kind, cut_sections, insert_moves
 from xdit_ir.emission.state import WeightReferences
 from xdit_ir.ir.graphs import placeholders, results_of
 from xdit_ir.ir.mesh import Mesh
@@ -53,6 +53,18 @@ def test_sections_in_a_row_compute_what_the_forward_computes(
             values |= zip(section.gives, section.module(*(values[name] for name in section.takes)), strict=True)
     for node, expected in zip(results_of(code.run.graph), want, strict=True):
         assert torch.equal(values[node.name], expected)
+
+
+def test_a_moved_operand_is_a_node_that_can_be_written_as_code() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.ops.aten.neg.default, (x,))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (x, y)),))
+    run = fx.GraphModule({}, graph)
+    made, copies, moves = insert_moves(run, [(y, x)], torch.device("meta"))
+    assert "_to_copy" in made.code
+    [(move, source)] = moves.items()
+    assert source is copies[x] and copies[y].args == (move,)
 
 
 def graph_of(text: str) -> tuple[fx.GraphModule, dict[str, fx.Node]]:

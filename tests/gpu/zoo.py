@@ -1,9 +1,10 @@
-"""Every model of the zoo over real GPUs: `python tests/gpu/zoo.py --gpus 2 --output zoo.json`.
+"""Every model of the zoo over real GPUs: `python tests/gpu/zoo.py --ranks 2 --output zoo.json`.
 
 Each tiny model, in float32, runs alone and then ported under each of the degrees, in the mode that is asked for; its
 second call (a replay, where it is recorded) is compared. A degree that is illegal for the model is listed as refused.
 Models are shared out to `--lanes` groups of processes at the same GPUs; a group that fails or takes too long is ended,
-and a new one goes on behind it. Ends by itself, with status 1 if anything failed.
+and a new one goes on behind it. Ends by itself, with status 1 if anything failed. With more `--ranks` than GPUs, ranks
+share them: slow, and with gloo instead of NCCL, but with the same programs, code, recordings and copy engines.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Lane:
         with tempfile.TemporaryDirectory() as folder:
             said = Path(folder) / "results"
             said.touch()
-            ranks = [self._start(rank, tasks, said, Path(folder)) for rank in range(self.options.gpus)]
+            ranks = [self._start(rank, tasks, said, Path(folder)) for rank in range(self.options.ranks)]
             count, since = 0, time.monotonic()
             while any(one.poll() is None for one in ranks):
                 time.sleep(0.2)
@@ -85,8 +86,14 @@ class Lane:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port.write_text(str(free.getsockname()[1]))
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.options.gpus), "OMP_NUM_THREADS": "2"}
+        env = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.options.ranks),
+            "OMP_NUM_THREADS": "2",
+        }
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port.read_text()}
+        env |= {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
         command = [sys.executable, __file__, "--worker", json.dumps([self.options.mode, str(said), list(tasks)])]
         with (folder / f"errors_{rank}").open("wb") as errors:
             return subprocess.Popen(command, env=os.environ | env, stdout=errors, stderr=errors)
@@ -115,10 +122,13 @@ def work(mode: str, said: str, tasks: Sequence[tuple[str, str]]) -> None:
     import torch
     import torch.distributed as dist
 
-    rank = int(os.environ["RANK"])
-    torch.cuda.set_device(rank)
+    rank, gpus = int(os.environ["RANK"]), torch.cuda.device_count()
+    torch.cuda.set_device(rank % gpus)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    if int(os.environ["WORLD_SIZE"]) > gpus:
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     for model, degrees in tasks:
         result = {"model": model, "degrees": degrees, **tried(model, degrees, mode)}
         if rank == 0:
@@ -187,7 +197,7 @@ def main() -> int:
     """Share out the tasks, and write what came of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="models of the zoo; default: all")
-    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--degrees", default="u2,r2,c2,p2")
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--lanes", type=int, default=4)

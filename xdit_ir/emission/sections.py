@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any
 
+import torch
 from torch import fx
 
 from xdit_ir.ir.graphs import operands
@@ -116,9 +116,9 @@ def _section(run: fx.GraphModule, kind: Kind, nodes: Sequence[fx.Node]) -> Secti
 
 
 def insert_moves(
-    run: fx.GraphModule, moved: Iterable[tuple[fx.Node, fx.Node]], move: Callable[[Any], Any]
+    run: fx.GraphModule, moved: Iterable[tuple[fx.Node, fx.Node]], device: torch.device
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
-    """A copy of a forward in which for each `(node, operand)` the node gets `move(operand)`.
+    """A copy of a forward in which for each `(node, operand)` the node gets the operand on `device`.
 
     Returns:
         The copy, its node for every node, and the operand (a node of the copy) of every node that moves one.
@@ -131,7 +131,9 @@ def insert_moves(
             if (node, source) not in wanted:
                 return env[source]
             if source not in copies:
-                copies[source] = graph.call_function(move, (env[source],))
+                copies[source] = graph.call_function(
+                    torch.ops.aten._to_copy.default, (env[source],), {"device": device}
+                )
             return copies[source]
 
         env[node] = graph.node_copy(node, given)

@@ -6,7 +6,6 @@ import operator
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ class Trial(fx.Interpreter):
     def kinds(self) -> tuple[fx.GraphModule, dict[fx.Node, Kind]]:
         """The forward, with copies to the device of what comes from the host, and the kind of each of its nodes."""
         assert isinstance(self.module, fx.GraphModule)
-        run, copies, moves = insert_moves(self.module, self.moved, partial(_to_device, device=self.device))
+        run, copies, moves = insert_moves(self.module, self.moved, self.device)
         kinds = {copies[node]: self._kind(node) for node in self.module.graph.nodes if node.op not in _ENDS}
         fixed = {copies[node] for node in self._fixed}
         kinds |= {move: Kind.ONCE if source in fixed else Kind.HOST for move, source in moves.items()}
@@ -116,10 +115,6 @@ def _pure(node: fx.Node) -> bool:
     """Whether an operator gives the same whenever it is called."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded not in tags and not isinstance(node.target, Leaf)
-
-
-def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return x.to(device)
 
 
 def _devices(value: Any) -> tuple[bool, torch.device | None]:
