@@ -4,7 +4,8 @@ Each tiny model, in float32, runs alone and then ported under each of the degree
 second call (a replay, where it is recorded) is compared. A degree that is illegal for the model is listed as refused.
 Models are shared out to `--lanes` groups of processes at the same GPUs; a group that fails or takes too long is ended,
 and a new one goes on behind it. Ends by itself, with status 1 if anything failed. With more `--ranks` than GPUs, ranks
-share them: slow, and with gloo instead of NCCL, but with the same programs, code, recordings and copy engines.
+share them: slow, and collectives go through the host (`staged.py`), so that graphs end there; programs, compiled code,
+recordings and copy engines are those of as many GPUs.
 """
 
 from __future__ import annotations
@@ -126,7 +127,10 @@ def work(mode: str, said: str, tasks: Sequence[tuple[str, str]]) -> None:
     torch.cuda.set_device(rank % gpus)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if int(os.environ["WORLD_SIZE"]) > gpus:
-        dist.init_process_group("gloo")
+        from staged import NAME, register
+
+        register()
+        dist.init_process_group(NAME)
     else:
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     for model, degrees in tasks:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.emission.sections import Kind, insert_moves
 from xdit_ir.ir.graphs import operands, placeholders
 from xdit_ir.ir.leaf import Leaf
+from xdit_ir.transport.collectives import Exchange
 
 SYNCHRONISING = "synchronizing CUDA operation"  # PyTorch's words where the host waits for the device
 
@@ -58,7 +59,8 @@ class Trial(fx.Interpreter):
             given = zip(placeholders(body.graph), node.args, strict=True)
             inside = Trial(body, {place.name for place, source in given if source in self._fixed})
             return inside.run(*args, **kwargs), bool(inside.reading or inside.moved)
-        return super().run_node(node), False
+        module = self.submodules.get(node.target) if node.op == "call_module" else None
+        return super().run_node(node), isinstance(module, Exchange) and module.by_host
 
     def kinds(self) -> tuple[fx.GraphModule, dict[fx.Node, Kind]]:
         """The forward, with copies to the device of what comes from the host, and the kind of each of its nodes."""

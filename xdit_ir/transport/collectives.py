@@ -24,11 +24,24 @@ Shapes = tuple[tuple[int, ...], ...]
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8)
 
 
-def lower(target: Communicate, communicator: Communicator) -> tuple[nn.Module, ...]:
+def lower(target: Communicate, communicator: Communicator) -> tuple[Exchange, ...]:
     """The modules that execute a communication on this process's rank; its process group exists already.
 
     One that does all of it, or one that starts it and one that, given what the first returned, waits for it.
     """
+    modules = _lowered(target, communicator)
+    for module in modules:
+        module.by_host = not communicator.recordable
+    return modules
+
+
+class Exchange(nn.Module):
+    """A communication or a half of one; `by_host`: the host takes part in it, so no CUDA graph can hold it."""
+
+    by_host = False
+
+
+def _lowered(target: Communicate, communicator: Communicator) -> tuple[Exchange, ...]:
     at = target.group.index(communicator.rank)
     name = communicator.group(target.mesh_dims).group_name if len(target.group) > 1 else ""
     if isinstance(target, Reduce):
@@ -47,7 +60,7 @@ def lower(target: Communicate, communicator: Communicator) -> tuple[nn.Module, .
     return (RingAttention(target, at, name),)
 
 
-class AllReduce(nn.Module):
+class AllReduce(Exchange):
     """The sum over a group: every element is summed once and then sent to all, so all ranks get equal bits."""
 
     def __init__(self, group: str) -> None:
@@ -63,7 +76,7 @@ class AllReduce(nn.Module):
         return torch.view_as_complex(total) if x.is_complex() else total
 
 
-class Rearrange(nn.Module):
+class Rearrange(Exchange):
     """A change of layout without others: cut and put together anew."""
 
     def __init__(self, target: Reshuffle) -> None:
@@ -75,7 +88,7 @@ class Rearrange(nn.Module):
         return self.assembly.join(pack(x, self.exchange))
 
 
-class Send(nn.Module):
+class Send(Exchange):
     """The first half of a change of layout: start the all-to-all of pieces of static, uneven sizes.
 
     Pieces of `shapes` come from the members; `direct`: what arrives is the result as it lies in memory, so one's own
@@ -95,7 +108,7 @@ class Send(nn.Module):
         return start(pieces, self.shapes, self.group), own
 
 
-class Receive(nn.Module):
+class Receive(Exchange):
     """The second half: wait for the pieces and put them together."""
 
     def __init__(self, assembly: Assembly, at: int, shapes: Shapes, *, direct: bool) -> None:
@@ -111,7 +124,7 @@ class Receive(nn.Module):
         return self.assembly.join(pieces)
 
 
-class AddUp(nn.Module):
+class AddUp(Exchange):
     """The second half of a reduce-scatter: wait for the summands of one's own part and add them up."""
 
     def __init__(self, shapes: Shapes) -> None:
@@ -123,7 +136,7 @@ class AddUp(nn.Module):
         return add_up(finish(pending, self.shapes, own.dtype))
 
 
-class RingAttention(nn.Module):
+class RingAttention(Exchange):
     """Attention whose keys and values travel around the group, each hop under the previous block's computation."""
 
     def __init__(self, target: Ring, at: int, group: str) -> None:

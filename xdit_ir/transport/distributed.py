@@ -20,6 +20,8 @@ from xdit_ir.transport.groups import DEFAULT_TIMEOUT, Groups, Leaving, configure
 from xdit_ir.transport.line import AnyError, Line, line_of
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+"""Tells PyTorch that ranks on one GPU may have symmetric memory."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -87,11 +89,15 @@ def check_processes(mesh: Mesh, processes: int) -> None:
     )
 
 
-def _check_backend(device: torch.device) -> None:
-    """Backends are listed like `cpu:gloo,cuda:nccl`."""
+def _backend(device: torch.device) -> str | None:
+    """What moves tensors of a device; backends are listed like `cpu:gloo,cuda:nccl`."""
     backends = dict(item.split(":") for item in dist.get_backend_config().split(","))
-    unfit = {"cuda": "gloo"}.get(device.type)  # gloo lists cuda, but has no all-to-all there
-    if backends.get(device.type) in (None, unfit):
+    return backends.get(device.type)
+
+
+def _check_backend(device: torch.device) -> None:
+    unfit = {"cuda": "gloo"}.get(device.type)  # gloo lists cuda, but its threads wait for the device as they like
+    if _backend(device) in (None, unfit):
         raise ParallelizeError(
             f"the default process group ({dist.get_backend_config()}) cannot exchange tensors on {device.type}; "
             f"initialise it with backend {BACKENDS.get(device.type)!r}, or leave that to xdit_ir"
@@ -144,6 +150,11 @@ class Communicator:
         if self._world is not None and self._world() is not dist.group.WORLD:
             return True  # the caller has destroyed all groups
         return self._groups.ended or (self.line is not None and self.line.epoch != self.epoch)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether CUDA graphs can hold collectives: those of NCCL, not those for which a backend needs the host."""
+        return self.mesh.world_size == 1 or _backend(self.device) == BACKENDS["cuda"]
 
     def lost(self) -> LostError | None:
         """What has ended it, if a rank failed in an earlier call."""
@@ -230,7 +241,10 @@ class Communicator:
 
 
 def peers_reachable(communicator: Communicator) -> bool:
-    """Whether all ranks are GPUs of one host that can read and write each other's memory. Collective."""
+    """Whether all ranks are on GPUs of one host that can read and write each other's memory. Collective.
+
+    Ranks that share a GPU do where PyTorch's symmetric memory takes them, see `SHARED`.
+    """
     if communicator.device.type != "cuda" or communicator.mesh.world_size == 1:
         return False
     here = communicator.device.index
@@ -239,4 +253,5 @@ def peers_reachable(communicator: Communicator) -> bool:
     able = reaches and importlib.util.find_spec("cuda.bindings") is not None
     facts = communicator.of_all([able, platform.node(), here])
     hosts, gpus = {host for _, host, _ in facts}, {gpu for _, _, gpu in facts}
-    return all(fact[0] for fact in facts) and len(hosts) == 1 and len(gpus) == len(facts)
+    apart = len(gpus) == len(facts) or os.environ.get(SHARED) == "1"
+    return all(fact[0] for fact in facts) and len(hosts) == 1 and apart
