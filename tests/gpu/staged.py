@@ -1,6 +1,6 @@
 """A backend for ranks that share a GPU, where NCCL refuses to work: tensors go through host memory, by gloo.
 
-`register()` makes it known as "staged". Nothing of it can be recorded in a CUDA graph; copy engines are not concerned.
+Nothing of it can be recorded in a CUDA graph; copy engines are not concerned.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _create_work_from_future, _SymmetricMemory
+from torch._C._distributed_c10d import _create_work_from_future, _register_process_group
 from torch.futures import Future
 
 NAME = "staged"
 
 
-def register() -> None:
-    """Make the backend known to torch.distributed."""
+def start() -> None:
+    """Make the default process group of this backend, by torchrun's environment."""
     dist.Backend.register_backend(NAME, Staged, devices=["cpu", "cuda"])
+    dist.init_process_group(NAME)
+    if torch.cuda.is_available():
+        from xdit_ir.transport import peer_ops
+
+        rendezvous = peer_ops.symmetric
+        peer_ops.symmetric = lambda workspace, group: rendezvous(workspace, f"symmetric {group}")
 
 
 class Staged(dist.ProcessGroup):
@@ -27,7 +33,7 @@ class Staged(dist.ProcessGroup):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
-        self._store = store
+        self._store, self._beside = store, None
         self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
 
     def _get_backend(self, device: torch.device) -> Any:
@@ -35,11 +41,12 @@ class Staged(dist.ProcessGroup):
 
     @property
     def group_name(self) -> str:
-        """Its name in torch.distributed, under which symmetric memory then finds it."""
+        """Its name in torch.distributed; groups written in Python have no store, by which symmetric memory meets, so
+        there is another one for that."""
         name: str = dist.distributed_c10d._world.pg_names[self]
-        if self._store is not None and torch.cuda.is_available():
-            store, self._store = dist.PrefixStore("symmetric_memory", self._store), None
-            _SymmetricMemory.set_group_info(name, self.rank(), self.size(), store)
+        if self._beside is None:
+            self._beside = dist.ProcessGroup(dist.PrefixStore("symmetric", self._store), self.rank(), self.size())
+            _register_process_group(f"symmetric {name}", self._beside)
         return name
 
     def getBackendName(self) -> str:

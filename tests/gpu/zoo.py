@@ -1,11 +1,11 @@
 """Every model of the zoo over real GPUs: `python tests/gpu/zoo.py --ranks 2 --output zoo.json`.
 
 Each tiny model, in float32, runs alone and then ported under each of the degrees, in the mode that is asked for; its
-second call (a replay, where it is recorded) is compared. A degree that is illegal for the model is listed as refused.
-Models are shared out to `--lanes` groups of processes at the same GPUs; a group that fails or takes too long is ended,
-and a new one goes on behind it. Ends by itself, with status 1 if anything failed. With more `--ranks` than GPUs, ranks
-share them: slow, and collectives go through the host (`staged.py`), so that graphs end there; programs, compiled code,
-recordings and copy engines are those of as many GPUs.
+second call (a replay, where it is recorded) is compared, to 2e-4 or 1.2 of what torch.compile alone changes. A degree
+that is illegal for the model is listed as refused. Models are shared out to `--lanes` groups of processes at the same
+GPUs; a group that fails or takes too long is ended, and a new one goes on behind it. Ends by itself, with status 1 if
+anything failed. With more `--ranks` than GPUs, ranks share them: slow, and collectives go through the host
+(`staged.py`), so that graphs end there; programs, compiled code and copy engines are those of as many GPUs.
 """
 
 from __future__ import annotations
@@ -127,10 +127,9 @@ def work(mode: str, said: str, tasks: Sequence[tuple[str, str]]) -> None:
     torch.cuda.set_device(rank % gpus)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if int(os.environ["WORLD_SIZE"]) > gpus:
-        from staged import NAME, register
+        import staged
 
-        register()
-        dist.init_process_group(NAME)
+        staged.start()
     else:
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     for model, degrees in tasks:
@@ -188,12 +187,15 @@ def tried(name: str, degrees: str, mode: str) -> dict[str, Any]:
                 "status": "failed",
                 "reason": f"{type(error).__name__}: {error}"[:400] + f" at {at.filename}:{at.lineno}",
             }
-    error = relative_error(got, want)
+    error, limit = relative_error(got, want), LIMIT
+    if error > LIMIT and mode != "eager":  # the compiler's own rounding, of the model alone
+        with torch.no_grad():
+            limit = max(LIMIT, 1.2 * relative_error(tensors_of(torch.compile(model)(*args, **kwargs)), want))
     runs = [str(one.message) for one in warned if "mode 'auto'" in str(one.message)]
     execution = port.report().execution
     port.reset()
     torch.cuda.synchronize()
-    found = {"status": "equal" if error <= LIMIT else "different", "error": float(error)}
+    found = {"status": "equal" if error <= limit else "different", "error": float(error)}
     return found | {"seconds": time.monotonic() - start, "runs": execution, "warnings": runs}
 
 
