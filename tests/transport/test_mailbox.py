@@ -69,7 +69,7 @@ def test_what_was_sent_is_kept_until_a_later_message_or_a_flag_proves_that_it_le
     for body in code("flux.1-dev:tiny", ulysses=2).bodies.values():
         calls = peers(body.module)
         sends = [body.module.get_submodule(str(n.target)) for n in calls]
-        told = [module.tell_self for module in sends if isinstance(module, PeerSend)]
+        told = [module.fixed["tell_self"] for module in sends if isinstance(module, PeerSend)]
         assert told == [False, False, False, True], "only the last exchange of a block has no later one"
         assert len(calls[-1].args) == 3 + 3, "q, k and v are kept until the result has come back"
 

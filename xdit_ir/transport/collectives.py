@@ -13,7 +13,21 @@ import torch
 import torch.distributed._functional_collectives
 from torch import nn
 
-from xdit_ir.ir.collective_ops import Assembly, Communicate, Reduce, ReduceScatter, Reshuffle, Ring, add_up, pack
+from xdit_ir.ir.collective_ops import (
+    Assembly,
+    Communicate,
+    PlainAssembly,
+    Reduce,
+    ReduceScatter,
+    Reshuffle,
+    Ring,
+    Takes,
+    add_up,
+    cut,
+    join,
+    takes_of,
+)
+from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.layout import RankExchange
 from xdit_ir.kernels.attention import RingMerge
 from xdit_ir.kernels.backends import BACKENDS
@@ -47,35 +61,37 @@ def lower(target: Communicate, communicator: Communicator) -> tuple[nn.Module, .
     return (RingAttention(target, at, name),)
 
 
-class AllReduce(nn.Module):
+class AllReduce(FixedCall):
     """The sum over a group: every element is summed once and then sent to all, so all ranks get equal bits."""
 
     def __init__(self, group: str) -> None:
         super().__init__()
-        self.group = group
+        self.fixed = {"group": group}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def function(x: torch.Tensor, *, group: str) -> torch.Tensor:
         """`x [...]` -> sum of the members' `x`, of the same shape."""
-        if not self.group or not x.numel():
+        if not group or not x.numel():
             return x
         real = torch.view_as_real(x) if x.is_complex() else x
-        total = _wait(torch.ops._c10d_functional.all_reduce(real.contiguous(), "sum", self.group))
+        total = _wait(torch.ops._c10d_functional.all_reduce(real.contiguous(), "sum", group))
         return torch.view_as_complex(total) if x.is_complex() else total
 
 
-class Rearrange(nn.Module):
+class Rearrange(FixedCall):
     """A change of layout without others: cut and put together anew."""
 
     def __init__(self, target: Reshuffle) -> None:
         super().__init__()
-        self.exchange, self.assembly = target.exchange, Assembly.of(target.exchange)
+        self.fixed = {"takes": takes_of(target.exchange), "assembly": Assembly.of(target.exchange).plain}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def function(x: torch.Tensor, *, takes: Takes, assembly: PlainAssembly) -> torch.Tensor:
         """`x`, the part in the old layout -> the part in the new one."""
-        return self.assembly.join(pack(x, self.exchange))
+        return join(cut(x, takes), *assembly)
 
 
-class Send(nn.Module):
+class Send(FixedCall):
     """The first half of a change of layout: start the all-to-all of pieces of static, uneven sizes.
 
     Pieces of `shapes` come from the members; `direct`: what arrives is the result as it lies in memory, so one's own
@@ -84,55 +100,61 @@ class Send(nn.Module):
 
     def __init__(self, exchange: RankExchange, at: int, shapes: Shapes, group: str, *, direct: bool) -> None:
         super().__init__()
-        self.exchange, self.at, self.shapes, self.group, self.direct = exchange, at, shapes, group, direct
+        self.fixed = {"takes": takes_of(exchange), "at": at, "shapes": shapes, "group": group, "direct": direct}
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @staticmethod
+    def function(
+        x: torch.Tensor, *, takes: Takes, at: int, shapes: Shapes, group: str, direct: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here."""
-        pieces = pack(x, self.exchange)
+        pieces = cut(x, takes)
         own = x.new_empty(0)
-        if not self.direct:
-            own, pieces[self.at] = pieces[self.at], own
-        return start(pieces, self.shapes, self.group), own
+        if not direct:
+            own, pieces[at] = pieces[at], own
+        return start(pieces, shapes, group), own
 
 
-class Receive(nn.Module):
-    """The second half: wait for the pieces and put them together."""
+class Receive(FixedCall):
+    """The second half: wait for the pieces and put them together; `direct` as for `Send`."""
 
     def __init__(self, assembly: Assembly, at: int, shapes: Shapes, *, direct: bool) -> None:
         super().__init__()
-        self.assembly, self.at, self.shapes, self.direct = assembly, at, shapes, direct
+        self.fixed = {"assembly": assembly.plain, "at": at, "shapes": shapes, "direct": direct}
 
-    def forward(self, pending: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """What `Send` gave -> this rank's part in the new layout, `exchange.shape`."""
-        if self.direct:
-            return _typed(_wait(pending), self.assembly.shape, own.dtype)
-        pieces = finish(pending, self.shapes, own.dtype)
-        pieces[self.at] = own
-        return self.assembly.join(pieces)
+    @staticmethod
+    def function(
+        pending: torch.Tensor, own: torch.Tensor, *, assembly: PlainAssembly, at: int, shapes: Shapes, direct: bool
+    ) -> torch.Tensor:
+        """What `Send` gave -> this rank's part in the new layout."""
+        if direct:
+            return _typed(_wait(pending), assembly[0], own.dtype)
+        pieces = finish(pending, shapes, own.dtype)
+        pieces[at] = own
+        return join(pieces, *assembly)
 
 
-class AddUp(nn.Module):
+class AddUp(FixedCall):
     """The second half of a reduce-scatter: wait for the summands of one's own part and add them up."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        self.shapes = shapes
+        self.fixed = {"shapes": shapes}
 
-    def forward(self, pending: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def function(pending: torch.Tensor, own: torch.Tensor, *, shapes: Shapes) -> torch.Tensor:
         """What `Send` gave -> the sum, of the shape that all pieces have."""
-        return add_up(finish(pending, self.shapes, own.dtype))
+        return add_up(finish(pending, shapes, own.dtype))
 
 
-class RingAttention(nn.Module):
+class RingAttention(FixedCall):
     """Attention whose keys and values travel around the group, each hop under the previous block's computation."""
 
     def __init__(self, target: Ring, at: int, group: str) -> None:
         super().__init__()
-        self.keys, self.at, self.group = target.keys, at, group
-        self.kernels = [BACKENDS.get(name) for name in target.kernels]
+        self.fixed = {"keys": target.keys, "kernels": target.kernels, "at": at, "group": group}
 
-    def forward(
-        self,
+    @staticmethod
+    def function(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -140,42 +162,46 @@ class RingAttention(nn.Module):
         scale: float | None = None,
         is_causal: bool = False,
         enable_gqa: bool = False,
+        *,
+        keys: tuple[int, ...],
+        kernels: tuple[str, ...],
+        at: int,
+        group: str,
     ) -> torch.Tensor:
         """`q [..., queries, dim]`, `k`, `v` `[..., own keys, dim]`, `mask [..., all keys]` -> `[..., queries, dim_v]`.
 
         Members are visited in the order in which their keys arrive, so a rank's result is deterministic.
         """
         assert not is_causal, "causal attention is never lowered to a ring"
-        merge = RingMerge(q, mask, scale, self.keys, enable_gqa=enable_gqa, kernels=self.kernels)
-        members = len(self.keys)
+        merge = RingMerge(q, mask, scale, keys, enable_gqa=enable_gqa, kernels=[BACKENDS.get(name) for name in kernels])
+        members = len(keys)
         for hop in range(members):
-            member = (self.at - hop) % members
+            member = (at - hop) % members
             if hop == members - 1:
                 merge.add(member, k, v)
                 break
-            shapes = self._arriving(k, v, self.keys[(member - 1) % members])
-            pending = start(self._leaving(k, v), shapes, self.group)
+            coming = keys[(member - 1) % members]
+            shapes = _arriving(k, v, coming, at, members)
+            pending = start(_leaving(k, v, at, members), shapes, group)
             merge.add(member, k, v)
-            k, v = self._received(finish(pending, shapes, k.dtype), k, v, self.keys[(member - 1) % members])
+            both = finish(pending, shapes, k.dtype)[at - 1]
+            shape, shape_v = _resized(k, coming), _resized(v, coming)
+            k, v = both[: math.prod(shape)].view(shape), both[math.prod(shape) :].view(shape_v)
         return merge.result()
 
-    def _leaving(self, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-        """Per member what it gets: keys and values in one piece for the next one, nothing for the others."""
-        pieces = [k.new_empty(0) for _ in self.keys]
-        pieces[(self.at + 1) % len(self.keys)] = torch.cat([k.reshape(-1), v.reshape(-1)])
-        return pieces
 
-    def _arriving(self, k: torch.Tensor, v: torch.Tensor, keys: int) -> tuple[tuple[int, ...], ...]:
-        """Per member the size of what comes from it: `keys` keys and values from the previous one."""
-        shapes = [(0,) for _ in self.keys]
-        shapes[self.at - 1] = (math.prod(_resized(k, keys)) + math.prod(_resized(v, keys)),)
-        return tuple(shapes)
+def _leaving(k: torch.Tensor, v: torch.Tensor, at: int, members: int) -> list[torch.Tensor]:
+    """Per member what it gets: keys and values in one piece for the next one, nothing for the others."""
+    pieces = [k.new_empty(0) for _ in range(members)]
+    pieces[(at + 1) % members] = torch.cat([k.reshape(-1), v.reshape(-1)])
+    return pieces
 
-    def _received(
-        self, pieces: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor, keys: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        both, shape, shape_v = pieces[self.at - 1], _resized(k, keys), _resized(v, keys)
-        return both[: math.prod(shape)].view(shape), both[math.prod(shape) :].view(shape_v)
+
+def _arriving(k: torch.Tensor, v: torch.Tensor, keys: int, at: int, members: int) -> Shapes:
+    """Per member the size of what comes from it: `keys` keys and values from the previous one."""
+    shapes = [(0,) for _ in range(members)]
+    shapes[at - 1] = (math.prod(_resized(k, keys)) + math.prod(_resized(v, keys)),)
+    return tuple(shapes)
 
 
 def _resized(x: torch.Tensor, keys: int) -> tuple[int, ...]:

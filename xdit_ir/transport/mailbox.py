@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from xdit_ir.ir.collective_ops import PeerExchange
+from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.program import SPEC, Program, TensorSpec, called_block
 from xdit_ir.transport.copies import Copy, copies
 from xdit_ir.transport.distributed import Communicator
@@ -92,60 +94,49 @@ class Place:
     patience: int
 
 
-class PeerSend(nn.Module):
+class PeerSend(FixedCall):
     """Start copying pieces to all members."""
 
     def __init__(self, place: Place, plans: Sequence[Sequence[Copy]]) -> None:
         super().__init__()
-        self.place, self.tell_self = place, False
-        self.plan = [
-            number
-            for member, plan in enumerate(plans)
-            for copy in plan
-            for number in (
-                member,
-                copy.source,
-                copy.source_pitch,
-                copy.target,
-                copy.target_pitch,
-                copy.width,
-                copy.height,
-            )
-        ]
+        self.place = place
+        plan = tuple(number for member, copies in enumerate(plans) for copy in copies for number in (member, *copy.row))
+        self.fixed = {
+            "group": place.group,
+            "channel": place.channel,
+            "slots": place.slots,
+            "plan": plan,
+            "tell_self": False,
+        }
 
-    def forward(self, x: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def function(x: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor, **fixed: Any) -> torch.Tensor:
         """`x`, this rank's part in the old layout -> a token for `PeerReceive`, which keeps in memory what leaves."""
-        place = self.place
-        token: torch.Tensor = torch.ops.xdit_ir.peer_put(
-            x.contiguous(), workspace, slot, place.group, place.channel, list(place.slots), self.plan, self.tell_self
-        )
+        token: torch.Tensor = torch.ops.xdit_ir.peer_put(x.contiguous(), workspace, slot, **fixed)
         return token
 
 
-class PeerReceive(nn.Module):
+class PeerReceive(FixedCall):
     """Wait for the pieces of all members."""
 
     def __init__(self, place: Place, result: TensorSpec) -> None:
         super().__init__()
-        self.place, self.result, self.sent = place, result, False
+        self.fixed = {
+            "group": place.group,
+            "channel": place.channel,
+            "slots": place.slots,
+            "shape": result.shape,
+            "dtype": result.dtype,
+            "sent": False,
+            "patience": place.patience,
+        }
 
-    def forward(
-        self, token: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor, *earlier: torch.Tensor
+    @staticmethod
+    def function(
+        token: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor, *earlier: torch.Tensor, **fixed: Any
     ) -> torch.Tensor:
         """What `PeerSend` gave, here and `earlier` -> this rank's part in the new layout, inside the workspace."""
-        place = self.place
-        result: torch.Tensor = torch.ops.xdit_ir.peer_wait(
-            [token, *earlier],
-            workspace,
-            slot,
-            place.group,
-            place.channel,
-            list(place.slots),
-            list(self.result.shape),
-            self.result.dtype,
-            self.sent,
-            place.patience,
-        )
+        result: torch.Tensor = torch.ops.xdit_ir.peer_wait([token, *earlier], workspace, slot, **fixed)
         return result
 
 
@@ -173,5 +164,5 @@ class Custody:
     def close(self) -> None:
         """The block ends."""
         for _, send, receive in self.open:
-            send.tell_self = receive.sent = True
+            send.fixed["tell_self"] = receive.fixed["sent"] = True
         self.open.clear()
