@@ -176,6 +176,7 @@ class _CodeWriter:
                 self.taken.add(str(node.target))
         for name in names:
             self.state[name] = self._argument(name)
+            self.state[name].meta = next(dict(node.meta) for node in source.nodes if node.target == name)
         return tuple(self.state)
 
     def buffers(self, names: Sequence[str]) -> tuple[str, ...]:
