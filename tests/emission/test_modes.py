@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import xdit_ir as xir
-from xdit_ir.emission.execution import Execution, compile_body
+from xdit_ir.emission.compilation import compile_body
+from xdit_ir.emission.execution import Execution
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -176,6 +176,7 @@ class _CodeWriter:
                 self.taken.add(str(node.target))
         for name in names:
             self.state[name] = self._argument(name)
+            self.state[name].meta = next(dict(node.meta) for node in source.nodes if node.target == name)
         return tuple(self.state)
 
     def buffers(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -242,7 +243,8 @@ class _CodeWriter:
         if not self.shared:
             with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
                 self.shared = [self._argument("workspace"), self._argument("slot")]
-        new = self._call(f"put_{len(self.modules)}", send, (*args, *self.shared), {}, f"{node.name}_start")
+        given = (*args, *self.shared, *self.custody.latest)
+        new = self._call(f"put_{len(self.modules)}", send, given, {}, f"{node.name}_start")
         self.pending[node] = receive, new
         self.custody.start(new)
         return new
@@ -259,6 +261,8 @@ class _CodeWriter:
                 else:
                     args = tuple(self.graph.call_function(operator.getitem, (started, place)) for place in range(2))
                 self.env[source] = self._call(f"wait_{len(self.modules)}", module, args, {}, source.name)
+                if isinstance(module, PeerReceive):
+                    self.custody.waited(self.env[source])
 
     def _call(self, place: str, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> fx.Node:
         self.modules[place] = module

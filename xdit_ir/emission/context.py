@@ -14,8 +14,10 @@ from torch import nn
 
 from xdit_ir.emission.checkpoint import Loading, WeightStore
 from xdit_ir.emission.codegen import Code, generate
-from xdit_ir.emission.execution import Execution, compile_body
+from xdit_ir.emission.compilation import compile_body
+from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
+from xdit_ir.emission.shared import SharedCodes
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.garbage import collector_paused
@@ -79,6 +81,11 @@ class RankContext:
         """The memory of all CUDA graphs: no two are replayed at the same time, and their results are copied out."""
         return torch.cuda.graph_pool_handle()
 
+    @cached_property
+    def shared_codes(self) -> SharedCodes:
+        """Compiled code that serves any number of tokens."""
+        return SharedCodes(self.device)
+
     @property
     def rank(self) -> int:
         """This process's."""
@@ -94,9 +101,14 @@ class RankContext:
         """Of the model's forward."""
         return inspect.signature(self.model.forward)
 
-    def code(self, program: Program, *, peers: bool = False) -> Code:
-        """A program as code, compiled if that is wanted; `peers`: exchanges inside blocks may go over the GPU's peers,
-        those that all ranks can do so; all ranks call this together then."""
+    def code(self, program: Program, *, peers: bool = False, shared: bool = False) -> Code:
+        """A program as code, compiled if that is wanted.
+
+        Args:
+            peers: exchanges inside blocks may go over the GPU's peers, those that all ranks can do so; all ranks call
+                this together then.
+            shared: the code of a block may serve other programs too.
+        """
         with torch.no_grad():
             folded = fold_constants(program)
         lowered = run_passes(folded, self.execution.passes(self.device))
@@ -108,5 +120,6 @@ class RankContext:
         if self.execution.compile:
             for body in code.bodies.values():
                 failed = None if self.execution.forced else code.note
-                compile_body(body.module, fixed=body.uses_mailbox, failed=failed)
+                codes = self.shared_codes if shared else None
+                compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed)
         return code

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
 
 import torch
-from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.kernels.backends import check_name
@@ -140,32 +137,6 @@ def plain_modes(*kinds: str) -> Iterator[None]:
 def as_normal_tensor(x: torch.Tensor) -> torch.Tensor:
     """A tensor that can be used outside of inference mode: itself, or a copy."""
     return x.clone() if x.is_inference() else x
-
-
-def compile_body(module: nn.Module, *, fixed: bool = False, failed: Callable[[str], None] | None = None) -> None:
-    """Compile in place; one graph, static shapes, and the order of operators as it is written.
-
-    Args:
-        fixed: some intermediate tensors lie in memory that others write to, so none may be used for something else.
-        failed: told why it cannot be compiled, at the first call, and it stays as it is; None: that is an error.
-    """
-    options: dict[str, Any] = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
-    if fixed:
-        options |= {"allow_buffer_reuse": False, "inplace_buffers": False}
-    plain = module.forward
-    compiled = torch.compile(plain, fullgraph=True, dynamic=False, options=options)
-
-    def forward(*tensors: torch.Tensor) -> Any:
-        try:
-            return compiled(*tensors)
-        except TorchDynamoException as error:  # of compilation, so nothing was run
-            if failed is None:
-                raise
-            module.forward = plain
-            failed(f"a block is not compiled: {first_line(error)}")
-            return plain(*tensors)
-
-    module.forward = forward
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -82,16 +82,32 @@ class Ring(Communicate):
         return f"{self.kind}[{used}]" if used else self.kind
 
 
-def pack(x: torch.Tensor, exchange: RankExchange) -> list[torch.Tensor]:
-    """What goes to each member of the group, in group order."""
+Takes = tuple[tuple[Runs | None, ...], ...]
+"""Per member, what is cut for it: positions per dimension (None: all)."""
+Section = tuple[int, int, int]
+PlainAssembly = tuple[tuple[int, ...], int | None, tuple[Section, ...], tuple[tuple[Runs | None, ...], ...]]
+
+
+def takes_of(exchange: RankExchange) -> Takes:
+    """What is cut for each member of the group, in group order."""
+    return tuple(piece.take for piece in exchange.sends)
+
+
+def cut(x: torch.Tensor, takes: Takes) -> list[torch.Tensor]:
+    """The pieces of a value that these are."""
     pieces = []
-    for piece in exchange.sends:
+    for wanted in takes:
         part = x
-        for dim, runs in enumerate(piece.take):
+        for dim, runs in enumerate(wanted):
             if runs is not None:
                 part = take(part, dim, runs)
         pieces.append(part)
     return pieces
+
+
+def pack(x: torch.Tensor, exchange: RankExchange) -> list[torch.Tensor]:
+    """What goes to each member of the group, in group order."""
+    return cut(x, takes_of(exchange))
 
 
 @dataclass(frozen=True)
@@ -105,13 +121,15 @@ class Assembly:
     shape: tuple[int, ...]
     places: tuple[tuple[Runs | None, ...], ...]
     varied: tuple[int, ...]
+    whole: int
 
     @staticmethod
     def of(exchange: RankExchange) -> Assembly:
         """The assembly of one rank's pieces."""
         whole = [(None, ((0, size),)) for size in exchange.shape]
         varied = [d for d in range(len(exchange.shape)) if any(p[d] not in whole[d] for p in exchange.places)]
-        return Assembly(exchange.shape, exchange.places, tuple(varied))
+        first = exchange.shapes.index(exchange.shape) if not varied else 0
+        return Assembly(exchange.shape, exchange.places, tuple(varied), first)
 
     @property
     def is_contiguous(self) -> bool:
@@ -124,37 +142,58 @@ class Assembly:
         ordered = all(start == run[0] for start, run in zip(starts, runs, strict=False))
         return ordered and math.prod(self.shape[:dim]) == 1
 
-    def join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The result from the pieces, in group order."""
+    @property
+    def plain(self) -> PlainAssembly:
+        """What `join` takes behind the pieces: the shape; the dimension along which sections `(member, start, length)`
+        of them follow each other, None if they do in several or none; these sections; else the places."""
         if not self.varied:
-            return next(piece for piece in pieces if piece.shape == self.shape)
-        if len(self.varied) == 1:
-            return self._concatenate(pieces, self.varied[0])
-        result = pieces[0].new_empty(self.shape)
-        for piece, places in zip(pieces, self.places, strict=True):
-            if piece.numel():
-                result[self._open_mesh(places, piece.device)] = piece
-        return result
+            return self.shape, None, ((self.whole, 0, 0),), ()
+        if len(self.varied) > 1:
+            return self.shape, None, (), self.places
+        return self.shape, self.varied[0], tuple(self._sections(self.varied[0])), ()
 
-    def _concatenate(self, pieces: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-        """Join runs of the pieces in the order of their places along one dimension."""
-        sections = []
-        for piece, places in zip(pieces, self.places, strict=True):
+    def _sections(self, dim: int) -> Iterator[Section]:
+        """Runs of the pieces in the order of their places along one dimension."""
+        found: list[tuple[int, Section]] = []
+        for member, places in enumerate(self.places):
             offset = 0
             for start, length in _runs(places[dim]):
-                sections.append((start, piece.narrow(dim, offset, length)))
+                found.append((start, (member, offset, length)))
                 offset += length
-        ordered = [section for _, section in sorted(sections, key=lambda section: section[0])]
-        return torch.cat(ordered, dim) if ordered else pieces[0]
+        return (section for _, section in sorted(found, key=lambda one: one[0]))
 
-    def _open_mesh(self, places: tuple[Runs | None, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-        """One index tensor per dimension, that broadcast against each other; made on the device."""
-        count = len(self.shape)
-        mesh = []
-        for dim, (runs, size) in enumerate(zip(places, self.shape, strict=True)):
-            parts = [torch.arange(start, start + length, device=device) for start, length in runs or ((0, size),)]
-            mesh.append(torch.cat(parts).view([-1 if d == dim else 1 for d in range(count)]))
-        return tuple(mesh)
+    def join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result from the pieces, in group order."""
+        return join(pieces, *self.plain)
+
+
+def join(
+    pieces: Sequence[torch.Tensor],
+    shape: Sequence[int],
+    dim: int | None,
+    sections: Sequence[Section],
+    places: Sequence[tuple[Runs | None, ...]],
+) -> torch.Tensor:
+    """Put pieces together, see `Assembly.plain`."""
+    if dim is not None:
+        ordered = [pieces[member].narrow(dim, start, length) for member, start, length in sections]
+        return torch.cat(ordered, dim) if ordered else pieces[0]
+    if not places:
+        return pieces[sections[0][0]]
+    result = pieces[0].new_empty(shape)
+    for piece, where in zip(pieces, places, strict=True):
+        if piece.numel():
+            result[_open_mesh(where, shape, piece.device)] = piece
+    return result
+
+
+def _open_mesh(places: tuple[Runs | None, ...], shape: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """One index tensor per dimension, that broadcast against each other; made on the device."""
+    mesh = []
+    for dim, (runs, size) in enumerate(zip(places, shape, strict=True)):
+        parts = [torch.arange(start, start + length, device=device) for start, length in runs or ((0, size),)]
+        mesh.append(torch.cat(parts).view([-1 if d == dim else 1 for d in range(len(shape))]))
+    return tuple(mesh)
 
 
 def add_up(pieces: Sequence[torch.Tensor]) -> torch.Tensor:

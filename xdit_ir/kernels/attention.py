@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
+from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.kernels.backends import BACKENDS, Backend
 
 MOST_SCORES = 2**28
@@ -36,19 +35,30 @@ class KernelAttention:
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """As `ops.attention`."""
-        return BACKENDS[self.backend].run(q, k, v, scale, is_causal)[0]
+        return Attention.function(q, k, v, mask, scale, is_causal, enable_gqa, backend=self.backend)
 
 
-class Attention(nn.Module):
+class Attention(FixedCall):
     """A `KernelAttention` in code."""
 
     def __init__(self, target: KernelAttention) -> None:
         super().__init__()
-        self.target = target
+        self.fixed = {"backend": target.backend}
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    @staticmethod
+    def function(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+        *,
+        backend: str,
+    ) -> torch.Tensor:
         """As `ops.attention`."""
-        return self.target(*args, **kwargs)
+        return BACKENDS[backend].run(q, k, v, scale, is_causal)[0]
 
 
 def attention_with_lse(
@@ -74,8 +84,10 @@ def attention_with_lse(
         out, lse = kernel.run(q, k, v, scale, False)
         return out.float(), lse.unsqueeze(-1)
     rows = max(1, MOST_SCORES // max(1, math.prod(q.shape[:-2]) * k.shape[-2]))
+    if q.shape[-2] <= rows:
+        return _reference(q, k, v, mask, scale)
     blocks = []
-    for start in range(0, max(q.shape[-2], 1), rows):
+    for start in range(0, q.shape[-2], rows):
         part = mask[..., start : start + rows, :] if mask is not None and mask.shape[-2] > 1 else mask
         blocks.append(_reference(q[..., start : start + rows, :], k, v, part, scale))
     return torch.cat([out for out, _ in blocks], -2), torch.cat([lse for _, lse in blocks], -2)

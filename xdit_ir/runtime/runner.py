@@ -31,7 +31,7 @@ class Runner:
         self._parameters = context.parameters
         self._binder = InputBinder(self._parameters, program)
         peers = context.execution.uses_peers and peers_reachable(context.communicator)
-        self.code = context.code(program, peers=peers)
+        self.code = context.code(program, peers=peers, shared=True)
         self._weights = context.store.take(self.code.weights, program.state)
         self._inputs = [node.name for node in placeholders(program.graph)]
         self._constants = self.code.constant_tensors(self.device)

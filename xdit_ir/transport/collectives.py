@@ -11,9 +11,22 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed._functional_collectives
-from torch import nn
 
-from xdit_ir.ir.collective_ops import Assembly, Communicate, Reduce, ReduceScatter, Reshuffle, Ring, add_up, pack
+from xdit_ir.ir.collective_ops import (
+    Assembly,
+    Communicate,
+    PlainAssembly,
+    Reduce,
+    ReduceScatter,
+    Reshuffle,
+    Ring,
+    Takes,
+    add_up,
+    cut,
+    join,
+    takes_of,
+)
+from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.layout import RankExchange
 from xdit_ir.kernels.attention import RingMerge
 from xdit_ir.kernels.backends import BACKENDS
@@ -35,7 +48,7 @@ def lower(target: Communicate, communicator: Communicator) -> tuple[Exchange, ..
     return modules
 
 
-class Exchange(nn.Module):
+class Exchange(FixedCall):
     """A communication or a half of one; `by_host`: the host takes part in it, so no CUDA graph can hold it."""
 
     by_host = False
@@ -65,14 +78,15 @@ class AllReduce(Exchange):
 
     def __init__(self, group: str) -> None:
         super().__init__()
-        self.group = group
+        self.fixed = {"group": group}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def function(x: torch.Tensor, *, group: str) -> torch.Tensor:
         """`x [...]` -> sum of the members' `x`, of the same shape."""
-        if not self.group or not x.numel():
+        if not group or not x.numel():
             return x
         real = torch.view_as_real(x) if x.is_complex() else x
-        total = _wait(torch.ops._c10d_functional.all_reduce(real.contiguous(), "sum", self.group))
+        total = _wait(torch.ops._c10d_functional.all_reduce(real.contiguous(), "sum", group))
         return torch.view_as_complex(total) if x.is_complex() else total
 
 
@@ -81,11 +95,12 @@ class Rearrange(Exchange):
 
     def __init__(self, target: Reshuffle) -> None:
         super().__init__()
-        self.exchange, self.assembly = target.exchange, Assembly.of(target.exchange)
+        self.fixed = {"takes": takes_of(target.exchange), "assembly": Assembly.of(target.exchange).plain}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def function(x: torch.Tensor, *, takes: Takes, assembly: PlainAssembly) -> torch.Tensor:
         """`x`, the part in the old layout -> the part in the new one."""
-        return self.assembly.join(pack(x, self.exchange))
+        return join(cut(x, takes), *assembly)
 
 
 class Send(Exchange):
@@ -97,31 +112,37 @@ class Send(Exchange):
 
     def __init__(self, exchange: RankExchange, at: int, shapes: Shapes, group: str, *, direct: bool) -> None:
         super().__init__()
-        self.exchange, self.at, self.shapes, self.group, self.direct = exchange, at, shapes, group, direct
+        self.fixed = {"takes": takes_of(exchange), "at": at, "shapes": shapes, "group": group, "direct": direct}
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @staticmethod
+    def function(
+        x: torch.Tensor, *, takes: Takes, at: int, shapes: Shapes, group: str, direct: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here."""
-        pieces = pack(x, self.exchange)
+        pieces = cut(x, takes)
         own = x.new_empty(0)
-        if not self.direct:
-            own, pieces[self.at] = pieces[self.at], own
-        return start(pieces, self.shapes, self.group), own
+        if not direct:
+            own, pieces[at] = pieces[at], own
+        return start(pieces, shapes, group), own
 
 
 class Receive(Exchange):
-    """The second half: wait for the pieces and put them together."""
+    """The second half: wait for the pieces and put them together; `direct` as for `Send`."""
 
     def __init__(self, assembly: Assembly, at: int, shapes: Shapes, *, direct: bool) -> None:
         super().__init__()
-        self.assembly, self.at, self.shapes, self.direct = assembly, at, shapes, direct
+        self.fixed = {"assembly": assembly.plain, "at": at, "shapes": shapes, "direct": direct}
 
-    def forward(self, pending: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """What `Send` gave -> this rank's part in the new layout, `exchange.shape`."""
-        if self.direct:
-            return _typed(_wait(pending), self.assembly.shape, own.dtype)
-        pieces = finish(pending, self.shapes, own.dtype)
-        pieces[self.at] = own
-        return self.assembly.join(pieces)
+    @staticmethod
+    def function(
+        pending: torch.Tensor, own: torch.Tensor, *, assembly: PlainAssembly, at: int, shapes: Shapes, direct: bool
+    ) -> torch.Tensor:
+        """What `Send` gave -> this rank's part in the new layout."""
+        if direct:
+            return _typed(_wait(pending), assembly[0], own.dtype)
+        pieces = finish(pending, shapes, own.dtype)
+        pieces[at] = own
+        return join(pieces, *assembly)
 
 
 class AddUp(Exchange):
@@ -129,11 +150,12 @@ class AddUp(Exchange):
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        self.shapes = shapes
+        self.fixed = {"shapes": shapes}
 
-    def forward(self, pending: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def function(pending: torch.Tensor, own: torch.Tensor, *, shapes: Shapes) -> torch.Tensor:
         """What `Send` gave -> the sum, of the shape that all pieces have."""
-        return add_up(finish(pending, self.shapes, own.dtype))
+        return add_up(finish(pending, shapes, own.dtype))
 
 
 class RingAttention(Exchange):
@@ -141,11 +163,10 @@ class RingAttention(Exchange):
 
     def __init__(self, target: Ring, at: int, group: str) -> None:
         super().__init__()
-        self.keys, self.at, self.group = target.keys, at, group
-        self.kernels = [BACKENDS.get(name) for name in target.kernels]
+        self.fixed = {"keys": target.keys, "kernels": target.kernels, "at": at, "group": group}
 
-    def forward(
-        self,
+    @staticmethod
+    def function(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -153,42 +174,46 @@ class RingAttention(Exchange):
         scale: float | None = None,
         is_causal: bool = False,
         enable_gqa: bool = False,
+        *,
+        keys: tuple[int, ...],
+        kernels: tuple[str, ...],
+        at: int,
+        group: str,
     ) -> torch.Tensor:
         """`q [..., queries, dim]`, `k`, `v` `[..., own keys, dim]`, `mask [..., all keys]` -> `[..., queries, dim_v]`.
 
         Members are visited in the order in which their keys arrive, so a rank's result is deterministic.
         """
         assert not is_causal, "causal attention is never lowered to a ring"
-        merge = RingMerge(q, mask, scale, self.keys, enable_gqa=enable_gqa, kernels=self.kernels)
-        members = len(self.keys)
+        merge = RingMerge(q, mask, scale, keys, enable_gqa=enable_gqa, kernels=[BACKENDS.get(name) for name in kernels])
+        members = len(keys)
         for hop in range(members):
-            member = (self.at - hop) % members
+            member = (at - hop) % members
             if hop == members - 1:
                 merge.add(member, k, v)
                 break
-            shapes = self._arriving(k, v, self.keys[(member - 1) % members])
-            pending = start(self._leaving(k, v), shapes, self.group)
+            coming = keys[(member - 1) % members]
+            shapes = _arriving(k, v, coming, at, members)
+            pending = start(_leaving(k, v, at, members), shapes, group)
             merge.add(member, k, v)
-            k, v = self._received(finish(pending, shapes, k.dtype), k, v, self.keys[(member - 1) % members])
+            both = finish(pending, shapes, k.dtype)[at - 1]
+            shape, shape_v = _resized(k, coming), _resized(v, coming)
+            k, v = both[: math.prod(shape)].view(shape), both[math.prod(shape) :].view(shape_v)
         return merge.result()
 
-    def _leaving(self, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-        """Per member what it gets: keys and values in one piece for the next one, nothing for the others."""
-        pieces = [k.new_empty(0) for _ in self.keys]
-        pieces[(self.at + 1) % len(self.keys)] = torch.cat([k.reshape(-1), v.reshape(-1)])
-        return pieces
 
-    def _arriving(self, k: torch.Tensor, v: torch.Tensor, keys: int) -> tuple[tuple[int, ...], ...]:
-        """Per member the size of what comes from it: `keys` keys and values from the previous one."""
-        shapes = [(0,) for _ in self.keys]
-        shapes[self.at - 1] = (math.prod(_resized(k, keys)) + math.prod(_resized(v, keys)),)
-        return tuple(shapes)
+def _leaving(k: torch.Tensor, v: torch.Tensor, at: int, members: int) -> list[torch.Tensor]:
+    """Per member what it gets: keys and values in one piece for the next one, nothing for the others."""
+    pieces = [k.new_empty(0) for _ in range(members)]
+    pieces[(at + 1) % members] = torch.cat([k.reshape(-1), v.reshape(-1)])
+    return pieces
 
-    def _received(
-        self, pieces: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor, keys: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        both, shape, shape_v = pieces[self.at - 1], _resized(k, keys), _resized(v, keys)
-        return both[: math.prod(shape)].view(shape), both[math.prod(shape) :].view(shape_v)
+
+def _arriving(k: torch.Tensor, v: torch.Tensor, keys: int, at: int, members: int) -> Shapes:
+    """Per member the size of what comes from it: `keys` keys and values from the previous one."""
+    shapes = [(0,) for _ in range(members)]
+    shapes[at - 1] = (math.prod(_resized(k, keys)) + math.prod(_resized(v, keys)),)
+    return tuple(shapes)
 
 
 def _resized(x: torch.Tensor, keys: int) -> tuple[int, ...]:

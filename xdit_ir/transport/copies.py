@@ -22,6 +22,11 @@ class Copy:
     width: int
     height: int
 
+    @property
+    def row(self) -> tuple[int, ...]:
+        """All of it."""
+        return self.source, self.source_pitch, self.target, self.target_pitch, self.width, self.height
+
 
 @dataclass(frozen=True)
 class _Dim:

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from xdit_ir.ir.collective_ops import PeerExchange
+from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.program import SPEC, Program, TensorSpec, called_block
 from xdit_ir.transport.copies import Copy, copies
 from xdit_ir.transport.distributed import Communicator
@@ -92,60 +94,52 @@ class Place:
     patience: int
 
 
-class PeerSend(nn.Module):
+class PeerSend(FixedCall):
     """Start copying pieces to all members."""
 
     def __init__(self, place: Place, plans: Sequence[Sequence[Copy]]) -> None:
         super().__init__()
-        self.place, self.tell_self = place, False
-        self.plan = [
-            number
-            for member, plan in enumerate(plans)
-            for copy in plan
-            for number in (
-                member,
-                copy.source,
-                copy.source_pitch,
-                copy.target,
-                copy.target_pitch,
-                copy.width,
-                copy.height,
-            )
-        ]
+        self.place = place
+        plan = tuple(number for member, copies in enumerate(plans) for copy in copies for number in (member, *copy.row))
+        self.fixed = {
+            "group": place.group,
+            "channel": place.channel,
+            "slots": place.slots,
+            "plan": plan,
+            "tell_self": False,
+        }
 
-    def forward(self, x: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """`x`, this rank's part in the old layout -> a token for `PeerReceive`, which keeps in memory what leaves."""
-        place = self.place
-        token: torch.Tensor = torch.ops.xdit_ir.peer_put(
-            x.contiguous(), workspace, slot, place.group, place.channel, list(place.slots), self.plan, self.tell_self
-        )
+    @staticmethod
+    def function(
+        x: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor, *after: torch.Tensor, **fixed: Any
+    ) -> torch.Tensor:
+        """`x`, this rank's part in the old layout, once `after` is there -> a token for `PeerReceive`, which keeps in
+        memory what leaves."""
+        token: torch.Tensor = torch.ops.xdit_ir.peer_put(x.contiguous(), list(after), workspace, slot, **fixed)
         return token
 
 
-class PeerReceive(nn.Module):
+class PeerReceive(FixedCall):
     """Wait for the pieces of all members."""
 
     def __init__(self, place: Place, result: TensorSpec) -> None:
         super().__init__()
-        self.place, self.result, self.sent = place, result, False
+        self.fixed = {
+            "group": place.group,
+            "channel": place.channel,
+            "slots": place.slots,
+            "shape": result.shape,
+            "dtype": result.dtype,
+            "sent": False,
+            "patience": place.patience,
+        }
 
-    def forward(
-        self, token: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor, *earlier: torch.Tensor
+    @staticmethod
+    def function(
+        token: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor, *earlier: torch.Tensor, **fixed: Any
     ) -> torch.Tensor:
         """What `PeerSend` gave, here and `earlier` -> this rank's part in the new layout, inside the workspace."""
-        place = self.place
-        result: torch.Tensor = torch.ops.xdit_ir.peer_wait(
-            [token, *earlier],
-            workspace,
-            slot,
-            place.group,
-            place.channel,
-            list(place.slots),
-            list(self.result.shape),
-            self.result.dtype,
-            self.sent,
-            place.patience,
-        )
+        result: torch.Tensor = torch.ops.xdit_ir.peer_wait([token, *earlier], workspace, slot, **fixed)
         return result
 
 
@@ -154,24 +148,33 @@ class Custody:
     """Who keeps tokens, and so what they stand for, until that has left, as the code of one block is written.
 
     That something came from a member which it sent after it had received `x` proves that `x` has left. So a token is
-    kept until the next exchange that starts after its own was awaited; behind the last one, flags tell.
+    kept until the next exchange that starts after its own was awaited; behind the last one, flags tell. This holds, and
+    no two ranks wait for each other, as long as all start and await in the order in which the code is written. A
+    compiler would change it, on each rank in its own way; so everything takes what is before it as an operand.
     """
 
     kept: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     open: list[tuple[fx.Node, PeerSend, PeerReceive]] = field(default_factory=list)
+    latest: list[fx.Node] = field(default_factory=list)
 
     def start(self, token: fx.Node) -> None:
-        """An exchange starts: its wait will keep what was awaited before."""
+        """An exchange starts, after `latest`: its wait will keep what was awaited before."""
         self.kept[token] = [earlier for earlier, _, _ in self.open]
         self.open.clear()
+        self.latest = [token]
 
     def wait(self, token: fx.Node, send: PeerSend, receive: PeerReceive) -> list[fx.Node]:
-        """It is awaited; returns what else to keep until then."""
+        """It is awaited; returns what else to keep until then, and what is before it."""
         self.open.append((token, send, receive))
-        return self.kept.pop(token)
+        kept = self.kept.pop(token)
+        return kept + [node for node in self.latest if node not in (token, *kept)]
+
+    def waited(self, result: fx.Node) -> None:
+        """The node that waits."""
+        self.latest = [result]
 
     def close(self) -> None:
         """The block ends."""
         for _, send, receive in self.open:
-            send.tell_self = receive.sent = True
+            send.fixed["tell_self"] = receive.fixed["sent"] = True
         self.open.clear()

@@ -26,6 +26,7 @@ FIELDS = 7  # of one copy in `plan`: member, source, source pitch, target, targe
 @torch.library.custom_op("xdit_ir::peer_put", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def peer_put(
     x: torch.Tensor,
+    after: list[torch.Tensor],
     workspace: torch.Tensor,
     slot: torch.Tensor,
     group: str,
@@ -37,6 +38,7 @@ def peer_put(
     """Start copies of pieces of `x` (dense) into the members' workspaces, and tell each when its piece is there.
 
     Args:
+        after: what was started or awaited before, for the order only.
         workspace: uint8, symmetric over `group`, which starts with a header.
         slot: int64 `[1]` on the CPU, which of the places `slots` (byte offsets) to write to.
         channel: what the receivers wait for is `SLOTS * channel + slot`.
@@ -85,7 +87,8 @@ def peer_wait(
     """What all members put into this rank's slot, once it is there.
 
     Args:
-        held: what `peer_put` gave, here and before, of what has surely been sent when this is over.
+        held: what `peer_put` gave, here and before, of what has surely been sent when this is over; and what was started
+            or awaited before, for the order only.
         sent: wait also until everything has been sent, see `tell_self` there.
         patience: milliseconds after which a kernel that waits gives up, with an error of the device.
 

@@ -1,0 +1,49 @@
+"""Bodies, compiled: each structure once, where it can be, else each body."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn, fx
+from torch._dynamo.exc import TorchDynamoException
+
+from xdit_ir.emission.execution import first_line
+from xdit_ir.emission.shared import SharedCodes
+
+
+def compile_body(
+    module: nn.Module,
+    codes: SharedCodes | None = None,
+    *,
+    fixed: bool = False,
+    failed: Callable[[str], None] | None = None,
+) -> None:
+    """Compile in place; one graph, and the order of operators as it is written.
+
+    Args:
+        codes: those of other bodies, which may be used; None: for static shapes.
+        fixed: some intermediate tensors lie in memory that others write to, so none may be used for something else.
+        failed: told why it cannot be compiled, at the first call, and it stays as it is; None: that is an error.
+    """
+    options: dict[str, Any] = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
+    if fixed:
+        options |= {"allow_buffer_reuse": False, "inplace_buffers": False}
+    plain = module.forward
+    compiled: Callable[..., Any] | None = None
+    if codes is not None and isinstance(module, fx.GraphModule):
+        compiled = codes.of(module, options)
+    compiled = compiled or torch.compile(plain, fullgraph=True, dynamic=False, options=options)
+
+    def forward(*tensors: torch.Tensor) -> Any:
+        try:
+            return compiled(*tensors)
+        except TorchDynamoException as error:  # of compilation, so nothing was run
+            if failed is None:
+                raise
+            module.forward = plain
+            failed(f"a block is not compiled: {first_line(error)}")
+            return plain(*tensors)
+
+    module.forward = forward

@@ -1,0 +1,111 @@
+"""Compiled code of bodies, one for all shapes that differ in nothing but numbers which are arguments of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+from xdit_ir.emission.lifting import lift
+from xdit_ir.emission.structure import Structure, is_value
+from xdit_ir.emission.template import ArgumentGraph, Template
+from xdit_ir.ir.graphs import placeholders
+
+
+class SharedCode:
+    """A body with arguments for some of its numbers: behind what the body takes, empty tensors of these sizes."""
+
+    def __init__(self, structure: Structure, template: Template, options: Mapping[str, Any]) -> None:
+        self.template, self.options = template, options
+        self._lifted = ArgumentGraph(structure, template)
+        self.dynamic = self._lifted.dynamic
+        self.run = self.compiled()
+
+    def compiled(self) -> Callable[..., Any]:
+        """Another copy, compiled at its first call: as one graph, with the order of operators as it is written."""
+        module = fx.GraphModule(nn.Module(), self._lifted.graph)
+        return torch.compile(module.forward, fullgraph=True, dynamic=False, options=dict(self.options))
+
+    def carriers(self, numbers: Sequence[int]) -> list[torch.Tensor]:
+        """The tensors that carry those arguments which no size of a value is."""
+        return [torch.empty(numbers[place], 0) for place in self._lifted.carried]
+
+
+class Shape:
+    """The code of one body: that of its structure, for its numbers."""
+
+    def __init__(self, code: SharedCode, structure: Structure) -> None:
+        self._code, self._run = code, code.run
+        self._carriers = code.carriers(structure.numbers)
+        self._values = [place for place, node in enumerate(placeholders(structure.graph)) if is_value(node)]
+        self._seen: set[Any] = set()
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        """The body's results."""
+        given = [*tensors, *self._carriers]
+        for place in self._values:
+            given[place] = one_form(given[place])
+        form = tuple(given[place].stride() for place in self._values)
+        if form in self._seen:
+            return self._run(*given)
+        result = self._first(given)
+        self._seen.add(form)
+        return result
+
+    def _first(self, given: Sequence[torch.Tensor]) -> Any:
+        """A call for which code may have to be made: it is told which sizes may change."""
+        marked = list(given)
+        for place, dims in self._code.dynamic.items():
+            marked[place] = given[place].detach()
+            torch._dynamo.maybe_mark_dynamic(marked[place], dims)  # type: ignore[no-untyped-call]
+        try:
+            return self._run(*marked)
+        except FailOnRecompileLimitHit:  # other forms of inputs have used this copy up
+            self._run = self._code.run = self._code.compiled()
+            return self._run(*marked)
+
+
+@dataclass(eq=False)
+class SharedCodes:
+    """Those of one model on one device, by structure."""
+
+    device: torch.device
+    lifts: bool = True
+    _found: dict[Hashable, list[SharedCode]] = field(default_factory=dict)
+
+    def of(self, module: fx.GraphModule, options: Mapping[str, Any]) -> Callable[..., Any] | None:
+        """The code of a body; None if its structure cannot be compared."""
+        structure = Structure.of(module)
+        if structure is None:
+            return None
+        codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), [])
+        code = next((code for code in codes if code.template.fits(structure.numbers)), None)
+        if code is None:
+            lifted = lift(structure, self.device) if self.lifts else structure.numbers
+            code = SharedCode(structure, Template.of(structure.numbers, lifted), options)
+            codes.append(code)
+        return Shape(code, structure)
+
+
+def one_form(x: torch.Tensor) -> torch.Tensor:
+    """A tensor as compiled code wants it: dense, so that there is one form of it; a part of a dense one is copied, one
+    that is repeated or has its dimensions in another order is left."""
+    strides, dense = x.stride(), _dense(x.shape)
+    if strides == dense:
+        return x
+    if x.is_contiguous():  # it differs where dimensions have one index
+        return x.as_strided(x.shape, dense)
+    wide = [stride for size, stride in zip(x.shape, strides, strict=True) if size > 1]
+    return x.contiguous() if 0 not in wide and sorted(wide, reverse=True) == wide and x.numel() else x
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, stride = [], 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= max(size, 1)
+    return tuple(reversed(strides))

@@ -1,0 +1,77 @@
+"""Sizes of dimensions that are symbols in a run, and what integers stand for beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from xdit_ir.ir.partition import Runs
+
+Size = Any  # an integer or `torch.SymInt`
+Named = dict[str, Any]
+START = "start"
+
+
+class Sizes:
+    """The symbolic sizes that are known in a run; `new` makes a symbol for a size.
+
+    `guessed`: what was thought to be symbolic where integers were guessed. `arriving`: the sizes of pieces by those
+    that a program names.
+    """
+
+    def __init__(self, new: Callable[[int], Size]) -> None:
+        self._new = new
+        self._known: dict[int, Size] = {}
+        self._others: dict[tuple[Any, int], Size] = {}
+        self.guessed: list[Size] = []
+        self.arriving: dict[Any, tuple[tuple[Size, ...], ...]] = {}
+
+    def see(self, value: Any) -> None:
+        """Remember the sizes of tensors."""
+        for x in pytree.tree_leaves(value):
+            if isinstance(x, torch.Tensor):
+                for size in x.shape:
+                    if is_symbolic(size):
+                        self._known.setdefault(hint(size), size)
+
+    def like(self, size: int) -> Size:
+        """A symbolic size seen before that is `size`; else `size` itself."""
+        return self._known.get(size, size)
+
+    def some(self, size: int, of: Any = None) -> Size:
+        """The same, or a new symbol; `of` another member of a group: a symbol of its own."""
+        if of is None and size in self._known:
+            return self._known[size]
+        if size < 2:
+            return size
+        if (of, size) not in self._others:
+            self._others[of, size] = self._new(size)
+        return self._others[of, size]
+
+
+def is_symbolic(size: Size) -> bool:
+    """Whether a size is not known to be one number."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+def hint(size: Size) -> int:
+    """What a size is in this run."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def place_along(value: int, whole: Size, sizes: Sizes, of: Any = None) -> Size:
+    """A position or a length in a dimension of size `whole`."""
+    if not is_symbolic(whole):
+        return value
+    sizes.guessed.append(whole)
+    if not 1 < value <= hint(whole):
+        return value
+    return whole if value == hint(whole) else sizes.some(value, of)
+
+
+def runs_along(runs: Runs, whole: Size, sizes: Sizes, of: Any = None) -> Runs:
+    """Runs of positions in a dimension of size `whole`; of another member of a group: those of its part."""
+    return tuple((place_along(at, whole, sizes, (START, of)), place_along(size, whole, sizes, of)) for at, size in runs)

@@ -1,0 +1,105 @@
+"""The structure of a body in code, apart from the numbers in it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_ir.ir.fixed_call import FixedCall
+from xdit_ir.ir.program import SPEC, WEIGHT
+
+_PLAIN = (bool, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+_FUNCTIONS = (torch._ops.OpOverload, types.FunctionType, types.BuiltinFunctionType)
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """A body as a graph of functions: two with equal `key` differ in nothing but their `numbers`, which are the sizes
+    of what they are given and all integers in arguments, in the order of nodes."""
+
+    graph: fx.Graph
+    key: Hashable
+    numbers: tuple[int, ...]
+
+    @staticmethod
+    def of(module: fx.GraphModule) -> Structure | None:
+        """That of a body; None if something in it cannot be compared."""
+        graph = _flat(module)
+        if graph is None:
+            return None
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        numbers: list[int] = []
+        try:
+            key = tuple(_key(node, order, numbers) for node in graph.nodes)
+        except TypeError:
+            return None
+        return Structure(graph, key, tuple(numbers))
+
+
+def sizes_of(placeholder: fx.Node) -> tuple[int, ...]:
+    """The sizes of what a body is given there, where they are known."""
+    return placeholder.meta[SPEC].shape if SPEC in placeholder.meta else ()
+
+
+def is_value(placeholder: fx.Node) -> bool:
+    """Whether what a body is given there belongs to a call, and not to a layer or to the machine."""
+    return SPEC in placeholder.meta and WEIGHT not in placeholder.meta
+
+
+def map_numbers(value: Any, give: Callable[[int], Any]) -> Any:
+    """A nested argument with what `give` makes of each integer in it, in order."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return give(value)
+    if isinstance(value, list):
+        return [map_numbers(one, give) for one in value]
+    if isinstance(value, tuple):
+        return tuple(map_numbers(one, give) for one in value)
+    if isinstance(value, dict):
+        return {key: map_numbers(one, give) for key, one in value.items()}
+    return value
+
+
+def _flat(module: fx.GraphModule) -> fx.Graph | None:
+    """The graph of a body with functions in the place of its modules; None if some are more than that."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in module.graph.nodes:
+        if node.op != "call_module":
+            env[node] = graph.node_copy(node, env.__getitem__)
+            continue
+        called = module.get_submodule(str(node.target))
+        if not isinstance(called, FixedCall):
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        env[node] = graph.call_function(called.function, args, {**kwargs, **called.fixed})
+    return graph
+
+
+def _key(node: fx.Node, order: Mapping[fx.Node, int], numbers: list[int]) -> Hashable:
+    """All of a node but its numbers; raises `TypeError` for what cannot be compared."""
+    if node.op == "placeholder":
+        numbers += sizes_of(node)
+        spec = node.meta.get(SPEC)
+        return None if spec is None else (spec.dtype, len(spec.shape), is_value(node))
+    if node.op == "call_function" and not isinstance(node.target, _FUNCTIONS):
+        raise TypeError(f"{node.target} is known by identity only")
+    return node.target if node.op == "call_function" else node.op, _pattern((node.args, node.kwargs), order, numbers)
+
+
+def _pattern(value: Any, order: Mapping[fx.Node, int], numbers: list[int]) -> Hashable:
+    if type(value) is int:
+        numbers.append(value)
+        return int
+    if isinstance(value, fx.Node):
+        return fx.Node, order[value]
+    if isinstance(value, tuple | list):
+        return tuple(_pattern(one, order, numbers) for one in value)
+    if isinstance(value, dict):
+        return tuple((key, _pattern(one, order, numbers)) for key, one in value.items())
+    if not isinstance(value, _PLAIN):
+        raise TypeError(f"{value!r} cannot be compared")
+    return type(value), repr(value)
