@@ -19,10 +19,14 @@ from xdit_ir.ir import ops
 from xdit_ir.kernels.write_slice import write_slice
 
 aten = torch.ops.aten
-LARGEST_FACTOR = 16  # a dimension is cut by a model's own sizes (of patches) up to this, beyond it into rows and columns
+LARGEST_FACTOR = (
+    16  # a dimension is cut by a model's own sizes (of patches) up to this, beyond it into rows and columns
+)
 
 
-def symbolic_arguments(target: Any, args: tuple[Any, ...], kwargs: Named, sizes: Sizes) -> tuple[tuple[Any, ...], Named]:
+def symbolic_arguments(
+    target: Any, args: tuple[Any, ...], kwargs: Named, sizes: Sizes
+) -> tuple[tuple[Any, ...], Named]:
     """The arguments of a node with symbols in the place of those integers which stand for symbolic sizes."""
     if target in _FACTORIES or _any_symbolic((args, kwargs)):
         if target in EXCHANGES:
@@ -141,9 +145,11 @@ def _rows(given: Named, sizes: Sizes) -> Named:
 
 
 _FACTORIES = frozenset(
-    (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
-    + (aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format)
-    + (aten.arange.default, aten.arange.start, aten.arange.start_step)
+    (
+        *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
+        *(aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format),
+        *(aten.arange.default, aten.arange.start, aten.arange.start_step),
+    )
 )
 _RULES: dict[Any, Callable[[Named, Sizes], Named]] = {
     **dict.fromkeys((aten.reshape.default, aten.view.default, aten._unsafe_view.default), _reshape),
