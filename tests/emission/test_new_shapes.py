@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,8 @@ from xdit_ir.emission.shared import one_form
 from xdit_ir.emission.structure import Structure
 from xdit_ir.emission.template import Template
 from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.contract import Pass
+from xdit_ir.passes.use_copy_engines import UseCopyEngines
 
 CPU = torch.device("cpu")
 
@@ -142,32 +144,48 @@ def test_one_form_of_inputs() -> None:
         assert one_form(kept) is kept, "what is repeated would grow, what is turned keeps its order"
 
 
-def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int]) -> Code:
+def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, peers: bool = False) -> Code:
     parallel = xir.trace(model, example).parallelize(**degrees)
     here = SimpleNamespace(mesh=parallel.mesh, rank=rank, timeout=timedelta(minutes=1))
     here.group = lambda dims: SimpleNamespace(group_name="0")
-    lowered = run_passes(fold_constants(parallel.rank(rank)), Execution(compile=True).passes(CPU))
+    copies: list[Pass] = [UseCopyEngines()] if peers else []
+    lowered = run_passes(fold_constants(parallel.rank(rank)), [*Execution(compile=True).passes(CPU), *copies])
     return generate(lowered, here, CPU)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"ring": 2}, {"ulysses": 3}], ids=str)
-def test_a_rank_takes_any_part_of_tokens_from_the_others(degrees: dict[str, int]) -> None:
+@pytest.fixture
+def peer_operators() -> Iterator[None]:
+    """Types of the operators that need CUDA."""
+    with torch.library._scoped_library("xdit_ir", "FRAGMENT") as library:
+        if not hasattr(torch.ops.xdit_ir, "peer_put"):
+            where = "Tensor workspace, Tensor letter, str group, int place"
+            library.define(f"peer_put(Tensor x, {where}, bool tell_self) -> Tensor")
+            what = "SymInt[] shape, ScalarType dtype, bool sent, int patience"
+            library.define(f"peer_wait(Tensor[] held, {where}, {what}) -> Tensor")
+            library.impl("peer_put", lambda x, *_: x.new_empty(0, dtype=torch.uint8), "Meta")
+            library.impl("peer_wait", lambda held, *rest: held[0].new_empty(rest[4], dtype=rest[5]), "Meta")
+        yield
+
+
+@pytest.mark.parametrize(("degrees", "peers"), [({"ulysses": 2}, False), ({"ring": 2}, False), ({"ulysses": 2}, True)])
+def test_a_rank_takes_any_part_of_tokens_from_the_others(
+    peer_operators: None, degrees: dict[str, int], peers: bool
+) -> None:
     """Exchanges are part of the structure: sizes of one's own part and those of each other rank are arguments."""
     model, example = models.load("plain-mmdit:tiny")
 
-    def structures(height: int, text: int, rank: int) -> list[Structure]:
+    def structures(height: int, text: int) -> list[Structure]:
         given = {**example, "x": torch.randn(2, 4, height, 44), "text": torch.randn(2, text, 32)}
-        bodies = code(model, given, rank, degrees).bodies.values()
-        found = [Structure.of(body.module) for body in bodies]
+        bodies = code(model, given, 1, degrees, peers=peers).bodies
+        assert any(body.uses_mailbox for body in bodies.values()) == peers
+        found = [Structure.of(body.module) for body in bodies.values()]
         assert None not in found
         return [one for one in found if one is not None]
 
-    for rank in (0, 1):
-        even, uneven = structures(24, 24, rank), structures(26, 31, rank)
-        for one, other in zip(even, uneven, strict=True):
-            template = Template.of(one.numbers, lift(one, CPU))
-            assert one.key == other.key and one.numbers != other.numbers
-            assert template.fits(one.numbers) and template.fits(other.numbers)
+    for one, other in zip(structures(24, 24), structures(26, 31), strict=True):
+        template = Template.of(one.numbers, lift(one, CPU))
+        assert one.key == other.key and one.numbers != other.numbers
+        assert template.fits(one.numbers) and template.fits(other.numbers)
 
 
 @torch.no_grad()

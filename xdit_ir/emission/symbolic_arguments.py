@@ -28,15 +28,15 @@ def symbolic_arguments(
     target: Any, args: tuple[Any, ...], kwargs: Named, sizes: Sizes
 ) -> tuple[tuple[Any, ...], Named]:
     """The arguments of a node with symbols in the place of those integers which stand for symbolic sizes."""
-    if target in _FACTORIES or _any_symbolic((args, kwargs)):
-        if target in EXCHANGES:
-            return args, {**kwargs, **EXCHANGES[target](args, kwargs, sizes)}
-        if (rule := _RULES.get(target)) is not None:
-            names = _names(target)[: len(args)]
-            given = {**dict(zip(names, args, strict=True)), **kwargs}
-            given |= rule(given, sizes)
-            return tuple(given[name] for name in names), {name: given[name] for name in kwargs}
-    return args, kwargs
+    if target in EXCHANGES:
+        return args, {**kwargs, **EXCHANGES[target](args, kwargs, sizes)}
+    rule = _RULES.get(target)
+    if rule is None or not (target in _FACTORIES or _any_symbolic((args, kwargs))):
+        return args, kwargs
+    names = _names(target)[: len(args)]
+    given = {**dict(zip(names, args, strict=True)), **kwargs}
+    given |= rule(given, sizes)
+    return tuple(given[name] for name in names), {name: given[name] for name in kwargs}
 
 
 def _names(target: Any) -> list[str]:

@@ -112,12 +112,12 @@ def _ring(given: Operands, fixed: Named, sizes: Sizes) -> Named:
 
 
 def _put(given: Operands, fixed: Named, sizes: Sizes) -> Named:
-    sizes.arriving[fixed["channel"]] = (tuple(given[0].shape),)
+    sizes.arriving[fixed["place"]] = (tuple(given[0].shape),)
     return {}
 
 
 def _landed(given: Operands, fixed: Named, sizes: Sizes) -> Named:
-    [sent] = sizes.arriving[fixed["channel"]]
+    [sent] = sizes.arriving[fixed["place"]]
     pairs = zip(fixed["shape"], sent, strict=True)
     return {"shape": tuple(sizes.some(size) if is_symbolic(old) else size for size, old in pairs)}
 
