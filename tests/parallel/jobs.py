@@ -263,6 +263,31 @@ def compiled_bodies(name: str, degrees: Degrees) -> dict[str, Any]:
     return {"error": error, "bodies": len(emitted.bodies), "graphs": counters["stats"]["unique_graphs"]}
 
 
+def new_shapes(degrees: Degrees) -> list[dict[str, Any]]:
+    """Calls with other numbers of tokens, uneven ones too; how many graphs were compiled in each."""
+    model, example, _ = _load("plain-mmdit")
+    port = xir.port(model, mode="compiled", **degrees)
+    graphs: list[Any] = []
+    plain = torch.compile
+
+    def compile(function: Any, options: Any = None, **given: Any) -> Any:
+        return plain(function, backend=lambda graph, _: graphs.append(graph) or graph.forward, **given)
+
+    calls = []
+    torch.manual_seed(0)
+    torch.compile = compile  # type: ignore[assignment]
+    try:
+        for height, text in ((24, 16), (26, 16), (22, 31), (24, 9)):
+            given = {**example, "x": torch.randn(2, 4, height, 44), "text": torch.randn(2, text, 32)}
+            before = len(graphs)
+            with torch.no_grad():
+                error = relative_error(port(**given), model(**given))
+            calls.append({"error": error, "compiled": len(graphs) - before})
+    finally:
+        torch.compile = plain
+    return calls
+
+
 def pipeline(degrees: Degrees, steps: int) -> dict[str, Any]:
     """An unmodified diffusers pipeline, before and after its transformer is replaced."""
     from flux_pipeline import build_pipeline, generate

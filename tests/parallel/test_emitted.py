@@ -143,6 +143,13 @@ def test_blocks_compile_once_each(workers: Pools, degrees: dict[str, int]) -> No
         assert result["graphs"] == result["bodies"] > 0
 
 
+def test_a_further_shape_compiles_nothing_on_any_rank(workers: Pools) -> None:
+    for first, *further in workers(2).run("new_shapes", degrees=ULYSSES):
+        assert first["compiled"] > 0
+        assert [call["compiled"] for call in further] == [0, 0, 0]
+        assert max(call["error"] for call in (first, *further)) < 1e-5
+
+
 def test_a_ported_pipeline_makes_the_same_image(workers: Pools) -> None:
     for result in workers(2).run("pipeline", degrees=ULYSSES, steps=3):
         assert result["error"] < 1e-4

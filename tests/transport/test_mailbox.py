@@ -18,6 +18,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.use_copy_engines import UseCopyEngines
 from xdit_ir.transport.mailbox import PeerReceive, PeerSend, slot_sequence
+from xdit_ir.transport.workspace import SLOTS, read_letter
 
 
 @dataclass
@@ -100,3 +101,16 @@ def test_offsets_hold_the_largest_part_of_any_member() -> None:
     )
     assert len({start for start, _ in places}) == len(places) and places[0][0] >= 64
     assert made.mailbox.size > places[-1][0]
+
+
+def test_letters_say_where_and_what_so_that_code_does_not() -> None:
+    made = code("flux.1-dev:tiny", ulysses=2)
+    assert made.mailbox is not None
+    for name, body in made.bodies.items():
+        sends = [module for module in body.module.children() if isinstance(module, PeerSend)]
+        for slot in (0, 1):
+            letter = made.mailbox.letter(name, slot)
+            for send in sends:
+                place = send.place
+                number, offset, plan = read_letter(letter, send.fixed["place"])
+                assert (number, offset, tuple(plan)) == (SLOTS * place.channel + slot, place.slots[slot], place.plan)

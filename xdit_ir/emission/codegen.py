@@ -23,14 +23,13 @@ from xdit_ir.kernels.attention import Attention, KernelAttention
 from xdit_ir.transport.collectives import lower
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
-from xdit_ir.transport.workspace import SLOTS
 
 
 @dataclass(frozen=True, eq=False)
 class EmittedBody:
     """A block as a module: `module(*values, *weights, *constants, *slots)`; slots are relative to a call's prefix.
 
-    One that exchanges over symmetric memory takes the workspace and the slot of the call after these.
+    One that exchanges over symmetric memory takes the workspace and the letter of the call after these.
 
     `module` has no parameters and is the same for all layers, so compiling it once compiles all of them.
     """
@@ -80,9 +79,9 @@ class Code:
 
     @property
     def unchanging(self) -> frozenset[str]:
-        """The placeholders whose contents are the same at every call: those of constants, and the mailbox's slots."""
+        """The placeholders whose contents are the same at every call: constants, and what the mailbox opens."""
         names = [node.name for node in placeholders(self.run.graph)]
-        end = len(names) - (0 if self.mailbox is None else 1 + SLOTS)
+        end = len(names) - (0 if self.mailbox is None else 1 + len(self.mailbox.letters))
         first = end - len(self.slots) - len(self.constants)
         return frozenset(names[first : first + len(self.constants)] + names[end:])
 
@@ -166,6 +165,7 @@ class _CodeWriter:
         self.custody = Custody()
         self.shared: list[fx.Node] = []
         self.slots: dict[str, Iterator[int]] = {}
+        self.letters: dict[tuple[str, int], fx.Node] = {}
         self.kept: dict[str, fx.Node] = {}
 
     def head(self, source: fx.Graph, names: Sequence[str]) -> tuple[str, ...]:
@@ -195,7 +195,8 @@ class _CodeWriter:
 
     def share(self, mailbox: Mailbox) -> None:
         """Write the placeholders of an outer graph for what the mailbox opens."""
-        self.shared = [self._argument(name) for name in ("workspace", *(f"slot_{slot}" for slot in range(SLOTS)))]
+        self.shared = [self._argument("workspace")]
+        self.letters = {key: self._argument(f"letter_{key[0]}_{key[1]}") for key in mailbox.letters}
         self.slots = {block: iter(slot_sequence(calls)) for block, calls in mailbox.calls.items()}
 
     def write(self, source: fx.Graph, bodies: Mapping[str, EmittedBody]) -> fx.GraphModule:
@@ -230,7 +231,7 @@ class _CodeWriter:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
         if isinstance(target, PeerExchange):
             assert self.mailbox is not None
-            return self._put(node, args, *self.mailbox.modules(node, target))
+            return self._put(node, args, *self.mailbox.modules(self.name, node, target))
         first, *rest = lower(target, self.communicator)
         name = f"{node.name}_start" if rest else node.name
         new = self._call(f"{target.kind}_{len(self.modules)}", first, args, dict(kwargs), name)
@@ -239,10 +240,10 @@ class _CodeWriter:
         return new
 
     def _put(self, node: fx.Node, args: Any, send: PeerSend, receive: PeerReceive) -> fx.Node:
-        """As `_communication`, with the workspace and the slot of this call."""
+        """As `_communication`, with the workspace and the letter of this call."""
         if not self.shared:
             with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
-                self.shared = [self._argument("workspace"), self._argument("slot")]
+                self.shared = [self._argument("workspace"), self._argument("letter")]
         given = (*args, *self.shared, *self.custody.latest)
         new = self._call(f"put_{len(self.modules)}", send, given, {}, f"{node.name}_start")
         self.pending[node] = receive, new
@@ -276,7 +277,7 @@ class _CodeWriter:
         given = [self.env[value] for value in operands(node)]
         given += [self.state[constant] for constant in body.constants]
         given += [self.kept[qualified(prefix, slot)] for slot in body.slots]
-        shared = (self.shared[0], self.shared[1 + next(self.slots[name])]) if body.uses_mailbox else ()
+        shared = (self.shared[0], self.letters[name, next(self.slots[name])]) if body.uses_mailbox else ()
         return self.graph.create_node("call_module", place, (*given, *shared), name=node.name)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn, fx
+from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from xdit_ir.emission.execution import first_line

@@ -117,6 +117,8 @@ class RankContext:
             lowered = run_passes(lowered, [UseCopyEngines("+".join(agreed))] if agreed else [])
         with collector_paused():
             code = generate(lowered, self.communicator, self.device)
+        if self.execution.compile and code.mailbox is not None:
+            code.mailbox.register()
         if self.execution.compile:
             for body in code.bodies.values():
                 failed = None if self.execution.forced else code.note

@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from xdit_ir.emission.structure import Structure, is_value, map_numbers, sizes_of
 from xdit_ir.emission.sizes import Sizes, is_symbolic
+from xdit_ir.emission.structure import Structure, is_value, map_numbers, sizes_of
 from xdit_ir.emission.symbolic_arguments import symbolic_arguments
 from xdit_ir.ir.program import SPEC
 
-Lifted = tuple["sympy.Expr | int", ...]
+Lifted = tuple[Any, ...]
 
 
 def lift(structure: Structure, device: torch.device) -> Lifted:
@@ -66,7 +65,7 @@ class _Run(fx.Interpreter):
     @property
     def tied(self) -> frozenset[int]:
         """The numbers of placeholders that this run has found to be decided."""
-        return frozenset(place for place in self._inputs if not isinstance(_expression(self._found[place]), sympy.Expr))
+        return frozenset(place for place in self._inputs if isinstance(_expression(self._found[place]), int))
 
     def run_node(self, n: fx.Node) -> Any:
         """What a node gives for symbolic sizes; its integers become what they probably stand for."""
@@ -101,7 +100,7 @@ class _Run(fx.Interpreter):
         return self._shapes.create_symintnode(symbol, hint=size, source=source)
 
 
-def _expression(size: Any) -> sympy.Expr | int:
+def _expression(size: Any) -> Any:
     """A size as an integer, or in symbols."""
     if not isinstance(size, torch.SymInt):
         return int(size)

@@ -61,7 +61,7 @@ class Shape:
         marked = list(given)
         for place, dims in self._code.dynamic.items():
             marked[place] = given[place].detach()
-            torch._dynamo.maybe_mark_dynamic(marked[place], dims)  # type: ignore[no-untyped-call]
+            torch._dynamo.maybe_mark_dynamic(marked[place], dims)
         try:
             return self._run(*marked)
         except FailOnRecompileLimitHit:  # other forms of inputs have used this copy up
@@ -74,7 +74,6 @@ class SharedCodes:
     """Those of one model on one device, by structure."""
 
     device: torch.device
-    lifts: bool = True
     _found: dict[Hashable, list[SharedCode]] = field(default_factory=dict)
 
     def of(self, module: fx.GraphModule, options: Mapping[str, Any]) -> Callable[..., Any] | None:
@@ -85,8 +84,10 @@ class SharedCodes:
         codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), [])
         code = next((code for code in codes if code.template.fits(structure.numbers)), None)
         if code is None:
-            lifted = lift(structure, self.device) if self.lifts else structure.numbers
-            code = SharedCode(structure, Template.of(structure.numbers, lifted), options)
+            template = Template.of(structure.numbers, lift(structure, self.device))
+            if not template.fits(structure.numbers):
+                template = Template.of(structure.numbers, structure.numbers)
+            code = SharedCode(structure, template, options)
             codes.append(code)
         return Shape(code, structure)
 

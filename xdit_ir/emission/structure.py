@@ -51,8 +51,8 @@ def is_value(placeholder: fx.Node) -> bool:
     return SPEC in placeholder.meta and WEIGHT not in placeholder.meta
 
 
-def map_numbers(value: Any, give: Callable[[int], Any]) -> Any:
-    """A nested argument with what `give` makes of each integer in it, in order."""
+def map_numbers(value: Any, give: Callable[[Any], Any]) -> Any:
+    """A nested argument with what `give` makes of each integer in it, symbolic ones too, in order."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return give(value)
     if isinstance(value, list):

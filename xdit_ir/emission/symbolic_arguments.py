@@ -28,15 +28,15 @@ def symbolic_arguments(
     target: Any, args: tuple[Any, ...], kwargs: Named, sizes: Sizes
 ) -> tuple[tuple[Any, ...], Named]:
     """The arguments of a node with symbols in the place of those integers which stand for symbolic sizes."""
-    if target in _FACTORIES or _any_symbolic((args, kwargs)):
-        if target in EXCHANGES:
-            return args, {**kwargs, **EXCHANGES[target](args, kwargs, sizes)}
-        if (rule := _RULES.get(target)) is not None:
-            names = _names(target)[: len(args)]
-            given = {**dict(zip(names, args, strict=True)), **kwargs}
-            given |= rule(given, sizes)
-            return tuple(given[name] for name in names), {name: given[name] for name in kwargs}
-    return args, kwargs
+    if target in EXCHANGES:
+        return args, {**kwargs, **EXCHANGES[target](args, kwargs, sizes)}
+    rule = _RULES.get(target)
+    if rule is None or not (target in _FACTORIES or _any_symbolic((args, kwargs))):
+        return args, kwargs
+    names = _names(target)[: len(args)]
+    given = {**dict(zip(names, args, strict=True)), **kwargs}
+    given |= rule(given, sizes)
+    return tuple(given[name] for name in names), {name: given[name] for name in kwargs}
 
 
 def _names(target: Any) -> list[str]:
@@ -145,9 +145,11 @@ def _rows(given: Named, sizes: Sizes) -> Named:
 
 
 _FACTORIES = frozenset(
-    (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
-    + (aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format)
-    + (aten.arange.default, aten.arange.start, aten.arange.start_step)
+    (
+        *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
+        *(aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format),
+        *(aten.arange.default, aten.arange.start, aten.arange.start_step),
+    )
 )
 _RULES: dict[Any, Callable[[Named, Sizes], Named]] = {
     **dict.fromkeys((aten.reshape.default, aten.view.default, aten._unsafe_view.default), _reshape),

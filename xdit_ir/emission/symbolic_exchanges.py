@@ -57,7 +57,7 @@ def _takes(x: torch.Tensor, takes: Takes, sizes: Sizes, at: int | None = None) -
 
 def _receive(given: Operands, fixed: Named, sizes: Sizes) -> Named:
     _, own = given
-    shapes = list(sizes.arriving.get(fixed["shapes"], fixed["shapes"]))
+    shapes: list[Sequence[Size]] = list(sizes.arriving.get(fixed["shapes"]) or fixed["shapes"])
     pieces = list(shapes)
     if not fixed["direct"]:
         pieces[fixed["at"]] = tuple(own.shape)
@@ -76,9 +76,8 @@ def _rearrange(given: Operands, fixed: Named, sizes: Sizes) -> Named:
 
 def _assembly(assembly: PlainAssembly, pieces: Shapes, sizes: Sizes, at: int | None = None) -> PlainAssembly:
     shape, dim, sections, places = assembly
-    whole = tuple(
-        _whole(size, [piece[d] for piece in pieces if len(piece) == len(shape)], sizes) for d, size in enumerate(shape)
-    )
+    dense = [piece for piece in pieces if len(piece) == len(shape)]
+    whole = tuple(_whole(size, [piece[d] for piece in dense], sizes) for d, size in enumerate(shape))
     if dim is not None:
         sections = tuple(
             (member, *runs_along(((start, length),), pieces[member][dim], sizes, None if member == at else member)[0])
@@ -113,12 +112,12 @@ def _ring(given: Operands, fixed: Named, sizes: Sizes) -> Named:
 
 
 def _put(given: Operands, fixed: Named, sizes: Sizes) -> Named:
-    sizes.arriving[fixed["channel"]] = (tuple(given[0].shape),)
+    sizes.arriving[fixed["place"]] = (tuple(given[0].shape),)
     return {}
 
 
 def _landed(given: Operands, fixed: Named, sizes: Sizes) -> Named:
-    [sent] = sizes.arriving[fixed["channel"]]
+    [sent] = sizes.arriving[fixed["place"]]
     pairs = zip(fixed["shape"], sent, strict=True)
     return {"shape": tuple(sizes.some(size) if is_symbolic(old) else size for size, old in pairs)}
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 from torch import fx
 
 from xdit_ir.emission.lifting import Lifted
@@ -16,8 +15,8 @@ from xdit_ir.ir.graphs import placeholders
 
 @dataclass(frozen=True)
 class Template:
-    """What the numbers of a structure may be: each is fixed, or one of the arguments, which are named by the first place
-    among the numbers where they stand."""
+    """What the numbers of a structure may be: each is fixed, or an argument, which is called by the place of the number
+    where it stands first (-1: none)."""
 
     fixed: tuple[int | None, ...]
     arguments: tuple[int, ...]
@@ -27,13 +26,13 @@ class Template:
         """That in which equal symbols are one argument."""
         first: dict[Any, int] = {}
         arguments = tuple(
-            first.setdefault(one, place) if isinstance(one, sympy.Expr) else -1 for place, one in enumerate(lifted)
+            -1 if isinstance(one, int) else first.setdefault(one, place) for place, one in enumerate(lifted)
         )
         fixed = tuple(None if at >= 0 else number for at, number in zip(arguments, numbers, strict=True))
         return Template(fixed, arguments)
 
     def fits(self, numbers: Sequence[int]) -> bool:
-        """Whether these are such numbers; sizes of 0 and 1, for which compilers write other code, are never arguments."""
+        """Whether these are such numbers; 0 and 1, for which compilers write other code, are never arguments."""
         return all(
             number == fixed if fixed is not None else number > 1 and number == numbers[at]
             for number, fixed, at in zip(numbers, self.fixed, self.arguments, strict=True)

@@ -10,8 +10,9 @@ started it; and its result is not returned from the block, which the pass `use-c
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,8 @@ from torch import fx
 from xdit_ir.ir.collective_ops import PeerExchange
 from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.program import SPEC, Program, TensorSpec, called_block
-from xdit_ir.transport.copies import Copy, copies
+from xdit_ir.transport.copies import copies
 from xdit_ir.transport.distributed import Communicator
-from xdit_ir.transport.workspace import SLOTS
 
 
 def slot_sequence(calls: int) -> list[int]:
@@ -37,13 +37,18 @@ def slot_sequence(calls: int) -> list[int]:
 @dataclass
 class Mailbox:
     """The workspace of a rank's program in which exchanges over `mesh_dims` land; `size` in bytes, `calls` of each
-    block."""
+    block.
+
+    `places` are the exchanges of each block in the order in which they are written. Code names one by its number among
+    these; what depends on sizes (where pieces lie, go and land) it is told by a letter, see `letter`.
+    """
 
     communicator: Communicator
     mesh_dims: tuple[str, ...]
     calls: Mapping[str, int]
     size: int
     workspace: torch.Tensor | None = None
+    places: dict[str, list[Place]] = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program, communicator: Communicator) -> Mailbox | None:
@@ -55,25 +60,49 @@ class Mailbox:
         size = max(target.slots[-1] + target.slot_size(dtype.itemsize) for target, dtype in found)
         return Mailbox(communicator, found[0][0].mesh_dims, Counter(map(called_block, program.calls)), size)
 
-    def modules(self, node: fx.Node, target: PeerExchange) -> tuple[PeerSend, PeerReceive]:
-        """Modules that start and await an exchange."""
+    def modules(self, block: str, node: fx.Node, target: PeerExchange) -> tuple[PeerSend, PeerReceive]:
+        """Modules that start and await an exchange of a block."""
         itemsize = node.meta[SPEC].dtype.itemsize
         plans = [copies(target.exchange, member, itemsize) for member in range(len(target.group))]
+        rows = tuple(number for member, plan in enumerate(plans) for copy in plan for number in (member, *copy.row))
+        place = Place(target.channel, target.slots, rows)
+        places = self.places.setdefault(block, [])
+        places.append(place)
         patience = int(self.communicator.timeout.total_seconds() * 1e3)
-        place = Place(self.group, target.channel, target.slots, patience)
-        return PeerSend(place, plans), PeerReceive(place, node.meta[SPEC])
+        return (
+            PeerSend(place, self.group, len(places) - 1),
+            PeerReceive(self.group, len(places) - 1, node.meta[SPEC], patience),
+        )
+
+    @property
+    def letters(self) -> list[tuple[str, int]]:
+        """The block and the slot of each letter that code takes."""
+        return [(block, slot) for block in self.places for slot in range(1 + max(slot_sequence(self.calls[block])))]
+
+    def letter(self, block: str, slot: int) -> torch.Tensor:
+        """What calls of a block that use this slot are told: the slot; for each place where what follows begins and
+        ends; and that: its channel, the byte offset of the slot, and the rows of its plan."""
+        tables = [(one.channel, one.slots[slot], *one.plan) for one in self.places[block]]
+        ends = list(itertools.accumulate(map(len, tables), initial=1 + 2 * len(tables)))
+        bounds = itertools.chain.from_iterable(itertools.pairwise(ends))
+        return torch.tensor([slot, *bounds, *itertools.chain.from_iterable(tables)])
 
     @property
     def group(self) -> str:
         """The name of the process group."""
         return str(self.communicator.group(self.mesh_dims).group_name)
 
+    @staticmethod
+    def register() -> None:
+        """Make the operators known that code calls."""
+        import xdit_ir.transport.peer_ops  # noqa: F401  # needs CUDA
+
     def open(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """The workspace and the slot numbers, `arguments` of code that uses them; all ranks call this together."""
-        from xdit_ir.transport.peer_ops import open_workspace  # registers operators, and needs CUDA
+        """The workspace and the letters, `arguments` of code that uses them; all ranks call this together."""
+        from xdit_ir.transport.peer_ops import open_workspace
 
         self.workspace = open_workspace(self.size, device, self.group)
-        return self.workspace, *(torch.tensor([slot]) for slot in range(SLOTS))
+        return self.workspace, *(self.letter(block, slot) for block, slot in self.letters)
 
     def join(self) -> None:
         """Make the current stream wait for everything sent; at the end of a forward."""
@@ -85,61 +114,46 @@ class Mailbox:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an exchange happens: the group's name, its channel, the byte offsets of its slots, and how many
-    milliseconds it is waited for."""
+    """Where an exchange happens: its channel, the byte offsets of its slots, and what is copied: the numbers of a
+    `Copy` for each, behind the member that gets it."""
 
-    group: str
     channel: int
     slots: tuple[int, ...]
-    patience: int
+    plan: tuple[int, ...]
 
 
 class PeerSend(FixedCall):
     """Start copying pieces to all members."""
 
-    def __init__(self, place: Place, plans: Sequence[Sequence[Copy]]) -> None:
+    def __init__(self, place: Place, group: str, number: int) -> None:
         super().__init__()
         self.place = place
-        plan = tuple(number for member, copies in enumerate(plans) for copy in copies for number in (member, *copy.row))
-        self.fixed = {
-            "group": place.group,
-            "channel": place.channel,
-            "slots": place.slots,
-            "plan": plan,
-            "tell_self": False,
-        }
+        self.fixed = {"group": group, "place": number, "tell_self": False}
 
     @staticmethod
     def function(
-        x: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor, *after: torch.Tensor, **fixed: Any
+        x: torch.Tensor, workspace: torch.Tensor, letter: torch.Tensor, *after: torch.Tensor, **fixed: Any
     ) -> torch.Tensor:
         """`x`, this rank's part in the old layout, once `after` is there -> a token for `PeerReceive`, which keeps in
         memory what leaves."""
-        token: torch.Tensor = torch.ops.xdit_ir.peer_put(x.contiguous(), list(after), workspace, slot, **fixed)
+        token: torch.Tensor = torch.ops.xdit_ir.peer_put(x.contiguous(), list(after), workspace, letter, **fixed)
         return token
 
 
 class PeerReceive(FixedCall):
     """Wait for the pieces of all members."""
 
-    def __init__(self, place: Place, result: TensorSpec) -> None:
+    def __init__(self, group: str, number: int, result: TensorSpec, patience: int) -> None:
         super().__init__()
-        self.fixed = {
-            "group": place.group,
-            "channel": place.channel,
-            "slots": place.slots,
-            "shape": result.shape,
-            "dtype": result.dtype,
-            "sent": False,
-            "patience": place.patience,
-        }
+        self.fixed = {"group": group, "place": number, "shape": result.shape, "dtype": result.dtype}
+        self.fixed |= {"sent": False, "patience": patience}
 
     @staticmethod
     def function(
-        token: torch.Tensor, workspace: torch.Tensor, slot: torch.Tensor, *earlier: torch.Tensor, **fixed: Any
+        token: torch.Tensor, workspace: torch.Tensor, letter: torch.Tensor, *earlier: torch.Tensor, **fixed: Any
     ) -> torch.Tensor:
         """What `PeerSend` gave, here and `earlier` -> this rank's part in the new layout, inside the workspace."""
-        result: torch.Tensor = torch.ops.xdit_ir.peer_wait([token, *earlier], workspace, slot, **fixed)
+        result: torch.Tensor = torch.ops.xdit_ir.peer_wait([token, *earlier], workspace, letter, **fixed)
         return result
 
 

@@ -16,11 +16,11 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from cuda.bindings import runtime as cuda
 
 from xdit_ir.transport.keeping import keeping
-from xdit_ir.transport.workspace import HEADER, SIGNALS, SLOTS
+from xdit_ir.transport.workspace import HEADER, SIGNALS, read_letter
 
 TIMEOUT_MS = 600_000  # as NCCL's: a peer that died must not hang the others for ever
 FLAG = 1  # the first word of a workspace, to be copied where a peer waits
-FIELDS = 7  # of one copy in `plan`: member, source, source pitch, target, target pitch, width, height
+FIELDS = 7  # of one copy in a plan: member, source, source pitch, target, target pitch, width, height
 
 
 @torch.library.custom_op("xdit_ir::peer_put", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
@@ -28,11 +28,9 @@ def peer_put(
     x: torch.Tensor,
     after: list[torch.Tensor],
     workspace: torch.Tensor,
-    slot: torch.Tensor,
+    letter: torch.Tensor,
     group: str,
-    channel: int,
-    slots: list[int],
-    plan: list[int],
+    place: int,
     tell_self: bool,
 ) -> torch.Tensor:
     """Start copies of pieces of `x` (dense) into the members' workspaces, and tell each when its piece is there.
@@ -40,25 +38,22 @@ def peer_put(
     Args:
         after: what was started or awaited before, for the order only.
         workspace: uint8, symmetric over `group`, which starts with a header.
-        slot: int64 `[1]` on the CPU, which of the places `slots` (byte offsets) to write to.
-        channel: what the receivers wait for is `SLOTS * channel + slot`.
-        plan: `FIELDS` numbers per copy.
+        letter: int64 on the CPU, see `Mailbox.letter`; its `place` says what is copied where.
         tell_self: raise a flag here too when everything has been sent.
 
     Returns:
         An empty tensor for `peer_wait`, which keeps `x` in memory: a compiler may have made `x` for this call alone.
     """
     handle = symmetric(workspace, group)
-    at = int(slot.item())
+    number, offset, plan = read_letter(letter, place)
     main = torch.cuda.current_stream(x.device)
     wires = _wires(x.device, handle.world_size)
     for member in _others(handle):
         wires[member].wait_stream(main)
     for member, source, source_pitch, target, target_pitch, width, height in _rows(plan):
         stream = main if member == handle.rank else wires[member]
-        place = handle.buffer_ptrs[member] + slots[at] + target
-        _copy(place, target_pitch, x.data_ptr() + source, source_pitch, width, height, stream)
-    number = SLOTS * channel + at
+        there = handle.buffer_ptrs[member] + offset + target
+        _copy(there, target_pitch, x.data_ptr() + source, source_pitch, width, height, stream)
     for member in _others(handle):
         raise_flag(handle, member, number, handle.rank, wires[member])
         if tell_self:
@@ -75,10 +70,9 @@ def _(x: torch.Tensor, *rest: Any) -> torch.Tensor:
 def peer_wait(
     held: list[torch.Tensor],
     workspace: torch.Tensor,
-    slot: torch.Tensor,
+    letter: torch.Tensor,
     group: str,
-    channel: int,
-    slots: list[int],
+    place: int,
     shape: list[int],
     dtype: torch.dtype,
     sent: bool,
@@ -87,8 +81,8 @@ def peer_wait(
     """What all members put into this rank's slot, once it is there.
 
     Args:
-        held: what `peer_put` gave, here and before, of what has surely been sent when this is over; and what was started
-            or awaited before, for the order only.
+        held: what `peer_put` gave, here and before, of what has surely been sent when this is over; and what was
+            started or awaited before, for the order only.
         sent: wait also until everything has been sent, see `tell_self` there.
         patience: milliseconds after which a kernel that waits gives up, with an error of the device.
 
@@ -96,13 +90,12 @@ def peer_wait(
         A tensor of `shape` and `dtype` that lies in the workspace: nobody may write to it.
     """
     handle = symmetric(workspace, group)
-    at = int(slot.item())
-    number = SLOTS * channel + at
+    number, offset, _ = read_letter(letter, place)
     for member in _others(handle):
         handle.wait_signal(member, number, patience)
         if sent:
             handle.wait_signal(member, number + SIGNALS // handle.world_size, patience)
-    result: torch.Tensor = handle.get_buffer(handle.rank, shape, dtype, slots[at] // dtype.itemsize)
+    result: torch.Tensor = handle.get_buffer(handle.rank, shape, dtype, offset // dtype.itemsize)
     return result
 
 

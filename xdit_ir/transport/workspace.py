@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 SLOTS = 3  # per channel
 HEADER = 64  # bytes at the start of a workspace
 SIGNALS = 512  # words of a signal pad for arrivals (one per channel, slot and member); as many follow for what was sent
+
+
+def read_letter(letter: torch.Tensor, place: int) -> tuple[int, int, Sequence[int]]:
+    """What a letter (see `Mailbox.letter`) says of a place: the number of the flags that tell of it, a byte offset, and
+    copies."""
+    numbers = letter.tolist()
+    channel, offset, *plan = numbers[numbers[1 + 2 * place] : numbers[2 + 2 * place]]
+    return SLOTS * channel + numbers[0], offset, plan

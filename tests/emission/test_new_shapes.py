@@ -1,0 +1,199 @@
+"""A further resolution or length of text compiles nothing where blocks of such a structure were compiled before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import xdit_ir as xir
+from xdit_ir import models
+from xdit_ir.emission.codegen import Code, generate
+from xdit_ir.emission.execution import Execution
+from xdit_ir.emission.fold import fold_constants
+from xdit_ir.emission.lifting import lift
+from xdit_ir.emission.shared import one_form
+from xdit_ir.emission.structure import Structure
+from xdit_ir.emission.template import Template
+from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.contract import Pass
+from xdit_ir.passes.use_copy_engines import UseCopyEngines
+
+CPU = torch.device("cpu")
+
+
+class Joint(nn.Module):
+    """Text and image in one attention, and after it apart again, as slices."""
+
+    def __init__(self, dim: int = 16) -> None:
+        super().__init__()
+        self.qkv, self.up, self.down = nn.Linear(dim, 3 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, text: Tensor, image: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        count = text.shape[1]
+        x = torch.cat([text, image], 1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        x = x + F.scaled_dot_product_attention(q * rotary, k * rotary, v).transpose(1, 2).flatten(2)
+        x = x + self.down(F.gelu(self.up(x)))
+        return x[:, :count], x[:, count:]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Joint() for _ in range(3))
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        rotary = torch.arange(text.shape[1] + image.shape[1], dtype=text.dtype)[:, None] / 99 + torch.ones(8)
+        for block in self.blocks:
+            text, image = block(text, image, rotary)
+        return torch.cat([text, image], 1)
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that are compiled; a compiler that compiles nothing is enough to count them."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def compile(function: Any, options: Any = None, **given: Any) -> Any:
+        return real(function, backend=backend, **given)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    return graphs
+
+
+def call(port: nn.Module, model: nn.Module, text: int, image: int, batch: int = 1) -> None:
+    """Check a call with so many tokens."""
+    generator = torch.Generator().manual_seed(text + image)
+    given = [torch.randn(batch, count, 16, generator=generator) for count in (text, image)]
+    torch.testing.assert_close(port(*given), model(*given), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_further_resolutions_texts_and_batches_compile_nothing(model: Model, compiled: list[Any]) -> None:
+    port = xir.port(model, mode="compiled")
+    call(port, model, 6, 24, batch=2)
+    assert len(compiled) == 1
+    for text, image, batch in ((6, 40, 2), (11, 24, 2), (7, 31, 2), (24, 6, 2), (6, 24, 3)):
+        call(port, model, text, image, batch)
+    assert len(compiled) == 1 and len(port.programs) == 6
+
+
+@torch.no_grad()
+def test_parts_of_one_token_have_code_of_their_own(model: Model, compiled: list[Any]) -> None:
+    port = xir.port(model, mode="compiled")
+    for text, image in ((6, 24), (1, 24), (1, 40), (5, 1), (5, 24)):
+        call(port, model, text, image, batch=2)
+    assert len(compiled) == 3, "one for both of any number of tokens, two for one of them alone"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [2, 8, 16, 24, 32, 48])
+def test_as_many_tokens_as_something_else_has_are_no_danger(model: Model, text: int) -> None:
+    """Numbers of tokens which equal that of heads, of features, of other tokens: no result is wrong."""
+    options: dict[str, Any] = {"mode": "compiled"}
+    port = xir.port(model, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: function)
+        call(port, model, text, 24, batch=2)
+        call(port, model, 7, 31, batch=2)
+        call(port, model, text, 16, batch=2)
+
+
+@torch.no_grad()
+def test_slices_of_one_sample_are_the_same_input_as_what_is_dense(model: Model, compiled: list[Any]) -> None:
+    """The second block's inputs are parts of what the first returns; the stride of a single sample means nothing."""
+    port = xir.port(model, mode="compiled")
+    call(port, model, 6, 24)
+    assert len(compiled) == 1
+
+
+@torch.no_grad()
+def test_the_recompilation_limit_is_never_hit(compiled: list[Any], model: Model) -> None:
+    port = xir.port(model, mode="compiled")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for place, batch in enumerate((1, 2, 1, 2, 3)):
+            call(port, model, 6 + place, 24 + 3 * place, batch)
+    assert len(compiled) == 2
+
+
+def test_one_form_of_inputs() -> None:
+    x = torch.randn(1, 8, 4)
+    part = x[:, 2:]
+    assert part.stride() != one_form(part).stride() == (24, 4, 1) and one_form(part).data_ptr() == part.data_ptr()
+    two = torch.randn(2, 8, 4)[:, 2:]
+    assert torch.equal(one_form(two), two) and one_form(two).is_contiguous()
+    for kept in (torch.randn(4, 1).expand(4, 8), torch.randn(2, 3, 4).transpose(1, 2)):
+        assert one_form(kept) is kept, "what is repeated would grow, what is turned keeps its order"
+
+
+def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, peers: bool = False) -> Code:
+    parallel = xir.trace(model, example).parallelize(**degrees)
+    here = SimpleNamespace(mesh=parallel.mesh, rank=rank, timeout=timedelta(minutes=1))
+    here.group = lambda dims: SimpleNamespace(group_name="0")
+    copies: list[Pass] = [UseCopyEngines()] if peers else []
+    lowered = run_passes(fold_constants(parallel.rank(rank)), [*Execution(compile=True).passes(CPU), *copies])
+    return generate(lowered, here, CPU)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def peer_operators() -> Iterator[None]:
+    """Types of the operators that need CUDA."""
+    with torch.library._scoped_library("xdit_ir", "FRAGMENT") as library:
+        if not hasattr(torch.ops.xdit_ir, "peer_put"):
+            where = "Tensor workspace, Tensor letter, str group, int place"
+            library.define(f"peer_put(Tensor x, {where}, bool tell_self) -> Tensor")
+            what = "SymInt[] shape, ScalarType dtype, bool sent, int patience"
+            library.define(f"peer_wait(Tensor[] held, {where}, {what}) -> Tensor")
+            library.impl("peer_put", lambda x, *_: x.new_empty(0, dtype=torch.uint8), "Meta")
+            library.impl("peer_wait", lambda held, *rest: held[0].new_empty(rest[4], dtype=rest[5]), "Meta")
+        yield
+
+
+@pytest.mark.parametrize(("degrees", "peers"), [({"ulysses": 2}, False), ({"ring": 2}, False), ({"ulysses": 2}, True)])
+def test_a_rank_takes_any_part_of_tokens_from_the_others(
+    peer_operators: None, degrees: dict[str, int], peers: bool
+) -> None:
+    """Exchanges are part of the structure: sizes of one's own part and those of each other rank are arguments."""
+    model, example = models.load("plain-mmdit:tiny")
+
+    def structures(height: int, text: int) -> list[Structure]:
+        given = {**example, "x": torch.randn(2, 4, height, 44), "text": torch.randn(2, text, 32)}
+        bodies = code(model, given, 1, degrees, peers=peers).bodies
+        assert any(body.uses_mailbox for body in bodies.values()) == peers
+        found = [Structure.of(body.module) for body in bodies.values()]
+        assert None not in found
+        return [one for one in found if one is not None]
+
+    for one, other in zip(structures(24, 24), structures(26, 31), strict=True):
+        template = Template.of(one.numbers, lift(one, CPU))
+        assert one.key == other.key and one.numbers != other.numbers
+        assert template.fits(one.numbers) and template.fits(other.numbers)
+
+
+@torch.no_grad()
+def test_what_the_compiler_makes_is_right_for_a_further_shape(model: Model) -> None:
+    from torch._dynamo.utils import counters
+
+    port = xir.port(model, mode="compiled")
+    call(port, model, 6, 24)
+    counters.clear()
+    call(port, model, 7, 31)
+    assert counters["stats"]["unique_graphs"] == 0
