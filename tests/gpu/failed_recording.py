@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 
+import staged
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -50,10 +51,8 @@ class Halting(nn.Module):
 def main() -> int:
     """Run the checks on this rank."""
     rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
+    device = staged.start()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    dist.init_process_group("nccl", device_id=device)
     model, example = models.load("plain-mmdit:tiny", seed=0)
     model = Halting(model).to(device).eval()
     inputs = {name: value.to(device) for name, value in example.items()}

@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any
 
+import staged
 import torch
 import torch.distributed as dist
 
@@ -109,10 +110,8 @@ def measure(way: dict[str, Any], port: Any, example: dict[str, Any]) -> None:
 
 def main() -> int:
     """All ways."""
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
+    device = staged.start()
     torch.set_grad_enabled(False)
-    device = torch.device("cuda", torch.cuda.current_device())
     for way in WAYS:
         one(way, *models.load("flux.1-dev:tiny", device=device))
     print(f"rank {RANK}: {len(BAD)} wrong {BAD}", flush=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import staged
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -63,9 +64,7 @@ def timed(run: Callable[[], Any], repeats: int = 8) -> tuple[torch.Tensor, str]:
 def main() -> None:
     """Compare and print, rank by rank."""
     rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    device = staged.start()
     model, example = load(sys.argv[1], device)
     alone, text = timed(lambda: model(**example))
     print(f"rank {rank} {sys.argv[1]} alone: {text}", flush=True)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import staged
 import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
@@ -88,9 +89,7 @@ def check(name: str, degrees: dict[str, int], device: torch.device) -> bool:
 
 def main() -> None:
     """All cases on this rank."""
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    device = staged.start()
     good = [check(name, degrees, device) for name, degrees in CASES]
     dist.barrier()
     sys.stdout.flush()

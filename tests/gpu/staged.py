@@ -5,6 +5,7 @@ Nothing of it can be recorded in a CUDA graph; copy engines are not concerned.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,15 +18,25 @@ from torch.futures import Future
 NAME = "staged"
 
 
-def start() -> None:
-    """Make the default process group of this backend, by torchrun's environment."""
+def start() -> torch.device:
+    """Make the default process group, by torchrun's environment, and this rank's GPU the current one.
+
+    By NCCL where each rank has a GPU of its own, else by this backend.
+    """
+    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    device = torch.device("cuda", rank % gpus)
+    torch.cuda.set_device(device)
+    if int(os.environ["WORLD_SIZE"]) <= gpus:
+        dist.init_process_group("nccl", device_id=device)
+        return device
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     dist.Backend.register_backend(NAME, Staged, devices=["cpu", "cuda"])
     dist.init_process_group(NAME)
-    if torch.cuda.is_available():
-        from xdit_ir.transport import peer_ops
+    from xdit_ir.transport import peer_ops  # needs CUDA
 
-        rendezvous = peer_ops.symmetric
-        peer_ops.symmetric = lambda workspace, group: rendezvous(workspace, f"symmetric {group}")
+    rendezvous = peer_ops.symmetric
+    peer_ops.symmetric = lambda workspace, group: rendezvous(workspace, f"symmetric {group}")
+    return device
 
 
 class Staged(dist.ProcessGroup):

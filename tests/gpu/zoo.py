@@ -94,7 +94,6 @@ class Lane:
             "OMP_NUM_THREADS": "2",
         }
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port.read_text()}
-        env |= {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
         command = [sys.executable, __file__, "--worker", json.dumps([self.options.mode, str(said), list(tasks)])]
         with (folder / f"errors_{rank}").open("wb") as errors:
             return subprocess.Popen(command, env=os.environ | env, stdout=errors, stderr=errors)
@@ -120,18 +119,13 @@ def line_of(one: dict[str, Any]) -> str:
 
 def work(mode: str, said: str, tasks: Sequence[tuple[str, str]]) -> None:
     """One rank of a lane."""
+    import staged
     import torch
     import torch.distributed as dist
 
-    rank, gpus = int(os.environ["RANK"]), torch.cuda.device_count()
-    torch.cuda.set_device(rank % gpus)
+    rank = int(os.environ["RANK"])
+    staged.start()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if int(os.environ["WORLD_SIZE"]) > gpus:
-        import staged
-
-        staged.start()
-    else:
-        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     for model, degrees in tasks:
         result = {"model": model, "degrees": degrees, **tried(model, degrees, mode)}
         if rank == 0:
