@@ -20,11 +20,12 @@ import xdit_ir as xir
 from xdit_ir import models
 
 WAYS: list[dict[str, Any]] = [
+    {"ulysses": 2, "mode": "eager"},
     {"ulysses": 2},
-    {"ulysses": 2, "cuda_graph": True},
+    {"ulysses": 2, "transport": "peer", "mode": "eager"},
     {"ulysses": 2, "cuda_graph": True, "transport": "collective"},
     {"pipefusion": 2, "patches": 2},
-    {"cfg": 2},
+    {"cfg": 2, "mode": "eager"},
 ]
 RANK = int(os.environ["RANK"])
 BAD: list[str] = []
@@ -70,7 +71,7 @@ def one(way: dict[str, Any], model: Any, example: dict[str, Any]) -> None:
     check(way, "other inputs", isinstance(error, xir.MismatchError), f"{time.monotonic() - start:.1f} s {error!r:.160}")
     check(way, "right again", close(port(**example)[0]) < 1e-3)
     start = time.monotonic()
-    if RANK and not way.get("cuda_graph"):
+    if RANK and way.get("mode") == "eager":
         for body in port._xdit_specialisations.found[0].runner.bodies.values():
             body.module.register_forward_pre_hook(bomb)
     elif RANK:

@@ -159,6 +159,8 @@ class ChannelMaker:
                 PeerLink(device, groups[t].group_name, int(source > t), key[-1], self.communicator.timeout)
                 for t in mine
             ]
+            for link in links:
+                self.communicator.release.watch(link.waits)
             return PeerChannel(device, links)
         group = self._group(key, (source, *targets))
         made: CollectiveChannel = Broadcast(device, group, source, self._aside)

@@ -18,6 +18,7 @@ from xdit_ir.errors import LostError, ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.transport.groups import DEFAULT_TIMEOUT, Groups, Leaving, configured_timeout, losing
 from xdit_ir.transport.line import AnyError, Line, line_of
+from xdit_ir.transport.release import Release
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
@@ -139,6 +140,7 @@ class Communicator:
             self.line = line_of(dist.group.WORLD, self.timeout)
         self.epoch = 0 if self.line is None else self.line.epoch
         self._groups = Groups(device, self.timeout)
+        self.release = Release()
         self._by_dims: dict[tuple[str, ...], dist.ProcessGroup] = {}
         weakref.finalize(self, self._groups.drop).atexit = False
         if self.line is not None:
@@ -190,6 +192,7 @@ class Communicator:
     def abort(self) -> None:
         """End all waiting, from any thread."""
         self._groups.abort()
+        self.release()
 
     def close(self) -> None:
         """Give back all groups."""

@@ -24,6 +24,7 @@ from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.program import SPEC, Program, TensorSpec, called_block
 from xdit_ir.transport.copies import copies
 from xdit_ir.transport.distributed import Communicator
+from xdit_ir.transport.release import Waits
 
 
 def slot_sequence(calls: int) -> list[int]:
@@ -49,6 +50,7 @@ class Mailbox:
     size: int
     workspace: torch.Tensor | None = None
     places: dict[str, list[Place]] = field(default_factory=dict)
+    waits: Waits | None = None
 
     @staticmethod
     def of(program: Program, communicator: Communicator) -> Mailbox | None:
@@ -99,9 +101,11 @@ class Mailbox:
 
     def open(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """The workspace and the letters, `arguments` of code that uses them; all ranks call this together."""
-        from xdit_ir.transport.peer_ops import open_workspace
+        from xdit_ir.transport.peer_ops import open_workspace, symmetric
 
         self.workspace = open_workspace(self.size, device, self.group)
+        self.waits = Waits(symmetric(self.workspace, self.group), device)
+        self.communicator.release.watch(self.waits)
         return self.workspace, *(self.letter(block, slot) for block, slot in self.letters)
 
     def join(self) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from xdit_ir.transport.messages import Arrival, Channel, Slots
 from xdit_ir.transport.peer_ops import TIMEOUT_MS, copy_bytes, open_workspace, raise_flag, symmetric
+from xdit_ir.transport.release import Waits
 from xdit_ir.transport.workspace import HEADER
 
 
@@ -33,6 +34,7 @@ class PeerLink:
 
     def __post_init__(self) -> None:
         self._workspace = open_workspace(HEADER + self.slots.size * self.slots.count, self.device, self.group)
+        self.waits = Waits(self._handle(), self.device)
         self._wire = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._patience = TIMEOUT_MS if self.timeout is None else int(self.timeout.total_seconds() * 1e3)
 
