@@ -9,8 +9,9 @@ TYPING := build/typing
 demo: env
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m xdit_ir.tools.demo
 
+# One thread each: two processes of two threads on two cores take 1.7 times as long.
 test: env
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The packages are mapped by setup.cfg (xdit_ir.passes lives in passes/), which mypy cannot know.
 # So it is shown the tree as it is installed, made of links and made anew each time.
