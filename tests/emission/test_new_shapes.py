@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.emission import trial
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
@@ -197,3 +199,26 @@ def test_what_the_compiler_makes_is_right_for_a_further_shape(model: Model) -> N
     counters.clear()
     call(port, model, 7, 31)
     assert counters["stats"]["unique_graphs"] == 0
+
+
+@torch.no_grad()
+def test_a_trial_looks_into_blocks_of_each_structure_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a further shape of the same structure, blocks are called as they are."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(trial, "_waiting_is_an_error", nullcontext)
+    port = xir.port(model, mode="compiled")
+    tried: dict[Any, bool] = {}
+    looked = []
+    for text, image in ((6, 24), (7, 31)):
+        given = [torch.randn(2, count, 16) for count in (text, image)]
+        want = port(*given)
+        runner = port._xdit_specialisations.found[0].runner
+        tensors = [*given, *runner.bind(given, {})[1], *runner._constants]
+        kinds = []
+        for found in (tried, None):
+            made = trial.Trial(runner.code.run, runner.code.unchanging, found)
+            assert torch.equal(made.run(*tensors)[0], want)
+            kinds.append({node.name: kind for node, kind in made.kinds()[1].items()})
+        looked.append(len(tried))
+        assert kinds[0] == kinds[1]
+    assert looked == [1, 1]

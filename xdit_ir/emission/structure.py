@@ -13,6 +13,7 @@ from torch import fx
 from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.program import SPEC, WEIGHT
 
+STRUCTURE = "structure"  # of a module that is a body: its `Structure.key`
 _PLAIN = (bool, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 _FUNCTIONS = (torch._ops.OpOverload, types.FunctionType, types.BuiltinFunctionType)
 
