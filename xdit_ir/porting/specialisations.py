@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.emission.execution import Tensors
+from xdit_ir.emission.structure import program_key
 from xdit_ir.errors import MismatchError, ParallelizeError, TraceError, XditError
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.porting.settings import ModelSettings
@@ -72,7 +73,8 @@ class Specialisation:
 
 @dataclass(eq=False)
 class Specialisations:
-    """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets."""
+    """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
+    `verified`: the structures of programs that were verified after every pass."""
 
     model: nn.Module
     mesh: Mesh
@@ -80,6 +82,7 @@ class Specialisations:
     options: RunOptions
     factory: RunnerFactory | None = None
     found: list[Specialisation] = field(default_factory=list)
+    verified: set[Hashable] = field(default_factory=set)
     tracing: bool = False
 
     def call(self, given: Arguments) -> Any:
@@ -160,10 +163,13 @@ class Specialisations:
             example = tuple(given.args) if given.args and not given.kwargs else named
             example = pytree.tree_map_only(Deferred, materialize, example)
             try:
-                traced = TracedProgram(capture.trace(self.model, example, keep=True))
+                program = capture.trace(self.model, example, keep=True)
             except RaisedByForward as failure:
                 raise failure.error from None
-            return _parallelized(traced, self.schedule)
+            key = program_key(program)
+            made = _parallelized(TracedProgram(program, key in self.verified), self.schedule)
+            self.verified |= {key} - {None}
+            return made
 
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
         self.tracing = True
