@@ -148,7 +148,7 @@ def test_one_form_of_inputs() -> None:
 
 def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, peers: bool = False) -> Code:
     parallel = xir.trace(model, example).parallelize(**degrees)
-    here = SimpleNamespace(mesh=parallel.mesh, rank=rank, timeout=timedelta(minutes=1))
+    here = SimpleNamespace(mesh=parallel.mesh, rank=rank, timeout=timedelta(minutes=1), recordable=True)
     here.group = lambda dims: SimpleNamespace(group_name="0")
     copies: list[Pass] = [UseCopyEngines()] if peers else []
     lowered = run_passes(fold_constants(parallel.rank(rank)), [*Execution(compile=True).passes(CPU), *copies])
@@ -161,7 +161,7 @@ def peer_operators() -> Iterator[None]:
     with torch.library._scoped_library("xdit_ir", "FRAGMENT") as library:
         if not hasattr(torch.ops.xdit_ir, "peer_put"):
             where = "Tensor workspace, Tensor letter, str group, int place"
-            library.define(f"peer_put(Tensor x, {where}, bool tell_self) -> Tensor")
+            library.define(f"peer_put(Tensor x, Tensor[] after, {where}, bool tell_self) -> Tensor")
             what = "SymInt[] shape, ScalarType dtype, bool sent, int patience"
             library.define(f"peer_wait(Tensor[] held, {where}, {what}) -> Tensor")
             library.impl("peer_put", lambda x, *_: x.new_empty(0, dtype=torch.uint8), "Meta")

@@ -48,12 +48,18 @@ class Arguments:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
 
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Those of the tensors among them."""
+        return tuple(x.shape for x in (*self.args, *self.kwargs.values()) if isinstance(x, torch.Tensor))
+
 
 @dataclass(frozen=True, eq=False)
 class Specialisation:
-    """What runs calls of some kind, and what it was made for besides inputs and weights."""
+    """What runs calls of some kind, and what it was made for besides inputs and weights; `shapes`: of that call."""
 
     mode: Mode
+    shapes: tuple[torch.Size, ...]
     settings: ModelSettings
     buffers: BufferGuards
     program: ParallelProgram
@@ -128,10 +134,13 @@ class Specialisations:
 
     def _find(self, mode: Mode, given: Arguments) -> Bound | None:
         """The inputs and weights for the specialisation that a call is for, which is moved to the front."""
-        for place, one in enumerate(self.found):
+        shapes = given.shapes
+        likely = sorted(self.found, key=lambda one: one.shapes != shapes)
+        for one in likely:
             bound = one.bind(mode, given)
             if bound is not None:
-                self.found.insert(0, self.found.pop(place))
+                self.found.remove(one)
+                self.found.insert(0, one)
                 return bound
         return None
 
@@ -178,7 +187,7 @@ class Specialisations:
         finally:
             self.tracing = False
         guards = BufferGuards(self.model, program.original)
-        made = Specialisation(mode, ModelSettings(self.model), guards, program, runner)
+        made = Specialisation(mode, given.shapes, ModelSettings(self.model), guards, program, runner)
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]
             warnings.warn(
