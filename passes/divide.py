@@ -18,11 +18,17 @@ MAY_IDLE = 8  # ranks: on one host some of them may go without tokens, which the
 
 
 def divide(
-    program: Program, mesh: Mesh, machine: Machine = H100, after: After | None = None, *, split_batch: bool = True
+    program: Program,
+    mesh: Mesh,
+    machine: Machine = H100,
+    after: After | None = None,
+    *,
+    split_batch: bool = True,
+    familiar: bool = False,
 ) -> Program:
     """Run the mesh passes over an analysed program: ranks can run the result."""
     check_degrees(program, mesh, split_batch=split_batch)
-    return run_passes(program, mesh_passes(mesh, machine, split_batch=split_batch), after)
+    return run_passes(program, mesh_passes(mesh, machine, split_batch=split_batch), after, familiar=familiar)
 
 
 def make_pipeline(

@@ -54,9 +54,13 @@ def trace(model: nn.Module, example: Example, leaf: Sequence[str | type | nn.Mod
 
 @dataclass(frozen=True, eq=False)
 class TracedProgram:
-    """A captured model; `str()` is its block-level text, `ir` the program itself."""
+    """A captured model; `str()` is its block-level text, `ir` the program itself.
+
+    `familiar`: one that differs in sizes only was divided and verified after every pass; see `run_passes`.
+    """
 
     ir: Program
+    familiar: bool = False
 
     def __str__(self) -> str:
         return program_text(self.ir)
@@ -68,7 +72,7 @@ class TracedProgram:
     @cached_property
     def analysed(self) -> Program:
         """The canonical program with its token streams found: what every mesh starts from."""
-        return run_passes(self.ir, analysis_passes())
+        return run_passes(self.ir, analysis_passes(), familiar=self.familiar)
 
     def parallelize(
         self,
@@ -105,7 +109,8 @@ class TracedProgram:
         mesh, machine = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         if pipefusion == 1:
-            divided = divide(self.analysed, mesh, machine, after, split_batch=not pair_calls)
+            known = self.familiar
+            divided = divide(self.analysed, mesh, machine, after, split_batch=not pair_calls, familiar=known)
             return ParallelProgram(self.ir, self.analysed, divided, mesh, pair_calls, machine)
         staged, pipeline = make_pipeline(
             self.analysed, mesh, count, warmup_steps, stages, machine, after, split_batch=not pair_calls

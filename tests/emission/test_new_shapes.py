@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.emission import trial
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
@@ -146,7 +148,7 @@ def test_one_form_of_inputs() -> None:
 
 def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, peers: bool = False) -> Code:
     parallel = xir.trace(model, example).parallelize(**degrees)
-    here = SimpleNamespace(mesh=parallel.mesh, rank=rank, timeout=timedelta(minutes=1))
+    here = SimpleNamespace(mesh=parallel.mesh, rank=rank, timeout=timedelta(minutes=1), recordable=True)
     here.group = lambda dims: SimpleNamespace(group_name="0")
     copies: list[Pass] = [UseCopyEngines()] if peers else []
     lowered = run_passes(fold_constants(parallel.rank(rank)), [*Execution(compile=True).passes(CPU), *copies])
@@ -159,7 +161,7 @@ def peer_operators() -> Iterator[None]:
     with torch.library._scoped_library("xdit_ir", "FRAGMENT") as library:
         if not hasattr(torch.ops.xdit_ir, "peer_put"):
             where = "Tensor workspace, Tensor letter, str group, int place"
-            library.define(f"peer_put(Tensor x, {where}, bool tell_self) -> Tensor")
+            library.define(f"peer_put(Tensor x, Tensor[] after, {where}, bool tell_self) -> Tensor")
             what = "SymInt[] shape, ScalarType dtype, bool sent, int patience"
             library.define(f"peer_wait(Tensor[] held, {where}, {what}) -> Tensor")
             library.impl("peer_put", lambda x, *_: x.new_empty(0, dtype=torch.uint8), "Meta")
@@ -197,3 +199,26 @@ def test_what_the_compiler_makes_is_right_for_a_further_shape(model: Model) -> N
     counters.clear()
     call(port, model, 7, 31)
     assert counters["stats"]["unique_graphs"] == 0
+
+
+@torch.no_grad()
+def test_a_trial_looks_into_blocks_of_each_structure_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a further shape of the same structure, blocks are called as they are."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(trial, "_waiting_is_an_error", nullcontext)
+    port = xir.port(model, mode="compiled")
+    tried: dict[Any, bool] = {}
+    looked = []
+    for text, image in ((6, 24), (7, 31)):
+        given = [torch.randn(2, count, 16) for count in (text, image)]
+        want = port(*given)
+        runner = port._xdit_specialisations.found[0].runner
+        tensors = [*given, *runner.bind(given, {})[1], *runner._constants]
+        kinds = []
+        for found in (tried, None):
+            made = trial.Trial(runner.code.run, runner.code.unchanging, found)
+            assert torch.equal(made.run(*tensors)[0], want)
+            kinds.append({node.name: kind for node, kind in made.kinds()[1].items()})
+        looked.append(len(tried))
+        assert kinds[0] == kinds[1]
+    assert looked == [1, 1]

@@ -84,6 +84,8 @@ class Skeleton:
         self._copies: dict[int, Any] = {}
         self._functions = functions or {}
         self._originals: list[Any] = []
+        self._pairs: dict[int, Any] = {}  # of as many originals as are `_paired`
+        self._paired = 0
         self._make_state = make_state
         self._names, self._registered = _state_names(model)
         self.model = self._module(model)
@@ -99,11 +101,14 @@ class Skeleton:
     @property
     def originals(self) -> dict[int, Any]:
         """What was copied, by the id of its copy; fakes stand for tensors. What is its own copy is not there."""
-        found = ((self._copies[id(item)], item) for item in self._originals)
-        pairs = {id(copy): item for copy, item in found if copy is not item}
-        return pairs | {
-            id(vars(self._copies[id(item)])): vars(item) for item in pairs.values() if hasattr(item, "__dict__")
-        }
+        for item in self._originals[self._paired :]:
+            copy = self._copies[id(item)]
+            if copy is not item:
+                self._pairs[id(copy)] = item
+                if hasattr(item, "__dict__"):
+                    self._pairs[id(vars(copy))] = vars(item)
+        self._paired = len(self._originals)
+        return self._pairs
 
     def _remember(self, original: Any, copy: Any) -> None:
         self._copies[id(original)] = copy

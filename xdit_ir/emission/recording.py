@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +56,13 @@ class Recording:
         code: takes the inputs, which are copied each time, and its state, which is used where it is.
         pool: memory shared with other recordings, of which no two are replayed at the same time.
         forced: raise where a section cannot be recorded; otherwise the host runs it, with a warning.
+        tried: what trials have found of blocks, see `Trial`.
     """
 
-    def __init__(self, code: Code, pool: Any, *, forced: bool = True) -> None:
-        self._code, self._pool, self._forced = code, pool, forced
+    def __init__(
+        self, code: Code, pool: Any, *, forced: bool = True, tried: dict[Hashable, bool] | None = None
+    ) -> None:
+        self._code, self._pool, self._forced, self._tried = code, pool, forced, tried
         self._places = [node.name for node in placeholders(code.run.graph)]
         self._results = results_of(code.run.graph)
         self._sections: list[Section] = []
@@ -117,7 +120,7 @@ class Recording:
     def _try(self, tensors: Tensors) -> list[Section]:
         """Run the forward, which compiles it and makes communicators, then see what it does on the host."""
         self._code(tensors)
-        trial = Trial(self._code.run, self._code.unchanging)
+        trial = Trial(self._code.run, self._code.unchanging, self._tried)
         trial.run(*tensors)
         self._code.finish()
         return cut_sections(*trial.kinds())

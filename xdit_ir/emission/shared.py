@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from xdit_ir.emission.lifting import lift
-from xdit_ir.emission.structure import Structure, is_value
+from xdit_ir.emission.structure import STRUCTURE, Structure, is_value
 from xdit_ir.emission.template import ArgumentGraph, Template
 from xdit_ir.ir.graphs import placeholders
 
@@ -71,9 +71,10 @@ class Shape:
 
 @dataclass(eq=False)
 class SharedCodes:
-    """Those of one model on one device, by structure."""
+    """Those of one model on one device, by structure. `tried` is for the trials of recordings, see there."""
 
     device: torch.device
+    tried: dict[Hashable, bool] = field(default_factory=dict)
     _found: dict[Hashable, list[SharedCode]] = field(default_factory=dict)
 
     def of(self, module: fx.GraphModule, options: Mapping[str, Any]) -> Callable[..., Any] | None:
@@ -81,6 +82,7 @@ class SharedCodes:
         structure = Structure.of(module)
         if structure is None:
             return None
+        module.meta[STRUCTURE] = structure.key
         codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), [])
         code = next((code for code in codes if code.template.fits(structure.numbers)), None)
         if code is None:

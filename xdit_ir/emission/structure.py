@@ -11,8 +11,10 @@ import torch
 from torch import fx
 
 from xdit_ir.ir.fixed_call import FixedCall
-from xdit_ir.ir.program import SPEC, WEIGHT
+from xdit_ir.ir.graphs import all_graphs
+from xdit_ir.ir.program import SPEC, WEIGHT, Program
 
+STRUCTURE = "structure"  # of a module that is a body: its `Structure.key`
 _PLAIN = (bool, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 _FUNCTIONS = (torch._ops.OpOverload, types.FunctionType, types.BuiltinFunctionType)
 
@@ -30,15 +32,16 @@ class Structure:
     def of(module: fx.GraphModule) -> Structure | None:
         """That of a body; None if something in it cannot be compared."""
         graph = _flat(module)
-        if graph is None:
-            return None
-        order = {node: place for place, node in enumerate(graph.nodes)}
         numbers: list[int] = []
-        try:
-            key = tuple(_key(node, order, numbers) for node in graph.nodes)
-        except TypeError:
-            return None
-        return Structure(graph, key, tuple(numbers))
+        key = None if graph is None else _graph_key(graph, numbers)
+        return None if graph is None or key is None else Structure(graph, key, tuple(numbers))
+
+
+def program_key(program: Program) -> Hashable:
+    """The same for a program; None if something in it cannot be compared."""
+    numbers: list[int] = []
+    keys = {name: _graph_key(graph, numbers) for name, graph, _ in all_graphs(program)}
+    return None if None in keys.values() else tuple(keys.items())
 
 
 def sizes_of(placeholder: fx.Node) -> tuple[int, ...]:
@@ -77,6 +80,14 @@ def _flat(module: fx.GraphModule) -> fx.Graph | None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
         env[node] = graph.call_function(called.function, args, {**kwargs, **called.fixed})
     return graph
+
+
+def _graph_key(graph: fx.Graph, numbers: list[int]) -> Hashable:
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    try:
+        return tuple(_key(node, order, numbers) for node in graph.nodes)
+    except TypeError:
+        return None
 
 
 def _key(node: fx.Node, order: Mapping[fx.Node, int], numbers: list[int]) -> Hashable:

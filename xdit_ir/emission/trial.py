@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from xdit_ir.emission.sections import Kind, insert_moves
+from xdit_ir.emission.structure import STRUCTURE
 from xdit_ir.ir.graphs import operands, placeholders
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.transport.collectives import Exchange
@@ -23,12 +24,15 @@ SYNCHRONISING = "synchronizing CUDA operation"  # PyTorch's words where the host
 class Trial(fx.Interpreter):
     """Runs a forward and notes what it does on the host.
 
-    `unchanging`: placeholders whose contents are the same at every call.
+    `unchanging`: placeholders whose contents are the same at every call. `tried`: whether blocks wait for the device,
+    by their structure and by what they are given; these are called as they are, and others are added.
     """
 
-    def __init__(self, run: fx.GraphModule, unchanging: Collection[str]) -> None:
+    def __init__(
+        self, run: fx.GraphModule, unchanging: Collection[str], tried: dict[Hashable, bool] | None = None
+    ) -> None:
         super().__init__(run)
-        self.unchanging = unchanging
+        self.unchanging, self.tried = unchanging, {} if tried is None else tried
         self.reading: set[fx.Node] = set()
         self.on_host: set[fx.Node] = set()
         self.moved: list[tuple[fx.Node, fx.Node]] = []
@@ -55,12 +59,22 @@ class Trial(fx.Interpreter):
                     raise
             return super().run_node(node), True
         if node.op == "call_module" and isinstance(body := self.submodules[node.target], fx.GraphModule):
-            args, kwargs = self.fetch_args_kwargs_from_env(node)
-            given = zip(placeholders(body.graph), node.args, strict=True)
-            inside = Trial(body, {place.name for place, source in given if source in self._fixed})
-            return inside.run(*args, **kwargs), bool(inside.reading or inside.moved)
+            return self._block(node, body)
         module = self.submodules.get(node.target) if node.op == "call_module" else None
         return super().run_node(node), isinstance(module, Exchange) and module.by_host
+
+    def _block(self, node: fx.Node, body: fx.GraphModule) -> tuple[Any, bool]:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        given = tuple((source in self._fixed, x.device) for source, x in zip(node.args, args, strict=True))
+        key = (body.meta.get(STRUCTURE), given)
+        if key in self.tried:
+            return super().run_node(node), self.tried[key]
+        fixed = {place.name for place, (is_fixed, _) in zip(placeholders(body.graph), given, strict=True) if is_fixed}
+        inside = Trial(body, fixed)
+        result, waits = inside.run(*args, **kwargs), bool(inside.reading or inside.moved)
+        if STRUCTURE in body.meta:
+            self.tried[key] = waits
+        return result, waits
 
     def kinds(self) -> tuple[fx.GraphModule, dict[fx.Node, Kind]]:
         """The forward, with copies to the device of what comes from the host, and the kind of each of its nodes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.emission.execution import Tensors
+from xdit_ir.emission.structure import program_key
 from xdit_ir.errors import MismatchError, ParallelizeError, TraceError, XditError
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.porting.settings import ModelSettings
@@ -47,12 +48,18 @@ class Arguments:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
 
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Those of the tensors among them."""
+        return tuple(x.shape for x in (*self.args, *self.kwargs.values()) if isinstance(x, torch.Tensor))
+
 
 @dataclass(frozen=True, eq=False)
 class Specialisation:
-    """What runs calls of some kind, and what it was made for besides inputs and weights."""
+    """What runs calls of some kind, and what it was made for besides inputs and weights; `shapes`: of that call."""
 
     mode: Mode
+    shapes: tuple[torch.Size, ...]
     settings: ModelSettings
     buffers: BufferGuards
     program: ParallelProgram
@@ -72,7 +79,8 @@ class Specialisation:
 
 @dataclass(eq=False)
 class Specialisations:
-    """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets."""
+    """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
+    `verified`: the structures of programs that were verified after every pass."""
 
     model: nn.Module
     mesh: Mesh
@@ -80,6 +88,7 @@ class Specialisations:
     options: RunOptions
     factory: RunnerFactory | None = None
     found: list[Specialisation] = field(default_factory=list)
+    verified: set[Hashable] = field(default_factory=set)
     tracing: bool = False
 
     def call(self, given: Arguments) -> Any:
@@ -125,10 +134,13 @@ class Specialisations:
 
     def _find(self, mode: Mode, given: Arguments) -> Bound | None:
         """The inputs and weights for the specialisation that a call is for, which is moved to the front."""
-        for place, one in enumerate(self.found):
+        shapes = given.shapes
+        likely = sorted(self.found, key=lambda one: one.shapes != shapes)
+        for one in likely:
             bound = one.bind(mode, given)
             if bound is not None:
-                self.found.insert(0, self.found.pop(place))
+                self.found.remove(one)
+                self.found.insert(0, one)
                 return bound
         return None
 
@@ -160,10 +172,13 @@ class Specialisations:
             example = tuple(given.args) if given.args and not given.kwargs else named
             example = pytree.tree_map_only(Deferred, materialize, example)
             try:
-                traced = TracedProgram(capture.trace(self.model, example, keep=True))
+                program = capture.trace(self.model, example, keep=True)
             except RaisedByForward as failure:
                 raise failure.error from None
-            return _parallelized(traced, self.schedule)
+            key = program_key(program)
+            made = _parallelized(TracedProgram(program, key in self.verified), self.schedule)
+            self.verified |= {key} - {None}
+            return made
 
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
         self.tracing = True
@@ -172,7 +187,7 @@ class Specialisations:
         finally:
             self.tracing = False
         guards = BufferGuards(self.model, program.original)
-        made = Specialisation(mode, ModelSettings(self.model), guards, program, runner)
+        made = Specialisation(mode, given.shapes, ModelSettings(self.model), guards, program, runner)
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]
             warnings.warn(

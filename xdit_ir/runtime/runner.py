@@ -40,7 +40,9 @@ class Runner:
         execution = context.execution
         self._compiled = execution.compile
         self._recording = (
-            Recording(self.code, context.graph_pool, forced=execution.forced) if execution.cuda_graph else None
+            Recording(self.code, context.graph_pool, forced=execution.forced, tried=context.shared_codes.tried)
+            if execution.cuda_graph
+            else None
         )
 
     @property
