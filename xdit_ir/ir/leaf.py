@@ -6,7 +6,7 @@ so that layers may share a body and weights stay by reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ class Leaf:
     """One submodule: how tensors make up its arguments, what it returns, and which dims it treats one by one.
 
     `leaves` are the flattened arguments, with None for tensors; `state` the names of its parameters and buffers.
-    `aligned` has, for every dim of the (only) result along which each index is computed from the same index of
-    operands alone, the operands that are divided with it. `cast` is the autocast in force, by device type.
+    `flatten` finds the tensors in what it returns. `aligned` has, for every dim of the results along which each index is
+    computed from the same index of operands alone, the operands that are divided with it. `cast` is the autocast in
+    force, by device type.
     """
 
     module: nn.Module
@@ -33,6 +34,7 @@ class Leaf:
     in_spec: pytree.TreeSpec
     state: tuple[str, ...]
     outputs: tuple[TensorSpec, ...]
+    flatten: Callable[[Any], list[torch.Tensor]]
     flops: int = 0
     aligned: tuple[tuple[int, tuple[int, ...]], ...] = ()
     cast: tuple[str, torch.dtype] | None = None
@@ -59,7 +61,9 @@ class Leaf:
             return torch.func.functional_call(self.module, held, args, kwargs)
 
     def __call__(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Any:
-        tensors = [x for x in pytree.tree_leaves(self.run(inputs, state)) if isinstance(x, torch.Tensor)]
+        tensors = self.flatten(self.run(inputs, state))
+        if len(tensors) != len(self.outputs):
+            raise MismatchError(f"{self.__name__} returned {len(tensors)} tensors, expected {len(self.outputs)}")
         divisible = {dim for dim, _ in self.aligned}
         for tensor, spec in zip(tensors, self.outputs, strict=True):
             sizes = [
