@@ -13,9 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from xdit_ir.capture.assertions import only_answer
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.operators import aten, facts
-from xdit_ir.capture.predicates import predicate
+from xdit_ir.capture.predicates import predicate, weighed
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
@@ -113,6 +114,12 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
         if fact is not None:
             recorder.predicates.append(fact)
             return fact.value.clone()
+        held = weighed(recorder, value, what)
+        if held is not None:
+            return held
+        answer = only_answer(recorder.entry) if value.fake.numel() == 1 else None
+        if answer is not None:
+            return torch.full(value.fake.shape, answer, dtype=value.fake.dtype)
         raise _unknown(recorder, value.roots, what)
     note_read(recorder, value.roots, what)
     return value.known

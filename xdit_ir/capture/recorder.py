@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Recorder(GraphWriter):
         self.device = torch.device("cpu") if self.hollow else device
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.active = True
+        self.entry: CodeType | None = None
         self.constants: dict[str, torch.Tensor] = {}
         self.placed: dict[str, torch.device] = {}
         self.held: dict[int, torch.Tensor] = {}
@@ -49,6 +51,7 @@ class Recorder(GraphWriter):
         self.read_inputs: dict[str, str] = {}
         self.read_buffers: dict[str, str] = {}
         self.buffers: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
         self.predicates: list[Predicate] = []
         self._values: dict[int, TracedValue] = {}
         self._state_names: dict[int, list[str]] = {}
@@ -123,6 +126,8 @@ class Recorder(GraphWriter):
             known = contents(real) if carried and real.numel() <= KNOWN_NUMEL else None
             if origin is Origin.BUFFER and known is not None:
                 self.buffers[names[0]] = known.clone()
+        if origin is Origin.PARAMETER and real.device.type != "meta":
+            self.weights[names[0]] = real
         if origin is Origin.CONSTANT and real.device.type == "meta":
             raise TraceError(f"the model holds a tensor without contents, {names[0]!r}, outside of its attributes")
         if origin is Origin.CONSTANT:

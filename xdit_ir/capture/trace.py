@@ -222,6 +222,7 @@ def _wrap(
 
 
 def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    recorder.entry = _run.__code__
     try:
         with uncompiled(), Tracer(recorder), PythonReads(recorder):
             return model(*args, **kwargs)
