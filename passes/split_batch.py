@@ -160,7 +160,9 @@ def check_batch(program: Program, degree: int) -> None:
             halves = SplitBatch(Mesh.of(**{BATCH: 2})).apply(program)
         except ParallelizeError:
             raise ParallelizeError(_explain(degree, 1)) from None
-        sizes = [node.meta[SPEC].shape[0] for node in batched_inputs(halves) if node.meta[LAYOUT].dims[0] is not None] or [degree]
+        sizes = [
+            node.meta[SPEC].shape[0] for node in batched_inputs(halves) if node.meta[LAYOUT].dims[0] is not None
+        ] or [degree]
     if degree > max(1, *sizes):
         raise ParallelizeError(_explain(degree, min(sizes, default=1)))
 

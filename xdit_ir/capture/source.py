@@ -16,7 +16,7 @@ _BETWEEN = (_OURS, *(_TORCH + name for name in ("_dynamo" + os.sep, "_compile.py
 
 
 def is_between(filename: str) -> bool:
-    """Whether a file is one of those that stand between an operator and who calls it: the tracer's, the dispatcher's."""
+    """Whether a file is one of those that stand between an operator and its caller: the tracer's, the dispatcher's."""
     return filename.startswith((*_BETWEEN, "<"))
 
 

@@ -23,8 +23,8 @@ class Leaf:
     """One submodule: how tensors make up its arguments, what it returns, and which dims it treats one by one.
 
     `leaves` are the flattened arguments, with None for tensors; `state` the names of its parameters and buffers.
-    `flatten` finds the tensors in what it returns. `aligned` has, for every dim of the results along which each index is
-    computed from the same index of operands alone, the operands that are divided with it. `cast` is the autocast in
+    `flatten` finds the tensors in what it returns. `aligned` has, for every dim of the results along which each index
+    is computed from the same index of operands alone, the operands that are divided with it. `cast` is the autocast in
     force, by device type.
     """
 

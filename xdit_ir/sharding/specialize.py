@@ -51,17 +51,18 @@ class Specialize:
         }
         constants = dict(program.constants)
         for one in (graph, *(block.graph for block in blocks.values())):
-            _index_scattered(one, constants)
+            _index_scattered(one, constants, program.device)
         facts = program.facts - self.invalidates | self.provides
         return program.replace(graph=graph, blocks=blocks, facts=facts, constants=constants)
 
 
-def _index_scattered(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
+def _index_scattered(graph: fx.Graph, constants: dict[str, torch.Tensor], device: torch.device) -> None:
     """Places in very many runs are read and written by one kernel, which has them as a constant."""
     for node in list(graph.nodes):
         runs = node.args[-1] if node.target in (ops.take, ops.put) else ()
         if len(runs) > MOST_RUNS:
             index = torch.from_numpy(Indices(tuple(runs)).array)
+            index = index if device.type == "meta" else index.to(device)
             name = next((name for name, known in constants.items() if _same(known, index)), f"places_{len(constants)}")
             constants[name] = index
             with graph.inserting_before(node):
