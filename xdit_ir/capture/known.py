@@ -100,6 +100,30 @@ def write_known(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: T
             member.known = None
 
 
+def fill(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: TracedValue) -> bool:
+    """Do an in-place operator on a table of the model's own, if all is known and depends on no input.
+
+    What a write leaves as it is was none; what it changes is noted, so that the model is traced again with that.
+    """
+    owner = target.storage.owner
+    ready, (base, real) = _ready(recorder, args, kwargs), recorder.tables.get(owner, (None, None))
+    sources = expand(recorder.roots(tensors_in((args, kwargs))))
+    constant = all(root is Origin.CONSTANT or isinstance(root, FromBuffer) for root in sources)
+    if ready is None or base is None or real is None or base.known is None or not constant or facts(func).random:
+        return False
+    if target.known is None or storage_id(target.known) != storage_id(base.known):
+        return False
+    before = base.known.clone()
+    func(*ready[0], **ready[1])
+    if torch.equal(base.known, before):
+        return True
+    if recorder.frame.parent is not None:
+        base.known.copy_(before)
+        raise Unshareable(f"fills {owner!r}")
+    recorder.filled[owner] = real
+    return True
+
+
 def forget(target: TracedValue) -> None:
     """Forget the contents of a tensor and of all that share its storage."""
     for member in target.storage.members:

@@ -52,6 +52,8 @@ class Recorder(GraphWriter):
         self.read_buffers: dict[str, str] = {}
         self.buffers: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
+        self.tables: dict[str, tuple[TracedValue, torch.Tensor]] = {}
+        self.filled: dict[str, torch.Tensor] = {}
         self.predicates: list[Predicate] = []
         self._values: dict[int, TracedValue] = {}
         self._state_names: dict[int, list[str]] = {}
@@ -134,7 +136,9 @@ class Recorder(GraphWriter):
             names = [f"{CONSTANT}.{self._keep(real, names[0])}"]
             self.held[id(fake)] = real
         roots: Roots = frozenset({FromBuffer(names[0]) if origin is Origin.BUFFER else origin})
-        self.add(TracedValue(fake, None, Storage(None, owner=names[0]), (), None, 0, known, roots))
+        value = self.add(TracedValue(fake, None, Storage(None, owner=names[0]), (), None, 0, known, roots))
+        if known is not None:
+            self.tables[names[0]] = value, real
         self._state_names[id(fake)] = names
         return fake
 
@@ -194,6 +198,8 @@ class Recorder(GraphWriter):
     def node(self, tensor: torch.Tensor) -> fx.Node:
         """The node that holds a tensor's contents now, in the current frame."""
         value = self.value(tensor)
+        if value.storage.owner in self.filled and value.known is not None:
+            return self._filled_node(value, value.known)
         if value.frame is None:
             return self._state_node(value)
         if value.frame is not self.frame:
@@ -204,6 +210,12 @@ class Recorder(GraphWriter):
             value.version = value.storage.version
         assert value.node is not None
         return value.node
+
+    def _filled_node(self, value: TracedValue, known: torch.Tensor) -> fx.Node:
+        """A table that forward has just filled, as a constant; the next trace finds it filled."""
+        node = self.constant(known.clone(), value.storage.owner, value.fake.device).node
+        assert node is not None
+        return node
 
     def _state_node(self, value: TracedValue) -> fx.Node:
         name = self.relative(self._state_names[id(value.fake)])
