@@ -53,6 +53,7 @@ class Recorder(GraphWriter):
         self.buffers: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.tables: dict[str, tuple[TracedValue, torch.Tensor]] = {}
+        self.casts: list[tuple[dict[str, Any], str, Any]] = []
         self.filled: dict[str, torch.Tensor] = {}
         self.predicates: list[Predicate] = []
         self._values: dict[int, TracedValue] = {}

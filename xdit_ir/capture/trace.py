@@ -29,7 +29,7 @@ from xdit_ir.capture.leaves import Leaves, Wanted
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import flatten_output, literal
-from xdit_ir.capture.plain import applied, odd_weight
+from xdit_ir.capture.plain import applied, odd_weight, uncast
 from xdit_ir.capture.reach import GLOBAL_HOOKS
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
@@ -188,7 +188,7 @@ def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorde
 def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks, leaves: Leaves) -> None:
     """Wrap every copied module's forward, so that paths are known and blocks are intercepted."""
     for path, module in skeleton.modules.items():
-        module.__dict__["_apply"] = guard = applied(path, module)
+        module.__dict__["_apply"] = guard = applied(path, module, recorder.casts)
         setattr(guard, TRACED, type(module)._apply)
         forward = module.forward
         if getattr(forward, "__name__", "") != "_forward_unimplemented":
@@ -225,7 +225,9 @@ def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str
     recorder.entry = _run.__code__
     try:
         with uncompiled(), Tracer(recorder), PythonReads(recorder):
-            return model(*args, **kwargs)
+            output = model(*args, **kwargs)
+            uncast(recorder.casts)
+            return output
     except (XditError, Unshareable, ShapeDepends):
         raise
     except Exception as error:
