@@ -173,8 +173,8 @@ def _explain(degree: int, batch: int) -> str:
             f"cfg={degree} divides the batch, but cutting the first dimension of no input divides the work, nor does a "
             f"cut between {degree} samples packed into one sequence; use cfg=1 with ulysses or ring"
         )
+    packed = "" if batch > 1 else " (with ulysses or ring, if samples are packed into one sequence)"
     return (
         f"cfg={degree} divides the batch, but the example has a batch of {batch}: "
-        f"give at least {degree} samples (conditional and unconditional), or use cfg={max(batch, 1)} "
-        "(samples packed into one sequence: with ulysses or ring)"
+        f"give at least {degree} samples (conditional and unconditional), or use cfg={max(batch, 1)}{packed}"
     )
