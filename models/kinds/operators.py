@@ -81,7 +81,6 @@ class ScanOperator(nn.Module):
 
         x = self.embed(x)
         _, x = scan(step, torch.zeros_like(x[:, 0]), x, dim=1)
-        x = x.movedim(0, 1)
         for block in self.blocks:
             x = block(x)
         return self.head(x)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
@@ -225,6 +226,11 @@ def _name(func: Any) -> str:
     return str(func._schema.name.rpartition("::")[2].strip("_"))
 
 
+def _is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of the trace, or wraps one in a transform of `torch.func`, below which it is seen."""
+    return isinstance(tensor, FakeTensor) or is_functorch_wrapped_tensor(tensor)
+
+
 class PythonReads(TorchFunctionMode):
     """Catches `numpy()`, `tolist()` and `torch.tensor(...)` in the model's code."""
 
@@ -242,13 +248,15 @@ class PythonReads(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._recorder.hollow and any(torch.is_autocast_enabled(kind) for kind in _ACCELERATORS):
             raise TraceError(f"{source_line()}: autocast on a device other than the model's; move it there")
-        if any(not isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
+        if any(not _is_traced(tensor) for tensor in tensors_in((args, kwargs))):
             args, kwargs = map_tensors((args, kwargs), self._to_fake)
         handler = self._handlers.get(func)
         return func(*args, **kwargs) if handler is None else handler(func, args, kwargs)
 
     def _to_fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """Real tensors become constants here: views of them do not pass through a dispatch mode."""
+        if _is_traced(tensor):
+            return tensor
         with self._recorder.recording(False):
             return self._recorder.value(tensor).fake
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xdit_ir.capture.flex import attend, is_flex
 from xdit_ir.capture.kernels import KERNELS, attend_by
 from xdit_ir.capture.known import compute, read, resolve, separate
+from xdit_ir.capture.loops import written_out
 from xdit_ir.capture.operators import (
     COMPARES,
     DEVICE,
@@ -63,6 +64,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if isinstance(func, HigherOrderOperator) and is_flex(func):
             return self._again(attend, self.recorder, *args, **kwargs)
+        if isinstance(func, HigherOrderOperator) and (loop := written_out(func)) is not None:
+            return self._again(loop, self.recorder, *args, **kwargs)
         if isinstance(func, HigherOrderOperator):
             raise self.recorder.opaque(f"{source_line()}: the higher-order operator {func} cannot be captured")
         if func is DEVICE:
