@@ -14,7 +14,8 @@ class PaddedStream(nn.Module):
 
     def __init__(self, width: int = 32, tokens: int = 256) -> None:
         super().__init__()
-        self.tokens, self.embed, self.blocks, self.head = tokens, nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
+        self.tokens, self.embed = tokens, nn.Linear(4, width)
+        self.blocks, self.head = blocks(width), nn.Linear(width, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [batch, tokens, 4]."""
@@ -80,5 +81,3 @@ class SoundAndPicture(nn.Module):
             s, p = own(s), other(p)
             s, p = s + see(s, p), p + hear(p, s)
         return self.sound_out(s), self.picture_out(p)
-
-

@@ -15,7 +15,8 @@ class FlexBias(nn.Module):
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(4, width), nn.Linear(width, 4)
-        self.qkv, self.mlps = (nn.ModuleList(m) for m in zip(*((nn.Linear(width, 3 * width), mlp(width)) for _ in range(3))))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(3))
+        self.mlps = nn.ModuleList(mlp(width) for _ in range(3))
         self.slopes = nn.Parameter(torch.rand(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,11 @@ class Vectorised(nn.Module):
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Tokens [batch, tokens, 4], one number a sample [batch]."""
-        x = torch.vmap(lambda tokens, s: self.embed(tokens) * torch.cos(s * torch.arange(len(tokens)))[:, None])(x, scale)
+
+        def one(tokens: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+            return self.embed(tokens) * torch.cos(s * torch.arange(len(tokens), device=tokens.device))[:, None]
+
+        x = torch.vmap(one)(x, scale)
         for block in self.blocks:
             x = block(x)
         return self.head(x)
@@ -56,8 +61,10 @@ class Differentiated(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [batch, tokens, 4]."""
+
         def energy(tokens: torch.Tensor) -> torch.Tensor:
             return (torch.sin(tokens) ** 2).sum()
+
         x = self.embed(x + torch.func.grad(energy)(x))
         for block in self.blocks:
             x = block(x)
@@ -97,7 +104,8 @@ class WhileOperator(nn.Module):
         """Tokens [batch, tokens, 4]."""
         from torch._higher_order_ops.while_loop import while_loop
 
-        _, x = while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, torch.tanh(1.1 * y)), (torch.tensor(0), self.embed(x)))
+        start = torch.tensor(0, device=x.device), self.embed(x)
+        _, x = while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, torch.tanh(1.1 * y)), start)
         for block in self.blocks:
             x = block(x)
         return self.head(x)

@@ -113,5 +113,3 @@ class Routed(nn.Module):
         for block, expert in zip(self.blocks, self.experts, strict=True):
             x = x + expert(block(x))
         return self.head(x)
-
-

@@ -16,7 +16,7 @@ class ConvolvedTokens(nn.Module):
         super().__init__()
         self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
         self.convs = nn.ModuleList(
-            nn.Sequential(nn.Conv1d(width, width, 5, padding=2, groups=width), nn.SiLU(), nn.Conv1d(width, width, 3, padding=1))
+            nn.Sequential(nn.Conv1d(width, width, 5, padding=2), nn.SiLU(), nn.Conv1d(width, width, 3, padding=1))
             for _ in range(3)
         )
 

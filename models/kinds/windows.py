@@ -16,7 +16,8 @@ class LocalKeys(nn.Module):
         super().__init__()
         self.block, self.halo, self.heads = block, halo, 4
         self.embed, self.head = nn.Linear(4, width), nn.Linear(width, 4)
-        self.qkv, self.mlps = (nn.ModuleList(m) for m in zip(*((nn.Linear(width, 3 * width), mlp(width)) for _ in range(3))))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(3))
+        self.mlps = nn.ModuleList(mlp(width) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [batch, tokens, 4]."""
@@ -84,7 +85,8 @@ class RelativeShift(nn.Module):
     def __init__(self, width: int = 32, tokens: int = 64) -> None:
         super().__init__()
         self.heads, self.embed, self.head = 4, nn.Linear(4, width), nn.Linear(width, 4)
-        self.qkv, self.mlps = (nn.ModuleList(m) for m in zip(*((nn.Linear(width, 3 * width), mlp(width)) for _ in range(3))))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(3))
+        self.mlps = nn.ModuleList(mlp(width) for _ in range(3))
         self.distances = nn.Parameter(torch.randn(2 * tokens - 1, width // 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,5 +122,3 @@ class PaddedShift(nn.Module):
             bias = F.pad(far, (1, 0)).view(b, self.heads, n + 1, n)[:, :, 1:]
             x = block(x, bias.tril())
         return self.head(x)
-
-

@@ -101,9 +101,17 @@ def _raises(code: CodeType, steps: Sequence[dis.Instruction], at: int, other: in
         if _is_branch(step):
             sides = (_place(code, step.argval), at + 1)
             rest = [side for side in sides if not _raises(code, steps, side, other)]
-            return len(rest) < len(sides) and all(side == other for side in rest)
+            return len(rest) < len(sides) and all(_goes_on_alike(steps, side, other) for side in rest)
         at = _place(code, step.argval) if step.opname == "JUMP_FORWARD" else at + 1
     return False
+
+
+def _goes_on_alike(steps: Sequence[dis.Instruction], left: int, right: int) -> bool:
+    """Whether two places are one, or both return the same constant, of which the compiler makes copies."""
+    ends = [[(step.opname, step.argval) for step in steps[at : at + 2]] for at in (left, right)]
+    returns = ends[0][0][0] == "RETURN_CONST" or ends[0][-1][0] == "RETURN_VALUE"
+    length = 1 if ends[0][0][0] == "RETURN_CONST" else 2
+    return left == right or (returns and ends[0][:length] == ends[1][:length])
 
 
 @lru_cache(maxsize=1024)

@@ -83,6 +83,8 @@ class Leaves:
         recorder, module = self.recorder, self.originals[path]
         with recorder.recording(False):
             call = describe_call(recorder, module.forward, args, kwargs)
+            given, spec = flatten_output((tuple(args), dict(kwargs)))
+            call = replace(call, leaves=given, spec=spec)
             described = self._describe(path, module, call)
             leaf = described.leaf
             state = [recorder.node(tensor) for tensor in _state(copied).values()]
@@ -109,7 +111,9 @@ class Leaves:
         kind = self.recorder.device.type
         cast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         state = _state(module)
-        leaf = Leaf(module, self.paths[path], leaves, call.spec, tuple(state), (), output_tensors, cast=cast)
+        leaf = Leaf(
+            module, self.paths[path], leaves, call.spec, tuple(state), (), unflatten_output, output_tensors, cast=cast
+        )
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             weights = _weights(state)
             if weights is None:

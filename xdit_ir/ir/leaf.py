@@ -22,10 +22,10 @@ from xdit_ir.ir.program import TensorSpec
 class Leaf:
     """One submodule: how tensors make up its arguments, what it returns, and which dims it treats one by one.
 
-    `leaves` are the flattened arguments, with None for tensors; `state` the names of its parameters and buffers.
-    `flatten` finds the tensors in what it returns. `aligned` has, for every dim of the results along which each index
-    is computed from the same index of operands alone, the operands that are divided with it. `cast` is the autocast in
-    force, by device type.
+    `leaves` are the flattened arguments, with None for tensors, of which `unflatten` makes arguments; `flatten` finds the
+    tensors in what is returned; `state` are the names of its parameters and buffers. `aligned` has, for every dim of
+    the results along which each index is computed from the same index of operands alone, the operands that are divided
+    with it. `cast` is the autocast in force, by device type.
     """
 
     module: nn.Module
@@ -34,6 +34,7 @@ class Leaf:
     in_spec: pytree.TreeSpec
     state: tuple[str, ...]
     outputs: tuple[TensorSpec, ...]
+    unflatten: Callable[[list[Any], pytree.TreeSpec], Any]
     flatten: Callable[[Any], list[torch.Tensor]]
     flops: int = 0
     aligned: tuple[tuple[int, tuple[int, ...]], ...] = ()
@@ -53,7 +54,7 @@ class Leaf:
         """What the module returns."""
         feed = iter(inputs)
         leaves = [next(feed) if isinstance(leaf, TensorSpec) else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+        args, kwargs = self.unflatten(leaves, self.in_spec)
         held = dict(zip(self.state, state, strict=True))
         if self.cast is None:
             return torch.func.functional_call(self.module, held, args, kwargs)
