@@ -70,7 +70,8 @@ def _computed(node: fx.Node, known: Known) -> torch.Tensor | None:
     """What a node gives; None where that is not known, or not determined, as the order of equal elements."""
     if node.target is operator.getitem:
         results = _called(operands(node)[0], known)
-        return results[node.args[1]] if isinstance(results, (tuple, list)) else None
+        place: Any = node.args[1]
+        return results[place] if isinstance(results, (tuple, list)) else None
     made = _called(node, known)
     return made if isinstance(made, torch.Tensor) else None
 
@@ -80,8 +81,8 @@ def _called(node: fx.Node, known: Known) -> Any:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not all(one in known for one in operands(node)):
         return None
-    args, named = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-    kwargs: dict[str, Any] = dict(named)
+    given: Any = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+    args, kwargs = given[0], dict(given[1])
     ties = target.overloadpacket in _SORTS and args[0].unique().numel() < args[0].numel()
     if torch.Tag.nondeterministic_seeded in target.tags or (ties and not kwargs.get("stable")):
         return None

@@ -27,6 +27,8 @@ class CastsItself(nn.Module):
 class FillsTable(nn.Module):
     """A table that is kept as a buffer of zeros, and filled at the first call as far as it is needed."""
 
+    cached: torch.Tensor
+
     def __init__(self, width: int = 32, longest: int = 128) -> None:
         super().__init__()
         self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)

@@ -59,7 +59,8 @@ class Timestep(nn.Module):
         """Sines and cosines of many wavelengths, and a feed-forward network."""
         rates = torch.exp(torch.arange(self.width // 2, device=t.device) * (-math.log(1000.0) / (self.width // 2)))
         angles = 1000 * t[:, None].float() * rates
-        out: torch.Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1).to(self.mlp[0].weight.dtype))
+        weight = next(self.mlp.parameters())
+        out: torch.Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1).to(weight.dtype))
         return out
 
 

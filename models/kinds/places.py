@@ -60,7 +60,7 @@ class ByModality(nn.Module):
         for attention, mlps in zip(self.attention, self.mlps, strict=True):
             x = x + attention(x)
             parts = x[:, order].split(sizes, dim=1)
-            x = x + torch.cat([net(part) for net, part in zip(mlps, parts, strict=True)], dim=1)[:, back]
+            x = x + torch.cat([net(part) for net, part in zip(mlps.children(), parts, strict=True)], dim=1)[:, back]
         return self.head(x)
 
 

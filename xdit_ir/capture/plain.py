@@ -53,8 +53,9 @@ def applied(path: str, module: nn.Module, casts: Casts) -> Callable[..., nn.Modu
     def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         for child in module.modules() if recurse else (module,):
             for holder in (child._parameters, child._buffers):
-                for name in [name for name in holder if holder[name] is not None]:
-                    tensor: torch.Tensor = holder[name]  # type: ignore[assignment]
+                held: dict[str, Any] = holder
+                for name in [name for name in held if held[name] is not None]:
+                    tensor: torch.Tensor = held[name]
                     made = fn(tensor)
                     if made.device != tensor.device:
                         raise TraceError(
@@ -62,8 +63,8 @@ def applied(path: str, module: nn.Module, casts: Casts) -> Callable[..., nn.Modu
                             f"to {made.device}; move weights before"
                         )
                     if made.dtype != tensor.dtype:
-                        casts.append((holder, name, dict.__getitem__(holder, name)))
-                        dict.__setitem__(holder, name, made)
+                        casts.append((held, name, dict.__getitem__(held, name)))
+                        dict.__setitem__(held, name, made)
         return module
 
     return apply

@@ -22,7 +22,7 @@ from xdit_ir.ir.program import TensorSpec
 class Leaf:
     """One submodule: how tensors make up its arguments, what it returns, and which dims it treats one by one.
 
-    `leaves` are the flattened arguments, with None for tensors, of which `unflatten` makes arguments; `flatten` finds the
+    `leaves` are the flattened arguments, with None for tensors, of which `unflatten` makes arguments; `flatten` finds
     tensors in what is returned; `state` are the names of its parameters and buffers. `aligned` has, for every dim of
     the results along which each index is computed from the same index of operands alone, the operands that are divided
     with it. `cast` is the autocast in force, by device type.

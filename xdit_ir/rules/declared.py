@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.library import CustomOpDef
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.declared import Declaration, Sizes, declaration_of, declare
@@ -45,7 +45,7 @@ def register_rule(
         ParallelizeError: the rule does not fit the operator, or PyTorch's own operator has a rule already.
     """
     packet = _packet(op)
-    schema = getattr(packet, packet.overloads()[0])._schema
+    schema = getattr(packet, packet.overloads()[0])._schema  # type: ignore[no-untyped-call]
     tensors = [argument.name for argument in schema.arguments if "Tensor" in str(argument.type)]
     operands, results = _parsed(rule, schema)
     if (len(operands), len(results)) != (len(tensors), len(schema.returns)):
