@@ -16,6 +16,7 @@ from torch import nn
 
 from . import entries as _entries
 from .build import build
+from .kinds.data import KINDS
 from .specs import ComplexRope, Entry, Ids, Integers, Made, Mask, Normal, Rope, Target, Values, materialize
 from .weights import randomize
 
@@ -32,6 +33,7 @@ __all__ = [
     "Values",
     "entry",
     "families",
+    "kinds",
     "load",
     "names",
     "randomize",
@@ -51,9 +53,14 @@ def names() -> list[str]:
     return sorted(_registry())
 
 
+def kinds() -> list[str]:
+    """The names of small modules that each do one thing that research code does; `load` takes them with `:tiny`."""
+    return sorted(KINDS)
+
+
 def entry(name: str) -> Entry:
     """The data behind a name (with or without `:tiny`)."""
-    registry = _registry()
+    registry = {**_registry(), **KINDS}
     base, colon, variant = name.partition(":")
     if base not in registry or (colon and variant not in ("tiny", *registry[base].sizes)):
         variants = ((known, suffix) for known, data in registry.items() for suffix in ("", "tiny", *data.sizes))

@@ -72,7 +72,8 @@ def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Att
     axis = replace(axis, is_context=True)
     if node.op == "placeholder":
         features = tried.sums_up() or dim == len(shape) - 1 > 0
-        return axis, None if features or tried.attention_mesh_dims("batch") else tried
+        samples = dim == 0 and tried.attention_mesh_dims("batch")  # of another dim: windows of tokens
+        return axis, None if features or samples else tried
     inner = 0 < dim < len(shape) - 1
     return axis, probe.attempt({node.name: (cut, Layout.whole(len(shape)))}) if inner else None
 

@@ -58,11 +58,15 @@ class SplitBatch:
         trial = Propagation(program, self.mesh)
         values = [node for node in leading_values(program.graph) if node.meta[SPEC].shape]
         inputs = [node for node in program.graph.nodes if node in values and node.op == "placeholder"]
-        tried = [choice for node in inputs if (choice := self._tried(trial, node, {})) is not None]
         whole = program_flops(program, None)[0]
-        best = min(tried, key=lambda one: one.work, default=None)
+        tried: list[_Choice] = []
+        for group in (inputs, [node for node in batched_inputs(program) if node not in inputs]):
+            tried += [choice for node in group if (choice := self._tried(trial, node, {})) is not None]
+            best = min(tried, key=lambda one: one.work, default=None)
+            if best is not None and best.work <= WORTH * whole:
+                break
         if best is None or best.work > WORTH * whole:
-            sizes = [one.size for one in tried] or [node.meta[SPEC].shape[0] for node in inputs]
+            sizes = [one.size for one in tried] or [node.meta[SPEC].shape[0] for node in batched_inputs(program)]
             batch = min(sizes, default=0)
             packed = self._packed(trial, program) if batch >= degree else None
             if packed is not None and packed.work <= WORTH * whole:
@@ -140,20 +144,25 @@ def _with_tokens(program: Program, seeds: Seeds) -> Program:
     return program.replace(tokens=(*streams, *rest))
 
 
+def batched_inputs(program: Program) -> list[fx.Node]:
+    """The inputs that may have a sample in each row, integers too."""
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.meta[SPEC].shape]
+
+
 def check_batch(program: Program, degree: int) -> None:
     """Raise `ParallelizeError` if no input has so many samples, before anything is listed for each rank.
 
     Tables and ids may be longer than the batch, so a degree that is large is tried with two ranks first.
     """
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.meta[SPEC].shape]
-    sizes = [node.meta[SPEC].shape[0] for node in inputs]
+    sizes = [node.meta[SPEC].shape[0] for node in batched_inputs(program)]
     if LARGE < degree <= max(1, *sizes):
         try:
             halves = SplitBatch(Mesh.of(**{BATCH: 2})).apply(program)
         except ParallelizeError:
             raise ParallelizeError(_explain(degree, 1)) from None
-        found = [node for node in halves.graph.nodes if node.op == "placeholder" and node.meta[SPEC].shape]
-        sizes = [node.meta[SPEC].shape[0] for node in found if node.meta[LAYOUT].dims[0] is not None] or [degree]
+        sizes = [
+            node.meta[SPEC].shape[0] for node in batched_inputs(halves) if node.meta[LAYOUT].dims[0] is not None
+        ] or [degree]
     if degree > max(1, *sizes):
         raise ParallelizeError(_explain(degree, min(sizes, default=1)))
 
@@ -164,7 +173,8 @@ def _explain(degree: int, batch: int) -> str:
             f"cfg={degree} divides the batch, but cutting the first dimension of no input divides the work, nor does a "
             f"cut between {degree} samples packed into one sequence; use cfg=1 with ulysses or ring"
         )
+    packed = "" if batch > 1 else " (with ulysses or ring, if samples are packed into one sequence)"
     return (
         f"cfg={degree} divides the batch, but the example has a batch of {batch}: "
-        f"give at least {degree} samples (conditional and unconditional), or use cfg={max(batch, 1)}"
+        f"give at least {degree} samples (conditional and unconditional), or use cfg={max(batch, 1)}{packed}"
     )

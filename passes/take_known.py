@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,17 +13,17 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import copy_graph, remove_dead
-from xdit_ir.ir.partition import Indices
-from xdit_ir.ir.program import CONSTANT, SPEC, Program
+from xdit_ir.ir.partition import Indices, IntArray
+from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
-from xdit_ir.passes.views import VIEWS
+from xdit_ir.passes.known_integers import Known, known_integers
 
 aten = torch.ops.aten
 SELECTED = (aten.index_select.default, aten.index_copy.default)
 INDEXED = (aten.index.Tensor, aten._unsafe_index.Tensor)
 WRITTEN = (aten.index_put.default, aten._unsafe_index_put.default)
-# Each run is a copy on its own; what is more scattered is better left to one gathering kernel.
-MOST_RUNS = 64
+# What is more scattered is too much to follow.
+MOST_RUNS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,18 @@ class TakeKnown:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
 
     def apply(self, program: Program) -> Program:
-        """The program with constant selections along one dim as `take` and `put`."""
-        blocks = {
-            name: replace(block, graph=_rewritten(block.graph, program.constants))
-            for name, block in program.blocks.items()
-        }
-        return program.replace(graph=_rewritten(program.graph, program.constants), blocks=blocks)
+        """The program with constant selections along one dim, or several as one, as `take` and `put`."""
+        known = known_integers(program)
+        blocks = {name: replace(block, graph=_rewritten(block.graph, known)) for name, block in program.blocks.items()}
+        return program.replace(graph=_rewritten(program.graph, known), blocks=blocks)
 
 
-def _rewritten(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> fx.Graph:
-    graph = copy_graph(graph)
+def _rewritten(source: fx.Graph, known: Known) -> fx.Graph:
+    graph = copy_graph(source)
+    contents = {new: known[old] for old, new in zip(source.nodes, graph.nodes, strict=True) if old in known}
     for node in list(graph.nodes):
         found = _selection(node) if node.op == "call_function" else None
-        kept = _known(found.index, constants, found.size) if found is not None else None
+        kept = _places(found, contents) if found is not None else None
         if found is not None and kept is not None and len(kept.runs) <= MOST_RUNS:
             node.replace_all_uses_with(_written(Emitter(graph, node), found, kept))
     remove_dead(graph)
@@ -56,56 +55,78 @@ def _rewritten(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> fx.Gra
 
 @dataclass(frozen=True)
 class _Selection:
-    """Reading `index` of one dim of `x`, or writing `values` there."""
+    """Reading `width` dims of `x` from `dim` on, at an index for each or a mask for all, or writing `values` there."""
 
     x: fx.Node
     dim: int
-    index: fx.Node
+    index: tuple[fx.Node, ...]
     values: fx.Node | None = None
+    width: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the dims that are indexed."""
+        sizes: tuple[int, ...] = self.x.meta[SPEC].shape[self.dim : self.dim + self.width]
+        return sizes
 
     @property
     def size(self) -> int:
-        size: int = self.x.meta[SPEC].shape[self.dim]
-        return size
+        """Of these dims as one."""
+        return math.prod(self.sizes)
+
+    def as_one(self, emitter: Emitter) -> fx.Node:
+        """`x` with these dims as one."""
+        shape = self.x.meta[SPEC].shape
+        return emitter.reshape(self.x, [*shape[: self.dim], self.size, *shape[self.dim + self.width :]])
 
 
 def _selection(node: fx.Node) -> _Selection | None:
     args: Any = node.args
     if node.target in SELECTED and args[0].meta[SPEC].shape:
-        return _Selection(args[0], args[1] % len(args[0].meta[SPEC].shape), *args[2:4])
+        return _Selection(args[0], args[1] % len(args[0].meta[SPEC].shape), (args[2],), *args[3:4])
     if node.target not in INDEXED + WRITTEN:
         return None
     given = [(dim, index) for dim, index in enumerate(args[1]) if index is not None]
-    if len(given) != 1 or len(given[0][1].meta[SPEC].shape) != 1 or (len(args) > 3 and args[3]):
+    if not given or (len(args) > 3 and args[3]):
         return None
-    return _Selection(args[0], *given[0], *args[2:3])
+    first, index = given[0][0], tuple(index for _, index in given)
+    values = args[2] if len(args) > 2 else None
+    if len(index) == 1 and index[0].meta[SPEC].dtype == torch.bool:
+        return _Selection(args[0], first, index, values, len(index[0].meta[SPEC].shape))
+    adjacent = [dim for dim, _ in given] == list(range(first, first + len(index)))
+    if not adjacent or any(len(one.meta[SPEC].shape) != 1 for one in index):
+        return None
+    return _Selection(args[0], first, index, values, len(index))
 
 
 def _written(emitter: Emitter, found: _Selection, kept: Indices) -> fx.Node:
     name = emitter.node.name
     if found.values is None:
-        if kept.is_whole(found.size):
-            return found.x
-        return emitter.emit(ops.take, found.x, found.dim, kept.runs, name=name)
-    part = [kept.size if d == found.dim else size for d, size in enumerate(emitter.node.meta[SPEC].shape)]
-    values = emitter.expand(found.values, part)
-    if kept.is_whole(found.size):
-        return values
-    return emitter.emit(ops.put, found.x, values, found.dim, kept.runs, name=name)
+        x = found.as_one(emitter)
+        return x if kept.is_whole(found.size) else emitter.emit(ops.take, x, found.dim, kept.runs, name=name)
+    shape = list(found.as_one(emitter).meta[SPEC].shape)
+    shape[found.dim] = kept.size
+    values = emitter.expand(found.values, shape)
+    if not kept.is_whole(found.size):
+        values = emitter.emit(ops.put, found.as_one(emitter), values, found.dim, kept.runs, name=name)
+    return emitter.reshape(values, emitter.node.meta[SPEC].shape)
 
 
-def _known(index: Any, constants: Mapping[str, torch.Tensor], size: int) -> Indices | None:
-    """The distinct positions that a constant names, not negative, in order; a mask names those where it is true."""
-    while index.op == "call_function" and index.target in VIEWS:
-        index = index.args[0]
-    owner, _, name = str(index.target).partition(".")
-    if index.op != "get_attr" or owner != CONSTANT or name not in constants:
+def _places(found: _Selection, contents: Known) -> Indices | None:
+    """The distinct positions that are named, in order, in all dims as one; None where they are not known."""
+    sizes = found.sizes if len(found.index) > 1 else (found.size,)
+    known = [_positions(contents.get(index), size) for index, size in zip(found.index, sizes, strict=True)]
+    arrays = [one for one in known if one is not None]
+    if len(arrays) < len(known):
         return None
-    value = constants[name].detach().cpu().reshape(-1)
-    if value.dtype == torch.bool:
-        value = value.nonzero().reshape(-1)
-    if value.dtype not in (torch.int64, torch.int32):
+    flat = np.ravel_multi_index(tuple(np.broadcast_arrays(*arrays)), sizes)
+    distinct = len(np.unique(flat)) == len(flat)
+    return Indices.of_array(flat.astype(np.int64)) if distinct else None
+
+
+def _positions(value: torch.Tensor | None, size: int) -> IntArray | None:
+    """The positions that a known index names, not negative; a mask names those where it is true."""
+    if value is None or value.dtype not in (torch.bool, torch.int64, torch.int32):
         return None
-    places: list[int] = torch.where(value < 0, value + size, value).tolist()
-    distinct = len(set(places)) == len(places)
-    return Indices.of_array(np.array(places, dtype=np.int64)) if distinct else None
+    value = value.reshape(-1).nonzero().reshape(-1) if value.dtype == torch.bool else value
+    return torch.where(value < 0, value + size, value).to(torch.int64).numpy()

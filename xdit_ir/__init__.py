@@ -14,6 +14,7 @@ from xdit_ir.errors import (
 )
 from xdit_ir.generation import Generation, generate
 from xdit_ir.porting.port import port
+from xdit_ir.rules.declared import register_rule
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.report import Report
 
@@ -34,5 +35,6 @@ __all__ = [
     "check",
     "generate",
     "port",
+    "register_rule",
     "trace",
 ]

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import xdit_ir as xir
 
 
 class Layer(nn.Module):
@@ -38,3 +41,13 @@ def test_hooks_take_part(check: Any) -> None:
     model.layers[1].register_forward_hook(lambda module, args, result: result - 1)
     program = check(model, (torch.randn(2, 5, 8),), (torch.randn(2, 5, 8),))
     assert len(list(program.calls)) == 3
+
+
+def test_a_counter_may_watch_a_port() -> None:
+    """Its hooks and modes are PyTorch's own, and see the calls, not the trace."""
+    model, x = Model().eval().requires_grad_(False), torch.randn(2, 5, 8)
+    ported = xir.port(model)
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            assert torch.equal(ported(x), model(x))
+    assert counter.get_total_flops() == 2 * 3 * 2 * 10 * 64

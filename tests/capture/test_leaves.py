@@ -143,3 +143,63 @@ def test_flops_are_counted() -> None:
     report = xir.trace(model, example).parallelize(ulysses=2).report()
     assert report.flops_total >= 3 * 2 * 24 * (16 * 48 + 16 * 3 + 16 * 16)
     assert max(report.flops_per_rank) < 0.6 * report.flops_total
+
+
+class Result:
+    """What a layer gives beside its tokens."""
+
+    def __init__(self, tokens: torch.Tensor, load: torch.Tensor) -> None:
+        self.tokens, self.load = tokens, load
+
+
+class WithObjects(nn.Module):
+    """Layers that are leaves take and return objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.linear = Experts(), nn.Linear(16, 16)
+
+    def forward(self, given: Result) -> Result:
+        tokens = self.experts(given.tokens)
+        steps = 1 + int(given.load.abs().max().clamp(max=0).item())
+        return Result(tokens * steps, given.load + tokens.sum(-1))
+
+
+class OfObjects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(16, 16), WithObjects()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.kind(Result(self.layer(x), x[..., 0]))
+        result: torch.Tensor = found.tokens * found.load[..., None]
+        return result
+
+
+def test_objects_go_into_leaves_and_come_out(run: Run, same: Run) -> None:
+    model, x = OfObjects().eval(), torch.randn(2, 12, 16)
+    program = trace(model, (x,))
+    (leaf,) = leaves(program)
+    assert len(leaf.outputs) == 2 and [dim for dim, _ in leaf.aligned] == [0, 1]
+    with torch.no_grad():
+        same(run(program, model, x * 2), model(x * 2))
+    result = xir.check(model, (x,), cfg=2)
+    assert result.ok, str(result)
+
+
+class OnlySome(nn.Module):
+    """Fails on nothing, as a maximum does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(1 + int(x.abs().max().clamp(max=0).item())):
+            x = self.linear(x).tanh()
+        return x
+
+
+def test_a_rank_without_rows_skips_a_leaf() -> None:
+    result = xir.check(Model(OnlySome).eval(), (torch.randn(1, 3, 16),), ulysses=4)
+    assert result.ok, str(result)

@@ -223,3 +223,52 @@ def test_a_failed_trace_leaves_nothing() -> None:
         with pytest.raises(ValueError, match="no"):
             xir.port(Model(write).eval())(X)
     assert len(LOG) == before and 7 not in TABLES
+
+
+class Tables(nn.Module):
+    """Buffers that forward writes into: `fill` does."""
+
+    def __init__(self, fill: Callable[[nn.Module], None]) -> None:
+        super().__init__()
+        self.linear, self.__dict__["fill"] = nn.Linear(4, 4), fill
+        self.register_buffer("table", torch.zeros(8, 4), persistent=False)
+        self.plain, self.filled = torch.zeros(8, 4), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.fill(self)
+        result: torch.Tensor = self.linear(x) + self.table[: len(x)] + self.plain[: len(x)]
+        return result
+
+
+def fill_once(model: Any) -> None:
+    if not model.filled:
+        model.table[:2] = torch.arange(8.0).view(2, 4)
+        model.table.mul_(2)
+        model.filled = True
+
+
+def fill_always(model: Any) -> None:
+    model.plain[:2] = torch.arange(8.0).view(2, 4)
+    model.plain[2:].fill_(3)
+
+
+def count_up(model: Any) -> None:
+    model.table.add_(1)
+
+
+@pytest.mark.parametrize("fill", [fill_once, fill_always])
+def test_tables_that_forward_fills_in_place(fill: Callable[[Any], None]) -> None:
+    model, untouched = Tables(fill).eval(), Tables(fill).eval()
+    untouched.load_state_dict(model.state_dict())
+    traced = xir.trace(model, (X,))
+    assert not model.table.any() and not model.plain.any() and not model.filled, "the model is left as it was"
+    with torch.no_grad():
+        want = untouched(X)
+        assert torch.equal(traced.parallelize(cfg=1).simulate(model, (X,))[0], want)
+        ported = xir.port(model)
+        assert torch.equal(ported(X), want) and torch.equal(ported(X), want)
+
+
+def test_a_buffer_that_counts_is_a_state() -> None:
+    with pytest.raises(xir.TraceError, match="keeps a state between calls, writing 'table'"):
+        xir.trace(Tables(count_up).eval(), (X,))

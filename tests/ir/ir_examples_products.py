@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from ir_examples import Sample, aten, example, named
 
 from xdit_ir.rules.spectral import NAMES as TRANSFORMS
@@ -34,6 +35,21 @@ def product(d, packet):
     if packet is aten.linalg_vecdot:
         return Sample(packet.default, args, {"dim": d.dim(3) if len(shapes[1]) == 3 else -1})
     return Sample(packet.default, (*args, [0, -1], [2, 0]) if packet is aten.tensordot else args)
+
+
+@example(aten._scaled_mm)
+def scaled(d, packet):
+    rows, inner, columns = (16 * d.int(1, 2) for _ in range(3))
+    left, right = d.tensor(rows, inner).to(torch.float8_e4m3fn), d.tensor(columns, inner).to(torch.float8_e4m3fn).t()
+    one = torch.ones(())
+    return Sample(packet.default, (left, right, one, one), {"out_dtype": torch.float32})
+
+
+@example(aten._grouped_mm)
+def grouped(d, packet):
+    rows, inner, columns = (16 * d.int(1, 2) for _ in range(3))
+    left, right = d.tensor(2 * rows, inner).bfloat16(), d.tensor(2, inner, columns).bfloat16()
+    return Sample(packet.default, (left, right, torch.tensor([rows, 2 * rows], dtype=torch.int32)))
 
 
 @example(aten.inner, aten.cdist)

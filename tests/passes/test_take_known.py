@@ -66,3 +66,34 @@ def test_equal_on_every_rank(degree: int) -> None:
 def test_places_that_repeat_stay_an_index() -> None:
     targets = [node.target for node in rewritten(Repeated()).graph.nodes]
     assert ops.take not in targets
+
+
+class Scattered(nn.Module):
+    """Everything in another order and back, then what a mask of rows and columns names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = torch.randperm(200, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        order = self.order
+        moved = x[:, torch.tensor(order)] * 2
+        x = moved[:, torch.argsort(torch.tensor(order))] + x
+        x[mask] = x[mask] * 3
+        return x
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_an_order_and_its_inverse_cancel(degree: int) -> None:
+    model, x = Scattered(), torch.randn(2, 200, 3)
+    mask = torch.rand(2, 200) > 0.5
+    program = run_passes(xir.trace(model, (x, mask)).ir, [Canonicalize(), TakeKnown()])
+    mesh = Mesh.of(ulysses=degree)
+    cut = Layout((None, mesh.divide(200, ("ulysses",)), None))
+    divided = Propagation(program, mesh).run({"x": (cut,)}).replace(mesh=mesh)
+    moved = [node.target for node in divided.graph.nodes if ops.is_relayout(node.target)]
+    assert moved.count(ops.gather) == 1 and set(moved) == {ops.shard, ops.gather}, "the output is gathered, and it only"
+    ranks = [Specialize(rank).apply(divided) for rank in range(degree)]
+    want = model(x.clone(), mask)
+    for (got,) in run_ranks(ranks, model_state(divided, model), [x, mask], torch.device("cpu")):
+        assert torch.equal(got, want)

@@ -139,7 +139,7 @@ class BufferGuards:
             if buffer.is_meta:  # released: nobody can write to it
                 continue
             if buffer.dtype != guard.value.dtype or not torch.equal(buffer.cpu(), guard.value):
-                raise MismatchError(f"buffer {name}: it was read while tracing ({guard.reason}) and has changed")
+                raise MismatchError(f"{name}: it was read while tracing ({guard.reason}) and has changed")
             self._accepted.note(name, [buffer])
 
 

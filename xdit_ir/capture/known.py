@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from xdit_ir.capture.assertions import only_answer
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.operators import aten, facts
-from xdit_ir.capture.predicates import predicate
+from xdit_ir.capture.predicates import predicate, weighed
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
@@ -99,6 +101,30 @@ def write_known(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: T
             member.known = None
 
 
+def fill(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: TracedValue) -> bool:
+    """Do an in-place operator on a table of the model's own, if all is known and depends on no input.
+
+    What a write leaves as it is was none; what it changes is noted, so that the model is traced again with that.
+    """
+    owner = target.storage.owner
+    ready, (base, real) = _ready(recorder, args, kwargs), recorder.tables.get(owner, (None, None))
+    sources = expand(recorder.roots(tensors_in((args, kwargs))))
+    constant = all(root is Origin.CONSTANT or isinstance(root, FromBuffer) for root in sources)
+    if ready is None or base is None or real is None or base.known is None or not constant or facts(func).random:
+        return False
+    if target.known is None or storage_id(target.known) != storage_id(base.known):
+        return False
+    before = base.known.clone()
+    func(*ready[0], **ready[1])
+    if torch.equal(base.known, before):
+        return True
+    if recorder.frame.parent is not None:
+        base.known.copy_(before)
+        raise Unshareable(f"fills {owner!r}")
+    recorder.filled[owner] = real
+    return True
+
+
 def forget(target: TracedValue) -> None:
     """Forget the contents of a tensor and of all that share its storage."""
     for member in target.storage.members:
@@ -113,6 +139,12 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
         if fact is not None:
             recorder.predicates.append(fact)
             return fact.value.clone()
+        held = weighed(recorder, value, what)
+        if held is not None:
+            return held
+        answer = only_answer(recorder.entry) if value.fake.numel() == 1 else None
+        if answer is not None:
+            return torch.full(value.fake.shape, answer, dtype=value.fake.dtype)
         raise _unknown(recorder, value.roots, what)
     note_read(recorder, value.roots, what)
     return value.known
@@ -194,6 +226,11 @@ def _name(func: Any) -> str:
     return str(func._schema.name.rpartition("::")[2].strip("_"))
 
 
+def _is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of the trace, or wraps one in a transform of `torch.func`, below which it is seen."""
+    return isinstance(tensor, FakeTensor) or is_functorch_wrapped_tensor(tensor)
+
+
 class PythonReads(TorchFunctionMode):
     """Catches `numpy()`, `tolist()` and `torch.tensor(...)` in the model's code."""
 
@@ -211,13 +248,15 @@ class PythonReads(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._recorder.hollow and any(torch.is_autocast_enabled(kind) for kind in _ACCELERATORS):
             raise TraceError(f"{source_line()}: autocast on a device other than the model's; move it there")
-        if any(not isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
+        if any(not _is_traced(tensor) for tensor in tensors_in((args, kwargs))):
             args, kwargs = map_tensors((args, kwargs), self._to_fake)
         handler = self._handlers.get(func)
         return func(*args, **kwargs) if handler is None else handler(func, args, kwargs)
 
     def _to_fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """Real tensors become constants here: views of them do not pass through a dispatch mode."""
+        if _is_traced(tensor):
+            return tensor
         with self._recorder.recording(False):
             return self._recorder.value(tensor).fake
 

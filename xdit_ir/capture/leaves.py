@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import ShapeDepends
 from xdit_ir.capture.fingerprint import fingerprint
-from xdit_ir.capture.outputs import flatten_output, literal, unflatten_output
+from xdit_ir.capture.outputs import flatten_output, literal, output_tensors, unflatten_output
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.state import StateWatch, refusal, same_contents, unchanged
 from xdit_ir.capture.values import NO_ROOTS, Origin, spec_of
@@ -83,6 +83,8 @@ class Leaves:
         recorder, module = self.recorder, self.originals[path]
         with recorder.recording(False):
             call = describe_call(recorder, module.forward, args, kwargs)
+            given, spec = flatten_output((tuple(args), dict(kwargs)))
+            call = replace(call, leaves=given, spec=spec)
             described = self._describe(path, module, call)
             leaf = described.leaf
             state = [recorder.node(tensor) for tensor in _state(copied).values()]
@@ -109,7 +111,9 @@ class Leaves:
         kind = self.recorder.device.type
         cast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         state = _state(module)
-        leaf = Leaf(module, self.paths[path], leaves, call.spec, tuple(state), (), cast=cast)
+        leaf = Leaf(
+            module, self.paths[path], leaves, call.spec, tuple(state), (), unflatten_output, output_tensors, cast=cast
+        )
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             weights = _weights(state)
             if weights is None:
@@ -135,9 +139,8 @@ class Leaves:
             raise ShapeDepends(path)
         outputs = tuple(item for item in shapes[0] if isinstance(item, TensorSpec))
         leaf = replace(leaf, outputs=outputs, flops=max(run[3] for run in runs))
-        if leaf.single:
-            results = [next(x for x in flat if isinstance(x, torch.Tensor)) for _, flat, _, _ in runs]
-            leaf = replace(leaf, aligned=tuple(_aligned(leaf, weights, [run[0] for run in runs], results)))
+        results = [[x for x in flat if isinstance(x, torch.Tensor)] for _, flat, _, _ in runs]
+        leaf = replace(leaf, aligned=tuple(_aligned(leaf, weights, [run[0] for run in runs], results)))
         return _Described(leaf, call, shapes[0], runs[0][2])
 
     def _inputs(self, call: SubmoduleCall, device: torch.device, seed: int) -> list[torch.Tensor]:
@@ -197,44 +200,54 @@ def _guessed(leaf: Leaf, call: SubmoduleCall) -> _Described:
 
 
 def _aligned(
-    leaf: Leaf, weights: list[torch.Tensor], inputs: list[list[torch.Tensor]], results: list[torch.Tensor]
+    leaf: Leaf, weights: list[torch.Tensor], inputs: list[list[torch.Tensor]], results: list[list[torch.Tensor]]
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The dims along which any selection of indices gives the same selection of the result, in every probe."""
-    for dim in range(results[0].dim()):
-        size = results[0].shape[dim]
-        operands = tuple(i for i, x in enumerate(inputs[0]) if x.dim() == results[0].dim() and x.shape[dim] == size > 1)
-        if operands and all(
-            _selects(leaf, weights, given, result, dim, operands, seed)
-            for seed, (given, result) in enumerate(zip(inputs, results, strict=True))
-        ):
-            yield dim, operands
+    """The dims along which any selection of indices gives the same selection of all results, in every probe."""
+    for dim in range(min((result.dim() for result in results[0]), default=0)):
+        sizes = {result.shape[dim] for result in results[0]}
+        for operands in _divisible(inputs[0], dim, results[0][0]) if len(sizes) == 1 else ():
+            if all(
+                _selects(leaf, weights, given, made, dim, operands, seed)
+                for seed, (given, made) in enumerate(zip(inputs, results, strict=True))
+            ):
+                yield dim, operands
+                break
+
+
+def _divisible(inputs: list[torch.Tensor], dim: int, result: torch.Tensor) -> Iterator[tuple[int, ...]]:
+    """Which operands may be divided with a dim of a result: all that are as long there, or those of as many dims."""
+    size = result.shape[dim]
+    long = tuple(i for i, x in enumerate(inputs) if x.dim() > dim and x.shape[dim] == size > 1)
+    yield from dict.fromkeys(some for some in (long, tuple(i for i in long if inputs[i].dim() == result.dim())) if some)
 
 
 def _selects(
     leaf: Leaf,
     weights: list[torch.Tensor],
     given: list[torch.Tensor],
-    result: torch.Tensor,
+    results: list[torch.Tensor],
     dim: int,
     operands: tuple[int, ...],
     seed: int,
 ) -> bool:
-    size = result.shape[dim]
+    size = results[0].shape[dim]
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     for count in {1, (size + 1) // 2, size}:
-        index = order[:count].to(result.device)
+        index = order[:count].to(results[0].device)
         part = [x.index_select(dim, index) if i in operands else x for i, x in enumerate(given)]
         try:
-            found = next(x for x in pytree.tree_leaves(leaf.run(part, weights)) if isinstance(x, torch.Tensor))
+            found = leaf.flatten(leaf.run(part, weights))
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
             return False
-        expected = result.index_select(dim, index)
-        if found.shape != expected.shape or not _close(found, expected):
+        expected = [result.index_select(dim, index) for result in results]
+        if len(found) != len(expected) or not all(map(_close, found, expected)):
             return False
     return True
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
     if not found.is_floating_point():
         return torch.equal(found, expected)
     wide = _TOLERANCE if found.dtype in (torch.float32, torch.float64) else 3e-2

@@ -233,6 +233,20 @@ class Bytes(Part):
         return self.label
 
 
+class Contents(Part):
+    """Of a tensor."""
+
+    def read(self) -> Mapping[Any, Any]:
+        return {"contents": self.item.detach().clone()}
+
+    def put(self, held: Mapping[Any, Any]) -> None:
+        with torch.no_grad():
+            self.item.detach().copy_(held["contents"])
+
+    def name(self, key: Any) -> str:
+        return self.label
+
+
 class Defaults(Part):
     """What a function was made with."""
 

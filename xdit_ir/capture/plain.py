@@ -16,6 +16,7 @@ from xdit_ir.errors import TraceError
 
 PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})  # classes of tensors that are what they look like
 _WRAPPERS = (DataParallel, DistributedDataParallel)
+Casts = list[tuple[dict[str, Any], str, Any]]
 _FSDP = "torch.distributed.fsdp"
 # What the hooks do that diffusers keeps in these modules.
 _HOOKS = {
@@ -45,20 +46,35 @@ def odd_tensor(name: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def applied(path: str, module: nn.Module) -> Callable[..., nn.Module]:
-    """What `to` and the like do to a module while it is traced: nothing, or they are refused."""
+def applied(path: str, module: nn.Module, casts: Casts) -> Callable[..., nn.Module]:
+    """What `to` and the like do to a copied module while it is traced: weights are cast at every call, by operators, as
+    long as forward runs, and noted in `casts`; moving them is refused."""
 
     def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
-            made = fn(tensor)
-            if (made.dtype, made.device) != (tensor.dtype, tensor.device):
-                raise TraceError(
-                    f"{path or 'the model'}: forward, or a hook around it, makes its {name} ({tensor.dtype}, "
-                    f"{tensor.device}) {made.dtype} on {made.device}; cast and move weights before"
-                )
+        for child in module.modules() if recurse else (module,):
+            for holder in (child._parameters, child._buffers):
+                held: dict[str, Any] = holder
+                for name in [name for name in held if held[name] is not None]:
+                    tensor: torch.Tensor = held[name]
+                    made = fn(tensor)
+                    if made.device != tensor.device:
+                        raise TraceError(
+                            f"{path or 'the model'}: forward, or a hook around it, moves its {name} ({tensor.device}) "
+                            f"to {made.device}; move weights before"
+                        )
+                    if made.dtype != tensor.dtype:
+                        casts.append((held, name, dict.__getitem__(held, name)))
+                        dict.__setitem__(held, name, made)
         return module
 
     return apply
+
+
+def uncast(casts: Casts) -> None:
+    """Give copied modules the weights back that they had."""
+    while casts:
+        holder, name, before = casts.pop()
+        dict.__setitem__(holder, name, before)
 
 
 def _odd(model: nn.Module) -> Iterator[str]:

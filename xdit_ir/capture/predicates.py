@@ -9,9 +9,10 @@ import torch
 from torch import fx
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import TracedValue
+from xdit_ir.capture.values import KNOWN_NUMEL, FromBuffer, Origin, TracedValue
 from xdit_ir.ir.program import CONSTANT, Predicate
 
 _SUMMARY = 64
@@ -49,6 +50,27 @@ def computed(recorder: Recorder, value: TracedValue) -> torch.Tensor | None:
         return None
     with torch.no_grad():
         return evaluate(Predicate(graph, paths, constants, torch.empty(0)), {})
+
+
+def weighed(recorder: Recorder, value: TracedValue, what: str) -> torch.Tensor | None:
+    """A number or flag that follows from the model's weights alone, which are guarded then; None of others."""
+    state = (Origin.PARAMETER, Origin.CONSTANT)
+    if value.fake.numel() > _SUMMARY or not all(root in state or isinstance(root, FromBuffer) for root in value.roots):
+        return None
+    if recorder.frame.parent is not None:
+        raise Unshareable("reads the contents of a parameter")
+    graph, _ = _cone(recorder, recorder.node(value.fake))
+    names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    held = {f"{CONSTANT}.{name}": constant for name, constant in recorder.constants.items()}
+    known = {**recorder.buffers, **recorder.weights, **held}
+    contents = {name: known[name] for name in names if name in known}
+    if len(contents) < len(names) or any(contents[name].numel() > KNOWN_NUMEL for name in names):
+        return None
+    for name in contents.keys() - held.keys():
+        recorder.buffers.setdefault(name, contents[name].detach().cpu().clone())
+        recorder.read_buffers.setdefault(name, f"{source_line()} ({what})")
+    with torch.no_grad():
+        return evaluate(Predicate(graph, (), contents, torch.empty(0)), {}).cpu()
 
 
 def _cone(recorder: Recorder, result: fx.Node) -> tuple[fx.Graph, tuple[str, ...]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,41 @@ _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_pers
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
 BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+def foreign_hooks(name: str) -> dict[int, Any]:
+    """Those of the global hooks of modules that are not PyTorch's own, as its counters of FLOPs have them."""
+    hooks: dict[int, Any] = getattr(global_hooks, name)
+    return {key: hook for key, hook in hooks.items() if not is_library(getattr(hook, "__module__", ""))}
+
+
+class _Hooks(Part):
+    """Of the global hooks of a name (`item`), those that are not PyTorch's own."""
+
+    def read(self) -> Mapping[Any, Any]:
+        return foreign_hooks(self.item)
+
+    def put(self, held: Mapping[Any, Any]) -> None:
+        hooks = getattr(global_hooks, self.item)
+        for key in foreign_hooks(self.item):
+            del hooks[key]
+        hooks.update(held)
+
+
+@contextmanager
+def watchers_away() -> Iterator[None]:
+    """Without PyTorch's own global hooks of modules, which would see a trace's copies of them."""
+    before = {name: dict(getattr(global_hooks, name)) for name in GLOBAL_HOOKS}
+    try:
+        for name in GLOBAL_HOOKS:
+            kept = foreign_hooks(name)
+            getattr(global_hooks, name).clear()
+            getattr(global_hooks, name).update(kept)
+        yield
+    finally:
+        for name, hooks in before.items():
+            getattr(global_hooks, name).clear()
+            getattr(global_hooks, name).update(hooks)
 
 
 class Reach:
@@ -44,7 +80,9 @@ class Reach:
         self._waiting: list[tuple[str, Any, bool]] = []
         self._homes = {"builtins", "collections"}
         self._push(roots)
-        self._push((f"the global hooks {name}", getattr(global_hooks, name)) for name in GLOBAL_HOOKS)
+        for name in GLOBAL_HOOKS:
+            self.parts.append(_Hooks(name, f"the global hooks {name}"))
+            self._push((f"the global hooks {name}", hook) for hook in foreign_hooks(name).values())
         while self._waiting:
             self._visit(*self._waiting.pop())
 

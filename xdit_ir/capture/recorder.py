@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Recorder(GraphWriter):
         self.device = torch.device("cpu") if self.hollow else device
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.active = True
+        self.entry: CodeType | None = None
         self.constants: dict[str, torch.Tensor] = {}
         self.placed: dict[str, torch.device] = {}
         self.held: dict[int, torch.Tensor] = {}
@@ -49,6 +51,10 @@ class Recorder(GraphWriter):
         self.read_inputs: dict[str, str] = {}
         self.read_buffers: dict[str, str] = {}
         self.buffers: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self.tables: dict[str, tuple[TracedValue, torch.Tensor]] = {}
+        self.casts: list[tuple[dict[str, Any], str, Any]] = []
+        self.filled: dict[str, torch.Tensor] = {}
         self.predicates: list[Predicate] = []
         self._values: dict[int, TracedValue] = {}
         self._state_names: dict[int, list[str]] = {}
@@ -123,13 +129,17 @@ class Recorder(GraphWriter):
             known = contents(real) if carried and real.numel() <= KNOWN_NUMEL else None
             if origin is Origin.BUFFER and known is not None:
                 self.buffers[names[0]] = known.clone()
+        if origin is Origin.PARAMETER and real.device.type != "meta":
+            self.weights[names[0]] = real
         if origin is Origin.CONSTANT and real.device.type == "meta":
             raise TraceError(f"the model holds a tensor without contents, {names[0]!r}, outside of its attributes")
         if origin is Origin.CONSTANT:
             names = [f"{CONSTANT}.{self._keep(real, names[0])}"]
             self.held[id(fake)] = real
         roots: Roots = frozenset({FromBuffer(names[0]) if origin is Origin.BUFFER else origin})
-        self.add(TracedValue(fake, None, Storage(None, owner=names[0]), (), None, 0, known, roots))
+        value = self.add(TracedValue(fake, None, Storage(None, owner=names[0]), (), None, 0, known, roots))
+        if known is not None:
+            self.tables[names[0]] = value, real
         self._state_names[id(fake)] = names
         return fake
 
@@ -189,6 +199,8 @@ class Recorder(GraphWriter):
     def node(self, tensor: torch.Tensor) -> fx.Node:
         """The node that holds a tensor's contents now, in the current frame."""
         value = self.value(tensor)
+        if value.storage.owner in self.filled and value.known is not None:
+            return self._filled_node(value, value.known)
         if value.frame is None:
             return self._state_node(value)
         if value.frame is not self.frame:
@@ -199,6 +211,12 @@ class Recorder(GraphWriter):
             value.version = value.storage.version
         assert value.node is not None
         return value.node
+
+    def _filled_node(self, value: TracedValue, known: torch.Tensor) -> fx.Node:
+        """A table that forward has just filled, as a constant; the next trace finds it filled."""
+        node = self.constant(known.clone(), value.storage.owner, value.fake.device).node
+        assert node is not None
+        return node
 
     def _state_node(self, value: TracedValue) -> fx.Node:
         name = self.relative(self._state_names[id(value.fake)])

@@ -10,7 +10,19 @@ from functools import lru_cache
 
 import torch
 
-_SKIP = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+_TORCH, _OURS = os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep
+_SKIP = (_TORCH, _OURS)
+_BETWEEN = (_OURS, *(_TORCH + name for name in ("_dynamo" + os.sep, "_compile.py", "overrides.py", "_ops.py")))
+
+
+def is_between(filename: str) -> bool:
+    """Whether a file is one of those that stand between an operator and its caller: the tracer's, the dispatcher's."""
+    return filename.startswith((*_BETWEEN, "<"))
+
+
+def is_torch(filename: str) -> bool:
+    """Whether a file is one of PyTorch's."""
+    return filename.startswith(_TORCH)
 
 
 @lru_cache(maxsize=4096)

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_ir.capture.fingerprint import TRACED
-from xdit_ir.capture.parts import ATOMS, MISSING, Part, Position, alike, same_entries
+from xdit_ir.capture.parts import ATOMS, MISSING, Contents, Part, Position, alike, same_entries
 from xdit_ir.capture.predicates import computed
 from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.recorder import Recorder
@@ -116,6 +116,10 @@ def writes_of(watch: StateWatch, skeleton: Skeleton, recorder: Recorder) -> tupl
             made.append(Write(part, before, dict(real.entries(write, before))))
         except _Unreal as problem:
             return [], refusal([write], f", which {problem}")
+    for owner, tensor in recorder.filled.items():
+        part, known = Contents(tensor, owner), recorder.tables[owner][0].known
+        assert known is not None
+        made.append(Write(part, part.read(), {"contents": ordinary(known)}))
     return [write for write in made if not same_contents(write.after, write.before)], None
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from xdit_ir.capture.blocks import Blocks, prune
 from xdit_ir.capture.caches import clean_caches
@@ -29,8 +29,8 @@ from xdit_ir.capture.leaves import Leaves, Wanted
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import flatten_output, literal
-from xdit_ir.capture.plain import applied, odd_weight
-from xdit_ir.capture.reach import GLOBAL_HOOKS
+from xdit_ir.capture.plain import applied, odd_weight, uncast
+from xdit_ir.capture.reach import GLOBAL_HOOKS, foreign_hooks, watchers_away
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
@@ -79,11 +79,16 @@ def trace(
     """
     if (odd := odd_weight(model)) is not None:
         raise TraceError(odd)
-    if any(getattr(global_hooks, name) for name in GLOBAL_HOOKS):
+    if any(foreign_hooks(name) for name in GLOBAL_HOOKS):
         raise TraceError(
             "hooks of all modules (register_module_forward_hook) would see copies of the model's modules; "
             "register them on the modules that they are for"
         )
+    with _disable_current_modes(), watchers_away():  # of counters and profilers around the call
+        return _traced(model, example, leaf, keep=keep)
+
+
+def _traced(model: nn.Module, example: Example, leaf: Sequence[Wanted], *, keep: bool) -> Program:
     program, writes = _captured(model, example, leaf)
     if not writes:
         return program
@@ -188,7 +193,7 @@ def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorde
 def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks, leaves: Leaves) -> None:
     """Wrap every copied module's forward, so that paths are known and blocks are intercepted."""
     for path, module in skeleton.modules.items():
-        module.__dict__["_apply"] = guard = applied(path, module)
+        module.__dict__["_apply"] = guard = applied(path, module, recorder.casts)
         setattr(guard, TRACED, type(module)._apply)
         forward = module.forward
         if getattr(forward, "__name__", "") != "_forward_unimplemented":
@@ -222,9 +227,12 @@ def _wrap(
 
 
 def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    recorder.entry = _run.__code__
     try:
         with uncompiled(), Tracer(recorder), PythonReads(recorder):
-            return model(*args, **kwargs)
+            output = model(*args, **kwargs)
+            uncast(recorder.casts)
+            return output
     except (XditError, Unshareable, ShapeDepends):
         raise
     except Exception as error:

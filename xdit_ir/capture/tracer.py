@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xdit_ir.capture.flex import attend, is_flex
 from xdit_ir.capture.kernels import KERNELS, attend_by
 from xdit_ir.capture.known import compute, read, resolve, separate
+from xdit_ir.capture.loops import written_out
 from xdit_ir.capture.operators import (
+    COMPARES,
     DEVICE,
     IDENTITY,
     MAYBE_WHOLE,
@@ -62,6 +64,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if isinstance(func, HigherOrderOperator) and is_flex(func):
             return self._again(attend, self.recorder, *args, **kwargs)
+        if isinstance(func, HigherOrderOperator) and (loop := written_out(func)) is not None:
+            return self._again(loop, self.recorder, *args, **kwargs)
         if isinstance(func, HigherOrderOperator):
             raise self.recorder.opaque(f"{source_line()}: the higher-order operator {func} cannot be captured")
         if func is DEVICE:
@@ -73,6 +77,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in READS:
             return func(*map_tensors(args, lambda tensor: read(self.recorder, tensor, _name(func))), **kwargs)
         self._check(func, args, kwargs)
+        if func in COMPARES:
+            return self._again(_compared, func, *args, **kwargs)
         if func in KERNELS:
             return self._again(attend_by, func, tuple(args), kwargs)
         args, kwargs = map_tensors((tuple(args), kwargs), lambda tensor: self.recorder.value(tensor).fake)
@@ -154,6 +160,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if view.result is not view.source:
             value = self.recorder.bind(view.result, node, known, source.roots)
             value.storage.owner = source.storage.owner
+
+
+def _compared(func: Any, left: torch.Tensor, right: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+    """`equal` and `allclose` element by element, so that what Python reads is one number."""
+    if func is aten.equal.default:
+        return left.shape == right.shape and bool((left == right).all())
+    return bool(torch.isclose(left, right, *args, **kwargs).all())
 
 
 def _name(func: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from xdit_ir.capture.failures import Unshareable
-from xdit_ir.capture.known import write_known
+from xdit_ir.capture.known import fill, write_known
 from xdit_ir.capture.operators import argument, aten, facts, functional_twin
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
@@ -29,6 +29,8 @@ def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if twin is None or len(names) > 1:
         raise recorder.opaque(f"{source_line()}: {func} writes in place and has no functional form")
     value = recorder.value(target)
+    if value.storage.owner and fill(recorder, func, args, kwargs, value):
+        return target
     _check_writable(recorder, value)
     kept = {key: item for key, item in kwargs.items() if key not in facts(func).out}
     node = _copied(recorder, args) if func is aten.copy_.default else _computed(recorder, twin, args, kept, target)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.declared import declaration_of
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.program import SPEC
@@ -53,6 +54,8 @@ FORMULAS: dict[Any, Formula] = {
     aten.mm: _product,
     aten.bmm: _product,
     aten.mv: _product,
+    aten._scaled_mm: _product,
+    aten._grouped_mm: _product,
     aten.addmm: _added,
     aten.baddbmm: _added,
     aten.conv1d: _conv,
@@ -70,6 +73,9 @@ def flops_as(node: fx.Node, target: Any, shapes: Sequence[Shape], out: Shape) ->
     """Multiplications and additions of a node, if its operator were `target`, for these operand and result shapes."""
     if isinstance(target, Leaf):
         return target.flops * math.prod(out) // max(math.prod(target.outputs[0].shape), 1)
+    declaration = declaration_of(target)
+    if declaration is not None:
+        return declaration.work(shapes, out)
     formula = FORMULAS.get(getattr(target, "overloadpacket", target))
     return 0 if formula is None else formula(node, shapes, out)
 
@@ -77,7 +83,9 @@ def flops_as(node: fx.Node, target: Any, shapes: Sequence[Shape], out: Shape) ->
 def counts(target: Any) -> bool:
     """Whether FLOPs of this operator are counted."""
     if isinstance(target, Leaf):
-        return target.single
+        return bool(target.outputs)
+    if declaration_of(target) is not None:
+        return True
     return getattr(target, "overloadpacket", target) in FORMULAS
 
 
@@ -90,4 +98,10 @@ def node_flops(node: fx.Node) -> int:
     """FLOPs of a node that is no block call, on one device."""
     if not is_counted(node):
         return 0
-    return flops_as(node, node.target, [source.meta[SPEC].shape for source in operands(node)], node.meta[SPEC].shape)
+    shapes = [source.meta[SPEC].shape for source in operands(node)]
+    return flops_as(node, node.target, shapes, first_of(node.meta[SPEC]).shape)
+
+
+def first_of(results: Any) -> Any:
+    """The first of several results (specs or layouts), or the only one; FLOPs are counted by its shape."""
+    return results[0] if isinstance(results, tuple) else results

@@ -6,7 +6,7 @@ so that layers may share a body and weights stay by reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from xdit_ir.ir.program import TensorSpec
 class Leaf:
     """One submodule: how tensors make up its arguments, what it returns, and which dims it treats one by one.
 
-    `leaves` are the flattened arguments, with None for tensors; `state` the names of its parameters and buffers.
-    `aligned` has, for every dim of the (only) result along which each index is computed from the same index of
-    operands alone, the operands that are divided with it. `cast` is the autocast in force, by device type.
+    `leaves` are the flattened arguments, with None for tensors, of which `unflatten` makes arguments; `flatten` finds
+    tensors in what is returned; `state` are the names of its parameters and buffers. `aligned` has, for every dim of
+    the results along which each index is computed from the same index of operands alone, the operands that are divided
+    with it. `cast` is the autocast in force, by device type.
     """
 
     module: nn.Module
@@ -33,6 +34,8 @@ class Leaf:
     in_spec: pytree.TreeSpec
     state: tuple[str, ...]
     outputs: tuple[TensorSpec, ...]
+    unflatten: Callable[[list[Any], pytree.TreeSpec], Any]
+    flatten: Callable[[Any], list[torch.Tensor]]
     flops: int = 0
     aligned: tuple[tuple[int, tuple[int, ...]], ...] = ()
     cast: tuple[str, torch.dtype] | None = None
@@ -51,7 +54,7 @@ class Leaf:
         """What the module returns."""
         feed = iter(inputs)
         leaves = [next(feed) if isinstance(leaf, TensorSpec) else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+        args, kwargs = self.unflatten(leaves, self.in_spec)
         held = dict(zip(self.state, state, strict=True))
         if self.cast is None:
             return torch.func.functional_call(self.module, held, args, kwargs)
@@ -59,7 +62,9 @@ class Leaf:
             return torch.func.functional_call(self.module, held, args, kwargs)
 
     def __call__(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Any:
-        tensors = [x for x in pytree.tree_leaves(self.run(inputs, state)) if isinstance(x, torch.Tensor)]
+        tensors = self.flatten(self.run(inputs, state))
+        if len(tensors) != len(self.outputs):
+            raise MismatchError(f"{self.__name__} returned {len(tensors)} tensors, expected {len(self.outputs)}")
         divisible = {dim for dim, _ in self.aligned}
         for tensor, spec in zip(tensors, self.outputs, strict=True):
             sizes = [

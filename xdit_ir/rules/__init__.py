@@ -25,6 +25,7 @@ from xdit_ir.rules import (
     windows,
 )
 from xdit_ir.rules.base import OpCall, OpSharding, Rule, gather_all
+from xdit_ir.rules.declared import declared_rule
 
 RULES: MappingProxyType[Any, Rule] = MappingProxyType(
     {
@@ -46,9 +47,13 @@ RULES: MappingProxyType[Any, Rule] = MappingProxyType(
 )
 
 
-@lru_cache(maxsize=4096)
 def rule_for(target: Any) -> Rule | None:
-    """The rule of an operator (an ATen overload or one of `xdit_ir.ir.ops`), or None."""
+    """The rule of an operator (an ATen overload, one of `xdit_ir.ir.ops`, or what a user declares), or None."""
+    return declared_rule(target) or _built_in(target)
+
+
+@lru_cache(maxsize=4096)
+def _built_in(target: Any) -> Rule | None:
     if isinstance(target, Leaf):
         return leaves.LEAF
     packet = getattr(target, "overloadpacket", target)

@@ -89,6 +89,21 @@ def _einsum(call: OpCall) -> Labels | str:
     return labels or "einsum takes a diagonal"
 
 
+def _scaled(call: OpCall) -> Labels:
+    """A product of few bits: rows are free, and their scales; kernels ask for columns in multiples of 16."""
+    shapes = {name: spec.shape for name, spec in zip(call.slots, call.specs, strict=True)}
+    scales = shapes.get("scale_a", ())
+    of_rows = (ROWS, None) if len(scales) == 2 and scales[0] == shapes["self"][0] > 1 else None
+    return by_argument(call, (ROWS, None), self=(ROWS, None), **({"scale_a": of_rows} if of_rows else {}))
+
+
+def _grouped(call: OpCall) -> Labels:
+    """Products of as many matrices: where both operands have a dim of groups these are free, and rows; else nothing."""
+    if any(len(spec.shape) != 3 for spec in call.specs[:2]):
+        return by_argument(call, (None,) * len(call.out.shape))
+    return by_argument(call, ("group", ROWS, None), self=("group", ROWS, None), mat2=("group", None, None))
+
+
 def _outer(call: OpCall) -> Labels:
     return Labels(((ROWS,), (COLUMNS,)), ((ROWS, COLUMNS),))
 
@@ -147,6 +162,8 @@ RULES = {
     **rules_of(_contraction(_linear, _once("bias", None)), aten.linear),
     **rules_of(_contraction(_added, _once("beta", 0)), aten.addmm, aten.baddbmm, aten.addmv, aten.addbmm),
     **rules_of(_contraction(_einsum), aten.einsum),
+    **rules_of(labelled(_scaled), aten._scaled_mm),
+    **rules_of(labelled(_grouped), aten._grouped_mm),
     **rules_of(_contraction(_outer), aten.outer, aten.ger),
     **rules_of(_contraction(_vecdot), aten.linalg_vecdot),
     **rules_of(_contraction(_tensordot), aten.tensordot),

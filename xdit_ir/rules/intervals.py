@@ -77,6 +77,24 @@ class Window:
         first, stop = (bisect_left(range(self.out), edge, key=self.centre) for edge in (start, end))
         return Indices.range(0 if start == 0 else first, self.out if end == self.size else stop)
 
+    def of(self, mesh: Mesh, partition: Partition) -> Partition | None:
+        """The results that ranks make: all that their parts determine, or, where that leaves some out, those of which
+        the window, less what reaches over into its neighbours', begins in their parts. None: it must be whole."""
+        if any(len(part.runs) > 1 for part in partition.parts):
+            return None
+        over = (self.reach - self.stride) // 2
+
+        def begun(part: Indices) -> Indices:
+            if not part.runs:
+                return part
+            start, end = interval(part)
+            first, stop = (bisect_left(range(self.out), edge - over, key=self.start) for edge in (start, end))
+            return Indices.range(0 if start == 0 else first, self.out if end == self.size else stop)
+
+        groups = {mesh.group(rank, mesh.dividing_dims(partition)) for rank in range(mesh.world_size)}
+        tried = (partition.map(self.out, makes) for makes in (self.makes, begun))
+        return next((made for made in tried if all(made.covers(group) for group in groups)), None)
+
     def border(self, held: Indices, made: Indices) -> Interval:
         """Padding to add before and after what a rank holds (negative: elements to drop) to make these results."""
         (start, end), (first, stop) = interval(held), interval(made)

@@ -119,7 +119,7 @@ def handle_empty_parts(call: OpCall, sharding: OpSharding) -> OpSharding:
             return _nothing(call, shapes[rank])
         return (call.node.target, call.node.args, call.node.kwargs) if make is None else make(rank)  # type: ignore[return-value]
 
-    return OpSharding(sharding.inputs, sharding.outputs, local)
+    return OpSharding(sharding.inputs, sharding.outputs, local, sharding.fallback)
 
 
 def _nothing(call: OpCall, shapes: Sequence[tuple[int, ...]]) -> LocalCall:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.partition import Partition
-from xdit_ir.rules.base import OpCall, OpSharding, Rule, as_outputs, choose, verified, whole
+from xdit_ir.rules.base import OpCall, OpSharding, Rule, as_layouts, as_outputs, choose, verified, whole
+from xdit_ir.rules.labels import handle_empty_parts
 
 
 def _leaf(call: OpCall) -> OpSharding:
@@ -25,18 +26,18 @@ def _sharding(call: OpCall, chosen: dict[int, Partition]) -> OpSharding:
     outputs = [Layout.whole(len(spec.shape)) for spec in call.results]
     for dim, aligned in leaf.aligned:
         if dim in chosen:
-            outputs[0] = outputs[0].with_dims({dim: chosen[dim]})
+            outputs = [output.with_dims({dim: chosen[dim]}) for output in outputs]
             for operand in aligned:
                 inputs[operand] = inputs[operand].with_dims({dim: chosen[dim]})
     kept = any(not layout.is_whole for layout in inputs)
     how = "runs on each rank's own part" if kept else "runs whole on every rank"
-    return OpSharding(tuple(inputs), as_outputs(call, outputs), fallback=f"opaque leaf ({leaf.reason}): {how}")
+    reason = f"opaque leaf ({leaf.reason}): {how}"
+    return handle_empty_parts(call, OpSharding(tuple(inputs), as_outputs(call, outputs), fallback=reason))
 
 
 def _demand(call: OpCall, wanted: Layout | tuple[Layout, ...]) -> tuple[Layout, ...] | None:
-    if not isinstance(wanted, Layout):
-        return None
-    return _sharding(call, {d: partition for d, partition in enumerate(wanted.dims) if partition is not None}).inputs
+    first = as_layouts(wanted)[0]
+    return _sharding(call, {d: partition for d, partition in enumerate(first.dims) if partition is not None}).inputs
 
 
 def _target(call: OpCall) -> Leaf:

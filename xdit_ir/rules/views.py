@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from functools import lru_cache
 
 import torch
@@ -11,7 +12,8 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.rules.base import LocalCall, OpCall, OpSharding, Rule, gather_all, rules_of, verified
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
+from xdit_ir.rules.intervals import Window
+from xdit_ir.rules.labels import Labels, by_argument, handle_empty_parts, labelled, plain
 
 aten = torch.ops.aten
 Dims = tuple[Partition | None, ...]
@@ -104,15 +106,16 @@ def _unflatten(parts: tuple[Indices, ...], sizes: tuple[int, ...]) -> Dims | Non
 
 @lru_cache(maxsize=8192)
 def regroup(mesh: Mesh, ins: tuple[int, ...], outs: tuple[int, ...], dims: Dims) -> tuple[Dims, Dims]:
-    """Dims of a view from shape `ins` to `outs`: the input's (undivided where no product fits) and the output's.
+    """Dims of a view from shape `ins` to `outs`: the input's (divided anew where no product fits) and the output's.
 
     >>> mesh = Mesh.of(ulysses=2)
     >>> tokens = mesh.divide(12, ("ulysses",))
     >>> needs, gives = regroup(mesh, (12, 64), (4, 3, 64), (tokens, None))
     >>> needs == (tokens, None), [dim and dim.sizes for dim in gives]  # each rank has two of four rows
     (True, [(2, 2), None, None])
-    >>> regroup(mesh, (12, 64), (3, 4, 64), (tokens, None))  # half of three rows is no product
-    ((None, None), (None, None, None))
+    >>> needs, gives = regroup(mesh, (12, 64), (3, 4, 64), (tokens, None))  # half of three rows is no product
+    >>> [dim and dim.sizes for dim in (*needs, *gives)]  # the tokens are divided by rows before
+    [(8, 4), None, (2, 1), None, None]
     """
     needs: list[Partition | None] = list(dims)
     gives: list[Partition | None] = [None] * len(outs)
@@ -139,7 +142,22 @@ def _divide(mesh: Mesh, ins: tuple[int, ...], dims: Dims, outs: tuple[int, ...])
             split = _unflatten(_flatten(ins, kept), outs)
             if split is not None and _orthogonal(mesh, split):
                 return kept, split
-    return (None,) * len(ins), (None,) * len(outs)
+    return _divide_anew(mesh, ins, dims, outs) or ((None,) * len(ins), (None,) * len(outs))
+
+
+def _divide_anew(mesh: Mesh, ins: tuple[int, ...], dims: Dims, outs: tuple[int, ...]) -> tuple[Dims, Dims] | None:
+    """Where ranks hold no product: an even division of a dim of the result, to which the operand is brought."""
+    talk = frozenset[str]().union(*(mesh.dividing_dims(dim) for dim in dims))
+    for d, size in enumerate(outs):
+        for many in itertools.accumulate(ins[:-1], operator.mul, initial=1):
+            if size % many or size // many < 2:
+                continue
+            segments = (size // many,) * many
+            split = tuple(mesh.divide(size, talk, 1, segments) if at == d else None for at in range(len(outs)))
+            kept = _unflatten(_flatten(outs, split), ins)
+            if kept is not None and _orthogonal(mesh, kept):
+                return kept, split
+    return None
 
 
 def _orthogonal(mesh: Mesh, dims: Dims) -> bool:
@@ -218,10 +236,34 @@ def _diag_embed(call: OpCall) -> Labels:
     return by_argument(call, names, self=(*range(ndim - 2), None))
 
 
-def _windows(call: OpCall) -> Labels:
-    """`unfold`: windows of a dim, which must be whole; their elements become the last dim."""
-    names = plain(call.specs[0], [call.arguments["dimension"]] if call.specs[0].shape else [])
-    return by_argument(call, (*names, None), self=names)
+def _unfold(call: OpCall) -> OpSharding:
+    """Windows of a dim, the elements of which become the last dim: each rank makes those in the middle of its part."""
+    layout = call.layouts[0].summed()
+    if not layout.dims:
+        return OpSharding((layout,), Layout.whole(1))
+    dim, window = _window(call)
+    partition = layout.dims[dim]
+    made = None if partition is None else window.of(call.mesh, partition)
+    needs = None if made is None else made.map(window.size, window.needed)
+    output = Layout((*layout.with_dims({dim: made}).dims, None))
+    return handle_empty_parts(call, OpSharding((layout.with_dims({dim: needs}),), output))
+
+
+def _unfold_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
+    if wanted.dims[-1] is not None or not call.specs[0].shape:
+        return None
+    dim, window = _window(call)
+    partition = wanted.dims[dim]
+    if partition is not None and any(len(part.runs) > 1 for part in partition.parts):
+        return None
+    needs = None if partition is None else partition.map(window.size, window.needed)
+    return (Layout(wanted.dims[:-1]).with_dims({dim: needs}),)
+
+
+def _window(call: OpCall) -> tuple[int, Window]:
+    given, shape = call.arguments, call.specs[0].shape
+    dim = given["dimension"] % len(shape)
+    return dim, Window(shape[dim], call.out.shape[dim], given["step"], 0, given["size"])
 
 
 def _strided(call: OpCall) -> OpSharding:
@@ -244,6 +286,6 @@ RULES = {
     **rules_of(labelled(_as_complex), aten.view_as_complex),
     **rules_of(labelled(_diagonal), aten.diagonal),
     **rules_of(labelled(_diag_embed), aten.diag_embed),
-    **rules_of(labelled(_windows), aten.unfold),
+    **rules_of(verified(Rule(_unfold, _unfold_demand)), aten.unfold),
     **rules_of(Rule(_strided), aten.as_strided, aten.as_strided_scatter),
 }

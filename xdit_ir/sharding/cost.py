@@ -9,16 +9,17 @@ from typing import Any
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.flops import counts, flops_as, is_counted, node_flops
+from xdit_ir.ir.flops import counts, first_of, flops_as, is_counted, node_flops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout, key_gather_dims, plan, scatter_plan
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, called_block
 
 Placed = tuple[TensorSpec, Layout]
+Results = tuple[Any, Any]
 
 
-def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Placed, mesh: Mesh) -> list[int]:
+def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Results, mesh: Mesh) -> list[int]:
     """FLOPs per rank of an operator on values of these types and layouts; nothing where none are counted.
 
     An attention meets all keys, whoever has them before it is lowered.
@@ -26,11 +27,12 @@ def step_flops(node: fx.Node, target: Any, sources: Sequence[Placed], out: Place
     if not counts(target):
         return []
     total = []
+    spec, layout = map(first_of, out)
     for rank in range(mesh.world_size):
-        shapes = [layout.local_shape(spec.shape, rank) for spec, layout in sources]
+        shapes = [where.local_shape(one.shape, rank) for one, where in sources]
         if target in ops.ATTENTIONS:
             shapes[1] = sources[1][0].shape
-        total.append(flops_as(node, target, shapes, out[1].local_shape(out[0].shape, rank)))
+        total.append(flops_as(node, target, shapes, layout.local_shape(spec.shape, rank)))
     return total
 
 

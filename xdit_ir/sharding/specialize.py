@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from xdit_ir.ir import ops
@@ -14,12 +15,17 @@ from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import operands, with_operands
 from xdit_ir.ir.layout import Layout, kind, part_of, plan, scatter_plan
 from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.partition import Indices
+from xdit_ir.ir.program import CONSTANT, SCOPE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.ir.program import LAYOUT as LAYOUT
-from xdit_ir.ir.program import SCOPE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.buffer_access import buffer_layout, read_of, write_of
 from xdit_ir.sharding.cost import ring_dims
+
+aten = torch.ops.aten
+# Fewer are copied one by one.
+MOST_RUNS = 64
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,32 @@ class Specialize:
             name: replace(block, graph=_localize(block.graph, program.mesh, self.rank))
             for name, block in program.blocks.items()
         }
+        constants = dict(program.constants)
+        for one in (graph, *(block.graph for block in blocks.values())):
+            _index_scattered(one, constants, program.device)
         facts = program.facts - self.invalidates | self.provides
-        return program.replace(graph=graph, blocks=blocks, facts=facts)
+        return program.replace(graph=graph, blocks=blocks, facts=facts, constants=constants)
+
+
+def _index_scattered(graph: fx.Graph, constants: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Places in very many runs are read and written by one kernel, which has them as a constant."""
+    for node in list(graph.nodes):
+        runs = node.args[-1] if node.target in (ops.take, ops.put) else ()
+        if len(runs) > MOST_RUNS:
+            index = torch.from_numpy(Indices(tuple(runs)).array)
+            index = index if device.type == "meta" else index.to(device)
+            name = next((name for name, known in constants.items() if _same(known, index)), f"places_{len(constants)}")
+            constants[name] = index
+            with graph.inserting_before(node):
+                held = graph.get_attr(f"{CONSTANT}.{name}")
+            held.meta = {SPEC: TensorSpec(tuple(index.shape), index.dtype), WHERE: node.meta[WHERE]}
+            *values, dim, _ = node.args
+            target = aten.index_select.default if node.target is ops.take else aten.index_copy.default
+            node.target, node.args = target, (values[0], dim, held, *values[1:])
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
 
 
 def _localize(graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Graph:

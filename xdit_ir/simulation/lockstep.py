@@ -13,7 +13,8 @@ from torch import fx
 from xdit_ir.errors import ExecutionError, VerifyError
 from xdit_ir.ir.collective_ops import Communicate, Reduce, ReduceScatter, Reshuffle, Ring, add_up, pack, unpack
 from xdit_ir.ir.interpret import Frame, Interpreter, State, Steps
-from xdit_ir.ir.program import Program
+from xdit_ir.ir.named_tensors import constants_on
+from xdit_ir.ir.program import CONSTANT, Program
 from xdit_ir.kernels.attention import RingMerge
 
 # Sees the rank, the name of the block call (empty: outer graph), a node of its body, and the value.
@@ -47,7 +48,12 @@ class RankInterpreter(Interpreter):
     def __init__(
         self, rank: int, program: Program, state: State, device: torch.device, observe: RankObserver | None
     ) -> None:
-        super().__init__(program, state, device, None if observe is None else functools.partial(observe, rank))
+        own = constants_on(program, (f"{CONSTANT}.{name}" for name in program.constants), device)
+
+        def held(name: str) -> torch.Tensor:
+            return own[name] if name in own else state(name)
+
+        super().__init__(program, held, device, None if observe is None else functools.partial(observe, rank))
         self.rank = rank
 
     def node(self, node: fx.Node, frame: Frame) -> Steps:

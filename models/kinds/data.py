@@ -1,0 +1,63 @@
+"""The kinds as data."""
+# fmt: off
+
+from __future__ import annotations
+
+from ..specs import Entry, Integers, Mask, Normal, Values
+
+HERE = "xdit_ir.models.kinds"
+TOKENS = Normal((2, 64, 4))
+IMAGE = Normal((2, 4, 16, 16))
+
+
+def _kind(path: str, **inputs: object) -> Entry:
+    return Entry(cls=f"{HERE}.{path}", tiny_inputs=inputs, no_denoiser="a kind of code")
+
+
+_SAMPLES = [0] * 24 + [1] * 40
+_PLACES = [[False] * 8 + [True] * 48 + [False] * 8, [True] * 48 + [False] * 16]
+
+KINDS = {
+    "kind-symmetric-pairs": _kind("reads:SymmetricPairs", x=TOKENS, pairs=Normal((64, 64))),
+    "kind-finite-only": _kind("reads:FiniteOnly", x=IMAGE, t=Values([0.75, 0.25])),
+    "kind-library-decoder": _kind("reads:LibraryDecoder", x=TOKENS, text=Normal((2, 16, 32))),
+    "kind-extra-for-noisy": _kind("reads:ExtraForNoisy", x=TOKENS, t=Normal((2, 64))),
+    "kind-routed": _kind("reads:Routed", x=TOKENS),
+    "kind-object-leaves": _kind("leaves:ObjectLeaves", x=TOKENS),
+    "kind-few-rows": _kind("leaves:FewRows", x=Normal((1, 66, 4)), cameras=Normal((1, 3, 4)), t=Values([0.75])),
+    "kind-masked-tokens": _kind("batches:MaskedTokens", ids=Integers((2, 64), 100)),
+    "kind-tokens-and-step": _kind(
+        "batches:TokensAndStep", codes=Integers((2, 8, 8), 129), label=Values([3, 7], "int64"),
+        step=Values([750, 250], "int64")),
+    "kind-packed-samples": _kind(
+        "batches:PackedSamples", x=Normal((64, 4)), sample=Values(_SAMPLES, "int64"), t=Values([0.75, 0.25])),
+    "kind-casts-itself": _kind("fills:CastsItself", x=TOKENS, t=Values([0.75, 0.25])),
+    "kind-fills-table": _kind("fills:FillsTable", x=TOKENS),
+    "kind-fills-every-time": _kind("fills:FillsEveryTime", x=TOKENS),
+    "kind-images-in-text": _kind(
+        "places:ImagesInText", ids=Integers((2, 64), 100), image=Normal((2, 48, 4)), where=Values(_PLACES, "bool")),
+    "kind-interleaved": _kind("places:Interleaved", left=TOKENS, right=TOKENS),
+    "kind-by-modality": _kind("places:ByModality", x=TOKENS, kind=Integers((64,), 2)),
+    "kind-scanned": _kind("places:Scanned", x=IMAGE),
+    "kind-local-keys": _kind("windows:LocalKeys", x=TOKENS),
+    "kind-shifted-windows": _kind("windows:ShiftedWindows", x=IMAGE),
+    "kind-neighbourhood": _kind("windows:Neighbourhood", x=IMAGE),
+    "kind-relative-shift": _kind("windows:RelativeShift", x=TOKENS),
+    "kind-padded-shift": _kind("windows:PaddedShift", x=TOKENS),
+    "kind-padded-stream": _kind("balance:PaddedStream", x=Normal((2, 80, 4))),
+    "kind-refined-stream": _kind("balance:RefinedStream", x=Normal((2, 80, 4)), text=Normal((2, 16, 32))),
+    "kind-masked-text": _kind(
+        "balance:MaskedText", x=TOKENS, words=Normal((2, 256, 32)), mask=Mask(256, (20, 9))),
+    "kind-sound-and-picture": _kind("balance:SoundAndPicture", sound=Normal((2, 16, 4)), picture=Normal((2, 240, 4))),
+    "kind-convolved-tokens": _kind("sequences:ConvolvedTokens", x=TOKENS),
+    "kind-mixer": _kind("sequences:MixerLayers", x=TOKENS),
+    "kind-state-space": _kind("sequences:StateSpace", x=TOKENS),
+    "kind-cumulative-scan": _kind("sequences:CumulativeScan", x=TOKENS),
+    "kind-flex-bias": _kind("operators:FlexBias", x=TOKENS),
+    "kind-vectorised": _kind("operators:Vectorised", x=TOKENS, scale=Values([0.75, 0.25])),
+    "kind-differentiated": _kind("operators:Differentiated", x=TOKENS),
+    "kind-scan-operator": _kind("operators:ScanOperator", x=TOKENS),
+    "kind-while-operator": _kind("operators:WhileOperator", x=TOKENS),
+    "kind-eight-bits": _kind("operators:EightBits", x=TOKENS),
+    "kind-grouped-product": _kind("operators:GroupedProduct", x=TOKENS),
+}
