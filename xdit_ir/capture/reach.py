@@ -36,6 +36,7 @@ class Reach:
         self.parts: list[Part] = []
         self.library: list[Names] = []
         self.modules: list[tuple[str, nn.Module]] = []
+        self.objects: list[Any] = []  # of classes that are looked into
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self._seen: dict[int, Any] = {id(item): item for item in skip}
         self._known: set[str] = set()
@@ -89,6 +90,7 @@ class Reach:
             self.parts.append(part)
             self._push((part.name(key), entry) for key, entry in part.read().items())
         if not is_library(kind.__module__):
+            self.objects.append(item)
             self._classes(kind)
 
     def _module(self, label: str, module: nn.Module) -> None:
@@ -112,9 +114,7 @@ class Reach:
 
     def _function(self, label: str, function: types.FunctionType) -> None:
         self.parts.extend(parts_of(function, label))
-        self._push(
-            (label, entry) for entry in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        )
+        self._push((label, entry) for entry in (*(function.__defaults__ or ()), function.__kwdefaults__))
         self._push((f"{label}.{name}", entry) for name, entry in vars(function).items())
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             where = f"{name} in the closure of {function.__qualname__}"

@@ -90,7 +90,7 @@ class Specialisations:
             device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
         factory, mode = self._factory(device), self._mode(device)
         with factory.context.communicator.working():
-            refusal = gradient_refusal(factory.context.parameters, given.args, given.kwargs)
+            refusal = gradient_refusal(lambda: factory.context.parameters, given.args, given.kwargs)
             bound = None if refusal else self._find(mode, given)
             self._agree(factory, mode, given, bound, refusal)
             if refusal is not None:
