@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
@@ -194,6 +195,15 @@ def _name(func: Any) -> str:
     return str(func._schema.name.rpartition("::")[2].strip("_"))
 
 
+def check_lent(recorder: Recorder) -> None:
+    """Raise `TraceError` if forward wrote to the memory of a tensor through NumPy, where no operator tells."""
+    for array, before, tensor, users in recorder.lent:
+        written = array.tobytes() != before.tobytes()
+        if written and (users is None or len(recorder.value(tensor).node.users) > users):  # type: ignore[union-attr]
+            name = recorder.value(tensor).storage.owner or "a tensor"
+            raise TraceError(f"forward writes to {name} through NumPy, which a program does not; write with torch")
+
+
 class PythonReads(TorchFunctionMode):
     """Catches `numpy()`, `tolist()` and `torch.tensor(...)` in the model's code."""
 
@@ -222,8 +232,16 @@ class PythonReads(TorchFunctionMode):
             return self._recorder.value(tensor).fake
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
-        with self._recorder.recording(False):
-            return func(read(self._recorder, args[0], f"{func.__name__}()").clone(), *args[1:], **kwargs)
+        recorder = self._recorder
+        with recorder.recording(False):
+            result = func(read(recorder, args[0], f"{func.__name__}()").clone(), *args[1:], **kwargs)
+            if isinstance(result, np.ndarray):
+                value = recorder.value(args[0])
+                given = (argument.storage for argument in recorder.frame.arguments)
+                own = bool(value.storage.owner) or any(value.storage is storage for storage in given)
+                users = [] if own else list(recorder.node(args[0]).users)
+                recorder.lent.append((result, result.copy(), args[0], None if own else len(users)))
+        return result
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
         data = args[0] if args else kwargs.get("data", kwargs.get("obj"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import types
 import weakref
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ _STATE = ("_parameters", "_buffers")
 _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set")
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
 BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
+_ENVIRONMENT = ("environ", "getenv")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -48,6 +50,12 @@ class Reach:
         self._push((f"the global hooks {name}", getattr(global_hooks, name)) for name in GLOBAL_HOOKS)
         while self._waiting:
             self._visit(*self._waiting.pop())
+
+    @property
+    def code(self) -> list[tuple[str, Any]]:
+        """Classes, functions and Python modules."""
+        kinds = (type, types.FunctionType, types.ModuleType)
+        return [(item.__name__, item) for item in self._seen.values() if isinstance(item, kinds)]
 
     def _visit(self, label: str, item: Any, named: bool) -> None:
         """`named`: it was found by its name in code."""
@@ -157,6 +165,8 @@ class Reach:
     def _know(self, names: Iterable[str]) -> None:
         new = set(names) - self._known
         self._known |= new
+        if not new.isdisjoint(_ENVIRONMENT):
+            self._push([("os.environ", getattr(os.environ, "_data", None))])
         for name in new:
             for space, opaque in self._spaces.get(name, ()):
                 if name not in space.names and name in vars(space.item):

@@ -50,6 +50,7 @@ class Recorder(GraphWriter):
         self.read_buffers: dict[str, str] = {}
         self.buffers: dict[str, torch.Tensor] = {}
         self.predicates: list[Predicate] = []
+        self.lent: list[tuple[Any, Any, torch.Tensor, int | None]] = []  # arrays, what they held, of which tensors
         self._values: dict[int, TracedValue] = {}
         self._state_names: dict[int, list[str]] = {}
         self.outside: dict[int, str] = {}

@@ -22,8 +22,8 @@ from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unsh
 from xdit_ir.capture.fingerprint import TRACED, fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
-from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
-from xdit_ir.capture.known import PythonReads, readable
+from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named, sharing
+from xdit_ir.capture.known import PythonReads, check_lent, readable
 from xdit_ir.capture.ladder import FAILURES, Rung
 from xdit_ir.capture.leaves import Leaves, Wanted
 from xdit_ir.capture.libraries import replacements
@@ -127,8 +127,11 @@ def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functi
         given = ArgumentState(args, in_spec, skeleton.copy_of)
         call = call_arguments(inspect.signature(model.forward), given.named, by_name)
         output = _run(skeleton.model, recorder, *call)
+        check_lent(recorder)
         effects = functools.partial(given.effects, values)
         signature = _signature(recorder, leaves, in_spec, output, skeleton.originals, effects)
+        if any(effect.write for effect in signature.effects) and (pair := sharing(leaves)):
+            raise TraceError(f"{' and '.join(pair)} share memory, and forward writes to what it is given")
         writes, refused = writes_of(watch, skeleton, recorder)
     program = _program(type(model).__name__, device, recorder, blocks, signature)
     if refused is not None:  # only of a program that would have been one

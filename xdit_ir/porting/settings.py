@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.capture.hidden import DRAWN
 from xdit_ir.capture.parts import Cell, Defaults, Names, Part, alike, same_entries
 from xdit_ir.capture.reach import BESIDE, Reach
 from xdit_ir.capture.versions import Versions
@@ -86,16 +87,19 @@ class ModelSettings:
     """Submodules, attributes, hooks, globals, closures and classes of a model and its code, as they are now. Contents
     of parameters and buffers are not part of it.
 
-    A trace depends on all of this; on most of it in fact not, so that a change means: trace again to be sure.
+    A trace depends on all of this; on most of it in fact not, so that a change means: trace again to be sure. The
+    same goes for code of objects in `given`, which forward gets.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._reach = reach = Reach([("", model)])
+    def __init__(self, model: nn.Module, given: Iterable[Any] = ()) -> None:
+        code = Reach(("an argument", item) for item in given).code
+        self._reach = reach = Reach([("", model), *code])
         modules = [module for _, module in reach.modules]
         typed = [*modules, *reach.objects]
         owners = [item for item in reach.objects if type(getattr(item, "__dict__", None)) is dict]
         states = [vars(module)[name] for module in modules for name in _STATE]
         dicts, parts = _split((*reach.parts, *reach.library), modules, states)
+        parts = [part for part in parts if not isinstance(part.item, DRAWN)]  # forward may not draw from these
         empty = {part for part in parts if type(part.item) in _PLAIN and not part.item}
         self._empty = sorted([*(part.item for part in empty), *(held for held in states if not held)], key=id)
         parts = [part for part in parts if part not in empty]

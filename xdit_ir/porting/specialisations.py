@@ -172,7 +172,8 @@ class Specialisations:
         finally:
             self.tracing = False
         guards = BufferGuards(self.model, program.original)
-        made = Specialisation(mode, ModelSettings(self.model), guards, program, runner)
+        objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
+        made = Specialisation(mode, ModelSettings(self.model, objects), guards, program, runner)
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]
             warnings.warn(
