@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.objects import Snapshot, expand_objects, snapshot
+from xdit_ir.capture.outputs import attributes_of
 from xdit_ir.capture.plain import PLAIN
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.ir.named_tensors import find_tensor
-from xdit_ir.ir.program import STATE, Guard, Program, TensorSpec
+from xdit_ir.ir.program import LAYOUT, STATE, Guard, Program, TensorSpec
 
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
@@ -82,6 +83,11 @@ def path_name(path: Sequence[Any]) -> str:
             name = str(getattr(key, "key", getattr(key, "name", key)))
             text += f".{name}" if text else name
     return text
+
+
+def layout_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Its strides, and where it begins."""
+    return (*tensor.stride(), tensor.storage_offset())
 
 
 def sharing(leaves: Iterable[tuple[str, Any]]) -> list[str]:
@@ -158,6 +164,7 @@ class InputBinder:
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
         self._accepted = _Accepted()
+        self._laid = any(path.startswith(LAYOUT) for path in self._guards)
         self._writes = any(effect.write for effect in program.signature.effects)
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -209,10 +216,14 @@ class InputBinder:
             if isinstance(leaf, torch.Tensor) or expected is not None or not _equal(now, wanted):
                 raise MismatchError(f"{path}: expected {_show(wanted)}, got {_show(leaf)}")
             return
+        if type(leaf) in PLAIN and leaf.__dict__ and (names := attributes_of(leaf)):
+            raise MismatchError(f"{path} has attributes of its own ({', '.join(names)}), which would be lost")
         if tuple(leaf.shape) != expected.shape or leaf.dtype != expected.dtype:
             raise MismatchError(f"{path}: expected {_show(expected)}, got {_show(leaf)}")
         if guard is not None:
             self._check_contents(guard, leaf)
+        if self._laid and layout_of(leaf) != self._guards[f"{LAYOUT}{path}"].value:
+            raise MismatchError(f"{path}: forward reads how tensors lie in memory, and this one lies otherwise")
 
     def _check_contents(self, guard: Guard, leaf: torch.Tensor) -> None:
         if self._accepted.has(guard.path, [leaf]):

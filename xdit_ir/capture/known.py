@@ -210,9 +210,13 @@ class PythonReads(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
-        reads = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+        texts = (torch.Tensor.__repr__, torch.Tensor.__format__)
+        reads = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, *texts)
         makers = (torch.tensor, torch.as_tensor, torch.asarray)
+        layouts = (torch.Tensor.stride, torch.Tensor.is_contiguous)
         self._handlers = {**dict.fromkeys(reads, self._read), **dict.fromkeys(makers, self._make)}
+        self._handlers |= dict.fromkeys(layouts, self._note_layout)
+        self._handlers[torch.Tensor.storage_offset] = self._refuse_offset
         self._handlers[torch.Tensor.new_tensor] = self._make_like
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -242,6 +246,15 @@ class PythonReads(TorchFunctionMode):
                 users = [] if own else list(recorder.node(args[0]).users)
                 recorder.lent.append((result, result.copy(), args[0], None if own else len(users)))
         return result
+
+    def _note_layout(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with self._recorder.recording(False):
+            if any(root is not Origin.CONSTANT for root in expand(self._recorder.value(args[0]).roots)):
+                self._recorder.read_layouts = f"{source_line()} ({func.__name__})"
+            return func(*args, **kwargs)
+
+    def _refuse_offset(self, func: Any, args: Any, kwargs: Any) -> Any:
+        raise TraceError(f"{source_line()}: {func.__name__}() is of the caller's memory, and not traced")
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
         data = args[0] if args else kwargs.get("data", kwargs.get("obj"))

@@ -186,7 +186,7 @@ class Members(Part):
     """Of a set."""
 
     def read(self) -> Mapping[Any, Any]:
-        return dict.fromkeys(sorted(self.item, key=hash))
+        return {entry: entry for entry in sorted(self.item, key=hash)}
 
     def put(self, held: Mapping[Any, Any]) -> None:
         self.item.clear()
@@ -368,11 +368,14 @@ def inner(item: Any) -> Iterable[tuple[str, Any]]:
         return (("", item.__func__),)
     if isinstance(item, property):
         return (("", one) for one in (item.fget, item.fset) if one is not None)
+    if isinstance(item, BaseException):
+        return (("", item.args),)
     if isinstance(item, types.MappingProxyType):
         return (("", held) for held in gc.get_referents(item))
     if isinstance(item, (types.BuiltinMethodType, types.MethodWrapperType)):
         owner = item.__self__
-        return (("", owner),) if hides(owner) or isinstance(owner, _HOLDERS) or hasattr(owner, "__next__") else ()
+        holds = isinstance(owner, (torch.Tensor, *_HOLDERS)) or hasattr(owner, "__next__")
+        return (("", owner),) if hides(owner) or (holds and not isinstance(owner, HIDING)) else ()
     return ()
 
 

@@ -96,7 +96,7 @@ class Reach:
             return
         for part in parts_of(item, label):
             self.parts.append(part)
-            self._push((part.name(key), entry) for key, entry in part.read().items())
+            self._push((part.name(pair[0]), entry) for pair in part.read().items() for entry in pair)
         if not is_library(kind.__module__):
             self.objects.append(item)
             self._classes(kind)

@@ -47,6 +47,7 @@ class Recorder(GraphWriter):
         self.held: dict[int, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.read_inputs: dict[str, str] = {}
+        self.read_layouts = ""  # where Python read how a tensor lies in memory
         self.read_buffers: dict[str, str] = {}
         self.buffers: dict[str, torch.Tensor] = {}
         self.predicates: list[Predicate] = []

@@ -97,7 +97,9 @@ class ModelSettings:
         modules = [module for _, module in reach.modules]
         typed = [*modules, *reach.objects]
         owners = [item for item in reach.objects if type(getattr(item, "__dict__", None)) is dict]
-        states = [vars(module)[name] for module in modules for name in _STATE]
+        used = set(model.modules())  # of others a program keeps the weights themselves
+        states = [vars(module)[name] for module in modules if module in used for name in _STATE]
+        kept = [tensor for module in modules if module not in used for tensor in _weights(module)]
         dicts, parts = _split((*reach.parts, *reach.library), modules, states)
         parts = [part for part in parts if not isinstance(part.item, DRAWN)]  # forward may not draw from these
         empty = {part for part in parts if type(part.item) in _PLAIN and not part.item}
@@ -117,7 +119,8 @@ class ModelSettings:
         ]
         self._ties = _ties(states)
         self._others = [(part, dict(part.read())) for part in parts if part not in together]
-        constants = [tensor for _, tensor in reach.tensors if not tensor.is_inference()]  # those nobody can write to
+        held = [*(tensor for _, tensor in reach.tensors), *kept]
+        constants = [tensor for tensor in held if not tensor.is_inference()]  # to those nobody can write
         self._versioned, self._versions = constants, list(map(_VERSION, constants))
         self._contents = [(tensor, tensor.detach().clone()) for tensor in constants if tensor.device.type == "cpu"]
 
@@ -161,6 +164,10 @@ def _split(
         else:
             dicts.append((held, partial(_entries, lambda held=held: held)))
     return dicts, others
+
+
+def _weights(module: nn.Module) -> Iterable[torch.Tensor]:
+    return chain(module.parameters(recurse=False), module.buffers(recurse=False))
 
 
 def _dict_of(item: Any) -> Any:
