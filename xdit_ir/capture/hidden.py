@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-_Read, _Put = Callable[[Any], Any], Callable[[Any, Any], Any]
 _SIMPLE: Any = getattr(ctypes, "_SimpleCData")  # noqa: B009
 DRAWN = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
 # Drawn from by functions of their modules, and watched otherwise.
@@ -37,22 +36,27 @@ def _put_file(item: Any, state: Any) -> None:
     item.seek(state[1])
 
 
+def _numpy(item: Any) -> Any:
+    return _bits(item).state
+
+
 def _put_numpy(item: Any, state: Any) -> None:
-    getattr(item, "bit_generator", item).state = state
+    _bits(item).state = state
+
+
+def _bits(item: Any) -> Any:
+    return getattr(item, "bit_generator", item)
 
 
 def _put_ctypes(item: Any, state: bytes) -> None:
     ctypes.memmove(ctypes.addressof(item), state, len(state))
 
 
-_KINDS: tuple[tuple[type | tuple[type, ...], _Read, _Put], ...] = (
+_Kind = tuple[type | tuple[type, ...], Callable[[Any], Any], Callable[[Any, Any], Any]]
+_KINDS: tuple[_Kind, ...] = (
     (random.Random, random.Random.getstate, random.Random.setstate),
     (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
-    (
-        (np.random.Generator, np.random.BitGenerator),
-        lambda item: getattr(item, "bit_generator", item).state,
-        _put_numpy,
-    ),
+    ((np.random.Generator, np.random.BitGenerator), _numpy, _put_numpy),
     (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
     (array.array, lambda item: (item.typecode, item.tobytes()), _put_array),
     (memoryview, memoryview.tobytes, _put_memory),

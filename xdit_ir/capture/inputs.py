@@ -85,7 +85,7 @@ def path_name(path: Sequence[Any]) -> str:
     return text
 
 
-def layout_of(tensor: torch.Tensor) -> tuple[int, ...]:
+def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Its strides, and where it begins."""
     return (*tensor.stride(), tensor.storage_offset())
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-try:
-    from torch._C._dynamo.guards import dict_version
-except ImportError:  # of a torch that does not count: every look finds another one
+from torch._C._dynamo import guards
 
-    def dict_version(held: dict[Any, Any]) -> Any:
-        """Never equal to another."""
-        return object()
+_VERSION: Any = getattr(guards, "dict_version", None)  # of a torch without, every dict may have changed
 
 
 class Versions:
@@ -20,11 +16,13 @@ class Versions:
 
     def __init__(self, held: Sequence[dict[Any, Any]]) -> None:
         self._held = list(held)
-        self._now = self._accepted = list(map(dict_version, self._held))
+        self._now = self._accepted = self._read()
 
     def changed(self) -> list[int]:
-        """The places of dicts that changed since the last `accept`."""
-        self._now = now = list(map(dict_version, self._held))
+        """The places of dicts that changed, or may have, since the last `accept`."""
+        self._now = now = self._read()
+        if not now:
+            return list(range(len(self._held)))
         if now == self._accepted:
             return []
         return [place for place, (one, other) in enumerate(zip(now, self._accepted, strict=True)) if one != other]
@@ -32,3 +30,6 @@ class Versions:
     def accept(self) -> None:
         """What `changed` saw is not what was changed."""
         self._accepted = self._now
+
+    def _read(self) -> list[int]:
+        return list(map(_VERSION, self._held)) if _VERSION else []

@@ -109,7 +109,7 @@ class ModelSettings:
         cells = [part for part in parts if type(part) is Cell and _is_filled(part.item)]
         functions = [part for part in parts if type(part) is Defaults]
         together = {*lists, *cells, *functions}
-        self._watched = [
+        self._watched: list[_Dicts | _Group] = [
             _Group([], lambda: map(type, typed)),
             _Group([], lambda: map(vars, owners)),
             _Dicts(dicts),
@@ -162,7 +162,7 @@ def _split(
         elif isinstance(part, Names):
             dicts.append((held, partial(_entries, part.read)))
         else:
-            dicts.append((held, partial(_entries, lambda held=held: held)))
+            dicts.append((held, partial(_entries, partial(_same, held))))
     return dicts, others
 
 
@@ -175,6 +175,10 @@ def _dict_of(item: Any) -> Any:
     if isinstance(item, type):
         return gc.get_referents(vars(item))[0]
     return item if isinstance(item, dict) else vars(item)
+
+
+def _same(held: Any) -> Any:
+    return held
 
 
 def _entries(read: Callable[[], Mapping[Any, Any]]) -> Iterable[Any]:
