@@ -18,7 +18,7 @@ from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.ir.named_tensors import find_tensor
-from xdit_ir.ir.program import LAYOUT, STATE, Guard, Program, TensorSpec
+from xdit_ir.ir.program import STRIDES, STATE, Guard, Program, TensorSpec
 
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class InputBinder:
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
         self._accepted = _Accepted()
-        self._laid = any(path.startswith(LAYOUT) for path in self._guards)
+        self._laid = any(path.startswith(STRIDES) for path in self._guards)
         self._writes = any(effect.write for effect in program.signature.effects)
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -222,7 +222,7 @@ class InputBinder:
             raise MismatchError(f"{path}: expected {_show(expected)}, got {_show(leaf)}")
         if guard is not None:
             self._check_contents(guard, leaf)
-        if self._laid and layout_of(leaf) != self._guards[f"{LAYOUT}{path}"].value:
+        if self._laid and layout_of(leaf) != self._guards[f"{STRIDES}{path}"].value:
             raise MismatchError(f"{path}: forward reads how tensors lie in memory, and this one lies otherwise")
 
     def _check_contents(self, guard: Guard, leaf: torch.Tensor) -> None:

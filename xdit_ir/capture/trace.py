@@ -42,7 +42,7 @@ from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.program import (
     CONSTANT,
-    LAYOUT,
+    STRIDES,
     STATE,
     WHERE,
     Effect,
@@ -270,7 +270,7 @@ def _signature(
     guards += tuple(_buffer_guard(recorder, name, reason) for name, reason in recorder.read_buffers.items())
     if recorder.read_layouts:
         laid = ((path, layout_of(leaf)) for path, leaf in leaves if isinstance(leaf, torch.Tensor))
-        guards += tuple(Guard(f"{LAYOUT}{path}", layout, recorder.read_layouts) for path, layout in laid)
+        guards += tuple(Guard(f"{STRIDES}{path}", layout, recorder.read_layouts) for path, layout in laid)
     predicates = tuple(recorder.predicates)
     return Signature(in_spec, tuple(inputs), out_spec, tuple(places), guards, predicates, effects)
 
