@@ -18,7 +18,7 @@ from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.ir.named_tensors import find_tensor
-from xdit_ir.ir.program import STRIDES, STATE, Guard, Program, TensorSpec
+from xdit_ir.ir.program import STATE, STRIDES, Guard, Program, TensorSpec
 
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:

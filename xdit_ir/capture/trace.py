@@ -42,8 +42,8 @@ from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.program import (
     CONSTANT,
-    STRIDES,
     STATE,
+    STRIDES,
     WHERE,
     Effect,
     Guard,
