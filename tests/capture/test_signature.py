@@ -112,13 +112,20 @@ def test_inputs(check: Check) -> None:
     assert [node.name for node in program.graph.nodes if node.op == "placeholder"] == ["x", "z", "y_0", "y_1"]
 
 
-def test_order_of_keys_and_way_of_passing_do_not_matter(run: Callable[..., Any]) -> None:
+def test_way_of_passing_does_not_matter(run: Callable[..., Any]) -> None:
     model = Takes()
     x, cond = X.round(), {"b": torch.ones(3), "a": [torch.arange(3.0)]}
     program = trace(model, {"x": x, "cond": cond, "u": x, "v": x * 2})
-    turned = {"a": cond["a"], "b": cond["b"]}
-    found = run(program, model, x, turned, v=x * 2, u=x)
-    assert torch.equal(found, model(x, turned, u=x, v=x * 2))
+    found = run(program, model, x, cond, u=x, v=x * 2)
+    assert torch.equal(found, model(x, cond, u=x, v=x * 2))
+
+
+def test_order_of_keys_matters() -> None:
+    """As forward may go through them in this order."""
+    cond = {"b": X, "a": [X]}
+    program = trace(Takes(), {"x": X, "cond": cond})
+    with pytest.raises(MismatchError, match=r"order of keys, expected x, cond.b, cond.a\[0\]"):
+        bind_inputs(Takes(), program, (X, {"a": [X], "b": X}), {})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -10,7 +11,9 @@ from torch import fx
 
 import xdit_ir as xir
 from xdit_ir import capture, models
+from xdit_ir.emission import recording
 from xdit_ir.emission.codegen import Code, generate
+from xdit_ir.emission.recording import Recording
 from xdit_ir.emission.sections import Kind, cut_sections, insert_moves
 from xdit_ir.emission.state import WeightReferences
 from xdit_ir.ir.graphs import placeholders, results_of
@@ -53,6 +56,30 @@ def test_sections_in_a_row_compute_what_the_forward_computes(
             values |= zip(section.gives, section.module(*(values[name] for name in section.takes)), strict=True)
     for node, expected in zip(results_of(code.run.graph), want, strict=True):
         assert torch.equal(values[node.name], expected)
+
+
+def test_a_recording_of_what_the_host_runs(
+    forward: tuple[Code, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are looked up again at each call, and whatever lies otherwise in memory is recorded anew."""
+    code, tensors = forward
+    begins = len(tensors) - len(code.weights) - len(code.constant_tensors(torch.device("cpu")))
+    work = [node for node in code.run.graph.nodes if node.op not in ("placeholder", "output")]
+    monkeypatch.setattr(recording, "_aside", contextlib.nullcontext)
+    monkeypatch.setattr(Recording, "_try", lambda *_: cut_sections(code.run, dict.fromkeys(work, Kind.HOST)))
+    recorded = Recording(code, None)
+    weights = [x.clone() for x in tensors[begins:]]
+    with torch.no_grad():
+        for factor in (1.0, 1.0, 0.5):
+            inputs = [x * factor if x.is_floating_point() else x for x in tensors[:begins]]
+            for found, wanted in zip(recorded(inputs, weights), code([*inputs, *weights]), strict=True):
+                assert torch.equal(found, wanted)
+            weights[0].mul_(1.1)
+    addresses = recorded._addresses
+    square = next(place for place, x in enumerate(weights) if x.dim() == 2)
+    weights[square].data = weights[square].t().contiguous().t()
+    recorded(tensors[:begins], weights)
+    assert recorded._addresses != addresses
 
 
 def test_a_moved_operand_is_a_node_that_can_be_written_as_code() -> None:

@@ -63,19 +63,22 @@ def disagreement(how: str, degrees: Degrees) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def other_scheduler_noise(degrees: Degrees) -> dict[str, Any]:
-    """Rank 1's scheduler draws other noise between two steps; three more are made."""
+    """Rank 1's scheduler draws other noise between two steps; three more are made. `calls`: so many of them."""
     module, model, example = _made("port", degrees)
+    calls = 0
 
     def steps(changed: int) -> None:
+        nonlocal calls
         x = example["x"]
         for step in range(5):
+            calls = step - changed
             x = x - 0.1 * module(**example | {"x": x})[:, : x.shape[1]]
             seed = 7 + _rank() if step == changed else 7
             x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
         x.tolist()
 
     steps(-1)
-    found = _failure(lambda: steps(1))
+    found = _failure(lambda: steps(1)) | {"calls": calls}
     found["afterwards"] = _error(module, model, example)
     return found
 

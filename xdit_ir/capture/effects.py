@@ -51,17 +51,12 @@ class ArgumentState:
         self._others = [(path, item, describe(item)) for path, item in others]
 
     def effects(self, values: Mapping[str, TracedValue], place: Callable[[torch.Tensor], int]) -> tuple[Effect, ...]:
-        """What forward did to the arguments; `place` makes a tensor one of the program's results.
-
-        A write to a tensor that is itself an argument is let pass: the caller's tensor is just not written.
-        """
+        """What forward did to the arguments; `place` makes a tensor one of the program's results."""
         for path, item, before in self._others:
             if describe(item) != before:
                 raise TraceError(f"forward writes to {_show(path)}, an object of type {type(item).__qualname__}")
-        written = {id(value.fake) for path, value in values.items() if value.storage.version and path not in self.named}
-        writes = [
-            Effect(path, (place(item),), write=True) for path, item in self._tensors if id(item) in written and path[1:]
-        ]
+        written = {id(value.fake) for value in values.values() if value.storage.version}
+        writes = [Effect(path, (place(item),), write=True) for path, item in self._tensors if id(item) in written]
         return (*writes, *(effect for holder in self._holders for effect in self._changes(holder, place)))
 
     def _changes(self, holder: _Holder, place: Callable[[torch.Tensor], int]) -> Iterator[Effect]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import types
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from xdit_ir.capture.parts import Bytes, is_opaque, parts_of
+from xdit_ir.capture.parts import Members, Part, is_opaque, parts_of
 from xdit_ir.capture.values import contents
 
 _SKIPPED = frozenset({"_parameters", "_buffers", "_modules"})
@@ -105,7 +107,7 @@ class _Printer:
         return (first, _form(tensor))
 
     def describe(self, item: Any) -> Any:
-        if isinstance(item, _VALUES):
+        if isinstance(item, _VALUES) and (isinstance(item, type) or not getattr(item, "__dict__", None)):
             return (type(item), item)
         if isinstance(item, types.FunctionType) and self._closures and id(item) not in self._seen:
             self._seen[id(item)] = len(self._seen)
@@ -132,21 +134,24 @@ class _Printer:
                 self.describe(item.args),
                 self.describe(item.keywords),
             )
-        if isinstance(item, (list, tuple)):
-            return (type(item), tuple(self.describe(entry) for entry in item))
-        if isinstance(item, (set, frozenset)):
-            return (type(item), frozenset(self.describe(entry) for entry in item))
-        if isinstance(item, (bytearray, np.ndarray)):
-            return (type(item), Bytes(item, "").read()[0])
-        if isinstance(item, dict):
-            return (
-                type(item),
-                tuple((self.describe(key), self.describe(entry)) for key, entry in item.items()),
-            )
+        if isinstance(item, weakref.ReferenceType):
+            return (type(item), self.describe(item()))
+        if isinstance(item, types.MappingProxyType):
+            return (type(item), *map(self.describe, gc.get_referents(item)))
+        if isinstance(item, _VALUES):
+            return (type(item), item, self.describe(vars(item)))
+        if isinstance(item, tuple):
+            return (type(item), tuple(map(self.describe, item)), self.describe(getattr(item, "__dict__", None)))
+        if isinstance(item, frozenset):
+            return (type(item), frozenset(map(self.describe, item)), self.describe(getattr(item, "__dict__", None)))
         parts = [] if is_opaque(type(item)) else parts_of(item, "")
         if not parts:
             return _Only(item)
-        return (type(item), tuple(self.describe(dict(part.read())) for part in parts))
+        return (type(item), tuple(self._part(part) for part in parts))
+
+    def _part(self, part: Part) -> Any:
+        entries = ((self.describe(key), self.describe(entry)) for key, entry in part.read().items())
+        return frozenset(entries) if isinstance(part, Members) else tuple(entries)
 
 
 def _is_own(forward: Any, module: nn.Module) -> bool:

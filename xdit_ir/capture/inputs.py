@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.objects import Snapshot, expand_objects, snapshot
+from xdit_ir.capture.outputs import attributes_of
+from xdit_ir.capture.plain import PLAIN
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.ir.named_tensors import find_tensor
-from xdit_ir.ir.program import STATE, Guard, Program, TensorSpec
+from xdit_ir.ir.program import STATE, STRIDES, Guard, Program, TensorSpec
 
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
@@ -71,16 +73,6 @@ def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytr
     return [(path_name(path), leaf) for path, leaf in leaves], spec
 
 
-def _sorted(tree: Any) -> Any:
-    """The same tree with the keys of its dicts in alphabetical order."""
-    if type(tree) is dict:
-        keys = sorted(tree) if all(isinstance(key, str) for key in tree) else list(tree)
-        return {key: _sorted(tree[key]) for key in keys}
-    if type(tree) in (list, tuple):
-        return type(tree)([_sorted(item) for item in tree])
-    return tree
-
-
 def path_name(path: Sequence[Any]) -> str:
     """A path of pytree keys as people write it: `a.b[0]`."""
     text = ""
@@ -91,6 +83,22 @@ def path_name(path: Sequence[Any]) -> str:
             name = str(getattr(key, "key", getattr(key, "name", key)))
             text += f".{name}" if text else name
     return text
+
+
+def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Its strides, and where it begins."""
+    return (*tensor.stride(), tensor.storage_offset())
+
+
+def sharing(leaves: Iterable[tuple[str, Any]]) -> list[str]:
+    """Two plain tensors that lie in the same memory, by their paths; none, if there are not."""
+    first: dict[int, str] = {}
+    for path, x in leaves:
+        if type(x) in PLAIN and not x.is_meta and x.numel():
+            other = first.setdefault(x.untyped_storage().data_ptr(), path)
+            if other != path:
+                return [other, path]
+    return []
 
 
 class _Accepted:
@@ -156,13 +164,15 @@ class InputBinder:
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
         self._accepted = _Accepted()
+        self._laid = any(path.startswith(STRIDES) for path in self._guards)
+        self._writes = any(effect.write for effect in program.signature.effects)
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors for the placeholders; raises `MismatchError` naming what differs."""
         named = bind_arguments(self._signature, args, kwargs, MismatchError)
         leaves, spec = flatten_named(named)
         if spec != self._expected.in_spec:
-            leaves = self._reorder(leaves, named)
+            raise MismatchError(f"inputs differ from those of the trace: {self._difference(leaves)}")
         tensors: list[torch.Tensor] = []
         for expected, (path, leaf) in zip(self._expected.leaves, leaves, strict=True):
             self._check_leaf(path, expected.spec, leaf)
@@ -171,6 +181,8 @@ class InputBinder:
                     raise MismatchError(f"{path} is on the meta device: it has no values")
                 tensors.append(leaf)
         self._check_predicates(dict(leaves))
+        if self._writes and (pair := sharing(leaves)):
+            raise MismatchError(f"{' and '.join(pair)} share memory, and forward writes to what it is given")
         return tensors
 
     def _check_predicates(self, leaves: Mapping[str, Any]) -> None:
@@ -186,19 +198,15 @@ class InputBinder:
                 raise MismatchError(f"{names}: what was read of it while tracing ({fact.reason}) has changed")
             self._accepted.note(index, given)
 
-    def _reorder(self, leaves: list[tuple[str, Any]], named: dict[str, Any]) -> list[tuple[str, Any]]:
-        """The leaves in the order of the trace, if only the order of keys differs."""
-        given, known = dict(leaves), [leaf.path for leaf in self._expected.leaves]
+    def _difference(self, leaves: list[tuple[str, Any]]) -> str:
+        given, known = [path for path, _ in leaves], [leaf.path for leaf in self._expected.leaves]
         missing = [path for path in known if path not in given]
         surplus = [path for path in given if path not in known]
-        if missing or surplus:
-            parts = [f"missing {', '.join(missing)}"] if missing else []
-            parts += [f"unexpected {', '.join(surplus)}"] if surplus else []
-            raise MismatchError(f"inputs differ from those of the trace: {'; '.join(parts)}")
-        traced = pytree.tree_unflatten([0] * len(known), self._expected.in_spec)
-        if pytree.tree_structure(_sorted(traced)) != pytree.tree_structure(_sorted(expand_objects(named))):
-            raise MismatchError("inputs differ from those of the trace in the types of their containers")
-        return [(path, given[path]) for path in known]
+        parts = [f"missing {', '.join(missing)}"] if missing else []
+        parts += [f"unexpected {', '.join(surplus)}"] if surplus else []
+        if not parts and given != known:
+            parts = [f"in the order of keys, expected {', '.join(known)}"]
+        return "; ".join(parts) or "in the types of their containers"
 
     def _check_leaf(self, path: str, expected: TensorSpec | None, leaf: Any) -> None:
         guard = self._guards.get(path)
@@ -208,10 +216,14 @@ class InputBinder:
             if isinstance(leaf, torch.Tensor) or expected is not None or not _equal(now, wanted):
                 raise MismatchError(f"{path}: expected {_show(wanted)}, got {_show(leaf)}")
             return
+        if type(leaf) in PLAIN and leaf.__dict__ and (names := attributes_of(leaf)):
+            raise MismatchError(f"{path} has attributes of its own ({', '.join(names)}), which would be lost")
         if tuple(leaf.shape) != expected.shape or leaf.dtype != expected.dtype:
             raise MismatchError(f"{path}: expected {_show(expected)}, got {_show(leaf)}")
         if guard is not None:
             self._check_contents(guard, leaf)
+        if self._laid and layout_of(leaf) != self._guards[f"{STRIDES}{path}"].value:
+            raise MismatchError(f"{path}: forward reads how tensors lie in memory, and this one lies otherwise")
 
     def _check_contents(self, guard: Guard, leaf: torch.Tensor) -> None:
         if self._accepted.has(guard.path, [leaf]):

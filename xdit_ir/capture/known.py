@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -231,15 +232,28 @@ def _is_traced(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or is_functorch_wrapped_tensor(tensor)
 
 
+def check_lent(recorder: Recorder) -> None:
+    """Raise `TraceError` if forward wrote to the memory of a tensor through NumPy, where no operator tells."""
+    for array, before, tensor, users in recorder.lent:
+        written = array.tobytes() != before.tobytes()
+        if written and (users is None or len(recorder.value(tensor).node.users) > users):  # type: ignore[union-attr]
+            name = recorder.value(tensor).storage.owner or "a tensor"
+            raise TraceError(f"forward writes to {name} through NumPy, which a program does not; write with torch")
+
+
 class PythonReads(TorchFunctionMode):
     """Catches `numpy()`, `tolist()` and `torch.tensor(...)` in the model's code."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
-        reads = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+        texts = (torch.Tensor.__repr__, torch.Tensor.__format__)
+        reads = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, *texts)
         makers = (torch.tensor, torch.as_tensor, torch.asarray)
+        layouts = (torch.Tensor.stride, torch.Tensor.is_contiguous)
         self._handlers = {**dict.fromkeys(reads, self._read), **dict.fromkeys(makers, self._make)}
+        self._handlers |= dict.fromkeys(layouts, self._note_layout)
+        self._handlers[torch.Tensor.storage_offset] = self._refuse_offset
         self._handlers[torch.Tensor.new_tensor] = self._make_like
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -261,8 +275,25 @@ class PythonReads(TorchFunctionMode):
             return self._recorder.value(tensor).fake
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
+        recorder = self._recorder
+        with recorder.recording(False):
+            result = func(read(recorder, args[0], f"{func.__name__}()").clone(), *args[1:], **kwargs)
+            if isinstance(result, np.ndarray):
+                value = recorder.value(args[0])
+                given = (argument.storage for argument in recorder.frame.arguments)
+                own = bool(value.storage.owner) or any(value.storage is storage for storage in given)
+                users = [] if own else list(recorder.node(args[0]).users)
+                recorder.lent.append((result, result.copy(), args[0], None if own else len(users)))
+        return result
+
+    def _note_layout(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self._recorder.recording(False):
-            return func(read(self._recorder, args[0], f"{func.__name__}()").clone(), *args[1:], **kwargs)
+            if any(root is not Origin.CONSTANT for root in expand(self._recorder.value(args[0]).roots)):
+                self._recorder.read_layouts = f"{source_line()} ({func.__name__})"
+            return func(*args, **kwargs)
+
+    def _refuse_offset(self, func: Any, args: Any, kwargs: Any) -> Any:
+        raise TraceError(f"{source_line()}: {func.__name__}() is of the caller's memory, and not traced")
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
         data = args[0] if args else kwargs.get("data", kwargs.get("obj"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.fingerprint import describe
 from xdit_ir.capture.parts import ATOMS, is_opaque
 from xdit_ir.capture.skeleton import is_plain_object
+from xdit_ir.errors import TraceError
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,16 @@ class Snapshot:
     description: Any = field(repr=False)
 
 
+_OPEN = (tuple, frozenset, functools.partial, types.MethodType, weakref.ReferenceType)
+
+
 def snapshot(leaf: Any) -> Any:
     """An input that is no tensor, so that it can be compared with later ones even if it is changed in place."""
-    if isinstance(leaf, (*ATOMS, type, types.ModuleType, nn.Module, Kind)):
+    if isinstance(leaf, (type, types.ModuleType, nn.Module, Kind)):
         return leaf
-    if is_opaque(type(leaf)) and not isinstance(leaf, (tuple, frozenset, functools.partial, types.MethodType)):
+    if isinstance(leaf, ATOMS):
+        return Snapshot(type(leaf), describe(leaf)) if getattr(leaf, "__dict__", None) else leaf
+    if is_opaque(type(leaf)) and not isinstance(leaf, _OPEN):
         return leaf
     return Snapshot(type(leaf), describe(leaf, closures=True))
 
@@ -46,23 +53,30 @@ _CLASS = "__class__"
 def expand_objects(tree: Any) -> Any:
     """A tree whose plain objects with tensors inside, such as caches of keys, are dicts of their attributes."""
 
+    above: list[int] = []
+
     def leaf(item: Any) -> Any:
         if not _is_open(item):
             return item
-        return {_CLASS: Kind(type(item)), **{name: expand_objects(entry) for name, entry in vars(item).items()}}
+        if id(item) in above:
+            raise TraceError(f"an input of type {type(item).__qualname__} refers to itself; give forward its tensors")
+        above.append(id(item))
+        made = {name: pytree.tree_map(leaf, entry) for name, entry in vars(item).items()}
+        above.pop()
+        return {_CLASS: Kind(type(item)), **made}
 
     return pytree.tree_map(leaf, tree)
 
 
-def _is_open(item: Any) -> bool:
+def _is_open(item: Any, above: tuple[int, ...] = ()) -> bool:
     if isinstance(item, (torch.Tensor, nn.Module, type)) or not is_plain_object(type(item)):
         return False
-    return hasattr(item, "__dict__") and _has_tensors(item)
+    return id(item) not in above and hasattr(item, "__dict__") and _has_tensors(item, above)
 
 
-def _has_tensors(item: Any) -> bool:
+def _has_tensors(item: Any, above: tuple[int, ...]) -> bool:
     leaves = pytree.tree_leaves(vars(item))
-    return any(isinstance(leaf, torch.Tensor) or _is_open(leaf) for leaf in leaves)
+    return any(isinstance(leaf, torch.Tensor) or _is_open(leaf, (*above, id(item))) for leaf in leaves)
 
 
 def restore_objects(tree: Any) -> Any:

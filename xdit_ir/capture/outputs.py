@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -19,6 +20,8 @@ from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import Literal, Signature
 
 _BUILT_IN = (dict, list, tuple, set, str, int, float)  # of which a subclass is not made anew without its constructor
+
+_FAKE = frozenset(FakeTensor.__annotations__) | {"fake_device", "item_memo"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +35,21 @@ class Record:
 def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves and structure of what a module returned."""
     while True:
-        leaves, spec = pytree.tree_flatten(output)
+        try:
+            leaves, spec = pytree.tree_flatten(output, is_leaf=_is_size)
+        except RecursionError:
+            raise TraceError("forward returns a container that contains itself") from None
         opened = [_open(leaf) for leaf in leaves]
         if all(new is old for new, old in zip(opened, leaves, strict=True)):
             return leaves, spec
         output = pytree.tree_unflatten(opened, spec)
+
+
+def attributes_of(tensor: torch.Tensor) -> list[str]:
+    """What somebody's code has put on a tensor, beside what it is."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter, FakeTensor):
+        return []
+    return [name for name in vars(tensor) if not name.startswith("_") and name not in _FAKE]
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
@@ -63,12 +76,20 @@ def unflatten_output(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
     return _close(pytree.tree_unflatten(list(leaves), spec))
 
 
+def _is_size(tree: Any) -> bool:
+    return isinstance(tree, torch.Size)
+
+
+def _is_whole(tree: Any) -> bool:
+    return _is_record(tree) or _is_size(tree)
+
+
 def _is_record(tree: Any) -> bool:
     return type(tree) is list and bool(tree) and isinstance(tree[0], Record)
 
 
 def _close(tree: Any) -> Any:
-    return pytree.tree_map(lambda item: _make(item) if _is_record(item) else item, tree, is_leaf=_is_record)
+    return pytree.tree_map(lambda item: _make(item) if _is_record(item) else item, tree, is_leaf=_is_whole)
 
 
 def _make(tree: list[Any]) -> Any:
@@ -84,6 +105,8 @@ def literal(leaf: Any, originals: Mapping[int, Any] | None = None) -> Literal:
     Raises:
         TraceError: it has tensors inside, which cannot be followed, or it can be read only once.
     """
+    if isinstance(leaf, slice) and not all(isinstance(part, ATOMS) for part in (leaf.start, leaf.stop, leaf.step)):
+        raise TraceError("forward returns a slice, whose tensors cannot be followed; return a tuple or a dict")
     if isinstance(leaf, (*ATOMS, type, Record)):
         return Literal(leaf)
     originals = originals or {}

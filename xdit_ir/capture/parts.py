@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import sys
+import threading
 import types
 from collections import OrderedDict, UserList, deque
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from xdit_ir.capture.hidden import HIDING, hidden_state, hides, put_hidden_state
 
 ATOMS = (
     str,
@@ -33,6 +37,7 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
 _HOLDERS = (
     *(dict, list, set, deque, MutableMapping, types.SimpleNamespace, nn.Module),
     *(np.ndarray, bytearray, ContextVar, queue.Queue, UserList, types.FunctionType, types.CellType),
+    *(threading.local, types.MappingProxyType, *HIDING),
 )
 MISSING = object()
 _IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
@@ -66,12 +71,16 @@ class Entries(Part):
     """Of a dict; of a subclass too, without its own methods."""
 
     def read(self) -> Mapping[Any, Any]:
-        return self.item if type(self.item) is dict else dict(dict.items(self.item))
+        return self.item if type(self.item) is dict else dict(self._kind.items(self.item))
 
     def put(self, held: Mapping[Any, Any]) -> None:
         kept = dict(held)
-        dict.clear(self.item)
-        dict.update(self.item, kept)
+        self._kind.clear(self.item)
+        self._kind.update(self.item, kept)
+
+    @property
+    def _kind(self) -> type[dict[Any, Any]]:
+        return OrderedDict if isinstance(self.item, OrderedDict) else dict
 
 
 class Attributes(Entries):
@@ -82,12 +91,15 @@ class Attributes(Entries):
 
 
 class Names(Part):
-    """Some of the names of a class, Python module or `__dict__`: those that code uses."""
+    """Some of the names of a class, Python module or `__dict__`: those that code uses. Of a class that is looked into
+    also those that are new."""
 
     def __init__(self, item: Any, label: str) -> None:
         super().__init__(item, label)
         self.names: list[str] = []
         self._first: set[str] = set()
+        grows = isinstance(item, type) and not is_library(item.__module__)
+        self._old = frozenset(self.held) if grows else None
 
     def note(self, name: str) -> None:
         """Watch one more."""
@@ -107,11 +119,13 @@ class Names(Part):
         late = [name for name in found if name not in first and isinstance(found[name], _IMPORTED)]
         for name in late:  # code that was imported at its first use
             del found[name]
+        if self._old is not None and len(held) > len(self._old):
+            found |= {name: held[name] for name in held if name not in self._old and not name.startswith("__")}
         return found
 
     def put(self, held: Mapping[Any, Any]) -> None:
         now = self.read()
-        for name in self.names:
+        for name in dict.fromkeys((*self.names, *now)):
             if name not in held and name in now:
                 self._delete(name)
             elif name in held and now.get(name, MISSING) is not held[name]:
@@ -119,7 +133,7 @@ class Names(Part):
 
     def of(self, item: Any) -> Part:
         made = Names(item, self.label)
-        made.names, made._first = self.names, self._first
+        made.names, made._first, made._old = self.names, self._first, self._old
         return made
 
     def name(self, key: Any) -> str:
@@ -172,7 +186,7 @@ class Members(Part):
     """Of a set."""
 
     def read(self) -> Mapping[Any, Any]:
-        return dict.fromkeys(sorted(self.item, key=hash))
+        return {entry: entry for entry in sorted(self.item, key=hash)}
 
     def put(self, held: Mapping[Any, Any]) -> None:
         self.item.clear()
@@ -247,6 +261,31 @@ class Contents(Part):
         return self.label
 
 
+class Objects(Part):
+    """Of a NumPy array of objects."""
+
+    def read(self) -> Mapping[Any, Any]:
+        return dict(enumerate(self.item.flat))
+
+    def put(self, held: Mapping[Any, Any]) -> None:
+        for place, value in held.items():
+            self.item.flat[place] = value
+
+
+class Hidden(Part):
+    """What an object of a library does not show."""
+
+    def read(self) -> Mapping[Any, Any]:
+        return {0: hidden_state(self.item)}
+
+    def put(self, held: Mapping[Any, Any]) -> None:
+        if self.read()[0] != held[0]:
+            put_hidden_state(self.item, held[0])
+
+    def name(self, key: Any) -> str:
+        return self.label
+
+
 class Defaults(Part):
     """What a function was made with."""
 
@@ -287,12 +326,14 @@ def parts_of(item: Any, label: str) -> list[Part]:
     if isinstance(item, types.CellType):
         return [Cell(item, label)]
     if isinstance(item, types.FunctionType):
-        return [Defaults(item, label), *([Attributes(vars(item), label)] if vars(item) else [])]
+        return [Defaults(item, label), Attributes(vars(item), label)]
     if isinstance(item, ContextVar):
         return [Context(item, label)]
-    if isinstance(item, (bytearray, np.ndarray)):
-        return [Bytes(item, label)]
     found: list[Part] = []
+    if isinstance(item, (bytearray, np.ndarray)):
+        found.append(Objects(item, label) if getattr(item, "dtype", None) == np.dtype(object) else Bytes(item, label))
+    if hides(item):
+        found.append(Hidden(item, label))
     for kind, part in ((dict, Entries), (list, Elements), (deque, Elements), (set, Members)):
         if isinstance(item, kind):
             found.append(part(item, label))
@@ -341,6 +382,14 @@ def inner(item: Any) -> Iterable[tuple[str, Any]]:
         return (("", item.__func__),)
     if isinstance(item, property):
         return (("", one) for one in (item.fget, item.fset) if one is not None)
+    if isinstance(item, BaseException):
+        return (("", item.args),)
+    if isinstance(item, types.MappingProxyType):
+        return (("", held) for held in gc.get_referents(item))
+    if isinstance(item, (types.BuiltinMethodType, types.MethodWrapperType)):
+        owner = item.__self__
+        holds = isinstance(owner, (torch.Tensor, *_HOLDERS)) or hasattr(owner, "__next__")
+        return (("", owner),) if hides(owner) or (holds and not isinstance(owner, HIDING)) else ()
     return ()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ _STATE = ("_parameters", "_buffers")
 _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set")
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
 BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
+_ENVIRONMENT = ("environ", "getenv")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -72,6 +74,7 @@ class Reach:
         self.parts: list[Part] = []
         self.library: list[Names] = []
         self.modules: list[tuple[str, nn.Module]] = []
+        self.objects: list[Any] = []  # of classes that are looked into
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self._seen: dict[int, Any] = {id(item): item for item in skip}
         self._known: set[str] = set()
@@ -85,6 +88,12 @@ class Reach:
             self._push((f"the global hooks {name}", hook) for hook in foreign_hooks(name).values())
         while self._waiting:
             self._visit(*self._waiting.pop())
+
+    @property
+    def code(self) -> list[tuple[str, Any]]:
+        """Classes, functions and Python modules."""
+        kinds = (type, types.FunctionType, types.ModuleType)
+        return [(item.__name__, item) for item in self._seen.values() if isinstance(item, kinds)]
 
     def _visit(self, label: str, item: Any, named: bool) -> None:
         """`named`: it was found by its name in code."""
@@ -125,8 +134,9 @@ class Reach:
             return
         for part in parts_of(item, label):
             self.parts.append(part)
-            self._push((part.name(key), entry) for key, entry in part.read().items())
+            self._push((part.name(pair[0]), entry) for pair in part.read().items() for entry in pair)
         if not is_library(kind.__module__):
+            self.objects.append(item)
             self._classes(kind)
 
     def _module(self, label: str, module: nn.Module) -> None:
@@ -150,9 +160,7 @@ class Reach:
 
     def _function(self, label: str, function: types.FunctionType) -> None:
         self.parts.extend(parts_of(function, label))
-        self._push(
-            (label, entry) for entry in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        )
+        self._push((label, entry) for entry in (*(function.__defaults__ or ()), function.__kwdefaults__))
         self._push((f"{label}.{name}", entry) for name, entry in vars(function).items())
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             where = f"{name} in the closure of {function.__qualname__}"
@@ -195,6 +203,8 @@ class Reach:
     def _know(self, names: Iterable[str]) -> None:
         new = set(names) - self._known
         self._known |= new
+        if not new.isdisjoint(_ENVIRONMENT):
+            self._push([("os.environ", getattr(os.environ, "_data", None))])
         for name in new:
             for space, opaque in self._spaces.get(name, ()):
                 if name not in space.names and name in vars(space.item):

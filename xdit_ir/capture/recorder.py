@@ -49,6 +49,7 @@ class Recorder(GraphWriter):
         self.held: dict[int, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.read_inputs: dict[str, str] = {}
+        self.read_layouts = ""  # where Python read how a tensor lies in memory
         self.read_buffers: dict[str, str] = {}
         self.buffers: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
@@ -56,6 +57,7 @@ class Recorder(GraphWriter):
         self.casts: list[tuple[dict[str, Any], str, Any]] = []
         self.filled: dict[str, torch.Tensor] = {}
         self.predicates: list[Predicate] = []
+        self.lent: list[tuple[Any, Any, torch.Tensor, int | None]] = []  # arrays, what they held, of which tensors
         self._values: dict[int, TracedValue] = {}
         self._state_names: dict[int, list[str]] = {}
         self.outside: dict[int, str] = {}

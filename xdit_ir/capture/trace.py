@@ -22,13 +22,13 @@ from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unsh
 from xdit_ir.capture.fingerprint import TRACED, fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
-from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named
-from xdit_ir.capture.known import PythonReads, readable
+from xdit_ir.capture.inputs import bind_example, call_arguments, flatten_named, layout_of, sharing
+from xdit_ir.capture.known import PythonReads, check_lent, readable
 from xdit_ir.capture.ladder import FAILURES, Rung
 from xdit_ir.capture.leaves import Leaves, Wanted
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
-from xdit_ir.capture.outputs import flatten_output, literal
+from xdit_ir.capture.outputs import attributes_of, flatten_output, literal
 from xdit_ir.capture.plain import applied, odd_weight, uncast
 from xdit_ir.capture.reach import GLOBAL_HOOKS, foreign_hooks, watchers_away
 from xdit_ir.capture.recorder import Recorder
@@ -43,6 +43,7 @@ from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.program import (
     CONSTANT,
     STATE,
+    STRIDES,
     WHERE,
     Effect,
     Guard,
@@ -132,8 +133,11 @@ def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functi
         given = ArgumentState(args, in_spec, skeleton.copy_of)
         call = call_arguments(inspect.signature(model.forward), given.named, by_name)
         output = _run(skeleton.model, recorder, *call)
+        check_lent(recorder)
         effects = functools.partial(given.effects, values)
         signature = _signature(recorder, leaves, in_spec, output, skeleton.originals, effects)
+        if any(effect.write for effect in signature.effects) and (pair := sharing(leaves)):
+            raise TraceError(f"{' and '.join(pair)} share memory, and forward writes to what it is given")
         writes, refused = writes_of(watch, skeleton, recorder)
     program = _program(type(model).__name__, device, recorder, blocks, signature)
     if refused is not None:  # only of a program that would have been one
@@ -162,6 +166,8 @@ def _device(model: nn.Module, leaves: Flat) -> torch.device:
 
 
 def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> TracedValue:
+    if names := attributes_of(leaf):
+        raise TraceError(f"input {path!r} has attributes of its own ({', '.join(names)}), which would be lost")
     recorder.inputs[path] = leaf
     name = "".join(char if char.isalnum() else "_" for char in path).strip("_")
     known = leaf.detach().cpu().clone() if readable(leaf) else None
@@ -254,6 +260,10 @@ def _signature(
     tensors: list[torch.Tensor] = []
 
     def place(tensor: torch.Tensor) -> int:
+        if names := attributes_of(tensor):
+            raise TraceError(
+                f"forward returns a tensor with attributes of its own ({', '.join(names)}), which would be lost"
+            )
         tensors.append(tensor)
         return len(tensors) - 1
 
@@ -266,6 +276,9 @@ def _signature(
     inputs = [InputLeaf(path, spec_of(leaf) if isinstance(leaf, torch.Tensor) else None) for path, leaf in leaves]
     guards = tuple(guard for path, leaf in leaves if (guard := _guard(recorder, path, leaf)) is not None)
     guards += tuple(_buffer_guard(recorder, name, reason) for name, reason in recorder.read_buffers.items())
+    if recorder.read_layouts:
+        laid = ((path, layout_of(leaf)) for path, leaf in leaves if isinstance(leaf, torch.Tensor))
+        guards += tuple(Guard(f"{STRIDES}{path}", layout, recorder.read_layouts) for path, layout in laid)
     predicates = tuple(recorder.predicates)
     return Signature(in_spec, tuple(inputs), out_spec, tuple(places), guards, predicates, effects)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from xdit_ir.capture.failures import Opaque
 from xdit_ir.capture.operators import IDENTITY, aten
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Frame, View, spec_of
+from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import CONSTANT, SPEC, WHERE, Where, qualified
 
 
@@ -40,6 +42,10 @@ class GraphWriter:
     def call(self, func: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
         """Append an operator call whose arguments are nodes and literals."""
         kwargs = {key: item for key, item in kwargs.items() if not (key == "pin_memory" and not item)}
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            raise TraceError(
+                f"{source_line()}: draws from a torch.Generator of its own; draw outside, and pass the noise"
+            )
         name = func._schema.name.rpartition("::")[2].strip("_")
         return self.emit("call_function", func, args, kwargs, spec, self.where(), name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ ADVICE = "parallel programs are for inference: call it under torch.no_grad(), or
 
 
 def gradient_refusal(
-    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+    signature: Callable[[], inspect.Signature], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> GradientError | None:
     """Why a call cannot be made as far as gradients are concerned: an input would have one, or is transformed."""
     transformed = peek_interpreter_stack() is not None
     dual = forward_ad._current_level >= 0
     if not (torch.is_grad_enabled() or transformed or dual):
         return None
-    for name, x in call_tensors(signature, args, kwargs).items():
+    for name, x in call_tensors(signature(), args, kwargs).items():
         if transformed and is_functorch_wrapped_tensor(x):
             return GradientError(f"{name} is under a transform of torch.func (grad, vmap, ...); {ADVICE}")
         if dual and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]

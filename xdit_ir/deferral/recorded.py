@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -107,6 +107,21 @@ class RecordedValue:
                 self._finish(self._pick(_replayed(self.func)(*args, **kwargs)))
         assert self.done is not None
         return self.done
+
+    def combined(self, name: str, known: Set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors with which pending results were combined to make this, such as noise, each with the way to it;
+        but for what went into values that are `known`, by id."""
+        seen, todo = set(known), [(name, self)]
+        while todo:
+            way, value = todo.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            for place, operand in enumerate(value._operands()):
+                if isinstance(operand, RecordedValue):
+                    todo.append((f"{way}.{place}", operand))
+                elif operand.tensor.numel() > 1 and operand.tensor.device == self.device:
+                    yield f"{way}.{place}", operand.tensor
 
     def _operands(self) -> list[RecordedValue | Kept]:
         return tensors_in((self.args, self.kwargs), (RecordedValue, Kept))

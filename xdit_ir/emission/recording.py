@@ -66,19 +66,21 @@ class Recording:
         self._places = [node.name for node in placeholders(code.run.graph)]
         self._results = results_of(code.run.graph)
         self._sections: list[Section] = []
-        self._addresses: list[int] = []
+        self._addresses: list[Any] = []
+        self._needed: list[int] = []  # what of the state is looked up at a call, by place
         self._once: Values = {}
         self._steps: list[_Replay | _Call] = []
 
     def __call__(self, inputs: Tensors, state: Tensors) -> Tensors:
         """The results for these inputs, in tensors of their own."""
-        addresses = [tensor.data_ptr() for tensor in state]
-        values = dict(zip(self._places, [*inputs, *state], strict=True))
+        addresses = [(tensor.data_ptr(), tensor.stride()) for tensor in state]
         if self._steps and addresses == self._addresses:
-            values |= self._once
+            values = dict(zip(self._places, inputs, strict=False)) | self._once
+            values |= {self._places[len(inputs) + place]: state[place] for place in self._needed}
             for step in self._steps:
                 step(values)
         else:
+            values = dict(zip(self._places, [*inputs, *state], strict=True))
             self._record(values, inputs, state)
             self._addresses = addresses
         return [values[node.name].clone() for node in self._results]
@@ -116,6 +118,9 @@ class Recording:
                 else:
                     steps.append(step)
         self._steps = steps
+        taken = {name for step in steps if isinstance(step, _Call) for name in step.section.takes}
+        taken |= {node.name for node in self._results}
+        self._needed = [place for place, name in enumerate(self._places[len(inputs) :]) if name in taken]
 
     def _try(self, tensors: Tensors) -> list[Section]:
         """Run the forward, which compiles it and makes communicators, then see what it does on the host."""

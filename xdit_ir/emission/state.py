@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, eq, is_, is_not
 
 import torch
 from torch import nn
 
 from xdit_ir.capture.plain import PLAIN, odd_tensor
+from xdit_ir.capture.versions import Versions
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import way_to
 from xdit_ir.ir.program import TensorSpec
+
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 
 
 @dataclass(frozen=True)
@@ -65,28 +68,42 @@ class WeightReferences:
         self._specs = [specs[name] for name in names]
         self._shapes = [torch.Size(spec.shape) for spec in self._specs]
         self._dtypes = [spec.dtype for spec in self._specs]
+        holders = list({id(holder): holder for way in ways for holder, _ in way}.values())
+        self._versions = Versions([holder for holder in holders if type(holder) is dict])
+        self._counted = all(type(holder) is dict for holder in holders)
+        self._tensors = self._read()
         for name, tensor in zip(names, self.fetch(), strict=True):
             _check_device(name, tensor, device)
 
     def fetch(self) -> list[torch.Tensor]:
         """The tensors, in the order of their names; raises `MismatchError` if the program no longer fits them."""
+        if self._versions.changed() or not self._counted:
+            self._tensors = self._read()
+            self._versions.accept()
+        tensors = self._tensors
+        fits = PLAIN.issuperset(map(type, tensors)) and all(map(is_, map(_DTYPE, tensors), self._dtypes))
+        if not (fits and all(map(eq, map(_SHAPE, tensors), self._shapes))):
+            for name, tensor, spec in zip(self.names, tensors, self._specs, strict=True):
+                check_type(name, tensor, spec)
+        if tensors and tensors[0].device != self._device:
+            raise MismatchError(f"the model moved from {self._device} to {tensors[0].device}")
+        return tensors
+
+    def _read(self) -> list[torch.Tensor]:
         try:
-            replaced = any(map(operator.is_not, [holder[key] for holder, key in self._above], self._owners))
+            replaced = any(map(is_not, [holder[key] for holder, key in self._above], self._owners))
         except LookupError:
             replaced = True
         if replaced:
             raise MismatchError("modules of the model were replaced since it was traced")
         try:
-            tensors: list[torch.Tensor] = [holder[key] for holder, key in self._places]
-            fits = [x.dtype for x in tensors] == self._dtypes and [x.shape for x in tensors] == self._shapes
-            fits = fits and PLAIN.issuperset(map(type, tensors))
-        except (LookupError, AttributeError) as error:
+            tensors = [holder[key] for holder, key in self._places]
+        except LookupError as error:
             raise MismatchError(f"parameter or buffer {error} of the model was removed") from error
-        if not fits:
-            for name, tensor, spec in zip(self.names, tensors, self._specs, strict=True):
-                check_type(name, tensor, spec)
-        if tensors and tensors[0].device != self._device:
-            raise MismatchError(f"the model moved from {self._device} to {tensors[0].device}")
+        for name, tensor, spec in zip(self.names, tensors, self._specs, strict=True):
+            if not isinstance(tensor, torch.Tensor):
+                raise MismatchError(f"parameter or buffer {name!r} of the model was removed: it is {tensor!r}")
+            check_type(name, tensor, spec)
         return tensors
 
 

@@ -38,6 +38,7 @@ WEIGHT = "weight"
 STAGE = "stage"
 SCOPE = "scope"
 STATE = "@"  # before the names of buffers among the paths of guards
+STRIDES = "strides of "  # before the paths of inputs, of which not the contents are meant
 CONSTANT = "_constant"
 
 

@@ -87,8 +87,12 @@ class PipelineRunner:
         return list(here), list(here.values())
 
     def plain(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """Those inputs, by name, that do not stand for something."""
-        return {name: x for name, x in self._named(inputs) if not isinstance(x, Deferred)}
+        """Those inputs, by name, that do not stand for something; of the others what results were combined with since
+        the last call."""
+        found: dict[str, torch.Tensor] = {}
+        for name, x in self._named(inputs):
+            found |= x.value.combined(name, self.queue.known) if isinstance(x, Deferred) else {name: x}
+        return found
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result, whose tensors are `Deferred`."""

@@ -57,6 +57,11 @@ class StepQueue:
         self._previous = {} if at_once else waiting
         return {name: materialize(x) for name, x in due.items()}
 
+    @property
+    def known(self) -> set[int]:
+        """The inputs of the call before that stand for something, as ids of their values."""
+        return {id(x.value) for x in self._previous.values() if isinstance(x, Deferred)}
+
     def put_off(self, work: PendingPass, items: list[StageRun]) -> None:
         """Add items to what is to be done."""
         self._queue = sorted([*self._queue, *((item, work) for item in items)], key=lambda entry: entry[0].issue_order)

@@ -2,75 +2,125 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+import gc
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
-from operator import attrgetter, call, is_, itemgetter
+from operator import attrgetter, is_
+from types import CellType
 from typing import Any
 
 import torch
 from torch import nn
 
-from xdit_ir.capture.parts import Attributes, Cell, Defaults, Elements, Entries, Names, Part, alike, same_entries
+from xdit_ir.capture.hidden import DRAWN
+from xdit_ir.capture.parts import Cell, Defaults, Names, Part, alike, same_entries
 from xdit_ir.capture.reach import BESIDE, Reach
+from xdit_ir.capture.versions import Versions
 
 _STATE = ("_parameters", "_buffers")
 # Containers of every module, which nobody replaces by others.
 _OWN = BESIDE | {*_STATE, "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"}
 _FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _VERSION, _CONTENTS = attrgetter("_version"), attrgetter("cell_contents")
+_PLAIN = (dict, OrderedDict, list, deque, set)
+_END = ((object(),),)  # behind the elements of a list, so that none may go over to the next one
 Read = Callable[[], Iterable[Any]]
 
 
-class _Flat:
-    """Many values that are read at once, as they were: the same objects, or equal numbers and texts."""
+class _Values:
+    """What is read, as it was: the same objects, or equal numbers and texts."""
+
+    __slots__ = ("_before", "_read")
 
     def __init__(self, read: Read) -> None:
+        self._read, self._before = read, tuple(read())
+
+    def same(self) -> bool:
+        """Whether it is as it was."""
+        now = tuple(self._read())
+        if len(now) != len(self._before) or not all(map(alike, now, self._before)):
+            return False
+        self._before = now
+        return True
+
+
+class _Dicts:
+    """Plain dicts, and what of each matters. They are looked at in the order in which they lie in memory."""
+
+    def __init__(self, watched: Iterable[tuple[dict[Any, Any], Read]]) -> None:
+        watched = sorted(watched, key=lambda one: id(one[0]))
+        self._versions = Versions([held for held, _ in watched])
+        self._values = [_Values(read) for _, read in watched]
+
+    def same(self) -> bool:
+        """Whether they are as they were."""
+        changed = self._versions.changed()
+        if changed:
+            if not all(self._values[place].same() for place in changed):
+                return False
+            self._versions.accept()
+        return True
+
+
+class _Group:
+    """Parts, with a quick way to read the objects in all of them; if these are not the same, they are compared one by
+    one."""
+
+    def __init__(self, parts: Iterable[Part], read: Read) -> None:
+        self._parts = [(part, dict(part.read())) for part in parts]
         self._read, self._before = read, list(read())
 
     def same(self) -> bool:
         """Whether they are as they were."""
-        if all(map(is_, self._read(), self._before)):
-            return True
         now = list(self._read())
-        if len(now) != len(self._before) or not all(map(alike, now, self._before)):
+        if len(now) == len(self._before) and all(map(is_, now, self._before)):
+            return True
+        if not all(same_entries(part.read(), before) for part, before in self._parts):
             return False
-        self._before = now  # equal, but not the same: compared faster from now on
-        return True
+        self._before = now
+        return bool(self._parts)
 
 
 class ModelSettings:
     """Submodules, attributes, hooks, globals, closures and classes of a model and its code, as they are now. Contents
     of parameters and buffers are not part of it.
 
-    A trace depends on all of this; on most of it in fact not, so that a change means: trace again to be sure.
+    A trace depends on all of this; on most of it in fact not, so that a change means: trace again to be sure. The
+    same goes for code of objects in `given`, which forward gets.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._reach = reach = Reach([("", model)])
+    def __init__(self, model: nn.Module, given: Iterable[Any] = ()) -> None:
+        code = Reach(("an argument", item) for item in given).code
+        self._reach = reach = Reach([("", model), *code])
         modules = [module for _, module in reach.modules]
-        sorts = _sorted((*reach.parts, *reach.library), modules)
-        dicts = [part.item for part in (*sorts[Entries], *sorts[Attributes])]
-        lists = [part.item for part in sorts[Elements]]
-        states = [vars(module)[name] for module in modules for name in _STATE]
-        self._empty = [item for item in (*dicts, *lists, *states) if not item]
-        self._sized = [item for item in (*dicts, *lists, *states, *map(vars, modules)) if item]
-        self._sizes = list(map(len, self._sized))
-        self._flat = [
-            _Flat(lambda: map(type, modules)),
-            _attributes(modules),
-            _Flat(_chained([item for item in dicts if item])),
-            _Flat(_chained([item.values for item in dicts if item], called=True)),
-            _Flat(_chained([item for item in lists if item])),
-            _names(sorts[Names]),
-            _Flat(_each(_CONTENTS, [part.item for part in sorts[Cell]])),
-            _Flat(_functions([part.item for part in sorts[Defaults]])),
-            _Flat(_chained([item for item in states if item])),
-            _absent(states),
+        typed = [*modules, *reach.objects]
+        owners = [item for item in reach.objects if type(getattr(item, "__dict__", None)) is dict]
+        used = set(model.modules())  # of others a program keeps the weights themselves
+        states = [vars(module)[name] for module in modules if module in used for name in _STATE]
+        kept = [tensor for module in modules if module not in used for tensor in _weights(module)]
+        dicts, parts = _split((*reach.parts, *reach.library), modules, states)
+        parts = [part for part in parts if not isinstance(part.item, DRAWN)]  # forward may not draw from these
+        empty = {part for part in parts if type(part.item) in _PLAIN and not part.item}
+        self._empty = sorted([*(part.item for part in empty), *(held for held in states if not held)], key=id)
+        parts = [part for part in parts if part not in empty]
+        lists = [part for part in parts if type(part.item) in (list, set, deque)]
+        cells = [part for part in parts if type(part) is Cell and _is_filled(part.item)]
+        functions = [part for part in parts if type(part) is Defaults]
+        together = {*lists, *cells, *functions}
+        self._watched: list[_Dicts | _Group] = [
+            _Group([], lambda: map(type, typed)),
+            _Group([], lambda: map(vars, owners)),
+            _Dicts(dicts),
+            _Group(lists, _elements([part.item for part in lists])),
+            _Group(cells, _each(_CONTENTS, [part.item for part in cells])),
+            _Group(functions, _chained(_each(_FUNCTION, [part.item for part in functions]))),
         ]
         self._ties = _ties(states)
-        self._others = [(part, dict(part.read())) for part in sorts[Part]]
-        constants = [tensor for _, tensor in reach.tensors if not tensor.is_inference()]  # those nobody can write to
+        self._others = [(part, dict(part.read())) for part in parts if part not in together]
+        held = [*(tensor for _, tensor in reach.tensors), *kept]
+        constants = [tensor for tensor in held if not tensor.is_inference()]  # to those nobody can write
         self._versioned, self._versions = constants, list(map(_VERSION, constants))
         self._contents = [(tensor, tensor.detach().clone()) for tensor in constants if tensor.device.type == "cpu"]
 
@@ -79,8 +129,7 @@ class ModelSettings:
         try:
             return (
                 not any(self._empty)
-                and list(map(len, self._sized)) == self._sizes
-                and all(flat.same() for flat in self._flat)
+                and all(watch.same() for watch in self._watched)
                 and list(map(_VERSION, self._versioned)) == self._versions
                 and all(one is other for (left, a), (right, b) in self._ties for one, other in [(left[a], right[b])])
                 and all(same_entries(part.read(), before) for part, before in self._others)
@@ -90,64 +139,80 @@ class ModelSettings:
             return False
 
 
-def _sorted(parts: Iterable[Part], modules: Sequence[nn.Module]) -> dict[type[Part], list[Any]]:
-    """Parts by how they are read together; those under `Part` are read alone, those of modules themselves are left
-    out."""
-    own = {id(vars(module)) for module in modules}
-    own |= {id(vars(module)[name]) for module in modules for name in (*_STATE, "_non_persistent_buffers_set")}
-    found: dict[type[Part], list[Any]] = defaultdict(list)
+def _split(
+    parts: Iterable[Part], modules: Sequence[nn.Module], states: Sequence[dict[str, Any]]
+) -> tuple[list[tuple[dict[Any, Any], Read]], list[Part]]:
+    """Those that are read only when a plain dict was changed, and the others."""
+    attributes = {id(vars(module)) for module in modules}
+    tensors = {id(held) for held in states}
+    passed = {id(vars(module)["_non_persistent_buffers_set"]) for module in modules}
+    dicts: list[tuple[dict[Any, Any], Read]] = []
+    others: list[Part] = []
     for part in parts:
-        if id(part.item) in own:
+        item = part.item
+        held = _dict_of(item) if isinstance(part, Names) else item
+        if id(item) in passed or (id(item) in tensors and not item):
             continue
-        kind = type(part)
-        if isinstance(part, Entries):
-            kind = Entries if type(part.item) in (dict, OrderedDict) else Part
-        found[kind if kind in (Entries, Elements, Names, Cell, Defaults) else Part].append(part)
-    return found
+        if type(held) is not dict or not (held or isinstance(part, Names)):
+            others.append(part)
+        elif id(item) in attributes:
+            dicts.append((held, partial(_attributes, held)))
+        elif id(item) in tensors:
+            dicts.append((held, partial(_tensors, held)))
+        elif isinstance(part, Names):
+            dicts.append((held, partial(_entries, part.read)))
+        else:
+            dicts.append((held, partial(_entries, partial(_same, held))))
+    return dicts, others
 
 
-def _chained(items: Sequence[Any], *, called: bool = False) -> Read:
-    """All elements of some containers, or of what functions give."""
-    return (lambda: chain.from_iterable(map(call, items))) if called else (lambda: chain.from_iterable(items))
+def _weights(module: nn.Module) -> Iterable[torch.Tensor]:
+    return chain(module.parameters(recurse=False), module.buffers(recurse=False))
+
+
+def _dict_of(item: Any) -> Any:
+    """The dict behind the attributes of a class or Python module, or globals."""
+    if isinstance(item, type):
+        return gc.get_referents(vars(item))[0]
+    return item if isinstance(item, dict) else vars(item)
+
+
+def _same(held: Any) -> Any:
+    return held
+
+
+def _entries(read: Callable[[], Mapping[Any, Any]]) -> Iterable[Any]:
+    held = read()
+    return chain(held, held.values())
+
+
+def _attributes(held: dict[str, Any]) -> Iterable[Any]:
+    """What a module has besides containers of every module."""
+    return chain.from_iterable(entry for entry in held.items() if entry[0] not in _OWN)
+
+
+def _tensors(held: dict[str, Any]) -> Iterable[Any]:
+    """Names of parameters or buffers, and which are None."""
+    return chain(held, (item is None for item in held.values()))
+
+
+def _elements(items: Sequence[Any]) -> Read:
+    return _chained(lambda: chain.from_iterable(zip(items, _END * len(items), strict=True)))
 
 
 def _each(get: Callable[[Any], Any], items: Sequence[Any]) -> Read:
     return lambda: map(get, items)
 
 
-def _functions(functions: Sequence[Any]) -> Read:
-    return lambda: chain.from_iterable(map(_FUNCTION, functions))
+def _chained(read: Read) -> Read:
+    return lambda: chain.from_iterable(read())
 
 
-def _got(getters: Sequence[tuple[Sequence[str], Any]]) -> Read:
-    """The values of some names of some mappings."""
-    padded = [((*names, *names) if len(names) == 1 else names, held) for names, held in getters if names]
-    found = [(itemgetter(*names), held) for names, held in padded]  # of two or more names: a tuple
-    get, items = [one for one, _ in found], [held for _, held in found]
-    return lambda: chain.from_iterable(map(call, get, items))
-
-
-def _attributes(modules: Sequence[nn.Module]) -> _Flat:
-    return _Flat(_got([([name for name in vars(module) if name not in _OWN], vars(module)) for module in modules]))
-
-
-def _names(spaces: Sequence[Names]) -> _Flat:
-    """Names that are there, and the absence of others."""
-    present = [(list(space.read()), space.held) for space in spaces]
-    absent = [
-        (name, space)
-        for space, (there, _) in zip(spaces, present, strict=True)
-        for name in space.names
-        if name not in there
-    ]
-    read = _got(present)
-    missing = list(dict.fromkeys(space for _, space in absent))
-    return _Flat(lambda: chain(read(), (len(space.read()) for space in missing)))
-
-
-def _absent(states: Sequence[dict[str, Any]]) -> _Flat:
-    """Parameters and buffers that are None."""
-    return _Flat(_got([([name for name, item in state.items() if item is None], state) for state in states]))
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
 
 
 def _ties(states: Sequence[dict[str, Any]]) -> list[tuple[tuple[Any, str], tuple[Any, str]]]:

@@ -99,7 +99,7 @@ class Specialisations:
             device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
         factory, mode = self._factory(device), self._mode(device)
         with factory.context.communicator.working():
-            refusal = gradient_refusal(factory.context.parameters, given.args, given.kwargs)
+            refusal = gradient_refusal(lambda: factory.context.parameters, given.args, given.kwargs)
             bound = None if refusal else self._find(mode, given)
             self._agree(factory, mode, given, bound, refusal)
             if refusal is not None:
@@ -187,7 +187,8 @@ class Specialisations:
         finally:
             self.tracing = False
         guards = BufferGuards(self.model, program.original)
-        made = Specialisation(mode, given.shapes, ModelSettings(self.model), guards, program, runner)
+        objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
+        made = Specialisation(mode, given.shapes, ModelSettings(self.model, objects), guards, program, runner)
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]
             warnings.warn(

@@ -110,7 +110,7 @@ class Emitted(Shadow):
     def _xdit_call(self, built: _Built, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         runner, communicator = built.runner, built.communicator
         try:
-            if (gradients := gradient_refusal(self._xdit_signature, args, kwargs)) is not None:
+            if (gradients := gradient_refusal(lambda: self._xdit_signature, args, kwargs)) is not None:
                 raise gradients
             inputs, weights = runner.bind(args, kwargs)
             self._xdit_buffers.check()

@@ -1,0 +1,163 @@
+"""State that forward keeps where no attribute shows it: refused by name, and put back."""
+
+from __future__ import annotations
+
+import array
+import collections
+import ctypes
+import io
+import queue
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from xdit_ir.capture import trace
+from xdit_ir.errors import TraceError
+
+X = torch.arange(6.0).reshape(2, 3)
+
+
+class Keeps(nn.Module):
+    """A layer that does something to what it holds, and multiplies by what comes of it."""
+
+    def __init__(self, held: Any, use: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.linear, self.held, self.use = nn.Linear(3, 3), held, use
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.use(self.held)
+
+
+def counted(held: Any) -> float:
+    held.n = getattr(held, "n", 0) + 1
+    return float(held.n)
+
+
+def appended(held: Any) -> float:
+    held.append(1)
+    return float(len(held))
+
+
+def entered(held: Any) -> float:
+    held["n"] = held.get("n", 0) + 1
+    return float(held["n"])
+
+
+def first(held: Any) -> float:
+    held[0] += 1
+    return float(held[0])
+
+
+class Counted:
+    """Of which the class counts, with an attribute that it does not have yet."""
+
+
+def of_class(held: Any) -> float:
+    return counted(type(held))
+
+
+def of_function(held: Any) -> float:
+    return counted(of_function)
+
+
+def written(held: io.BytesIO) -> float:
+    held.write(b"a")
+    return float(held.tell())
+
+
+def put(held: queue.SimpleQueue[int]) -> float:
+    held.put(1)
+    return float(held.qsize())
+
+
+def of_ctypes(held: Any) -> float:
+    held.value += 1
+    return float(held.value)
+
+
+KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
+    "thread local": (threading.local, counted),
+    "class": (Counted, of_class),
+    "function": (object, of_function),
+    "array": (lambda: array.array("d"), appended),
+    "ordered dict": (collections.OrderedDict, entered),
+    "memory view": (lambda: memoryview(bytearray(1)), first),
+    "objects in an array": (lambda: np.array([0], dtype=object), first),
+    "file in memory": (io.BytesIO, written),
+    "queue": (queue.SimpleQueue, put),
+    "number of C": (lambda: ctypes.c_int(0), of_ctypes),
+    "random numbers": (lambda: random.Random(0), lambda held: held.random()),
+    "random numbers of NumPy": (lambda: np.random.default_rng(0), lambda held: float(held.normal())),
+    "old random numbers of NumPy": (lambda: np.random.RandomState(0), lambda held: float(held.normal())),
+    "method of C": (lambda: iter([1.0, 2.0]).__next__, lambda held: held()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_state_is_refused(kind: str) -> None:
+    make, use = KINDS[kind]
+    with pytest.raises(TraceError, match="keeps a state between calls"):
+        trace(Keeps(make(), use), (X,))
+
+
+@pytest.mark.parametrize(
+    "kind", ["array", "number of C", "file in memory", "random numbers", "random numbers of NumPy"]
+)
+def test_what_a_trace_did_is_put_back(kind: str) -> None:
+    make, use = KINDS[kind]
+    held = make()
+    with pytest.raises(TraceError):
+        trace(Keeps(held, use), (X,))
+    assert use(held) == use(make())
+
+
+def test_classes_and_functions_keep_nothing_of_a_trace() -> None:
+    for kind in ("class", "function"):
+        make, use = KINDS[kind]
+        with pytest.raises(TraceError):
+            trace(Keeps(make(), use), (X,))
+    assert not hasattr(Counted, "n") and not hasattr(of_function, "n")
+
+
+def test_numbers_of_a_generator_are_refused() -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rand(3, generator=self.generator)
+
+    with pytest.raises(TraceError, match=r"torch\.Generator"):
+        trace(Draws(), (X,))
+
+
+@pytest.mark.parametrize("name", ["table", "x"])
+def test_writes_through_numpy_are_refused(name: str) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            (self.table if name == "table" else x).numpy()[0] += 1
+            return x + self.table
+
+    with pytest.raises(TraceError, match="through NumPy"):
+        trace(Writes(), (torch.ones(3, dtype=torch.int64),))
+
+
+def test_an_array_made_of_a_tensor_may_be_written() -> None:
+    class Makes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made = torch.arange(3).numpy()
+            made += 1
+            return x + torch.from_numpy(made)
+
+    assert trace(Makes(), (X,)).constants
