@@ -13,6 +13,12 @@ from xdit_ir.rules.sliding import Held, Windows, per_dim, windowed
 aten = torch.ops.aten
 
 
+def space_of(target: object, ndim: int, weight: tuple[int, ...]) -> range:
+    """The dims of the operand, of `ndim` dims, along which a convolution with a weight of this shape moves its windows;
+    none for any other operator."""
+    return range(ndim - len(weight) + 2, ndim) if getattr(target, "overloadpacket", None) in RULES else range(0)
+
+
 def _steps(call: OpCall) -> tuple[list[int], list[int], list[int]]:
     """Stride, dilation and reach along each spatial dim."""
     kernel = call.specs[1].shape[2:]
