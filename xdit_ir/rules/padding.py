@@ -18,9 +18,14 @@ EDGES = {
 }
 
 
+def _name(call: OpCall) -> str:
+    """Of the argument that says by how much."""
+    return "pad" if "pad" in call.arguments else "padding"
+
+
 def _amounts(call: OpCall) -> dict[int, tuple[int, int]]:
     """What is added before and after each dim that is padded at all."""
-    flat = list(call.arguments["pad" if "pad" in call.arguments else "padding"])
+    flat = list(call.arguments[_name(call)])
     pairs = zip(flat[::2], flat[1::2], strict=True)
     ndim = len(call.out.shape)
     return {ndim - 1 - i: (before, after) for i, (before, after) in enumerate(pairs) if before or after}
@@ -74,7 +79,7 @@ def _divided(partition: Partition, amounts: tuple[int, int], mode: str) -> Parti
 
 def _pad(call: OpCall) -> OpSharding:
     """Constants, copies of the edge and mirrored elements are added locally; the other kinds need the dim whole."""
-    layout, amounts, mode = call.layouts[0].summed(), _amounts(call), _mode(call)
+    layout, name, amounts, mode = call.layouts[0].summed(), _name(call), _amounts(call), _mode(call)
     gives = {dim: _divided(p, by, mode) for dim, by in amounts.items() if (p := layout.dims[dim]) is not None}
     needs = layout.with_dims({dim: None for dim, partition in gives.items() if partition is None})
     output = needs.with_dims(gives)
@@ -82,13 +87,13 @@ def _pad(call: OpCall) -> OpSharding:
         return handle_empty_parts(call, OpSharding((needs,), output))
 
     def local(rank: int) -> LocalCall:
-        flat = [0] * (2 * (len(output.dims) - min(amounts)))
+        flat = [0] * len(call.arguments[name])  # of zeros too: kernels want a certain number
         for dim, by in amounts.items():
             partition = needs.dims[dim]
             at = 2 * (len(output.dims) - 1 - dim)
             own = by if partition is None else _local_amounts(partition.parts[rank], partition.size, by, mode)
             flat[at : at + 2] = own or by
-        return same_call(call, **{"pad" if "pad" in call.arguments else "padding": flat})
+        return same_call(call, **{name: flat})
 
     return handle_empty_parts(call, OpSharding((needs,), output, local))
 
