@@ -57,7 +57,7 @@ ENTRIES = {
     "oobleck": Part(
         cls="AutoencoderOobleck",
         config=dict(encoder_hidden_size=12, decoder_channels=12, decoder_input_channels=6, audio_channels=2,
-                    downsampling_ratios=(2, 4), channel_multiples=(1, 2)),
+                    downsampling_ratios=[2, 4], channel_multiples=[1, 2]),
         calls=dict(encode=dict(x=Normal((1, 2, 1024)), return_dict=False),
                    decode=dict(z=Normal((1, 6, 128)), return_dict=False))),
     "same": Part(

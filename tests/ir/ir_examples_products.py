@@ -188,7 +188,9 @@ def pad_mode(d, packet):
     x = d.tensor(d.int(1, 4), d.int(1, 3), *d.shape(2, low=3, high=9))
     video = d.bool()  # of which only rows and columns are padded
     x, none = (x.unsqueeze(2), [0, 0]) if video else (x, [])
-    return Sample(packet.default, (x, [d.int(0, 2) for _ in range(4)] + none, d.pick("reflect", "replicate", "circular")))
+    return Sample(
+        packet.default, (x, [d.int(0, 2) for _ in range(4)] + none, d.pick("reflect", "replicate", "circular"))
+    )
 
 
 SMOOTH = {1: ("linear",), 2: ("bilinear", "bicubic"), 3: ("trilinear",)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from xdit_ir.errors import TraceError
 
-Module = nn.Module | types.MethodType
+Module = nn.Module | Callable[..., Any]
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -41,6 +42,15 @@ class Method(nn.Module):
         """Left to the owner."""
 
 
+class StandIn:
+    """What is put in place of a method, on the instance: whoever looks into the module sees the `original`."""
+
+    __slots__ = ("original",)
+
+    def __init__(self, original: types.MethodType) -> None:
+        self.original = original
+
+
 def as_module(target: Any) -> nn.Module:
     """A module as it is; for a bound method of one, a module whose forward it is.
 
@@ -49,6 +59,8 @@ def as_module(target: Any) -> nn.Module:
     """
     if isinstance(target, nn.Module):
         return target
+    if isinstance(target, StandIn):
+        target = target.original
     if isinstance(target, types.MethodType) and isinstance(target.__self__, nn.Module):
         if target.__name__ == "forward":
             return target.__self__
