@@ -112,7 +112,7 @@ def _part_registry() -> dict[str, Part]:
 
 def load_part(name: str, call: str, *, seed: int = 0) -> tuple[Callable[..., Any], dict[str, Any]]:
     """A tiny decoder or encoder with random weights, in eval mode, as the method of it that is `call`, and the keyword
-    arguments of such a call."""
+    arguments of such a call. It was called once, as some install hooks then."""
     data = part(name)
     target = Target(torch.device("cpu"), torch.float32, torch.Generator("cpu").manual_seed(seed + 1))
     config = dict(data.config)
@@ -123,7 +123,10 @@ def load_part(name: str, call: str, *, seed: int = 0) -> tuple[Callable[..., Any
     for attribute, value in data.state.items():
         setattr(model, attribute, value)
     method: Callable[..., Any] = getattr(model, call)
-    return method, materialize(dict(data.calls[call]), target)
+    example = materialize(dict(data.calls[call]), target)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        method(**example)
+    return method, example
 
 
 def families() -> list[ModuleType]:

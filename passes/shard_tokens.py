@@ -48,8 +48,8 @@ class ShardTokens:
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
     a view's inner factor (rows, frames); even within each such unit (places of every frame). Streams that reach no
-    query are gathered before the blocks, or their keys are exchanged, where that saves enough work; and what comes
-    behind a value that had to be whole is divided again. What is chosen is
+    query are gathered before the blocks, or their keys are exchanged, where that saves enough work, or are divided
+    instead of those that do, where these leave much to the slowest rank; and what comes behind a value that had to be whole is divided again. What is chosen is
     noted as seeds, of which `propagate-layouts` makes layouts. Where nothing can be divided every rank computes all,
     and the report says so.
     """
@@ -75,8 +75,9 @@ class ShardTokens:
                 break
             if best is not None and divides(best.attempt, axis.value, axis.dim):
                 continue
-            for layouts in self._proposals(program, axis):
-                seeds = {**(best.seeds if best else {}), axis.value: layouts}
+            instead = axis.is_context and best is not None and best.price.work * degree > UNEVEN
+            for layouts, others in itertools.product(self._proposals(program, axis), (True, False)[: 1 + instead]):
+                seeds = {**(best.seeds if best and others else {}), axis.value: layouts}
                 choice = self._priced(program, trial.attempt(seeds), seeds)
                 if best is None and axis.is_context:  # nothing reaches a query: only where that saves work
                     accepted = choice.price.work <= WORTH * self._priced(program, trial.attempt(), {}).price.work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from xdit_ir.ir.program import SPEC
 from xdit_ir.rules.base import as_layouts
 from xdit_ir.sharding.cost import step_flops
 from xdit_ir.sharding.layout_graph import LayoutNode
@@ -22,9 +23,17 @@ def undivided_values(tried: Attempt, total: int) -> list[fx.Node]:
     behind = _behind(tried.draft.steps, work)
     first: dict[fx.Node, int] = {}
     for step in work:
-        first.setdefault(step.sources[0].node, behind[step])
+        for source in _streams(step):
+            first.setdefault(source, behind[step])
     ranked = sorted(first.items(), key=lambda item: -item[1])
-    return [node for node, flops in ranked if flops >= NOTABLE * total and node.op != "get_attr"][:TRIED]
+    return [node for node, flops in ranked if flops >= NOTABLE * total][:TRIED]
+
+
+def _streams(step: LayoutNode) -> list[fx.Node]:
+    """What of the operands may be divided: of an operator the first, of a block all, the largest first."""
+    found = [source.node for source in (step.sources if step.body else step.sources[:1])]
+    found = [node for node in found if node.op != "get_attr" and node.meta[SPEC].dtype.is_floating_point]
+    return sorted(found, key=lambda node: -node.meta[SPEC].nbytes)
 
 
 def _whole_flops(tried: Attempt, step: LayoutNode) -> int:
