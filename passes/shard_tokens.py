@@ -49,9 +49,9 @@ class ShardTokens:
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
     a view's inner factor (rows, frames); even within each such unit (places of every frame). Streams that reach no
     query are gathered before the blocks, or their keys are exchanged, where that saves enough work, or are divided
-    instead of those that do, where these leave much to the slowest rank; and what comes behind a value that had to be whole is divided again. What is chosen is
-    noted as seeds, of which `propagate-layouts` makes layouts. Where nothing can be divided every rank computes all,
-    and the report says so.
+    instead of those that do, where these leave much to the slowest rank; and what comes behind a value that had to be
+    whole is divided again. What is chosen is noted as seeds, of which `propagate-layouts` makes layouts. Where nothing
+    can be divided every rank computes all, and the report says so.
     """
 
     name: ClassVar[str] = "shard-tokens"

@@ -22,7 +22,7 @@ ENTRIES = {
                    decode=dict(z=Normal((1, 8, 128)), return_dict=False))),
     "longcat-audio": Part(
         cls="LongCatAudioDiTVae",
-        config=dict(channels=16, c_mults=(1, 2), strides=(2, 2), latent_dim=8, encoder_latent_dim=16,
+        config=dict(channels=16, c_mults=[1, 2], strides=[2, 2], latent_dim=8, encoder_latent_dim=16,
                     downsampling_ratio=4),
         calls=dict(encode=dict(sample=Normal((1, 1, 512)), sample_posterior=False, return_dict=False),
                    decode=dict(latents=Normal((1, 8, 128)), return_dict=False))),

@@ -80,3 +80,13 @@ def test_a_method_is_not_ported_twice(pipe: Any) -> None:
     xir.port(pipe, components=["vae"])
     with pytest.raises(xir.ParallelizeError, match=r"decode is ported already|encode is ported already"):
         xir.port(pipe, components=["vae"])
+
+
+def test_under_offload_hooks_a_method_runs_whole_and_says_so(pipe: Any) -> None:
+    latents = torch.randn(1, 4, 32, 24)
+    xir.port(pipe, components=["vae"])
+    pipe.vae._hf_hook = object()
+    with torch.no_grad():
+        assert torch.equal(pipe.vae.decode(latents).sample, pipe.vae.decode.original(latents).sample)
+    with pytest.raises(xir.ParallelizeError, match="ran whole on every rank: AutoencoderKL has a hook of accelerate"):
+        pipe.vae.decode.report()

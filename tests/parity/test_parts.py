@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from diffusers.models import autoencoders
 
 import xdit_ir as xir
 from xdit_ir import models
@@ -19,7 +20,22 @@ RANKS = (2, 3, 4)
 # The slowest rank may do so much of the work, at 2 and 4 ranks.
 SHARES = {2: 0.54, 4: 0.30}
 # What CI runs: one of each kind of operator and way of being divided.
-IN_CI: set[tuple[str, str]] = set()
+IN_CI = {
+    ("kl", "encode"),
+    ("dc", "decode"),
+    ("tiny", "decode"),
+    ("oobleck", "decode"),
+    ("cosmos3-audio", "encode"),
+    ("kvae", "decode"),
+    ("mochi", "encode"),
+    ("temporal-decoder", "decode"),
+    ("gemma2", "forward"),
+    ("t5", "forward"),
+}
+# What draws noise, each rank its own when all are simulated in one process: only the division is looked at.
+DRAWS = {("consistency", "decode"), ("ltx2-diffusion-decoder", "decode")}
+# Autoencoders of diffusers that are not here, and why.
+MISSING = {"RFD4ProteinaAutoencoder": "of atoms of proteins, by tables that come with its checkpoint"}
 # What is not divided well, and why; what no longer belongs here fails.
 UNEVEN: dict[tuple[str, str], str] = {}
 # What cannot be captured: a part of the error.
@@ -44,20 +60,25 @@ def test_it_is_exact_and_divided(name: str, call: str, pytestconfig: pytest.Conf
         parallel = traced.parallelize(ulysses=ranks)
         torch.manual_seed(0)
         result = check_parallel(parallel, method, example)
-        assert result.ok, f"{ranks} ranks: {result}"
+        assert result.ok or (name, call) in DRAWS, f"{ranks} ranks: {result}"
     shares = {ranks: traced.parallelize(ulysses=ranks).report().share for ranks in SHARES}
     uneven = any(share > SHARES[ranks] for ranks, share in shares.items())
     assert uneven == ((name, call) in UNEVEN), shares
 
 
-@pytest.mark.parametrize(("name", "call"), REFUSED)
-def test_it_is_refused_with_the_reason(name: str, call: str) -> None:
-    with pytest.raises(xir.TraceError, match=REFUSED[name, call]):
-        xir.trace(*models.load_part(name, call))
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_with_the_reason(case: tuple[str, str]) -> None:
+    with pytest.raises(xir.TraceError, match=REFUSED[case]):
+        xir.trace(*models.load_part(*case))
+
+
+def test_every_autoencoder_of_diffusers_is_here() -> None:
+    exported = {name for name, item in vars(autoencoders).items() if isinstance(item, type)}
+    assert exported - {models.part(name).cls for name in models.part_names()} == {*MISSING}
 
 
 def test_tables_name_parts_of_the_zoo() -> None:
-    assert {*UNEVEN, *REFUSED, *IN_CI} <= {*CASES}
+    assert {*UNEVEN, *REFUSED, *IN_CI, *DRAWS} <= {*CASES}
 
 
 def test_nine_of_ten_are_divided() -> None:
