@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 
 from . import entries as _entries
-from .build import build
+from . import parts as _parts
+from .build import build, named
 from .kinds.data import KINDS
-from .specs import ComplexRope, Entry, Ids, Integers, Made, Mask, Normal, Rope, Target, Values, materialize
+from .specs import ComplexRope, Entry, Ids, Integers, Made, Mask, Normal, Part, Rope, Target, Values, materialize
 from .weights import randomize
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Made",
     "Mask",
     "Normal",
+    "Part",
     "Rope",
     "UnknownModelError",
     "Values",
@@ -35,7 +38,10 @@ __all__ = [
     "families",
     "kinds",
     "load",
+    "load_part",
     "names",
+    "part",
+    "part_names",
     "randomize",
 ]
 
@@ -90,6 +96,44 @@ def load(
     target = Target(torch.device(device), dtype or torch.float32, generator)
     model = build(data.cls, dict(config), target.device, target.dtype)
     return randomize(model, seed), materialize(dict(inputs), target)
+
+
+def part_names() -> list[str]:
+    """The names of all decoders and encoders."""
+    return sorted(_part_registry())
+
+
+def part(name: str) -> Part:
+    """The data behind the name of a decoder or encoder."""
+    registry = _part_registry()
+    if name not in registry:
+        raise UnknownModelError(name, list(registry))
+    return registry[name]
+
+
+def _part_registry() -> dict[str, Part]:
+    found = pkgutil.iter_modules(_parts.__path__, _parts.__name__ + ".")
+    modules = (importlib.import_module(info.name) for info in found)
+    return {name: data for module in modules for name, data in module.ENTRIES.items()}
+
+
+def load_part(name: str, call: str, *, seed: int = 0) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A tiny decoder or encoder with random weights, in eval mode, as the method of it that is `call`, and the keyword
+    arguments of such a call. It was called once, as some install hooks then."""
+    data = part(name)
+    target = Target(torch.device("cpu"), torch.float32, torch.Generator("cpu").manual_seed(seed + 1))
+    config = dict(data.config)
+    if data.made_from:
+        config = {"config": named(data.made_from)(**config)}
+    with torch.random.fork_rng(devices=[]):
+        model = randomize(build(data.cls, config, target.device, target.dtype), seed)
+    for attribute, value in data.state.items():
+        setattr(model, attribute, value)
+    method: Callable[..., Any] = getattr(model, call)
+    example = materialize(dict(data.calls[call]), target)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        method(**example)
+    return method, example
 
 
 def families() -> list[ModuleType]:

@@ -16,7 +16,7 @@ def build(cls: str, config: dict[str, Any], device: torch.device, dtype: torch.d
 
     Everything floating is `dtype`, except what the class keeps in float32 (as `from_pretrained` does).
     """
-    made = _class(cls)
+    made = named(cls)
     with device, _default_dtype(dtype):
         model: nn.Module = made(**config)
     keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -28,10 +28,11 @@ def build(cls: str, config: dict[str, Any], device: torch.device, dtype: torch.d
     return model.eval()
 
 
-def _class(name: str) -> Callable[..., nn.Module]:
+def named(name: str) -> Callable[..., Any]:
+    """What diffusers calls so, or "package.module:Name"."""
     module, _, own = name.rpartition(":")
     if module:
-        made: Callable[..., nn.Module] = getattr(importlib.import_module(module), own)
+        made: Callable[..., Any] = getattr(importlib.import_module(module), own)
         return made
     import diffusers
 

@@ -118,6 +118,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A decoder or encoder beside a denoiser: a class (as in `Entry`), a tiny configuration, and the arguments of the
+    methods that pipelines call. `made_from` is the class of the configuration object that the class takes; `state` is
+    set on the module, keys being attributes.
+    """
+
+    cls: str
+    config: Mapping[str, Any]
+    calls: Mapping[str, Mapping[str, Any]]
+    made_from: str = ""
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Target:
     """Where and how `materialize` makes tensors; random values come from `generator` (on the CPU)."""
 

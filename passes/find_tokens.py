@@ -71,9 +71,9 @@ def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Att
         return axis, tried
     axis = replace(axis, is_context=True)
     if node.op == "placeholder":
-        features = tried.sums_up() or dim == len(shape) - 1 > 0
         samples = dim == 0 and tried.attention_mesh_dims("batch")  # of another dim: windows of tokens
-        return axis, None if features or samples else tried
+        features = tried.sums_up() or dim == len(shape) - 1 > 0 or samples
+        return axis, None if features and not tried.divides_space() else tried
     inner = 0 < dim < len(shape) - 1
     return axis, probe.attempt({node.name: (cut, Layout.whole(len(shape)))}) if inner else None
 

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
 from xdit_ir.passes.find_tokens import divides
+from xdit_ir.passes.undivided import undivided_values
 from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.layout_graph import Layouts
 from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
@@ -20,6 +23,8 @@ from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 WORTH = 0.95
 # The work of all ranks, if each had that of the slowest, that is not worth a look for further streams.
 BALANCED = 10_100
+# And more than that is worth a look behind what had to be whole.
+UNEVEN = 11_000
 
 
 @dataclass(frozen=True, order=True)
@@ -43,9 +48,10 @@ class ShardTokens:
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
     a view's inner factor (rows, frames); even within each such unit (places of every frame). Streams that reach no
-    query are gathered before the blocks, or their keys are exchanged, where that saves enough work. What is chosen is
-    noted as seeds, of which `propagate-layouts` makes layouts. Where nothing can be divided every rank computes all,
-    and the report says so.
+    query are gathered before the blocks, or their keys are exchanged, where that saves enough work, or are divided
+    instead of those that do, where these leave much to the slowest rank; and what comes behind a value that had to be
+    whole is divided again. What is chosen is noted as seeds, of which `propagate-layouts` makes layouts. Where nothing
+    can be divided every rank computes all, and the report says so.
     """
 
     name: ClassVar[str] = "shard-tokens"
@@ -69,15 +75,37 @@ class ShardTokens:
                 break
             if best is not None and divides(best.attempt, axis.value, axis.dim):
                 continue
-            for layouts in self._proposals(program, axis):
-                seeds = {**(best.seeds if best else {}), axis.value: layouts}
+            instead = axis.is_context and best is not None and best.price.work * degree > UNEVEN
+            for layouts, others in itertools.product(self._proposals(program, axis), (True, False)[: 1 + instead]):
+                seeds = {**(best.seeds if best and others else {}), axis.value: layouts}
                 choice = self._priced(program, trial.attempt(seeds), seeds)
                 if best is None and axis.is_context:  # nothing reaches a query: only where that saves work
                     accepted = choice.price.work <= WORTH * self._priced(program, trial.attempt(), {}).price.work
                 else:
                     accepted = best is None or (choice.price < best.price and self._is_worth(choice, best, axis))
                 best = choice if accepted else best
+        return self._divided_again(program, trial, best)
+
+    def _divided_again(self, program: Program, trial: Propagation, best: _Choice | None) -> _Choice | None:
+        """Seeds, too, behind values that had to be whole, as long as that saves much work."""
+        total, degree = program_flops(program, None)[0], self.mesh.size(SEQUENCE)
+        now = best or self._priced(program, trial.attempt(), {})
+        while now.price.work * degree > UNEVEN:
+            places = [node for node in undivided_values(now.attempt, total) if node.name not in now.seeds]
+            seeds = ({**now.seeds, node.name: (layout,)} for node in places for layout in self._cuts(node))
+            choices = (self._priced(program, trial.attempt(one), one) for one in seeds)
+            found = min(choices, key=lambda choice: choice.price, default=None)
+            if found is None or found.price.work > WORTH * now.price.work:
+                break
+            best = now = found
         return best
+
+    def _cuts(self, node: fx.Node) -> list[Layout]:
+        """Every dim of a value divided evenly, where there is something for every rank."""
+        shape, degree = node.meta[SPEC].shape, self.mesh.size(SEQUENCE)
+        have = node.meta.get(LAYOUT) or Layout.whole(len(shape))
+        free = (dim for dim, size in enumerate(shape) if size >= degree and have.dims[dim] is None)
+        return [have.with_dims({dim: self.mesh.divide(shape[dim], SEQUENCE)}) for dim in free]
 
     def _is_worth(self, choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:
         """Each further stream costs communication, keys that are exchanged in every block most of all."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from xdit_ir import capture
 from xdit_ir.capture.inputs import bind_example
+from xdit_ir.capture.methods import Module, as_module
 from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
@@ -36,11 +37,12 @@ from xdit_ir.simulation.steps import PipelineSimulation
 Example = Mapping[str, Any] | tuple[Any, ...]
 
 
-def trace(model: nn.Module, example: Example, leaf: Sequence[str | type | nn.Module] = ()) -> TracedProgram:
+def trace(model: Module, example: Example, leaf: Sequence[str | type | nn.Module] = ()) -> TracedProgram:
     """Capture `model` for one input signature.
 
     Args:
-        model: a module on any device, including meta; it is not changed and nothing of its size is allocated.
+        model: a module on any device, including meta, or a method of one (`vae.decode`), which then is meant by
+            forward; it is not changed and nothing of its size is allocated.
         example: forward's arguments, a mapping of keyword arguments or a tuple of positional ones. Tensors give
             shapes and dtypes; contents matter only where the model reads them, and become guards.
         leaf: submodules, by path, class name, class or instance, that are called as they are instead of being
@@ -49,7 +51,7 @@ def trace(model: nn.Module, example: Example, leaf: Sequence[str | type | nn.Mod
     Raises:
         TraceError: the module cannot be captured; names the input or the source line at fault.
     """
-    return TracedProgram(capture.trace(model, example, leaf))
+    return TracedProgram(capture.trace(as_module(model), example, leaf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +168,7 @@ class ParallelProgram:
             self._ranks[rank] = run_passes(self.ir, [Specialize(rank)])
         return self._ranks[rank]
 
-    def simulate(self, model: nn.Module, example: Example, observe: RankObserver | None = None) -> list[Any]:
+    def simulate(self, model: Module, example: Example, observe: RankObserver | None = None) -> list[Any]:
         """Run every rank in this thread, in lockstep; what forward writes into caches is written into `example`.
 
         Returns:
@@ -178,13 +180,14 @@ class ParallelProgram:
         return self.simulate_steps(model, [example], observe)[0]
 
     def simulate_steps(
-        self, model: nn.Module, examples: Sequence[Example], observe: RankObserver | None = None
+        self, model: Module, examples: Sequence[Example], observe: RankObserver | None = None
     ) -> list[list[Any]]:
         """`simulate` for consecutive denoising steps of one request; `observe` sees the values of the last one.
 
         Returns:
             For every step, the outputs of every rank.
         """
+        model = as_module(model)
         ranks, state = [self.rank(rank) for rank in range(self.world_size)], model_state(self.original, model)
         steps = []
         for example, see in zip(examples, _observers(examples, observe), strict=True):
@@ -234,9 +237,10 @@ class PipelinedProgram(ParallelProgram):
         raise ParallelizeError("under pipefusion a rank runs a program for each patch: see pipeline.part")
 
     def simulate_steps(
-        self, model: nn.Module, examples: Sequence[Example], observe: RankObserver | None = None
+        self, model: Module, examples: Sequence[Example], observe: RankObserver | None = None
     ) -> list[list[Any]]:
         """As of any program; the first `warmup_steps` are synchronous (and exact), later ones read buffers."""
+        model = as_module(model)
         bound = [capture.bind_inputs(model, self.original, *split_example(example)) for example in examples]
         device = _device(model, bound[0]) if bound else torch.device("cpu")
         run = PipelineSimulation(self.pipeline, model_state(self.original, model), device)
@@ -250,8 +254,9 @@ def _observers(steps: Sequence[Any], observe: RankObserver | None) -> Iterable[R
     return (observe if place == len(steps) else None for place, _ in enumerate(steps, 1))
 
 
-def run_single(program: Program, model: nn.Module, example: Example) -> Any:
+def run_single(program: Program, model: Module, example: Example) -> Any:
     """Interpret a program on one device."""
+    model = as_module(model)
     inputs = capture.bind_inputs(model, program, *split_example(example))
     with torch.no_grad():
         tensors = Interpreter(program, model_state(program, model), _device(model, inputs)).run(inputs)

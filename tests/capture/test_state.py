@@ -272,3 +272,33 @@ def test_tables_that_forward_fills_in_place(fill: Callable[[Any], None]) -> None
 def test_a_buffer_that_counts_is_a_state() -> None:
     with pytest.raises(xir.TraceError, match="keeps a state between calls, writing 'table'"):
         xir.trace(Tables(count_up).eval(), (X,))
+
+
+class Scaled(nn.Module):
+    """Makes an attribute of a weight at every call, before it is read or after, as hooks of layers do."""
+
+    def __init__(self, *, before: bool) -> None:
+        super().__init__()
+        self.weight_g, self.before = nn.Parameter(torch.ones(4)), before
+        self.weight = torch.zeros(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.before:
+            self.weight = 2 * self.weight_g
+        result = x * self.weight
+        self.weight = 2 * self.weight_g
+        return result
+
+
+def test_what_is_made_of_weights_before_it_is_read_is_no_state() -> None:
+    model, x = Scaled(before=True).eval(), torch.randn(3, 4)
+    held = model.weight
+    program = xir.trace(model, (x,))
+    assert model.weight is held
+    with torch.no_grad():
+        torch.testing.assert_close(program.parallelize(ulysses=2).simulate(model, (x,))[0], 2 * x)
+
+
+def test_what_is_read_before_it_is_made_of_weights_is_a_state() -> None:
+    with pytest.raises(xir.TraceError, match=r"'weight', which is computed from the model's parameters"):
+        xir.trace(Scaled(before=False).eval(), (torch.randn(3, 4),))

@@ -164,19 +164,25 @@ def conv(d, packet):
     return Sample(packet.default, (x, weight, bias, stride, padding, dilation, groups))
 
 
+def transposed_args(d, ndim, batch):
+    kernel, stride, padding, dilation, sizes = window(d, ndim)
+    groups = d.pick(1, 1, 2)
+    x = d.tensor(*batch, 2, *(max(size, k) for size, k in zip(sizes, kernel, strict=True)))
+    extra = [d.int(0, max(by, far) - 1) for by, far in zip(stride, dilation, strict=True)]
+    return x, d.tensor(2, 4 // groups, *kernel), d.pick(None, d.tensor(4)), stride, padding, extra, groups, dilation
+
+
 @example(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
 def transposed(d, packet):
     ndim = int(str(packet)[-2])
     batch = () if d.int(0, 5) == 5 else (d.int(1, 3),)
-    x, weight = d.tensor(*batch, 2, *d.shape(ndim, high=4)), d.tensor(2, 3, *[2] * ndim)
-    target = packet.default if ndim == 1 else packet.input
-    return Sample(target, (x, weight, d.tensor(3), [2] * ndim, [0] * ndim))
+    return Sample(packet.default if ndim == 1 else packet.input, transposed_args(d, ndim, batch))
 
 
 @example(aten.convolution)
 def transposed_convolution(d, packet):
-    x, weight = d.tensor(d.int(1, 3), 2, *d.shape(2, high=4)), d.tensor(2, 3, 2, 2)
-    return Sample(packet.default, (x, weight, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1))
+    x, weight, bias, stride, padding, extra, groups, dilation = transposed_args(d, 2, (d.int(1, 3),))
+    return Sample(packet.default, (x, weight, bias, stride, padding, dilation, True, extra, groups))
 
 
 @example(aten.constant_pad_nd, aten.pad)
@@ -189,14 +195,18 @@ def pad(d, packet):
 @example(*named(*(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3))))
 def edge_pad(d, packet):
     ndim = int(str(packet)[-2])
-    x = d.tensor(d.int(1, 4), d.int(1, 3), *d.shape(ndim, low=2, high=4))
-    return Sample(packet.default, (x, [1] * (2 * ndim)))
+    x = d.tensor(d.int(1, 4), d.int(1, 3), *d.shape(ndim, low=3, high=9))
+    return Sample(packet.default, (x, [d.int(0, 2) for _ in range(2 * ndim)]))
 
 
 @example(aten.pad)
 def pad_mode(d, packet):
-    x = d.tensor(d.int(1, 4), d.int(1, 3), *d.shape(2, low=2, high=4))
-    return Sample(packet.default, (x, [1, 1, 1, 0], d.pick("reflect", "replicate", "circular")))
+    x = d.tensor(d.int(1, 4), d.int(1, 3), *d.shape(2, low=3, high=9))
+    video = d.bool()  # of which only rows and columns are padded
+    x, none = (x.unsqueeze(2), [0, 0]) if video else (x, [])
+    return Sample(
+        packet.default, (x, [d.int(0, 2) for _ in range(4)] + none, d.pick("reflect", "replicate", "circular"))
+    )
 
 
 SMOOTH = {1: ("linear",), 2: ("bilinear", "bicubic"), 3: ("trilinear",)}
@@ -206,29 +216,45 @@ RESIZED = [f"upsample_{mode}{n}d" for n, modes in SMOOTH.items() for mode in (*m
 @example(*named(*RESIZED, *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3))))
 @example(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa)
 def resize(d, packet):
+    """By whole factors longer or shorter, by others, and at corners."""
     ndim = int(str(packet).removesuffix("_aa")[-2])
-    x = d.tensor(d.int(1, 4), d.int(1, 3), *d.shape(ndim, high=4))
-    corners = () if "nearest" in str(packet) else (False,)
+    corners = () if "nearest" in str(packet) else (d.int(0, 5) == 5,)
     if d.bool():
-        return Sample(packet.vec, (x, None, *corners, [2.0] * ndim))
-    return Sample(packet.default, (x, [5] * ndim, *corners))
+        x, scale = d.tensor(d.int(1, 3), d.int(1, 3), *d.shape(ndim, high=8)), d.pick(2.0, 2.0, 3.0, 1.5)
+        return Sample(packet.vec, (x, None, *corners, [scale] * ndim))
+    by, shape = [d.pick((1, 2), (2, 1), (2, 3), (3, 1), (1, 1)) for _ in range(ndim)], d.shape(ndim, high=5)
+    sizes = [[n * one for n, one in zip(shape, column, strict=True)] for column in zip(*by, strict=True)]
+    x = d.tensor(d.int(1, 3), d.int(1, 3), *sizes[0])
+    return Sample(packet.default, (x, sizes[1] if d.int(0, 4) else [5] * ndim, *corners))
 
 
 @example(*named(*(f"{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))))
-@example(aten.max_pool2d_with_indices, aten.max_pool3d_with_indices)
 def pool(d, packet):
     ndim = int(str(packet).partition("_pool")[2][0])
-    batch = () if d.int(0, 4) == 4 else (d.int(1, 4),)
-    x = d.tensor(*batch, d.int(1, 3), *d.shape(ndim, low=2, high=5))
-    return Sample(packet.default, (x, [2] * ndim))
+    batch = () if d.int(0, 4) == 4 else (d.int(1, 3),)
+    kernel, stride, padding, dilation, sizes = window(d, ndim)
+    x, up = d.tensor(*batch, d.int(1, 3), *sizes), d.int(0, 3) == 3
+    if "max" in str(packet):
+        return Sample(packet.default, (x, kernel, stride, padding, dilation, up))
+    x = d.tensor(*x.shape[:-ndim], *(max(size, k) for size, k in zip(sizes, kernel, strict=True)))
+    divisor = () if ndim == 1 or d.int(0, 3) else (d.int(1, 3),)
+    return Sample(packet.default, (x, kernel, d.pick([], stride), padding, up, d.bool(), *divisor))
+
+
+@example(aten.max_pool2d_with_indices, aten.max_pool3d_with_indices)
+def pool_with_indices(d, packet):
+    ndim = int(str(packet).partition("_pool")[2][0])
+    return Sample(packet.default, (d.tensor(d.int(1, 4), d.int(1, 3), *d.shape(ndim, low=2, high=5)), [2] * ndim))
 
 
 @example(*named(*(f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))))
 @example(aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d)
 def adaptive_pool(d, packet):
+    """To parts of the size, which blocks of equal size make, and to others."""
     ndim = int(str(packet).partition("_pool")[2][0])
-    x = d.tensor(d.int(1, 4), d.int(1, 3), *d.shape(ndim, low=2, high=5))
-    return Sample(packet.default, (x, [2] * ndim))
+    out, by = d.shape(ndim, high=6), [d.int(1, 3) for _ in range(ndim)]
+    x = d.tensor(d.int(1, 3), d.int(1, 3), *(n * f for n, f in zip(out, by, strict=True)))
+    return Sample(packet.default, (x, out if d.int(0, 3) else [2] * ndim))
 
 
 @example(*named("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im"))

@@ -18,13 +18,20 @@ from xdit_ir.rules.intervals import Window
 @st.composite
 def windows(draw: st.DrawFn) -> Window:
     """Convolutions and poolings, and resizing to the nearest."""
-    size = draw(st.integers(1, 12))
-    if draw(st.booleans()):
-        out = draw(st.integers(1, 24))
-        return Window(size, out, stride=size, per=out)
+    size, out = draw(st.integers(1, 12)), draw(st.integers(1, 24))
+    kind = draw(st.sampled_from(("nearest", "smooth", "filtered", "transposed", "sliding")))
+    if kind == "nearest":
+        return Window.resized(size, out)
+    if kind == "smooth":
+        return Window.tapped(size, out, *draw(st.sampled_from(((0, 1), (1, 2)))))
+    if kind == "filtered":
+        return Window.around(size, out, draw(st.integers(1, 2)))
     stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    if kind == "transposed":
+        reach = draw(st.integers(max(stride, padding), 5))
+        return Window.transposed(size, max((size - 1) * stride - 2 * padding + reach, 1), stride, padding, reach)
     reach = draw(st.integers(1, min(5, size + 2 * padding)))
-    return Window(size, (size + 2 * padding - reach) // stride + 1, stride, padding, reach)
+    return Window.sliding(size, (size + 2 * padding - reach) // stride + 1, stride, padding, reach)
 
 
 def read(window: Window, result: int) -> set[int]:
@@ -49,7 +56,9 @@ def test_what_is_made_reads_nothing_else(window: Window, data: st.DataObject) ->
     mine = set(held.array.tolist())
     made = set(window.makes(held).array.tolist())
     assert all(read(window, result) <= mine for result in made)
-    inside = (r for r in range(window.out) if window.start(r) >= first and window.stop(r) <= first + held.size)
+    first, stop = window.usable(held).runs[0][0] if window.usable(held).runs else 0, 0
+    stop = first + window.usable(held).size
+    inside = (r for r in range(window.out) if window.start(r) >= first and window.stop(r) <= stop)
     assert made >= set(inside)
 
 

@@ -116,3 +116,31 @@ def generate_files(arguments: list[str]) -> dict[str, Any]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(["generate", *arguments])
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def parts(kind: str, pays: bool) -> dict[str, Any]:
+    """A ported autoencoder of a pipeline, tiled or not: how far its results are from those of one process, and how it
+    ran."""
+    torch.set_num_threads(1)
+    pipe = pipelines.with_autoencoder()
+    vae = pipe.vae
+    if kind == "tiling":
+        vae.enable_tiling()
+    images = torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mode()
+        want = vae.decode(latents).sample
+        xir.port(pipe, ulysses=2, **({} if pays else {"components": ["vae"]}))
+        again = vae.encode(images).latent_dist.mode()
+        got = vae.decode(latents, return_dict=False)[0]
+    whole = ""
+    try:
+        vae.decode.report()
+    except xir.XditError as refusal:
+        whole = str(refusal)
+    return {
+        "error": max(error(again, latents), error(got, want)),
+        "programs": [len(method.programs) for method in (vae.encode, vae.decode)],
+        "share": vae.decode.report().share if not whole else 1.0,
+        "whole": whole,
+    }

@@ -251,3 +251,16 @@ IMAGES = (flux, kontext, img2img, flux2, sd3, pixart, hunyuandit, sana, qwen, qw
 ADDED = (flux_controlnet, sd3_controlnet, flux_ip_adapter)
 VIDEOS = (wan, wan22, wan_i2v, cogvideo, hunyuanvideo, ltx)
 BUILDERS: dict[str, Callable[[], Case]] = {builder.__name__: builder for builder in (*IMAGES, *ADDED, *VIDEOS)}
+
+
+def with_autoencoder() -> Any:
+    """A pipeline of which the autoencoder matters."""
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    return _assembled(diffusers.FluxPipeline, _transformer("flux.1-dev"), _flow(), vae=models.randomize(vae.eval()))

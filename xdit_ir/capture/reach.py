@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
+from xdit_ir.capture.methods import StandIn
 from xdit_ir.capture.parts import ATOMS, Attributes, Entries, Names, Part, inner, is_library, is_opaque, parts_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
@@ -113,6 +114,8 @@ class Reach:
             self._space(item, item.__name__, is_library(item.__name__))
         elif isinstance(item, nn.Module):
             self._module(label, item)
+        elif isinstance(item, StandIn):
+            self._push([(label, item.original)])
         elif isinstance(item, types.FunctionType):
             self._function(label, item)
         elif isinstance(item, functools.partial):

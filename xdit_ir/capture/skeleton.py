@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.capture.methods import StandIn
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Origin
 from xdit_ir.errors import TraceError
@@ -151,6 +152,8 @@ class Skeleton:
             return item
         if isinstance(item, nn.Module):
             return self._module(item)
+        if isinstance(item, StandIn):
+            return self._copy(item.original)
         if isinstance(item, torch.Tensor):
             return self._attribute(item)
         if id(item) in self._copies:

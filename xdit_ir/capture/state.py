@@ -97,17 +97,29 @@ def changed(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> list[Any]:
     return [key for key in keys if not alike(after.get(key, MISSING), before.get(key, MISSING))] or list(keys)[:1]
 
 
-def writes_of(watch: StateWatch, skeleton: Skeleton, recorder: Recorder) -> tuple[list[Write], TraceError | None]:
-    """What forward left in copies and in the caller's objects, as writes to the caller's objects of real tensors.
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """What forward leaves: `kept` are writes to the caller's objects of real tensors.
 
-    Also an error, if something depends on what forward was given, or cannot be followed.
+    `refused` is an error, if something depends on what forward was given, or cannot be followed. Where that is made of
+    weights alone, `without` are writes that take it away: what is made anew before it is read is not missed then.
     """
+
+    kept: list[Write]
+    refused: TraceError | None = None
+    without: tuple[Write, ...] = ()
+
+
+def writes_of(watch: StateWatch, skeleton: Skeleton, recorder: Recorder) -> Writes:
+    """What forward left in copies and in the caller's objects."""
     found, originals = list(watch.changes()), skeleton.originals
     refused = [write for write in found if isinstance(write.part, Position)]
     if refused:
-        return [], refusal(refused)
+        return Writes([], refusal(refused))
     real = _Real(recorder, originals)
     made: list[Write] = []
+    anew: list[Write] = []
+    problems: list[TraceError] = []
     for write in found:
         part = write.part.of(originals.get(id(write.part.item), write.part.item))
         own = part is not write.part and part.item is write.part.item
@@ -115,12 +127,17 @@ def writes_of(watch: StateWatch, skeleton: Skeleton, recorder: Recorder) -> tupl
         try:
             made.append(Write(part, before, dict(real.entries(write, before))))
         except _Unreal as problem:
-            return [], refusal([write], f", which {problem}")
+            problems.append(refusal([write], f", which {problem}"))
+            if not isinstance(problem, _OfWeights):
+                return Writes([], problems[-1])
+            gone = set(changed(write.before, write.after))
+            anew.append(Write(part, before, {key: item for key, item in before.items() if key not in gone}))
     for owner, tensor in recorder.filled.items():
         part, known = Contents(tensor, owner), recorder.tables[owner][0].known
         assert known is not None
         made.append(Write(part, part.read(), {"contents": ordinary(known)}))
-    return [write for write in made if not same_contents(write.after, write.before)], None
+    kept = [write for write in made if not same_contents(write.after, write.before)]
+    return Writes(kept, problems[0], tuple(anew)) if problems else Writes(kept)
 
 
 def same_contents(now: Any, before: Any) -> bool:
@@ -169,6 +186,10 @@ def left(writes: Iterable[Write]) -> Iterator[Callable[[], None]]:
 
 class _Unreal(Exception):
     """What a value of the trace is, that it cannot be left in the caller's objects."""
+
+
+class _OfWeights(_Unreal):
+    """It is computed from weights alone, as are those that hooks make of others before a layer runs."""
 
 
 class _Unmade(Exception):
@@ -230,12 +251,12 @@ class _Real:
         value = self._recorder.found(fake)
         if value is None:
             raise _Unreal("is a tensor that the trace did not see")
-        roots = (
-            root for root in expand(value.roots) if root is not Origin.CONSTANT and not isinstance(root, FromBuffer)
-        )
+        found = expand(value.roots)
+        roots = [root for root in found if root is not Origin.CONSTANT and not isinstance(root, FromBuffer)]
         origins = sorted(str(getattr(root, "value", f"input {root!r}")) for root in roots)
         if origins:
-            raise _Unreal(f"is computed from {', '.join(origins)}")
+            kind = _OfWeights if set(roots) == {Origin.PARAMETER} else _Unreal
+            raise kind(f"is computed from {', '.join(origins)}")
         known = value.known if value.known is not None else computed(self._recorder, value)
         if known is None:
             raise _Unmade

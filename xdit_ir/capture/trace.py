@@ -35,7 +35,7 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line, is_raised_outside
-from xdit_ir.capture.state import StateWatch, Write, left, refusal, writes_of
+from xdit_ir.capture.state import StateWatch, Write, Writes, left, refusal, writes_of
 from xdit_ir.capture.tracer import Tracer
 from xdit_ir.capture.values import Frame, TracedValue, ordinary, spec_of
 from xdit_ir.errors import TraceError, XditError
@@ -76,7 +76,8 @@ def trace(
 
     Raises:
         TraceError: forward cannot be captured, or keeps a state between calls: what it leaves in Python objects is
-            written again at every call, changes what it does, or depends on its inputs.
+            written again at every call, changes what it does, or depends on its inputs. What it makes of weights before
+            it reads it is no state.
     """
     if (odd := odd_weight(model)) is not None:
         raise TraceError(odd)
@@ -106,6 +107,22 @@ def _traced(model: nn.Module, example: Example, leaf: Sequence[Wanted], *, keep:
 
 def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted]) -> tuple[Program, list[Write]]:
     """A program, and what forward leaves in Python objects outside of its arguments."""
+    program, writes = _tried(model, example, leaf)
+    if writes.refused is None:
+        return program, writes.kept
+    if not writes.without:
+        raise writes.refused
+    with left(writes.without):
+        try:
+            again, _ = _tried(model, example, leaf)
+        except XditError:
+            raise writes.refused from None  # it is read before it is written
+    if not compute_same(program, again, model):
+        raise writes.refused
+    return program, writes.kept
+
+
+def _tried(model: nn.Module, example: Example, leaf: Sequence[Wanted]) -> tuple[Program, Writes]:
     named, by_name = bind_example(model, example), isinstance(example, Mapping)
     rung = Rung.top(model, leaf)
     while True:
@@ -117,7 +134,7 @@ def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted]) -> tup
             rung = rung.below(failure)
 
 
-def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions) -> tuple[Program, list[Write]]:
+def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions) -> tuple[Program, Writes]:
     model = rung.model
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
@@ -138,11 +155,8 @@ def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functi
         signature = _signature(recorder, leaves, in_spec, output, skeleton.originals, effects)
         if any(effect.write for effect in signature.effects) and (pair := sharing(leaves)):
             raise TraceError(f"{' and '.join(pair)} share memory, and forward writes to what it is given")
-        writes, refused = writes_of(watch, skeleton, recorder)
-    program = _program(type(model).__name__, device, recorder, blocks, signature)
-    if refused is not None:  # only of a program that would have been one
-        raise refused
-    return program, writes
+        writes = writes_of(watch, skeleton, recorder)
+    return _program(type(model).__name__, device, recorder, blocks, signature), writes
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, split_example, trace
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_example, flatten_named
+from xdit_ir.capture.methods import Module, as_module
 from xdit_ir.capture.outputs import output_tensors
 from xdit_ir.checking.divergence import Divergence, first_divergence
 from xdit_ir.checking.submodule_diff import uncaptured, unrepeatable
@@ -47,12 +48,12 @@ class CheckResult:
 
 
 def check(
-    model: nn.Module, example: Example, *, tolerance: float = 1e-5, traced: TracedProgram | None = None, **degrees: Any
+    model: Module, example: Example, *, tolerance: float = 1e-5, traced: TracedProgram | None = None, **degrees: Any
 ) -> CheckResult:
     """Trace, divide, simulate every rank and compare with the module itself; no GPU and no processes.
 
     Args:
-        model: the module with real weights; `example`: its arguments, as for `trace`.
+        model: the module, or a method of one, with real weights; `example`: its arguments, as for `trace`.
         tolerance: largest accepted relative error (Frobenius norm) of any output tensor on any rank.
         traced: an earlier trace of the same model and example, to save time.
         degrees: as for `TracedProgram.parallelize`.
@@ -60,14 +61,16 @@ def check(
     Raises:
         XditError: the model cannot be captured or the degrees are illegal.
     """
+    model = as_module(model)
     traced = trace(model, example) if traced is None else traced
     return check_parallel(traced.parallelize(**degrees), model, example, tolerance=tolerance)
 
 
 def check_parallel(
-    parallel: ParallelProgram, model: nn.Module, example: Example, *, tolerance: float = 1e-5
+    parallel: ParallelProgram, model: Module, example: Example, *, tolerance: float = 1e-5
 ) -> CheckResult:
     """`check` for a program that is already divided."""
+    model = as_module(model)
     with torch.no_grad():
         expected = _results(model, example, lambda given: [_call(model, given)])[0]
     if not expected:

@@ -272,7 +272,7 @@ class _CodeWriter:
     def _block_call(self, node: fx.Node, bodies: Mapping[str, EmittedBody]) -> fx.Node:
         name, prefix, *_ = call_parts(node)
         body = bodies[name]
-        place = f"block_{_identifier(name)}"
+        place = f"block_{list(bodies).index(name)}_{_identifier(name)}"  # `Block.2` and `Block_2` are two
         self.modules[place] = body.module
         given = [self.env[value] for value in operands(node)]
         given += [self.state[constant] for constant in body.constants]

@@ -11,7 +11,7 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.declared import declaration_of
-from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.graphs import bound_arguments, operands
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.program import SPEC
 
@@ -35,6 +35,14 @@ def _added(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
 
 def _conv(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
     return 2 * math.prod(out) * math.prod(shapes[1][1:])
+
+
+def _transposed(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    return 2 * math.prod(shapes[0]) * math.prod(shapes[1][1:])
+
+
+def _convolution(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    return (_transposed if bound_arguments(node)["transposed"] else _conv)(node, shapes, out)
 
 
 def _attention(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
@@ -61,7 +69,10 @@ FORMULAS: dict[Any, Formula] = {
     aten.conv1d: _conv,
     aten.conv2d: _conv,
     aten.conv3d: _conv,
-    aten.convolution: _conv,
+    aten.convolution: _convolution,
+    aten.conv_transpose1d: _transposed,
+    aten.conv_transpose2d: _transposed,
+    aten.conv_transpose3d: _transposed,
     aten.einsum: _einsum,
     ops.attention: _attention,
     ops.ring_attention: _attention,

@@ -8,15 +8,14 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from xdit_ir.capture.plain import odd_weight
 from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
-from xdit_ir.emission.state import hooked
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.porting.denoisers import denoisers as find_denoisers
+from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
+from xdit_ir.porting.parts import Parts, not_portable
 from xdit_ir.porting.ported import Ported
 from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.transport.distributed import check_world_size
@@ -52,13 +51,15 @@ def port(
     weights: str | Path | None = None,
     release: bool = False,
     denoisers: Sequence[str] | None = None,
+    components: Sequence[str] | None = None,
     **further: int,
 ) -> Any:
     """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
 
     Given a pipeline instead, its denoisers are replaced by their drop-ins, in place, and the pipeline is returned. A
     pipeline is any object with a mapping `components`; its denoisers are the modules there whose forward takes a
-    timestep, or those that `denoisers` names.
+    timestep, or those that `denoisers` names. `encode` and `decode` of its autoencoders, and its text encoders, are
+    divided over all ranks where that pays; a call for which it does not, or which cannot be divided, runs whole.
 
     Like torch.compile it does nothing until the first forward, which traces the model for the inputs it gets.
     Inputs of other structure, shapes, dtypes or guarded values get a specialisation of their own. Every process of
@@ -71,7 +72,9 @@ def port(
             `xdit_ir.emission.execution.Execution`; `mode` decides where neither `compile` nor `cuda_graph` is given.
         weights, release: as in `xdit_ir.emission.checkpoint.Loading`. For a pipeline: `weights` is the folder with a
             folder for each component, as its `save_pretrained` writes it.
-        denoisers: the names of the components to replace.
+        denoisers: the names of the components that are denoisers; nothing else is divided then.
+        components: the names of all that is divided, if not what pays: denoisers, or modules of which the methods
+            `encode` and `decode` are, or else the forward. What of them cannot be divided raises.
 
     Raises:
         ParallelizeError: a degree is unknown or no positive integer, the job has another number of processes, or a
@@ -83,20 +86,25 @@ def port(
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     loading = Loading(weights, release)
     if isinstance(model, nn.Module):
-        if denoisers is not None:
-            raise ParallelizeError(f"denoisers={denoisers!r} names components of a pipeline, but a module was given")
+        for option, given in (("denoisers", denoisers), ("components", components)):
+            if given is not None:
+                raise ParallelizeError(f"{option}={given!r} names components of a pipeline, but a module was given")
         return _ported(model, mesh, schedule, RunOptions(execution, loading))
-    found = find_denoisers(model, denoisers)
-    options = {name: RunOptions(execution, loading.component(name)) for name in found}
-    replace(model, found, lambda name, original: _ported(original, mesh, schedule, options[name]))
+    found, beside = split(model, components, denoisers)
+    options = {name: RunOptions(execution, loading.component(name)) for name in (*found, *beside)}
+    parts = Parts(mesh, machine, options, asked=components is not None)
+    methods, encoders = parts.methods(beside), parts.encoders(beside)
+
+    def stand_in(name: str, module: nn.Module) -> Ported:
+        return encoders[name] if name in encoders else _ported(module, mesh, schedule, options[name])
+
+    replace(model, found | {name: beside[name] for name in encoders}, stand_in)
+    for method in methods:
+        setattr(method.owner, method.name, method)
     return model
 
 
 def _ported(original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions) -> Ported:
-    if isinstance(original, Ported):
-        raise ParallelizeError("the module is ported already; its original is needed to port it otherwise")
-    if (where := hooked(original)) is not None:
-        raise ParallelizeError(f"{where} has a hook of accelerate, which offloads or spreads weights: port first")
-    if (odd := odd_weight(original)) is not None:
-        raise ParallelizeError(odd)
+    if (reason := not_portable(original)) is not None:
+        raise ParallelizeError(reason)
     return Ported(original, mesh, schedule, options)

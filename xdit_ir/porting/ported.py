@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch._compile import _disable_dynamo
 
 from xdit_ir.api import ParallelProgram
 from xdit_ir.emission.context import RunOptions
-from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.porting.replacement import bound_to, wraps
 from xdit_ir.porting.specialisations import Arguments, Specialisations
@@ -66,9 +64,11 @@ class Ported(Shadow, metaclass=_Equal):
         made: Ported = object.__new__(kind)
         return made
 
-    def __init__(self, original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions) -> None:
+    def __init__(
+        self, original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions, *, pays: bool = False
+    ) -> None:
         super().__init__(original)
-        self.__dict__["_xdit_specialisations"] = Specialisations(original, mesh, schedule, options)
+        self.__dict__["_xdit_specialisations"] = Specialisations.of(original, mesh, schedule, options, pays=pays)
 
     @property
     def program(self) -> ParallelProgram | None:
@@ -78,18 +78,15 @@ class Ported(Shadow, metaclass=_Equal):
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
         """The parallel programs of all specialisations, the most recently used first."""
-        return tuple(one.program for one in self._xdit_specialisations.found)
+        return self._xdit_specialisations.programs
 
     def report(self) -> Report:
         """That of the program of the last forward, and how it runs on this rank.
 
         Raises:
-            ParallelizeError: there was no forward yet.
+            ParallelizeError: there was no forward yet, or it ran whole on every rank; says why.
         """
-        found = next(iter(self._xdit_specialisations.found), None)
-        if found is None:
-            raise ParallelizeError("report() tells of the program of the last forward, and there was none yet")
-        return replace(found.program.report(), execution=found.runner.execution)
+        return self._xdit_specialisations.report()
 
     def reset(self) -> None:
         """Forget all specialisations, on every rank, so that the next forward traces the model anew.
@@ -115,7 +112,8 @@ class Ported(Shadow, metaclass=_Equal):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
         mine = self._xdit_specialisations
-        return Ported(copy.deepcopy(self._xdit_original, memo), mine.mesh, mine.schedule, mine.options)
+        original, pays = copy.deepcopy(self._xdit_original, memo), mine.worth is not None
+        return Ported(original, mine.mesh, mine.schedule, mine.options, pays=pays)
 
     def __getattr__(self, name: str) -> Any:
         """`device` of a port that holds its weights itself is where it runs: its original is on the meta device."""

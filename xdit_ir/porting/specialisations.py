@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,16 +15,20 @@ from xdit_ir import capture
 from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.capture.failures import RaisedByForward
 from xdit_ir.capture.inputs import BufferGuards, bind_arguments
+from xdit_ir.capture.methods import Method
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.emission.execution import Tensors
+from xdit_ir.emission.state import hooked
 from xdit_ir.emission.structure import program_key
-from xdit_ir.errors import MismatchError, ParallelizeError, TraceError, XditError
+from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, TraceError, XditError
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.porting.settings import ModelSettings
+from xdit_ir.porting.worth import Worth
 from xdit_ir.runtime.build import RunnerFactory
 from xdit_ir.runtime.rank_runner import RankRunner
+from xdit_ir.sharding.report import Report
 from xdit_ir.transport.handshake import (
     agree,
     agree_contents,
@@ -86,13 +90,56 @@ class Specialisations:
     mesh: Mesh
     schedule: Mapping[str, Any]
     options: RunOptions
+    worth: Worth | None = None
     factory: RunnerFactory | None = None
     found: list[Specialisation] = field(default_factory=list)
     verified: set[Hashable] = field(default_factory=set)
     tracing: bool = False
+    whole: str = ""
+
+    @staticmethod
+    def of(
+        model: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions, *, pays: bool
+    ) -> Specialisations:
+        """`pays`: calls are divided where that pays, and run whole where it does not or cannot be done."""
+        worth = Worth(model, schedule["machine"], traced=isinstance(model, Method)) if pays else None
+        return Specialisations(model, mesh, schedule, options, worth)
+
+    @property
+    def programs(self) -> tuple[ParallelProgram, ...]:
+        """Of all that was made, the most recently used first."""
+        return tuple(one.program for one in self.found)
+
+    def report(self) -> Report:
+        """That of the program of the last call, and how it runs on this rank.
+
+        Raises:
+            ParallelizeError: there was no call yet, or it ran whole.
+        """
+        if self.whole:
+            raise ParallelizeError(f"the last call ran whole on every rank: {self.whole}")
+        found = next(iter(self.found), None)
+        if found is None:
+            raise ParallelizeError("report() tells of the program of the last forward, and there was none yet")
+        return replace(found.program.report(), execution=found.runner.execution)
 
     def call(self, given: Arguments) -> Any:
         """The model's result, on all ranks; raises `MismatchError` on all if they make different calls."""
+        self.whole = ""
+        if isinstance(self.model, Method) and (where := hooked(self.model.owner)) is not None:
+            self.whole = f"{where} has a hook of accelerate, which the method itself calls"
+            return self.model.forward(*given.args, **given.kwargs)
+        if self.worth is None:
+            return self._divided(given)
+        if not self.worth.runs_whole(given):
+            try:
+                return self._divided(given)
+            except (TraceError, ParallelizeError, GradientError) as refusal:
+                self.worth.refuse(given, refusal)
+        self.whole = self.worth.reason
+        return self.model.forward(*given.args, **given.kwargs)
+
+    def _divided(self, given: Arguments) -> Any:
         if self.tracing:
             raise TraceError("forward calls the port of the model that it belongs to; call what it stands for instead")
         with on_all_ranks(self.mesh, self.options):
@@ -178,6 +225,8 @@ class Specialisations:
             key = program_key(program)
             made = _parallelized(TracedProgram(program, key in self.verified), self.schedule)
             self.verified |= {key} - {None}
+            if self.worth is not None:
+                self.worth.check(made)
             return made
 
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))

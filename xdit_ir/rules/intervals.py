@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
@@ -13,45 +14,89 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """How a dim of length `size` becomes one of length `out`: result i reads the `reach` elements from `start(i)` on.
+    """How a dim of length `size` becomes one of length `out`: result i reads the elements from
+    `(i * stride + low) // per` to `(i * stride + high) // per`; what lies outside of the operand is padding.
 
-    What lies outside of the operand is padding. Between neighbouring results a window moves by `stride / per`:
-    `Window(size, out, stride, padding, reach)` is a convolution or a pooling, `Window(4, 8, per=2)` repeats every
-    element twice, as resizing to the nearest does.
+    Between neighbouring results a window moves by `stride / per`. Kernels that know sizes only, and not where in a
+    dim they are, work on runs of the operand that begin and end at multiples of `unit`, or at its ends.
 
-    >>> conv = Window(size=8, out=8, padding=1, reach=3)
+    >>> conv = Window.sliding(size=8, out=8, padding=1, reach=3)
     >>> conv.needed(Indices.range(0, 4)), conv.makes(Indices.range(0, 5))  # one row of halo
     (Indices(runs=((0, 5),)), Indices(runs=((0, 4),)))
     >>> conv.border(Indices.range(3, 8), Indices.range(4, 8))  # nothing in front, padding behind
     (0, 1)
-    >>> Window(size=4, out=8, per=2).makes(Indices.range(2, 4))
+    >>> Window.resized(size=4, out=8).makes(Indices.range(2, 4))  # every element twice
     Indices(runs=((4, 4),))
+    >>> Window.transposed(size=4, out=8, stride=2, padding=1, reach=4).needed(Indices.range(0, 4))
+    Indices(runs=((0, 3),))
     """
 
     size: int
     out: int
     stride: int = 1
-    padding: int = 0
-    reach: int = 1
+    low: int = 0
+    high: int = 0
     per: int = 1
+    unit: int = 1
+
+    @staticmethod
+    def sliding(size: int, out: int, stride: int = 1, padding: int = 0, reach: int = 1) -> Window:
+        """Convolutions and poolings: `reach` elements from `i * stride - padding` on."""
+        return Window(size, out, stride, -padding, reach - 1 - padding)
+
+    @staticmethod
+    def transposed(size: int, out: int, stride: int, padding: int, reach: int) -> Window:
+        """Convolutions of which element j adds to the `reach` results from `j * stride - padding` on."""
+        return Window(size, out, 1, padding - reach + stride, padding, stride)
+
+    @staticmethod
+    def resized(size: int, out: int) -> Window:
+        """Resizing to the nearest: the element at `i * size / out`."""
+        shared = math.gcd(size, out)
+        return Window(size, out, size // shared, 0, 0, out // shared, size // shared)
+
+    @staticmethod
+    def tapped(size: int, out: int, before: int, after: int) -> Window:
+        """Resizing that reads from `before` in front of the element at `(i + 1/2) * size / out - 1/2` to `after` behind
+        it."""
+        shared = math.gcd(size, out)
+        step, per = size // shared, out // shared
+        return Window(size, out, 2 * step, step - per - before * 2 * per, step - per + after * 2 * per, 2 * per, step)
+
+    @staticmethod
+    def around(size: int, out: int, reach: int) -> Window:
+        """Resizing that weighs what is less than `reach` times the larger of both spacings from the centre of a
+        result, at `(i + 1/2) * size / out`."""
+        shared = math.gcd(size, out)
+        step, per = size // shared, out // shared
+        low, high = step + per - 2 * reach * max(step, per), step - per + 2 * reach * max(step, per)
+        return Window(size, out, 2 * step, low, high, 2 * per, step)
 
     @property
     def tiles(self) -> bool:
         """Whether windows are adjacent blocks that cover everything."""
-        tight = self.per == 1 and self.padding == 0
-        return tight and self.reach == self.stride and self.reach * self.out == self.size
+        tight = self.per == 1 and self.low == 0 and self.high == self.stride - 1
+        return tight and self.stride * self.out == self.size
+
+    @property
+    def repeats(self) -> bool:
+        """Whether every element makes `per` results, alone."""
+        alone = self.stride == 1 and self.low == self.high == 0
+        return alone and self.per * self.size == self.out
 
     def start(self, result: int) -> int:
         """The first element that a result reads."""
-        return result * self.stride // self.per - self.padding
+        return (result * self.stride + self.low) // self.per
 
     def stop(self, result: int) -> int:
         """Behind the last element that a result reads."""
-        return self.start(result) + self.reach
+        return (result * self.stride + self.high) // self.per + 1
 
     def centre(self, result: int) -> int:
         """The element of whose neighbourhood a result tells; where windows move by several, their first in step."""
-        return self.start(result) + ((self.reach - 1) // 2 if self.stride <= self.per else self.padding)
+        if self.stride > self.per:
+            return result * self.stride // self.per
+        return (2 * result * self.stride + self.low + self.high) // (2 * self.per)
 
     def needed(self, part: Indices) -> Indices:
         """What a rank needs that makes one run of results, and the gap up to what the next one reads."""
@@ -59,10 +104,21 @@ class Window:
             return part
         first, stop = interval(part)
         end = self.size if stop == self.out else max(self.stop(stop - 1), self.start(stop))
-        return Indices.range(max(self.start(first), 0), min(end, self.size))
+        end = -(-end // self.unit) * self.unit
+        return Indices.range(max(self.start(first), 0) // self.unit * self.unit, min(end, self.size))
+
+    def usable(self, part: Indices) -> Indices:
+        """What of one run of the operand begins and ends where it may."""
+        if not part.runs:
+            return part
+        start, end = interval(part)
+        return Indices.range(
+            -(-start // self.unit) * self.unit, end if end == self.size else end // self.unit * self.unit
+        )
 
     def makes(self, part: Indices) -> Indices:
         """All results that one run of the operand determines."""
+        part = self.usable(part)
         if not part.runs:
             return part
         (start, end), every = interval(part), range(self.out)
@@ -82,7 +138,7 @@ class Window:
         the window, less what reaches over into its neighbours', begins in their parts. None: it must be whole."""
         if any(len(part.runs) > 1 for part in partition.parts):
             return None
-        over = (self.reach - self.stride) // 2
+        over = (self.high - self.low + self.per - self.stride) // (2 * self.per)
 
         def begun(part: Indices) -> Indices:
             if not part.runs:
@@ -102,10 +158,9 @@ class Window:
 
     def divide(self, mesh: Mesh, partition: Partition) -> tuple[Partition, Partition] | None:
         """What ranks need of the operand and what they make: without talking if possible; None: it must be whole."""
-        if self.tiles:
-            made = partition.shorter(self.reach)
-            if made is not None:
-                return partition, made
+        made = partition.longer(self.per) if self.repeats else partition.shorter(self.stride) if self.tiles else None
+        if made is not None:
+            return partition, made
         if any(len(part.runs) > 1 for part in partition.parts):
             return None
         groups = {mesh.group(rank, mesh.dividing_dims(partition)) for rank in range(mesh.world_size)}
@@ -120,7 +175,9 @@ class Window:
     def demand(self, wanted: Partition) -> Partition | None:
         """The operand's partition from which ranks make these results without talking; None: there is none."""
         if self.tiles:
-            return wanted.longer(self.reach)
+            return wanted.longer(self.stride)
+        if self.repeats:
+            return wanted.shorter(self.per)
         return None if any(len(part.runs) > 1 for part in wanted.parts) else wanted.map(self.size, self.needed)
 
 

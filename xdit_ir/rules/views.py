@@ -263,7 +263,7 @@ def _unfold_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
 def _window(call: OpCall) -> tuple[int, Window]:
     given, shape = call.arguments, call.specs[0].shape
     dim = given["dimension"] % len(shape)
-    return dim, Window(shape[dim], call.out.shape[dim], given["step"], 0, given["size"])
+    return dim, Window.sliding(shape[dim], call.out.shape[dim], given["step"], 0, given["size"])
 
 
 def _strided(call: OpCall) -> OpSharding:

@@ -16,6 +16,7 @@ from xdit_ir.ir.graphs import with_operands, write_relayout
 from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC
+from xdit_ir.rules.convolutions import space_of
 from xdit_ir.rules.norms import divided_statistics
 from xdit_ir.sharding.cost import relayout_sent, step_flops
 
@@ -141,6 +142,19 @@ class LayoutGraph:
         """Whether ranks hold summands that are added up."""
         reduced = (step.relayout and step.target in ops.SUMS for step in self.steps)
         return any(reduced) or any(map(self._adds_statistics, self.steps))
+
+    def divides_space(self) -> bool:
+        """Whether windows of some convolution move along what is divided."""
+        return any(map(self._divides_space, filter(lambda step: step.is_operator, self.steps)))
+
+    def _divides_space(self, step: LayoutNode) -> bool:
+        if len(step.sources) < 2:
+            return False
+        x, weight = step.sources[:2]
+        if isinstance(x.layout, tuple) or isinstance(weight.layout, tuple):
+            return False
+        dims = space_of(step.target, len(x.layout.dims), weight.spec.shape)
+        return any(x.layout.dims[dim] is not None for dim in dims)
 
     def _adds_statistics(self, step: LayoutNode) -> bool:
         """Whether a norm, once it is lowered, adds up statistics of all ranks."""

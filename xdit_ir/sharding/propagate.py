@@ -170,6 +170,10 @@ class Attempt:
         """Whether ranks hold summands outside of blocks."""
         return self.draft.sums_up()
 
+    def divides_space(self) -> bool:
+        """Whether windows of some convolution move along what is divided."""
+        return any(draft.divides_space() for draft in self._drafts())
+
     def layout(self, name: str) -> Layout | None:
         """The layout of the value of this name, for an input as it is cut; None where nothing is left of it."""
         step = next((step for step in self.draft.steps if step.node.name == name and not step.relayout), None)

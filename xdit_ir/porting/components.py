@@ -1,0 +1,55 @@
+"""What of a pipeline is divided: denoisers, and the decoders and encoders beside them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from xdit_ir.capture.methods import StandIn
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.porting.denoisers import components, denoisers, takes_timestep
+
+# The interface of autoencoders, as a timestep is that of denoisers; they have no forward that pipelines call.
+METHODS = ("encode", "decode")
+
+
+def coders(module: nn.Module) -> dict[str, types.MethodType]:
+    """The methods of an autoencoder by which pipelines call it."""
+    found = {name: getattr(module, name, None) for name in METHODS}
+    for method in found.values():
+        if isinstance(method, StandIn):
+            raise ParallelizeError(f"{method.original.__qualname__} is ported already")
+    return {name: method for name, method in found.items() if isinstance(method, types.MethodType)}
+
+
+def split(
+    pipe: Any, named: Sequence[str] | None, only_denoisers: Sequence[str] | None
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The denoisers of a pipeline, and its other modules that may be divided: all there are, or those that are named.
+
+    Raises:
+        ParallelizeError: there is no denoiser and nothing is named, or a name is none of a module.
+    """
+    modules = components(pipe)
+    if named is None:
+        found = denoisers(pipe, only_denoisers)
+        same = {id(module) for module in found.values()}
+        rest = {} if only_denoisers is not None else modules
+        return found, {name: module for name, module in rest.items() if id(module) not in same}
+    check_names(named, modules)
+    found = {name: modules[name] for name in named if takes_timestep(modules[name])}
+    found |= denoisers(pipe, only_denoisers) if only_denoisers else {}
+    return found, {name: modules[name] for name in named if name not in found}
+
+
+def check_names(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ParallelizeError` for what names no modules."""
+    if isinstance(names, str):
+        raise ParallelizeError(f"components={names!r}: expected a list of names, as in components=[{names!r}]")
+    for name in names:
+        if name not in modules:
+            known = ", ".join(modules) or "none"
+            raise ParallelizeError(f"components: the pipeline has no module {name!r}; its modules: {known}")

@@ -1,0 +1,69 @@
+"""The ports of what stands beside denoisers: methods of autoencoders, and other encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from xdit_ir.capture.plain import odd_weight
+from xdit_ir.emission.context import RunOptions
+from xdit_ir.emission.state import hooked
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.porting.components import coders
+from xdit_ir.porting.methods import PortedMethod
+from xdit_ir.porting.ported import Ported
+from xdit_ir.porting.worth import may_pay
+from xdit_ir.sharding.machine import Machine
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How they are made: divided over all ranks of `mesh` by rows or tokens, one kernel after the other, as they run
+    once for an image or video. If `asked` for by name, what cannot be divided is an error, else it runs whole.
+    """
+
+    mesh: Mesh
+    machine: Machine
+    options: Mapping[str, RunOptions]
+    asked: bool
+
+    def methods(self, modules: Mapping[str, nn.Module]) -> list[PortedMethod]:
+        """Those of autoencoders."""
+        made = []
+        for name, module in {id(module): (name, module) for name, module in modules.items()}.values():
+            found = coders(module) if self._may(name, module) else {}
+            made += [PortedMethod(method, *self._how(name), pays=not self.asked) for method in found.values()]
+        return made
+
+    def encoders(self, modules: Mapping[str, nn.Module]) -> dict[str, Ported]:
+        """Other modules that are asked for, or so large that dividing them may pay."""
+        found = {name: module for name, module in modules.items() if self._may(name, module) and not coders(module)}
+        chosen = {name: module for name, module in found.items() if self.asked or may_pay(module, self.machine)}
+        return {name: Ported(module, *self._how(name), pays=not self.asked) for name, module in chosen.items()}
+
+    def _may(self, name: str, module: nn.Module) -> bool:
+        """Whether a module can be ported; raises `ParallelizeError` if one that is asked for cannot."""
+        reason = not_portable(module)
+        if self.asked and reason is not None:
+            raise ParallelizeError(reason)
+        held_here = self.options[name].loading.holds  # then the original has no weights to run whole with
+        return self.asked or (reason is None and not held_here and self.mesh.world_size > 1)
+
+    def _how(self, name: str) -> tuple[Mesh, dict[str, object], RunOptions]:
+        mesh = Mesh.of(ulysses=self.mesh.world_size)
+        schedule: dict[str, object] = {**mesh.degrees, "patches": None, "warmup_steps": 1, "machine": self.machine}
+        given = self.options[name]
+        mode = "eager" if given.execution.mode == "auto" else given.execution.mode
+        return mesh, schedule, replace(given, execution=replace(given.execution, mode=mode))
+
+
+def not_portable(module: nn.Module) -> str | None:
+    """Why a module cannot be ported; None if it can."""
+    if isinstance(module, Ported):
+        return "the module is ported already; its original is needed to port it otherwise"
+    if (where := hooked(module)) is not None:
+        return f"{where} has a hook of accelerate, which offloads or spreads weights: port first"
+    return odd_weight(module)

@@ -1,0 +1,125 @@
+"""What beside denoisers is divided where that pays: other calls run whole, as they would without a port."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_ir.api import ParallelProgram
+from xdit_ir.errors import ParallelizeError, XditError
+from xdit_ir.porting.settings import ModelSettings
+from xdit_ir.sharding.machine import Machine
+from xdit_ir.sharding.report import Report
+
+# Seconds that a call must save, as FLOPs at full speed: a trace takes seconds, and most kernels are slower than that.
+SAVED = 0.002
+# Seconds that a whole call of an encoder of ids must take, and how long a text may be: other lengths are traced anew.
+ENCODER, LONGEST = 0.02, 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """Calls that run whole, and why: of these shapes and settings; of up to so many elements, if it is for their
+    size."""
+
+    settings: ModelSettings
+    shapes: Any
+    elements: int
+    reason: str
+    small: bool
+
+    def covers(self, given: Any) -> bool:
+        """Whether a call is one of them."""
+        alike = _elements(given) <= self.elements if self.small else _shapes(given) == self.shapes
+        return alike and self.settings.unchanged()
+
+
+class TooSmallError(ParallelizeError):
+    """Dividing a call would not save enough."""
+
+
+@dataclass(eq=False)
+class Worth:
+    """Decides for one `model` which calls are divided. `traced`: without a trace, calls with other tensors than ids are
+    not tried, since nothing is known of what they cost."""
+
+    model: nn.Module
+    machine: Machine
+    traced: bool
+    found: list[Whole] = field(default_factory=list)
+
+    @property
+    def reason(self) -> str:
+        """Why the last calls ran whole; empty if none did."""
+        return self.found[-1].reason if self.found else ""
+
+    def runs_whole(self, given: Any) -> bool:
+        """Whether a call is known to run whole, or is too small in any case."""
+        if any(one.covers(given) for one in self.found):
+            return True
+        if self.traced:
+            return False
+        tensors = list(_tensors(given))
+        if any(x.is_floating_point() for x in tensors):
+            self._note(given, "it was not asked for: name it in components=[...]", small=False)
+            return True
+        seconds = _token_seconds(self.model, max((x.numel() for x in tensors), default=0), self.machine)
+        if seconds < ENCODER:
+            self._note(given, f"it takes about {seconds * 1e3:.1f} ms, and each length of text a trace", small=True)
+        return seconds < ENCODER
+
+    def check(self, program: ParallelProgram) -> None:
+        """Raise `TooSmallError` where a program saves too little."""
+        saved = _saved(program.report(), self.machine)
+        if saved < SAVED:
+            raise TooSmallError(_too_small(saved))
+
+    def refuse(self, given: Any, refusal: XditError) -> None:
+        """Calls like this one run whole from now on."""
+        self._note(given, str(refusal), small=isinstance(refusal, TooSmallError))
+
+    def _note(self, given: Any, reason: str, *, small: bool) -> None:
+        self.found = [one for one in self.found if one.settings.unchanged()]
+        whole = Whole(ModelSettings(self.model), _shapes(given), _elements(given), reason, small)
+        self.found.append(whole)
+
+
+def may_pay(model: nn.Module, machine: Machine) -> bool:
+    """Whether an encoder of texts is so large that dividing it may pay."""
+    return _token_seconds(model, LONGEST, machine) >= ENCODER
+
+
+def _token_seconds(model: nn.Module, tokens: int, machine: Machine) -> float:
+    """Time in which every weight is applied to every token."""
+    return machine.seconds(2 * sum(x.numel() for x in model.parameters()) * tokens, 0)
+
+
+def _saved(report: Report, machine: Machine) -> float:
+    """Seconds that a call takes less, at full speed."""
+    exchanges = sum(one.count for one in report.collectives)
+    sent = sum(one.bytes_per_rank for one in report.collectives)
+    divided = machine.seconds(max(report.flops_per_rank), sent) + exchanges * machine.latency
+    return machine.seconds(report.flops_total, 0) - divided
+
+
+def _too_small(seconds: float) -> str:
+    return f"dividing it saves at most {max(seconds, 0) * 1e3:.1f} ms a call"
+
+
+def _tensors(given: Any) -> Iterator[torch.Tensor]:
+    return (x for x in pytree.tree_leaves((given.args, given.kwargs)) if isinstance(x, torch.Tensor))
+
+
+def _elements(given: Any) -> int:
+    return sum(x.numel() for x in _tensors(given))
+
+
+def _shapes(given: Any) -> Any:
+    """What calls are told apart by: shapes and dtypes of tensors, and which other arguments there are."""
+    leaves, spec = pytree.tree_flatten((list(given.args), dict(given.kwargs)))
+    return spec, [(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves]
