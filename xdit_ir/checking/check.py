@@ -70,7 +70,10 @@ def check_parallel(
     parallel: ParallelProgram, model: Module, example: Example, *, tolerance: float = 1e-5
 ) -> CheckResult:
     """`check` for a program that is already divided."""
-    model = as_module(model)
+    return _check_module(parallel, as_module(model), example, tolerance)
+
+
+def _check_module(parallel: ParallelProgram, model: nn.Module, example: Example, tolerance: float) -> CheckResult:
     with torch.no_grad():
         expected = _results(model, example, lambda given: [_call(model, given)])[0]
     if not expected:
@@ -110,7 +113,7 @@ def _errors(run: Callable[[], list[list[list[torch.Tensor]]]], expected: list[to
 
 
 def _later_steps(
-    parallel: ParallelProgram, model: Module, example: Example, expected: list[torch.Tensor], tolerance: float
+    parallel: ParallelProgram, model: nn.Module, example: Example, expected: list[torch.Tensor], tolerance: float
 ) -> tuple[float, list[Example], list[str]]:
     """The largest error of displaced steps where PipeFusion promises the model's output: after a step with equal
     inputs, and after enough of them when the steps before had others. Also the steps that lead to the worst one.
