@@ -24,7 +24,9 @@ class Waits:
         raised = [torch.zeros(PADS * SIGNALS, dtype=torch.int32, device=device) for _ in range(2)]
         for one in raised:
             one[: 2 * SIGNALS] = 1
-        raised[0][-SIGNALS:] = 1  # whoever comes to a meeting waits until a word is taken down, then until one is raised
+        raised[0][-SIGNALS:] = (
+            1  # whoever comes to a meeting waits until a word is taken down, then until one is raised
+        )
         self._raised = itertools.cycle([one.view(torch.uint32) for one in raised])
         self._seen = torch.zeros(2 * SIGNALS, dtype=torch.int32, pin_memory=True).view(torch.uint32)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
