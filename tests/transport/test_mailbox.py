@@ -18,7 +18,9 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.use_copy_engines import UseCopyEngines
 from xdit_ir.transport.mailbox import PeerReceive, PeerSend, slot_sequence
+from xdit_ir.transport.release import Release
 from xdit_ir.transport.workspace import SLOTS, read_letter
+from xdit_ir.transport.workspaces import Workspaces
 
 
 @dataclass
@@ -114,3 +116,17 @@ def test_letters_say_where_and_what_so_that_code_does_not() -> None:
                 place = send.place
                 number, offset, plan = read_letter(letter, send.fixed["place"])
                 assert (number, offset, tuple(plan)) == (SLOTS * place.channel + slot, place.slots[slot], place.plan)
+
+
+def test_programs_share_workspaces_and_meet_where_another_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[int] = []
+    monkeypatch.setattr(Workspaces, "_open", lambda self, nbytes, group: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(Workspaces, "_meet", lambda self, workspace, group: met.append(workspace.numel()))
+    shared = Workspaces(torch.device("cpu"), Release())
+    sizes = [shared.take(size, "0").numel() for size in (100, 90, 110, 140, 160, 20)]
+    assert sizes == [100, 100, 150, 150, 225, 100], "few, each large enough, and all stay where they are"
+    workspace = shared.take(100, "0")
+    assert shared.take(100, "1") is not workspace
+    for user in ("one", "one", "other", "other", "one"):
+        shared.enter(workspace, "0", user)
+    assert met == [100, 100], "only where the program changes"

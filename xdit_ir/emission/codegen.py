@@ -67,6 +67,11 @@ class Code:
         """The constants, as the model has them when it is on `device`."""
         return list(constants_on(self.program, self.constants, device).values())
 
+    def enter(self) -> None:
+        """Before a forward: see to it that what another program has sent is not overwritten."""
+        if self.mailbox is not None:
+            self.mailbox.enter()
+
     def finish(self) -> None:
         """Make the current stream wait for what a forward, or a part of it, has sent."""
         if self.mailbox is not None:

@@ -26,6 +26,7 @@ from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.use_copy_engines import UseCopyEngines, candidates
 from xdit_ir.transport.distributed import Communicator
+from xdit_ir.transport.workspaces import Workspaces
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class RankContext:
     def shared_codes(self) -> SharedCodes:
         """Compiled code that serves any number of tokens."""
         return SharedCodes(self.device)
+
+    @cached_property
+    def workspaces(self) -> Workspaces:
+        """Where exchanges by copy engines land."""
+        return Workspaces(self.device, self.communicator.release)
 
     @property
     def rank(self) -> int:

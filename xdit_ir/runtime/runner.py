@@ -36,7 +36,7 @@ class Runner:
         self._inputs = [node.name for node in placeholders(program.graph)]
         self._constants = self.code.constant_tensors(self.device)
         if self.code.mailbox is not None:
-            self._constants += self.code.mailbox.open(self.device)
+            self._constants += self.code.mailbox.open(context.workspaces)
         execution = context.execution
         self._compiled = execution.compile
         self._recording = (
@@ -96,4 +96,5 @@ class Runner:
         with plain_modes(self.device.type):
             given = [as_normal_tensor(materialize(x)) for x in inputs]
             state = [*weights, *self._constants]
+            self.code.enter()
             return self.code([*given, *state]) if self._recording is None else self._recording(given, state)

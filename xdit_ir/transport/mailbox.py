@@ -5,7 +5,8 @@ asking, and raises a flag there. That is safe because successive calls of a bloc
 writes to a slot for the second time it has waited, in the call between, for something that the receiver sent after
 it had read that slot for the first time. It needs three things: slots alternate over the calls of a block and from
 the last call of a forward to the first of the next (`slot_sequence`); every exchange is awaited inside the call that
-started it; and its result is not returned from the block, which the pass `use-copy-engines` sees to.
+started it; and its result is not returned from the block, which the pass `use-copy-engines` sees to. Programs of
+several shapes share a workspace: ranks meet where another one runs than before, see `Workspaces`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.program import SPEC, Program, TensorSpec, called_block
 from xdit_ir.transport.copies import copies
 from xdit_ir.transport.distributed import Communicator
-from xdit_ir.transport.release import Waits
+from xdit_ir.transport.workspaces import Workspaces
 
 
 def slot_sequence(calls: int) -> list[int]:
@@ -35,7 +36,7 @@ def slot_sequence(calls: int) -> list[int]:
     return sequence
 
 
-@dataclass
+@dataclass(eq=False)
 class Mailbox:
     """The workspace of a rank's program in which exchanges over `mesh_dims` land; `size` in bytes, `calls` of each
     block.
@@ -49,8 +50,8 @@ class Mailbox:
     calls: Mapping[str, int]
     size: int
     workspace: torch.Tensor | None = None
+    workspaces: Workspaces | None = None
     places: dict[str, list[Place]] = field(default_factory=dict)
-    waits: Waits | None = None
 
     @staticmethod
     def of(program: Program, communicator: Communicator) -> Mailbox | None:
@@ -99,14 +100,15 @@ class Mailbox:
         """Make the operators known that code calls."""
         import xdit_ir.transport.peer_ops  # noqa: F401  # needs CUDA
 
-    def open(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def open(self, workspaces: Workspaces) -> tuple[torch.Tensor, ...]:
         """The workspace and the letters, `arguments` of code that uses them; all ranks call this together."""
-        from xdit_ir.transport.peer_ops import open_workspace, symmetric
-
-        self.workspace = open_workspace(self.size, device, self.group)
-        self.waits = Waits(symmetric(self.workspace, self.group), device)
-        self.communicator.release.watch(self.waits)
+        self.workspaces, self.workspace = workspaces, workspaces.take(self.size, self.group)
         return self.workspace, *(self.letter(block, slot) for block, slot in self.letters)
+
+    def enter(self) -> None:
+        """Before a forward, which all ranks begin in the same order."""
+        assert self.workspaces is not None and self.workspace is not None
+        self.workspaces.enter(self.workspace, self.group, self)
 
     def join(self) -> None:
         """Make the current stream wait for everything sent; at the end of a forward."""

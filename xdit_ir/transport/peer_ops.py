@@ -16,7 +16,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from cuda.bindings import runtime as cuda
 
 from xdit_ir.transport.keeping import keeping
-from xdit_ir.transport.workspace import HEADER, SIGNALS, read_letter
+from xdit_ir.transport.workspace import HEADER, PADS, SIGNALS, read_letter
 
 TIMEOUT_MS = 600_000  # as NCCL's: a peer that died must not hang the others for ever
 FLAG = 1  # the first word of a workspace, to be copied where a peer waits
@@ -116,15 +116,23 @@ def join(workspace: torch.Tensor, group: str) -> None:
 
 def open_workspace(nbytes: int, device: torch.device, group: str) -> torch.Tensor:
     """A workspace of this size on every member of the group, which must all call this."""
-    need = 2 * 4 * SIGNALS
+    need = 4 * PADS * SIGNALS
     if symmetric_memory.get_signal_pad_size() < need:
         symmetric_memory.set_signal_pad_size(need)
     workspace = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
     workspace[:HEADER].view(torch.int32).fill_(FLAG)
-    handle = symmetric(workspace, group)
     torch.cuda.current_stream(device).synchronize()
-    handle.barrier(0, TIMEOUT_MS)
+    meet(workspace, group)
     return workspace
+
+
+def meet(workspace: torch.Tensor, group: str) -> None:
+    """Make the current stream wait until those of all members are here, and so have awaited whatever was sent to them.
+
+    By words of the signal pad that no exchange uses: a member that goes on may send at once.
+    """
+    handle = symmetric(workspace, group)
+    handle.barrier((PADS - 1) * SIGNALS // handle.world_size, TIMEOUT_MS)
 
 
 def symmetric(workspace: torch.Tensor, group: str) -> Any:

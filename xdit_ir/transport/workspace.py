@@ -9,6 +9,7 @@ import torch
 SLOTS = 3  # per channel
 HEADER = 64  # bytes at the start of a workspace
 SIGNALS = 512  # words of a signal pad for arrivals (one per channel, slot and member); as many follow for what was sent
+PADS = 4  # times SIGNALS words are in a signal pad; the last quarter is for meetings
 
 
 def read_letter(letter: torch.Tensor, place: int) -> tuple[int, int, Sequence[int]]:
