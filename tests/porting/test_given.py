@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import ctypes
+import os
 import types
 import weakref
 from collections.abc import Callable
@@ -163,6 +164,21 @@ def test_how_tensors_lie_in_memory_is_noticed_where_forward_reads_it() -> None:
     ported, turned = xir.port(Reads()), X.t().contiguous().t()
     for x, by in ((X, 2), (turned, 3), (X + 1, 2)):
         assert torch.equal(ported(x), x * by)
+    assert len(ported.programs) == 2
+
+
+def test_variables_of_the_environment_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the code names, and no others, which libraries set at their first use."""
+
+    class Reads(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * int(os.environ.get("XDIT_TEST_FACTOR", "2"))
+
+    ported = xir.port(Reads())
+    for name, by in (("XDIT_TEST_OTHER", 2), ("XDIT_TEST_FACTOR", 3)):
+        assert torch.equal(ported(X), X * 2)
+        monkeypatch.setenv(name, "3")
+        assert torch.equal(ported(X), X * by)
     assert len(ported.programs) == 2
 
 

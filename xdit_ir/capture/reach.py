@@ -23,7 +23,7 @@ _STATE = ("_parameters", "_buffers")
 _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set")
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
 BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
-_ENVIRONMENT = ("environ", "getenv")
+_ENVIRONMENT = frozenset({"environ", "getenv"})
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -177,6 +177,16 @@ class Reach:
             names = list(names_in(function.__code__))
             self._know(names)
             self._used(home, names)
+            if not _ENVIRONMENT.isdisjoint(names):
+                self._environment(function.__code__)
+
+    def _environment(self, code: types.CodeType) -> None:
+        """The variables of the environment that code names."""
+        part = Names(getattr(os.environ, "_data", {}), "os.environ")
+        for name in code.co_consts:
+            if isinstance(name, str) and "\0" not in name:
+                part.note(os.environ.encodekey(name))  # type: ignore[attr-defined]
+        self.parts.append(part)
 
     def _used(self, home: dict[str, Any], names: Iterable[str]) -> None:
         """Names that code uses of its globals."""
@@ -206,8 +216,6 @@ class Reach:
     def _know(self, names: Iterable[str]) -> None:
         new = set(names) - self._known
         self._known |= new
-        if not new.isdisjoint(_ENVIRONMENT):
-            self._push([("os.environ", getattr(os.environ, "_data", None))])
         for name in new:
             for space, opaque in self._spaces.get(name, ()):
                 if name not in space.names and name in vars(space.item):
