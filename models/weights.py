@@ -13,9 +13,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def randomize(model: Module, seed: int = 0) -> Module:
     """Refill every parameter in place, deterministically in `seed` (per device type), and return the model.
 
-    Weights of two or more dimensions get N(0, 1 / fan_in), norm weights 1 + 0.1 N(0, 1), everything else
-    (biases, scale-shift and other tables) 0.1 N(0, 1). A weight that its module scales by 1 / sqrt(fan_in) in
-    forward gets N(0, 1). Buffers stay as they are; meta parameters are skipped.
+    Weights of two or more dimensions get N(0, 1 / fan_in), norm weights (and lengths under weight_norm)
+    1 + 0.1 N(0, 1), everything else (biases, scale-shift and other tables) 0.1 N(0, 1). A weight that its module
+    scales by 1 / sqrt(fan_in) in forward gets N(0, 1). Buffers stay as they are; meta parameters are skipped.
     """
     generators: dict[torch.device, torch.Generator] = {}
     with torch.no_grad():
@@ -42,7 +42,10 @@ def _scales_itself(owner: nn.Module, parameter: torch.Tensor) -> bool:
 
 def _shape_noise(name: str, noise: torch.Tensor) -> torch.Tensor:
     """Standard normal noise in the shape of parameter `name`, scaled (in place) to its role."""
-    if name.rpartition(".")[2] != "weight":
+    own = name.rpartition(".")[2]
+    if own in ("weight_g", "original0"):  # the lengths of rows under weight_norm
+        return noise.mul_(0.1).add_(1.0)
+    if own != "weight":
         return noise.mul_(0.1)
     if noise.ndim < 2:
         return noise.mul_(0.1).add_(1.0)

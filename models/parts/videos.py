@@ -102,13 +102,13 @@ ENTRIES = {
         calls=calls(7, 256, 16, (4, 2, 32, 2))),
     "qwen-image": Part(
         cls="AutoencoderKLQwenImage",
-        config=dict(base_dim=16, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temperal_downsample=(False, True),
+        config=dict(base_dim=16, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
                     latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4),
         calls=calls(1, 128, 16, (4, 1, 32, 4))),
     "qwen-image-2.1": Part(
         cls="AutoencoderKLQwenImage21",
-        config=dict(base_dim=16, decoder_base_dim=16, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1,
-                    temperal_downsample=(False, True), latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4),
+        config=dict(base_dim=16, decoder_base_dim=16, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1,
+                    temperal_downsample=[False, True], latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4),
         calls=calls(1, 128, 16, (4, 1, 32, 4), channels=4)),
     "temporal-decoder": Part(
         cls="AutoencoderKLTemporalDecoder",
@@ -120,9 +120,9 @@ ENTRIES = {
         cls="AutoencoderVidTok",
         config=dict(is_causal=False, ch=32, ch_mult=(1, 2, 2, 2), z_channels=6, double_z=False, num_res_blocks=1,
                     regularizer="fsq", codebook_size=262144),
-        calls=calls(8, 128, 16, (6, 4, 16, 2))),
+        calls=dict(encode=dict(x=Normal((1, 3, 8, 128, 16))), decode=dict(z=Normal((1, 6, 4, 32, 2))))),
     "wan": Part(
         cls="AutoencoderKLWan",
-        config=dict(base_dim=16, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temperal_downsample=(False, True)),
+        config=dict(base_dim=16, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]),
         calls=calls(5, 128, 16, (4, 3, 32, 4))),
 }

@@ -144,3 +144,13 @@ def parts(kind: str, pays: bool) -> dict[str, Any]:
         "share": vae.decode.report().share if not whole else 1.0,
         "whole": whole,
     }
+
+
+def whole_images(degrees: Degrees) -> dict[str, Any]:
+    """A pipeline from prompt to pixels with everything ported: how far its images are from those of one process."""
+    torch.set_num_threads(1)
+    call = pipelines.flux()[1] | {"output_type": "pt"}
+    want = run(pipelines.with_autoencoder(), call)
+    pipe = xir.port(pipelines.with_autoencoder(), components=["transformer", "vae"], **degrees)
+    got = run(pipe, call)
+    return {"error": error(got, want), "spread": want.std().item(), "share": pipe.vae.decode.report().share}

@@ -26,6 +26,14 @@ def test_an_autoencoder_on_two_processes_is_that_of_one(workers: Pools, kind: st
         assert kind == "tiling" or answer["share"] <= 0.54
 
 
+@pytest.mark.parametrize("kind", [{"ulysses": 2}, {"pipefusion": 2, "warmup_steps": 2}])
+def test_images_of_a_pipeline_are_those_of_one_process(workers: Pools, kind: dict[str, int]) -> None:
+    for answer in workers(2).run("whole_images", degrees=kind):
+        assert isinstance(answer["error"], float), answer
+        assert answer["error"] <= 1e-4 and answer["spread"] > 0.01, answer
+        assert answer["share"] <= 0.54
+
+
 def test_what_does_not_pay_runs_whole_and_says_so(workers: Pools) -> None:
     for answer in workers(2).run("parts", kind="plain", pays=True):
         assert answer["error"] == 0

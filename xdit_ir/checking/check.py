@@ -70,7 +70,10 @@ def check_parallel(
     parallel: ParallelProgram, model: Module, example: Example, *, tolerance: float = 1e-5
 ) -> CheckResult:
     """`check` for a program that is already divided."""
-    model = as_module(model)
+    return _check_module(parallel, as_module(model), example, tolerance)
+
+
+def _check_module(parallel: ParallelProgram, model: nn.Module, example: Example, tolerance: float) -> CheckResult:
     with torch.no_grad():
         expected = _results(model, example, lambda given: [_call(model, given)])[0]
     if not expected:

@@ -237,13 +237,14 @@ def padded_pool(
         pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(stride)]
         padded = F.pad(x, flat, value=least) if any(flat) else x
         return pool(padded, tuple(kernel), tuple(stride), 0, tuple(dilation))
-    mean = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(stride)]
-    options: dict[str, Any] = {} if divisor is None else {"divisor_override": divisor}
-    result = mean(F.pad(x, flat) if any(flat) else x, tuple(kernel), tuple(stride), **options)
+    mean: Any = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(stride)]
+    options = {} if divisor is None else {"divisor_override": divisor}
+    result: torch.Tensor = mean(F.pad(x, flat) if any(flat) else x, tuple(kernel), tuple(stride), **options)
     if kind != "inner" or divisor is not None:
         return result
     inner = F.pad(x.new_ones((1, *x.shape[-len(stride) :])), flat)
-    return result / mean(inner, tuple(kernel), tuple(stride))
+    counted: torch.Tensor = mean(inner, tuple(kernel), tuple(stride))
+    return result / counted
 
 
 def cut_resize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -52,7 +53,7 @@ class Parts:
         held_here = self.options[name].loading.holds  # then the original has no weights to run whole with
         return self.asked or (reason is None and not held_here and self.mesh.world_size > 1)
 
-    def _how(self, name: str) -> tuple[Mesh, dict[str, object], RunOptions]:
+    def _how(self, name: str) -> tuple[Mesh, dict[str, Any], RunOptions]:
         mesh = Mesh.of(ulysses=self.mesh.world_size)
         schedule: dict[str, object] = {**mesh.degrees, "patches": None, "warmup_steps": 1, "machine": self.machine}
         given = self.options[name]
