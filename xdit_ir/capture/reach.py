@@ -185,7 +185,7 @@ class Reach:
         part = Names(getattr(os.environ, "_data", {}), "os.environ")
         for name in code.co_consts:
             if isinstance(name, str) and "\0" not in name:
-                part.note(os.environ.encodekey(name))  # type: ignore[attr-defined]
+                part.note(os.environ.encodekey(name))
         self.parts.append(part)
 
     def _used(self, home: dict[str, Any], names: Iterable[str]) -> None:
