@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import queue
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -133,16 +133,16 @@ class Counting(nn.Module):
 
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.how, self.done = how, queue.SimpleQueue[int]()  # into which a trace cannot see
+        self.how, self.done = how, tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - a trace cannot see into it
         self.qkv, self.more = nn.Linear(8, 24), nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.done.put(1)
+        self.done.write(b".")
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
         x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         if self.how == "value":
-            return x * (1 + self.done.qsize() % 2)
-        return self.more(x) if self.done.qsize() % 2 else x
+            return x * (1 + self.done.tell() % 2)
+        return self.more(x) if self.done.tell() % 2 else x
 
 
 @pytest.mark.parametrize(("how", "named"), [("value", "0"), ("call", "0.more")])
