@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from xdit_ir.emission.lifting import lift
 from xdit_ir.emission.structure import STRUCTURE, Structure, is_value
@@ -25,6 +25,18 @@ class SharedCode:
         self.dynamic = self._lifted.dynamic
         self.run = self.compiled()
 
+    @staticmethod
+    def of(structure: Structure, options: Mapping[str, Any], device: torch.device) -> SharedCode:
+        """For as many other shapes as can be told from one."""
+        template = Template.of(structure.numbers, lift(structure, device))
+        fits = template.fits(structure.numbers)
+        return SharedCode(structure, template, options) if fits else SharedCode.alone(structure, options)
+
+    @staticmethod
+    def alone(structure: Structure, options: Mapping[str, Any]) -> SharedCode:
+        """For one shape."""
+        return SharedCode(structure, Template.of(structure.numbers, structure.numbers), options)
+
     def compiled(self) -> Callable[..., Any]:
         """Another copy, compiled at its first call: as one graph, with the order of operators as it is written."""
         module = fx.GraphModule(nn.Module(), self._lifted.graph)
@@ -36,13 +48,19 @@ class SharedCode:
 
 
 class Shape:
-    """The code of one body: that of its structure, for its numbers."""
+    """The code of one body: that of its structure, one of `codes`, for its numbers."""
 
-    def __init__(self, code: SharedCode, structure: Structure) -> None:
-        self._code, self._run = code, code.run
-        self._carriers = code.carriers(structure.numbers)
+    def __init__(self, structure: Structure, options: Mapping[str, Any], codes: list[SharedCode]) -> None:
+        self._structure, self._options, self._codes = structure, options, codes
         self._values = [place for place, node in enumerate(placeholders(structure.graph)) if is_value(node)]
         self._seen: set[Any] = set()
+
+    def use(self, code: SharedCode) -> None:
+        """From now on this code, which is added to those of the structure."""
+        if code not in self._codes:
+            self._codes.append(code)
+        self._code, self._run = code, code.run
+        self._carriers = code.carriers(self._structure.numbers)
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """The body's results."""
@@ -67,6 +85,15 @@ class Shape:
         except FailOnRecompileLimitHit:  # other forms of inputs have used this copy up
             self._run = self._code.run = self._code.compiled()
             return self._run(*marked)
+        except TorchDynamoException:
+            if not self._code.dynamic:
+                raise
+        # it cannot be compiled with symbols, so for these numbers only
+        if self._code in self._codes:
+            self._codes.remove(self._code)
+        plain = given[: len(given) - len(self._carriers)]
+        self.use(SharedCode.alone(self._structure, self._options))
+        return self._first(plain)
 
 
 @dataclass(eq=False)
@@ -85,13 +112,9 @@ class SharedCodes:
         module.meta[STRUCTURE] = structure.key
         codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), [])
         code = next((code for code in codes if code.template.fits(structure.numbers)), None)
-        if code is None:
-            template = Template.of(structure.numbers, lift(structure, self.device))
-            if not template.fits(structure.numbers):
-                template = Template.of(structure.numbers, structure.numbers)
-            code = SharedCode(structure, template, options)
-            codes.append(code)
-        return Shape(code, structure)
+        shape = Shape(structure, options, codes)
+        shape.use(code or SharedCode.of(structure, options, self.device))
+        return shape
 
 
 def one_form(x: torch.Tensor) -> torch.Tensor:
