@@ -30,10 +30,10 @@ class SharedCode:
         """For as many other shapes as can be told from one."""
         template = Template.of(structure.numbers, lift(structure, device))
         fits = template.fits(structure.numbers)
-        return SharedCode(structure, template, options) if fits else SharedCode.alone(structure, options)
+        return SharedCode(structure, template, options) if fits else SharedCode.alone(structure, options, device)
 
     @staticmethod
-    def alone(structure: Structure, options: Mapping[str, Any]) -> SharedCode:
+    def alone(structure: Structure, options: Mapping[str, Any], _: torch.device | None = None) -> SharedCode:
         """For one shape."""
         return SharedCode(structure, Template.of(structure.numbers, structure.numbers), options)
 
@@ -47,18 +47,26 @@ class SharedCode:
         return [torch.empty(numbers[place], 0) for place in self._lifted.carried]
 
 
+@dataclass(eq=False)
+class Codes:
+    """Those of one structure; `lifts`: it can be compiled with symbols, as far as is known."""
+
+    found: list[SharedCode] = field(default_factory=list)
+    lifts: bool = True
+
+
 class Shape:
     """The code of one body: that of its structure, one of `codes`, for its numbers."""
 
-    def __init__(self, structure: Structure, options: Mapping[str, Any], codes: list[SharedCode]) -> None:
+    def __init__(self, structure: Structure, options: Mapping[str, Any], codes: Codes) -> None:
         self._structure, self._options, self._codes = structure, options, codes
         self._values = [place for place, node in enumerate(placeholders(structure.graph)) if is_value(node)]
         self._seen: set[Any] = set()
 
     def use(self, code: SharedCode) -> None:
         """From now on this code, which is added to those of the structure."""
-        if code not in self._codes:
-            self._codes.append(code)
+        if code not in self._codes.found:
+            self._codes.found.append(code)
         self._code, self._run = code, code.run
         self._carriers = code.carriers(self._structure.numbers)
 
@@ -88,9 +96,9 @@ class Shape:
         except TorchDynamoException:
             if not self._code.dynamic:
                 raise
-        # it cannot be compiled with symbols, so for these numbers only
-        if self._code in self._codes:
-            self._codes.remove(self._code)
+        self._codes.lifts = False
+        if self._code in self._codes.found:
+            self._codes.found.remove(self._code)
         plain = given[: len(given) - len(self._carriers)]
         self.use(SharedCode.alone(self._structure, self._options))
         return self._first(plain)
@@ -102,7 +110,7 @@ class SharedCodes:
 
     device: torch.device
     tried: dict[Hashable, bool] = field(default_factory=dict)
-    _found: dict[Hashable, list[SharedCode]] = field(default_factory=dict)
+    _found: dict[Hashable, Codes] = field(default_factory=dict)
 
     def of(self, module: fx.GraphModule, options: Mapping[str, Any]) -> Callable[..., Any] | None:
         """The code of a body; None if its structure cannot be compared."""
@@ -110,10 +118,13 @@ class SharedCodes:
         if structure is None:
             return None
         module.meta[STRUCTURE] = structure.key
-        codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), [])
-        code = next((code for code in codes if code.template.fits(structure.numbers)), None)
+        codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), Codes())
+        code = next((code for code in codes.found if code.template.fits(structure.numbers)), None)
+        if code is None:
+            make = SharedCode.of if codes.lifts else SharedCode.alone
+            code = make(structure, options, self.device)
         shape = Shape(structure, options, codes)
-        shape.use(code or SharedCode.of(structure, options, self.device))
+        shape.use(code)
         return shape
 
 
