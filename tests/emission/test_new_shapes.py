@@ -101,9 +101,32 @@ def test_further_resolutions_texts_and_batches_compile_nothing(model: Model, com
 @torch.no_grad()
 def test_parts_of_one_token_have_code_of_their_own(model: Model, compiled: list[Any]) -> None:
     port = xir.port(model, mode="compiled")
-    for text, image in ((6, 24), (1, 24), (1, 40), (5, 1), (5, 24)):
+    for text, image in ((6, 24), (1, 24), (1, 40), (5, 24)):
         call(port, model, text, image, batch=2)
-    assert len(compiled) == 3, "one for both of any number of tokens, two for one of them alone"
+    assert len(compiled) == 2, "one for any numbers of both, one for any of one beside a single one"
+
+
+@torch.no_grad()
+def test_what_cannot_be_compiled_for_any_shape_is_for_each(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+    failed: list[Any] = []
+
+    def backend(graph: Any, given: Any) -> Callable[..., Any]:
+        if any(isinstance(one, torch.SymInt) for one in given):
+            failed.append(graph)
+            raise ValueError("no symbols here")
+        graphs.append(graph)
+        return graph.forward
+
+    def compile(function: Any, options: Any = None, **given: Any) -> Any:
+        return real(function, backend=backend, **given)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    port = xir.port(model, mode="compiled")
+    for text, image in ((6, 24), (7, 31), (6, 24)):
+        call(port, model, text, image, batch=2)
+    assert len(graphs) == 2 and len(failed) == 1
 
 
 @torch.no_grad()

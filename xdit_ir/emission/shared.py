@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from xdit_ir.emission.lifting import lift
 from xdit_ir.emission.structure import STRUCTURE, Structure, is_value
@@ -25,6 +25,18 @@ class SharedCode:
         self.dynamic = self._lifted.dynamic
         self.run = self.compiled()
 
+    @staticmethod
+    def of(structure: Structure, options: Mapping[str, Any], device: torch.device) -> SharedCode:
+        """For as many other shapes as can be told from one."""
+        template = Template.of(structure.numbers, lift(structure, device))
+        fits = template.fits(structure.numbers)
+        return SharedCode(structure, template, options) if fits else SharedCode.alone(structure, options, device)
+
+    @staticmethod
+    def alone(structure: Structure, options: Mapping[str, Any], _: torch.device | None = None) -> SharedCode:
+        """For one shape."""
+        return SharedCode(structure, Template.of(structure.numbers, structure.numbers), options)
+
     def compiled(self) -> Callable[..., Any]:
         """Another copy, compiled at its first call: as one graph, with the order of operators as it is written."""
         module = fx.GraphModule(nn.Module(), self._lifted.graph)
@@ -35,14 +47,28 @@ class SharedCode:
         return [torch.empty(numbers[place], 0) for place in self._lifted.carried]
 
 
-class Shape:
-    """The code of one body: that of its structure, for its numbers."""
+@dataclass(eq=False)
+class Codes:
+    """Those of one structure; `lifts`: it can be compiled with symbols, as far as is known."""
 
-    def __init__(self, code: SharedCode, structure: Structure) -> None:
-        self._code, self._run = code, code.run
-        self._carriers = code.carriers(structure.numbers)
+    found: list[SharedCode] = field(default_factory=list)
+    lifts: bool = True
+
+
+class Shape:
+    """The code of one body: that of its structure, one of `codes`, for its numbers."""
+
+    def __init__(self, structure: Structure, options: Mapping[str, Any], codes: Codes) -> None:
+        self._structure, self._options, self._codes = structure, options, codes
         self._values = [place for place, node in enumerate(placeholders(structure.graph)) if is_value(node)]
         self._seen: set[Any] = set()
+
+    def use(self, code: SharedCode) -> None:
+        """From now on this code, which is added to those of the structure."""
+        if code not in self._codes.found:
+            self._codes.found.append(code)
+        self._code, self._run = code, code.run
+        self._carriers = code.carriers(self._structure.numbers)
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """The body's results."""
@@ -67,6 +93,15 @@ class Shape:
         except FailOnRecompileLimitHit:  # other forms of inputs have used this copy up
             self._run = self._code.run = self._code.compiled()
             return self._run(*marked)
+        except TorchDynamoException:
+            if not self._code.dynamic:
+                raise
+        self._codes.lifts = False
+        if self._code in self._codes.found:
+            self._codes.found.remove(self._code)
+        plain = given[: len(given) - len(self._carriers)]
+        self.use(SharedCode.alone(self._structure, self._options))
+        return self._first(plain)
 
 
 @dataclass(eq=False)
@@ -75,7 +110,7 @@ class SharedCodes:
 
     device: torch.device
     tried: dict[Hashable, bool] = field(default_factory=dict)
-    _found: dict[Hashable, list[SharedCode]] = field(default_factory=dict)
+    _found: dict[Hashable, Codes] = field(default_factory=dict)
 
     def of(self, module: fx.GraphModule, options: Mapping[str, Any]) -> Callable[..., Any] | None:
         """The code of a body; None if its structure cannot be compared."""
@@ -83,15 +118,14 @@ class SharedCodes:
         if structure is None:
             return None
         module.meta[STRUCTURE] = structure.key
-        codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), [])
-        code = next((code for code in codes if code.template.fits(structure.numbers)), None)
+        codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), Codes())
+        code = next((code for code in codes.found if code.template.fits(structure.numbers)), None)
         if code is None:
-            template = Template.of(structure.numbers, lift(structure, self.device))
-            if not template.fits(structure.numbers):
-                template = Template.of(structure.numbers, structure.numbers)
-            code = SharedCode(structure, template, options)
-            codes.append(code)
-        return Shape(code, structure)
+            make = SharedCode.of if codes.lifts else SharedCode.alone
+            code = make(structure, options, self.device)
+        shape = Shape(structure, options, codes)
+        shape.use(code)
+        return shape
 
 
 def one_form(x: torch.Tensor) -> torch.Tensor:
