@@ -74,14 +74,6 @@ ENTRIES = {
                     upsample_residual=(True,) * 3, upsample_factor=(2,) * 3, timestep_conditioning=False, patch_size=1,
                     patch_size_t=1, decoder_causal=False),
         calls=calls(9, 256, 16, (8, 3, 32, 2))),
-    "ltx2-diffusion-decoder": Part(
-        cls="LTX2VideoDiffusionDecoderModel",
-        config=dict(latent_channels=8, patch_size=2, decoder_head_dim=16, decoder_stage_channels=(64, 32, 16, 16, 16),
-                    decoder_stage_depths=(1, 1, 1, 1, 2), decoder_stage_kernels=((3, 3, 3),) * 4,
-                    decoder_upsample_strides=((1, 2, 2), (2, 1, 1), (2, 2, 2), (2, 2, 2)),
-                    decoder_upsample_channel_reductions=(2, 2, 1, 1), decoder_stage5_kernel=(3, 3, 3),
-                    decoder_t_emb_dim=32, spatial_compression_ratio=16),
-        calls=dict(decode=dict(z=Normal((1, 8, 2, 32, 3)), return_dict=False))),
     "magvit": Part(
         cls="AutoencoderKLMagvit",
         config=dict(latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=8,

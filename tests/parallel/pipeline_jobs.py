@@ -149,7 +149,7 @@ def parts(kind: str, pays: bool) -> dict[str, Any]:
 def whole_images(degrees: Degrees) -> dict[str, Any]:
     """A pipeline from prompt to pixels with everything ported: how far its images are from those of one process."""
     torch.set_num_threads(1)
-    call = pipelines.flux()[1] | {"output_type": "pt"}
+    call = pipelines.flux()[1] | {"output_type": "pt", "height": 64, "width": 64}
     want = run(pipelines.with_autoencoder(), call)
     pipe = xir.port(pipelines.with_autoencoder(), components=["transformer", "vae"], **degrees)
     got = run(pipe, call)

@@ -262,5 +262,6 @@ def with_autoencoder() -> Any:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
+        shift_factor=0.1,
     )
     return _assembled(diffusers.FluxPipeline, _transformer("flux.1-dev"), _flow(), vae=models.randomize(vae.eval()))
