@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.compilation import compile_body
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
+from xdit_ir.emission.graph_pool import GraphPool
 from xdit_ir.emission.shared import SharedCodes
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import ParallelizeError
@@ -78,9 +78,9 @@ class RankContext:
     store: WeightStore | ModelWeights
 
     @cached_property
-    def graph_pool(self) -> Any:
-        """The memory of all CUDA graphs: no two are replayed at the same time, and their results are copied out."""
-        return torch.cuda.graph_pool_handle()
+    def graph_pool(self) -> GraphPool:
+        """The memory of all CUDA graphs."""
+        return GraphPool()
 
     @cached_property
     def shared_codes(self) -> SharedCodes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx
 
 from xdit_ir.emission.codegen import Code
 from xdit_ir.emission.execution import Tensors, first_line
+from xdit_ir.emission.graph_pool import GraphPool
 from xdit_ir.emission.sections import Kind, Section, cut_sections
 from xdit_ir.emission.trial import Trial
 from xdit_ir.ir.graphs import placeholders, results_of
@@ -60,7 +61,7 @@ class Recording:
     """
 
     def __init__(
-        self, code: Code, pool: Any, *, forced: bool = True, tried: dict[Hashable, bool] | None = None
+        self, code: Code, pool: GraphPool, *, forced: bool = True, tried: dict[Hashable, bool] | None = None
     ) -> None:
         self._code, self._pool, self._forced, self._tried = code, pool, forced, tried
         self._places = [node.name for node in placeholders(code.run.graph)]
@@ -139,7 +140,7 @@ class Recording:
         given = [places[name] if name in places else values[name] for name in section.takes]
         graph = torch.cuda.CUDAGraph()
         try:
-            with _capturing(graph, self._pool, stream.device_index):
+            with self._pool.recording(graph, stream.device_index):
                 results = _run(section, self._code, given)
         except Exception as error:
             if self._forced:
@@ -175,25 +176,3 @@ def _aside() -> Iterator[torch.cuda.Stream]:
             yield aside
     finally:
         current.wait_stream(aside)
-
-
-@contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, device: int) -> Iterator[None]:
-    """Record the current stream, whatever other threads do; if that fails, generators and memory are as before.
-
-    A recording that was invalidated leaves them in the middle of it
-    (https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/cuda/CUDAGraph.cpp).
-    """
-    torch.cuda.synchronize()
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        yield
-        graph.capture_end()
-    except BaseException:
-        with suppress(RuntimeError):
-            graph.capture_end()
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(device, pool)
-        generator = torch.cuda.default_generators[device]
-        generator.graphsafe_set_state(generator.clone_state())
-        raise

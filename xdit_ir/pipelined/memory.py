@@ -12,6 +12,7 @@ import torch
 from xdit_ir.emission.codegen import Code
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors
+from xdit_ir.emission.graph_pool import GraphPool
 from xdit_ir.emission.recording import Recording
 from xdit_ir.ir.program import TensorSpec
 
@@ -22,7 +23,7 @@ Types = Mapping[int, Mapping[str, TensorSpec]]
 class Recorded:
     """How stages are recorded: the memory of all graphs, and whether nothing else will do."""
 
-    pool: Any
+    pool: GraphPool
     forced: bool
 
     @staticmethod

@@ -1,0 +1,43 @@
+"""The memory of CUDA graphs, and what to do after a recording that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+ENTRIES = 4  # more than the allocator may have for one recording
+
+
+class GraphPool:
+    """Memory that graphs share of which no two are replayed at the same time, and whose results are copied out."""
+
+    def __init__(self) -> None:
+        self._handle: Any = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def recording(self, graph: torch.cuda.CUDAGraph, device: int) -> Iterator[None]:
+        """Record the current stream, whatever other threads do; if that fails, generators and memory are as before."""
+        torch.cuda.synchronize()
+        try:
+            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            yield
+            graph.capture_end()
+        except BaseException:
+            _put_back(graph, self._handle, device)
+            self._handle = torch.cuda.graph_pool_handle()  # the allocator may take the old one to be recorded to still
+            raise
+
+
+def _put_back(graph: torch.cuda.CUDAGraph, pool: Any, device: int) -> None:
+    """A recording that was invalidated leaves allocator and generator in the middle of it
+    (https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/cuda/CUDAGraph.cpp)."""
+    with suppress(RuntimeError):
+        graph.capture_end()
+    with suppress(RuntimeError):
+        for _ in range(ENTRIES):
+            torch._C._cuda_endAllocateToPool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
