@@ -202,7 +202,7 @@ def test_literals_are_guarded(check: Check, run: Run) -> None:
     ("function", "culprit"),
     [
         (lambda x, n, self: x * x.max().item(), "item.* depends on input 'x', the model's parameters"),
-        (lambda x, n, self: x if self.linear.bias.sum() > 0 else -x, "depends on the model's parameters"),
+        (lambda x, n, self: x if (x * self.linear.bias).sum() > 0 else -x, "depends on input 'x', the model's param"),
         (lambda x, n, self: x[x > 0], "a boolean index .* depends on"),
         (lambda x, n, self: x.tolist(), r"tolist\(\)"),
         (lambda x, n, self: x * torch.rand(()).item(), "depends on random numbers"),
@@ -213,6 +213,16 @@ def test_literals_are_guarded(check: Check, run: Run) -> None:
 def test_unreadable(function: Callable[..., Any], culprit: str) -> None:
     with pytest.raises(TraceError, match=f"test_known.py:.*{culprit}"):
         trace(Reads(function), (torch.randn(2, 3, 4), N))
+
+
+def test_what_is_read_of_parameters_is_guarded() -> None:
+    model = Reads(lambda x, n, self: x if self.linear.bias.sum() > 0 else -x)
+    program = trace(model, (torch.randn(2, 3, 4), N))
+    assert [guard.path for guard in program.signature.guards] == ["@linear.bias"]
+    with torch.no_grad():
+        model.linear.bias.neg_()
+    with pytest.raises(MismatchError, match=r"^linear.bias: it was read while tracing"):
+        bind_inputs(model, program, (torch.randn(2, 3, 4), N), {})
 
 
 def test_what_is_read_of_a_timestep_is_guarded(run: Run) -> None:

@@ -158,5 +158,5 @@ def test_state_may_not_be_written() -> None:
             self.calls += 1
             return x * self.calls
 
-    with pytest.raises(TraceError, match=r"test_writes.py:\d+: self.calls \+= 1.*'calls'"):
+    with pytest.raises(TraceError, match="keeps a state between calls, writing 'calls'"):
         trace(Counts(), (torch.randn(2),))

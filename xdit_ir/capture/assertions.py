@@ -61,6 +61,8 @@ def _answer(code: CodeType, offset: int) -> Answer | None:
     steps, at = _instructions(code), _place(code, offset)
     compared: tuple[str, float] | None = None
     negated = False
+    if at + 2 >= len(steps):
+        return None
     if not _is_branch(steps[at]) and steps[at].opname not in ("UNARY_NOT", "TO_BOOL"):
         at += 1
         constant = steps[at].argval if steps[at].opname.startswith("LOAD_CONST") else None

@@ -21,6 +21,7 @@ from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Block, Program, called_block, is_block_call
 from xdit_ir.rules import infer, rule_for
 from xdit_ir.rules.base import OpCall, OpSharding, as_layouts
+from xdit_ir.rules.views import RULES as VIEWS
 from xdit_ir.sharding.layout_graph import FALLBACK as FALLBACK
 from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode, Layouts
 
@@ -201,10 +202,12 @@ class _GraphPropagation:
         self.draft = LayoutGraph(run.mesh)
         self.env: dict[fx.Node, LayoutNode] = {}
         self.inputs = iter(inputs)
+        self.tail: frozenset[fx.Node] = frozenset()
         self.converted: dict[tuple[LayoutNode, Layout], LayoutNode] = {}
 
     def write(self, graph: fx.Graph) -> LayoutGraph:
         """The draft of a whole graph."""
+        self.tail = views_of_outputs(graph) if self.outer else self.tail
         for node in graph.nodes:
             if node.op == "output":
                 self._output(node)
@@ -233,10 +236,17 @@ class _GraphPropagation:
 
     def _operator(self, node: fx.Node, sources: list[LayoutNode]) -> LayoutNode:
         ruling = self.run.rule(node, tuple(source.layout for source in sources))
+        if node in self.tail and any(self._divides_anew(*pair) for pair in zip(sources, ruling.inputs, strict=True)):
+            ruling = self.run.rule(node, tuple(Layout.whole(len(source.spec.shape)) for source in sources))
         taken = [self.convert(source, want) for source, want in zip(sources, ruling.inputs, strict=True)]
         new = self._add(node, ruling.target or node.target, taken, ruling.outputs)
         new.fallback = ruling.fallback
         return new if ruling.result_layout is None else self.convert(new, ruling.result_layout)
+
+    def _divides_anew(self, source: LayoutNode, want: Layout) -> bool:
+        """Whether a value would be exchanged only to be gathered behind."""
+        have: Layout = source.layout
+        return not have.partial and kind(self.run.mesh, have, want)[0] not in ("shard", "gather")
 
     def _call(self, node: fx.Node, sources: list[LayoutNode]) -> LayoutNode:
         name = called_block(node)
@@ -273,6 +283,16 @@ class _GraphPropagation:
         if key not in self.converted:
             self.converted[key] = self.draft.add(LayoutNode(value.node, target, [value], want, relayout=True))
         return self.converted[key]
+
+
+def views_of_outputs(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Views and permutations of which nothing but outputs is made: what they are of is gathered before or behind."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in VIEWS and all(user.op == "output" or user in found for user in node.users):
+            found.add(node)
+    return frozenset(found)
 
 
 def _push(step: LayoutNode, run: Propagation) -> list[LayoutNode]:
