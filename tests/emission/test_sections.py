@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import fx
 
 import xdit_ir as xir
 from xdit_ir import capture, models
-from xdit_ir.emission import recording
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.recording import Recording
 from xdit_ir.emission.sections import Kind, cut_sections, insert_moves
@@ -65,9 +65,8 @@ def test_a_recording_of_what_the_host_runs(
     code, tensors = forward
     begins = len(tensors) - len(code.weights) - len(code.constant_tensors(torch.device("cpu")))
     work = [node for node in code.run.graph.nodes if node.op not in ("placeholder", "output")]
-    monkeypatch.setattr(recording, "_aside", contextlib.nullcontext)
     monkeypatch.setattr(Recording, "_try", lambda *_: cut_sections(code.run, dict.fromkeys(work, Kind.HOST)))
-    recorded = Recording(code, None)
+    recorded = Recording(code, SimpleNamespace(aside=contextlib.nullcontext))  # type: ignore[arg-type]
     weights = [x.clone() for x in tensors[begins:]]
     with torch.no_grad():
         for factor in (1.0, 1.0, 0.5):

@@ -59,12 +59,12 @@ class Mapped(Block):
 
 
 @pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"ring": 3}])
-@pytest.mark.parametrize(("kind", "divided"), [(TalkingHeads, True), (Sorted, False), (Mapped, True)])
-def test_it_runs_and_is_equal(kind: type[Block], divided: bool, degrees: dict[str, int]) -> None:
+@pytest.mark.parametrize("kind", [TalkingHeads, Sorted, Mapped])
+def test_it_is_divided_and_equal(kind: type[Block], degrees: dict[str, int]) -> None:
     torch.manual_seed(0)
     model, example = nn.Sequential(kind(), kind(), kind()).eval(), (torch.randn(2, 24, WIDTH),)
     traced = xir.trace(model, example)
     report = traced.parallelize(**degrees).report()
-    assert (max(report.flops_per_rank) <= 0.6 * report.flops_total) == divided
-    assert (UNDIVIDED in {entry.reason for entry in report.fallbacks}) == (not divided)
+    assert max(report.flops_per_rank) <= 0.6 * report.flops_total
+    assert UNDIVIDED not in {entry.reason for entry in report.fallbacks}
     assert xir.check(model, example, traced=traced, **degrees).ok

@@ -80,7 +80,7 @@ class RankContext:
     @cached_property
     def graph_pool(self) -> GraphPool:
         """The memory of all CUDA graphs."""
-        return GraphPool()
+        return GraphPool(self.device)
 
     @cached_property
     def shared_codes(self) -> SharedCodes:

@@ -12,10 +12,25 @@ ENTRIES = 4  # more than the allocator may have for one recording
 
 
 class GraphPool:
-    """Memory that graphs share of which no two are replayed at the same time, and whose results are copied out."""
+    """Memory that graphs share of which no two are replayed at the same time, and whose results are copied out.
 
-    def __init__(self) -> None:
+    All are recorded on one stream, as the allocator gives what was freed to the same stream only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self._handle: Any = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def aside(self) -> Iterator[int]:
+        """On a stream beside the current one, as recording wants it; each waits for the other. Gives the device."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield self._stream.device_index
+        finally:
+            current.wait_stream(self._stream)
 
     @contextmanager
     def recording(self, graph: torch.cuda.CUDAGraph, device: int) -> Iterator[None]:

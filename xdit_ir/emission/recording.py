@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +100,7 @@ class Recording:
 
     def _record(self, values: Values, inputs: Tensors, state: Tensors) -> None:
         self.forget()
-        with _aside() as stream:
+        with self._pool.aside() as device:
             if not self._sections:
                 self._sections = self._try([*inputs, *state])
             places = dict[str, torch.Tensor]()
@@ -110,7 +109,7 @@ class Recording:
             for section in self._sections:
                 step: _Replay | _Call = _Call(section, self._code)
                 if section.kind is Kind.DEVICE and section.computes:
-                    step = self._captured(section, values, varying, places, stream)
+                    step = self._captured(section, values, varying, places, device)
                 step(values)
                 if section.kind is Kind.HOST:
                     varying |= set(section.gives)
@@ -132,7 +131,7 @@ class Recording:
         return cut_sections(*trial.kinds())
 
     def _captured(
-        self, section: Section, values: Values, varying: set[str], places: dict[str, torch.Tensor], stream: Any
+        self, section: Section, values: Values, varying: set[str], places: dict[str, torch.Tensor], device: int
     ) -> _Replay | _Call:
         """A section as a CUDA graph, or run by the host if that fails."""
         new = [name for name in section.takes if name in varying and name not in places]
@@ -140,7 +139,7 @@ class Recording:
         given = [places[name] if name in places else values[name] for name in section.takes]
         graph = torch.cuda.CUDAGraph()
         try:
-            with self._pool.recording(graph, stream.device_index):
+            with self._pool.recording(graph, device):
                 results = _run(section, self._code, given)
         except Exception as error:
             if self._forced:
@@ -164,15 +163,3 @@ def _work(section: Section) -> Iterator[fx.Node]:
 
 def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).split(".")[0]
-
-
-@contextmanager
-def _aside() -> Iterator[torch.cuda.Stream]:
-    """A stream beside the current one, as recording wants it; each waits for the other."""
-    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(current)
-    try:
-        with torch.cuda.stream(aside):
-            yield aside
-    finally:
-        current.wait_stream(aside)
