@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from jobs import Degrees, _failure, _rank, relative_error
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.deferral.deferred import materialize
+from xdit_ir.runtime.agreement import Agreement
 
 Example = dict[str, Any]
 
@@ -59,6 +61,14 @@ def disagreement(how: str, degrees: Degrees) -> list[dict[str, Any]]:
         found.append(_failure(lambda given=other: _error(module, model, given)))
         found[-1]["afterwards"] = _error(module, model, example)
     return found
+
+
+def unnoticed(degrees: Degrees) -> float:
+    """How wrong the result is if rank 1's input is another, and nothing is compared."""
+    module, model, example = _made("port", degrees)
+    _error(module, model, example)
+    with mock.patch.object(Agreement, "call", lambda *_: None):
+        return _error(module, model, example | (CHANGES["latents"](example) if _rank() else {}))
 
 
 @torch.no_grad()

@@ -29,6 +29,11 @@ def test_other_inputs_on_a_rank(workers: Pools, how: str, degrees: dict[str, int
         check(result, "MismatchError")
 
 
+def test_without_comparison_other_inputs_make_a_wrong_result(workers: Pools) -> None:
+    """So the test above would see if it were left out."""
+    assert min(workers(2).run("unnoticed", degrees=DEGREES[0])) > 1e-2
+
+
 @pytest.mark.parametrize("degrees", [DEGREES[0], P2])
 def test_other_noise_of_a_scheduler(workers: Pools, degrees: dict[str, int]) -> None:
     """It goes into a call, and is noticed with the next one at the latest."""

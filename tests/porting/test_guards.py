@@ -18,6 +18,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture.outputs import output_tensors
 from xdit_ir.ir.difference import relative_error
+from xdit_ir.porting import settings
 
 NAMES = (
     *("plain-dit", "flux.1-dev", "sd3.5-large", "wan2.1-t2v-1.3b", "pixart-sigma", "qwen-image", "hunyuandit"),
@@ -77,3 +78,29 @@ def test_no_change_gives_a_wrong_answer(name: str, request: pytest.FixtureReques
             assert isinstance(got, list), (done, got)
             wide = 3e-2 if w.around is not torch.inference_mode and w.around().__class__ is torch.autocast else 1e-4
             assert relative_error(got, wanted) < wide, " > ".join(done)
+
+
+# Guards made blind: the class or module, what tells of a change there, changes before the first call, and after.
+BLIND = [
+    (settings.ModelSettings, "unchanged", [], "another activation"),
+    (settings._Dicts, "same", [], "forward of a layer"),
+    (settings._Group, "same", [], "another class"),
+    (settings._Group, "same", ["a hook with a closure"], "what the closure holds"),
+    (settings, "same_entries", [], "a hook of all modules"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "before", "kind"), BLIND)
+def test_a_guard_that_is_blind_is_found_out(
+    owner: Any, name: str, before: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each guard is needed, and the test above would see if it were not there."""
+    monkeypatch.setattr(owner, name, lambda *_: True)
+    w = world("plain-dit")
+    with w.undo:
+        for one in before:
+            CHANGES[one](w)
+        ported = xir.port(w.model)
+        assert relative_error(result(ported, w), result(w.model, w)) < 1e-4
+        CHANGES[kind](w)
+        assert relative_error(result(ported, w), result(w.model, w)) > 1e-2
