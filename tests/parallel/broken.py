@@ -22,19 +22,19 @@ RUNTIMES = {
 
 @contextmanager
 def _broken(how: str) -> Iterator[None]:
-    pack = collectives.pack
+    cut = collectives.cut
 
-    def reverse(x: torch.Tensor, exchange: Any) -> list[torch.Tensor]:
-        return pack(x, exchange)[::-1]
+    def reverse(x: torch.Tensor, takes: Any) -> list[torch.Tensor]:
+        return cut(x, takes)[::-1]
 
-    def own(self: Any, x: torch.Tensor) -> torch.Tensor:
+    def own(x: torch.Tensor, *, group: str) -> torch.Tensor:
         """Takes part, so that the other ranks do not wait for ever."""
-        total = collectives._wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", self.group))
+        total = collectives._wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
         return x + 0 * total
 
     target: Any = {
-        "pieces to the wrong ranks": (collectives, "pack", reverse),
-        "own summand only": (collectives.AllReduce, "forward", own),
+        "pieces to the wrong ranks": (collectives, "cut", reverse),
+        "own summand only": (collectives.AllReduce, "function", staticmethod(own)),
     }[how]
     with patch.object(*target):
         yield

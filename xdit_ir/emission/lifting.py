@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -52,7 +53,7 @@ class _Run(fx.Interpreter):
         """What the numbers are."""
         mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
         mode.cache_enabled = False  # nothing is computed twice
-        with mode, torch.no_grad():
+        with enable_python_dispatcher(), mode, torch.no_grad():  # some operators take symbols only as written in Python
             given = [self._input(node) for node in self.graph.nodes if node.op == "placeholder"]
             self.run(*given)
         return tuple(_expression(one) for one in self._found)

@@ -58,7 +58,7 @@ class Ported(Shadow, metaclass=_Equal):
 
     _xdit_specialisations: Specialisations
 
-    def __new__(cls, original: nn.Module, *_: Any) -> Ported:
+    def __new__(cls, original: nn.Module, *_: Any, **__: Any) -> Ported:
         """Of a class of its own, which equals that of the original."""
         kind: Any = _Equal("Ported", (Ported,), {"stands_for": type(original), "__module__": __name__})
         made: Ported = object.__new__(kind)
