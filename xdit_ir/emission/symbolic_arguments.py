@@ -19,9 +19,8 @@ from xdit_ir.ir import ops
 from xdit_ir.kernels.write_slice import write_slice
 
 aten = torch.ops.aten
-LARGEST_FACTOR = (
-    16  # a dimension is cut by a model's own sizes (of patches) up to this, beyond it into rows and columns
-)
+LARGEST_FACTOR = 16
+"""A dimension is cut by a model's own sizes (of patches) up to this, beyond it into rows and columns."""
 
 
 def symbolic_arguments(
