@@ -64,6 +64,16 @@ def model() -> Model:
     return Model().eval()
 
 
+def compile_by(backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another compiler, without options."""
+
+    def compile(function: Any, options: Any = None, **given: Any) -> Any:
+        return real(function, backend=backend, **given)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The graphs that are compiled; a compiler that compiles nothing is enough to count them."""
@@ -73,11 +83,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         graphs.append(graph)
         return graph.forward
 
-    def compile(function: Any, options: Any = None, **given: Any) -> Any:
-        return real(function, backend=backend, **given)
-
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", compile)
+    compile_by(backend, monkeypatch)
     return graphs
 
 
@@ -118,11 +124,7 @@ def test_what_cannot_be_compiled_for_any_shape_is_for_each(model: Model, monkeyp
         graphs.append(graph)
         return graph.forward
 
-    def compile(function: Any, options: Any = None, **given: Any) -> Any:
-        return real(function, backend=backend, **given)
-
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", compile)
+    compile_by(backend, monkeypatch)
     port = xir.port(model, mode="compiled")
     for text, image in ((6, 24), (7, 31), (6, 24)):
         call(port, model, text, image, batch=2)

@@ -67,6 +67,20 @@ class Part:
         return f"{self.label}[{key!r}]"
 
 
+class Single(Part):
+    """Contents of an object that are one entry, which is called as the object is."""
+
+    def name(self, key: Any) -> str:
+        return self.label
+
+
+class Named(Part):
+    """Contents by names that are those of attributes."""
+
+    def name(self, key: Any) -> str:
+        return f"{self.label}.{key}"
+
+
 class Entries(Part):
     """Of a dict; of a subclass too, without its own methods."""
 
@@ -90,7 +104,7 @@ class Attributes(Entries):
         return f"{self.label}.{key}" if self.label else str(key)
 
 
-class Names(Part):
+class Names(Named):
     """Some of the names of a class, Python module or `__dict__`: those that code uses. Of a class that is looked into
     also those that are new."""
 
@@ -136,9 +150,6 @@ class Names(Part):
         made.names, made._first, made._old = self.names, self._first, self._old
         return made
 
-    def name(self, key: Any) -> str:
-        return f"{self.label}.{key}"
-
     def _set(self, name: str, value: Any) -> None:
         if isinstance(self.item, dict):
             self.item[name] = value
@@ -152,7 +163,7 @@ class Names(Part):
             delattr(self.item, name)
 
 
-class Slots(Part):
+class Slots(Named):
     """Of an object whose classes have `__slots__`."""
 
     def read(self) -> Mapping[Any, Any]:
@@ -166,9 +177,6 @@ class Slots(Part):
         for name, value in held.items():
             if now.get(name, MISSING) is not value:
                 object.__setattr__(self.item, name, value)
-
-    def name(self, key: Any) -> str:
-        return f"{self.label}.{key}"
 
 
 class Elements(Part):
@@ -196,7 +204,7 @@ class Members(Part):
         return f"{self.label} ({key!r})"
 
 
-class Cell(Part):
+class Cell(Single):
     """A variable of an enclosing function."""
 
     def read(self) -> Mapping[Any, Any]:
@@ -211,9 +219,6 @@ class Cell(Part):
         else:
             self.item.cell_contents = held[0]
 
-    def name(self, key: Any) -> str:
-        return self.label
-
 
 class Context(Cell):
     """A context variable."""
@@ -226,7 +231,7 @@ class Context(Cell):
             self.item.set(held[0])
 
 
-class Bytes(Part):
+class Bytes(Single):
     """Of a bytearray or NumPy array."""
 
     def read(self) -> Mapping[Any, Any]:
@@ -243,11 +248,8 @@ class Bytes(Part):
             before = np.frombuffer(held[0][-self.item.nbytes :], self.item.dtype)
             self.item[...] = before.reshape(self.item.shape)
 
-    def name(self, key: Any) -> str:
-        return self.label
 
-
-class Contents(Part):
+class Contents(Single):
     """Of a tensor."""
 
     def read(self) -> Mapping[Any, Any]:
@@ -256,9 +258,6 @@ class Contents(Part):
     def put(self, held: Mapping[Any, Any]) -> None:
         with torch.no_grad():
             self.item.detach().copy_(held["contents"])
-
-    def name(self, key: Any) -> str:
-        return self.label
 
 
 class Objects(Part):
@@ -272,7 +271,7 @@ class Objects(Part):
             self.item.flat[place] = value
 
 
-class Hidden(Part):
+class Hidden(Single):
     """What an object of a library does not show."""
 
     def read(self) -> Mapping[Any, Any]:
@@ -282,11 +281,8 @@ class Hidden(Part):
         if self.read()[0] != held[0]:
             put_hidden_state(self.item, held[0])
 
-    def name(self, key: Any) -> str:
-        return self.label
 
-
-class Defaults(Part):
+class Defaults(Named):
     """What a function was made with."""
 
     def read(self) -> Mapping[Any, Any]:
@@ -296,9 +292,6 @@ class Defaults(Part):
     def put(self, held: Mapping[Any, Any]) -> None:
         for name, value in held.items():
             setattr(self.item, name, value)
-
-    def name(self, key: Any) -> str:
-        return f"{self.label}.{key}"
 
 
 class Position(Part):

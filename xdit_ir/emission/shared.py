@@ -26,14 +26,13 @@ class SharedCode:
         self.run = self.compiled()
 
     @staticmethod
-    def of(structure: Structure, options: Mapping[str, Any], device: torch.device) -> SharedCode:
-        """For as many other shapes as can be told from one."""
+    def of(structure: Structure, options: Mapping[str, Any], device: torch.device) -> SharedCode | None:
+        """For as many other shapes as can be told from one; None if that is none."""
         template = Template.of(structure.numbers, lift(structure, device))
-        fits = template.fits(structure.numbers)
-        return SharedCode(structure, template, options) if fits else SharedCode.alone(structure, options, device)
+        return SharedCode(structure, template, options) if template.fits(structure.numbers) else None
 
     @staticmethod
-    def alone(structure: Structure, options: Mapping[str, Any], _: torch.device | None = None) -> SharedCode:
+    def alone(structure: Structure, options: Mapping[str, Any]) -> SharedCode:
         """For one shape."""
         return SharedCode(structure, Template.of(structure.numbers, structure.numbers), options)
 
@@ -121,8 +120,8 @@ class SharedCodes:
         codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), Codes())
         code = next((code for code in codes.found if code.template.fits(structure.numbers)), None)
         if code is None:
-            make = SharedCode.of if codes.lifts else SharedCode.alone
-            code = make(structure, options, self.device)
+            lifts = SharedCode.of(structure, options, self.device) if codes.lifts else None
+            code = lifts or SharedCode.alone(structure, options)
         shape = Shape(structure, options, codes)
         shape.use(code)
         return shape

@@ -248,16 +248,14 @@ def even_pieces(size: int, count: int, unit: int = 1, segments: Sequence[int] = 
     """
     if segments and sum(segments) != size:
         raise ValueError(f"segments {tuple(segments)} do not add up to {size}")
-    pieces = [Indices(()) for _ in range(count)]
+    pieces: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     offset = 0
     for length in segments or (size,):
         step = unit if length % unit == 0 else 1
-        cuts = even_cuts(length // step, count)
-        for piece in range(count):
-            run = Indices.range(offset + cuts[piece] * step, offset + cuts[piece + 1] * step)
-            pieces[piece] = pieces[piece].concat(run)
+        for piece, (start, stop) in zip(pieces, itertools.pairwise(even_cuts(length // step, count)), strict=True):
+            piece.append((offset + start * step, (stop - start) * step))
         offset += length
-    return pieces
+    return [Indices.of_runs(piece) for piece in pieces]
 
 
 def selected(partition: Partition | None, places: Indices) -> Partition | None:

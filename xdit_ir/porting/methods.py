@@ -8,15 +8,14 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from xdit_ir.api import ParallelProgram
 from xdit_ir.capture.methods import StandIn, as_module
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.porting.programs_of import ProgramsOf
 from xdit_ir.porting.specialisations import Arguments, Specialisations
-from xdit_ir.sharding.report import Report
 
 
-class PortedMethod(StandIn):
+class PortedMethod(ProgramsOf, StandIn):
     """`vae.decode`, parallel: called like the original, which it answers for in everything else."""
 
     __slots__ = ("_how", "_made")
@@ -29,7 +28,7 @@ class PortedMethod(StandIn):
         self._made: Specialisations | None = None
 
     @property
-    def _specialisations(self) -> Specialisations:
+    def _xdit_made(self) -> Specialisations:
         """Made when first needed: a copy of a module is not complete when its methods are copied."""
         if self._made is None:
             mesh, schedule, options, pays = self._how
@@ -47,7 +46,7 @@ class PortedMethod(StandIn):
         return self.original.__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._specialisations.call(Arguments(args, kwargs))
+        return self._xdit_made.call(Arguments(args, kwargs))
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -62,25 +61,3 @@ class PortedMethod(StandIn):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(f"the port of {self.original.__qualname__} belongs to running processes and cannot be saved")
-
-    @property
-    def program(self) -> ParallelProgram | None:
-        """The parallel program of the last call that was divided; None before."""
-        return next(iter(self.programs), None)
-
-    @property
-    def programs(self) -> tuple[ParallelProgram, ...]:
-        """The parallel programs of all specialisations, the most recently used first."""
-        return self._specialisations.programs
-
-    def report(self) -> Report:
-        """That of the program of the last call, and how it runs on this rank.
-
-        Raises:
-            ParallelizeError: there was no call yet, or it ran whole on every rank; says why.
-        """
-        return self._specialisations.report()
-
-    def reset(self) -> None:
-        """Forget all specialisations, on every rank."""
-        self._specialisations.clear()

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from xdit_ir.api import ParallelProgram
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.porting.programs_of import ProgramsOf
 from xdit_ir.porting.replacement import bound_to, wraps
 from xdit_ir.porting.specialisations import Arguments, Specialisations
 from xdit_ir.runtime.shadow import Shadow
-from xdit_ir.sharding.report import Report
 
 
 def _moving(name: str) -> Any:
@@ -47,7 +46,7 @@ class _Equal(type):
         return type.__hash__(cls) if cls.stands_for is None else hash(cls.stands_for)
 
 
-class Ported(Shadow, metaclass=_Equal):
+class Ported(ProgramsOf, Shadow, metaclass=_Equal):
     """`original`, parallel: the same state, attributes, class and `forward` signature.
 
     Reloaded weights take effect at once. Weights of other shapes, dtypes or device, replaced submodules and forwards,
@@ -71,29 +70,8 @@ class Ported(Shadow, metaclass=_Equal):
         self.__dict__["_xdit_specialisations"] = Specialisations.of(original, mesh, schedule, options, pays=pays)
 
     @property
-    def program(self) -> ParallelProgram | None:
-        """The parallel program of the last forward; None before the first."""
-        return next(iter(self.programs), None)
-
-    @property
-    def programs(self) -> tuple[ParallelProgram, ...]:
-        """The parallel programs of all specialisations, the most recently used first."""
-        return self._xdit_specialisations.programs
-
-    def report(self) -> Report:
-        """That of the program of the last forward, and how it runs on this rank.
-
-        Raises:
-            ParallelizeError: there was no forward yet, or it ran whole on every rank; says why.
-        """
-        return self._xdit_specialisations.report()
-
-    def reset(self) -> None:
-        """Forget all specialisations, on every rank, so that the next forward traces the model anew.
-
-        Under `cuda_graph`, call it before `torch.distributed.destroy_process_group`, which would wait for the graphs.
-        """
-        self._xdit_specialisations.clear()
+    def _xdit_made(self) -> Specialisations:
+        return self._xdit_specialisations
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`forward` put here is traced instead of the original's, unless it wraps the port's own."""
