@@ -8,11 +8,17 @@ import torch
 import xdit_ir as xir
 from xdit_ir import capture, models
 from xdit_ir.api import split_example
+from xdit_ir.emission.codegen import generate
 from xdit_ir.emission.fold import fold_constants
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.interpret import Interpreter, model_state
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.named_tensors import find_tensor
 from xdit_ir.ir.program import Program
 from xdit_ir.sharding.verify import verify
+from xdit_ir.transport.distributed import Communicator
+
+CPU = torch.device("cpu")
 
 
 def outputs(program: Program, model: torch.nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -44,6 +50,21 @@ def test_tables_that_all_calls_of_a_block_are_given_are_named_in_it() -> None:
     before = {name: len(next(c for c in program.calls if c.args[0] == name).args[2]) for name in program.blocks}
     after = {name: len(next(c for c in folded.calls if c.args[0] == name).args[2]) for name in folded.blocks}
     assert all(after[name] < before[name] for name in before)
+
+
+def test_code_takes_constants_that_only_blocks_read() -> None:
+    model, example = models.load("joyimage-edit:tiny", seed=0)
+    program = xir.trace(model, example).ir
+    folded = fold_constants(program.replace(device=torch.device("cuda", 0))).replace(device=CPU)
+    outer = {node.target for node in folded.graph.nodes}
+    code = generate(folded, Communicator(Mesh.of(), CPU), CPU)
+    assert not outer.issuperset(code.constants)
+    inputs = capture.bind_inputs(model, program, *split_example(example))
+    weights = [find_tensor(model, name) for name in code.weights]
+    with torch.no_grad():
+        got = code([*inputs, *weights, *code.constant_tensors(CPU)])
+    for one, want in zip(got, outputs(program, model, inputs), strict=True):
+        assert torch.allclose(one, want, atol=1e-5)
 
 
 def test_on_the_models_own_device_nothing_changes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import xdit_ir as xir
 from xdit_ir import models
@@ -23,6 +24,7 @@ from xdit_ir.emission.lifting import lift
 from xdit_ir.emission.shared import one_form
 from xdit_ir.emission.structure import Structure
 from xdit_ir.emission.template import Template
+from xdit_ir.ir.program import SPEC, TensorSpec
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.use_copy_engines import UseCopyEngines
@@ -247,3 +249,11 @@ def test_a_trial_looks_into_blocks_of_each_structure_once(model: Model, monkeypa
         looked.append(len(tried))
         assert kinds[0] == kinds[1]
     assert looked == [1, 1]
+
+
+def test_a_body_that_is_given_several_values_as_one_is_compiled_for_itself() -> None:
+    graph = fx.Graph()
+    pair = graph.placeholder("pair")
+    pair.meta[SPEC] = (TensorSpec((2, 3), torch.float32), TensorSpec((3,), torch.float32))
+    graph.output(graph.call_function(operator.getitem, (pair, 0)))
+    assert Structure.of(fx.GraphModule(nn.Module(), graph)) is None

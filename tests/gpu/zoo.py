@@ -11,9 +11,9 @@ anything failed. With more `--ranks` than GPUs, ranks share them: slow, and coll
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +33,7 @@ DEGREES = {
     "p": "pipefusion",
 }
 LIMIT = 2e-4
+PORTS = 20000
 
 
 def degrees_of(text: str) -> dict[str, int]:
@@ -52,21 +53,23 @@ class Lane:
     def run(self) -> list[dict[str, Any]]:
         """What came of every task."""
         results: list[dict[str, Any]] = []
-        while len(results) < len(self.tasks):
-            results += self._group(self.tasks[len(results) :])
-        return results
+        for group in itertools.count():
+            if len(results) == len(self.tasks):
+                return results
+            results += self._group(self.tasks[len(results) :], PORTS + 100 * self.number + group)
+        raise AssertionError("the count never ends")
 
-    def _group(self, tasks: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    def _group(self, tasks: Sequence[tuple[str, str]], port: int) -> list[dict[str, Any]]:
         """Start processes for tasks, and watch them; at least the first task has a result."""
         with tempfile.TemporaryDirectory() as folder:
             said = Path(folder) / "results"
             said.touch()
-            ranks = [self._start(rank, tasks, said, Path(folder)) for rank in range(self.options.ranks)]
-            count, since = 0, time.monotonic()
+            ranks = [self._start(rank, tasks, said, port, Path(folder)) for rank in range(self.options.ranks)]
+            results, since = list[dict[str, Any]](), time.monotonic()
             while any(one.poll() is None for one in ranks):
                 time.sleep(0.2)
-                now = len(said.read_text().splitlines())
-                count, since = (now, time.monotonic()) if now > count else (count, since)
+                if more := _read(said, after=results):
+                    results, since = results + more, time.monotonic()
                 if time.monotonic() - since > self.options.timeout or any(one.poll() for one in ranks):
                     time.sleep(1)
                     break
@@ -74,35 +77,42 @@ class Lane:
             for one in ranks:
                 one.kill()
                 one.wait()
-            results = [json.loads(line) for line in said.read_text().splitlines()]
+            results += _read(said, after=results)
             if len(results) < len(tasks) and all(map(is_good, results)):
                 results.append(self._failed(tasks[len(results)], codes, Path(folder)))
-            for one in results:
-                print(line_of(one), flush=True)
+                print(line_of(results[-1]), flush=True)
             return results
 
-    def _start(self, rank: int, tasks: Sequence[tuple[str, str]], said: Path, folder: Path) -> subprocess.Popen[bytes]:
-        port = folder / "port"
-        if not port.exists():
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port.write_text(str(free.getsockname()[1]))
+    def _start(
+        self, rank: int, tasks: Sequence[tuple[str, str]], said: Path, port: int, folder: Path
+    ) -> subprocess.Popen[bytes]:
         env = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.options.ranks),
             "OMP_NUM_THREADS": "2",
         }
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port.read_text()}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, __file__, "--worker", json.dumps([self.options.mode, str(said), list(tasks)])]
         with (folder / f"errors_{rank}").open("wb") as errors:
             return subprocess.Popen(command, env=os.environ | env, stdout=errors, stderr=errors)
 
     def _failed(self, task: tuple[str, str], codes: Sequence[int | None], folder: Path) -> dict[str, Any]:
         lines = [(folder / f"errors_{rank}").read_text(errors="replace").splitlines() for rank in range(len(codes))]
+        if self.options.logs:
+            for rank, each in enumerate(lines):
+                Path(self.options.logs, f"{task[0]}_{task[1]}_{rank}.log").write_text("\n".join(each[-200:]))
         errors = [line for each in lines for line in each if "Error:" in line]
         reason = errors[0] if errors else f"no end in {self.options.timeout} s, or killed ({codes})"
         return {"model": task[0], "degrees": task[1], "status": "failed", "reason": reason[:400]}
+
+
+def _read(said: Path, after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What has been written since, which is printed."""
+    more = [json.loads(line) for line in said.read_text().splitlines()[len(after) :]]
+    for one in more:
+        print(line_of(one), flush=True)
+    return more
 
 
 def is_good(one: dict[str, Any]) -> bool:
@@ -176,11 +186,10 @@ def tried(name: str, degrees: str, mode: str) -> dict[str, Any]:
         except xir.ParallelizeError as error:
             return {"status": "refused", "reason": str(error)[:300]}
         except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            return {
-                "status": "failed",
-                "reason": f"{type(error).__name__}: {error}"[:400] + f" at {at.filename}:{at.lineno}",
-            }
+            at = " < ".join(
+                f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)[:-9:-1]
+            )
+            return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400] + f" at {at}"}
     error, limit = relative_error(got, want), LIMIT
     if error > LIMIT and mode != "eager":  # the compiler's own rounding, of the model alone
         with torch.no_grad():
@@ -196,18 +205,20 @@ def tried(name: str, degrees: str, mode: str) -> dict[str, Any]:
 def main() -> int:
     """Share out the tasks, and write what came of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="models of the zoo; default: all")
+    parser.add_argument("names", nargs="*", help="models of the zoo, or MODEL@DEGREES; default: all")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--degrees", default="u2,r2,c2,p2")
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--timeout", type=float, default=150, help="seconds without a result after which a group ends")
+    parser.add_argument("--logs", help="a folder for what groups that failed have written")
     parser.add_argument("--output", help="where the results are written as JSON")
     options = parser.parse_args()
     from xdit_ir import models
 
     names = options.names or sorted(models.names())
-    tasks = [(name, degrees) for degrees in options.degrees.split(",") for name in names]
+    tasks = [tuple(f"{name}@{degrees}".split("@")[:2]) for degrees in options.degrees.split(",") for name in names]
+    tasks = list(dict.fromkeys(tasks))
     lanes = [Lane(number, options, tasks[number :: options.lanes]) for number in range(options.lanes)]
     with ThreadPoolExecutor(len(lanes)) as pool:
         results = sorted((one for found in pool.map(Lane.run, lanes) for one in found), key=lambda one: one["model"])

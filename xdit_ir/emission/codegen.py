@@ -97,12 +97,13 @@ def generate(program: Program, communicator: Communicator, device: torch.device)
     mailbox = Mailbox.of(program, communicator)
     for name, block in program.blocks.items():
         writer = _CodeWriter(name, program.device, device, communicator, mailbox)
-        constants = writer.head(block.graph, _state_names(block.graph))
+        read = _state(block.graph)
+        constants = writer.head(block.graph, list(read), read)
         slots = writer.buffers(list(_slot_specs(block.graph)))
         bodies[name] = EmittedBody(writer.write(block.graph, {}), constants, slots, bool(writer.shared))
     writer = _CodeWriter(program.name, program.device, device, communicator, mailbox)
     (weights, state), held = state_names(program), slot_specs(program)
-    writer.head(program.graph, weights + state)
+    writer.head(program.graph, weights + state, _program_state(program))
     writer.buffers(list(held))
     if mailbox is not None:
         writer.share(mailbox)
@@ -119,15 +120,21 @@ def communications(program: Program) -> Iterator[Communicate]:
 
 def state_names(program: Program) -> tuple[list[str], list[str]]:
     """Qualified names of the weights, and names of the constants, that a program reads: each once."""
-    seen = dict.fromkeys(_state_names(program.graph))
-    for call in program.calls:
-        seen |= dict.fromkeys(_state_names(program.blocks[called_block(call)].graph))
+    seen = _program_state(program)
     constants = [name for name in seen if name.startswith(f"{CONSTANT}.")]
     return [name for name in seen if name not in set(constants)], constants
 
 
-def _state_names(graph: fx.Graph) -> list[str]:
-    return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"))
+def _program_state(program: Program) -> dict[str, fx.Node]:
+    found = _state(program.graph)
+    for call in program.calls:
+        found |= _state(program.blocks[called_block(call)].graph)
+    return found
+
+
+def _state(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The weights and constants that a graph reads, by name, each with a node which reads it."""
+    return {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
 
 
 def slot_specs(program: Program) -> dict[str, TensorSpec | None]:
@@ -173,15 +180,15 @@ class _CodeWriter:
         self.letters: dict[tuple[str, int], fx.Node] = {}
         self.kept: dict[str, fx.Node] = {}
 
-    def head(self, source: fx.Graph, names: Sequence[str]) -> tuple[str, ...]:
-        """Write the placeholders: the inputs, then the weights called `names`."""
+    def head(self, source: fx.Graph, names: Sequence[str], read: Mapping[str, fx.Node]) -> tuple[str, ...]:
+        """Write the placeholders: the inputs, then the weights and constants called `names`."""
         for node in source.nodes:
             if node.op == "placeholder":
                 self.env[node] = self.graph.node_copy(node)
                 self.taken.add(str(node.target))
         for name in names:
             self.state[name] = self._argument(name)
-            self.state[name].meta = next(dict(node.meta) for node in source.nodes if node.target == name)
+            self.state[name].meta = dict(read[name].meta)
         return tuple(self.state)
 
     def buffers(self, names: Sequence[str]) -> tuple[str, ...]:

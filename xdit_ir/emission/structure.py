@@ -93,8 +93,10 @@ def _graph_key(graph: fx.Graph, numbers: list[int]) -> Hashable:
 def _key(node: fx.Node, order: Mapping[fx.Node, int], numbers: list[int]) -> Hashable:
     """All of a node but its numbers; raises `TypeError` for what cannot be compared."""
     if node.op == "placeholder":
-        numbers += sizes_of(node)
         spec = node.meta.get(SPEC)
+        if isinstance(spec, tuple):
+            raise TypeError(f"{node.name} is several values")
+        numbers += sizes_of(node)
         return None if spec is None else (spec.dtype, len(spec.shape), is_value(node))
     if node.op == "call_function" and not isinstance(node.target, _FUNCTIONS):
         raise TypeError(f"{node.target} is known by identity only")
