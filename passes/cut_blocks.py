@@ -91,21 +91,21 @@ class _Cut:
 
 
 def _pieces(graph: fx.Graph) -> Iterator[tuple[bool, list[fx.Node]]]:
-    """The nodes of a body in order: those of a block to be made (True), or one that reads values, with what picks its
-    results."""
+    """The nodes of a body in order: those of a block to be made (True), or one that reads values; what picks a result
+    stands with what gives it, since only tensors are handed on."""
     waiting: list[fx.Node] = []
-    apart: set[fx.Node] = set()
+    done: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op in ("placeholder", "output") or node in apart:
+        if node.op in ("placeholder", "output") or node in done:
             continue
+        together = [node, *(user for user in node.users if user.target is operator.getitem)]
+        done.update(together)
         if not reads_on_host(node):
-            waiting.append(node)
+            waiting += together
             continue
-        picks = [user for user in node.users if user.target is operator.getitem]
-        apart |= {node, *picks}
         yield from _if_any(waiting)
         waiting = []
-        yield False, [node, *picks]
+        yield False, together
     yield from _if_any(waiting)
 
 

@@ -12,7 +12,8 @@ from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
-from xdit_ir.ir.program import LAYOUT
+from xdit_ir.ir.program import LAYOUT, SPEC
+from xdit_ir.sharding.specialize import Specialize
 
 TWO = Mesh.of(ulysses=2)
 FOUR = Mesh.of(ring=2, ulysses=2)
@@ -102,6 +103,23 @@ def test_a_convolution_without_rows_on_a_rank():
     args = (t(1, 2, 9), t(2, 2, 3), t(2), [1], [0], [1], 1)
     _, given = run(Sample(aten.conv1d.default, args), Layout((None, None, empty)), Layout.whole(3), Layout.whole(1))
     assert given.dividing_dims(TWO) == {"ulysses"}
+
+
+@pytest.mark.parametrize(
+    ("sample", "kwargs"),
+    [
+        (Sample(aten._to_copy.default, (t(8),), {"device": torch.device("meta")}), {"device": torch.device("meta")}),
+        (Sample(aten.mul.Tensor, (t(), t(8).to("meta"))), {}),
+    ],
+)
+def test_a_part_without_elements_is_on_the_device_of_the_result(sample, kwargs):
+    nothing = Layout((Partition(8, (Indices.range(0, 8), Indices(()))),))
+    one = OneOperator(sample)
+    taken = [nothing if x.dim() else Layout.whole(0) for x in one.inputs]
+    here = Specialize(1).apply(one.propagate(TWO, one.program(taken)))
+    made = next(node for node in here.graph.nodes if node.target is aten.new_empty.default)
+    assert made.kwargs == {"dtype": torch.float64, **kwargs}
+    assert operands(made)[0].meta[SPEC].shape, "a scalar may be elsewhere"
 
 
 def test_joining_operands_that_are_divided_over_different_mesh_dims():

@@ -65,7 +65,7 @@ class Trial(fx.Interpreter):
 
     def _block(self, node: fx.Node, body: fx.GraphModule) -> tuple[Any, bool]:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        given = tuple((source in self._fixed, x.device) for source, x in zip(node.args, args, strict=True))
+        given = tuple((source in self._fixed, _devices(x)) for source, x in zip(node.args, args, strict=True))
         key = (body.meta.get(STRUCTURE), given)
         if key in self.tried:
             return super().run_node(node), self.tried[key]

@@ -123,9 +123,12 @@ def handle_empty_parts(call: OpCall, sharding: OpSharding) -> OpSharding:
 
 
 def _nothing(call: OpCall, shapes: Sequence[tuple[int, ...]]) -> LocalCall:
-    source = nodes_in((call.node.args, call.node.kwargs))[0]
+    """On the device of the result: scalars may be on another one than the other operands."""
+    operands = nodes_in((call.node.args, call.node.kwargs))
+    source = next((node for node in operands if node.meta[SPEC].shape), operands[0])
     if len(shapes) == 1 and call.out is call.node.meta[SPEC]:
-        return aten.new_empty.default, (source, list(shapes[0])), {"dtype": call.out.dtype}
+        moved = {name: device for name, device in call.node.kwargs.items() if name == "device" and device is not None}
+        return aten.new_empty.default, (source, list(shapes[0])), {"dtype": call.out.dtype, **moved}
     return empties, (source, list(shapes), [spec.dtype for spec in call.results]), {}
 
 
