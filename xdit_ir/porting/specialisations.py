@@ -131,12 +131,12 @@ class Specialisations:
             return self.model.forward(*given.args, **given.kwargs)
         if self.worth is None:
             return self._divided(given)
-        if not self.worth.runs_whole(given):
+        self.whole = self.worth.whole(given)
+        if not self.whole:
             try:
                 return self._divided(given)
             except (TraceError, ParallelizeError, GradientError) as refusal:
-                self.worth.refuse(given, refusal)
-        self.whole = self.worth.reason
+                self.whole = self.worth.refuse(given, refusal)
         return self.model.forward(*given.args, **given.kwargs)
 
     def _divided(self, given: Arguments) -> Any:
@@ -182,8 +182,7 @@ class Specialisations:
     def _find(self, mode: Mode, given: Arguments) -> Bound | None:
         """The inputs and weights for the specialisation that a call is for, which is moved to the front."""
         shapes = given.shapes
-        likely = sorted(self.found, key=lambda one: one.shapes != shapes)
-        for one in likely:
+        for one in sorted(self.found, key=lambda one: one.shapes != shapes):
             bound = one.bind(mode, given)
             if bound is not None:
                 self.found.remove(one)

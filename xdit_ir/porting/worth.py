@@ -53,25 +53,19 @@ class Worth:
     traced: bool
     found: list[Whole] = field(default_factory=list)
 
-    @property
-    def reason(self) -> str:
-        """Why the last calls ran whole; empty if none did."""
-        return self.found[-1].reason if self.found else ""
-
-    def runs_whole(self, given: Any) -> bool:
-        """Whether a call is known to run whole, or is too small in any case."""
-        if any(one.covers(given) for one in self.found):
-            return True
+    def whole(self, given: Any) -> str:
+        """Why a call is known to run whole, or is too small in any case; empty if it may be divided."""
+        if (known := next((one for one in self.found if one.covers(given)), None)) is not None:
+            return known.reason
         if self.traced:
-            return False
+            return ""
         tensors = list(_tensors(given))
         if any(x.is_floating_point() for x in tensors):
-            self._note(given, "it was not asked for: name it in components=[...]", small=False)
-            return True
+            return self._note(given, "it was not asked for: name it in components=[...]", small=False)
         seconds = _token_seconds(self.model, max((x.numel() for x in tensors), default=0), self.machine)
-        if seconds < ENCODER:
-            self._note(given, f"it takes about {seconds * 1e3:.1f} ms, and each length of text a trace", small=True)
-        return seconds < ENCODER
+        if seconds >= ENCODER:
+            return ""
+        return self._note(given, f"it takes about {seconds * 1e3:.1f} ms, and each length of text a trace", small=True)
 
     def check(self, program: ParallelProgram) -> None:
         """Raise `TooSmallError` where a program saves too little."""
@@ -79,14 +73,15 @@ class Worth:
         if saved < SAVED:
             raise TooSmallError(_too_small(saved))
 
-    def refuse(self, given: Any, refusal: XditError) -> None:
-        """Calls like this one run whole from now on."""
-        self._note(given, str(refusal), small=isinstance(refusal, TooSmallError))
+    def refuse(self, given: Any, refusal: XditError) -> str:
+        """Calls like this one run whole from now on; why."""
+        return self._note(given, str(refusal), small=isinstance(refusal, TooSmallError))
 
-    def _note(self, given: Any, reason: str, *, small: bool) -> None:
+    def _note(self, given: Any, reason: str, *, small: bool) -> str:
         self.found = [one for one in self.found if one.settings.unchanged()]
         whole = Whole(ModelSettings(self.model), _shapes(given), _elements(given), reason, small)
         self.found.append(whole)
+        return reason
 
 
 def may_pay(model: nn.Module, machine: Machine) -> bool:
