@@ -39,6 +39,7 @@ class PipelineRunner:
         self.facts, self._digest, self.queue = facts, digest(facts), queue
         self.tasks, self.pipeline = tasks, tasks.pipeline
         self.program, self.device = tasks.pipeline.program, context.device
+        self._follow = tasks.pipeline.patches > 1 and bool(tasks.latents)  # calls may be steps of a request
         self.channels = queue.channels.open(tasks, apart=apart)
         self._binder = InputBinder(context.parameters, self.program)
         self._inputs = [node.name for node in placeholders(self.program.graph)]
@@ -124,8 +125,8 @@ class PipelineRunner:
 
     def _position(self, latents: Mapping[str, torch.Tensor]) -> CallPosition:
         """To which step of which request a call with these latents belongs."""
-        if self.pipeline.patches == 1:
-            return CallPosition(NEW, 0, synchronous=False)
+        if not self._follow:
+            return CallPosition(NEW, 0, synchronous=self.pipeline.patches > 1)
         return self.queue.requests.position(latents, self.tasks.latents, self, self.pipeline.warmup_steps)
 
     def _enter(self, position: CallPosition, inputs: Tensors, weights: Tensors) -> PipelinePass:
@@ -133,7 +134,7 @@ class PipelineRunner:
         requests = self.queue.requests
         branch = requests.enter(position, self._latents(inputs), self)
         requests.number += 1
-        half = (position.place if self.pipeline.patches > 1 else requests.number) % len(self.channels.returns)
+        half = (position.place if self._follow else requests.number) % len(self.channels.returns)
         if half == self.channels.half and branch.memory is None:
             branch.memory = self._code.memories.lend(branch)
         given = {name: self._kept(x) for name, x in self._named(inputs)}
