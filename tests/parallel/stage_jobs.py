@@ -330,12 +330,12 @@ def compiled_stages(name: str, degrees: Degrees) -> dict[str, Any]:
 def fixed_point(name: str, calls: int = 4, **degrees: Any) -> dict[str, Any]:
     """The errors of a ported model's calls against the model: with plain latents, again with the same, then with
     latents that are made of the last output but have the same numbers, so that what patches left for each other is
-    right. Also how many calls were displaced."""
+    right. Also how many calls were displaced, of how many `steps` that could be."""
     torch.set_num_threads(1)
     model, example = models.load(f"{name}:tiny")
     want = tensors_of(model(**copied(example)))
     port: Any = xir.port(model, mode="eager", **{"pipefusion": 2} | degrees)
-    displaced: set[int] = set()
+    displaced, made_of = set[int](), 0
     try:
         outputs = [port(**copied(example))]
         made = port._xdit_specialisations
@@ -345,11 +345,12 @@ def fixed_point(name: str, calls: int = 4, **degrees: Any) -> dict[str, Any]:
             given = copied(example)
             if len(outputs) > 1:
                 given = _made_of(outputs[-1], given, _latents(port, tasks, given))
+                made_of += any(isinstance(leaf, Deferred) for leaf in pytree.tree_leaves(given))
             outputs.append(port(**given))
         errors = [difference.relative_error([materialize(x) for x in tensors_of(one)], want) for one in outputs]
     finally:
         port.reset()
-    return {"errors": errors, "displaced": len(displaced), "latents": len(tasks.latents)}
+    return {"errors": errors, "displaced": len(displaced), "steps": made_of}
 
 
 def _latents(port: Any, tasks: RankTasks, given: dict[str, Any]) -> list[torch.Tensor]:
@@ -361,15 +362,20 @@ def _latents(port: Any, tasks: RankTasks, given: dict[str, Any]) -> list[torch.T
 
 
 def _made_of(output: Any, given: dict[str, Any], latents: list[torch.Tensor]) -> dict[str, Any]:
-    """These arguments, whose latents are made of the output that they fit."""
+    """These arguments, whose latents are made of the output that they fit; what they have besides (of an image that is
+    to be edited, in further channels) stays as it is."""
 
     def follows(x: Any) -> Any:
         if not any(x is one for one in latents):
             return x
-        sources = (source for source in tensors_of(output) if fits(source.shape, x.shape))
-        return next((_following(x, source) for source in sources), x)
-
-    def fits(source: torch.Size, shape: torch.Size) -> bool:
-        return len(source) == len(shape) and all(have >= want for have, want in zip(source, shape, strict=True))
+        for source in tensors_of(output):
+            short = [dim for dim in range(x.dim()) if source.dim() == x.dim() and source.shape[dim] < x.shape[dim]]
+            if source.dim() == x.dim() and not short:
+                return _following(x, source)
+            if len(short) == 1:
+                [dim], size = short, source.shape[short[0]]
+                rest = x.narrow(dim, size, x.shape[dim] - size)
+                return torch.cat([_following(x.narrow(dim, 0, size), source), rest], dim)
+        return x
 
     return pytree.tree_map(follows, given)

@@ -75,6 +75,11 @@ class PipelineRunner:
         found = digest({"the program": str(self._digest), "the call": str(position)})
         return found, position.kind != NEW and voted == self._digest and not position.synchronous
 
+    def told(self, inputs: Tensors) -> Facts:
+        """What that is, besides arguments and program, for ranks that do not agree."""
+        position = self._position(self._latents(inputs))
+        return {"the place of the call": f"{position.kind}, call {position.place} of its step"}
+
     def held(self, weights: Tensors) -> tuple[Sequence[str], Tensors]:
         """Names and tensors of all weights that are here: of one's own stages, and of those that others run, which may
         not be another model's."""
