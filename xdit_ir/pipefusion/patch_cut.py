@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import fx
 
 from xdit_ir.ir import ops
@@ -36,6 +38,11 @@ class PatchCut:
         """What these patches have, in order of position."""
         runs = sorted(run for patch in patches for run in self.parts[patch].runs)
         return Indices.of_runs(runs)
+
+    def assembled(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The whole of what the patches have."""
+        order = np.argsort(np.concatenate([part.array for part in self.parts]))
+        return ops.take(torch.cat(list(parts), self.dim), self.dim, Indices.of_array(order).runs)
 
 
 def slot_of(value: fx.Node) -> str:

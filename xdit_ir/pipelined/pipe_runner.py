@@ -17,7 +17,7 @@ from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, plain_modes
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import MismatchError, ParallelizeError
-from xdit_ir.ir.graphs import placeholders, results_of
+from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.pipelined.pipe_pass import PipelinePass, outputs_of
@@ -42,7 +42,6 @@ class PipelineRunner:
         self._follow = tasks.pipeline.patches > 1 and bool(tasks.latents)  # calls may be steps of a request
         self.channels = queue.channels.open(tasks, apart=apart)
         self._binder = InputBinder(context.parameters, self.program)
-        self._inputs = [node.name for node in placeholders(self.program.graph)]
         self._outputs = [value.meta[SPEC] for value in results_of(self.program.graph)]
         self.weights = self.pipeline.weights_of(context.rank)
         self._weights = context.store.take(self.weights, self.program.state)
@@ -154,7 +153,7 @@ class PipelineRunner:
         return x.clone() if len(self.tasks.stages) > 1 else as_normal_tensor(x)
 
     def _named(self, inputs: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
-        return zip(self._inputs, inputs, strict=True)
+        return zip(self.tasks.inputs, inputs, strict=True)
 
     def _latents(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         return {name: x for name, x in self._named(inputs) if name in self.tasks.latents}
