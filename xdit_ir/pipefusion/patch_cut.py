@@ -65,7 +65,8 @@ def cut_of(value: fx.Node, parts: Sequence[PatchStage]) -> PatchCut | None:
         return None
     shape = value.meta[SPEC].shape
     writes = [target for part in parts if isinstance(target := write_to(part.program, read.slot).target, Write)]
-    dims = {dim for slot in (read, *writes) for dim, runs in enumerate(slot.places) if runs is not None}
+    taken = (read.places, *(write.places for write in writes))
+    dims = {dim for places in taken for dim, runs in enumerate(places) if runs is not None}
     if len(dims) != 1 or shape != writes[0].shape:
         return None
     [dim] = dims
