@@ -32,6 +32,7 @@ from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.sharding.report import Report, make_report
 from xdit_ir.sharding.specialize import Specialize
 from xdit_ir.simulation.lockstep import RankObserver, run_ranks
+from xdit_ir.simulation.rank_steps import RankSimulation
 from xdit_ir.simulation.steps import PipelineSimulation
 
 Example = Mapping[str, Any] | tuple[Any, ...]
@@ -246,6 +247,15 @@ class PipelinedProgram(ParallelProgram):
         run = PipelineSimulation(self.pipeline, model_state(self.original, model), device)
         with torch.no_grad():
             steps = [run.step(inputs, see) for inputs, see in zip(bound, _observers(bound, observe), strict=True)]
+        return [[capture.build_output(self.original.signature, tensors) for tensors in step] for step in steps]
+
+    def run_steps(self, model: Module, examples: Sequence[Example]) -> list[list[Any]]:
+        """As `simulate_steps`, by the programs that ranks run, which are made from those of patches and stages."""
+        model = as_module(model)
+        bound = [capture.bind_inputs(model, self.original, *split_example(example)) for example in examples]
+        run = RankSimulation(self.pipeline, model_state(self.original, model), _device(model, bound[0]))
+        with torch.no_grad():
+            steps = [run.step(inputs) for inputs in bound]
         return [[capture.build_output(self.original.signature, tensors) for tensors in step] for step in steps]
 
 

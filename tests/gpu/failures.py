@@ -1,12 +1,15 @@
-"""Failures and disagreement on GPUs: `torchrun --nproc-per-node 2 tests/gpu/failures.py`.
+"""Failures and disagreement on GPUs: `torchrun --nproc-per-node 2 tests/gpu/failures.py`, or `... failures.py p2 c2`
+for some of the ways to run only.
 
 For each way to run: a rank that raises inside a forward makes the other raise, other inputs are found at the next call
 at the latest, a barrier of the caller's may stand between calls, and afterwards everything is right again; groups are
-given back. At the end, what the comparison costs a call on the host.
+given back. At the end, what the comparison costs a call on the host. A way that takes longer than `LIMIT` ends both
+ranks, which then say where they are.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import time
@@ -19,14 +22,16 @@ import torch.distributed as dist
 import xdit_ir as xir
 from xdit_ir import models
 
-WAYS: list[dict[str, Any]] = [
-    {"ulysses": 2, "mode": "eager"},
-    {"ulysses": 2},
-    {"ulysses": 2, "transport": "peer", "mode": "eager"},
-    {"ulysses": 2, "cuda_graph": True, "transport": "collective"},
-    {"pipefusion": 2, "patches": 2},
-    {"cfg": 2, "mode": "eager"},
-]
+WAYS: dict[str, dict[str, Any]] = {
+    "u2-eager": {"ulysses": 2, "mode": "eager"},
+    "u2": {"ulysses": 2},
+    "u2-peer": {"ulysses": 2, "transport": "peer", "mode": "eager"},
+    "u2-collective": {"ulysses": 2, "cuda_graph": True, "transport": "collective"},
+    "p2": {"pipefusion": 2, "patches": 2},
+    "p2-eager": {"pipefusion": 2, "patches": 2, "mode": "eager"},
+    "c2": {"cfg": 2, "mode": "eager"},
+}
+LIMIT = 200  # seconds for each
 RANK = int(os.environ["RANK"])
 BAD: list[str] = []
 
@@ -110,11 +115,13 @@ def measure(way: dict[str, Any], port: Any, example: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """All ways."""
+    """All ways, or those that are named."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     device = staged.start()
     torch.set_grad_enabled(False)
-    for way in WAYS:
-        one(way, *models.load("flux.1-dev:tiny", device=device))
+    for name in sys.argv[1:] or WAYS:
+        faulthandler.dump_traceback_later(LIMIT, exit=True)
+        one(WAYS[name], *models.load("flux.1-dev:tiny", device=device))
     print(f"rank {RANK}: {len(BAD)} wrong {BAD}", flush=True)
     dist.destroy_process_group()
     return len(BAD)

@@ -63,6 +63,23 @@ def disagreement(how: str, degrees: Degrees) -> list[dict[str, Any]]:
     return found
 
 
+@torch.no_grad()
+def disagreement_in_a_request(degrees: Degrees) -> list[dict[str, Any]]:
+    """While the output of a call is still held, so that the same latents are another call of its step: rank 1 gives
+    other latents; or has thrown the output away."""
+    module, model, example = _made("port", degrees)
+    found = []
+    for change in (CHANGES["latents"], None):
+        held = [module(**example)]
+        if _rank() and change is None:
+            held.clear()
+        other = example | (change(example) if _rank() and change else {})
+        found.append(_failure(lambda given=other: _error(module, model, given)))
+        held.clear()
+        found[-1]["afterwards"] = _error(module, model, example)
+    return found
+
+
 def unnoticed(degrees: Degrees) -> float:
     """How wrong the result is if rank 1's input is another, and nothing is compared."""
     module, model, example = _made("port", degrees)

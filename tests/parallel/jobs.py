@@ -220,6 +220,25 @@ def failing_trace(degrees: Degrees) -> dict[str, Any]:
     return _failure(lambda: xir.port(model, **degrees)(**example))
 
 
+class Refusing(nn.Module):
+    """Refuses what it is given, on every rank in words of its own."""
+
+    def forward(self, x: torch.Tensor, fails: bool) -> torch.Tensor:
+        if fails:
+            raise ValueError(f"rank {_rank()} does not like it")
+        return x * 2
+
+
+def refused_on_all(degrees: Degrees) -> dict[str, Any]:
+    """What forward itself raises on all ranks, and how right the next call is."""
+    x = torch.ones(2, 4)
+    port = xir.port(Refusing(), **degrees)
+    found = _failure(lambda: port(x, fails=True))
+    with torch.no_grad():
+        found["afterwards"] = relative_error(port(x, fails=False), 2 * x)
+    return found
+
+
 def batch_of_one(name: str) -> dict[str, Any]:
     """cfg=2 with a batch of one, which emitting refuses and a port puts off, then with two."""
     model, example, want = _load(name)

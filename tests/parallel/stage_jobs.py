@@ -19,12 +19,16 @@ from torch.utils import _pytree as pytree
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_arguments, bind_inputs
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.emission.execution import plain_modes
+from xdit_ir.ir import difference
 from xdit_ir.ir.difference import tensors_of
+from xdit_ir.ir.graphs import placeholders
 from xdit_ir.ir.interpret import model_state
+from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.runtime.shadow import Shadow
 from xdit_ir.simulation.steps import PipelineSimulation
 
@@ -320,3 +324,58 @@ def compiled_stages(name: str, degrees: Degrees) -> dict[str, Any]:
         body.module.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     got, want = _run(module, inputs), parallel.simulate_steps(model, inputs)
     return {"errors": [relative_error(mine, step[0]) for mine, step in zip(got, want, strict=True)]}
+
+
+@torch.no_grad()
+def fixed_point(name: str, calls: int = 4, **degrees: Any) -> dict[str, Any]:
+    """The errors of a ported model's calls against the model: with plain latents, again with the same, then with
+    latents that are made of the last output but have the same numbers, so that what patches left for each other is
+    right. Also how many calls were displaced, of how many `steps` that could be."""
+    torch.set_num_threads(1)
+    model, example = models.load(f"{name}:tiny")
+    want = tensors_of(model(**copied(example)))
+    port: Any = xir.port(model, mode="eager", **{"pipefusion": 2} | degrees)
+    displaced, made_of = set[int](), 0
+    try:
+        outputs = [port(**copied(example))]
+        made = port._xdit_specialisations
+        made.factory.queue.observe = lambda number, item: item.patch is not None and displaced.add(number)
+        tasks = RankTasks(made.programs[0].pipeline, dist.get_rank())
+        while len(outputs) < calls:
+            given = copied(example)
+            if len(outputs) > 1:
+                given = _made_of(outputs[-1], given, _latents(port, tasks, given))
+                made_of += any(isinstance(leaf, Deferred) for leaf in pytree.tree_leaves(given))
+            outputs.append(port(**given))
+        errors = [difference.relative_error([materialize(x) for x in tensors_of(one)], want) for one in outputs]
+    finally:
+        port.reset()
+    return {"errors": errors, "displaced": len(displaced), "steps": made_of}
+
+
+def _latents(port: Any, tasks: RankTasks, given: dict[str, Any]) -> list[torch.Tensor]:
+    """Those of these arguments that follow the output from step to step."""
+    program = tasks.pipeline.program
+    bound = bind_inputs(port._xdit_original, program, (), given)
+    names = [node.name for node in placeholders(program.graph)]
+    return [x for name, x in zip(names, bound, strict=True) if name in tasks.latents]
+
+
+def _made_of(output: Any, given: dict[str, Any], latents: list[torch.Tensor]) -> dict[str, Any]:
+    """These arguments, whose latents are made of the output that they fit; what they have besides (of an image that is
+    to be edited, in further channels) stays as it is."""
+
+    def follows(x: Any) -> Any:
+        if not any(x is one for one in latents):
+            return x
+        for source in tensors_of(output):
+            short = [dim for dim in range(x.dim()) if source.dim() == x.dim() and source.shape[dim] < x.shape[dim]]
+            if source.dim() == x.dim() and not short:
+                return _following(x, source)
+            if len(short) == 1:
+                [dim], size = short, source.shape[short[0]]
+                rest = x.narrow(dim, size, x.shape[dim] - size)
+                return torch.cat([_following(x.narrow(dim, 0, size), source), rest], dim)
+        return x
+
+    return pytree.tree_map(follows, given)

@@ -118,6 +118,13 @@ def test_a_trace_that_fails_on_one_rank_fails_on_all(workers: Pools) -> None:
         assert "ZeroDivisionError" in result["message"]
 
 
+def test_what_all_ranks_refuse_is_raised_as_it_is(workers: Pools) -> None:
+    """In each one's own words, which need not be the same."""
+    for rank, result in enumerate(workers(2).run("refused_on_all", degrees={"cfg": 2})):
+        assert (result["error"], result["message"]) == ("ValueError", f"rank {rank} does not like it")
+        assert result["seconds"] < 20 and result["afterwards"] == 0
+
+
 def test_cfg_needs_a_batch(workers: Pools) -> None:
     for result in workers(2).run("batch_of_one", name="sana-1600m"):
         assert result["error"] == "ParallelizeError", result

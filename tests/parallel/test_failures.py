@@ -29,6 +29,14 @@ def test_other_inputs_on_a_rank(workers: Pools, how: str, degrees: dict[str, int
         check(result, "MismatchError")
 
 
+def test_what_differs_in_a_request_is_named(workers: Pools) -> None:
+    """The argument, or, where all arguments are the same, which call of the request it is."""
+    for latents, place in workers(2).run("disagreement_in_a_request", degrees=P2):
+        check([latents, place], "MismatchError")
+        assert latents["message"].startswith("x: its contents differ: rank 1"), latents
+        assert "the place of the call" in place["message"] and "a new request" in place["message"], place
+
+
 def test_without_comparison_other_inputs_make_a_wrong_result(workers: Pools) -> None:
     """So the test above would see if it were left out."""
     assert min(workers(2).run("unnoticed", degrees=DEGREES[0])) > 1e-2

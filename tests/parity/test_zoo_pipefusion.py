@@ -1,4 +1,4 @@
-"""Every model of the zoo under PipeFusion: equal, or refused for a reason that is written down here."""
+"""Every model of the zoo under PipeFusion: equal, or refused for a reason that is written down."""
 
 from __future__ import annotations
 
@@ -7,17 +7,6 @@ from test_zoo import NOT_CAPTURED
 
 import xdit_ir as xir
 from xdit_ir import models
-
-# What cannot be divided over patches in time.
-REFUSED = {
-    "cosmos3-omni": "output is not divided",
-    "kandinsky-2.2-prior": "output is not divided",
-    "lumina-2": "stale rows",
-    "minimax-h3": "output is not divided",
-    "nucleus-image": "stale rows",
-    "qwen-image-2.1": "output is not divided",
-    "z-image-omni": "stale rows",
-}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,11 +17,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("name", [name for name in models.names() if name not in NOT_CAPTURED][::step])
 
 
-def test_exact_when_synchronous_and_at_the_fixed_point(name: str) -> None:
+def test_exact_when_synchronous_and_at_the_fixed_point(name: str, refused_in_time: dict[str, str]) -> None:
     model, example = models.load(f"{name}:tiny")
     traced = xir.trace(model, example)
-    if name in REFUSED:
-        with pytest.raises(xir.ParallelizeError, match=REFUSED[name]):
+    if name in refused_in_time:
+        with pytest.raises(xir.ParallelizeError, match=refused_in_time[name]):
             traced.parallelize(pipefusion=2)
         result = xir.check(model, example, traced=traced, pipefusion=2, patches=1)
     else:

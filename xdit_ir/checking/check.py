@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.api import Example, ParallelProgram, TracedProgram, run_single, split_example, trace
+from xdit_ir.api import Example, ParallelProgram, PipelinedProgram, TracedProgram, run_single, split_example, trace
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.inputs import bind_example, flatten_named
 from xdit_ir.capture.methods import Module, as_module
@@ -92,6 +92,9 @@ def _check_module(parallel: ParallelProgram, model: nn.Module, example: Example,
         later, steps, more = _later_steps(parallel, model, example, expected, tolerance)
         worst = max(worst, later)
         notes += more
+        if worst <= tolerance and (woven := _as_run(parallel, model, example, expected)) > tolerance:
+            notes.append(f"the programs that ranks run, made from those of patches and stages: error {woven:.2e}")
+            return CheckResult(False, woven, tolerance, parallel.world_size, None, tuple(notes))
     ok = worst <= tolerance
     found = None if ok else first_divergence(parallel, model, steps, max(tolerance, 1e-5))
     if ok:
@@ -147,6 +150,15 @@ def _later_steps(
     after = "no number" if needed is None else str(needed)
     notes.append(f"displaced steps after other inputs: relative error {errors[0]:.2e}, equal after {after} of them")
     return max(worst, min(errors)), steps, notes
+
+
+def _as_run(parallel: ParallelProgram, model: nn.Module, example: Example, expected: list[torch.Tensor]) -> float:
+    """The largest error of the programs that ranks run, in synchronous steps and a displaced one with equal inputs."""
+    assert isinstance(parallel, PipelinedProgram)
+    steps = [copied(example) for _ in range(parallel.pipeline.warmup_steps + 1)]
+    return max(
+        _errors(lambda: [list(map(output_tensors, step)) for step in parallel.run_steps(model, steps)], expected)
+    )
 
 
 def _changed(parallel: ParallelProgram, model: nn.Module, example: Example) -> Example:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
 from xdit_ir.ir.graphs import operands, results_of
-from xdit_ir.ir.program import WEIGHT, Block, Program, call_block, call_parts, is_block_call
+from xdit_ir.ir.program import CONSTANT, WEIGHT, Block, Program, call_block, call_parts, is_block_call
+
+Names = Mapping[str, str]
 
 
 def interleave(programs: Sequence[Program], received: Collection[str]) -> Program:
@@ -26,14 +29,28 @@ def interleave(programs: Sequence[Program], received: Collection[str]) -> Progra
     """
     if len(programs) == 1:
         return programs[0]
-    weaver = _Weaver([program.graph for program in programs], programs)
+    constants, names = _constants(programs)
+    weaver = _Weaver([program.graph for program in programs], programs, names)
     graph = weaver.run(received)
-    return programs[0].replace(graph=graph, blocks=weaver.blocks)
+    return programs[0].replace(graph=graph, blocks=weaver.blocks, constants=constants)
 
 
 def of_patch(name: str, patch: int) -> str:
-    """The name of an input that each patch has for itself."""
+    """The name of what each patch has for itself."""
     return f"{name}_of_{patch}"
+
+
+def _constants(programs: Sequence[Program]) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
+    """Those of all programs, and what each program's are called in them: places of rows have one name in several."""
+    found: dict[str, torch.Tensor] = {}
+    names: list[dict[str, str]] = []
+    for patch, program in enumerate(programs):
+        names.append({})
+        for name, held in program.constants.items():
+            own = name if found.setdefault(name, held) is held else of_patch(name, patch)
+            found[own] = held
+            names[patch][f"{CONSTANT}.{name}"] = f"{CONSTANT}.{own}"
+    return found, names
 
 
 @dataclass(eq=False)
@@ -59,20 +76,21 @@ class _Thread:
 
 
 class _Weaver:
-    """Writes the graphs of several patches into one."""
+    """Writes the graphs of several patches into one; `names`: of each patch's constants."""
 
-    def __init__(self, graphs: Sequence[fx.Graph], programs: Sequence[Program]) -> None:
+    def __init__(self, graphs: Sequence[fx.Graph], programs: Sequence[Program], names: Sequence[Names]) -> None:
         self.threads = [_Thread.of(graph) for graph in graphs]
-        self.programs = programs
+        self.programs, self.names = programs, names
         self.graph = fx.Graph()
         self.blocks: dict[str, Block] = {}
+        self.made: dict[tuple[str, tuple[int, ...], frozenset[str]], str] = {}
         self.written: list[set[str]] = [set() for _ in graphs]
         self.kept: dict[str, fx.Node] = {}
         self.state: dict[str, fx.Node] = {}
 
-    def run(self, own: Collection[str] | None = None) -> fx.Graph:
-        """The graph of all; each patch has inputs called `own` (None: all) for itself."""
-        self._inputs(own)
+    def run(self, own: Collection[str] | None = None, parts: Collection[str] = ()) -> fx.Graph:
+        """The graph of all; each patch has inputs called `own` (None: all) and weights called `parts` for itself."""
+        self._inputs(own, parts)
         while any(thread.next.op != "output" for thread in self.threads):
             if not sum([self._advance(patch) for patch in range(len(self.threads))]) and not self._call():
                 stuck = ", ".join(f"patch {p} at {thread.next.name}" for p, thread in enumerate(self.threads))
@@ -81,17 +99,20 @@ class _Weaver:
         self.graph.output(tuple(results))
         return self.graph
 
-    def _inputs(self, own: Collection[str] | None) -> None:
-        """Those of every patch, then the weights, which all patches share."""
+    def _inputs(self, own: Collection[str] | None, parts: Collection[str]) -> None:
+        """Those of every patch, then the weights, which all patches share unless they have `parts` of them."""
         known: dict[str, fx.Node] = {}
         given = [
             (p, node) for p, thread in enumerate(self.threads) for node in thread.nodes if node.op == "placeholder"
         ]
         for patch, node in sorted(given, key=lambda one: WEIGHT in one[1].meta):
-            alone = WEIGHT not in node.meta and (own is None or node.name in own)
+            weight = node.meta.get(WEIGHT)
+            alone = (own is None or node.name in own) if weight is None else weight in parts
             name = of_patch(node.name, patch) if alone else node.name
             if name not in known:
-                known[name] = self._noted(node, self.graph.create_node("placeholder", name, name=name))
+                known[name] = new = self._noted(node, self.graph.create_node("placeholder", name, name=name))
+                if weight is not None and alone:
+                    new.meta[WEIGHT] = of_patch(weight, patch)
             self.threads[patch].env[node] = known[name]
 
     def _advance(self, patch: int) -> int:
@@ -115,9 +136,9 @@ class _Weaver:
         if node.op == "placeholder":
             return thread.env[node]
         if node.op == "get_attr":
-            name = str(node.target)
+            name = self.names[patch].get(str(node.target), str(node.target))
             if name not in self.state:
-                self.state[name] = self.graph.node_copy(node, thread.env.__getitem__)
+                self.state[name] = self._noted(node, self.graph.get_attr(name))
             return self.state[name]
         if isinstance(node.target, Recall):
             return self.kept[node.target.slot]
@@ -150,24 +171,40 @@ class _Weaver:
         return False
 
     def _call_of(self, members: Sequence[int]) -> None:
-        node = self.threads[members[0]].next
-        name, prefix, *_ = call_parts(node)
-        interleave = f"{name}_{'_'.join(map(str, members))}"
-        if interleave not in self.blocks:
-            graphs = [self.programs[patch].blocks[name].graph for patch in members]
-            self.blocks[interleave] = Block(interleave, _Weaver(graphs, self.programs).run())
-        values: list[fx.Node] = []
-        weights: dict[str, fx.Node] = {}
-        for patch in members:
-            thread = self.threads[patch]
-            parts = call_parts(thread.next)
-            values += [thread.env[value] for value in parts.values]
-            weights |= {key: thread.env[value] for key, value in parts.weights.items()}
-        args: Any = (interleave, prefix, values, weights)
-        new = self._noted(node, self.graph.call_function(call_block, args))
+        threads = [self.threads[patch] for patch in members]
+        calls = [call_parts(thread.next) for thread in threads]
+        values = [thread.env[value] for thread, call in zip(threads, calls, strict=True) for value in call.values]
+        weights = [
+            (key, place, thread.env[value])
+            for place, (thread, call) in enumerate(zip(threads, calls, strict=True))
+            for key, value in call.weights.items()
+        ]
+        parts = _differing((key, value) for key, _, value in weights)
+        named = {of_patch(key, place) if key in parts else key: value for key, place, value in weights}
+        name, prefix, *_ = calls[0]
+        args: Any = (self._block(name, tuple(members), parts), prefix, values, named)
+        new = self._noted(threads[0].next, self.graph.call_function(call_block, args))
         first = 0
-        for patch in members:
-            thread = self.threads[patch]
+        for patch, thread in zip(members, threads, strict=True):
             thread.env[thread.next], thread.first[thread.next] = new, first
             first += len(results_of(self.programs[patch].blocks[name].graph))
             thread.at += 1
+
+    def _block(self, name: str, members: tuple[int, ...], parts: frozenset[str]) -> str:
+        """The block of these patches in which each has `parts` of weights for itself."""
+        key = (name, members, parts)
+        if key not in self.made:
+            own = f"{name}_{'_'.join(map(str, members))}"
+            self.made[key] = own = own if own not in self.blocks else f"{own}_apart_{len(self.blocks)}"
+            graphs = [self.programs[patch].blocks[name].graph for patch in members]
+            names = [self.names[patch] for patch in members]
+            self.blocks[own] = Block(own, _Weaver(graphs, self.programs, names).run(parts=parts))
+        return self.made[key]
+
+
+def _differing(weights: Iterable[tuple[str, fx.Node]]) -> frozenset[str]:
+    """The names that stand for several values: each patch has its own rows of a table, say."""
+    found: dict[str, set[fx.Node]] = {}
+    for name, value in weights:
+        found.setdefault(name, set()).add(value)
+    return frozenset(name for name, values in found.items() if len(values) > 1)

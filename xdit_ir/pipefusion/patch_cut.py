@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import fx
 
 from xdit_ir.ir import ops
@@ -37,13 +39,16 @@ class PatchCut:
         runs = sorted(run for patch in patches for run in self.parts[patch].runs)
         return Indices.of_runs(runs)
 
+    def assembled(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The whole of what the patches have."""
+        order = np.argsort(np.concatenate([part.array for part in self.parts]))
+        return ops.take(torch.cat(list(parts), self.dim), self.dim, Indices.of_array(order).runs)
+
 
 def slot_of(value: fx.Node) -> str:
     """The slot in which the parts of an output are collected; empty if it is no such thing."""
     target = value.target
-    if not isinstance(target, Read) or target.summed or any(places is not None for places in target.places):
-        return ""
-    return target.slot
+    return target.slot if isinstance(target, Read) and not target.summed else ""
 
 
 def write_to(program: Program, slot: str) -> fx.Node:
@@ -55,18 +60,27 @@ def write_to(program: Program, slot: str) -> fx.Node:
 
 def cut_of(value: fx.Node, parts: Sequence[PatchStage]) -> PatchCut | None:
     """How the parts of the patches lie in an output, if along one dimension and none twice."""
-    slot = slot_of(value)
-    if not slot:
+    read = value.target
+    if not isinstance(read, Read) or read.summed:
         return None
-    targets = [write_to(part.program, slot).target for part in parts]
-    places = [target.places for target in targets if isinstance(target, Write)]
-    dims = {dim for place in places for dim, runs in enumerate(place) if runs is not None}
-    if len(dims) != 1 or value.meta[SPEC].shape != targets[0].shape:  # type: ignore[union-attr]
+    shape = value.meta[SPEC].shape
+    writes = [target for part in parts if isinstance(target := write_to(part.program, read.slot).target, Write)]
+    taken = (read.places, *(write.places for write in writes))
+    dims = {dim for places in taken for dim, runs in enumerate(places) if runs is not None}
+    if len(dims) != 1 or shape != writes[0].shape:
         return None
     [dim] = dims
-    size = value.meta[SPEC].shape[dim]
-    cut = PatchCut(dim, tuple(Indices(((0, size),) if place[dim] is None else place[dim] or ()) for place in places))
-    return cut if cut.size == cut.joined(range(len(parts))).size == size else None
+    buffer = _along(read, dim, shape)
+    if buffer.size != shape[dim]:
+        return None
+    cut = PatchCut(dim, tuple(buffer.positions(_along(write, dim, shape)) for write in writes))
+    return cut if cut.size == cut.joined(range(len(parts))).size == shape[dim] else None
+
+
+def _along(slot: Read | Write, dim: int, shape: Sequence[int]) -> Indices:
+    """Which positions of one dimension of a buffer, in order."""
+    runs = slot.places[dim]
+    return Indices(((0, shape[dim]),) if runs is None else runs)
 
 
 def own_dim(cut: PatchCut, output: Sequence[int], shape: Sequence[int]) -> int | None:

@@ -115,20 +115,21 @@ def _stale(program: Program, mesh: Mesh, dependent: Nodes) -> str:
     """Why the residual stream would be stale: an operator whose result has rows that other patches computed."""
     tail = _tail(program, mesh)
     seeds: Nodes = {}
+    first: fx.Node | None = None
     for name, graph, _ in all_graphs(program):
         for node in graph.nodes:
             wide = over_time(node, mesh) and node.target not in (*ops.SUMS, ops.halo_exchange)
             wide = wide and not _held_first(operands(node)[0].meta[LAYOUT], mesh)
             if wide and node in dependent[name] and not (name == OUTER and node in tail):
                 seeds.setdefault(name, set()).add(node)
-    if not seeds:
+                first = first or node
+    if first is None:
         return ""
     hit = reach(program, seeds, _hands_on)
     if not any(source in hit[OUTER] for source in results_of(program.graph)):
         return ""
-    node = next(iter(next(iter(seeds.values()))))
-    place = node.meta.get("where")
-    return f"{node.name} would read stale rows into the token stream ({getattr(place, 'source', '') or 'outer graph'})"
+    place = first.meta.get("where")
+    return f"{first.name} would read stale rows into the token stream ({getattr(place, 'source', '') or 'outer graph'})"
 
 
 def _held_first(layout: Layout, mesh: Mesh) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from xdit_ir.ir.buffer_ops import Write
@@ -85,6 +86,33 @@ class RankTasks:
                 if cut is not None and own is not None:
                     found.setdefault(name, replace(cut, dim=own))
         return found
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the model's inputs, in their order."""
+        return tuple(node.name for node in placeholders(self.pipeline.program.graph))
+
+    def places(self, output: int) -> tuple[int | None, ...]:
+        """Where an output is among the results of each patch; None: with the last patch only."""
+        last = self.pipeline.patches - 1
+        before = sum(cut is not None for cut in self.cuts[:output])
+        divided = self.cuts[output] is not None
+        return tuple(output if patch == last else before if divided else None for patch in range(last + 1))
+
+    @cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """Where the results of each patch begin among those of all patches."""
+        counts = [len(self.result_types(patch)) for patch in range(self.pipeline.patches)]
+        return tuple(itertools.accumulate(counts[:-1], initial=0))
+
+    def assembled(self, results: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The model's outputs, of the results of all patches."""
+        found = []
+        for output, cut in enumerate(self.cuts):
+            pairs = zip(self.firsts, self.places(output), strict=True)
+            parts = [results[first + place] for first, place in pairs if place is not None]
+            found.append(parts[0] if cut is None else cut.assembled(parts))
+        return tuple(found)
 
     @cached_property
     def displaced(self) -> dict[tuple[int, int], StageTask]:

@@ -152,13 +152,10 @@ class Result:
 
 def outputs_of(made: PipelinePass, specs: Sequence[TensorSpec]) -> list[Deferred]:
     """The model's outputs, of types `specs`, from the results of the patches."""
-    types, cuts, requests = made.channels.types, made.tasks.cuts, made.queue.requests
-    last = len(types) - 1
-    firsts = tuple(sum(len(t) for t in types[:patch]) for patch in range(len(types))) if made.synchronous else None
+    tasks, requests = made.tasks, made.queue.requests
+    firsts = tasks.firsts if made.synchronous else None
     found = []
-    for index, (cut, spec) in enumerate(zip(cuts, specs, strict=True)):
-        before = sum(one is not None for one in cuts[:index])
-        places = tuple(index if p == last else before if cut is not None else None for p in range(len(types)))
-        source = Result(made, cut, places, firsts)
+    for output, (cut, spec) in enumerate(zip(tasks.cuts, specs, strict=True)):
+        source = Result(made, cut, tasks.places(output), firsts)
         found.append(pending(source, spec.shape, spec.dtype, made.queue.communicator.device, requests, made.number))
     return found

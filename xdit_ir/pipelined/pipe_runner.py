@@ -17,7 +17,7 @@ from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, plain_modes
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import MismatchError, ParallelizeError
-from xdit_ir.ir.graphs import placeholders, results_of
+from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.pipelined.pipe_pass import PipelinePass, outputs_of
@@ -39,9 +39,9 @@ class PipelineRunner:
         self.facts, self._digest, self.queue = facts, digest(facts), queue
         self.tasks, self.pipeline = tasks, tasks.pipeline
         self.program, self.device = tasks.pipeline.program, context.device
+        self._follow = tasks.pipeline.patches > 1 and bool(tasks.latents)  # calls may be steps of a request
         self.channels = queue.channels.open(tasks, apart=apart)
         self._binder = InputBinder(context.parameters, self.program)
-        self._inputs = [node.name for node in placeholders(self.program.graph)]
         self._outputs = [value.meta[SPEC] for value in results_of(self.program.graph)]
         self.weights = self.pipeline.weights_of(context.rank)
         self._weights = context.store.take(self.weights, self.program.state)
@@ -73,6 +73,11 @@ class PipelineRunner:
         self.queue.voted = None if position.synchronous else self._digest
         found = digest({"the program": str(self._digest), "the call": str(position)})
         return found, position.kind != NEW and voted == self._digest and not position.synchronous
+
+    def told(self, inputs: Tensors) -> Facts:
+        """What that is, besides arguments and program, for ranks that do not agree."""
+        position = self._position(self._latents(inputs))
+        return {"the place of the call": f"{position.kind}, call {position.place} of its step"}
 
     def held(self, weights: Tensors) -> tuple[Sequence[str], Tensors]:
         """Names and tensors of all weights that are here: of one's own stages, and of those that others run, which may
@@ -124,8 +129,8 @@ class PipelineRunner:
 
     def _position(self, latents: Mapping[str, torch.Tensor]) -> CallPosition:
         """To which step of which request a call with these latents belongs."""
-        if self.pipeline.patches == 1:
-            return CallPosition(NEW, 0, synchronous=False)
+        if not self._follow:
+            return CallPosition(NEW, 0, synchronous=self.pipeline.patches > 1)
         return self.queue.requests.position(latents, self.tasks.latents, self, self.pipeline.warmup_steps)
 
     def _enter(self, position: CallPosition, inputs: Tensors, weights: Tensors) -> PipelinePass:
@@ -133,7 +138,7 @@ class PipelineRunner:
         requests = self.queue.requests
         branch = requests.enter(position, self._latents(inputs), self)
         requests.number += 1
-        half = (position.place if self.pipeline.patches > 1 else requests.number) % len(self.channels.returns)
+        half = (position.place if self._follow else requests.number) % len(self.channels.returns)
         if half == self.channels.half and branch.memory is None:
             branch.memory = self._code.memories.lend(branch)
         given = {name: self._kept(x) for name, x in self._named(inputs)}
@@ -148,7 +153,7 @@ class PipelineRunner:
         return x.clone() if len(self.tasks.stages) > 1 else as_normal_tensor(x)
 
     def _named(self, inputs: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
-        return zip(self._inputs, inputs, strict=True)
+        return zip(self.tasks.inputs, inputs, strict=True)
 
     def _latents(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         return {name: x for name, x in self._named(inputs) if name in self.tasks.latents}

@@ -44,7 +44,11 @@ class Agreement:
         again = {} if changed else self._some(names, tensors)
         contents = Contents(runner.plain(inputs), self._inputs, again)
         later = later and not changed
-        if agree(self.communicator, mine, lambda: {**details(), **told}, later=later, contents=contents, new=changed):
+
+        def facts() -> Facts:
+            return {**details(), **runner.told(inputs), **told}
+
+        if agree(self.communicator, mine, facts, later=later, contents=contents, new=changed):
             self.weights(runner, weights)
 
     def _some(self, names: Sequence[str], tensors: Tensors) -> dict[str, torch.Tensor]:

@@ -65,18 +65,19 @@ class RunnerFactory:
         """Make a parallel program and its runner; all ranks call it together.
 
         Raises:
-            MismatchError: on all ranks, if `make` fails on some only, or the programs of the ranks differ.
+            MismatchError: on all ranks, if `make` fails on some only, or not in the same way on all, or the programs of
+                the ranks differ. What is refused on all is raised as it is.
         """
         failure: Exception | None = None
         try:
             parallel = make()
             part = self._part(parallel)
             self.context.store.check(part.weights, parallel.ir.state)
-            facts = program_facts(parallel)
+            facts = vote = program_facts(parallel)
         except Exception as error:
-            failure, facts = error, {TRACE: failure_text(error)}
+            failure, facts, vote = error, {TRACE: failure_text(error)}, {TRACE: type(error).__name__}
         try:
-            agree(self.context.communicator, digest(facts), lambda: facts)
+            agree(self.context.communicator, digest(vote), lambda: facts)
         except MismatchError as mismatch:
             raise mismatch from failure
         if failure is not None:

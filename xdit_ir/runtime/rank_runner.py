@@ -45,6 +45,10 @@ class RankRunner(Protocol):
         """What all ranks must agree on before a call, and whether that may be compared later."""
         ...
 
+    def told(self, inputs: Tensors) -> Facts:
+        """What that is, besides arguments and program, for ranks that do not agree."""
+        ...
+
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result; what forward leaves in caches is left in the arguments."""
         ...

@@ -66,6 +66,10 @@ class Runner:
         """What all ranks must agree on before a call, and whether that may be compared later."""
         return self._digest, False
 
+    def told(self, inputs: Tensors) -> Facts:
+        """What that is, besides arguments and program: nothing."""
+        return {}
+
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result; what forward leaves in caches is left in the arguments."""
         tensors = without_gradients(self.compute(inputs, weights), weights)

@@ -72,7 +72,7 @@ class BufferStore:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
-class _PatchRank(RankInterpreter):
+class PatchRank(RankInterpreter):
     """Runs one stage for one patch, in one step."""
 
     def __init__(
@@ -147,7 +147,7 @@ class PipelineSimulation:
             steps = {}
             for rank, part in parts.items():
                 moment = (self.stores[stage][self.pipeline.rank(stage, rank)], self.steps, synchronous)
-                runner = _PatchRank(rank, part.program, self.state, self.device, observe, moment)
+                runner = PatchRank(rank, part.program, self.state, self.device, observe, moment)
                 taken = [held[rank][name] for name in part.carried_in]
                 steps[rank] = runner.graph(part.program.graph, [*inputs, *messages[rank], *taken])
             for rank, values in lockstep(steps).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,15 @@ class Contents:
             self._event.synchronize()
             self._event = None
         return [self.names, self._numbers.tolist()]
+
+    def soon(self, seconds: float) -> list[Any] | None:
+        """The same, if they are here within this time."""
+        deadline = time.monotonic() + seconds
+        while self._event is not None and not self._event.query():
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(1e-3)
+        return self.numbers()
 
     def difference(self, everyone: Sequence[Sequence[Any]]) -> tuple[str, int] | None:
         """The first name under which some rank holds other numbers than the first rank that has it, and that rank."""

@@ -19,6 +19,7 @@ from xdit_ir.transport.line import Line
 
 Facts = Mapping[str, str]
 ARGUMENTS, TRACE, WEIGHTS = "the arguments of forward", "the trace", "the weights"
+SOON = 2.0  # seconds in which what devices compute of inputs is to be there, where calls differ
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -53,7 +54,7 @@ def agree(
 
     def compare() -> bool:
         votes = line.ask(("call", number), communicator.timeout)
-        _compare_calls(line, number, votes, details, communicator)
+        _compare_calls(line, number, votes, details, contents, communicator)
         if contents is not None and known is not None:
             _compare_contents(line, contents, [vote["holds"] for vote in votes], agreed=not later)
         return any(vote["new"] for vote in votes)
@@ -107,7 +108,12 @@ def agree_contents(
 
 
 def _compare_calls(
-    line: Line, number: int, votes: Sequence[Any], details: Callable[[], Facts], communicator: Communicator
+    line: Line,
+    number: int,
+    votes: Sequence[Any],
+    details: Callable[[], Facts],
+    contents: Contents | None,
+    communicator: Communicator,
 ) -> None:
     alike = len({vote["is"] for vote in votes}) == 1
     waited = not any(vote["later"] for vote in votes)
@@ -115,8 +121,18 @@ def _compare_calls(
         return
     if not waited:  # who did not wait is at work already, and will not answer
         raise MismatchError(_out_of_step(line.rank, number, votes))
-    everyone = line.exchange(("details", number), dict(details()), communicator.timeout)
-    raise line.agreed(MismatchError(_difference(line.rank, everyone)))
+    told = dict(details()), None if contents is None else contents.soon(SOON)
+    everyone = line.exchange(("details", number), told, communicator.timeout)
+    facts, held = zip(*everyone, strict=True)
+    raise line.agreed(MismatchError(_why(line.rank, facts, contents, held)))
+
+
+def _why(rank: int, facts: Sequence[Facts], contents: Contents | None, held: Sequence[Any]) -> str:
+    """How calls differ: in what was given, or else in what follows from it."""
+    [name, text] = _difference(rank, facts)
+    if _urgency(name) > 1 and contents is not None:
+        return _other_contents(rank, contents, held) or text
+    return text
 
 
 def _out_of_step(rank: int, number: int, votes: Sequence[Any]) -> str:
@@ -132,16 +148,22 @@ def _out_of_step(rank: int, number: int, votes: Sequence[Any]) -> str:
 
 
 def _compare_contents(line: Line, contents: Contents, everyone: Sequence[Any], *, agreed: bool) -> None:
+    if text := _other_contents(line.rank, contents, everyone):
+        error = MismatchError(text)
+        raise line.agreed(error) if agreed else error
+
+
+def _other_contents(mine: int, contents: Contents, everyone: Sequence[Any]) -> str:
+    """Which of these some ranks hold other numbers of; empty if none."""
     different = contents.difference([held or ((), ()) for held in everyone])
     if different is None:
-        return
+        return ""
     name, other = different
-    one, first = (f"rank {rank}{' (this one)' * (rank == line.rank)}" for rank in (other, 0))
-    error = MismatchError(
+    one, first = (f"rank {rank}{' (this one)' * (rank == mine)}" for rank in (other, 0))
+    return (
         f"{name}: its contents differ: {one} holds other numbers than {first}; every process needs the same inputs and "
         "weights, so give all of them the same seed or generator, and the same checkpoint and adapters"
     )
-    raise line.agreed(error) if agreed else error
 
 
 def digest(facts: Facts) -> int:
@@ -152,14 +174,16 @@ def digest(facts: Facts) -> int:
     return int.from_bytes(hashed.digest(), "little") >> 2
 
 
-def _difference(rank: int, everyone: Sequence[Facts]) -> str:
+def _difference(rank: int, everyone: Sequence[Facts]) -> tuple[str, str]:
+    """The fact in which the ranks differ, and how."""
     mine = everyone[rank]
     for other, theirs in enumerate(everyone):
         for name in sorted({**mine, **theirs}, key=_urgency):
             have, has = mine.get(name, "nothing"), theirs.get(name, "nothing")
             if have != has:
-                return f"the ranks' calls differ in {name}: rank {rank} (this one) has {have}, rank {other} has {has}"
-    return "the ranks' calls differ, in something that neither their arguments nor their programs show"
+                text = f"the ranks' calls differ in {name}: rank {rank} (this one) has {have}, rank {other} has {has}"
+                return name, text
+    return WEIGHTS, "the ranks' calls differ, in something that neither their arguments nor their programs show"
 
 
 def _urgency(name: str) -> int:
