@@ -59,7 +59,7 @@ def test_illegal(xdit):
     xdit(*build())
 
 
-@pytest.mark.xdit(degrees=["u2", "p2"], processes=True)
+@pytest.mark.xdit(degrees=["p2"], processes=True)
 def test_processes(xdit):
     xdit(*build())
 
@@ -144,7 +144,6 @@ def test_the_plugin(tmp_path: Path) -> None:
         ("PASSED", "test_every_way[u2]"),
         ("PASSED", "test_every_way[r2]"),
         ("FAILED", "test_illegal[c2]"),
-        ("PASSED", "test_processes[u2]"),
         ("PASSED", "test_processes[p2]"),
         ("FAILED", "test_broken[u2]"),
         ("ERROR", "test_unmarked"),

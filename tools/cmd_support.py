@@ -80,7 +80,9 @@ def _surveys(names: Sequence[str], jobs: int) -> Iterator[Survey]:
     if jobs == 1 or len(names) < 2:
         yield from map(survey, names)
         return
-    fresh = multiprocessing.get_context("spawn")  # a forked process may hang in the threads of torch
+    # Forked from a process that has only imported: others may hang in the threads of torch.
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload([__name__])
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, mp_context=fresh, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         for done in as_completed([pool.submit(survey, name) for name in names]):

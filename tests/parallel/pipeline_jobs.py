@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -103,18 +105,26 @@ def adapters(degrees: Degrees, port_at: str) -> list[dict[str, Any]]:
 
 def generate_files(arguments: list[str]) -> dict[str, Any]:
     """The command on this rank of a job: its status, and what it prints."""
-    import contextlib
-    import io
-
     from xdit_ir.ir.mesh import Mesh
     from xdit_ir.tools.cli import main
     from xdit_ir.transport.distributed import ensure_process_group
 
     torch.set_num_threads(1)
     ensure_process_group(torch.device("cpu"), Mesh.of(ulysses=2))  # left to the jobs that follow
+    return _printed(main, ["generate", *arguments])
+
+
+def demo(arguments: list[str]) -> dict[str, Any]:
+    """The same for the demo, which ends the job's process group."""
+    from xdit_ir.tools.demo import main
+
+    return _printed(main, arguments)
+
+
+def _printed(main: Callable[[list[str]], int], arguments: list[str]) -> dict[str, Any]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(["generate", *arguments])
+        status = main(arguments)
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
 
 

@@ -16,12 +16,12 @@ DEGREES: dict[str, Degrees] = {
     "p2": {"pipefusion": 2, "patches": 2, "warmup_steps": 2},  # as many warmup steps as steps
     "c2u2": {"cfg": 2, "ulysses": 2},
 }
-# What CI runs: every pipeline once or twice, every set of degrees with several pipelines.
+# What CI runs: every pipeline once or twice, the sets of two ranks with several pipelines.
 TURNS = {
-    "u2": ("kontext", "flux2", "qwen_edit", "wan_i2v", "lumina2", "sana", "flux_controlnet"),
-    "c2": ("qwen", "zimage", "wan22", "hunyuanvideo", "ltx", "sd3_controlnet"),
+    "u2": ("kontext", "flux2", "qwen_edit", "wan_i2v", "lumina2", "sana", "flux_controlnet", "flux_ip_adapter"),
+    "c2": ("sd3", "qwen", "zimage", "wan22", "hunyuanvideo", "ltx", "sd3_controlnet"),
     "p2": ("flux", "hunyuandit", "pixart", "img2img", "cogvideo"),
-    "c2u2": ("sd3", "wan", "flux_ip_adapter"),
+    "c2u2": ("wan",),
 }
 # A control network whose results are not divided like its latents cannot be a pipeline of patches; it runs whole.
 NAMED = {("sd3_controlnet", "p2"): ["transformer"]}

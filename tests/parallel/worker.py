@@ -1,16 +1,18 @@
-"""One rank: reads jobs as lines of JSON, answers with lines of JSON."""
+"""One rank: is sent jobs, answers with JSON."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import traceback
-from pathlib import Path
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 
-def answer(request: dict[str, Any]) -> Any:
+
+def answer(job: str, arguments: Mapping[str, Any]) -> Any:
     """Run one job; an exception becomes its result."""
     import broken  # type: ignore[import-not-found]
     import exchanges  # type: ignore[import-not-found]
@@ -21,22 +23,23 @@ def answer(request: dict[str, Any]) -> Any:
 
     try:
         modules = (jobs, exchanges, stage_jobs, pipeline_jobs, broken, failure_jobs)
-        function = next(f for module in modules if (f := getattr(module, request["job"], None)))
-        return function(**request["arguments"])
+        function = next(f for module in modules if (f := getattr(module, job, None)))
+        return function(**arguments)
     except Exception as error:
         traceback.print_exc()
         return {"error": type(error).__name__, "message": str(error)}
 
 
-def main() -> None:
-    """Serve until standard input closes. What libraries print goes to standard error."""
-    with os.fdopen(os.dup(1), "w") as channel:
-        os.dup2(2, 1)
-        sys.path.insert(0, str(Path(__file__).parent))
-        for line in sys.stdin:
-            channel.write(json.dumps(answer(json.loads(line))) + "\n")
-            channel.flush()
-
-
-if __name__ == "__main__":
-    main()
+def serve(channel: Connection, environment: Mapping[str, str], log: str) -> None:
+    """Serve until nobody is left who asks. What libraries print goes to the log."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job, arguments = channel.recv()
+        except EOFError:
+            return
+        channel.send(json.dumps(answer(job, arguments)))

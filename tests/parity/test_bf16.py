@@ -21,7 +21,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.ir.difference import relative_error, tensors_of
 
-NAMES = [
+NAMES = (
     "cogvideox-5b",
     "hunyuandit",
     "latte-1",
@@ -31,7 +31,8 @@ NAMES = [
     "sana-1600m",
     "sd3.5-large",
     "wan2.1-t2v-14b",
-]
+)
+DEGREES: tuple[dict[str, int], ...] = ({"ulysses": 3}, {"ring": 2})
 MARGIN = 1.25
 
 
@@ -39,8 +40,15 @@ def widened(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.dtype == torch.bfloat16 else value
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_as_good_as_the_model(name: str) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every model under one set of degrees, the other one for the next model; both with `--zoo-all`."""
+    if "name" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("--zoo-all")
+        turns = (DEGREES if everything else DEGREES[place % 2 :][:1] for place in range(len(NAMES)))
+        metafunc.parametrize(("name", "degree_sets"), list(zip(NAMES, turns, strict=True)), ids=NAMES)
+
+
+def test_as_good_as_the_model(name: str, degree_sets: tuple[dict[str, int], ...]) -> None:
     model, example = models.load(f"{name}:tiny", dtype=torch.bfloat16)
     with torch.no_grad():
         single = tensors_of(model(**example))
@@ -48,7 +56,7 @@ def test_as_good_as_the_model(name: str) -> None:
     rounding = relative_error(single, truth)
     assert 1e-4 < rounding < 5e-2, "the model does not compute in bfloat16"
     traced = xir.trace(model, example)
-    for degrees in ({"ulysses": 3}, {"ring": 2}):
+    for degrees in degree_sets:
         for rank, output in enumerate(traced.parallelize(**degrees).simulate(model, example)):
             found = tensors_of(output)
             assert [one.dtype for one in found] == [one.dtype for one in single]

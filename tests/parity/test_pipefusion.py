@@ -55,14 +55,17 @@ FOLDED = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A quarter of the sets of degrees, another one for each next model; all of them with `--zoo-all`."""
+    """A quarter of the sets of degrees, another one for each next model, and every other model for what goes without;
+    all of them with `--zoo-all`."""
+    everything = metafunc.config.getoption("--zoo-all")
     if "degrees" in metafunc.fixturenames:
-        step = 1 if metafunc.config.getoption("--zoo-all") else 4
+        step = 1 if everything else 4
         chosen = [(model, one) for place, model in enumerate(MODELS) for one in list(DEGREES)[place % step :: step]]
         values = [(model, DEGREES[one]) for model, one in chosen]
         metafunc.parametrize(("case", "degrees"), values, ids=map("-".join, chosen), indirect=["case"], scope="module")
     elif "case" in metafunc.fixturenames and not list(metafunc.definition.iter_markers("parametrize")):
-        metafunc.parametrize("case", MODELS, indirect=True, scope="module")
+        names = list(MODELS)[:: 1 if everything else 2]
+        metafunc.parametrize("case", names, indirect=True, scope="module")
 
 
 @dataclass

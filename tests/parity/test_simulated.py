@@ -61,7 +61,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         places = [(m, d) for m in range(len(MODELS)) for d in range(len(DEGREES)) if (m + d) % step == 0]
         pairs = [(MODELS[m], list(DEGREES)[d]) for m, d in places]
         sets = [(model, DEGREES[name]) for model, name in pairs]
-        metafunc.parametrize(("case", "degrees"), sets, indirect=["case"], ids=["-".join(pair) for pair in pairs])
+        ids = ["-".join(pair) for pair in pairs]
+        metafunc.parametrize(("case", "degrees"), sets, indirect=["case"], ids=ids, scope="module")
 
 
 @pytest.fixture(scope="module")

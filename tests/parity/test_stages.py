@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 
 import pytest
 
@@ -23,9 +23,16 @@ BALANCE = {
 WEIGHTS = {"flux.1-dev": 1.1, "sd3.5-large": 1.1, "wan2.1-t2v-14b": 1.1, "hunyuandit": 1.3}
 
 
-@pytest.fixture(scope="module", params=BALANCE)
-def case(request: pytest.FixtureRequest) -> Iterator[tuple[str, TracedProgram]]:
-    yield request.param, xir.trace(*models.load(request.param, device="meta"))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The first and the last model, one of two kinds of blocks and one with long skips; all with `--zoo-all`."""
+    if "name" in metafunc.fixturenames:
+        names = list(BALANCE)
+        metafunc.parametrize("name", names if metafunc.config.getoption("--zoo-all") else names[:: len(names) - 1])
+
+
+@functools.cache
+def traced(name: str) -> TracedProgram:
+    return xir.trace(*models.load(name, device="meta"))
 
 
 def balance(report: Report) -> float:
@@ -40,10 +47,9 @@ def block_bytes(parallel: ParallelProgram) -> list[int]:
     return [sum(parallel.original.state[n].nbytes for n in mine if n.startswith(prefixes)) for mine in names]
 
 
-def test_stages_are_balanced_and_nothing_is_done_twice(case: tuple[str, TracedProgram]) -> None:
-    name, traced = case
+def test_stages_are_balanced_and_nothing_is_done_twice(name: str) -> None:
     for count, least in BALANCE[name].items():
-        parallel = traced.parallelize(pipefusion=count, patches=1)
+        parallel = traced(name).parallelize(pipefusion=count, patches=1)
         report = parallel.report()
         assert balance(report) >= least, count
         assert sum(report.flops_per_rank) <= 1.001 * report.flops_total
@@ -53,10 +59,9 @@ def test_stages_are_balanced_and_nothing_is_done_twice(case: tuple[str, TracedPr
         assert max(blocks) <= WEIGHTS[name] / count * sum(blocks)
 
 
-def test_patches_add_no_work(case: tuple[str, TracedProgram]) -> None:
+def test_patches_add_no_work(name: str) -> None:
     """Text is computed once a step, and so is all that does not depend on the latents."""
-    _, traced = case
-    report = traced.parallelize(pipefusion=2, patches=4).report()
+    report = traced(name).parallelize(pipefusion=2, patches=4).report()
     assert sum(report.flops_per_rank) <= 1.001 * report.flops_total
     assert min(report.buffer_bytes_per_rank) > 0
     [sends] = [entry for entry in report.collectives if entry.kind == "send"]
@@ -64,18 +69,17 @@ def test_patches_add_no_work(case: tuple[str, TracedProgram]) -> None:
 
 
 def test_given_stages_count_blocks() -> None:
-    traced = xir.trace(*models.load("pixart-sigma:tiny"))
-    calls = len(list(traced.analysed.calls))
-    program = PartitionStages(2, (1, calls - 1)).apply(traced.analysed)
+    tiny = xir.trace(*models.load("pixart-sigma:tiny"))
+    calls = len(list(tiny.analysed.calls))
+    program = PartitionStages(2, (1, calls - 1)).apply(tiny.analysed)
     assert [call.meta[STAGE] for call in program.calls] == [0] + [1] * (calls - 1)
     with pytest.raises(xir.ParallelizeError, match="for example"):
-        traced.parallelize(pipefusion=2, stages=[calls, 0])
+        tiny.parallelize(pipefusion=2, stages=[calls, 0])
 
 
 def test_long_skips_stay_on_their_rank() -> None:
-    traced = xir.trace(*models.load("hunyuandit", device="meta"))
     sent = []
     for stages in (None, [20, 20]):
-        report = traced.parallelize(pipefusion=2, patches=1, stages=stages).report()
+        report = traced("hunyuandit").parallelize(pipefusion=2, patches=1, stages=stages).report()
         sent += [entry.bytes_per_rank for entry in report.collectives if entry.kind == "send"]
     assert 4 * sent[0] <= sent[1], "folded by itself, against one cut in the middle"

@@ -10,10 +10,10 @@ from xdit_ir import models
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every twelfth model, all of them with `--zoo-all`."""
+    """Every sixteenth model, all of them with `--zoo-all`."""
     if "name" not in metafunc.fixturenames:
         return
-    step = 1 if metafunc.config.getoption("--zoo-all") else 12
+    step = 1 if metafunc.config.getoption("--zoo-all") else 16
     metafunc.parametrize("name", [name for name in models.names() if name not in NOT_CAPTURED][::step])
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from xdit_ir.emission.execution import first_line
 from xdit_ir.emission.shared import SharedCodes
@@ -39,7 +38,7 @@ def compile_body(
     def forward(*tensors: torch.Tensor) -> Any:
         try:
             return compiled(*tensors)
-        except TorchDynamoException as error:  # of compilation, so nothing was run
+        except torch._dynamo.exc.TorchDynamoException as error:  # of compilation, so nothing was run
             if failed is None:
                 raise
             module.forward = plain

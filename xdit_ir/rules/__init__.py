@@ -70,7 +70,10 @@ def _built_in(target: Any) -> Rule | None:
 
 def infer(call: OpCall) -> OpSharding:
     """Apply the rule of the call's operator; without one, gather, run whole and say so."""
-    rule = rule_for(call.node.target)
+    declared = declared_rule(call.node.target)
+    if declared is None and call.layouts and all(layout.is_whole for layout in call.layouts):
+        return gather_all(call, "")  # of many values of a trial, and no rule divides what is whole
+    rule = declared or _built_in(call.node.target)
     if rule is None:
         return gather_all(call, f"no rule for {call.node.target}")
     return rule.forward(call)
