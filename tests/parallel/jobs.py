@@ -375,3 +375,24 @@ def guidance(
         "warned": sum("divides neither a batch nor a pair" in str(one.message) for one in caught),
         "plain": type(got) is torch.Tensor,
     }
+
+
+def sharded_weights(name: str, degrees: Degrees, folder: str = "") -> dict[str, Any]:
+    """A model whose weights are divided over the ranks, for two kinds of inputs; what is left of each rank's copy."""
+    model, example, want = _load(name)
+    total = sum(x.nbytes for x in model.state_dict().values())
+    short = _first(example)
+    with torch.no_grad():
+        want_short = model(**short)
+        ported = xir.port(model, **degrees, shard_weights=True, **({"weights": folder, "release": True} if folder else {}))
+        errors = [relative_error(ported(**example), want), relative_error(ported(**short), want_short)]
+    parts = [one.runner._weights.fetch() for one in ported._xdit_specialisations.found]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for held in parts for x in held}
+    report = ported.report()
+    return {
+        "errors": errors,
+        "resident": sum(not x.is_meta for x in model.parameters()),
+        "held": sum(storages.values()) / total,
+        "reported": report.weight_share,
+        "programs": len(ported.programs),
+    }

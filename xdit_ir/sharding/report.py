@@ -167,7 +167,7 @@ def make_report(original: Program, program: Program, forwards: int = 1) -> Repor
 def _weight_bytes(program: Program, mesh: Mesh) -> list[int]:
     """Bytes of the weights that each rank holds, by the layouts that they have."""
     weights = {str(node.target): node for node in program.graph.nodes if node.op == "get_attr"}
-    held = [node for name, node in weights.items() if name in program.state]
+    held = [node for name, node in weights.items() if name in program.state or name in program.stored]
     sizes = [
         [math.prod(n.meta[LAYOUT].local_shape(n.meta[SPEC].shape, rank)) for n in held]
         for rank in range(mesh.world_size)
