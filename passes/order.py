@@ -39,7 +39,16 @@ from xdit_ir.sharding.specialize import Specialize
 PASSES: tuple[type[Any], ...] = (
     *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens),
     *(PartitionStages, SplitBatch, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
-    *(LowerAttention, SplitStatistics, DivideConditions, OrderExchanges, SplitJoins, Overlap, ShardWeights, SeparateTime),
+    *(
+        LowerAttention,
+        SplitStatistics,
+        DivideConditions,
+        OrderExchanges,
+        SplitJoins,
+        Overlap,
+        ShardWeights,
+        SeparateTime,
+    ),
     *(Specialize, SelectOnDevice, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
 )
 

@@ -1,4 +1,4 @@
-"""`shard-weights`: every rank holds an equal part of the weights, and what a block needs is gathered one block ahead."""
+"""`shard-weights`: ranks hold equal parts of the weights, and what a block needs is gathered one block ahead."""
 
 from __future__ import annotations
 
@@ -50,10 +50,9 @@ class ShardWeights:
 
 
 def weights_used(node: fx.Node, program: Program) -> list[fx.Node]:
-    """The weights of the model among a node's operands, each once."""
-    if node.op == "get_attr":
-        return []
-    return [one for one in dict.fromkeys(operands(node)) if one.op == "get_attr" and str(one.target) in program.state]
+    """The weights of the model among a node's operands, each once; those without elements are held whole."""
+    found = [one for one in dict.fromkeys(operands(node)) if one.op == "get_attr" and str(one.target) in program.state]
+    return [one for one in found if one.meta[SPEC].nbytes]
 
 
 @dataclass
@@ -108,11 +107,11 @@ class _Writer:
         for name, units in users.items():
             if name not in homes:
                 together.setdefault(tuple(units), []).append(name)
-        for names in together.values():
-            stored = packed({name: self.program.state[name] for name in names}, self.mesh.size(self.dims))
-            key = fresh_name(names, self.program.stored)
+        for group in together.values():
+            stored = packed({name: self.program.state[name] for name in group}, self.mesh.size(self.dims))
+            key = fresh_name(group, self.program.stored)
             self.program.stored[key] = stored  # type: ignore[index]
-            homes |= dict.fromkeys(names, key)
+            homes |= dict.fromkeys(group, key)
         return [list(dict.fromkeys(homes[name] for name in names)) for names in used]
 
     def _gathered(self, name: str, before: fx.Node) -> fx.Node:

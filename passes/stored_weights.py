@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -21,8 +20,9 @@ Place = tuple[str, str]
 
 def fresh_name(weights: Sequence[str], taken: Collection[str]) -> str:
     """For what stores these weights: the path of the module that has all of them."""
-    paths = [name.split(".")[:-1] for name in weights]
-    path = ".".join(os.path.commonprefix(paths)) or "model"
+    steps = zip(*(name.split(".")[:-1] for name in weights), strict=False)
+    common = (parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, steps))
+    path = ".".join(common) or "model"
     names = itertools.chain([f"{STORED}.{path}"], (f"{STORED}.{path}-{count}" for count in itertools.count(2)))
     return next(name for name in names if name not in taken)
 
@@ -65,32 +65,34 @@ def cut_weights(program: Program, mesh: Mesh, dims: Collection[str]) -> Program:
 
 def _cut_places(program: Program, mesh: Mesh, dims: Collection[str]) -> set[Place]:
     """Where weights are used by rows in every use that they have, in all calls of the block."""
+    users, given = _uses(program)
+    cut = {place for place in given if _by_rows(program.blocks[place[0]], place[1], mesh, dims)}
+    packed = {name for key, one in program.stored.items() for name, _ in one.members if key != f"{STORED}.{name}"}
+
+    def stays(place: Place) -> bool:
+        return all(name and name not in packed and users[name] <= cut for name in given[place])
+
+    while (kept := set(filter(stays, cut))) != cut:
+        cut = kept
+    return cut
+
+
+def _uses(program: Program) -> tuple[dict[str, set[Place | None]], dict[Place, set[str]]]:
+    """Where each weight is used (None: elsewhere than as a weight of a block), and which each place is given, by name
+    (empty: something that is no weight of the model)."""
     users: dict[str, set[Place | None]] = {}
-    given: dict[Place, set[str | None]] = {}
+    given: dict[Place, set[str]] = {}
     for node in program.graph.nodes:
-        parts = call_parts(node) if is_block_call(node) else None
-        for key, weight in parts.weights.items() if parts else ():
-            own = weight.op == "get_attr" and str(weight.target) in program.state
-            given.setdefault((parts.block, key), set()).add(str(weight.target) if own else None)
-        others = node.all_input_nodes if parts is None else parts.values
+        others = node.all_input_nodes
+        if is_block_call(node):
+            block, _, others, weights = call_parts(node)
+            for key, weight in weights.items():
+                own = str(weight.target) if weight.op == "get_attr" and str(weight.target) in program.state else ""
+                given.setdefault((block, key), set()).add(own)
+                users.setdefault(own, set()).add((block, key))
         for weight in others:
-            if weight.op == "get_attr":
-                users.setdefault(str(weight.target), set()).add(None)
-    for place, names in given.items():
-        for name in names:
-            users.setdefault(name, set()).add(place)  # type: ignore[arg-type]
-    cut: set[Place | None] = {place for place in given if _by_rows(program.blocks[place[0]], place[1], mesh, dims)}
-    elsewhere = {name for key, one in program.stored.items() for name, _ in one.members if key != f"{STORED}.{name}"}
-    while True:
-        kept = {
-            place
-            for place in cut
-            if place is not None
-            and all(name is not None and name not in elsewhere and users[name] <= cut for name in given[place])
-        }
-        if kept == cut:
-            return kept
-        cut = set(kept)
+            users.setdefault(str(weight.target), set()).add(None)
+    return users, given
 
 
 def _by_rows(block: Block, key: str, mesh: Mesh, dims: Collection[str]) -> bool:

@@ -230,7 +230,9 @@ class ParallelProgram:
         `xdit_ir.emission.checkpoint.Loading`."""
         execution = Execution(compile, cuda_graph, transport, attention, handshake, timeout=timeout)
         parts = bool(self.ir.stored)  # of weights, which are held by no model
-        return emit(self, model, device, RunOptions(execution, Loading(weights, release or (parts and weights is None))))
+        return emit(
+            self, model, device, RunOptions(execution, Loading(weights, release or (parts and weights is None)))
+        )
 
 
 @dataclass(frozen=True, eq=False)

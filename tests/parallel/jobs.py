@@ -384,7 +384,9 @@ def sharded_weights(name: str, degrees: Degrees, folder: str = "") -> dict[str, 
     short = _first(example)
     with torch.no_grad():
         want_short = model(**short)
-        ported = xir.port(model, **degrees, shard_weights=True, **({"weights": folder, "release": True} if folder else {}))
+        ported = xir.port(
+            model, **degrees, shard_weights=True, **({"weights": folder, "release": True} if folder else {})
+        )
         errors = [relative_error(ported(**example), want), relative_error(ported(**short), want_short)]
     parts = [one.runner._weights.fetch() for one in ported._xdit_specialisations.found]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for held in parts for x in held}

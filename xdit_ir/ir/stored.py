@@ -81,9 +81,7 @@ def empty(stored: Stored, device: torch.device) -> tuple[torch.Tensor, torch.Ten
     return flat.view(spec.dtype).view(spec.shape), flat
 
 
-def assembled(
-    stored: Stored, state: Mapping[str, TensorSpec], read: ReadBytes, device: torch.device
-) -> torch.Tensor:
+def assembled(stored: Stored, state: Mapping[str, TensorSpec], read: ReadBytes, device: torch.device) -> torch.Tensor:
     """What is held, read weight by weight."""
     tensor, flat = empty(stored, device)
     for run in runs_of(stored, state):
@@ -109,7 +107,9 @@ def problem(stored: Stored, state: Mapping[str, TensorSpec]) -> str:
     return f"its weights end at byte {end}, behind its end" if end > stored.spec.nbytes else ""
 
 
-def member_at(stored: Stored, state: Mapping[str, TensorSpec], start: int, dtype: torch.dtype, shape: Sequence[int]) -> str:
+def member_at(
+    stored: Stored, state: Mapping[str, TensorSpec], start: int, dtype: torch.dtype, shape: Sequence[int]
+) -> str:
     """The weight of this type that begins at a byte; empty if there is none."""
     wanted = TensorSpec(tuple(shape), dtype)
     return next((name for name, at in stored.members if at == start and state[name] == wanted), "")

@@ -176,7 +176,7 @@ class _Verifier:
         while ops.is_relayout(source.target):
             [source] = operands(source)
         stored = self.program.stored.get(str(source.target))
-        if stored is None or not member_at(stored, self.program.state, start, dtype, shape):  # type: ignore[arg-type]
+        if stored is not None and not member_at(stored, self.program.state, start, dtype, shape):  # type: ignore[arg-type]
             self.fail(node, f"no weight of this type begins at byte {start} of what is stored")
 
     def _outputs(self) -> None:

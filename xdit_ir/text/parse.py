@@ -25,7 +25,19 @@ from xdit_ir.text.types import TypeReader, read_partition
 from xdit_ir.text.write import usual_facts
 
 KEYWORDS = (
-    *("program", "block", "device", "facts", "coordinates", "weights", "stored", "constants", "tokens", "seeds", "signature"),
+    *(
+        "program",
+        "block",
+        "device",
+        "facts",
+        "coordinates",
+        "weights",
+        "stored",
+        "constants",
+        "tokens",
+        "seeds",
+        "signature",
+    ),
     "partitions",
 )
 LARGEST_MESH = 1 << 14  # ranks; a layout lists what each of them holds
@@ -105,7 +117,13 @@ class _Reader:
 
     def program(self) -> Program:
         """All sections in the order in which they need each other."""
-        self._change(state=self._weights(), stored=self._stored(), constants=self._constants(), device=self._device(), tokens=self._tokens())
+        self._change(
+            state=self._weights(),
+            stored=self._stored(),
+            constants=self._constants(),
+            device=self._device(),
+            tokens=self._tokens(),
+        )
         self._change(coordinates=self._coordinates(), seeding=self._seeding())
         signature = self._lines("signature")
         if signature:

@@ -83,7 +83,11 @@ def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterat
     if program.state:
         yield ["weights {", *(f"  {name_text(name)}: {plain(spec, None)}" for name, spec in program.state.items()), "}"]
     if program.stored:
-        yield ["stored {", *(f"  {_stored_text(name, one, plain, literal)}" for name, one in program.stored.items()), "}"]
+        yield [
+            "stored {",
+            *(f"  {_stored_text(name, one, plain, literal)}" for name, one in program.stored.items()),
+            "}",
+        ]
     if program.constants:
         held = (f"  {name_text(name)} = {literal(tensor)}" for name, tensor in program.constants.items())
         yield ["constants {", *held, "}"]
