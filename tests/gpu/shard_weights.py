@@ -1,7 +1,7 @@
 """Weights over ranks at full size: `torchrun --standalone --nproc-per-node 2 tests/gpu/shard_weights.py [flux.1-dev]`.
 
 Ports the published configuration, with the same random bf16 weights on every rank, with Ulysses over all ranks: first
-as it is, then with `shard_weights=True`, to which the model gives its weights up. For both: milliseconds, the peak of GPU
+as it is, then with `shard_weights=True`, to which the model gives its weights up. For both: milliseconds, peak of GPU
 memory in the timed calls, and the relative difference of the outputs. Ends with status 1 if a result differs.
 """
 
@@ -53,8 +53,8 @@ def main() -> int:
     error = ((got - want).norm() / want.norm()).item()
     bits = "equal" if torch.equal(got, want) else "other"
     print(
-        f"rank {os.environ['LOCAL_RANK']}: relative difference {error:.2e}, {bits} bits; peak {parts / whole:.3f} of that "
-        "with whole weights",
+        f"rank {os.environ['LOCAL_RANK']}: relative difference {error:.2e}, {bits} bits; peak "
+        f"{parts / whole:.3f} of that with whole weights",
         flush=True,
     )
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.emission.parts import NOTHING, AllStored, Filling, Parts, whole_names
+from xdit_ir.emission.parts import NOTHING, AllStored, Filling, GivenUp, Parts, whole_names
 from xdit_ir.emission.state import ModelWeights, check_type, running_device
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import find_tensor
@@ -187,11 +187,13 @@ def _opened(path: Path, name: str) -> Any:
 class Held:
     """Tensors that do not change, in the order of a program's names; stands where `WeightReferences` does."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = list(tensors)
+    def __init__(self, tensors: Sequence[torch.Tensor], given_up: GivenUp | None = None) -> None:
+        self._tensors, self._given_up = list(tensors), given_up
 
     def fetch(self) -> list[torch.Tensor]:
-        """The tensors."""
+        """The tensors; raises `MismatchError` if others were loaded in the meantime where that has no effect."""
+        if self._given_up is not None:
+            self._given_up.check()
         return list(self._tensors)
 
 
@@ -211,12 +213,15 @@ class WeightStore:
     release: bool = False
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _parts: Parts = field(default_factory=Parts)
+    _given_up: GivenUp | None = None
 
     def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING) -> None:
         """Raise `MismatchError` unless `take` can give all of these; reads no data, and the index anew, so that a
         checkpoint can be mended and what needs it be called again."""
         if self.checkpoint is not None:
             self.checkpoint = Checkpoint(self.checkpoint.path)
+        if self._given_up is not None:
+            self._given_up.check()
         for name in (*whole_names(names, stored), *self._parts.members(names, specs, stored)):
             if name in self._tensors:
                 check_type(name, self._tensors[name], specs[name])
@@ -234,7 +239,8 @@ class WeightStore:
         parts = Filling(self._parts.lacking(names, stored), specs, self.device)
         if self.release:
             gc.collect()  # cycles that a trace left behind hold the model's tensors, which would pile up below
-        for name, holder, leaf in _tensors_of(self.model) if self.release else ():
+        places = {name: (holder, leaf) for name, holder, leaf in _tensors_of(self.model)} if self.release else {}
+        for name, (holder, leaf) in places.items():
             if not self._saved(name):
                 if name in wanted:
                     self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
@@ -243,12 +249,15 @@ class WeightStore:
         for name in parts.wanted:
             parts.fill(name, partial(self._bytes, name, specs))
         self._parts.tensors |= parts.done()
+        if self.release and self._given_up is None and self._parts.tensors:
+            self._given_up = GivenUp.of(places)
         for name in whole:
             if name not in self._tensors and self.checkpoint is not None and self._saved(name):
                 self._tensors[name] = self.checkpoint.read(name, specs[name], self.device)
             elif name not in self._tensors:
                 self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
-        return Held([self._parts.tensors[stored[n]] if n in stored else self._tensors[n] for n in names])
+        tensors = [self._parts.tensors[stored[n]] if n in stored else self._tensors[n] for n in names]
+        return Held(tensors, self._given_up)
 
     def originals(
         self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored

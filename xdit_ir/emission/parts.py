@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
+from xdit_ir.capture.versions import Versions
+from xdit_ir.errors import MismatchError
 from xdit_ir.ir.program import Stored, TensorSpec
 from xdit_ir.ir.stored import Run, empty, runs_of
 
@@ -36,6 +39,37 @@ class Parts:
         """The weights of which bytes are needed for what is not here yet."""
         runs = (run.name for one in self.lacking(names, stored) for run in runs_of(one, specs))
         return iter(dict.fromkeys(runs))
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """Weights of a model that it gave up for parts: what is loaded there would have no effect."""
+
+    places: Mapping[str, tuple[dict[str, Any], str]]
+    versions: Versions
+
+    @staticmethod
+    def of(places: Mapping[str, tuple[dict[str, Any], str]]) -> GivenUp:
+        """Those at these places, by name."""
+        holders = {id(holder): holder for holder, _ in places.values()}
+        return GivenUp(places, Versions(list(holders.values())))
+
+    def check(self) -> None:
+        """Raise `MismatchError` if one has values again."""
+        if not self.versions.changed():
+            return
+        for name, (holder, leaf) in self.places.items():
+            if (found := holder.get(leaf)) is not None and not found.is_meta:
+                raise MismatchError(loaded_late(name))
+        self.versions.accept()
+
+
+def loaded_late(name: str) -> str:
+    """Why weights cannot be loaded where ranks hold parts."""
+    return (
+        f"{name} was loaded into a model of which each rank holds parts of the weights only (shard_weights=True); load "
+        "weights and fuse adapters before the first forward, or port a model anew, with weights= from a checkpoint"
+    )
 
 
 class Filling:
