@@ -25,10 +25,12 @@ def divide(
     *,
     split_batch: bool = True,
     familiar: bool = False,
+    shard_weights: bool = False,
 ) -> Program:
     """Run the mesh passes over an analysed program: ranks can run the result."""
     check_degrees(program, mesh, split_batch=split_batch)
-    return run_passes(program, mesh_passes(mesh, machine, split_batch=split_batch), after, familiar=familiar)
+    passes = mesh_passes(mesh, machine, split_batch=split_batch, shard_weights=shard_weights)
+    return run_passes(program, passes, after, familiar=familiar)
 
 
 def make_pipeline(
@@ -69,6 +71,20 @@ def check_degrees(program: Program, mesh: Mesh, *, split_batch: bool = True) -> 
         legal = {**given, name: most // others} if others <= most else {name: most}
         raise ParallelizeError(
             f"{_said(given)} divides tokens, of which there are {most} at most; nearest legal: {_said(legal)}"
+        )
+
+
+def check_weights(mesh: Mesh, *, split_batch: bool = True) -> None:
+    """Raise `ParallelizeError` where no two ranks hold copies of weights for the same call."""
+    if mesh.size((TIME,)) > 1:
+        raise ParallelizeError(
+            f"shard_weights=True with {TIME}={mesh.size((TIME,))}: stages have weights of their own already; expected "
+            f"{TIME}=1, nearest legal: {BATCH}, ulysses or ring instead of {TIME}, or shard_weights=False"
+        )
+    if not split_batch and mesh.world_size == mesh.size((BATCH,)) > 1:
+        raise ParallelizeError(
+            f"shard_weights=True with {BATCH}={mesh.size((BATCH,))} that divides pairs of calls, as here the batch "
+            f"cannot be divided: halves run different calls, so neither can gather from the other; use ulysses=2"
         )
 
 

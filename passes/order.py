@@ -24,6 +24,7 @@ from xdit_ir.passes.replicate_shared import ReplicateShared
 from xdit_ir.passes.select_on_device import SelectOnDevice
 from xdit_ir.passes.separate_time import SeparateTime
 from xdit_ir.passes.shard_tokens import ShardTokens
+from xdit_ir.passes.shard_weights import ShardWeights
 from xdit_ir.passes.split_batch import SplitBatch
 from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
@@ -38,7 +39,16 @@ from xdit_ir.sharding.specialize import Specialize
 PASSES: tuple[type[Any], ...] = (
     *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens),
     *(PartitionStages, SplitBatch, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
-    *(LowerAttention, SplitStatistics, DivideConditions, OrderExchanges, SplitJoins, Overlap, SeparateTime),
+    *(
+        LowerAttention,
+        SplitStatistics,
+        DivideConditions,
+        OrderExchanges,
+        SplitJoins,
+        Overlap,
+        ShardWeights,
+        SeparateTime,
+    ),
     *(Specialize, SelectOnDevice, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
 )
 
@@ -55,9 +65,12 @@ def token_passes(mesh: Mesh, machine: Machine = H100) -> list[Pass]:
     return [ShardTokens(mesh), ReplicateShared(machine), PropagateLayouts()]
 
 
-def mesh_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True) -> list[Pass]:
+def mesh_passes(
+    mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True, shard_weights: bool = False
+) -> list[Pass]:
     """Passes that divide a program over a mesh; `rank_passes` follow, per rank."""
     batch: list[Pass] = [SplitBatch(mesh)] if split_batch else []
+    weights: list[Pass] = [ShardWeights(mesh, paired=not split_batch)] if shard_weights else []
     return [
         *batch,
         *token_passes(mesh, machine),
@@ -67,6 +80,7 @@ def mesh_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True
         OrderExchanges(),
         SplitJoins(),
         Overlap(mesh, machine),
+        *weights,
     ]
 
 

@@ -21,9 +21,9 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.interpret import Interpreter, model_state
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.printer import program_text
-from xdit_ir.ir.program import Program
+from xdit_ir.ir.program import Program, Stored
 from xdit_ir.passes.base import After, run_passes
-from xdit_ir.passes.divide import check_schedule, divide, make_pipeline
+from xdit_ir.passes.divide import check_schedule, check_weights, divide, make_pipeline
 from xdit_ir.passes.order import analysis_passes
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
@@ -59,11 +59,13 @@ def trace(model: Module, example: Example, leaf: Sequence[str | type | nn.Module
 class TracedProgram:
     """A captured model; `str()` is its block-level text, `ir` the program itself.
 
-    `familiar`: one that differs in sizes only was divided and verified after every pass; see `run_passes`.
+    `familiar`: one that differs in sizes only was divided and verified after every pass; see `run_passes`. `stored`:
+    how ranks store weights for an earlier program of the model.
     """
 
     ir: Program
     familiar: bool = False
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return program_text(self.ir)
@@ -87,6 +89,7 @@ class TracedProgram:
         warmup_steps: int = 1,
         stages: Sequence[int] | None = None,
         pair_calls: bool = False,
+        shard_weights: bool = False,
         machine: Machine = H100,
         after: After | None = None,
         **further: int,
@@ -103,6 +106,8 @@ class TracedProgram:
             stages: how many of the model's blocks each of the `pipefusion` stages gets, or of twice as many, which
                 go there and back again; default: what balances work and weights best, also cut inside blocks.
             pair_calls: `cfg` divides nothing: its halves run whole forwards of two different calls (`port` pairs them).
+            shard_weights: each rank holds an equal part of the weights; what a block needs is gathered while the one
+                before computes. Not with `pipefusion`.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
             after: called with every pass and the program it made.
 
@@ -111,9 +116,18 @@ class TracedProgram:
         """
         mesh, machine = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
+        if shard_weights:
+            check_weights(mesh, split_batch=not pair_calls)
         if pipefusion == 1:
-            known = self.familiar
-            divided = divide(self.analysed, mesh, machine, after, split_batch=not pair_calls, familiar=known)
+            divided = divide(
+                self.analysed.replace(stored=self.stored),
+                mesh,
+                machine,
+                after,
+                split_batch=not pair_calls,
+                familiar=self.familiar,
+                shard_weights=shard_weights,
+            )
             return ParallelProgram(self.ir, self.analysed, divided, mesh, pair_calls, machine)
         staged, pipeline = make_pipeline(
             self.analysed, mesh, count, warmup_steps, stages, machine, after, split_batch=not pair_calls
@@ -216,7 +230,10 @@ class ParallelProgram:
         """The module of this process's rank; see `xdit_ir.runtime.emitted.emit` and, for the options, `Execution` and
         `xdit_ir.emission.checkpoint.Loading`."""
         execution = Execution(compile, cuda_graph, transport, attention, handshake, timeout=timeout)
-        return emit(self, model, device, RunOptions(execution, Loading(weights, release)))
+        parts = bool(self.ir.stored)  # of weights, which are held by no model
+        return emit(
+            self, model, device, RunOptions(execution, Loading(weights, release or (parts and weights is None)))
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,6 +77,9 @@ class Staged(dist.ProcessGroup):
     def allgather(self, outs: Sequence[Sequence[torch.Tensor]], tensors: Sequence[torch.Tensor], *_: Any) -> Any:
         return self._run(outs[0], tensors, lambda o, i: self._gloo.allgather([o], i))
 
+    def _allgather_base(self, out: torch.Tensor, x: torch.Tensor, *_: Any) -> Any:
+        return self._run([out], [x], lambda o, i: self._gloo._allgather_base(o[0], i[0]))
+
     def barrier(self, opts: Any = None) -> Any:
         return self._run([], [], lambda *_: self._gloo.barrier())
 

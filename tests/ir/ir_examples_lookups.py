@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from ir_examples import Sample, aten, example
 
@@ -120,3 +122,11 @@ def flat(d, packet):
     mask = d.mask(*x.shape)
     rest = {aten.masked_scatter: (mask, d.tensor(x.numel())), aten.masked_select: (mask,), aten.nonzero: ()}[packet]
     return Sample(packet.default, (x, *rest))
+
+
+@example(ops.unpack)
+def unpack(d, packet):
+    shape = list(d.shape(d.int(0, 3)))
+    start, behind = 8 * d.int(0, 2), d.int(0, 9)
+    packed = d.index(256, start + math.prod(shape) * 8 + behind).to(torch.uint8)
+    return Sample(packet, (packed, start, torch.int64, shape))

@@ -394,3 +394,35 @@ def guidance(
         "warned": sum("divides neither a batch nor a pair" in str(one.message) for one in caught),
         "plain": type(got) is torch.Tensor,
     }
+
+
+def sharded_weights(name: str, degrees: Degrees, folder: str = "") -> dict[str, Any]:
+    """A model whose weights are divided over the ranks, for two kinds of inputs; what each rank holds then, and what
+    becomes of other weights that are loaded."""
+    model, example, want = _load(name)
+    total = sum(x.nbytes for x in model.state_dict().values())
+    short, loading = _first(example), {"weights": folder, "release": True} if folder else {}
+    with torch.no_grad():
+        want_short = model(**short)
+        ported = xir.port(model, **degrees, shard_weights=True, **loading)
+        errors = [relative_error(ported(**example), want), relative_error(ported(**short), want_short)]
+        tensors = [x for one in ported._xdit_specialisations.found for x in one.runner._weights.fetch()]
+        found = {
+            "resident": sum(not x.is_meta for x in model.parameters()),
+            "held": sum({x.data_ptr(): x.nbytes for x in tensors}.values()) / total,
+            "reported": ported.report().weight_share,
+            "programs": len(ported.programs),
+        }
+        other = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in model.state_dict().items()}
+        refused = [_failure(lambda: ported.load_state_dict(other))["message"]]
+        errors.append(relative_error(ported(**example), want))
+        model.load_state_dict(other, assign=True)
+        refused.append(_failure(lambda: ported(**example))["message"])
+    return {**found, "errors": errors, "refused": refused}
+
+
+def unlike_weights(degrees: Degrees) -> dict[str, Any]:
+    """Each rank has filled the model with other numbers before its weights are divided."""
+    torch.manual_seed(_rank())
+    model, (_, example) = Reader().eval(), _reader()
+    return _failure(lambda: xir.port(model, **degrees, shard_weights=True)(**example))

@@ -77,10 +77,11 @@ def test_lists_are_in_the_order_of_the_list_of_all_passes() -> None:
     places = {kind: place for place, kind in enumerate(PASSES)}
     patched = Mesh.of(pipefusion=2)
     rank = [Specialize(0), *rank_passes((9, 0), recorded=True, peers=True)]
-    for run in ([*analysis_passes(), *mesh_passes(MESH), *rank], [*analysis_passes(), *time_passes(patched)]):
+    divided = mesh_passes(MESH, shard_weights=True)
+    for run in ([*analysis_passes(), *divided, *rank], [*analysis_passes(), *time_passes(patched)]):
         order = [places[type(one)] for one in run]
         assert order == sorted(order)
-    used = {type(one) for one in (*analysis_passes(), *mesh_passes(MESH), *time_passes(patched), *rank)}
+    used = {type(one) for one in (*analysis_passes(), *divided, *time_passes(patched), *rank)}
     assert {kind.name for kind in set(PASSES) - used} == {"partition-stages"}, "PipeFusion's, given by count"
 
 

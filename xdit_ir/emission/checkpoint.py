@@ -9,17 +9,19 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from xdit_ir.emission.parts import NOTHING, AllStored, Filling, GivenUp, Parts, whole_names
 from xdit_ir.emission.state import ModelWeights, check_type, running_device
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import find_tensor
 from xdit_ir.ir.program import TensorSpec
+from xdit_ir.ir.stored import bytes_of
 
 INDEX, SHARD = ".safetensors.index.json", ".safetensors"
 # What safetensors calls dtypes that may stand for each other, as in `from_pretrained(..., torch_dtype=...)`.
@@ -136,6 +138,21 @@ class Checkpoint:
                 raise MismatchError(f"{path}: tensor {name!r} cannot be read: {error}") from error
         return result
 
+    def read_bytes(self, name: str, spec: TensorSpec, start: int, length: int) -> torch.Tensor:
+        """Bytes of the tensor from `start` on, cast as `read` does; only the rows that have them are read."""
+        self.check(name, spec)
+        if not spec.shape:
+            return bytes_of(self.read(name, spec, torch.device("cpu"))).narrow(0, start, length)
+        row = spec.nbytes // spec.shape[0]
+        first, last = start // row, -(-(start + length) // row)
+        path = self._file(name)
+        with _opened(path, name) as file:
+            try:
+                rows = file.get_slice(name)[first:last]
+            except (OSError, RuntimeError, ValueError) as error:
+                raise MismatchError(f"{path}: tensor {name!r} cannot be read: {error}") from error
+            return bytes_of(rows.to(spec.dtype)).narrow(0, start - first * row, length).clone()
+
     def _file(self, name: str) -> Path:
         if name not in self.files:
             near = difflib.get_close_matches(name, self.files, n=1)
@@ -170,11 +187,13 @@ def _opened(path: Path, name: str) -> Any:
 class Held:
     """Tensors that do not change, in the order of a program's names; stands where `WeightReferences` does."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = list(tensors)
+    def __init__(self, tensors: Sequence[torch.Tensor], given_up: GivenUp | None = None) -> None:
+        self._tensors, self._given_up = list(tensors), given_up
 
     def fetch(self) -> list[torch.Tensor]:
-        """The tensors."""
+        """The tensors; raises `MismatchError` if others were loaded in the meantime where that has no effect."""
+        if self._given_up is not None:
+            self._given_up.check()
         return list(self._tensors)
 
 
@@ -185,6 +204,7 @@ class WeightStore:
     With a `checkpoint` they are read from there, except for those it lacks and the model has (buffers that are not
     saved); otherwise they are the model's own. `release`: the model gives its tensors up one by one and is left on the
     meta device: what this rank uses moves here, the rest is dropped. The model is not changed in any other way.
+    Of what programs store in parts, this rank has its own.
     """
 
     model: nn.Module
@@ -192,13 +212,17 @@ class WeightStore:
     checkpoint: Checkpoint | None = None
     release: bool = False
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _parts: Parts = field(default_factory=Parts)
+    _given_up: GivenUp | None = None
 
-    def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> None:
+    def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING) -> None:
         """Raise `MismatchError` unless `take` can give all of these; reads no data, and the index anew, so that a
         checkpoint can be mended and what needs it be called again."""
         if self.checkpoint is not None:
             self.checkpoint = Checkpoint(self.checkpoint.path)
-        for name in names:
+        if self._given_up is not None:
+            self._given_up.check()
+        for name in (*whole_names(names, stored), *self._parts.members(names, specs, stored)):
             if name in self._tensors:
                 check_type(name, self._tensors[name], specs[name])
             elif self.checkpoint is not None and self._saved(name):
@@ -206,22 +230,48 @@ class WeightStore:
             else:
                 self._own(name, specs[name])
 
-    def take(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> Held:
-        """The tensors of these names, on the device; each is read or moved once, one after the other."""
-        self.check(names, specs)
-        wanted = {name for name in names if name not in self._tensors}
+    def take(self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING) -> Held:
+        """The tensors of these names, on the device; each is read or moved once, one after the other. Those that are
+        `stored` in parts are this rank's."""
+        self.check(names, specs, stored)
+        whole = whole_names(names, stored)
+        wanted = {name for name in whole if name not in self._tensors}
+        parts = Filling(self._parts.lacking(names, stored), specs, self.device)
         if self.release:
             gc.collect()  # cycles that a trace left behind hold the model's tensors, which would pile up below
-        for name, holder, leaf in _tensors_of(self.model) if self.release else ():
-            if name in wanted and not self._saved(name):
-                self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
+        places = {name: (holder, leaf) for name, holder, leaf in _tensors_of(self.model)} if self.release else {}
+        for name, (holder, leaf) in places.items():
+            if not self._saved(name):
+                if name in wanted:
+                    self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
+                parts.fill(name, partial(self._bytes, name, specs))
             _drop(holder, leaf)
-        for name in names:
+        for name in parts.wanted:
+            parts.fill(name, partial(self._bytes, name, specs))
+        self._parts.tensors |= parts.done()
+        if self.release and self._given_up is None and self._parts.tensors:
+            self._given_up = GivenUp.of(places)
+        for name in whole:
             if name not in self._tensors and self.checkpoint is not None and self._saved(name):
                 self._tensors[name] = self.checkpoint.read(name, specs[name], self.device)
             elif name not in self._tensors:
                 self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
-        return Held([self._tensors[name] for name in names])
+        tensors = [self._parts.tensors[stored[n]] if n in stored else self._tensors[n] for n in names]
+        return Held(tensors, self._given_up)
+
+    def originals(
+        self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored
+    ) -> dict[str, torch.Tensor]:
+        """Of the weights of which `take` is going to store parts, those that the model has: all of each."""
+        members = [name for one in self._parts.lacking(names, stored) for name, _ in one.members]
+        return {name: self._own(name, specs[name]) for name in members if not self._saved(name)}
+
+    def _bytes(self, name: str, specs: Mapping[str, TensorSpec], start: int, length: int) -> torch.Tensor:
+        if name in self._tensors:
+            return bytes_of(self._tensors[name]).narrow(0, start, length)
+        if self.checkpoint is not None and self._saved(name):
+            return self.checkpoint.read_bytes(name, specs[name], start, length)
+        return bytes_of(self._own(name, specs[name])).narrow(0, start, length)
 
     def _saved(self, name: str) -> bool:
         """Whether the checkpoint has to have it: it does, or the model has nothing either."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from xdit_ir.capture.plain import PLAIN, odd_tensor
 from xdit_ir.capture.versions import Versions
+from xdit_ir.emission.parts import NOTHING, AllStored
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import way_to
 from xdit_ir.ir.program import TensorSpec
@@ -26,13 +27,26 @@ class ModelWeights:
     model: nn.Module
     device: torch.device
 
-    def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> None:
+    def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING) -> None:
         """Raise `MismatchError` unless `take` can give all of these."""
-        self.take(names, specs)
+        self.take(names, specs, stored)
 
-    def take(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> WeightReferences:
+    def take(
+        self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING
+    ) -> WeightReferences:
         """The tensors of these names."""
+        if parts := [name for name in names if name in stored]:
+            raise MismatchError(
+                f"{parts[0]} is a part of weights, and the model has all of each: parts are no references; expected "
+                "release=True or weights=, as with shard_weights=True"
+            )
         return WeightReferences(self.model, names, specs, self.device)
+
+    def originals(
+        self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored
+    ) -> dict[str, torch.Tensor]:
+        """Nothing is stored in parts."""
+        return {}
 
     def held(self, specs: Mapping[str, TensorSpec]) -> WeightReferences:
         """All of these that are here, whoever uses them."""

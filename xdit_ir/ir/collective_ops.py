@@ -40,6 +40,12 @@ class Reshuffle(Communicate):
 
 
 @dataclass(frozen=True)
+class AllGather(Reshuffle):
+    """A gather of parts that are equal in size and lie one behind the other, as those of weights do. It goes on beside
+    other exchanges, so it has process groups of its own."""
+
+
+@dataclass(frozen=True)
 class PeerExchange(Reshuffle):
     """The same by the GPUs' copy engines: what is sent lands in the `slots` (byte offsets, of which calls of a block
     take turns) of every member's workspace, and flags on `channel` say so."""

@@ -15,6 +15,7 @@ from torch import fx, nn
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.named_tensors import constants_on, find_tensor
 from xdit_ir.ir.program import CONSTANT, Program, call_parts, is_block_call
+from xdit_ir.ir.stored import assembled, bytes_of
 
 State = Callable[[str], torch.Tensor]
 # Sees the name of the block call (empty: outer graph), a node of its body, and the value.
@@ -75,13 +76,22 @@ class Interpreter:
         if node.op == "placeholder":
             return next(frame.feed)
         if node.op == "get_attr":
-            return self.state(str(node.target))
+            return self._state(str(node.target))
         if is_block_call(node):
             name, prefix, *_ = call_parts(node)
             given = [frame.env[value] for value in operands(node)]
             return (yield from self.graph(self.program.blocks[name].graph, given, prefix, node.name))
         args, kwargs = fx.map_arg((node.args, node.kwargs), frame.env.__getitem__)
         return (yield from self.operator(node, args, dict(kwargs), frame.prefix))
+
+    def _state(self, name: str) -> torch.Tensor:
+        stored = self.program.stored.get(name)
+        if stored is None:
+            return self.state(name)
+        return assembled(stored, self.program.state, self._bytes, self.device)
+
+    def _bytes(self, name: str, start: int, length: int) -> torch.Tensor:
+        return bytes_of(self.state(name)).narrow(0, start, length)
 
     def operator(self, node: fx.Node, args: Any, kwargs: dict[str, Any], prefix: str) -> Steps:
         """The result of an operator; where it names the device of the trace it means the running one."""

@@ -137,6 +137,11 @@ def put(x: torch.Tensor, source: torch.Tensor, dim: int, runs: Runs) -> torch.Te
     return result
 
 
+def unpack(x: torch.Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """What lies in the bytes `x [bytes]` from `start` on, as a tensor of this type."""
+    return x.narrow(0, start, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
 def moments(x: torch.Tensor, count: int) -> torch.Tensor:
     """`[2, batch, groups]` in double precision: sums of `x [batch, groups, ...]` and of its squares, over `count`.
 
@@ -177,7 +182,7 @@ def is_view(target: object) -> bool:
     """Whether a node's target computes nothing: its result is (a part of) an operand, perhaps in another shape."""
     if isinstance(target, torch._ops.OpOverload):
         return any(result.alias_info is not None for result in target._schema.returns)
-    return target in (operator.getitem, shard, take, take_each)
+    return target in (operator.getitem, shard, take, take_each, unpack)
 
 
 def padded_conv(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import arguments_of, placeholders
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
@@ -192,6 +193,8 @@ def _block_level(program: Program, mesh: Mesh | None) -> Iterator[str]:
     for node in program.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue
+        if node.target is ops.unpack and all(map(is_block_call, node.users)):
+            continue
         picks = node.target is operator.getitem and is_block_call(node.args[0])
         shown = node.op == "output" or is_block_call(node) or picks
         shown = shown or any(is_block_call(user) or user.op == "output" for user in node.users)
@@ -209,13 +212,18 @@ def _call_text(node: fx.Node, mesh: Mesh | None) -> str:
     """A call with the results that are used, in one line."""
     picked = sorted(node.users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
     results = ", ".join(f"%{user.name}: {node_type(user, mesh)}" for user in picked)
-    return f"{results} = {call_text(node, _argument)}"
+    others = {w: None for w in call_parts(node).weights.values() if w.target is ops.unpack}
+    packs = ", ".join(dict.fromkeys(_argument(weight.args[0]) for weight in others))
+    text = call_text(node, lambda value: None if value in others else _argument(value))
+    return f"{results} = {text}" + (f" with weights of {packs}" if packs else "")
 
 
 def call_text(node: fx.Node, argument: Callable[[fx.Node], str | None]) -> str:
-    """`Block<layers.0>(%x, proj.weight=%gathered)`: of the weights those that are not the layer's own."""
+    """`Block<layers.0>(%x, proj.weight=%gathered)`: of the weights those that are not the layer's own, and of which
+    `argument` says anything."""
     name, prefix, values, weights = call_parts(node)
-    others = (f"{key}={argument(w)}" for key, w in weights.items() if argument(w) != f"@{qualified(prefix, key)}")
+    told = {key: argument(weight) for key, weight in weights.items()}
+    others = (f"{key}={text}" for key, text in told.items() if text not in (None, f"@{qualified(prefix, key)}"))
     return f"{name}<{prefix}>({', '.join([*(str(argument(value)) for value in values), *others])})"
 
 

@@ -5,7 +5,8 @@ Both levels are `torch.fx.Graph`s of functional ATen operators. Conventions, che
 * `placeholder`: one per tensor input (outer graph: tensor leaves of the inputs, in order; body: its arguments, then
   its weights, whose `meta[WEIGHT]` is their name relative to the prefix of a call).
 * `get_attr`: a parameter or buffer by its qualified name in the model (outer graph only), or, below `CONSTANT`, a
-  tensor constant of the program, in `Program.constants`.
+  tensor constant of the program, in `Program.constants`; or, below `STORED`, what ranks hold parts of, in
+  `Program.stored`.
 * `call_function`: an ATen overload, an operator of `xdit_ir.ir.ops`, `operator.getitem`, or (outer graph only)
   `call_block(block_name, prefix, [values], {name: weight})`, which returns the tuple that the block's body returns. Its
   operands stand in the order of the body's placeholders. A weight is a value like any other; the usual one is the
@@ -28,6 +29,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Runs
 
 SPEC = "spec"
 WHERE = "where"
@@ -40,6 +42,7 @@ SCOPE = "scope"
 STATE = "@"  # before the names of buffers among the paths of guards
 STRIDES = "strides of "  # before the paths of inputs, of which not the contents are meant
 CONSTANT = "_constant"
+STORED = "_stored"
 
 
 class ComputeScope(Enum):
@@ -69,6 +72,16 @@ class TensorSpec:
         for size in self.shape:
             count *= size
         return count
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Weights that ranks hold as one tensor of type `spec`, of which each may have a part: the bytes of each weight
+    begin at the offset beside its name. In a rank's program, `held` are the runs of bytes that it has."""
+
+    spec: TensorSpec
+    members: tuple[tuple[str, int], ...]
+    held: Runs | None = None
 
 
 @dataclass(frozen=True)
@@ -220,7 +233,8 @@ class Program:
     """A captured model. `device` is the device it was traced on: nodes that name it mean "the running device".
 
     In a pipeline, `coordinates[stage]` is where along `pipefusion` a stage is computed. `facts` is what passes have
-    made true of it; `seeding` is there from when it is decided until layouts are written.
+    made true of it; `seeding` is there from when it is decided until layouts are written. `stored` is how ranks hold
+    those weights of `state` of which they have parts.
     """
 
     name: str
@@ -230,6 +244,7 @@ class Program:
     constants: Mapping[str, torch.Tensor]
     device: torch.device
     state: Mapping[str, TensorSpec] = field(default_factory=dict)
+    stored: Mapping[str, Stored] = field(default_factory=dict)
     mesh: Mesh | None = None
     tokens: tuple[TokenAxis, ...] = ()
     coordinates: tuple[int, ...] = ()

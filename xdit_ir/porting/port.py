@@ -40,6 +40,7 @@ def port(
     pipefusion: int = 1,
     patches: int | None = None,
     warmup_steps: int = 1,
+    shard_weights: bool = False,
     machine: Machine = H100,
     mode: str = "auto",
     compile: bool | None = None,
@@ -83,8 +84,9 @@ def port(
     mesh = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further)
     check_world_size(mesh)
     schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": checked(machine)}
+    schedule |= {"shard_weights": True} if shard_weights else {}
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
-    loading = Loading(weights, release)
+    loading = Loading(weights, release or (shard_weights and weights is None))
     if isinstance(model, nn.Module):
         for option, given in (("denoisers", denoisers), ("components", components)):
             if given is not None:

@@ -13,6 +13,8 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from xdit_ir.emission.context import RunOptions
+from xdit_ir.emission.parts import loaded_late
+from xdit_ir.errors import MismatchError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.porting.programs_of import ProgramsOf
 from xdit_ir.porting.replacement import bound_to, wraps
@@ -106,6 +108,12 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
 
         self._xdit_original._apply(apply if self._holds else fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's; raises `MismatchError` where ranks hold parts of weights already."""
+        if self._xdit_specialisations.stored:
+            raise MismatchError(loaded_late("a state dict"))
+        return Shadow.load_state_dict(self, *args, **kwargs)
 
     to = _moving("to")
     cuda = _moving("cuda")

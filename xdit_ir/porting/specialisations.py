@@ -24,6 +24,7 @@ from xdit_ir.emission.state import hooked
 from xdit_ir.emission.structure import program_key
 from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, TraceError, XditError
 from xdit_ir.ir.mesh import BATCH, Mesh
+from xdit_ir.ir.program import Stored
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.porting.worth import Worth
 from xdit_ir.runtime.build import RunnerFactory
@@ -84,7 +85,8 @@ class Specialisation:
 @dataclass(eq=False)
 class Specialisations:
     """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
-    `verified`: the structures of programs that were verified after every pass."""
+    `verified`: the structures of programs that were verified after every pass. `stored`: how ranks hold parts of
+    weights already, which later programs use, as nobody has all of a weight any more."""
 
     model: nn.Module
     mesh: Mesh
@@ -94,6 +96,7 @@ class Specialisations:
     factory: RunnerFactory | None = None
     found: list[Specialisation] = field(default_factory=list)
     verified: set[Hashable] = field(default_factory=set)
+    stored: dict[str, Stored] = field(default_factory=dict)
     tracing: bool = False
     whole: str = ""
 
@@ -162,6 +165,7 @@ class Specialisations:
         for one in self.found:
             one.runner.forget()
         self.found.clear()
+        self.stored.clear()
         if self.factory is not None:
             self.factory.context.communicator.close()
             self.factory = None
@@ -222,7 +226,7 @@ class Specialisations:
             except RaisedByForward as failure:
                 raise failure.error from None
             key = program_key(program)
-            made = _parallelized(TracedProgram(program, key in self.verified), self.schedule)
+            made = _parallelized(TracedProgram(program, key in self.verified, self.stored), self.schedule)
             self.verified |= {key} - {None}
             if self.worth is not None:
                 self.worth.check(made)
@@ -234,6 +238,7 @@ class Specialisations:
             program, runner = factory.build(make)
         finally:
             self.tracing = False
+        self.stored |= program.ir.stored
         guards = BufferGuards(self.model, program.original)
         objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
         made = Specialisation(mode, given.shapes, ModelSettings(self.model, objects), guards, program, runner)

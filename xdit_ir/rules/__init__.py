@@ -16,6 +16,7 @@ from xdit_ir.rules import (
     leaves,
     lookups,
     norms,
+    packs,
     padding,
     pointwise,
     pooling,
@@ -49,6 +50,7 @@ RULES: MappingProxyType[Any, Rule] = MappingProxyType(
         **spectral.RULES,
         **factories.RULES,
         **attentions.RULES,
+        **packs.RULES,
     }
 )
 

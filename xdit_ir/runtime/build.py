@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -14,7 +14,8 @@ import torch
 from xdit_ir.emission.codegen import communications, state_names
 from xdit_ir.emission.context import RankContext
 from xdit_ir.errors import MismatchError
-from xdit_ir.ir.program import Program
+from xdit_ir.ir.collective_ops import AllGather
+from xdit_ir.ir.program import Program, Stored
 from xdit_ir.parallel import Parallel
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.pipefusion.rank_tasks import RankTasks
@@ -32,10 +33,12 @@ AnyParallel = TypeVar("AnyParallel", bound=Parallel)
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What one rank knows of its part of a program without the others: the names of the weights it uses, the programs
-    whose process groups all make together, and how it is made a runner, which is collective."""
+    """What one rank knows of its part of a program without the others: the names of the weights it uses, how some are
+    stored in parts, the programs whose process groups all make together, and how it is made a runner, which is
+    collective."""
 
     weights: Sequence[str]
+    stored: Mapping[str, Stored]
     exchanging: Iterable[Program]
     runner: Callable[[Facts], RankRunner]
 
@@ -72,7 +75,7 @@ class RunnerFactory:
         try:
             parallel = make()
             part = self._part(parallel)
-            self.context.store.check(part.weights, parallel.ir.state)
+            self.context.store.check(part.weights, parallel.ir.state, part.stored)
             facts = vote = program_facts(parallel)
         except Exception as error:
             failure, facts, vote = error, {TRACE: failure_text(error)}, {TRACE: type(error).__name__}
@@ -82,12 +85,10 @@ class RunnerFactory:
             raise mismatch from failure
         if failure is not None:
             raise self.context.communicator.agreed(failure)
-        self.context.communicator.prepare(
-            target.mesh_dims
-            for program in part.exchanging
-            for target in communications(program)
-            if len(target.group) > 1
-        )
+        targets = [one for program in part.exchanging for one in communications(program) if len(one.group) > 1]
+        for beside in (False, True):
+            wanted = [one.mesh_dims for one in targets if isinstance(one, AllGather) == beside]
+            self.context.communicator.prepare(wanted, beside=beside)
         return parallel, part.runner(facts)
 
     def _part(self, parallel: Parallel) -> _Part:
@@ -101,7 +102,7 @@ class RunnerFactory:
                 return PairedRunner(self.context, program, facts, self.pairing)
             return Runner(self.context, program, facts)
 
-        return _Part(state_names(program)[0], [program], runner)
+        return _Part(state_names(program)[0], program.stored, [program], runner)
 
     def _stages(self, pipeline: Pipeline, *, apart: bool) -> _Part:
         check_pipeline(pipeline.program, self.context.execution)
@@ -110,6 +111,7 @@ class RunnerFactory:
         everyone = itertools.product(range(pipeline.stages), range(pipeline.virtual.world_size))
         return _Part(
             pipeline.weights_of(self.context.rank),
+            {},
             (pipeline.part(stage, virtual).program for stage, virtual in everyone),
             lambda facts: PipelineRunner(self.context, tasks, self.queue, facts, apart=apart),
         )

@@ -13,6 +13,7 @@ from xdit_ir.capture.inputs import BufferGuards
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RunOptions, on_all_ranks
+from xdit_ir.emission.parts import loaded_late
 from xdit_ir.errors import GradientError, MismatchError
 from xdit_ir.ir.program import Program
 from xdit_ir.parallel import Parallel
@@ -92,6 +93,12 @@ class Emitted(Shadow):
     def bodies(self) -> Mapping[str, EmittedBody]:
         """The shared blocks as modules without parameters, so that compiling each once compiles all layers."""
         return self._xdit_runner.bodies
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's; raises `MismatchError` where ranks hold parts of weights."""
+        if self.program.stored:
+            raise MismatchError(loaded_late("a state dict"))
+        return Shadow.load_state_dict(self, *args, **kwargs)
 
     def reset(self) -> None:
         """Free CUDA graphs, which `torch.distributed.destroy_process_group` would wait for, and give back process

@@ -20,7 +20,7 @@ from xdit_ir.errors import MismatchError
 from xdit_ir.ir.graphs import placeholders, results_of
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.transport.distributed import peers_reachable
-from xdit_ir.transport.handshake import Facts, digest
+from xdit_ir.transport.handshake import Facts, agree_contents, digest
 
 
 class Runner:
@@ -32,7 +32,9 @@ class Runner:
         self._binder = InputBinder(self._parameters, program)
         peers = context.execution.uses_peers and peers_reachable(context.communicator)
         self.code = context.code(program, peers=peers, shared=True)
-        self._weights = context.store.take(self.code.weights, program.state)
+        self._agree_originals(context)
+        self._weights = context.store.take(self.code.weights, program.state, program.stored)
+        self._whole = [place for place, name in enumerate(self.code.weights) if name not in program.stored]
         self._inputs = [node.name for node in placeholders(program.graph)]
         self._constants = self.code.constant_tensors(self.device)
         if self.code.mailbox is not None:
@@ -55,8 +57,15 @@ class Runner:
         return self._binder(args, kwargs), self._weights.fetch()
 
     def held(self, weights: Tensors) -> tuple[Sequence[str], Tensors]:
-        """Names and tensors of all weights that are here: those that are used."""
-        return self.code.weights, weights
+        """Names and tensors of all weights that are here: those that are used, but for those of which each rank has
+        another part."""
+        return [self.code.weights[place] for place in self._whole], [weights[place] for place in self._whole]
+
+    def _agree_originals(self, context: RankContext) -> None:
+        """Make sure that all ranks take their parts of the same weights, while they have all of each."""
+        if context.communicator.line is not None and self.program.stored:
+            found = context.store.originals(self.code.weights, self.program.state, self.program.stored)
+            agree_contents(context.communicator, found)
 
     def plain(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         """All inputs, by name."""

@@ -19,6 +19,7 @@ from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, ring_dims
 from xdit_ir.sharding.fallbacks import Fallback, find_fallbacks
+from xdit_ir.sharding.gathered_weights import NONE_GATHERED, GatheredWeights, gathered_weights, gathers_weights
 from xdit_ir.sharding.regions import NOTABLE, Idle, Region, find_idle, find_regions, region_flops, region_names
 
 NO_FALLBACKS = "no fallbacks: no operator needed a divided dimension whole"
@@ -44,7 +45,7 @@ class Report:
 
     Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps. `forwards` are run at a time,
     each by a part of the ranks: more than one where halves of `cfg` run different calls. `execution`, of a port: how
-    this rank runs it.
+    this rank runs it. `gathered`: of weights that ranks hold in parts.
     """
 
     flops_total: int
@@ -59,6 +60,7 @@ class Report:
     idle: list[Idle] = field(default_factory=list)
     forwards: int = 1
     execution: str = ""
+    gathered: GatheredWeights = NONE_GATHERED
 
     @property
     def share(self) -> float:
@@ -107,6 +109,11 @@ class Report:
             f"{self.share:.4f} of it, all together {work:.4f}; weights {max(self.weight_bytes_per_rank) / 2**20:.1f} "
             f"MiB a rank of {self.weight_bytes_total / 2**20:.1f} MiB"
         )
+        if self.gathered.total:
+            yield (
+                f"ranks hold parts of weights: {self.gathered.total / 2**20:.1f} MiB are gathered a forward, "
+                f"{self.gathered.most / 2**20:.1f} MiB of them are there at a time"
+            )
         if any(self.buffer_bytes_per_rank):
             yield f"buffers that outlive a step: {max(self.buffer_bytes_per_rank) / 2**20:.1f} MiB a rank"
         if self.uneven:
@@ -161,13 +168,14 @@ def make_report(original: Program, program: Program, forwards: int = 1) -> Repor
         regions=regions,
         idle=list(find_idle(ranks, forwards / mesh.world_size, total, regions)),
         forwards=forwards,
+        gathered=gathered_weights(program),
     )
 
 
 def _weight_bytes(program: Program, mesh: Mesh) -> list[int]:
     """Bytes of the weights that each rank holds, by the layouts that they have."""
     weights = {str(node.target): node for node in program.graph.nodes if node.op == "get_attr"}
-    held = [node for name, node in weights.items() if name in program.state]
+    held = [node for name, node in weights.items() if name in program.state or name in program.stored]
     sizes = [
         [math.prod(n.meta[LAYOUT].local_shape(n.meta[SPEC].shape, rank)) for n in held]
         for rank in range(mesh.world_size)
@@ -200,4 +208,5 @@ def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]
         return None
     have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
     dims = mesh.ordered(have.partial - want.partial) if node.target in ops.SUMS else kind(mesh, have, want)[1]
-    return (target_name(node.target), "*".join(dims)), relayout_bytes(node, mesh)
+    name = "gather of weights" if gathers_weights(node) else target_name(node.target)
+    return (name, "*".join(dims)), relayout_bytes(node, mesh)

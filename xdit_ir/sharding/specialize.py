@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.collective_ops import Reduce, ReduceScatter, Reshuffle, Ring
+from xdit_ir.ir.collective_ops import AllGather, Reduce, ReduceScatter, Reshuffle, Ring
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import operands, with_operands
 from xdit_ir.ir.layout import Layout, kind, part_of, plan, scatter_plan
@@ -18,6 +18,7 @@ from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Indices
 from xdit_ir.ir.program import CONSTANT, SCOPE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.ir.program import LAYOUT as LAYOUT
+from xdit_ir.ir.stored import held_by
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.buffer_access import buffer_layout, read_of, write_of
@@ -53,7 +54,11 @@ class Specialize:
         for one in (graph, *(block.graph for block in blocks.values())):
             _index_scattered(one, constants, program.device)
         facts = program.facts - self.invalidates | self.provides
-        return program.replace(graph=graph, blocks=blocks, facts=facts, constants=constants)
+        stored = dict(program.stored)
+        for node in program.graph.find_nodes(op="get_attr"):
+            if (name := str(node.target)) in stored:
+                stored[name] = held_by(stored[name], node.meta[LAYOUT], self.rank)
+        return program.replace(graph=graph, blocks=blocks, facts=facts, constants=constants, stored=stored)
 
 
 def _index_scattered(graph: fx.Graph, constants: dict[str, torch.Tensor], device: torch.device) -> None:
@@ -132,8 +137,20 @@ def _relayout(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: 
     steps = plan(mesh, shape, have, want)
     if node.target is ops.shard:
         return _shard(node, value, graph, have, want, rank)
-    target = Reshuffle(steps.kind, steps.mesh_dims, mesh.group(rank, steps.mesh_dims), steps.ranks[rank])
+    group = mesh.group(rank, steps.mesh_dims)
+    equal = source.op == "get_attr" and _is_equal(mesh, have, want)
+    change = AllGather if equal else Reshuffle
+    target = change(steps.kind, steps.mesh_dims, group, steps.ranks[rank])
     return graph.create_node("call_function", target, (value,), name=node.name)
+
+
+def _is_equal(mesh: Mesh, have: Layout, want: Layout) -> bool:
+    """Whether every rank gathers equal parts of the first dimension, in the order of ranks."""
+    first = have.dims[0] if have.dims else None
+    if first is None or want != have.with_dims({0: None}) or not first.sizes[0]:
+        return False
+    even = mesh.divide(first.size, mesh.dividing_dims(first))
+    return first == even and len(set(first.sizes)) == 1
 
 
 def _reduce(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:

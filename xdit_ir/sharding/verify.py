@@ -13,7 +13,8 @@ from xdit_ir.ir.graphs import arguments_of, operands, placeholders, results_of, 
 from xdit_ir.ir.layout import Layout, key_gather_dims, kind
 from xdit_ir.ir.mesh import RING, Mesh
 from xdit_ir.ir.printer import target_name
-from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, TensorSpec, call_parts, is_block_call
+from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, Stored, TensorSpec, call_parts, is_block_call
+from xdit_ir.ir.stored import held_spec, member_at, problem
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
 from xdit_ir.rules.norms import divided_statistics
@@ -125,6 +126,8 @@ class _Verifier:
                 self.fail(node, f"operand {place} has a layout that {node.target} cannot take")
         if sharding.outputs != node.meta[LAYOUT]:
             self.fail(node, "its layout is not what the rules infer")
+        if node.target is ops.unpack:
+            self._unpacked(node)
         if self.runnable and node.target in ops.ATTENTIONS:
             allowed = {RING} if node.target is ops.ring_attention else set()
             astray = key_gather_dims(mesh, *layouts[:2]) - allowed
@@ -154,9 +157,27 @@ class _Verifier:
         """A body names no parameters: it is given them."""
         name = str(node.target)
         owner, _, leaf = name.partition(".")
+        if self.place == OUTER and name in self.program.stored:
+            self._stored(node, self.program.stored[name])
+            return
         weights = self.program.state if self.place == OUTER else {}
         if name not in weights and not (owner == CONSTANT and leaf in self.program.constants):
             self.fail(node, f"{name} is no parameter, buffer or constant of the program")
+
+    def _stored(self, node: fx.Node, stored: Stored) -> None:
+        if node.meta[SPEC] != held_spec(stored):
+            self.fail(node, f"has another type than what is stored, {held_spec(stored)}")
+        if wrong := problem(stored, self.program.state):
+            self.fail(node, wrong)
+
+    def _unpacked(self, node: fx.Node) -> None:
+        """What is taken out of stored bytes is one of the weights in them."""
+        [source], (start, dtype, shape) = operands(node), node.args[1:]
+        while ops.is_relayout(source.target):
+            [source] = operands(source)
+        stored = self.program.stored.get(str(source.target))
+        if stored is not None and not member_at(stored, self.program.state, start, dtype, shape):  # type: ignore[arg-type]
+            self.fail(node, f"no weight of this type begins at byte {start} of what is stored")
 
     def _outputs(self) -> None:
         if self.program.layout_mesh is None:

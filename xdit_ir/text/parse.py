@@ -16,7 +16,7 @@ from xdit_ir.errors import ParallelizeError, ParseError
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
-from xdit_ir.ir.program import Block, Program, Seeding, TokenAxis
+from xdit_ir.ir.program import Block, Program, Seeding, Stored, TokenAxis
 from xdit_ir.text.graphs import GraphReader
 from xdit_ir.text.literals import read_literal, read_name
 from xdit_ir.text.scanner import Scanner
@@ -25,7 +25,19 @@ from xdit_ir.text.types import TypeReader, read_partition
 from xdit_ir.text.write import usual_facts
 
 KEYWORDS = (
-    *("program", "block", "device", "facts", "coordinates", "weights", "constants", "tokens", "seeds", "signature"),
+    *(
+        "program",
+        "block",
+        "device",
+        "facts",
+        "coordinates",
+        "weights",
+        "stored",
+        "constants",
+        "tokens",
+        "seeds",
+        "signature",
+    ),
     "partitions",
 )
 LARGEST_MESH = 1 << 14  # ranks; a layout lists what each of them holds
@@ -105,7 +117,13 @@ class _Reader:
 
     def program(self) -> Program:
         """All sections in the order in which they need each other."""
-        self._change(state=self._weights(), constants=self._constants(), device=self._device(), tokens=self._tokens())
+        self._change(
+            state=self._weights(),
+            stored=self._stored(),
+            constants=self._constants(),
+            device=self._device(),
+            tokens=self._tokens(),
+        )
         self._change(coordinates=self._coordinates(), seeding=self._seeding())
         signature = self._lines("signature")
         if signature:
@@ -202,6 +220,19 @@ class _Reader:
             line.need(":")
             found[name], _ = types(line)
             line.end()
+        return found
+
+    def _stored(self) -> dict[str, Stored]:
+        types, found = TypeReader(None, {}), dict[str, Stored]()
+        for line in self._lines("stored"):
+            name = read_name(line)
+            line.need(":")
+            spec, _ = types(line)
+            line.need("=")
+            members = self._literal(line)
+            held = self._literal(line) if line.match(r"held\b") else None
+            line.end()
+            found[name] = Stored(spec, tuple(members.items()), held)
         return found
 
     def _constants(self) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from xdit_ir.ir.program import (
     WEIGHT,
     Program,
     Seeding,
+    Stored,
     TensorSpec,
     TokenAxis,
     Where,
@@ -40,6 +41,7 @@ from xdit_ir.ir.program import (
     scope_of,
     where_of,
 )
+from xdit_ir.ir.stored import held_spec
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.text.attachments import Collected
 from xdit_ir.text.literals import LiteralWriter, name_text
@@ -80,6 +82,12 @@ def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterat
         yield [f"coordinates {literal(program.coordinates)}"]
     if program.state:
         yield ["weights {", *(f"  {name_text(name)}: {plain(spec, None)}" for name, spec in program.state.items()), "}"]
+    if program.stored:
+        yield [
+            "stored {",
+            *(f"  {_stored_text(name, one, plain, literal)}" for name, one in program.stored.items()),
+            "}",
+        ]
     if program.constants:
         held = (f"  {name_text(name)} = {literal(tensor)}" for name, tensor in program.constants.items())
         yield ["constants {", *held, "}"]
@@ -97,6 +105,11 @@ def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterat
     if types.numbers:
         listed = (f"  #{number}: {partition_text(partition)}" for partition, number in types.numbers.items())
         yield ["partitions {", *listed, "}"]
+
+
+def _stored_text(name: str, stored: Stored, types: TypeWriter, literal: LiteralWriter) -> str:
+    text = f"{name_text(name)}: {types(stored.spec, None)} = {literal(dict(stored.members))}"
+    return text if stored.held is None else f"{text} held {literal(stored.held)}"
 
 
 def _token_text(axis: TokenAxis) -> str:
@@ -201,6 +214,8 @@ def state_spec(program: Program, target: str, prefixes: list[str]) -> TensorSpec
     if owner == CONSTANT and name in program.constants:
         tensor = program.constants[name]
         return TensorSpec(tuple(tensor.shape), tensor.dtype)
+    if target in program.stored:
+        return held_spec(program.stored[target])
     return next((program.state.get(qualified(prefix, target)) for prefix in prefixes), None)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed._functional_collectives
 
 from xdit_ir.ir.collective_ops import (
+    AllGather,
     Assembly,
     Communicate,
     PlainAssembly,
@@ -55,8 +56,8 @@ class Exchange(FixedCall):
 
 
 def _lowered(target: Communicate, communicator: Communicator) -> tuple[Exchange, ...]:
-    at = target.group.index(communicator.rank)
-    name = communicator.group(target.mesh_dims).group_name if len(target.group) > 1 else ""
+    at, beside = target.group.index(communicator.rank), isinstance(target, AllGather)
+    name = communicator.group(target.mesh_dims, beside=beside).group_name if len(target.group) > 1 else ""
     if isinstance(target, Reduce):
         return (AllReduce(name),)
     if isinstance(target, ReduceScatter):
@@ -64,6 +65,8 @@ def _lowered(target: Communicate, communicator: Communicator) -> tuple[Exchange,
         return Send(target.exchange, at, shapes, name, direct=True), AddUp(shapes)
     if isinstance(target, Reshuffle) and not name:
         return (Rearrange(target),)
+    if isinstance(target, AllGather):
+        return SendParts(len(target.group), name), ReceiveParts(target.exchange.shape)
     if isinstance(target, Reshuffle):
         assembly = Assembly.of(target.exchange)
         direct = assembly.is_contiguous
@@ -143,6 +146,33 @@ class Receive(Exchange):
         pieces = finish(pending, shapes, own.dtype)
         pieces[at] = own
         return join(pieces, *assembly)
+
+
+class SendParts(Exchange):
+    """The first half of a gather of equal parts: start it."""
+
+    def __init__(self, count: int, group: str) -> None:
+        super().__init__()
+        self.fixed = {"count": count, "group": group}
+
+    @staticmethod
+    def function(x: torch.Tensor, *, count: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x`, this rank's part -> all parts, which are on their way, and nothing of the type that they have."""
+        flat = _wire(x).contiguous()
+        return torch.ops._c10d_functional.all_gather_into_tensor(flat, count, group), x.new_empty(0)
+
+
+class ReceiveParts(Exchange):
+    """The second half: wait for the parts, which lie one behind the other."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.fixed = {"shape": shape}
+
+    @staticmethod
+    def function(pending: torch.Tensor, own: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
+        """What `SendParts` gave -> the whole."""
+        return _typed(_wait(pending), shape, own.dtype)
 
 
 class AddUp(Exchange):

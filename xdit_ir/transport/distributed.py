@@ -23,6 +23,8 @@ from xdit_ir.transport.release import Release
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """Tells PyTorch that ranks on one GPU may have symmetric memory."""
+Lane = tuple[tuple[str, ...], bool]
+"""Mesh dims along which ranks talk, and whether that goes on beside other exchanges."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -141,7 +143,7 @@ class Communicator:
         self.epoch = 0 if self.line is None else self.line.epoch
         self._groups = Groups(device, self.timeout)
         self.release = Release()
-        self._by_dims: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        self._by_dims: dict[Lane, dist.ProcessGroup] = {}
         weakref.finalize(self, self._groups.drop).atexit = False
         if self.line is not None:
             self.line.watch(self)
@@ -207,14 +209,16 @@ class Communicator:
         """A group of these ranks that lives as long as this. Collective: all ranks of the mesh call it."""
         return self._groups.make(members)
 
-    def prepare(self, wanted: Iterable[tuple[str, ...]]) -> None:
-        """Make the groups over these sets of mesh dims. Collective: all ranks name the same sets."""
+    def prepare(self, wanted: Iterable[tuple[str, ...]], *, beside: bool = False) -> None:
+        """Make the groups over these sets of mesh dims; `beside` as for `group`. Collective: all ranks name the same
+        sets."""
         for dims in sorted(set(wanted), key=lambda dims: (len(dims), dims)):
-            self._prepare(dims)
+            self._prepare(dims, beside=beside)
 
-    def group(self, dims: tuple[str, ...]) -> dist.ProcessGroup:
-        """The ranks that differ from this one at most in `dims`, in rank order; `prepare` made it."""
-        return self._by_dims[self._wide(dims)]
+    def group(self, dims: tuple[str, ...], *, beside: bool = False) -> dist.ProcessGroup:
+        """The ranks that differ from this one at most in `dims`, in rank order; `prepare` made it. What goes on
+        `beside` other exchanges has another group of the same ranks."""
+        return self._by_dims[self._wide(dims), beside]
 
     def of_all(self, mine: Any) -> list[Any]:
         """What every rank gives, in rank order: lists, texts and numbers. Collective."""
@@ -233,14 +237,14 @@ class Communicator:
     def _wide(self, dims: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dim for dim in self.mesh.ordered(dims) if self.mesh.degrees[dim] > 1)
 
-    def _prepare(self, dims: tuple[str, ...]) -> None:
+    def _prepare(self, dims: tuple[str, ...], *, beside: bool) -> None:
         wide = self._wide(dims)
-        if not wide or wide in self._by_dims:
+        if not wide or (wide, beside) in self._by_dims:
             return
         for members in sorted({self.mesh.group(rank, wide) for rank in range(self.mesh.world_size)}):
             made = self.new_group(members)
             if self.rank in members:
-                self._by_dims[wide] = made
+                self._by_dims[wide, beside] = made
 
 
 def peers_reachable(communicator: Communicator) -> bool:

@@ -1,0 +1,142 @@
+"""`shard-weights`: ranks hold equal parts of the weights, and what a block needs is gathered one block ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.facts import Fact
+from xdit_ir.ir.graphs import copy_graph, operands, remove_dead, write_relayout
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import BATCH, Mesh
+from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, Program, is_block_call
+from xdit_ir.ir.stored import is_packed, packed
+from xdit_ir.passes.stored_weights import cut_weights, fresh_name, stored_node
+
+Unit = Sequence[fx.Node]
+FEWEST = 8  # parts of a model without blocks, of which two are whole at a time
+
+
+@dataclass(frozen=True)
+class ShardWeights:
+    """The weights of each block call lie one behind the other in bytes, of which every rank holds an equal part; so do
+    those of what stands between calls. The parts are gathered, all at once, before the call before begins, so they
+    travel while that computes, and are let go of behind the call. Of a weight of which ranks compute with their own
+    rows only, they hold these, and nothing is gathered. What an earlier program of the model has stored stays as it is.
+
+    `paired`: the halves of `cfg` run different calls, so nothing is divided between them.
+    """
+
+    name: ClassVar[str] = "shard-weights"
+    numerics: ClassVar[str] = "exact"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
+
+    mesh: Mesh
+    paired: bool = False
+
+    def apply(self, program: Program) -> Program:
+        """The program whose weights are divided over all ranks that run the same call."""
+        dims = tuple(dim for dim in self.mesh.names if not (self.paired and dim == BATCH))
+        if self.mesh.size(dims) == 1:
+            return program
+        program = cut_weights(program, self.mesh, dims)
+        program = program.replace(graph=copy_graph(program.graph), stored=dict(program.stored))
+        _Writer(program, self.mesh, dims).write()
+        return program
+
+
+def weights_used(node: fx.Node, program: Program) -> list[fx.Node]:
+    """The weights of the model among a node's operands, each once; those without elements are held whole."""
+    found = [one for one in dict.fromkeys(operands(node)) if one.op == "get_attr" and str(one.target) in program.state]
+    return [one for one in found if one.meta[SPEC].nbytes]
+
+
+@dataclass
+class _Writer:
+    """Rewrites the outer graph of a `program` whose graph and `stored` are its own."""
+
+    program: Program
+    mesh: Mesh
+    dims: tuple[str, ...]
+    parts: dict[str, fx.Node] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """Store weights, gather them one unit ahead, and take them out where they are used."""
+        graph = self.program.graph
+        units = list(self._units())
+        needed = self._store([self._weights(unit) for unit in units])
+        wholes = [
+            {name: self._gathered(name, units[max(at - 1, 0)][0]) for name in names} for at, names in enumerate(needed)
+        ]
+        for unit, whole in zip(units, wholes, strict=True):
+            self._take_out(unit, whole)
+        remove_dead(graph)
+
+    def _units(self) -> Iterator[Unit]:
+        """Block calls, and runs of other operators that use weights: none of more bytes than a call has."""
+        size = {node: self._bytes([node]) for node in self.program.graph.nodes if self._weights([node])}
+        limit = max((size[call] for call in self.program.calls if call in size), default=0)
+        limit = limit or sum(size.values()) // FEWEST
+        unit: list[fx.Node] = []
+        for node in size:
+            if unit and (is_block_call(node) or is_block_call(unit[-1]) or self._bytes([*unit, node]) > limit):
+                yield unit
+                unit = []
+            unit.append(node)
+        if unit:
+            yield unit
+
+    def _weights(self, unit: Unit) -> dict[str, fx.Node]:
+        return {str(one.target): one for node in unit for one in weights_used(node, self.program)}
+
+    def _bytes(self, unit: Unit) -> int:
+        return sum(self.program.state[name].nbytes for name in self._weights(unit))
+
+    def _store(self, used: Sequence[Mapping[str, fx.Node]]) -> list[list[str]]:
+        """Store together what the same units use; per unit, what it needs of all that is stored."""
+        homes = {name: stored for stored, one in self.program.stored.items() for name, _ in one.members}
+        users: dict[str, list[int]] = {}
+        for at, names in enumerate(used):
+            for name in names:
+                users.setdefault(name, []).append(at)
+        together: dict[tuple[int, ...], list[str]] = {}
+        for name, units in users.items():
+            if name not in homes:
+                together.setdefault(tuple(units), []).append(name)
+        for group in together.values():
+            stored = packed({name: self.program.state[name] for name in group}, self.mesh.size(self.dims))
+            key = fresh_name(group, self.program.stored)
+            self.program.stored[key] = stored  # type: ignore[index]
+            homes |= dict.fromkeys(group, key)
+        return [list(dict.fromkeys(homes[name] for name in names)) for names in used]
+
+    def _gathered(self, name: str, before: fx.Node) -> fx.Node:
+        """All of what is stored, gathered in front of a node."""
+        if name not in self.parts:
+            self.parts[name] = stored_node(self.program.graph, name, self.program.stored[name], self.mesh, self.dims)
+        part, graph = self.parts[name], self.program.graph
+        with graph.inserting_before(before):
+            return write_relayout(graph, part, ops.gather, Layout.whole(len(part.meta[SPEC].shape)))
+
+    def _take_out(self, unit: Unit, whole: Mapping[str, fx.Node]) -> None:
+        """Give the nodes of a unit the weights out of what is gathered for it."""
+        places = {name: (stored, at) for stored in whole for name, at in self.program.stored[stored].members}
+        for name, weight in self._weights(unit).items():
+            stored, start = places[name]
+            new = whole[stored]
+            if is_packed(self.program.stored[stored], self.program.state):
+                new = self._unpacked(new, start, weight, unit[0])
+            for node in unit:
+                node.replace_input_with(weight, new)
+
+    def _unpacked(self, source: fx.Node, start: int, weight: fx.Node, before: fx.Node) -> fx.Node:
+        spec, graph = weight.meta[SPEC], self.program.graph
+        with graph.inserting_before(before):
+            args = (source, start, spec.dtype, list(spec.shape))
+            new = graph.create_node("call_function", ops.unpack, args, name=f"{weight.name}_whole")
+        new.meta = {key: weight.meta[key] for key in (SPEC, LAYOUT, WHERE) if key in weight.meta}
+        return new

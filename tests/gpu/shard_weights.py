@@ -1,0 +1,65 @@
+"""Weights over ranks at full size: `torchrun --standalone --nproc-per-node 2 tests/gpu/shard_weights.py [flux.1-dev]`.
+
+Ports the published configuration, with the same random bf16 weights on every rank, with Ulysses over all ranks: first
+as it is, then with `shard_weights=True`, to which the model gives its weights up. For both: milliseconds, peak of GPU
+memory in the timed calls, and the relative difference of the outputs. Ends with status 1 if a result differs.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from typing import Any
+
+import parity
+import staged
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import xdit_ir as xir
+
+ROUNDING = 2e-2  # bf16: kernels may sum in another order where weights lie elsewhere
+
+
+def measured(name: str, model: nn.Module, example: dict[str, Any], **options: Any) -> tuple[torch.Tensor, float]:
+    """The output and the peak in GiB of a port in mode "auto"; prints a line."""
+    port = xir.port(model, ulysses=dist.get_world_size(), **options)
+    with torch.inference_mode():
+        for _ in range(2):
+            port(**example)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    output, text = parity.timed(lambda: port(**example))
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    reserved = torch.cuda.memory_reserved() / 2**30
+    print(f"rank {dist.get_rank()} {name}: {text}; peak {peak:.2f} GiB, reserved {reserved:.2f} GiB", flush=True)
+    if dist.get_rank() == 0:
+        print(str(port.report()).splitlines()[0], str(port.report()).splitlines()[1], port.report().execution, sep="\n")
+    port.reset()
+    return output, peak
+
+
+def main() -> int:
+    """Compare and print, rank by rank."""
+    device = staged.start()
+    model, example = parity.load(sys.argv[1] if len(sys.argv) > 1 else "flux.1-dev", device)
+    want, whole = measured("whole", model, example)
+    gc.collect()
+    torch.cuda.empty_cache()
+    got, parts = measured("parts", model, example, shard_weights=True)
+    error = ((got - want).norm() / want.norm()).item()
+    bits = "equal" if torch.equal(got, want) else "other"
+    print(
+        f"rank {os.environ['LOCAL_RANK']}: relative difference {error:.2e}, {bits} bits; peak "
+        f"{parts / whole:.3f} of that with whole weights",
+        flush=True,
+    )
+    dist.destroy_process_group()
+    return int(error > ROUNDING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

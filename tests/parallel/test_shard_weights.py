@@ -1,0 +1,31 @@
+"""Weights in equal parts on real processes: each rank keeps its own only, and the outputs are the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xdit_ir import models
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["of a model", "of a checkpoint"])
+def test_each_rank_keeps_its_part(workers: Callable[[int], Any], tmp_path: Path, *, read: bool) -> None:
+    """For two kinds of inputs; what is loaded later would have no effect, and is refused."""
+    if read:
+        models.load("flux.1-dev:tiny")[0].save_pretrained(tmp_path, max_shard_size="400KB")
+    folder = str(tmp_path) if read else ""
+    for result in workers(2).run("sharded_weights", name="flux.1-dev", degrees={"ulysses": 2}, folder=folder):
+        assert max(result["errors"]) <= 1e-5, result
+        assert result["resident"] == 0
+        assert max(result["held"], result["reported"]) <= 0.51, result
+        assert result["programs"] == 2
+        assert all("holds parts of the weights only" in text for text in result["refused"]), result
+
+
+def test_ranks_that_have_loaded_different_weights_raise(workers: Callable[[int], Any]) -> None:
+    for result in workers(2).run("unlike_weights", degrees={"ulysses": 2}):
+        assert result["error"] == "MismatchError", result
+        assert "qkv" in result["message"] or "out" in result["message"], result

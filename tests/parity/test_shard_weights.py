@@ -1,0 +1,149 @@
+"""Weights in equal parts over the ranks: every rank's output is the model's, and it holds its share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import xdit_ir as xir
+from xdit_ir import models
+from xdit_ir.api import TracedProgram
+from xdit_ir.ir import ops
+from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.ir.program import is_block_call
+from xdit_ir.sharding.gathered_weights import gathers_weights
+
+MODELS = (
+    "flux.1-dev",
+    "sd3.5-large",
+    "pixart-sigma",
+    "wan2.1-t2v-14b",
+    "cogvideox-5b",
+    "hunyuandit",
+    "qwen-image",
+    "latte-1",
+    "sana-1600m",
+)
+DEGREES = ({"ulysses": 2}, {"cfg": 2}, {"ulysses": 2, "ring": 2})
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A set of degrees for each model, another one for the next; all of them with `--zoo-all`."""
+    if "degrees" in metafunc.fixturenames:
+        step = 1 if metafunc.config.getoption("--zoo-all") else 3
+        pairs = [(MODELS[m], DEGREES[d]) for m in range(len(MODELS)) for d in range(3) if (m + d) % step == 0]
+        names = [f"{name}-{'-'.join(degrees)}" for name, degrees in pairs]
+        metafunc.parametrize(("name", "degrees"), pairs, ids=names)
+
+
+def test_every_rank_gives_the_models_output_with_its_part_of_the_weights(name: str, degrees: dict[str, int]) -> None:
+    model, example = models.load(f"{name}:tiny")
+    parallel = xir.trace(model, example).parallelize(**degrees, shard_weights=True)
+    with torch.no_grad():
+        want = tensors_of(model(**example))
+    for rank, output in enumerate(parallel.simulate(model, example)):
+        assert relative_error(tensors_of(output), want) <= 1e-5, f"rank {rank}"
+    report = parallel.report()
+    assert report.fallbacks == []
+    assert report.weight_share <= 1.05 / parallel.world_size
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Stack(nn.Module):
+    """Layers, of which the first may be skipped, between two projections that share a weight."""
+
+    def __init__(self, layers: int = 6, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
+        x = self.embed(x)
+        for layer in self.layers[int(skip) :]:
+            x = layer(x)
+        return self.embed(x)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Stack().eval()
+
+
+X = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_two_blocks_are_whole_at_a_time(model: nn.Module) -> None:
+    parallel = xir.trace(model, (X,)).parallelize(ulysses=2, shard_weights=True)
+    report, layer = parallel.report(), 4 * (4 * 16 * 16 + 4 * 16)
+    assert report.gathered.most <= 2 * (layer + 512)
+    assert report.gathered.total >= sum(x.nbytes for x in model.parameters())
+    assert "ranks hold parts of weights" in str(report)
+    assert {one.kind: one.count for one in report.collectives}["gather of weights"] == 6 + 2
+    order = [node for node in parallel.ir.graph.nodes if is_block_call(node) or gathers_weights(node)]
+    calls = [at for at, node in enumerate(order) if is_block_call(node)]
+    assert all(sum(map(gathers_weights, order[:at])) == 3 + place for place, at in enumerate(calls[:-1])), (
+        "each block's weights are on their way while the one before computes"
+    )
+
+
+def test_what_is_stored_already_serves_a_program_that_would_store_otherwise(model: nn.Module) -> None:
+    """When nobody has all of a weight any more, other inputs must make do with the parts that there are."""
+    before = xir.trace(model, (X, True)).parallelize(ulysses=2, shard_weights=True)
+    joined = xir.trace(model, (X,)).ir
+    later = TracedProgram(joined, stored=before.ir.stored).parallelize(ulysses=2, shard_weights=True)
+    assert before.ir.stored.items() <= later.ir.stored.items()
+    assert len(later.ir.stored) == len(before.ir.stored) + 1, "the first layer, which was skipped"
+    for output in later.simulate(model, (X,)):
+        torch.testing.assert_close(output, model(X))
+
+
+def test_check_takes_it(model: nn.Module) -> None:
+    assert xir.check(model, (X,), ulysses=3, shard_weights=True).ok
+
+
+def test_bits_and_scalars_of_every_type_travel() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.short = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.randn(3).bfloat16())
+            self.register_buffer("mask", torch.tensor([True, False, True]))
+            self.register_buffer("turn", torch.randn(5, dtype=torch.complex64))
+            self.register_buffer("none", torch.zeros(0))
+            self.turned = nn.Parameter(torch.randn(3, 5).t())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = (x[..., None] * self.scale).expand(*x.shape, 3) * self.short.float() * self.mask
+            return (y @ self.turned.t() * self.turn.real).sum(-1) + self.none.sum()
+
+    torch.manual_seed(0)
+    odd, x = Odd().eval(), torch.randn(2, 12)
+    for output in xir.trace(odd, (x,)).parallelize(cfg=2, shard_weights=True).simulate(odd, (x,)):
+        torch.testing.assert_close(output, odd(x))
+
+
+def test_what_cannot_be_divided_is_refused(model: nn.Module) -> None:
+    traced = xir.trace(model, (X,))
+    with pytest.raises(xir.ParallelizeError, match=r"shard_weights=True with pipefusion=2.*nearest legal"):
+        traced.parallelize(pipefusion=2, shard_weights=True)
+    with pytest.raises(xir.ParallelizeError, match=r"shard_weights=True with cfg=2.*use ulysses=2"):
+        traced.parallelize(cfg=2, pair_calls=True, shard_weights=True)
+    assert not traced.parallelize(shard_weights=True).ir.stored, "one rank has all"
+
+
+def test_halves_that_run_different_calls_share_nothing(model: nn.Module) -> None:
+    parallel = xir.trace(model, (X,)).parallelize(cfg=2, ulysses=2, pair_calls=True, shard_weights=True)
+    gathers = [one.mesh_dim for one in parallel.report().collectives if one.kind == "gather of weights"]
+    assert gathers == ["ulysses"]
+    assert not any(node.target is ops.unpack for block in parallel.ir.blocks.values() for node in block.graph.nodes)

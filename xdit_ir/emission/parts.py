@@ -1,0 +1,99 @@
+"""What this rank has of weights that are stored in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from xdit_ir.capture.versions import Versions
+from xdit_ir.errors import MismatchError
+from xdit_ir.ir.program import Stored, TensorSpec
+from xdit_ir.ir.stored import Run, empty, runs_of
+
+AllStored = Mapping[str, Stored]
+NOTHING: AllStored = MappingProxyType({})
+ReadRun = Callable[[int, int], torch.Tensor]
+"""Bytes of a weight, from where on and how many."""
+
+
+def whole_names(names: Iterable[str], stored: AllStored) -> list[str]:
+    """Those of weights that are held whole."""
+    return [name for name in names if name not in stored]
+
+
+@dataclass
+class Parts:
+    """Parts by what is stored, so that all programs that store weights in the same way share them."""
+
+    tensors: dict[Stored, torch.Tensor] = field(default_factory=dict)
+
+    def lacking(self, names: Iterable[str], stored: AllStored) -> list[Stored]:
+        """What of these names is not here yet."""
+        return list(dict.fromkeys(stored[n] for n in names if n in stored and stored[n] not in self.tensors))
+
+    def members(self, names: Iterable[str], specs: Mapping[str, TensorSpec], stored: AllStored) -> Iterator[str]:
+        """The weights of which bytes are needed for what is not here yet."""
+        runs = (run.name for one in self.lacking(names, stored) for run in runs_of(one, specs))
+        return iter(dict.fromkeys(runs))
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """Weights of a model that it gave up for parts: what is loaded there would have no effect."""
+
+    places: Mapping[str, tuple[dict[str, Any], str]]
+    versions: Versions
+
+    @staticmethod
+    def of(places: Mapping[str, tuple[dict[str, Any], str]]) -> GivenUp:
+        """Those at these places, by name."""
+        holders = {id(holder): holder for holder, _ in places.values()}
+        return GivenUp(places, Versions(list(holders.values())))
+
+    def check(self) -> None:
+        """Raise `MismatchError` if one has values again."""
+        if not self.versions.changed():
+            return
+        for name, (holder, leaf) in self.places.items():
+            if (found := holder.get(leaf)) is not None and not found.is_meta:
+                raise MismatchError(loaded_late(name))
+        self.versions.accept()
+
+
+def loaded_late(name: str) -> str:
+    """Why weights cannot be loaded where ranks hold parts."""
+    return (
+        f"{name} was loaded into a model of which each rank holds parts of the weights only (shard_weights=True); load "
+        "weights and fuse adapters before the first forward, or port a model anew, with weights= from a checkpoint"
+    )
+
+
+class Filling:
+    """Parts on the way here: room for them, filled weight by weight, whichever comes first."""
+
+    def __init__(self, missing: Iterable[Stored], specs: Mapping[str, TensorSpec], device: torch.device) -> None:
+        self._made: dict[Stored, torch.Tensor] = {}
+        self._wanted: dict[str, list[tuple[torch.Tensor, Run]]] = {}
+        for stored in missing:
+            self._made[stored], flat = empty(stored, device)
+            for run in runs_of(stored, specs):
+                self._wanted.setdefault(run.name, []).append((flat, run))
+
+    @property
+    def wanted(self) -> list[str]:
+        """The weights that have not come yet."""
+        return list(self._wanted)
+
+    def fill(self, name: str, read: ReadRun) -> None:
+        """Copy what is wanted of a weight."""
+        for flat, run in self._wanted.pop(name, ()):
+            flat.narrow(0, run.place, run.length).copy_(read(run.start, run.length))
+
+    def done(self) -> dict[Stored, torch.Tensor]:
+        """The parts."""
+        assert not self._wanted
+        return self._made

@@ -1,0 +1,115 @@
+"""Weights that ranks hold in parts: which bytes of which weights a rank's tensor is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.program import Stored, TensorSpec
+
+ALIGNMENT = 256  # bytes; what kernels want of where a tensor begins, and a multiple of every element
+ReadBytes = Callable[[str, int, int], torch.Tensor]
+"""The bytes of a weight, by its name: from where on, and how many."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """`length` bytes of a weight from `start` on, which lie in a rank's tensor from `place` on."""
+
+    name: str
+    start: int
+    length: int
+    place: int
+
+
+def packed(weights: Mapping[str, TensorSpec], parts: int) -> Stored:
+    """These weights one behind the other, such that as many parts are equal and cut no element."""
+    members, end = [], 0
+    for name, spec in weights.items():
+        members.append((name, end))
+        end = _up(end + spec.nbytes, ALIGNMENT)
+    return Stored(TensorSpec((_up(end, ALIGNMENT * parts),), torch.uint8), tuple(members))
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def is_packed(stored: Stored, state: Mapping[str, TensorSpec]) -> bool:
+    """Whether it is bytes, and not a weight as it is."""
+    [(name, _), *others] = stored.members
+    return bool(others) or stored.spec != state[name]
+
+
+def held_by(stored: Stored, layout: Layout, rank: int) -> Stored:
+    """As one rank holds it, of which the first dimension may be divided."""
+    partition = layout.dims[0] if layout.dims else None
+    if partition is None:
+        return replace(stored, held=((0, stored.spec.nbytes),))
+    row = stored.spec.nbytes // stored.spec.shape[0]
+    return replace(stored, held=tuple((start * row, count * row) for start, count in partition.parts[rank].runs))
+
+
+def held_spec(stored: Stored) -> TensorSpec:
+    """The type of what is held."""
+    if stored.held is None or not stored.spec.shape:
+        return stored.spec
+    rows, *others = stored.spec.shape
+    count = sum(length for _, length in stored.held) * rows // stored.spec.nbytes
+    return TensorSpec((count, *others), stored.spec.dtype)
+
+
+def runs_of(stored: Stored, state: Mapping[str, TensorSpec]) -> Iterator[Run]:
+    """What is held, weight by weight."""
+    place = 0
+    for first, length in ((0, stored.spec.nbytes),) if stored.held is None else stored.held:
+        for name, offset in stored.members:
+            start, end = max(first, offset), min(first + length, offset + state[name].nbytes)
+            if start < end:
+                yield Run(name, start - offset, end - start, place + start - first)
+        place += length
+
+
+def empty(stored: Stored, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor for what is held, and its bytes, which are to be filled; zeros where nothing lies."""
+    spec = held_spec(stored)
+    flat = torch.zeros(math.prod(spec.shape) * spec.dtype.itemsize, dtype=torch.uint8, device=device)
+    return flat.view(spec.dtype).view(spec.shape), flat
+
+
+def assembled(stored: Stored, state: Mapping[str, TensorSpec], read: ReadBytes, device: torch.device) -> torch.Tensor:
+    """What is held, read weight by weight."""
+    tensor, flat = empty(stored, device)
+    for run in runs_of(stored, state):
+        flat.narrow(0, run.place, run.length).copy_(read(run.name, run.start, run.length))
+    return tensor
+
+
+def bytes_of(x: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes, flat."""
+    plain = x.detach().resolve_conj().resolve_neg() if x.is_complex() else x.detach()
+    return plain.contiguous().reshape(-1).view(torch.uint8)
+
+
+def problem(stored: Stored, state: Mapping[str, TensorSpec]) -> str:
+    """What is wrong with it; empty if nothing is."""
+    end = 0
+    for name, offset in stored.members:
+        if name not in state:
+            return f"{name} is no parameter or buffer of the program"
+        if offset % state[name].dtype.itemsize or offset < end:
+            return f"{name} begins at byte {offset}, where no element of it can"
+        end = offset + state[name].nbytes
+    return f"its weights end at byte {end}, behind its end" if end > stored.spec.nbytes else ""
+
+
+def member_at(
+    stored: Stored, state: Mapping[str, TensorSpec], start: int, dtype: torch.dtype, shape: Sequence[int]
+) -> str:
+    """The weight of this type that begins at a byte; empty if there is none."""
+    wanted = TensorSpec(tuple(shape), dtype)
+    return next((name for name, at in stored.members if at == start and state[name] == wanted), "")
