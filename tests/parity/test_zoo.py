@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_simulated import MODELS as SIMULATED
 from torch.utils._pytree import tree_map
 
 import xdit_ir as xir
-from test_simulated import MODELS as SIMULATED
 from xdit_ir import models
 from xdit_ir.api import run_single
 from xdit_ir.capture.effects import copied
