@@ -158,8 +158,10 @@ def _reaches(mesh: Mesh, source: Partition | None, target: Partition | None, dim
     if source is None:
         return True
     for rank in range(mesh.world_size):
-        held = source.counts(mesh.group(rank, dims)) > 0
-        if not held[part_of(target, source.size, rank).array].all():
+        missing = part_of(target, source.size, rank)
+        for member in mesh.group(rank, dims):
+            missing = missing.without(source.parts[member])
+        if missing.size:
             return False
     return True
 

@@ -6,8 +6,10 @@ shards and halos are all exact and need no symbolic algebra.
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -133,11 +135,36 @@ class Indices:
 
     def within(self, other: Indices) -> Indices:
         """Those of these that `other` holds too, in the order of these."""
-        return Indices.of_array(self.array[np.isin(self.array, other.array)])
+        return Indices.of_runs((start, length) for _, start, length in self._shared(other))
 
     def places_in(self, other: Indices) -> Indices:
         """Local positions, ascending, of those of these that `other` holds too."""
-        return Indices.of_array(np.flatnonzero(np.isin(self.array, other.array)))
+        return Indices.of_runs((place, length) for place, _, length in self._shared(other))
+
+    @cached_property
+    def _ascending(self) -> tuple[list[int], Runs]:
+        """The runs in natural order, and where they start."""
+        runs = tuple(sorted(self.runs))
+        return [start for start, _ in runs], runs
+
+    @cached_property
+    def _others(self) -> Indices:
+        """All indices that these are not."""
+        starts, runs = self._ascending
+        begins = [0, *(start + length for start, length in runs)]
+        return Indices.of_runs((begin, end - begin) for begin, end in zip(begins, [*starts, sys.maxsize], strict=True))
+
+    def _shared(self, other: Indices) -> Iterator[tuple[int, int, int]]:
+        """Stretches that both hold, in the order of these: local position, start, length."""
+        place, (starts, runs) = 0, other._ascending
+        for start, length in self.runs:
+            for at in range(max(bisect.bisect_right(starts, start) - 1, 0), len(runs)):
+                first, last = max(start, runs[at][0]), min(start + length, sum(runs[at]))
+                if starts[at] >= start + length:
+                    break
+                if first < last:
+                    yield place + first - start, first, last - first
+            place += length
 
     def merged(self, others: Indices) -> Indices:
         """These and others: in natural order if these are, else the others behind."""
@@ -147,7 +174,7 @@ class Indices:
 
     def without(self, other: Indices) -> Indices:
         """Those of these that `other` does not hold, in the order of these."""
-        return Indices.of_array(self.array[~np.isin(self.array, other.array)])
+        return self.within(other._others)
 
     def map(self, function: Callable[[IntArray], IntArray]) -> Indices:
         """Apply an injective function to every index, keeping the order."""
@@ -199,13 +226,6 @@ class Partition:
             return None
         outer = tuple(pair[0] for part in self.parts if (pair := pairs[part]) is not None)
         return Partition(self.size // factor, outer)
-
-    def counts(self, ranks: Iterable[int]) -> IntArray:
-        """For every index, how many of these ranks hold it."""
-        found = np.zeros(self.size, dtype=np.int64)
-        for rank in ranks:
-            found[self.parts[rank].array] += 1
-        return found
 
     def covers(self, ranks: Iterable[int]) -> bool:
         """Whether these ranks together hold every index."""
