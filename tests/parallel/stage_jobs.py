@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pipelines
@@ -257,6 +258,17 @@ def plain_latents(name: str, degrees: Degrees) -> dict[str, Any]:
         errors.append(relative_error(step, exact))
         stale = relative_error(module(**example | {LATENTS: _following(example[LATENTS], _tensor(step))}), want)
     return {"errors": errors, "stale": stale}
+
+
+def without_latents(name: str, degrees: Degrees) -> dict[str, Any]:
+    """Calls of a model whose outputs are had with the last patch only, so that no input is followed from step to step:
+    their errors, and how many sets of buffers they took."""
+    model, example, want = _load(name)
+    with mock.patch.object(RankTasks, "cuts", (None,)), torch.no_grad():
+        module = xir.trace(model, example).parallelize(**degrees).emit(model)
+        outputs = [materialize(_tensor(module(**example))) for _ in range(4)]
+        buffers = len(module._xdit_runner._code.memories._made)
+    return {"errors": [relative_error(output, want) for output in outputs], "buffers": buffers}
 
 
 def lost_rank(name: str, degrees: Degrees, how: str, seconds: int) -> dict[str, Any]:

@@ -160,3 +160,9 @@ def test_a_lost_rank_ends_the_others(workers: Pools, how: str) -> None:
         pool.stop()
     assert result["error"] == "LostError" and "another rank has stopped" in result["message"], result
     assert result["seconds"] <= 2 * seconds
+
+
+def test_calls_that_are_no_steps_of_a_request_leave_no_buffers(workers: Pools) -> None:
+    """Even though what they gave is still held."""
+    for result in workers(2).run("without_latents", name=SMALL, degrees={"pipefusion": 2}):
+        assert max(result["errors"]) <= 1e-5 and result["buffers"] == 1, result
