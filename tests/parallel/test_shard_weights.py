@@ -30,3 +30,9 @@ def test_ranks_that_have_loaded_different_weights_raise(workers: Callable[[int],
     for result in workers(2).run("unlike_weights", degrees={"ulysses": 2}):
         assert result["error"] == "MismatchError", result
         assert "qkv" in result["message"] or "out" in result["message"], result
+
+
+def test_an_emitted_module_holds_parts_too(workers: Callable[[int], Any]) -> None:
+    sets = [{"ring": 2, "shard_weights": True}]
+    for result in workers(2).run("equal_outputs", name="pixart-sigma", degree_sets=sets):
+        assert max(result["errors"]) <= 1e-5, result
