@@ -89,8 +89,8 @@ def port(
     schedule |= {"shard_weights": True} if shard_weights else {}
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     check_weights(mesh, shard_weights)
-    parts = shard_weights and mesh.world_size > 1
-    loading = Loading(weights, release or (parts and weights is None))
+    given_up = shard_weights and mesh.world_size > 1 and weights is None
+    loading = Loading(weights, release or given_up)
     if isinstance(model, nn.Module):
         for option, given in (("denoisers", denoisers), ("components", components)):
             if given is not None:
