@@ -74,8 +74,12 @@ def check_degrees(program: Program, mesh: Mesh, *, split_batch: bool = True) -> 
         )
 
 
-def check_weights(mesh: Mesh, *, split_batch: bool = True) -> None:
-    """Raise `ParallelizeError` where no two ranks hold copies of weights for the same call."""
+def check_weights(mesh: Mesh, wanted: object = True, *, split_batch: bool = True) -> None:
+    """Raise `ParallelizeError` where weights are `wanted` in parts and no two ranks hold copies for the same call."""
+    if not isinstance(wanted, bool):
+        raise ParallelizeError(f"shard_weights={wanted!r}: expected True or False")
+    if not wanted:
+        return
     if mesh.size((TIME,)) > 1:
         raise ParallelizeError(
             f"shard_weights=True with {TIME}={mesh.size((TIME,))}: stages have weights of their own already; expected "

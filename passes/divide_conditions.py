@@ -14,7 +14,7 @@ from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import operands, placeholders, results_of
 from xdit_ir.ir.hoist import Hoisted, ancestors, early_inputs, hoist
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.program import (
     LAYOUT,
     SPEC,
@@ -39,6 +39,8 @@ class DivideConditions:
     """Modulations and the like: every block projects the same few rows (of the timestep's embedding, say), so the time
     is that of reading its weights, on every rank. Where it pays, these projections of all blocks are made before the
     first one, each rank reads the weights of its part of the features, and all parts are exchanged at once.
+
+    `paired`: the halves of `cfg` run different calls, whose conditions differ, so they share nothing.
     """
 
     name: ClassVar[str] = "divide-conditions"
@@ -47,9 +49,15 @@ class DivideConditions:
 
     mesh: Mesh
     machine: Machine = field(default_factory=Machine)
+    paired: bool = False
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The mesh dims along which ranks run the same call."""
+        return self.mesh.ordered(set(self.mesh.names) - ({BATCH} if self.paired else set()))
 
     def apply(self, program: Program) -> Program:
-        """The program with these projections taken out of its blocks and divided over all ranks."""
+        """The program with these projections taken out of its blocks and divided over all ranks of a call."""
         early = early_inputs(program)
         chosen = {name: self._projections(block, early.get(name, set())) for name, block in program.blocks.items()}
         chosen = {name: found for name, found in chosen.items() if found}
@@ -57,7 +65,7 @@ class DivideConditions:
             return program
         hoisted, made = hoist(program, chosen, "conditions")
         for name, found in chosen.items():
-            _divide(hoisted.blocks[f"{name}_conditions"].graph, [node.name for node in found], self.mesh)
+            _divide(hoisted.blocks[f"{name}_conditions"].graph, [node.name for node in found], self.mesh, self.dims)
         _Exchange(hoisted, self.mesh, made).write()
         return hoisted
 
@@ -76,7 +84,7 @@ class DivideConditions:
     def _waits_for_weights(self, node: fx.Node) -> bool:
         if node.target is not aten.linear.default or not all(map(is_weight, operands(node)[1:])):
             return False
-        if is_weight(operands(node)[0]) or node.meta[SPEC].shape[-1] < self.mesh.world_size:
+        if is_weight(operands(node)[0]) or node.meta[SPEC].shape[-1] < self.mesh.size(self.dims):
             return False
         return self._gain(node) > 0
 
@@ -84,7 +92,7 @@ class DivideConditions:
         """Seconds saved by one projection if all ranks share it, its part of the exchange included."""
         weights: int = sum(weight.meta[SPEC].nbytes for weight in operands(node)[1:])
         flops, whole = max(local_flops(node, self.mesh)), max(local_flops(node, None))
-        count, out = self.mesh.world_size, node.meta[SPEC].nbytes
+        count, out = self.mesh.size(self.dims), node.meta[SPEC].nbytes
         now = max(flops / self.machine.flops, weights / self.machine.memory)
         then = max(whole / count / self.machine.flops, weights / count / self.machine.memory)
         return now - then - self.machine.seconds(0, out / count)
@@ -95,11 +103,11 @@ class DivideConditions:
         return total - 2 * self.machine.latency if called else 0.0
 
 
-def _divide(body: fx.Graph, names: Sequence[str], mesh: Mesh) -> None:
+def _divide(body: fx.Graph, names: Sequence[str], mesh: Mesh, dims: Sequence[str]) -> None:
     """Make the projections of these names project to each rank's part of the features; all else is whole."""
     for node in list(body.nodes):
         if node.name in names:
-            features = mesh.divide(node.meta[SPEC].shape[-1], mesh.names)
+            features = mesh.divide(node.meta[SPEC].shape[-1], dims)
             for weight in operands(node)[1:]:
                 part = Emitter(body, node, mesh).relayout(weight, weight.meta[LAYOUT].with_dims({0: features}))
                 node.replace_input_with(weight, part)

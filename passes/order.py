@@ -76,7 +76,7 @@ def mesh_passes(
         *token_passes(mesh, machine),
         LowerAttention(mesh, machine),
         SplitStatistics(),
-        DivideConditions(mesh, machine),
+        DivideConditions(mesh, machine, paired=not split_batch),
         OrderExchanges(),
         SplitJoins(),
         Overlap(mesh, machine),

@@ -116,8 +116,7 @@ class TracedProgram:
         """
         mesh, machine = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
-        if shard_weights:
-            check_weights(mesh, split_batch=not pair_calls)
+        check_weights(mesh, shard_weights, split_batch=not pair_calls)
         if pipefusion == 1:
             divided = divide(
                 self.analysed.replace(stored=self.stored),

@@ -107,6 +107,29 @@ def test_a_stage_reads_its_own_tensors_only(saved: Saved, damaged: Path) -> None
         WeightStore(empty(model), CPU, Checkpoint(damaged)).check(parallel.pipeline.weights_of(0), specs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["as saved", "cast"])
+def test_a_rank_reads_its_part_of_each_weight_only(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model, example, folder = saved
+    traced = xir.trace(empty(model, dtype), {name: cast(x, dtype) for name, x in example.items()})
+    programs = [traced.parallelize(ulysses=3, shard_weights=True).rank(rank) for rank in range(3)]
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a whole tensor is read"))
+    names = list(programs[0].stored)
+    stores = [WeightStore(empty(model, dtype), CPU, Checkpoint(folder)) for _ in programs]
+    held = [store.take(names, one.state, one.stored).fetch() for store, one in zip(stores, programs, strict=True)]
+    state = model.state_dict()
+    for name, *parts in zip(names, *held, strict=True):
+        whole = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
+        for member, offset in programs[0].stored[name].members:
+            want = state[member].to(dtype).reshape(-1).view(torch.uint8)
+            assert torch.equal(whole[offset : offset + want.numel()], want), member
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim > 1 else x
+
+
 NAME = "single_transformer_blocks.0.proj_mlp.weight"
 
 

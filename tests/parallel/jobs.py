@@ -416,6 +416,10 @@ def sharded_weights(name: str, degrees: Degrees, folder: str = "") -> dict[str, 
         other = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in model.state_dict().items()}
         refused = [_failure(lambda: ported.load_state_dict(other))["message"]]
         errors.append(relative_error(ported(**example), want))
+        model.bfloat16()
+        half = pytree.tree_map_only(torch.Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, example)
+        refused.append(_failure(lambda: ported(**half))["message"])
+        model.float()
         model.load_state_dict(other, assign=True)
         refused.append(_failure(lambda: ported(**example))["message"])
     return {**found, "errors": errors, "refused": refused}

@@ -22,10 +22,17 @@ def test_each_rank_keeps_its_part(workers: Callable[[int], Any], tmp_path: Path,
         assert result["resident"] == 0
         assert max(result["held"], result["reported"]) <= 0.51, result
         assert result["programs"] == 2
-        assert all("holds parts of the weights only" in text for text in result["refused"]), result
+        assert len(result["refused"]) == 3
+        assert all("parts of" in text and "shard_weights=True" in text for text in result["refused"]), result["refused"]
 
 
 def test_ranks_that_have_loaded_different_weights_raise(workers: Callable[[int], Any]) -> None:
     for result in workers(2).run("unlike_weights", degrees={"ulysses": 2}):
         assert result["error"] == "MismatchError", result
         assert "qkv" in result["message"] or "out" in result["message"], result
+
+
+def test_an_emitted_module_holds_parts_too(workers: Callable[[int], Any]) -> None:
+    sets = [{"ring": 2, "shard_weights": True}]
+    for result in workers(2).run("equal_outputs", name="pixart-sigma", degree_sets=sets):
+        assert max(result["errors"]) <= 1e-5, result

@@ -137,6 +137,10 @@ def test_what_cannot_be_divided_is_refused(model: nn.Module) -> None:
     traced = xir.trace(model, (X,))
     with pytest.raises(xir.ParallelizeError, match=r"shard_weights=True with pipefusion=2.*nearest legal"):
         traced.parallelize(pipefusion=2, shard_weights=True)
+    with pytest.raises(xir.ParallelizeError, match=r"shard_weights='all': expected True or False"):
+        traced.parallelize(ulysses=2, shard_weights="all")  # type: ignore[arg-type]
+    with pytest.raises(xir.ParallelizeError, match=r"shard_weights=True with pipefusion=2"):
+        xir.port(model, pipefusion=2, shard_weights=True)
     with pytest.raises(xir.ParallelizeError, match=r"shard_weights=True with cfg=2.*use ulysses=2"):
         traced.parallelize(cfg=2, pair_calls=True, shard_weights=True)
     assert not traced.parallelize(shard_weights=True).ir.stored, "one rank has all"

@@ -112,3 +112,12 @@ def test_projections_of_tokens_stay() -> None:
         "modulation.bias",
         "gate.weight",
     }
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_halves_that_run_different_calls_share_no_conditions(ulysses: int) -> None:
+    """Each half has a condition of its own, so features that the other one makes are not its own."""
+    traced = xir.trace(Model(), EXAMPLE)
+    parallel = traced.parallelize(cfg=2, ulysses=ulysses, pair_calls=True, machine=SLOW)
+    assert not any("cfg" in one.mesh_dim for one in parallel.report().collectives)
+    assert any(name.endswith("_conditions") for name in parallel.ir.blocks) == (ulysses > 1)

@@ -32,7 +32,7 @@ class Here:
     recordable: bool = True
     timeout: timedelta = timedelta(minutes=10)
 
-    def group(self, dims: tuple[str, ...]) -> SimpleNamespace:
+    def group(self, dims: tuple[str, ...], *, beside: bool = False) -> SimpleNamespace:
         return SimpleNamespace(group_name="0")
 
 

@@ -79,7 +79,8 @@ class Filling:
         self._made: dict[Stored, torch.Tensor] = {}
         self._wanted: dict[str, list[tuple[torch.Tensor, Run]]] = {}
         for stored in missing:
-            self._made[stored], flat = empty(stored, device)
+            with torch.inference_mode(False):  # they outlive the caller's mode
+                self._made[stored], flat = empty(stored, device)
             for run in runs_of(stored, specs):
                 self._wanted.setdefault(run.name, []).append((flat, run))
 

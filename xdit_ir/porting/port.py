@@ -13,6 +13,7 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.passes.divide import check_weights
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
 from xdit_ir.porting.parts import Parts, not_portable
@@ -67,7 +68,8 @@ def port(
     the job (torchrun) does the same, with the same inputs: give all of them the same seed.
 
     Args:
-        cfg, ulysses, ring, pipefusion, patches, warmup_steps, machine: as in `TracedProgram.parallelize`. Where the
+        cfg, ulysses, ring, pipefusion, patches, warmup_steps, shard_weights, machine: as in
+            `TracedProgram.parallelize`; with `shard_weights` a model gives its weights up, as with `release`. Where the
             batch cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`.
         mode, compile, cuda_graph, transport, attention, handshake, timeout: as in
             `xdit_ir.emission.execution.Execution`; `mode` decides where neither `compile` nor `cuda_graph` is given.
@@ -86,7 +88,9 @@ def port(
     schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": checked(machine)}
     schedule |= {"shard_weights": True} if shard_weights else {}
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
-    loading = Loading(weights, release or (shard_weights and weights is None))
+    check_weights(mesh, shard_weights)
+    given_up = shard_weights and mesh.world_size > 1 and weights is None
+    loading = Loading(weights, release or given_up)
     if isinstance(model, nn.Module):
         for option, given in (("denoisers", denoisers), ("components", components)):
             if given is not None:

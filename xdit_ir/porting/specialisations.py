@@ -24,7 +24,7 @@ from xdit_ir.emission.state import hooked
 from xdit_ir.emission.structure import program_key
 from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, TraceError, XditError
 from xdit_ir.ir.mesh import BATCH, Mesh
-from xdit_ir.ir.program import Stored
+from xdit_ir.ir.program import Program, Stored, TensorSpec
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.porting.worth import Worth
 from xdit_ir.runtime.build import RunnerFactory
@@ -86,7 +86,7 @@ class Specialisation:
 class Specialisations:
     """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
     `verified`: the structures of programs that were verified after every pass. `stored`: how ranks hold parts of
-    weights already, which later programs use, as nobody has all of a weight any more."""
+    weights already (of these `types`), which later programs use, as nobody has all of a weight any more."""
 
     model: nn.Module
     mesh: Mesh
@@ -97,6 +97,7 @@ class Specialisations:
     found: list[Specialisation] = field(default_factory=list)
     verified: set[Hashable] = field(default_factory=set)
     stored: dict[str, Stored] = field(default_factory=dict)
+    types: dict[str, TensorSpec] = field(default_factory=dict)
     tracing: bool = False
     whole: str = ""
 
@@ -166,6 +167,7 @@ class Specialisations:
             one.runner.forget()
         self.found.clear()
         self.stored.clear()
+        self.types.clear()
         if self.factory is not None:
             self.factory.context.communicator.close()
             self.factory = None
@@ -225,6 +227,7 @@ class Specialisations:
                 program = capture.trace(self.model, example, keep=True)
             except RaisedByForward as failure:
                 raise failure.error from None
+            self._check_types(program)
             key = program_key(program)
             made = _parallelized(TracedProgram(program, key in self.verified, self.stored), self.schedule)
             self.verified |= {key} - {None}
@@ -239,6 +242,7 @@ class Specialisations:
         finally:
             self.tracing = False
         self.stored |= program.ir.stored
+        self.types |= {name: program.ir.state[name] for one in program.ir.stored.values() for name, _ in one.members}
         guards = BufferGuards(self.model, program.original)
         objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
         made = Specialisation(mode, given.shapes, ModelSettings(self.model, objects), guards, program, runner)
@@ -251,6 +255,16 @@ class Specialisations:
             )
         self.found.insert(0, made)
         return made
+
+    def _check_types(self, program: Program) -> None:
+        """Raise `MismatchError` if weights have another type than the parts of them that there are."""
+        for name, spec in self.types.items():
+            if (wanted := program.state.get(name, spec)) != spec:
+                raise MismatchError(
+                    f"parameter {name}: the program needs {wanted.dtype}{list(wanted.shape)}, and ranks hold parts of "
+                    f"{spec.dtype}{list(spec.shape)} (shard_weights=True); cast the model before the first forward, or "
+                    "port it anew"
+                )
 
 
 def _parallelized(traced: TracedProgram, schedule: Mapping[str, Any]) -> ParallelProgram:
