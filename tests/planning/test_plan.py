@@ -87,32 +87,35 @@ def test_degrees_that_are_given_are_kept() -> None:
 
 def test_what_does_not_fit_says_what_it_needs() -> None:
     tight = xir.plan(model(), example(), gpus=2, memory=0.05, exact=False)
-    assert all("GiB a GPU" in one.why and "0.1 may be used" in one.why for one in tight.candidates)
+    assert all("GiB a GPU" in one.why and "0.1 may be used" in one.why for one in tight.candidates if one.legal)
     with pytest.raises(xir.ParallelizeError, match=r"no way to use 2 GPUs .* needs the least, .* use more GPUs"):
         _ = tight.best
-    whole = max(xir.plan(model(), example(), gpus=2).candidates[0].weights)
-    pipelined = xir.plan(model(), example(), gpus=2, memory=0.9 * whole, exact=False)
+    few = example(tokens=1024)
+    whole = max(xir.plan(model(), few, gpus=2).candidates[0].weights)
+    pipelined = xir.plan(model(), few, gpus=2, memory=whole, exact=False)
     assert pipelined.best["pipefusion"] == 2, "half of the weights each"
 
 
-def test_a_slow_link_changes_the_choice() -> None:
-    """What ring passes on is hidden under attention; what Ulysses exchanges is not, where no copy engine does it."""
-    fast, slow = (xir.plan(model(), example(), gpus=2, machine=name).candidates for name in ("h100", "rtx4090"))
-    assert all(a.ms and b.ms and b.ms > a.ms for a, b in zip(fast, slow, strict=True))
-    assert slow[0].parts is not None and fast[0].parts is not None
-    assert max(one.parts.exchanges for one in slow if one.parts) > max(one.parts.exchanges for one in fast if one.parts)
+def test_a_slow_link_costs_what_is_exchanged() -> None:
+    """Without peer access nothing hides exchanges, and they take longer."""
+    plans = {name: xir.plan(model(), example(), gpus=2, machine=name, ring=1) for name in ("rtx4090-p2p", "rtx4090")}
+    peer, host = (next(one for one in made.candidates if one.parts) for made in plans.values())
+    assert peer.parts is not None and host.parts is not None
+    assert host.parts.products == peer.parts.products
+    assert host.parts.exchanges > 2 * peer.parts.exchanges
 
 
 def test_it_goes_through_json(of_eight: Plan) -> None:
     assert Plan.from_json(of_eight.to_json()) == of_eight
-    with pytest.raises(xir.ParallelizeError, match="this is no plan as Plan.to_json writes it"):
+    with pytest.raises(xir.ParallelizeError, match=r"this is no plan as Plan\.to_json writes it"):
         Plan.from_json('{"model": "?"}')
 
 
 def test_as_a_table(of_eight: Plan) -> None:
     text = str(of_eight)
-    assert "Layers on 8 x h100" in text and "best" in text and "roughly" in text
-    assert text.index("best") < text.index("cfg=4 divides the batch")
+    assert "Layers on 8 x h100" in text and "best" in text and "times as long by" in text
+    assert text.index("best") < text.index("cfg=4 divides")
+    assert text.count("cfg=4 divides") == 1, "what is illegal for the same reason stands in one row"
 
 
 @pytest.mark.parametrize(

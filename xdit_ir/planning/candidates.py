@@ -19,6 +19,8 @@ from xdit_ir.planning.hardware import Hardware
 PATCHES = (1, 2)
 # How much of an exchange is hidden under other work, roughly, where copy engines do it.
 HIDDEN = 0.6
+# How much longer stages take than a fair share, roughly: they are uneven, and keep what other patches need.
+STAGED = 1.15
 
 
 def degree_sets(gpus: int, given: Mapping[str, int], *, exact: bool) -> list[Degrees]:
@@ -91,7 +93,8 @@ class Rough:
         attention = parts.attention * uneven / degrees.ranks
         started = (degrees.patches or 1) * self._started() if sizes[TIME] > 1 else self._started()
         moved = sum(self._exchange(one, degrees, attention) for one in self.attentions) * 1e3
-        return (parts.products + parts.rest) / degrees.ranks + attention + moved + started * (1 - 1 / degrees.ranks)
+        shared = (parts.products + parts.rest) / degrees.ranks + attention
+        return shared * (STAGED if sizes[TIME] > 1 else 1) + moved + started * (1 - 1 / degrees.ranks)
 
     def _started(self) -> float:
         """Milliseconds of all kernels' begins and ends, which no division shortens."""

@@ -112,7 +112,8 @@ class Hardware:
     @staticmethod
     def plain(machine: Machine) -> Hardware:
         """One that has the same speeds for all sizes, and as much memory as is needed."""
-        kernels = Kernels(*[machine.flops] * 4, *[machine.memory] * 2)
+        flops, memory = machine.flops, machine.memory
+        kernels = Kernels(flops, flops, flops, flops, memory, memory)
         link = Link(1 << 20, machine.bytes, machine.latency)
         return Hardware("", str(machine), float("inf"), kernels, (link,), machine)
 

@@ -112,9 +112,20 @@ class Plan:
         for name in HEADER:
             table.add_column(name, justify="left" if name in (HEADER[0], HEADER[-1]) else "right")
         for one in self.candidates:
-            table.add_row(*one.row())
+            if one.legal:
+                table.add_row(*one.row())
+        for why, refused in self._refused().items():
+            table.add_row(", ".join(map(str, refused)), *[""] * (len(HEADER) - 2), why)
         Console(file=stream, width=150, color_system=None).print(table)
         return stream.getvalue()
+
+    def _refused(self) -> dict[str, list[Degrees]]:
+        """What is illegal, by reason."""
+        found: dict[str, list[Degrees]] = {}
+        for one in self.candidates:
+            if not one.legal:
+                found.setdefault(one.why, []).append(one.degrees)
+        return found
 
     def to_json(self) -> str:
         """All of it as text, for `from_json`."""

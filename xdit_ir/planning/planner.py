@@ -55,8 +55,24 @@ def plan(
     """
     hardware = hardware_of(machine)
     _check(gpus, given)
-    sets = degree_sets(gpus, given, exact=exact)
+    degree_sets(gpus, given, exact=exact)  # wrong ones are told before the model is traced
     traced = TracedProgram(trace(model, example).ir, familiar=True)  # `port` verifies what it makes
+    return plan_traced(traced, model, gpus, hardware, memory=memory, exact=exact, flash=flash, given=given)
+
+
+def plan_traced(
+    traced: TracedProgram,
+    model: Module,
+    gpus: int,
+    hardware: Hardware,
+    *,
+    memory: float | None = None,
+    exact: bool = True,
+    flash: bool = False,
+    given: Mapping[str, int],
+) -> Plan:
+    """`plan` for a model that is traced already."""
+    sets = degree_sets(gpus, given, exact=exact)
     limit = hardware.memory / GIB * USABLE if memory is None else memory
     pairs = given.get(BATCH) == PAIR
     candidates = Planner(traced, hardware, limit, flash, pairs).candidates(sets)
@@ -161,7 +177,7 @@ class Planner:
 def _slower(one: Candidate, best: Candidate, times: float) -> str:
     """Why a candidate is behind the best, by the part that it loses most in."""
     if one.parts is None or best.parts is None:
-        return f"roughly {times:.2f} times as long, by sizes alone; {FULL} that seemed faster were worked out"
+        return f"about {times:.2f} times as long by sizes alone; the {FULL} that seemed best were worked out"
     names = [field.name for field in dataclasses.fields(Parts)]
     ours, theirs = dataclasses.astuple(one.parts), dataclasses.astuple(best.parts)
     lost, name = max((a - b, name) for a, b, name in zip(ours, theirs, names, strict=True))

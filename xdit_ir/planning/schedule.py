@@ -11,7 +11,7 @@ step before, as deferred results allow.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -41,7 +41,7 @@ class Clock:
     now: float = 0.0
     link: float = 0.0
     spans: list[Span] = field(default_factory=list)
-    work: Counter[tuple[int, Kind]] = field(default_factory=Counter)
+    work: dict[tuple[int, Kind], float] = field(default_factory=lambda: defaultdict(float))
     kernels: Counter[int] = field(default_factory=Counter)
     exchanges: Counter[int] = field(default_factory=Counter)
     _last: dict[str, int] = field(default_factory=dict)

@@ -66,7 +66,7 @@ class Fusion:
     them, are one kernel, which reads what comes from outside once and writes what is used outside."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        nodes = list(graph.nodes)
+        nodes: list[fx.Node] = list(graph.nodes)
         self._depth = _depths(nodes)
         self._leader = {node: node for node in nodes if kind_of(node) is Kind.MEMORY}
         for node in self._leader:
