@@ -11,7 +11,7 @@ Pools = Callable[[int], Any]
 
 
 def test_without_degrees_all_processes_share_the_work(workers: Pools) -> None:
-    first, second = workers(2).run("planned", name="wan2.1-t2v-14b", given={})
+    first, second = workers(2).run("planned", name="plain-dit", given={})
     assert max(first["errors"] + second["errors"]) < 1e-5
     assert first["degrees"] == second["degrees"] and first["degrees"]["pipefusion"] == 1
     assert sorted(first["degrees"].values()) == [1, 1, 1, 2]
@@ -20,17 +20,17 @@ def test_without_degrees_all_processes_share_the_work(workers: Pools) -> None:
 
 
 def test_a_degree_that_is_given_is_kept(workers: Pools) -> None:
-    for result in workers(2).run("planned", name="flux.1-dev", given={"cfg": 1, "ring": 1, "pipefusion": 1}):
+    for result in workers(2).run("planned", name="plain-dit", given={"cfg": 1, "ring": 1, "pipefusion": 1}):
         assert max(result["errors"]) < 1e-5
         assert result["degrees"] == {"cfg": 1, "pipefusion": 1, "ring": 1, "ulysses": 1}, "each process by itself"
-    for result in workers(2).run("planned", name="flux.1-dev", given={"ring": 2}):
+    for result in workers(2).run("planned", name="plain-dit", given={"ring": 2}):
         assert max(result["errors"]) < 1e-5 and result["degrees"]["ring"] == 2 and not result["said"]
 
 
 def test_four_processes(workers: Pools, request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--large"):
         pytest.skip("needs --large: four processes")
-    for result in workers(4).run("planned", name="flux.1-dev", given={"ulysses": 2}):
+    for result in workers(4).run("planned", name="plain-dit", given={"ulysses": 2}):
         assert max(result["errors"]) < 1e-5 and result["degrees"]["ulysses"] == 2
         assert sorted(result["degrees"].values()) == [1, 1, 2, 2]
 
@@ -43,7 +43,7 @@ def test_what_rank_0_cannot_plan_raises_everywhere(workers: Pools) -> None:
 
 
 def test_a_saved_plan(workers: Pools) -> None:
-    for result in workers(2).run("saved_plan", name="sd3.5-large"):
+    for result in workers(2).run("saved_plan", name="plain-dit"):
         assert result["error"] < 1e-5
         assert result["degrees"] == {name: result["best"][name] for name in result["degrees"]}
         assert result["refused"]["error"] == "ParallelizeError"

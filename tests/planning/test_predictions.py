@@ -27,6 +27,10 @@ PLAIN = ("flux.1-dev.json", "flux.1-dev-pipefusion.json")
 LEFT_OUT = ("eager", "xdit", "diffusers")
 
 
+# Those that are traced without `--zoo-all`.
+QUICK = ("flux.1-dev", "pixart-sigma")
+
+
 def measured() -> Iterator[Any]:
     for path in sorted(FOLDER.glob("*.json")):
         document = json.loads(path.read_text())
@@ -58,8 +62,12 @@ def by_collectives(hardware: Hardware) -> Hardware:
 @pytest.mark.parametrize(
     ("model", "contender", "flash", "ms", "gib"), sorted(measured(), key=lambda case: case.values[0])
 )
-def test_of_one_and_two_gpus(model: str, contender: str, flash: bool, ms: float, gib: float) -> None:
+def test_of_one_and_two_gpus(
+    model: str, contender: str, flash: bool, ms: float, gib: float, request: pytest.FixtureRequest
+) -> None:
     """Time, and memory: not half a GiB too little, and less than a tenth too much (the bench keeps all weights)."""
+    if model not in QUICK and not request.config.getoption("--zoo-all"):
+        pytest.skip("needs --zoo-all: each model takes seconds to divide")
     degrees, _, mode = contender.partition("@")[0].partition(":")
     hardware = by_collectives(load("h100")) if mode == "collective" else load("h100")
     found = estimate(parallel(model, degrees), hardware, flash=flash, recorded=mode != "compiled")
