@@ -33,6 +33,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--memory", type=float, metavar="GIB", help="that a rank may use (default: nearly all)")
     parser.add_argument("--inexact", action="store_true", help="also PipeFusion, which changes results slightly")
     parser.add_argument("--flash", action="store_true", help="FlashAttention is installed where the model will run")
+    parser.add_argument("--shard-weights", action="store_true", help="each rank holds a part of the weights")
     for name in MESH_DIMS:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"keep this many ranks along {name}")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             memory=args.memory,
             exact=not args.inexact,
             flash=args.flash,
+            shard_weights=args.shard_weights,
             **given,
         )
     if args.output is not None:

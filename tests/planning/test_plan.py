@@ -96,6 +96,15 @@ def test_what_does_not_fit_says_what_it_needs() -> None:
     assert pipelined.best["pipefusion"] == 2, "half of the weights each"
 
 
+def test_weights_over_ranks() -> None:
+    """A half of the weights on each of two ranks; gathering them takes links."""
+    whole, parts = (xir.plan(model(), example(), gpus=2, shard_weights=given) for given in (False, True))
+    assert "shard_weights" not in whole.best and parts.best["shard_weights"] is True
+    assert max(parts.chosen.weights) == pytest.approx(max(whole.chosen.weights) / 2, rel=0.01)
+    assert parts.chosen.ms is not None and whole.chosen.ms is not None and parts.chosen.ms >= whole.chosen.ms
+    assert Plan.from_json(parts.to_json()) == parts
+
+
 def test_a_slow_link_costs_what_is_exchanged() -> None:
     """Without peer access nothing hides exchanges, and they take longer."""
     plans = {name: xir.plan(model(), example(), gpus=2, machine=name, ring=1) for name in ("rtx4090-p2p", "rtx4090")}

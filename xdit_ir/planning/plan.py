@@ -61,7 +61,7 @@ class Candidate:
 @dataclass(frozen=True)
 class Plan:
     """For a `model` (its class, and a digest of its weights' names and shapes) on `gpus` GPUs of a `machine`, by name;
-    candidates begin with the best. `memory`: GiB that a rank may use."""
+    candidates begin with the best. `memory`: GiB that a rank may use. `shard_weights`: as for `parallelize`."""
 
     model: str
     weights: str
@@ -69,6 +69,7 @@ class Plan:
     machine: str
     memory: float
     candidates: tuple[Candidate, ...]
+    shard_weights: bool = False
 
     @property
     def chosen(self) -> Candidate:
@@ -84,13 +85,13 @@ class Plan:
         near = f"{least.degrees} needs the least, {max(least.gib):.1f} GiB a GPU" if least else first.why
         raise ParallelizeError(
             f"no way to use {self.gpus} GPUs with {self.memory:.1f} GiB each for {self.model}: {near}; use more GPUs, "
-            "or allow exact=False"
+            "shard_weights=True, or exact=False"
         )
 
     @property
     def best(self) -> dict[str, Any]:
         """Keyword arguments for `port` and `parallelize`."""
-        return self.chosen.degrees.as_dict()
+        return self.chosen.degrees.as_dict() | ({"shard_weights": True} if self.shard_weights else {})
 
     def check(self, model: Module, processes: int | None) -> None:
         """Raise `ParallelizeError` if this was made for another model, or the job has another number of processes."""

@@ -36,6 +36,7 @@ def plan(
     memory: float | None = None,
     exact: bool = True,
     flash: bool = False,
+    shard_weights: bool = False,
     **given: int,
 ) -> Plan:
     """All ways to use `gpus` GPUs for `model`, with time and memory worked out from sizes; nothing is run.
@@ -47,6 +48,7 @@ def plan(
         memory: GiB that a rank may use; default: nearly all that the machine's GPU has.
         exact: only ways that compute what one GPU does; else also PipeFusion, whose later steps read older values.
         flash: attention by FlashAttention, installed where the model will run, instead of PyTorch's.
+        shard_weights: as for `parallelize`, where there are several ranks.
         given: degrees that are to be kept.
 
     Raises:
@@ -57,7 +59,18 @@ def plan(
     _check(gpus, given)
     degree_sets(gpus, given, exact=exact)  # wrong ones are told before the model is traced
     traced = TracedProgram(trace(model, example).ir, familiar=True)  # `port` verifies what it makes
-    return plan_traced(traced, model, gpus, hardware, memory=memory, exact=exact, flash=flash, given=given)
+    how = Options(memory, exact, flash, shard_weights and gpus > 1)
+    return plan_traced(traced, model, gpus, hardware, given, how)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those of `plan`, for what they mean."""
+
+    memory: float | None = None
+    exact: bool = True
+    flash: bool = False
+    shard_weights: bool = False
 
 
 def plan_traced(
@@ -65,18 +78,17 @@ def plan_traced(
     model: Module,
     gpus: int,
     hardware: Hardware,
-    *,
-    memory: float | None = None,
-    exact: bool = True,
-    flash: bool = False,
     given: Mapping[str, int],
+    how: Options,
 ) -> Plan:
     """`plan` for a model that is traced already."""
-    sets = degree_sets(gpus, given, exact=exact)
-    limit = hardware.memory / GIB * USABLE if memory is None else memory
-    pairs = given.get(BATCH) == PAIR
-    candidates = Planner(traced, hardware, limit, flash, pairs).candidates(sets)
-    return Plan(model_name(model), weights_key(model), gpus, hardware.name or str(hardware), limit, candidates)
+    sets = degree_sets(gpus, given, exact=how.exact)
+    limit = hardware.memory / GIB * USABLE if how.memory is None else how.memory
+    planner = Planner(traced, hardware, limit, how, pairs=given.get(BATCH) == PAIR)
+    named, weights = hardware.name or str(hardware), weights_key(model)
+    return Plan(
+        model_name(model), weights, gpus, named, limit, planner.candidates(sets), shard_weights=how.shard_weights
+    )
 
 
 def _check(gpus: int, given: Mapping[str, int]) -> None:
@@ -93,7 +105,7 @@ class Planner:
     traced: TracedProgram
     hardware: Hardware
     memory: float
-    flash: bool = False
+    how: Options
     pairs: bool = False
 
     def candidates(self, sets: list[Degrees]) -> tuple[Candidate, ...]:
@@ -110,7 +122,7 @@ class Planner:
         for degrees in sorted(sets, key=rough.ms):
             size = degrees.mesh.degrees[BATCH]
             refusal = "" if self.pairs and size == PAIR else illegal.get(size, "")
-            known = refusal or worked >= FULL or not self._may_fit(alone, degrees)
+            known = refusal or worked >= FULL or self._weights(alone, degrees) > self.memory
             one = self._guess(degrees, alone, rough, refusal) if known else self._full(degrees)
             worked += one.parts is not None
             found.append(one)
@@ -118,8 +130,13 @@ class Planner:
 
     def _estimate(self, degrees: Degrees) -> Estimate:
         pairs = self.pairs and degrees.mesh.degrees[BATCH] == PAIR and bool(self._batch_refusal(PAIR))
-        parallel = self.traced.parallelize(**degrees.as_dict(), machine=self.hardware.machine, pair_calls=pairs)
-        return estimate(parallel, self.hardware, flash=self.flash)
+        parallel = self.traced.parallelize(
+            **degrees.as_dict(),
+            machine=self.hardware.machine,
+            pair_calls=pairs,
+            shard_weights=self.how.shard_weights and degrees.ranks > 1,
+        )
+        return estimate(parallel, self.hardware, flash=self.how.flash)
 
     def _batch_refusal(self, size: int) -> str:
         """Why the batch cannot be divided so; empty if it can."""
@@ -136,13 +153,14 @@ class Planner:
             return Candidate(degrees, str(error))
         return Candidate(degrees, "", found.ms, found.parts, found.gib, found.weights)
 
-    def _may_fit(self, alone: Estimate, degrees: Degrees) -> bool:
-        return alone.weights[0] / degrees.mesh.degrees[TIME] <= self.memory
+    def _weights(self, alone: Estimate, degrees: Degrees) -> float:
+        """GiB of weights that a rank has at least."""
+        return alone.weights[0] / (degrees.ranks if self.how.shard_weights else degrees.mesh.degrees[TIME])
 
     def _guess(self, degrees: Degrees, alone: Estimate, rough: Rough, refusal: str) -> Candidate:
         if refusal:
             return Candidate(degrees, refusal)
-        weights = (alone.weights[0] / degrees.mesh.degrees[TIME],) * degrees.ranks
+        weights = (self._weights(alone, degrees),) * degrees.ranks
         return Candidate(degrees, "", rough.ms(degrees), None, weights, weights)
 
     def _ordered(self, found: list[Candidate]) -> tuple[Candidate, ...]:

@@ -19,7 +19,7 @@ from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.ir.mesh import MESH_DIMS, TIME, Mesh
 from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of, load, names
 from xdit_ir.planning.plan import Plan
-from xdit_ir.planning.planner import plan_traced
+from xdit_ir.planning.planner import Options, plan_traced
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.transport.distributed import Communicator, processes_of_job
 
@@ -33,6 +33,7 @@ class Planner:
     given: Mapping[str, int]
     patches: int | None
     machine: Machine | None
+    shard_weights: bool
 
     def choose(
         self, model: nn.Module, example: Callable[[], Example], options: RunOptions, device: torch.device
@@ -67,7 +68,7 @@ class Planner:
         """What rank 0 tells the others: degrees and speeds, or why there are none."""
         try:
             traced = TracedProgram(capture.trace(model, example()), familiar=True)
-            made = plan_traced(traced, model, count, hardware, given=self.given)
+            made = plan_traced(traced, model, count, hardware, self.given, Options(shard_weights=self.shard_weights))
             _log(made)
             return {"degrees": made.best, "machine": vars(hardware.machine)}
         except RaisedByForward as failure:
@@ -76,13 +77,15 @@ class Planner:
             return {"refused": f"degrees cannot be planned: {error}; give degrees"}
 
 
-def planner_for(given: Mapping[str, int], patches: int | None, machine: Machine | None) -> Planner | None:
+def planner_for(
+    given: Mapping[str, int], patches: int | None, machine: Machine | None, *, shard_weights: bool
+) -> Planner | None:
     """What chooses degrees at the first call: where none is given, or those that are leave processes of the job over
     and others are not given; None: those that are given are all."""
     known = Mesh.of(**given).world_size
     left, odd = divmod(processes_of_job(), known)
     more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME} - set(given)
-    return Planner(given, patches, machine) if more or not given else None
+    return Planner(given, patches, machine, shard_weights) if more or not given else None
 
 
 def saved_degrees(

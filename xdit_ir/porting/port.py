@@ -94,7 +94,9 @@ def port(
     if plan is not None:
         degrees, machine = saved_degrees(plan, named | {"patches": patches}, machine)
         patches, given = degrees.patches, dict(degrees.mesh.degrees)
-    planner = planner_for(given, patches, None if machine is None else checked(machine))
+        shard_weights = shard_weights or plan.shard_weights
+    known = None if machine is None else checked(machine)
+    planner = planner_for(given, patches, known, shard_weights=shard_weights)
     mesh = Mesh.of(**given) if planner is None else Mesh.of(ulysses=processes_of_job())
     check_world_size(mesh)
     speeds = H100 if machine is None else machine
