@@ -27,6 +27,11 @@ def test_a_degree_that_is_given_is_kept(workers: Pools) -> None:
         assert max(result["errors"]) < 1e-5 and result["degrees"]["ring"] == 2 and not result["said"]
 
 
+def test_weights_over_ranks(workers: Pools) -> None:
+    for result in workers(2).run("planned", name="plain-dit", given={"shard_weights": True}):
+        assert max(result["errors"]) < 1e-5 and sorted(result["degrees"].values()) == [1, 1, 1, 2]
+
+
 def test_four_processes(workers: Pools, request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--large"):
         pytest.skip("needs --large: four processes")
