@@ -34,14 +34,14 @@ class FuseGelu:
 
 def _fuse(graph: fx.Graph) -> None:
     for gelu in list(graph.nodes):
-        linear = _projection(gelu)
+        linear = projection(gelu)
         if linear is not None:
             gelu.target, gelu.args, gelu.kwargs = linear_gelu, linear.args, {}
             linear.prepend(gelu)
             graph.erase_node(linear)
 
 
-def _projection(gelu: fx.Node) -> fx.Node | None:
+def projection(gelu: fx.Node) -> fx.Node | None:
     """The projection whose kernel can do this GELU on the way."""
     source = gelu.args[0] if gelu.args else None
     if gelu.target is not aten.gelu.default or gelu.kwargs.get("approximate") != "tanh":

@@ -16,7 +16,7 @@ from xdit_ir import models, passes, tools
 ORDER = (
     *("errors", "ir", "kernels", "capture", "rules", "transport", "sharding", "text"),
     *("pipefusion", "passes", "simulation", "parallel", "emission", "deferral", "pipelined", "runtime"),
-    *("api", "porting", "checking", "inspection", "generation", "", "degrees", "models", "testing"),
+    *("api", "degrees", "planning", "porting", "checking", "inspection", "generation", "", "models", "testing"),
     *("pytest_plugin", "tools"),
 )
 FOLDERS = {

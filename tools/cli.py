@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from xdit_ir.errors import XditError
-from xdit_ir.tools import cmd_bench, cmd_check, cmd_generate, cmd_inspect, cmd_models, cmd_opt, cmd_passes, cmd_support
+from xdit_ir.tools import (
+    cmd_bench,
+    cmd_check,
+    cmd_generate,
+    cmd_inspect,
+    cmd_models,
+    cmd_opt,
+    cmd_passes,
+    cmd_plan,
+    cmd_support,
+)
 
 USAGE_ERROR = 2
 STOPPED = 130  # as shells say of what Ctrl-C ended
@@ -50,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xdit-ir {version('xdit-ir')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (cmd_generate, cmd_inspect, cmd_check, cmd_passes, cmd_opt, cmd_bench, cmd_models, cmd_support):
+    looking = (cmd_inspect, cmd_plan, cmd_check, cmd_passes, cmd_opt)
+    for command in (cmd_generate, *looking, cmd_bench, cmd_models, cmd_support):
         command.add_parser(commands)
     return parser
 

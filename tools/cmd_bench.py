@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xdit_ir.errors import XditError
-from xdit_ir.sharding.machine import H100, Machine
+from xdit_ir.planning.hardware import parse as machine
 from xdit_ir.tools import bench_report, estimate, scale, targets
 from xdit_ir.tools.contenders import Contender
 from xdit_ir.tools.terminal import write
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
         "--estimate", action="store_true", help="with --scale: schedules worked out from sizes, without a GPU"
     )
     parser.add_argument(
-        "--machine", type=Machine.parse, default=H100, metavar="SPEEDS", help=f"with --estimate: {targets.MACHINE}"
+        "--machine", type=machine, default=machine("h100"), metavar="M", help=f"with --estimate: {targets.MACHINE}"
     )
     parser.add_argument("--page", type=Path, default=None, help="make this page (and a plot beside it) from JSON files")
     parser.set_defaults(run=run)

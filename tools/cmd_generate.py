@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
         how.add_argument(f"--{dim.name}", type=int, default=1, metavar="N", help=f"processes that divide {dim.says}")
     how.add_argument("--patches", type=int, metavar="N", help="of the latents, with --pipefusion")
     how.add_argument("--warmup", type=int, metavar="N", help="synchronous steps, with --pipefusion")
-    how.add_argument("--machine", type=Machine.parse, metavar="SPEEDS", help=targets.MACHINE)
+    how.add_argument("--machine", type=Machine.parse, metavar="SPEEDS", help=targets.SPEEDS)
     how.add_argument("--data", type=int, default=1, metavar="N", help="groups of processes that share out the prompts")
     how.add_argument("--dtype", metavar="TYPE", help="bf16, fp16 or fp32; also bf16,vae=fp32")
     how.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")

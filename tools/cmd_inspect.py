@@ -21,7 +21,7 @@ from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.order import analysis_passes
-from xdit_ir.sharding.machine import H100, Machine
+from xdit_ir.planning.hardware import parse as machine
 from xdit_ir.text import save
 from xdit_ir.tools import targets
 from xdit_ir.tools.terminal import working, write_text
@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=targets.HELP)
     for name in MESH_DIMS:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"ranks along {name} (default 1)")
-    parser.add_argument("--machine", type=Machine.parse, default=H100, metavar="SPEEDS", help=targets.MACHINE)
+    parser.add_argument("--machine", type=machine, default=machine("h100"), metavar="M", help=targets.MACHINE)
     parser.add_argument("--bodies", action="store_true", help="print every operator, not only the block level")
     parser.add_argument("--block", metavar="NAME", help="print only this block, with every operator")
     parser.add_argument("--passes", action="store_true", help="print the program after each pass")
@@ -131,7 +131,7 @@ def _sections(args: argparse.Namespace, traced: TracedProgram, given: dict[str, 
         def note(one: Pass, program: Program) -> None:
             steps.append(_after(one, program, view))
 
-        parallel = traced.parallelize(**given, machine=args.machine, after=note)
+        parallel = traced.parallelize(**given, machine=args.machine.machine, after=note)
         if args.passes:
             lower_rank(parallel, 0, args.gpu, note)
         report = f"# report: {args.model}, {named}\n{str(parallel.report()).rstrip()}"

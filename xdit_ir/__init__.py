@@ -13,6 +13,8 @@ from xdit_ir.errors import (
     XditError,
 )
 from xdit_ir.generation import Generation, generate
+from xdit_ir.planning.plan import Plan
+from xdit_ir.planning.planner import plan
 from xdit_ir.porting.port import port
 from xdit_ir.rules.declared import register_rule
 from xdit_ir.sharding.machine import Machine
@@ -27,6 +29,7 @@ __all__ = [
     "MismatchError",
     "ParallelProgram",
     "ParallelizeError",
+    "Plan",
     "Report",
     "TraceError",
     "TracedProgram",
@@ -34,6 +37,7 @@ __all__ = [
     "XditError",
     "check",
     "generate",
+    "plan",
     "port",
     "register_rule",
     "trace",

@@ -39,7 +39,6 @@ from xdit_ir import degrees, models  # noqa: E402
 from xdit_ir.api import ParallelProgram, TracedProgram  # noqa: E402
 from xdit_ir.checking.check import check_parallel  # noqa: E402
 from xdit_ir.inspection import WRITERS, inspect  # noqa: E402
-from xdit_ir.inspection.schedule import timeline  # noqa: E402
 from xdit_ir.inspection.views import view  # noqa: E402
 from xdit_ir.ir.layout import Layout  # noqa: E402
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh  # noqa: E402
@@ -50,6 +49,7 @@ from xdit_ir.passes.order import token_passes  # noqa: E402
 from xdit_ir.passes.overlap import Overlap  # noqa: E402
 from xdit_ir.passes.registry import apply_passes, parse_passes  # noqa: E402
 from xdit_ir.passes.split_statistics import SplitStatistics  # noqa: E402
+from xdit_ir.planning.schedule import timeline  # noqa: E402
 from xdit_ir.sharding.propagate import Propagation  # noqa: E402
 from xdit_ir.sharding.verify import verify  # noqa: E402
 from xdit_ir.text import difference, parse, write  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -430,3 +431,46 @@ def unlike_weights(degrees: Degrees) -> dict[str, Any]:
     torch.manual_seed(_rank())
     model, (_, example) = Reader().eval(), _reader()
     return _failure(lambda: xir.port(model, **degrees, shard_weights=True)(**example))
+
+
+def planned(name: str, given: Degrees) -> dict[str, Any]:
+    """A port whose degrees nobody gave, or not all; and what it said that it took."""
+    model, example, want = _load(name)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("xdit_ir")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    ported = xir.port(model, **given)
+    try:
+        with torch.no_grad():
+            errors = [relative_error(ported(**example), want) for _ in range(2)]
+    finally:
+        logger.removeHandler(handler)
+    assert ported.program is not None
+    return {"errors": errors, "degrees": dict(ported.program.mesh.degrees), "said": said}
+
+
+def unplannable() -> list[dict[str, Any]]:
+    """A model that cannot be captured on rank 0, which plans; afterwards all is as before."""
+    model, example = _reader()
+    hook = model.register_forward_pre_hook(lambda module, args: 1 / 0) if _rank() == 0 else None
+    ported = xir.port(model)
+    first = _failure(lambda: ported(**example))
+    if hook is not None:
+        hook.remove()
+    return [first, _failure(lambda: ported(**example))]
+
+
+def saved_plan(name: str) -> dict[str, Any]:
+    """A port by a plan that went through a file; and by one for another number of processes."""
+    model, example, want = _load(name)
+    made = xir.plan(model, example, gpus=dist.get_world_size(), machine="h100")
+    ported = xir.port(model, plan=xir.Plan.from_json(made.to_json()))
+    with torch.no_grad():
+        error = relative_error(ported(**example), want)
+    assert ported.program is not None
+    alone = xir.plan(model, example, gpus=1)
+    refused = _failure(lambda: xir.port(model, plan=alone))
+    return {"error": error, "degrees": dict(ported.program.mesh.degrees), "best": made.best, "refused": refused}

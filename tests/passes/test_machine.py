@@ -13,10 +13,10 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import Machine
-from xdit_ir.inspection.schedule import timeline
 from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.registry import parse_passes
+from xdit_ir.planning.schedule import timeline
 
 FAST, SLOW = Machine(bytes=1e18, latency=0.0), Machine(bytes=1e6)
 TOKENS = {"x": torch.zeros(1, 16, 24)}

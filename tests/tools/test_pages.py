@@ -16,7 +16,7 @@ import pytest
 from xdit_ir.tools.cli import _parser, main
 
 ROOT = Path(__file__).parents[2]
-PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("porting", "operators", "checking")}
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("porting", "operators", "checking", "planning")}
 FENCED = re.compile(r"(?:<!-- ([^>]*) -->\n)?```\w*\n(.*?)```", re.DOTALL)
 # `prints`: these lines are printed; `shows`: these are parts of lines that are printed, in this order.
 KINDS = {"file", "run", "prints", "shows", "shell", "change"}

@@ -7,7 +7,6 @@ from typing import Any
 
 from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.inspection.model import Fact, Inspection, PassStep, Rows, StageView
-from xdit_ir.inspection.schedule import timeline
 from xdit_ir.inspection.views import view
 from xdit_ir.ir.mesh import DIMS, MESH_DIMS
 from xdit_ir.ir.printer import body_text, outer_text
@@ -18,12 +17,14 @@ from xdit_ir.passes.order import analysis_passes, rank_passes
 from xdit_ir.passes.registry import describe
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.pipefusion.rank_tasks import RankTasks
+from xdit_ir.planning.hardware import Hardware, hardware_of
+from xdit_ir.planning.schedule import timeline
 from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.sharding.report import Report
 from xdit_ir.sharding.specialize import Specialize
 
 
-def inspect(traced: TracedProgram, model: str, machine: Machine = H100, **degrees: Any) -> Inspection:
+def inspect(traced: TracedProgram, model: str, machine: str | Machine | Hardware = H100, **degrees: Any) -> Inspection:
     """Everything that there is to see of a program, and of what these degrees make of it; none: of the program alone.
 
     Raises:
@@ -35,9 +36,10 @@ def inspect(traced: TracedProgram, model: str, machine: Machine = H100, **degree
     if not degrees:
         before = view(traced.ir)
         return Inspection(traced.ir.name, model, named, {}, before, None, history.steps, list(history.lines))
-    parallel = traced.parallelize(**degrees, machine=machine, after=history.after)
+    hardware = hardware_of(machine)
+    parallel = traced.parallelize(**degrees, machine=hardware.machine, after=history.after)
     report, stages = parallel.report(), _stages_of(parallel.pipeline)
-    schedule = timeline(parallel)
+    schedule = timeline(parallel, hardware)
     wide = {name: size for name, size in parallel.mesh.degrees.items() if size > 1}
     return Inspection(
         title=traced.ir.name,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from xdit_ir.planning.spans import Timeline
+
 
 @dataclass(frozen=True)
 class ExchangeView:
@@ -104,33 +106,6 @@ class StageView:
     operators: int
     sends: Sequence[str]
     carried_out: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Span:
-    """Something that a rank does: on its processor (`compute`), on its links (`link`), in microseconds."""
-
-    rank: int
-    lane: str
-    name: str
-    kind: str
-    start: float
-    end: float
-    stage: int = -1
-    patch: int = -1
-    step: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """A schedule worked out from sizes and speeds; not a measurement. `busy[rank]`: part of the time it computes."""
-
-    spans: Sequence[Span]
-    total: float
-    busy: Sequence[float]
-    steps: Sequence[str]
-    note: str
 
 
 @dataclass(frozen=True)

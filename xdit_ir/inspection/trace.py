@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from xdit_ir.errors import XditError
-from xdit_ir.inspection.model import Inspection, Span
+from xdit_ir.inspection.model import Inspection
+from xdit_ir.planning.spans import Span
 
 LANES = {"compute": 0, "link": 1}
 

@@ -14,12 +14,14 @@ from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.passes.divide import check_weights
+from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
 from xdit_ir.porting.parts import Parts, not_portable
+from xdit_ir.porting.planned import Planner, planner_for, saved_degrees
 from xdit_ir.porting.ported import Ported
 from xdit_ir.sharding.machine import H100, Machine, checked
-from xdit_ir.transport.distributed import check_world_size
+from xdit_ir.transport.distributed import check_world_size, processes_of_job
 
 Pipe = TypeVar("Pipe")
 
@@ -35,14 +37,15 @@ def port(model: Pipe, **options: Any) -> Pipe: ...
 def port(
     model: Any,
     *,
-    cfg: int = 1,
-    ulysses: int = 1,
-    ring: int = 1,
-    pipefusion: int = 1,
+    cfg: int | None = None,
+    ulysses: int | None = None,
+    ring: int | None = None,
+    pipefusion: int | None = None,
     patches: int | None = None,
     warmup_steps: int = 1,
+    plan: Plan | None = None,
     shard_weights: bool = False,
-    machine: Machine = H100,
+    machine: Machine | None = None,
     mode: str = "auto",
     compile: bool | None = None,
     cuda_graph: bool | None = None,
@@ -58,6 +61,9 @@ def port(
 ) -> Any:
     """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
 
+    Without degrees it runs on all processes of the job: rank 0 works out at the first call which degrees are the
+    fastest, of those that compute what one process would, and logs what it took (see `xdit_ir.plan`).
+
     Given a pipeline instead, its denoisers are replaced by their drop-ins, in place, and the pipeline is returned. A
     pipeline is any object with a mapping `components`; its denoisers are the modules there whose forward takes a
     timestep, or those that `denoisers` names. `encode` and `decode` of its autoencoders, and its text encoders, are
@@ -70,7 +76,9 @@ def port(
     Args:
         cfg, ulysses, ring, pipefusion, patches, warmup_steps, shard_weights, machine: as in
             `TracedProgram.parallelize`; with `shard_weights` a model gives its weights up, as with `release`. Where the
-            batch cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`.
+            batch cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`. Degrees that are left
+            out are planned if none is given, or if those above 1 leave processes over; else they are 1.
+        plan: degrees as `xdit_ir.plan` has found them; it must be for this model and number of processes.
         mode, compile, cuda_graph, transport, attention, handshake, timeout: as in
             `xdit_ir.emission.execution.Execution`; `mode` decides where neither `compile` nor `cuda_graph` is given.
         weights, release: as in `xdit_ir.emission.checkpoint.Loading`. For a pipeline: `weights` is the folder with a
@@ -83,26 +91,35 @@ def port(
         ParallelizeError: a degree is unknown or no positive integer, the job has another number of processes, or a
             pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
-    mesh = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further)
+    named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **further}
+    given = {name: size for name, size in named.items() if size is not None}
+    if plan is not None:
+        degrees, machine = saved_degrees(plan, named | {"patches": patches}, machine)
+        patches, given = degrees.patches, dict(degrees.mesh.degrees)
+        shard_weights = shard_weights or plan.shard_weights
+    known = None if machine is None else checked(machine)
+    planner = planner_for(given, patches, known, shard_weights=shard_weights)
+    mesh = Mesh.of(**given) if planner is None else Mesh.of(ulysses=processes_of_job())
     check_world_size(mesh)
-    schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": checked(machine)}
+    speeds = H100 if machine is None else machine
+    schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": speeds}
     schedule |= {"shard_weights": True} if shard_weights else {}
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     check_weights(mesh, shard_weights)
     given_up = shard_weights and mesh.world_size > 1 and weights is None
     loading = Loading(weights, release or given_up)
     if isinstance(model, nn.Module):
-        for option, given in (("denoisers", denoisers), ("components", components)):
-            if given is not None:
-                raise ParallelizeError(f"{option}={given!r} names components of a pipeline, but a module was given")
-        return _ported(model, mesh, schedule, RunOptions(execution, loading))
+        for option, names in (("denoisers", denoisers), ("components", components)):
+            if names is not None:
+                raise ParallelizeError(f"{option}={names!r} names components of a pipeline, but a module was given")
+        return _ported(model, mesh, schedule, RunOptions(execution, loading), planner, plan)
     found, beside = split(model, components, denoisers)
     options = {name: RunOptions(execution, loading.component(name)) for name in (*found, *beside)}
-    parts = Parts(mesh, machine, options, asked=components is not None)
+    parts = Parts(mesh, speeds, options, asked=components is not None)
     methods, encoders = parts.methods(beside), parts.encoders(beside)
 
     def stand_in(name: str, module: nn.Module) -> Ported:
-        return encoders[name] if name in encoders else _ported(module, mesh, schedule, options[name])
+        return encoders[name] if name in encoders else _ported(module, mesh, schedule, options[name], planner, plan)
 
     replace(model, found | {name: beside[name] for name in encoders}, stand_in)
     for method in methods:
@@ -110,7 +127,16 @@ def port(
     return model
 
 
-def _ported(original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions) -> Ported:
+def _ported(
+    original: nn.Module,
+    mesh: Mesh,
+    schedule: Mapping[str, Any],
+    options: RunOptions,
+    planner: Planner | None,
+    plan: Plan | None,
+) -> Ported:
     if (reason := not_portable(original)) is not None:
         raise ParallelizeError(reason)
-    return Ported(original, mesh, schedule, options)
+    if plan is not None:
+        plan.check(original, processes_of_job())
+    return Ported(original, mesh, schedule, options, planner=planner)

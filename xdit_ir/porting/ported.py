@@ -16,6 +16,7 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.parts import loaded_late
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.porting.planned import Planner
 from xdit_ir.porting.programs_of import ProgramsOf
 from xdit_ir.porting.replacement import bound_to, wraps
 from xdit_ir.porting.specialisations import Arguments, Specialisations
@@ -66,10 +67,18 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
         return made
 
     def __init__(
-        self, original: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions, *, pays: bool = False
+        self,
+        original: nn.Module,
+        mesh: Mesh,
+        schedule: Mapping[str, Any],
+        options: RunOptions,
+        *,
+        pays: bool = False,
+        planner: Planner | None = None,
     ) -> None:
         super().__init__(original)
-        self.__dict__["_xdit_specialisations"] = Specialisations.of(original, mesh, schedule, options, pays=pays)
+        made = Specialisations.of(original, mesh, schedule, options, pays=pays, planner=planner)
+        self.__dict__["_xdit_specialisations"] = made
 
     @property
     def _xdit_made(self) -> Specialisations:
@@ -93,7 +102,7 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
     def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
         mine = self._xdit_specialisations
         original, pays = copy.deepcopy(self._xdit_original, memo), mine.worth is not None
-        return Ported(original, mine.mesh, mine.schedule, mine.options, pays=pays)
+        return Ported(original, mine.mesh, mine.schedule, mine.options, pays=pays, planner=mine.planner)
 
     def __getattr__(self, name: str) -> Any:
         """`device` of a port that holds its weights itself is where it runs: its original is on the meta device."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from xdit_ir.emission.execution import Tensors
 from xdit_ir.emission.state import hooked
 from xdit_ir.emission.structure import program_key
 from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, TraceError, XditError
-from xdit_ir.ir.mesh import BATCH, Mesh
+from xdit_ir.ir.mesh import BATCH, MESH_DIMS, Mesh
 from xdit_ir.ir.program import Program, Stored, TensorSpec
+from xdit_ir.porting.planned import Planner
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.porting.worth import Worth
 from xdit_ir.runtime.build import RunnerFactory
@@ -86,7 +89,8 @@ class Specialisation:
 class Specialisations:
     """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
     `verified`: the structures of programs that were verified after every pass. `stored`: how ranks hold parts of
-    weights already (of these `types`), which later programs use, as nobody has all of a weight any more."""
+    weights already (of these `types`), which later programs use, as nobody has all of a weight any more. `planner`:
+    until the first call, where it is to choose `mesh` and `schedule`."""
 
     model: nn.Module
     mesh: Mesh
@@ -100,14 +104,21 @@ class Specialisations:
     types: dict[str, TensorSpec] = field(default_factory=dict)
     tracing: bool = False
     whole: str = ""
+    planner: Planner | None = None
 
     @staticmethod
     def of(
-        model: nn.Module, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions, *, pays: bool
+        model: nn.Module,
+        mesh: Mesh,
+        schedule: Mapping[str, Any],
+        options: RunOptions,
+        *,
+        pays: bool,
+        planner: Planner | None = None,
     ) -> Specialisations:
         """`pays`: calls are divided where that pays, and run whole where it does not or cannot be done."""
         worth = Worth(model, schedule["machine"], traced=isinstance(model, Method)) if pays else None
-        return Specialisations(model, mesh, schedule, options, worth)
+        return Specialisations(model, mesh, schedule, options, worth, planner=planner)
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
@@ -148,6 +159,8 @@ class Specialisations:
             raise TraceError("forward calls the port of the model that it belongs to; call what it stands for instead")
         with on_all_ranks(self.mesh, self.options):
             device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
+        if self.planner is not None:
+            self._plan(self.planner, given, device)
         factory, mode = self._factory(device), self._mode(device)
         with factory.context.communicator.working():
             refusal = gradient_refusal(lambda: factory.context.parameters, given.args, given.kwargs)
@@ -160,6 +173,13 @@ class Specialisations:
                 bound = runner.bind(given.args, given.kwargs)
                 factory.agreement.weights(runner, bound[1])
             return self.found[0].runner.run(*bound, given.args, given.kwargs)
+
+    def _plan(self, planner: Planner, given: Arguments, device: torch.device) -> None:
+        """Let degrees be chosen; they stay for all further calls."""
+        signature = inspect.signature(self.model.forward)
+        chosen = planner.choose(self.model, partial(_example, signature, given), self.options, device)
+        self.schedule, self.planner = {**self.schedule, **chosen}, None
+        self.mesh = Mesh.of(**{name: self.schedule[name] for name in MESH_DIMS})
 
     def clear(self) -> None:
         """Forget all, free what they recorded, and give back process groups."""
@@ -220,11 +240,8 @@ class Specialisations:
         signature = factory.context.parameters
 
         def make() -> ParallelProgram:
-            named = bind_arguments(signature, given.args, given.kwargs, MismatchError)
-            example = tuple(given.args) if given.args and not given.kwargs else named
-            example = pytree.tree_map_only(Deferred, materialize, example)
             try:
-                program = capture.trace(self.model, example, keep=True)
+                program = capture.trace(self.model, _example(signature, given), keep=True)
             except RaisedByForward as failure:
                 raise failure.error from None
             self._check_types(program)
@@ -265,6 +282,13 @@ class Specialisations:
                     f"{spec.dtype}{list(spec.shape)} (shard_weights=True); cast the model before the first forward, or "
                     "port it anew"
                 )
+
+
+def _example(signature: inspect.Signature, given: Arguments) -> Any:
+    """The arguments of a call, as `trace` takes them."""
+    named = bind_arguments(signature, given.args, given.kwargs, MismatchError)
+    example = tuple(given.args) if given.args and not given.kwargs else named
+    return pytree.tree_map_only(Deferred, materialize, example)
 
 
 def _parallelized(traced: TracedProgram, schedule: Mapping[str, Any]) -> ParallelProgram:

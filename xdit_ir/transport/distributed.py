@@ -56,6 +56,13 @@ def check_world_size(mesh: Mesh) -> None:
         check_processes(mesh, dist.get_world_size())
 
 
+def processes_of_job() -> int:
+    """Those of the default process group, or that torchrun has started; 1 without either."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN) else 1
+
+
 def _initialise(device: torch.device, mesh: Mesh, timeout: timedelta | None) -> None:
     missing = [name for name in _TORCHRUN if name not in os.environ]
     count = mesh.world_size

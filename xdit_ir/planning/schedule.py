@@ -1,7 +1,8 @@
-"""The schedule of a parallel program, worked out from sizes and the speeds of a `Machine`: who computes what when.
+"""The schedule of a parallel program, worked out from sizes and what a machine can do: who computes what when.
 
 A rank has a processor and links. An exchange starts where it stands, as soon as all that take part in it have its
-operand and free links, and is awaited by the first operator that computes with its result; views do not wait. A stage
+operand and free links, and is awaited by the first operator that computes with its result; views do not wait. Where no
+copy engine does it, the processor waits meanwhile. A stage
 of a pipeline starts a patch when it is free, its turn has come and the message of the stage before is there. A warmup
 step passes each stage with all patches before the next one; in displaced steps a patch begins when it is back from the
 step before, as deferred results allow.
@@ -10,19 +11,22 @@ step before, as deferred results allow.
 from __future__ import annotations
 
 import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from xdit_ir.api import ParallelProgram
-from xdit_ir.inspection.durations import Cost, Durations
-from xdit_ir.inspection.model import Span, Timeline
 from xdit_ir.ir.dataflow import Expanded, ProgramValue
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import Program, call_parts, called_block
 from xdit_ir.pipefusion.pipeline_program import Pipeline
+from xdit_ir.planning.durations import Cost, Durations
+from xdit_ir.planning.hardware import Hardware, hardware_of
+from xdit_ir.planning.spans import Span, Timeline
+from xdit_ir.planning.work import Kind
 from xdit_ir.sharding.machine import Machine
 
 Place = tuple[str, str]  # a call's prefix, and a name in it
@@ -31,11 +35,15 @@ DISPLACED = 2  # steps shown after the warmup
 
 @dataclass
 class Clock:
-    """One rank: when its processor and its links are free, and what it has done, in seconds."""
+    """One rank: when its processor and its links are free, and what it has done, in seconds; `work`: by step and kind;
+    `kernels`, `exchanges`: how many it has started, by step."""
 
     now: float = 0.0
     link: float = 0.0
     spans: list[Span] = field(default_factory=list)
+    work: dict[tuple[int, Kind], float] = field(default_factory=lambda: defaultdict(float))
+    kernels: Counter[int] = field(default_factory=Counter)
+    exchanges: Counter[int] = field(default_factory=Counter)
     _last: dict[str, int] = field(default_factory=dict)
 
     def add(self, span: Span) -> None:
@@ -73,23 +81,54 @@ class Team:
     step: int = 0
 
 
-def timeline(parallel: ParallelProgram, machine: Machine | None = None) -> Timeline:
-    """The schedule of one forward, or under PipeFusion of the warmup and two displaced steps."""
-    machine = machine or parallel.machine
+@dataclass(frozen=True)
+class Schedule:
+    """What every rank does; `steps`: what is said of each step."""
+
+    clocks: Sequence[Clock]
+    steps: Sequence[str]
+    spans: Sequence[Span]
+
+    @property
+    def end(self) -> float:
+        """Seconds from the begin to the end."""
+        return max((span.end for span in self.spans), default=0.0)
+
+    def step(self) -> tuple[int, float]:
+        """The last step, and its seconds: from the end of the one before, since steps are alike."""
+        last = len(self.steps) - 1
+        ends = [max((one.end for one in self.spans if one.step == step), default=0.0) for step in (last - 1, last)]
+        between = ends[1] - ends[0] if last else self.end
+        # the first steps may follow each other faster than all can
+        return last, max(between, *(self.seconds(rank, last) for rank in range(len(self.clocks))))
+
+    def seconds(self, rank: int, step: int) -> float:
+        """In which a rank computes in one step."""
+        return sum(seconds for (at, _), seconds in self.clocks[rank].work.items() if at == step)
+
+
+def schedule(parallel: ParallelProgram, hardware: Hardware, *, flash: bool = False) -> Schedule:
+    """Of one forward, or under PipeFusion of the warmup and two displaced steps; `flash` as for `Durations`."""
     clocks = [Clock() for _ in range(parallel.world_size)]
     if parallel.pipeline is not None:
-        steps = _run_pipeline(parallel.pipeline, machine, clocks)
+        steps = _run_pipeline(parallel.pipeline, hardware, clocks, flash)
     else:
-        durations = Durations(parallel.mesh, machine)
+        durations = Durations(parallel.mesh, hardware, flash=flash)
         ranks = tuple(range(parallel.world_size))
         _run(list(tasks(parallel.ir, None)), Team(ranks, ranks, parallel.mesh), durations, clocks)
         steps = ["one forward"]
-    spans = [replace(span, rank=rank) for rank, clock in enumerate(clocks) for span in clock.spans]
-    total = max((span.end for span in spans), default=0.0)
-    busy = [sum(s.end - s.start for s in clock.spans if s.lane == "compute") / max(total, 1e-12) for clock in clocks]
-    note = f"Worked out from sizes for ranks with {machine}; not measured."
-    micro = [replace(s, start=round(s.start * 1e6, 2), end=round(s.end * 1e6, 2)) for s in spans]
-    return Timeline(micro, round(total * 1e6, 2), [round(part, 4) for part in busy], steps, note)
+    return Schedule(clocks, steps, [replace(span, rank=rank) for rank, one in enumerate(clocks) for span in one.spans])
+
+
+def timeline(parallel: ParallelProgram, machine: str | Machine | Hardware | None = None) -> Timeline:
+    """The schedule as it is shown; the machine is that of the program if none is given."""
+    hardware = hardware_of(parallel.machine if machine is None else machine)
+    found = schedule(parallel, hardware)
+    total, count = found.end, len(found.steps)
+    busy = [sum(found.seconds(rank, n) for n in range(count)) / max(total, 1e-12) for rank in range(len(found.clocks))]
+    note = f"Worked out from sizes for ranks with {hardware}; not measured."
+    micro = [replace(s, start=round(s.start * 1e6, 2), end=round(s.end * 1e6, 2)) for s in found.spans]
+    return Timeline(micro, round(total * 1e6, 2), [round(part, 4) for part in busy], found.steps, note)
 
 
 def tasks(program: Program, wanted: Mapping[str, set[str]] | None) -> Iterator[Task]:
@@ -135,8 +174,11 @@ def _work(task: Task, when: float, team: Team, cost: Cost, clock: Clock, place: 
         return when
     begin = max(clock.now, when)
     clock.now = begin + seconds
+    clock.work[team.step, cost.work] += seconds
+    clock.kernels[team.step] += cost.starts
     clock.add(_span(task.name, "compute", "compute", begin, clock.now, team))
     if cost.around and cost.sent[place]:
+        clock.exchanges[team.step] += 1
         sent = begin + cost.around[place]
         clock.add(_span(f"{task.name}: {task.node.name}", "link", cost.kind, begin, sent, team, cost.sent[place]))
     return clock.now
@@ -153,6 +195,9 @@ def _exchange(task: Task, when: list[float], team: Team, cost: Cost, clocks: Seq
         done[i] = together + max(cost.seconds[team.places[member]] for member in members)
         clock = clocks[team.ranks[i]]
         clock.link = done[i]
+        clock.now = max(clock.now, clock.now if cost.hidden else done[i]) + cost.kept[at]
+        clock.work[team.step, Kind.MEMORY] += cost.kept[at]
+        clock.exchanges[team.step] += 1
         label = f"{task.name}: {task.node.name}"
         clock.add(_span(label, "link", cost.kind, together, done[i], team, cost.sent[at]))
     return done
@@ -162,8 +207,8 @@ def _span(name: str, lane: str, kind: str, start: float, end: float, team: Team,
     return Span(0, lane, name, kind, start, end, team.stage, team.patch, team.step, sent)
 
 
-def _run_pipeline(pipeline: Pipeline, machine: Machine, clocks: Sequence[Clock]) -> list[str]:
-    runner = _PipelineClock(pipeline, machine, clocks)
+def _run_pipeline(pipeline: Pipeline, hardware: Hardware, clocks: Sequence[Clock], flash: bool) -> list[str]:
+    runner = _PipelineClock(pipeline, hardware, clocks, flash)
     warmup = range(pipeline.warmup_steps)
     displaced = range(pipeline.warmup_steps, pipeline.warmup_steps + DISPLACED)
     for step in warmup:
@@ -173,9 +218,9 @@ def _run_pipeline(pipeline: Pipeline, machine: Machine, clocks: Sequence[Clock])
 
 
 class _PipelineClock:
-    def __init__(self, pipeline: Pipeline, machine: Machine, clocks: Sequence[Clock]) -> None:
-        self.pipeline, self.machine, self.clocks = pipeline, machine, clocks
-        self.durations = Durations(pipeline.virtual, machine, over_time=True)
+    def __init__(self, pipeline: Pipeline, hardware: Hardware, clocks: Sequence[Clock], flash: bool) -> None:
+        self.pipeline, self.hardware, self.clocks = pipeline, hardware, clocks
+        self.durations = Durations(pipeline.virtual, hardware, over_time=True, flash=flash)
         self._todo: dict[tuple[int, int], list[Task]] = {}
 
     def warmup(self, number: int) -> None:
@@ -223,6 +268,7 @@ class _PipelineClock:
             return clock.now
         size = sum(spec.nbytes for spec in part.message(sent=True))
         begin = max(clock.now, clock.link)
-        clock.link = begin + self.machine.latency + self.machine.seconds(0, size)
+        peer = self.pipeline.rank(stage + 1, place)
+        clock.link = begin + self.hardware.link((rank, peer)).seconds(size)
         clock.add(_span(f"to stage {stage + 1}", "link", "send", begin, clock.link, team, size))
         return clock.link

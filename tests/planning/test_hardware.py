@@ -1,0 +1,78 @@
+"""Machines are files of figures, each with its source."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from typing import Any
+
+import pytest
+import torch
+
+import xdit_ir as xir
+from xdit_ir import Machine
+from xdit_ir.planning.hardware import Hardware, hardware_named, hardware_of, load, names, parse
+
+KEPT = ("h100", "h200", "a100", "l20", "l40s", "rtx4090", "rtx4090-p2p", "rtx5090", "rtx5090-p2p", "h100-infiniband")
+
+
+def data(name: str) -> dict[str, Any]:
+    return tomllib.loads(resources.files("xdit_ir.planning").joinpath(f"machines/{name}.toml").read_text("utf-8"))
+
+
+def test_those_that_are_kept() -> None:
+    assert set(names()) == {*KEPT, "cpu"}
+
+
+@pytest.mark.parametrize("name", [*KEPT, "cpu"])
+def test_every_figure_has_a_source(name: str) -> None:
+    found = data(name)
+    figures = {key for key, value in found.items() if isinstance(value, float | int) and not isinstance(value, bool)}
+    assert figures | set(found["kernels"]) | {"links", "choices"} == set(found["sources"])
+    assert all(len(source) > 5 for source in found["sources"].values())
+    assert isinstance(load(name), Hardware)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_figures_are_in_proportion(name: str) -> None:
+    kernels = load(name).kernels
+    assert 0 < kernels.single < kernels.products < kernels.flash
+    assert 0 < kernels.fused < kernels.memory < kernels.products / 50
+
+
+def test_larger_products_are_nearer_to_the_peak() -> None:
+    kernels = load("h100").kernels
+    speeds = []
+    for size in (512, 2048, 8192):
+        flops, moved = 2 * size**3, 3 * 2 * size**2
+        speeds.append(flops / kernels.product_seconds(flops, size**2, moved, torch.bfloat16))
+    assert speeds == sorted(speeds) and speeds[0] < 0.2 * speeds[2] and speeds[2] < kernels.products
+
+
+def test_a_product_with_few_rows_is_bound_by_reading_weights() -> None:
+    kernels, weights = load("h100").kernels, 2 * 3072 * 18432
+    taken = kernels.product_seconds(2 * 3072 * 18432, 18432, weights, torch.bfloat16)
+    assert taken == pytest.approx(weights / kernels.memory + kernels.gap)
+
+
+def test_narrow_heads_are_slower_and_padded() -> None:
+    kernels = load("h100").kernels
+    wide, narrow, odd = (1e12 / kernels.attention_seconds(1e12, w, torch.bfloat16, flash=False) for w in (128, 64, 72))
+    assert wide > narrow > odd
+
+
+def test_links_reach_as_far_as_they_say() -> None:
+    nodes = load("h100-infiniband")
+    inside, between = nodes.links
+    assert nodes.link(range(8, 16)) == inside and nodes.link((7, 8)) == between
+    assert not any(link.hidden for link in nodes.links), "copy engines do not reach other hosts"
+
+
+def test_what_names_a_machine() -> None:
+    assert hardware_of(Machine()) == load("h100") == hardware_of("h100") == parse("h100")
+    assert parse("bytes=25e9").machine == Machine(bytes=25e9)
+    assert hardware_named("NVIDIA A100-SXM4-80GB").name == "a100"
+    assert hardware_named("NVIDIA GeForce RTX 5090").name == "rtx5090"
+    assert hardware_named("a GPU of tomorrow").name == "h100"
+    with pytest.raises(xir.ParallelizeError, match=r"machine='h201' is none that is kept; did you mean 'h20"):
+        load("h201")

@@ -1,0 +1,141 @@
+"""A plan holds every way to use some GPUs, the best first, and says why not the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import xdit_ir as xir
+from xdit_ir.planning.plan import Plan
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Layers(nn.Module):
+    def __init__(self, width: int = 2048, heads: int = 16, count: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def model(**sizes: int) -> nn.Module:
+    with torch.device("meta"):
+        return Layers(**sizes).to(torch.bfloat16)
+
+
+def example(batch: int = 1, tokens: int = 4096, width: int = 2048) -> dict[str, torch.Tensor]:
+    return {"x": torch.zeros(batch, tokens, width, dtype=torch.bfloat16, device="meta")}
+
+
+@pytest.fixture(scope="module")
+def of_eight() -> Plan:
+    return xir.plan(model(), example(batch=2), gpus=8, exact=False)
+
+
+def test_every_set_of_degrees_is_there_once(of_eight: Plan) -> None:
+    named = [str(one.degrees) for one in of_eight.candidates]
+    assert len(named) == len(set(named))
+    assert {"u8", "r8", "r2u4", "r4u2", "c2u4", "c2r2u2", "c2r4", "p8m8", "p8m16", "p2u4m2", "c2p2u2m4"} <= set(named)
+    assert all(one.degrees.ranks == 8 for one in of_eight.candidates)
+
+
+def test_the_best_is_first_and_the_others_say_why_not(of_eight: Plan) -> None:
+    first, *others = of_eight.candidates
+    assert not first.why and all(one.why for one in others)
+    assert first.parts is not None and first.ms is not None
+    worked = [one.ms for one in of_eight.candidates if one.parts is not None and one.ms is not None]
+    assert worked == sorted(worked) and len(worked) == 3
+    assert len(first.gib) == len(first.weights) == 8 and max(first.gib) > max(first.weights) > 0
+    illegal = [one.legal for one in of_eight.candidates]
+    assert illegal == sorted(illegal, reverse=True), "illegal ones last"
+    assert any("cfg=4 divides the batch, but the example has a batch of 2" in one.why for one in others)
+
+
+def test_the_best_is_what_port_and_parallelize_take(of_eight: Plan) -> None:
+    assert xir.trace(model(), example(batch=2)).parallelize(**of_eight.best).world_size == 8
+
+
+def test_only_exact_ways_unless_others_are_allowed(of_eight: Plan) -> None:
+    assert not all(one.exact for one in of_eight.candidates)
+    assert all(one.exact for one in xir.plan(model(), example(), gpus=2).candidates)
+
+
+def test_degrees_that_are_given_are_kept() -> None:
+    made = xir.plan(model(), example(), gpus=4, ulysses=2)
+    assert {str(one.degrees) for one in made.candidates if one.legal} == {"r2u2"}
+    assert made.best == {"cfg": 1, "pipefusion": 1, "ring": 2, "ulysses": 2}
+    staged = xir.plan(model(), example(), gpus=2, pipefusion=2).candidates
+    assert {str(one.degrees) for one in staged} == {"p2m2", "p2m4"}
+
+
+def test_what_does_not_fit_says_what_it_needs() -> None:
+    tight = xir.plan(model(), example(), gpus=2, memory=0.05, exact=False)
+    assert all("GiB a GPU" in one.why and "0.1 may be used" in one.why for one in tight.candidates if one.legal)
+    with pytest.raises(xir.ParallelizeError, match=r"no way to use 2 GPUs .* needs the least, .* use more GPUs"):
+        _ = tight.best
+    few = example(tokens=1024)
+    whole = max(xir.plan(model(), few, gpus=2).candidates[0].weights)
+    pipelined = xir.plan(model(), few, gpus=2, memory=whole, exact=False)
+    assert pipelined.best["pipefusion"] == 2, "half of the weights each"
+
+
+def test_weights_over_ranks() -> None:
+    """A half of the weights on each of two ranks; gathering them takes links."""
+    whole, parts = (xir.plan(model(), example(), gpus=2, shard_weights=given) for given in (False, True))
+    assert "shard_weights" not in whole.best and parts.best["shard_weights"] is True
+    assert max(parts.chosen.weights) == pytest.approx(max(whole.chosen.weights) / 2, rel=0.01)
+    assert parts.chosen.ms is not None and whole.chosen.ms is not None and parts.chosen.ms >= whole.chosen.ms
+    assert Plan.from_json(parts.to_json()) == parts
+
+
+def test_a_slow_link_costs_what_is_exchanged() -> None:
+    """Without peer access nothing hides exchanges, and they take longer."""
+    plans = {name: xir.plan(model(), example(), gpus=2, machine=name, ring=1) for name in ("rtx4090-p2p", "rtx4090")}
+    peer, host = (next(one for one in made.candidates if one.parts) for made in plans.values())
+    assert peer.parts is not None and host.parts is not None
+    assert host.parts.products == peer.parts.products
+    assert host.parts.exchanges > 2 * peer.parts.exchanges
+
+
+def test_it_goes_through_json(of_eight: Plan) -> None:
+    assert Plan.from_json(of_eight.to_json()) == of_eight
+    with pytest.raises(xir.ParallelizeError, match=r"this is no plan as Plan\.to_json writes it"):
+        Plan.from_json('{"model": "?"}')
+
+
+def test_as_a_table(of_eight: Plan) -> None:
+    text = str(of_eight)
+    assert "Layers on 8 x h100" in text and "best" in text and "times as long by" in text
+    assert text.index("best") < text.index("cfg=4 divides")
+    assert text.count("cfg=4 divides") == 1, "what is illegal for the same reason stands in one row"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"gpus": 0}, "gpus=0: expected a positive number"),
+        ({"gpus": 4, "ulysses": 3}, "ulysses=3 does not divide 4 GPUs; a product of 2 does"),
+        ({"gpus": 4, "ulises": 2}, "did you mean ulysses=2"),
+        ({"machine": "h10"}, "machine='h10' is none that is kept; did you mean 'h100'"),
+    ],
+)
+def test_what_cannot_be_planned(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(xir.ParallelizeError, match=said):
+        xir.plan(model(), example(), **given)

@@ -1,0 +1,1 @@
+"""Which degrees to take: estimates of time and memory, machines as data, plans."""

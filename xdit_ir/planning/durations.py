@@ -1,0 +1,124 @@
+"""How long operators take on every rank, from sizes and what a machine can do: one estimate for all that asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.flops import first_of
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import SPEC
+from xdit_ir.planning.hardware import Hardware
+from xdit_ir.planning.work import Fusion, Kind, kind_of, local_bytes, product_bytes, results
+from xdit_ir.sharding.buffer_access import over_time
+from xdit_ir.sharding.cost import local_flops
+from xdit_ir.sharding.report import traffic
+
+# Values that joining two partial attentions reads and writes.
+MERGED = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds on every rank; `travels`: an exchange, of this kind over these mesh dims. `around`: seconds in which keys
+    and values travel around a ring, beside the work. `hidden`: the processor works on meanwhile. `kept`: seconds in
+    which it copies what stays on the rank. `starts`: kernels."""
+
+    seconds: tuple[float, ...]
+    sent: tuple[int, ...]
+    work: Kind = Kind.VIEW
+    kind: str = ""
+    over: tuple[str, ...] = ()
+    travels: bool = False
+    hidden: bool = True
+    starts: int = 1
+    kept: tuple[float, ...] = ()
+    around: tuple[float, ...] = ()
+
+
+class Durations:
+    """Of the operators of one program. `over_time`: changes of layout over time are reads and writes of buffers.
+    `flash`: attention by FlashAttention as installed, instead of PyTorch's."""
+
+    def __init__(self, mesh: Mesh, hardware: Hardware, *, over_time: bool = False, flash: bool = False) -> None:
+        self.mesh, self.hardware, self.over_time, self.flash = mesh, hardware, over_time, flash
+        self._known: dict[fx.Node, Cost] = {}
+        self._fusions: dict[fx.Graph, Fusion] = {}
+
+    def of(self, node: fx.Node) -> Cost:
+        """What an operator costs."""
+        if node not in self._known:
+            self._known[node] = self._cost(node)
+        return self._known[node]
+
+    def _cost(self, node: fx.Node) -> Cost:
+        idle = (0,) * self.mesh.world_size
+        if self.over_time and over_time(node, self.mesh):
+            return Cost(self._copied(node), idle, Kind.MEMORY)
+        found = traffic(node, self.mesh)
+        if found is None:
+            return Cost(self._worked(node), idle, kind_of(node), starts=self._starts(node))
+        (kind, over), sent = found
+        dims = tuple(over.split("*"))
+        links = [self.hardware.link(self.mesh.group(rank, dims)) for rank in range(self.mesh.world_size)]
+        seconds = tuple(link.seconds(amount) for link, amount in zip(links, sent, strict=True))
+        if node.target is ops.ring_attention:
+            merged = self._merged(node, len(self.mesh.group(0, dims)) - 1)
+            worked = tuple(max(a, b) + c for a, b, c in zip(self._worked(node), seconds, merged, strict=True))
+            return Cost(worked, sent, Kind.ATTENTION, kind, around=seconds)
+        hidden = all(link.hidden for link in links)
+        return Cost(seconds, sent, Kind.EXCHANGE, kind, dims, travels=True, hidden=hidden, kept=self._kept(node, sent))
+
+    def _merged(self, node: fx.Node, hops: int) -> tuple[float, ...]:
+        """Time of attention kernels that begin anew at each hop of a ring, and of joining partial results: two are read
+        and one is written, in twice the precision."""
+        kernels, passes = self.hardware.kernels, 2 * MERGED
+        sizes = (local_bytes(node, rank) for rank in range(self.mesh.world_size))
+        return tuple(hops * (MERGED * kernels.gap + kernels.memory_seconds(passes * size)) for size in sizes)
+
+    def _kept(self, node: fx.Node, sent: tuple[int, ...]) -> tuple[float, ...]:
+        """Time of copying to its new place what a rank does not send."""
+        kernels, (source, *_) = self.hardware.kernels, operands(node)
+        stays = [max(local_bytes(source, rank) - amount, 0) for rank, amount in enumerate(sent)]
+        return tuple(kernels.gap + kernels.memory_seconds(2 * amount) if amount else 0.0 for amount in stays)
+
+    def _worked(self, node: fx.Node) -> tuple[float, ...]:
+        kernels, ranks, what = self.hardware.kernels, range(self.mesh.world_size), kind_of(node)
+        if what is Kind.MEMORY:
+            return self._fused(node)
+        if what not in (Kind.PRODUCT, Kind.ATTENTION):
+            return (0.0,) * len(ranks)
+        flops, dtype = local_flops(node, self.mesh), first_of(node.meta[SPEC]).dtype
+        if what is Kind.PRODUCT:
+            sizes = results(node, self.mesh)
+            return tuple(
+                kernels.product_seconds(flops[rank], sizes[rank], product_bytes(node, rank), dtype) for rank in ranks
+            )
+        width = operands(node)[0].meta[SPEC].shape[-1]
+        return tuple(kernels.attention_seconds(each, width, dtype, flash=self.flash) for each in flops)
+
+    def _starts(self, node: fx.Node) -> int:
+        """Kernels: of those that are fused, those count that write."""
+        return int(kind_of(node) is not Kind.MEMORY or self._fusion(node.graph).moved[node].writes)
+
+    def _fusion(self, graph: fx.Graph) -> Fusion:
+        if graph not in self._fusions:
+            self._fusions[graph] = Fusion(graph)
+        return self._fusions[graph]
+
+    def _fused(self, node: fx.Node) -> tuple[float, ...]:
+        """Time of what this operator adds to the kernel that it is fused into."""
+        moved, kernels = self._fusion(node.graph).moved[node], self.hardware.kernels
+        written = [node] if moved.writes else []
+        values = [*moved.reads, *written]
+        start = kernels.gap if moved.writes else 0.0
+        amounts = (sum(local_bytes(one, rank) for one in values) for rank in range(self.mesh.world_size))
+        return tuple(start + kernels.memory_seconds(amount) if amount else 0.0 for amount in amounts)
+
+    def _copied(self, node: fx.Node) -> tuple[float, ...]:
+        """Time of writing a value into a buffer."""
+        amounts = (local_bytes(operands(node)[0], rank) for rank in range(self.mesh.world_size))
+        return tuple(self.hardware.kernels.memory_seconds(2 * amount) for amount in amounts)

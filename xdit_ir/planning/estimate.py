@@ -1,0 +1,70 @@
+"""What a parallel program takes: milliseconds of a step by part, memory of every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xdit_ir.api import ParallelProgram
+from xdit_ir.planning.hardware import GIB, Hardware
+from xdit_ir.planning.memory import memory_per_rank
+from xdit_ir.planning.schedule import schedule
+from xdit_ir.planning.work import Kind
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Milliseconds of a step on the rank that computes longest: matrix products, attention, all else that it computes;
+    what it waits for others, exchanges that nothing hides among it; and what the host takes longer than all that."""
+
+    products: float
+    attention: float
+    rest: float
+    exchanges: float
+    host: float
+
+    @property
+    def computed(self) -> float:
+        """Those in which the rank computes."""
+        return self.products + self.attention + self.rest
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one step, under PipeFusion of a displaced one: milliseconds, GiB and GiB of weights of each rank, and which
+    part of the step a rank computes on average."""
+
+    ms: float
+    parts: Parts
+    gib: tuple[float, ...]
+    weights: tuple[float, ...]
+    busy: float
+
+
+def estimate(
+    parallel: ParallelProgram, hardware: Hardware, *, flash: bool = False, recorded: bool | None = None
+) -> Estimate:
+    """Worked out for compiled blocks, `recorded` in CUDA graphs (default: where the machine has them); `flash`:
+    attention by FlashAttention as installed, instead of PyTorch's."""
+    found, report = schedule(parallel, hardware, flash=flash), parallel.report()
+    last, step = found.step()
+    ranks = range(parallel.world_size)
+    slowest = max(ranks, key=lambda rank: found.seconds(rank, last))
+    clock = found.clocks[slowest]
+    worked = {kind: clock.work[last, kind] * 1e3 for kind in Kind}
+    started = clock.kernels[last] * hardware.host + clock.exchanges[last] * hardware.host_exchange
+    direct = not (hardware.graphs if recorded is None else recorded)
+    host = max(started - step, 0.0) if direct else 0.0
+    parts = Parts(
+        products=worked[Kind.PRODUCT],
+        attention=worked[Kind.ATTENTION],
+        rest=worked[Kind.MEMORY],
+        exchanges=(step - found.seconds(slowest, last)) * 1e3,
+        host=host * 1e3,
+    )
+    return Estimate(
+        ms=(step + host) * 1e3,
+        parts=parts,
+        gib=tuple(size / GIB for size in memory_per_rank(parallel, report)),
+        weights=tuple(size / GIB for size in report.weight_bytes_per_rank),
+        busy=sum(found.seconds(rank, last) for rank in ranks) / len(ranks) / max(step, 1e-12),
+    )

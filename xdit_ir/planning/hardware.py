@@ -1,0 +1,188 @@
+"""What GPUs, links and hosts can do, as data: a few machines are kept in `machines/`, each figure with its source."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+from xdit_ir.errors import ParallelizeError
+from xdit_ir.sharding.machine import H100, Machine, checked
+
+GIB = 2**30
+HALF = (torch.float16, torch.bfloat16)
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """FLOP/s of large matrix products in half and single precision, and of attention by the kernel that PyTorch takes
+    and by FlashAttention where installed; bytes/s at which products read and write, and at which what a compiler fuses
+    does; seconds between two kernels.
+
+    Smaller products are slower: `fill` elements of a result keep the GPU busy once, `depth` of the contracted size are
+    lost at the begin of each. Heads of width `w`, made a multiple of `widths`, reach `w / (w + width)` of the speed
+    of attention.
+    """
+
+    products: float
+    single: float
+    attention: float
+    flash: float
+    memory: float
+    fused: float
+    gap: float = 0.0
+    fill: float = 0.0
+    depth: float = 0.0
+    width: float = 0.0
+    widths: int = 1
+
+    def product_seconds(self, flops: float, results: float, moved: float, dtype: torch.dtype) -> float:
+        """Time of a matrix product with so many elements in its result that moves so many bytes."""
+        if not flops:
+            return 0.0
+        contracted = flops / (2 * max(results, 1))
+        speed = self.products if dtype in HALF else self.single
+        busy = flops * (1 + self.fill / max(results, 1)) * (1 + self.depth / max(contracted, 1)) / speed
+        return max(busy, moved / self.memory) + self.gap
+
+    def attention_seconds(self, flops: float, width: int, dtype: torch.dtype, *, flash: bool) -> float:
+        """Time of an attention with heads of this width."""
+        if not flops:
+            return 0.0
+        speed = self.single if dtype not in HALF else self.flash if flash else self.attention
+        whole = -(-max(width, 1) // self.widths) * self.widths
+        return flops * whole / max(width, 1) * (1 + self.width / whole) / speed + self.gap
+
+    def memory_seconds(self, moved: float) -> float:
+        """Time in which an operator that only does that reads and writes so many bytes."""
+        return moved / self.fused
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects up to `ranks` GPUs: bytes/s that one of them sends, and seconds before the first byte arrives.
+    `hidden`: copy engines move the data while the GPU computes; else kernels do, which take its place."""
+
+    ranks: int
+    bytes: float
+    latency: float
+    hidden: bool = True
+
+    def seconds(self, sent: float) -> float:
+        """Time of one exchange in which a rank sends so many bytes."""
+        return self.latency + sent / self.bytes if sent else 0.0
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine: `memory` bytes of a GPU; `links` from the fastest to the widest; `host`: seconds in which the host
+    starts one kernel, and `host_exchange` an exchange, where no CUDA graph does; `graphs`: whether there are such.
+    `machine`: the speeds by which passes choose. `devices`: parts of the names by which PyTorch calls the GPU.
+    `sources`: where each figure is from."""
+
+    name: str
+    title: str
+    memory: float
+    kernels: Kernels
+    links: tuple[Link, ...]
+    machine: Machine
+    host: float = 0.0
+    host_exchange: float = 0.0
+    graphs: bool = True
+    devices: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __str__(self) -> str:
+        return self.title
+
+    def link(self, ranks: Sequence[int]) -> Link:
+        """What connects these ranks: the first link that reaches from the first of them to the last."""
+        for link in self.links[:-1]:
+            if min(ranks) // link.ranks == max(ranks) // link.ranks:
+                return link
+        return self.links[-1]
+
+    @staticmethod
+    def plain(machine: Machine) -> Hardware:
+        """One that has the same speeds for all sizes, and as much memory as is needed."""
+        flops, memory = machine.flops, machine.memory
+        kernels = Kernels(flops, flops, flops, flops, memory, memory)
+        link = Link(1 << 20, machine.bytes, machine.latency)
+        return Hardware("", str(machine), float("inf"), kernels, (link,), machine)
+
+
+def names() -> list[str]:
+    """The machines that are kept."""
+    return sorted(path.name.removesuffix(".toml") for path in _folder().iterdir() if path.name.endswith(".toml"))
+
+
+@lru_cache
+def load(name: str) -> Hardware:
+    """A machine that is kept, by name.
+
+    Raises:
+        ParallelizeError: there is none of this name; says which there are.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(str(name), names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ParallelizeError(f"machine={name!r} is none that is kept; {hint}there are {', '.join(names())}")
+    return _read(name, tomllib.loads(_folder().joinpath(f"{name}.toml").read_text("utf-8")))
+
+
+def hardware_of(machine: str | Machine | Hardware) -> Hardware:
+    """From a name, from plain speeds (those that are the default mean an H100), or the thing itself.
+
+    Raises:
+        ParallelizeError: it is none of these.
+    """
+    if isinstance(machine, Hardware):
+        return machine
+    if isinstance(machine, str):
+        return load(machine)
+    return load("h100") if machine == H100 else Hardware.plain(checked(machine))
+
+
+def parse(text: str) -> Hardware:
+    """From the command line: the name of one that is kept, or plain speeds as `Machine.parse` reads them."""
+    return Hardware.plain(Machine.parse(text)) if "=" in text else load(text)
+
+
+def hardware_here(device: torch.device) -> Hardware:
+    """The machine of this process: by the name of the GPU; one that is not known counts as the H100."""
+    if device.type != "cuda":
+        return load(CPU)
+    return hardware_named(torch.cuda.get_device_name(device))
+
+
+def hardware_named(gpu: str) -> Hardware:
+    """That with the GPU that PyTorch calls so."""
+    known = (load(name) for name in names())
+    return next((one for one in known if any(part in gpu for part in one.devices)), load("h100"))
+
+
+def _folder() -> Any:
+    return resources.files(__package__).joinpath("machines")
+
+
+def _read(name: str, data: Mapping[str, Any]) -> Hardware:
+    return Hardware(
+        name=name,
+        title=data["title"],
+        memory=data["gib"] * GIB,
+        kernels=Kernels(**data["kernels"]),
+        links=tuple(Link(**link) for link in data["links"]),
+        machine=Machine(**data["choices"]),
+        host=data["host"],
+        host_exchange=data["host_exchange"],
+        graphs=data.get("graphs", True),
+        devices=tuple(data.get("devices", ())),
+        sources=data["sources"],
+    )

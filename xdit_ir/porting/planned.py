@@ -1,0 +1,110 @@
+"""Degrees that nobody gave: planned at the first call, by rank 0 for all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_ir import capture
+from xdit_ir.api import Example, TracedProgram
+from xdit_ir.capture.failures import RaisedByForward
+from xdit_ir.degrees import Degrees
+from xdit_ir.emission.context import RunOptions
+from xdit_ir.errors import ParallelizeError, XditError
+from xdit_ir.ir.mesh import MESH_DIMS, TIME, Mesh
+from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of, load, names
+from xdit_ir.planning.plan import Plan
+from xdit_ir.planning.planner import Options, plan_traced
+from xdit_ir.sharding.machine import Machine
+from xdit_ir.transport.distributed import Communicator, processes_of_job
+
+LOG = logging.getLogger("xdit_ir")
+
+
+@dataclass(frozen=True)
+class Planner:
+    """`given` degrees and `patches` are kept; `machine`: None for the one at hand."""
+
+    given: Mapping[str, int]
+    patches: int | None
+    machine: Machine | None
+    shard_weights: bool
+
+    def choose(
+        self, model: nn.Module, example: Callable[[], Example], options: RunOptions, device: torch.device
+    ) -> dict[str, Any]:
+        """Degrees, patches and the machine for all processes of the job, equal on every rank; nothing where there is
+        one process. Collective.
+
+        Raises:
+            ParallelizeError: on every rank, if the model cannot be captured, or nothing fits.
+        """
+        count = processes_of_job()
+        if count == 1:
+            return {}
+        communicator = Communicator(
+            Mesh.of(ulysses=count), device, handshake=options.execution.handshake, timeout=options.execution.limit
+        )
+        hardware = hardware_here(device) if self.machine is None else hardware_of(self.machine)
+        try:
+            with communicator.working():
+                mine = self._planned(model, example, count, hardware) if communicator.rank == 0 else {}
+                first, *_ = communicator.of_all(mine)
+                if "refused" in first:
+                    raise communicator.agreed(ParallelizeError(first["refused"]))
+        finally:
+            communicator.close()
+        kept = {} if self.patches is None else {"patches": self.patches}
+        return {**first["degrees"], **kept, "machine": Machine(**first["machine"])}
+
+    def _planned(
+        self, model: nn.Module, example: Callable[[], Example], count: int, hardware: Hardware
+    ) -> dict[str, Any]:
+        """What rank 0 tells the others: degrees and speeds, or why there are none."""
+        try:
+            traced = TracedProgram(capture.trace(model, example()), familiar=True)
+            made = plan_traced(traced, model, count, hardware, self.given, Options(shard_weights=self.shard_weights))
+            _log(made)
+            return {"degrees": made.best, "machine": vars(hardware.machine)}
+        except RaisedByForward as failure:
+            return {"refused": f"degrees cannot be planned, as forward raises {failure.error!r}"}
+        except XditError as error:
+            return {"refused": f"degrees cannot be planned: {error}; give degrees"}
+
+
+def planner_for(
+    given: Mapping[str, int], patches: int | None, machine: Machine | None, *, shard_weights: bool
+) -> Planner | None:
+    """What chooses degrees at the first call: where none is given, or those that are leave processes of the job over
+    and others are not given; None: those that are given are all."""
+    known = Mesh.of(**given).world_size
+    left, odd = divmod(processes_of_job(), known)
+    more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME} - set(given)
+    return Planner(given, patches, machine, shard_weights) if more or not given else None
+
+
+def saved_degrees(
+    plan: Plan, given: Mapping[str, int | None], machine: Machine | None
+) -> tuple[Degrees, Machine | None]:
+    """The degrees of a plan, and the speeds that it was made for; raises `ParallelizeError` for degrees beside it."""
+    if not isinstance(plan, Plan):
+        raise ParallelizeError(f"plan={plan!r:.60} is no xdit_ir.Plan, such as Plan.from_json makes")
+    if also := [f"{name}={size!r}" for name, size in given.items() if size is not None]:
+        raise ParallelizeError(f"{', '.join(also)} beside plan=, which has {plan.chosen.degrees}: give one of them")
+    kept = load(plan.machine).machine if plan.machine in names() else None
+    return plan.chosen.degrees, kept if machine is None else machine
+
+
+def _log(made: Plan) -> None:
+    """One line: what was taken, and what came next."""
+    best = made.chosen
+    other = next((f"; next {one.degrees}: {one.why}" for one in made.candidates if one.legal and one is not best), "")
+    LOG.info(
+        "%s on %d x %s: took %s, worked out as %.1f ms a step and %.1f GiB%s",
+        *(made.model, made.gpus, made.machine, best.degrees, best.ms, max(best.gib), other),
+    )
