@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--guards", type=int, default=0, metavar="N", help="change each of twelve ported models N times")
     parser.addoption("--fuzz", type=int, default=0, metavar="N", help="try N random models, other ones at every run")
     parser.addoption("--fuzz-texts", type=int, default=0, metavar="N", help="try N mutations of texts of programs")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ def test_checkpoint_is_small() -> None:
 
 
 def test_digits_are_recognised_as_what_was_asked_for() -> None:
-    labels = torch.arange(20) % 10
+    labels = torch.arange(10)
     images = quality.make(digits.load_pipeline(), labels, steps=5)
     classifier = digits.load_classifier()
-    assert images.shape == (20, 1, 64, 64)
+    assert images.shape == (10, 1, 64, 64)
     assert classifier.accuracy(images, labels) >= 0.95
     assert classifier.accuracy(images, labels.flip(0)) <= 0.2
 
@@ -37,7 +37,7 @@ def test_one_patch_is_exact_and_four_are_stale() -> None:
 
 
 def test_as_many_warmup_steps_as_steps_are_exact() -> None:
-    (found,) = quality.measure(10, [(2, 4, 2)], torch.device("cpu"))
+    (found,) = quality.measure(2, [(2, 4, 2)], torch.device("cpu"))
     assert found.difference <= 1e-5
 
 

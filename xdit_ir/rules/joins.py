@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ def _cat_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     return tuple(result)
 
 
+@lru_cache(maxsize=1024)
 def section(partition: Partition | None, start: int, size: int, step: int = 1) -> Partition | None:
     """The partition of the slice of `size` elements from `start`."""
     if partition is None:
