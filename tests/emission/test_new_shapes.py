@@ -176,7 +176,7 @@ def test_one_form_of_inputs() -> None:
 def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, peers: bool = False) -> Code:
     parallel = xir.trace(model, example).parallelize(**degrees)
     here = SimpleNamespace(mesh=parallel.mesh, rank=rank, timeout=timedelta(minutes=1), recordable=True)
-    here.group = lambda dims: SimpleNamespace(group_name="0")
+    here.group = lambda dims, beside=False: SimpleNamespace(group_name="0")
     copies: list[Pass] = [UseCopyEngines()] if peers else []
     lowered = run_passes(fold_constants(parallel.rank(rank)), [*Execution(compile=True).passes(CPU), *copies])
     return generate(lowered, here, CPU)  # type: ignore[arg-type]
