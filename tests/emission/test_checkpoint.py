@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import xdit_ir as xir
 from xdit_ir import models
@@ -203,6 +204,27 @@ def test_a_loaded_model_is_released(saved: Saved) -> None:
     torch.testing.assert_close(run(ported, example), want, rtol=1e-4, atol=1e-5)
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     torch.testing.assert_close(run(ported, example), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["release", "weights"])
+def test_weights_that_are_loaded_where_a_port_holds_them_are_refused(saved: Saved, how: str) -> None:
+    """They would have no effect. Nothing is changed by the refusal."""
+    loaded, example, folder = saved
+    want, other = run(loaded, example), {name: x.clone() for name, x in loaded.state_dict().items()}
+    model = models.load("flux.1-dev:tiny")[0] if how == "release" else empty(loaded)
+    ported = xir.port(model, **({"release": True} if how == "release" else {"weights": folder}))
+    run(ported, example)
+    with pytest.raises(xir.MismatchError, match=r"its port holds itself \(release=True"):
+        ported.load_state_dict(other)
+    ported.bfloat16()
+    wide = tree_map(lambda x: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, example)
+    with pytest.raises(xir.MismatchError, match=r"weight as torch\.bfloat16 was loaded into a model whose"):
+        run(ported, wide)
+    ported.float()
+    torch.testing.assert_close(run(ported, example), want, rtol=1e-4, atol=1e-5)
+    model.load_state_dict(other, assign=True)
+    with pytest.raises(xir.MismatchError, match=r"was loaded into a model whose weights"):
+        run(ported, example)
 
 
 def test_what_a_stage_does_not_use_is_freed(saved: Saved) -> None:

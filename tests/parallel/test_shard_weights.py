@@ -23,7 +23,7 @@ def test_each_rank_keeps_its_part(workers: Callable[[int], Any], tmp_path: Path,
         assert max(result["held"], result["reported"]) <= 0.51, result
         assert result["programs"] == 2
         assert len(result["refused"]) == 3
-        assert all("parts of" in text and "shard_weights=True" in text for text in result["refused"]), result["refused"]
+        assert all("shard_weights=True" in text for text in result["refused"]), result["refused"]
 
 
 def test_ranks_that_have_loaded_different_weights_raise(workers: Callable[[int], Any]) -> None:

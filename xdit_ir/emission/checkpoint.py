@@ -249,8 +249,9 @@ class WeightStore:
         for name in parts.wanted:
             parts.fill(name, partial(self._bytes, name, specs))
         self._parts.tensors |= parts.done()
-        if self.release and self._given_up is None and self._parts.tensors:
-            self._given_up = GivenUp.of(places)
+        if self._given_up is None:
+            empty = {name: (holder, leaf) for name, holder, leaf in _tensors_of(self.model) if holder[leaf].is_meta}
+            self._given_up = GivenUp(empty)
         for name in whole:
             if name not in self._tensors and self.checkpoint is not None and self._saved(name):
                 self._tensors[name] = self.checkpoint.read(name, specs[name], self.device)
@@ -296,7 +297,7 @@ class WeightStore:
 class Loading:
     """Options of `emit` and `port`: where this rank gets its weights from, if not by reference from the model.
 
-    With either, they are held besides those of the model, and others that are loaded into it do not take effect.
+    With either, they are held besides those of the model; others that are loaded into it later are refused.
 
     Args:
         weights: a checkpoint (a folder, a file, or an index) from which each rank reads what it uses, and nothing

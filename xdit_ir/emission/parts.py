@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +17,7 @@ from xdit_ir.ir.stored import Run, empty, runs_of
 
 AllStored = Mapping[str, Stored]
 NOTHING: AllStored = MappingProxyType({})
+_DTYPE, _IS_META = attrgetter("dtype"), attrgetter("is_meta")
 ReadRun = Callable[[int, int], torch.Tensor]
 """Bytes of a weight, from where on and how many."""
 
@@ -41,34 +43,37 @@ class Parts:
         return iter(dict.fromkeys(runs))
 
 
-@dataclass(frozen=True)
 class GivenUp:
-    """Weights of a model that it gave up for parts: what is loaded there would have no effect."""
+    """Places of a model that have no values, as its port holds them: what is loaded there would have no effect, nor
+    would a cast."""
 
-    places: Mapping[str, tuple[dict[str, Any], str]]
-    versions: Versions
-
-    @staticmethod
-    def of(places: Mapping[str, tuple[dict[str, Any], str]]) -> GivenUp:
-        """Those at these places, by name."""
-        holders = {id(holder): holder for holder, _ in places.values()}
-        return GivenUp(places, Versions(list(holders.values())))
+    def __init__(self, places: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+        self._places = places
+        self._versions = Versions(list({id(holder): holder for holder, _ in places.values()}.values()))
+        self._tensors = [holder[leaf] for holder, leaf in places.values()]
+        self._dtypes = list(map(_DTYPE, self._tensors))
 
     def check(self) -> None:
-        """Raise `MismatchError` if one has values again."""
-        if not self.versions.changed():
+        """Raise `MismatchError` if one has values again, or was cast."""
+        if self._versions.changed():
+            now = [holder.get(leaf) for holder, leaf in self._places.values()]
+            self._tensors = [old if new is None else new for old, new in zip(self._tensors, now, strict=True)]
+            self._versions.accept()
+        if list(map(_DTYPE, self._tensors)) == self._dtypes and all(map(_IS_META, self._tensors)):
             return
-        for name, (holder, leaf) in self.places.items():
-            if (found := holder.get(leaf)) is not None and not found.is_meta:
+        for name, tensor, dtype in zip(self._places, self._tensors, self._dtypes, strict=True):
+            if not tensor.is_meta:
                 raise MismatchError(loaded_late(name))
-        self.versions.accept()
+            if tensor.dtype != dtype:
+                raise MismatchError(loaded_late(f"{name} as {tensor.dtype}"))
 
 
 def loaded_late(name: str) -> str:
-    """Why weights cannot be loaded where ranks hold parts."""
+    """Why weights cannot be loaded where a port holds them."""
     return (
-        f"{name} was loaded into a model of which each rank holds parts of the weights only (shard_weights=True); load "
-        "weights and fuse adapters before the first forward, or port a model anew, with weights= from a checkpoint"
+        f"{name} was loaded into a model whose weights its port holds itself (release=True, weights= or "
+        "shard_weights=True), where it has no effect; load weights and fuse adapters before the first forward, or port "
+        "a model anew"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -92,34 +93,21 @@ def port(
             pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
     named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **further}
-    given = {name: size for name, size in named.items() if size is not None}
-    if plan is not None:
-        degrees, machine = saved_degrees(plan, named | {"patches": patches}, machine)
-        patches, given = degrees.patches, dict(degrees.mesh.degrees)
-        shard_weights = shard_weights or plan.shard_weights
-    known = None if machine is None else checked(machine)
-    planner = planner_for(given, patches, known, shard_weights=shard_weights)
-    mesh = Mesh.of(**given) if planner is None else Mesh.of(ulysses=processes_of_job())
-    check_world_size(mesh)
-    speeds = H100 if machine is None else machine
-    schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": speeds}
-    schedule |= {"shard_weights": True} if shard_weights else {}
+    division = _Division.of(named, plan, patches, warmup_steps, machine, shard_weights=shard_weights)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
-    check_weights(mesh, shard_weights)
-    given_up = shard_weights and mesh.world_size > 1 and weights is None
-    loading = Loading(weights, release or given_up)
+    loading = Loading(weights, release or (weights is None and division.parts_weights))
     if isinstance(model, nn.Module):
         for option, names in (("denoisers", denoisers), ("components", components)):
             if names is not None:
                 raise ParallelizeError(f"{option}={names!r} names components of a pipeline, but a module was given")
-        return _ported(model, mesh, schedule, RunOptions(execution, loading), planner, plan)
+        return division.ported(model, RunOptions(execution, loading))
     found, beside = split(model, components, denoisers)
     options = {name: RunOptions(execution, loading.component(name)) for name in (*found, *beside)}
-    parts = Parts(mesh, speeds, options, asked=components is not None)
+    parts = Parts(division.mesh, division.schedule["machine"], options, asked=components is not None)
     methods, encoders = parts.methods(beside), parts.encoders(beside)
 
     def stand_in(name: str, module: nn.Module) -> Ported:
-        return encoders[name] if name in encoders else _ported(module, mesh, schedule, options[name], planner, plan)
+        return encoders[name] if name in encoders else division.ported(module, options[name])
 
     replace(model, found | {name: beside[name] for name in encoders}, stand_in)
     for method in methods:
@@ -127,16 +115,50 @@ def port(
     return model
 
 
-def _ported(
-    original: nn.Module,
-    mesh: Mesh,
-    schedule: Mapping[str, Any],
-    options: RunOptions,
-    planner: Planner | None,
-    plan: Plan | None,
-) -> Ported:
-    if (reason := not_portable(original)) is not None:
-        raise ParallelizeError(reason)
-    if plan is not None:
-        plan.check(original, processes_of_job())
-    return Ported(original, mesh, schedule, options, planner=planner)
+@dataclass(frozen=True)
+class _Division:
+    """How models are divided: `schedule` is what `parallelize` gets. With a `planner` that, and the mesh, are chosen at
+    the first call; a `plan` is for one model."""
+
+    mesh: Mesh
+    schedule: Mapping[str, Any]
+    planner: Planner | None
+    plan: Plan | None
+
+    @staticmethod
+    def of(
+        named: Mapping[str, int | None],
+        plan: Plan | None,
+        patches: int | None,
+        warmup_steps: int,
+        machine: Machine | None,
+        *,
+        shard_weights: bool,
+    ) -> _Division:
+        """By degrees, of which those that are None are not given, or by a plan; raises `ParallelizeError`."""
+        given = {name: size for name, size in named.items() if size is not None}
+        if plan is not None:
+            degrees, machine = saved_degrees(plan, {**named, "patches": patches}, machine)
+            patches, given = degrees.patches, dict(degrees.mesh.degrees)
+            shard_weights = shard_weights or plan.shard_weights
+        known = None if machine is None else checked(machine)
+        planner = planner_for(given, patches, known, shard_weights=shard_weights)
+        mesh = Mesh.of(**given) if planner is None else Mesh.of(ulysses=processes_of_job())
+        check_world_size(mesh)
+        check_weights(mesh, shard_weights)
+        schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": known or H100}
+        schedule |= {"shard_weights": True} if shard_weights else {}
+        return _Division(mesh, schedule, planner, plan)
+
+    @property
+    def parts_weights(self) -> bool:
+        """Whether ranks hold parts of weights, and models give theirs up."""
+        return "shard_weights" in self.schedule and self.mesh.world_size > 1
+
+    def ported(self, original: nn.Module, options: RunOptions) -> Ported:
+        """The drop-in for a module; raises `ParallelizeError` for one that cannot be divided."""
+        if (reason := not_portable(original)) is not None:
+            raise ParallelizeError(reason)
+        if self.plan is not None:
+            self.plan.check(original, processes_of_job())
+        return Ported(original, self.mesh, self.schedule, options, planner=self.planner)

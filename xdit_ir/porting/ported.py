@@ -119,8 +119,8 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's; raises `MismatchError` where ranks hold parts of weights already."""
-        if self._xdit_specialisations.stored:
+        """As the original's; raises `MismatchError` where the port holds weights already."""
+        if self._holds and self._xdit_specialisations.found:
             raise MismatchError(loaded_late("a state dict"))
         return Shadow.load_state_dict(self, *args, **kwargs)
 

@@ -14,6 +14,7 @@ from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.emission.parts import loaded_late
+from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import GradientError, MismatchError
 from xdit_ir.ir.program import Program
 from xdit_ir.parallel import Parallel
@@ -95,8 +96,8 @@ class Emitted(Shadow):
         return self._xdit_runner.bodies
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's; raises `MismatchError` where ranks hold parts of weights."""
-        if self.program.stored:
+        """As the model's; raises `MismatchError` where this holds the weights."""
+        if not isinstance(self._xdit_built.factory.context.store, ModelWeights):
             raise MismatchError(loaded_late("a state dict"))
         return Shadow.load_state_dict(self, *args, **kwargs)
 
