@@ -63,17 +63,16 @@ class GivenUp:
             return
         for name, tensor, dtype in zip(self._places, self._tensors, self._dtypes, strict=True):
             if not tensor.is_meta:
-                raise MismatchError(loaded_late(name))
+                raise MismatchError(without_effect(f"{name} was loaded into"))
             if tensor.dtype != dtype:
-                raise MismatchError(loaded_late(f"{name} as {tensor.dtype}"))
+                raise MismatchError(without_effect(f"{name} was cast from {dtype} to {tensor.dtype} in"))
 
 
-def loaded_late(name: str) -> str:
-    """Why weights cannot be loaded where a port holds them."""
+def without_effect(what: str) -> str:
+    """Why weights cannot be changed where a port holds them."""
     return (
-        f"{name} was loaded into a model whose weights its port holds itself (release=True, weights= or "
-        "shard_weights=True), where it has no effect; load weights and fuse adapters before the first forward, or port "
-        "a model anew"
+        f"{what} a model whose weights its port holds itself (release=True, weights= or shard_weights=True), where it has "
+        "no effect; load, cast and fuse before the first forward, or port a model anew"
     )
 
 

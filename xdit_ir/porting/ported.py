@@ -13,7 +13,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from xdit_ir.emission.context import RunOptions
-from xdit_ir.emission.parts import loaded_late
+from xdit_ir.emission.parts import without_effect
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.porting.planned import Planner
@@ -121,7 +121,7 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's; raises `MismatchError` where the port holds weights already."""
         if self._holds and self._xdit_specialisations.found:
-            raise MismatchError(loaded_late("a state dict"))
+            raise MismatchError(without_effect("a state dict was loaded into"))
         return Shadow.load_state_dict(self, *args, **kwargs)
 
     to = _moving("to")

@@ -13,7 +13,7 @@ from xdit_ir.capture.inputs import BufferGuards
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RunOptions, on_all_ranks
-from xdit_ir.emission.parts import loaded_late
+from xdit_ir.emission.parts import without_effect
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import GradientError, MismatchError
 from xdit_ir.ir.program import Program
@@ -98,7 +98,7 @@ class Emitted(Shadow):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's; raises `MismatchError` where this holds the weights."""
         if not isinstance(self._xdit_built.factory.context.store, ModelWeights):
-            raise MismatchError(loaded_late("a state dict"))
+            raise MismatchError(without_effect("a state dict was loaded into"))
         return Shadow.load_state_dict(self, *args, **kwargs)
 
     def reset(self) -> None:
