@@ -7,9 +7,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.mutation_guard import install_generation_tagging_init
 
 from xdit_ir.emission.execution import first_line
 from xdit_ir.emission.shared import SharedCodes
+
+
+def prepare() -> None:
+    """What the compiler changes in `nn.Module` when it is first used, so that a model looked at now is as it will be."""
+    install_generation_tagging_init()
 
 
 def compile_body(
@@ -38,7 +45,7 @@ def compile_body(
     def forward(*tensors: torch.Tensor) -> Any:
         try:
             return compiled(*tensors)
-        except torch._dynamo.exc.TorchDynamoException as error:  # of compilation, so nothing was run
+        except TorchDynamoException as error:  # of compilation, so nothing was run
             if failed is None:
                 raise
             module.forward = plain

@@ -13,7 +13,7 @@ from torch import nn
 
 from xdit_ir.emission.checkpoint import Loading, WeightStore
 from xdit_ir.emission.codegen import Code, generate
-from xdit_ir.emission.compilation import compile_body
+from xdit_ir.emission.compilation import compile_body, prepare
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
 from xdit_ir.emission.graph_pool import GraphPool
@@ -45,6 +45,8 @@ class RunOptions:
         """
         execution = self.execution.on(device)
         execution.check(device)
+        if execution.compile:
+            prepare()
         communicator = Communicator(mesh, device, handshake=execution.handshake, timeout=execution.limit)
         return RankContext(model, communicator, execution, self.loading.store(model, device))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -95,7 +96,7 @@ class _Run(fx.Interpreter):
     def _symbol(self, size: int) -> Any:
         """A new one, which is `size` in this run."""
         self._symbols += 1
-        source = torch._dynamo.source.ConstantSource(f"size_{self._symbols}")
+        source = ConstantSource(f"size_{self._symbols}")
         symbol = self._shapes.create_symbol(size, source, DimDynamic.DYNAMIC)
         return self._shapes.create_symintnode(symbol, hint=size, source=source)
 

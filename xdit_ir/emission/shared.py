@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from xdit_ir.emission.lifting import lift
 from xdit_ir.emission.structure import STRUCTURE, Structure, is_value
@@ -88,10 +89,10 @@ class Shape:
             torch._dynamo.maybe_mark_dynamic(marked[place], dims)
         try:
             return self._run(*marked)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:  # other forms of inputs have used this copy up
+        except FailOnRecompileLimitHit:  # other forms of inputs have used this copy up
             self._run = self._code.run = self._code.compiled()
             return self._run(*marked)
-        except torch._dynamo.exc.TorchDynamoException:
+        except TorchDynamoException:
             if not self._code.dynamic:
                 raise
         self._codes.lifts = False
