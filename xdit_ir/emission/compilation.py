@@ -15,7 +15,7 @@ from xdit_ir.emission.shared import SharedCodes
 
 
 def prepare() -> None:
-    """What the compiler changes in `nn.Module` when it is first used, so that a model looked at now is as it will be."""
+    """Change in `nn.Module` what the compiler changes when it is first used: a model looked at now stays as it is."""
     install_generation_tagging_init()
 
 
