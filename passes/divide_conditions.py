@@ -14,7 +14,7 @@ from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import operands, placeholders, results_of
 from xdit_ir.ir.hoist import Hoisted, ancestors, early_inputs, hoist
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import BATCH, Mesh
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import (
     LAYOUT,
     SPEC,
@@ -54,7 +54,7 @@ class DivideConditions:
     @property
     def dims(self) -> tuple[str, ...]:
         """The mesh dims along which ranks run the same call."""
-        return self.mesh.ordered(set(self.mesh.names) - ({BATCH} if self.paired else set()))
+        return self.mesh.dims_of_a_call(paired=self.paired)
 
     def apply(self, program: Program) -> Program:
         """The program with these projections taken out of its blocks and divided over all ranks of a call."""

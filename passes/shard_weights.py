@@ -12,7 +12,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import copy_graph, operands, remove_dead, write_relayout
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import BATCH, Mesh
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, Program, is_block_call
 from xdit_ir.ir.stored import is_packed, packed
 from xdit_ir.passes.stored_weights import cut_weights, fresh_name, stored_node
@@ -40,7 +40,7 @@ class ShardWeights:
 
     def apply(self, program: Program) -> Program:
         """The program whose weights are divided over all ranks that run the same call."""
-        dims = tuple(dim for dim in self.mesh.names if not (self.paired and dim == BATCH))
+        dims = self.mesh.dims_of_a_call(paired=self.paired)
         if self.mesh.size(dims) == 1:
             return program
         program = cut_weights(program, self.mesh, dims)
