@@ -73,6 +73,10 @@ class TensorSpec:
             count *= size
         return count
 
+    def on(self, layout: Layout, rank: int) -> TensorSpec:
+        """That of what a rank has in this layout."""
+        return TensorSpec(layout.local_shape(self.shape, rank), self.dtype)
+
 
 @dataclass(frozen=True)
 class Stored:

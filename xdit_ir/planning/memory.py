@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 from torch import fx
@@ -79,4 +78,4 @@ def _bytes(node: fx.Node, rank: int) -> int:
     specs, layouts = node.meta.get(SPEC), node.meta.get(LAYOUT)
     pairs = zip(specs, layouts, strict=True) if isinstance(specs, tuple) and layouts else [(specs, layouts)]
     placed = ((spec, layout) for spec, layout in pairs if isinstance(spec, TensorSpec) and isinstance(layout, Layout))
-    return sum(math.prod(layout.local_shape(spec.shape, rank)) * spec.dtype.itemsize for spec, layout in placed)
+    return sum(spec.on(layout, rank).nbytes for spec, layout in placed)

@@ -142,7 +142,7 @@ def _size(node: fx.Node, rank: int) -> int:
     spec, layout = first_of(node.meta[SPEC]), first_of(node.meta[LAYOUT])
     if not isinstance(spec, TensorSpec) or not isinstance(layout, Layout):
         return 0
-    return math.prod(layout.local_shape(spec.shape, rank)) * spec.dtype.itemsize
+    return spec.on(layout, rank).nbytes
 
 
 def results(node: fx.Node, mesh: Mesh) -> list[int]:

@@ -98,7 +98,7 @@ def ring_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
             group = mesh.group(rank, dims)
             at = group.index(rank)
             hops = (group[(at - hop) % len(group)] for hop in range(len(group) - 1))
-            total[rank] += sum(math.prod(layout.local_shape(spec.shape, r)) for r in hops) * spec.dtype.itemsize
+            total[rank] += sum(spec.on(layout, peer).nbytes for peer in hops)
     return tuple(total)
 
 
@@ -107,5 +107,4 @@ def written_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
     spec = node.meta[SPEC]
     if not isinstance(spec, TensorSpec) or ops.is_view(node.target):
         return [0] * mesh.world_size
-    shapes = (node.meta[LAYOUT].local_shape(spec.shape, rank) for rank in range(mesh.world_size))
-    return [math.prod(shape) * spec.dtype.itemsize for shape in shapes]
+    return [spec.on(node.meta[LAYOUT], rank).nbytes for rank in range(mesh.world_size)]

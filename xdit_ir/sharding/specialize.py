@@ -97,7 +97,7 @@ def local_spec(node: fx.Node, rank: int) -> Any:
     """Shape and dtype on one rank."""
 
     def one(spec: TensorSpec, layout: Layout) -> TensorSpec:
-        return TensorSpec(layout.local_shape(spec.shape, rank), spec.dtype)
+        return spec.on(layout, rank)
 
     spec, layout = node.meta[SPEC], node.meta[LAYOUT]
     if isinstance(spec, TensorSpec):
