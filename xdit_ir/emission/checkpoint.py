@@ -8,6 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -129,13 +130,9 @@ class Checkpoint:
         The file is mapped for this tensor only, so that its pages do not pile up.
         """
         self.check(name, spec)
-        path = self._file(name)
         result = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-        with _opened(path, name) as file:
-            try:
-                result.copy_(file.get_tensor(name))
-            except (OSError, RuntimeError, ValueError) as error:
-                raise MismatchError(f"{path}: tensor {name!r} cannot be read: {error}") from error
+        with self._reading(name) as file:
+            result.copy_(file.get_tensor(name))
         return result
 
     def read_bytes(self, name: str, spec: TensorSpec, start: int, length: int) -> torch.Tensor:
@@ -145,13 +142,19 @@ class Checkpoint:
             return bytes_of(self.read(name, spec, torch.device("cpu"))).narrow(0, start, length)
         row = spec.nbytes // spec.shape[0]
         first, last = start // row, -(-(start + length) // row)
+        with self._reading(name) as file:
+            rows = file.get_slice(name)[first:last]
+            return bytes_of(rows.to(spec.dtype)).narrow(0, start - first * row, length).clone()
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Any]:
+        """The shard that has a tensor, opened; what cannot be read of it is named."""
         path = self._file(name)
         with _opened(path, name) as file:
             try:
-                rows = file.get_slice(name)[first:last]
+                yield file
             except (OSError, RuntimeError, ValueError) as error:
                 raise MismatchError(f"{path}: tensor {name!r} cannot be read: {error}") from error
-            return bytes_of(rows.to(spec.dtype)).narrow(0, start - first * row, length).clone()
 
     def _file(self, name: str) -> Path:
         if name not in self.files:
@@ -187,13 +190,12 @@ def _opened(path: Path, name: str) -> Any:
 class Held:
     """Tensors that do not change, in the order of a program's names; stands where `WeightReferences` does."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], given_up: GivenUp | None = None) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], given_up: GivenUp) -> None:
         self._tensors, self._given_up = list(tensors), given_up
 
     def fetch(self) -> list[torch.Tensor]:
         """The tensors; raises `MismatchError` if others were loaded in the meantime where that has no effect."""
-        if self._given_up is not None:
-            self._given_up.check()
+        self._given_up.check()
         return list(self._tensors)
 
 
