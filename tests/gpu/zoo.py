@@ -53,11 +53,10 @@ class Lane:
     def run(self) -> list[dict[str, Any]]:
         """What came of every task."""
         results: list[dict[str, Any]] = []
-        for group in itertools.count():
-            if len(results) == len(self.tasks):
-                return results
-            results += self._group(self.tasks[len(results) :], PORTS + 100 * self.number + group)
-        raise AssertionError("the count never ends")
+        ports = itertools.count(PORTS + 100 * self.number)
+        while len(results) < len(self.tasks):
+            results += self._group(self.tasks[len(results) :], next(ports))
+        return results
 
     def _group(self, tasks: Sequence[tuple[str, str]], port: int) -> list[dict[str, Any]]:
         """Start processes for tasks, and watch them; at least the first task has a result."""

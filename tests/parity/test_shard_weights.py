@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_simulated import MODELS
 from torch import nn
 
 import xdit_ir as xir
@@ -14,17 +15,6 @@ from xdit_ir.ir.difference import relative_error, tensors_of
 from xdit_ir.ir.program import is_block_call
 from xdit_ir.sharding.gathered_weights import gathers_weights
 
-MODELS = (
-    "flux.1-dev",
-    "sd3.5-large",
-    "pixart-sigma",
-    "wan2.1-t2v-14b",
-    "cogvideox-5b",
-    "hunyuandit",
-    "qwen-image",
-    "latte-1",
-    "sana-1600m",
-)
 DEGREES = ({"ulysses": 2}, {"cfg": 2}, {"ulysses": 2, "ring": 2})
 
 
