@@ -27,7 +27,7 @@ LOG = logging.getLogger("xdit_ir")
 
 
 @dataclass(frozen=True)
-class Planner:
+class Unplanned:
     """`given` degrees and `patches` are kept; `machine`: None for the one at hand."""
 
     given: Mapping[str, int]
@@ -77,15 +77,15 @@ class Planner:
             return {"refused": f"degrees cannot be planned: {error}; give degrees"}
 
 
-def planner_for(
+def unplanned_degrees(
     given: Mapping[str, int], patches: int | None, machine: Machine | None, *, shard_weights: bool
-) -> Planner | None:
+) -> Unplanned | None:
     """What chooses degrees at the first call: where none is given, or those that are leave processes of the job over
     and others are not given; None: those that are given are all."""
     known = Mesh.of(**given).world_size
     left, odd = divmod(processes_of_job(), known)
     more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME} - set(given)
-    return Planner(given, patches, machine, shard_weights) if more or not given else None
+    return Unplanned(given, patches, machine, shard_weights) if more or not given else None
 
 
 def saved_degrees(

@@ -19,7 +19,7 @@ from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
 from xdit_ir.porting.parts import Parts, not_portable
-from xdit_ir.porting.planned import Planner, planner_for, saved_degrees
+from xdit_ir.porting.planned import Unplanned, saved_degrees, unplanned_degrees
 from xdit_ir.porting.ported import Ported
 from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.transport.distributed import check_world_size, processes_of_job
@@ -117,12 +117,12 @@ def port(
 
 @dataclass(frozen=True)
 class _Division:
-    """How models are divided: `schedule` is what `parallelize` gets. With a `planner` that, and the mesh, are chosen at
+    """How models are divided: `schedule` is what `parallelize` gets. If `unplanned`, that, and the mesh, are chosen at
     the first call; a `plan` is for one model."""
 
     mesh: Mesh
     schedule: Mapping[str, Any]
-    planner: Planner | None
+    unplanned: Unplanned | None
     plan: Plan | None
 
     @staticmethod
@@ -142,13 +142,13 @@ class _Division:
             patches, given = degrees.patches, dict(degrees.mesh.degrees)
             shard_weights = shard_weights or plan.shard_weights
         known = None if machine is None else checked(machine)
-        planner = planner_for(given, patches, known, shard_weights=shard_weights)
-        mesh = Mesh.of(**given) if planner is None else Mesh.of(ulysses=processes_of_job())
+        unplanned = unplanned_degrees(given, patches, known, shard_weights=shard_weights)
+        mesh = Mesh.of(**given) if unplanned is None else Mesh.of(ulysses=processes_of_job())
         check_world_size(mesh)
         check_weights(mesh, shard_weights)
         schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": known or H100}
         schedule |= {"shard_weights": True} if shard_weights else {}
-        return _Division(mesh, schedule, planner, plan)
+        return _Division(mesh, schedule, unplanned, plan)
 
     @property
     def parts_weights(self) -> bool:
@@ -161,4 +161,4 @@ class _Division:
             raise ParallelizeError(reason)
         if self.plan is not None:
             self.plan.check(original, processes_of_job())
-        return Ported(original, self.mesh, self.schedule, options, planner=self.planner)
+        return Ported(original, self.mesh, self.schedule, options, unplanned=self.unplanned)

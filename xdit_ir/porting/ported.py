@@ -16,7 +16,7 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.parts import without_effect
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.porting.planned import Planner
+from xdit_ir.porting.planned import Unplanned
 from xdit_ir.porting.programs_of import ProgramsOf
 from xdit_ir.porting.replacement import bound_to, wraps
 from xdit_ir.porting.specialisations import Arguments, Specialisations
@@ -74,10 +74,10 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
         options: RunOptions,
         *,
         pays: bool = False,
-        planner: Planner | None = None,
+        unplanned: Unplanned | None = None,
     ) -> None:
         super().__init__(original)
-        made = Specialisations.of(original, mesh, schedule, options, pays=pays, planner=planner)
+        made = Specialisations.of(original, mesh, schedule, options, pays=pays, unplanned=unplanned)
         self.__dict__["_xdit_specialisations"] = made
 
     @property
@@ -102,7 +102,7 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
     def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
         mine = self._xdit_specialisations
         original, pays = copy.deepcopy(self._xdit_original, memo), mine.worth is not None
-        return Ported(original, mine.mesh, mine.schedule, mine.options, pays=pays, planner=mine.planner)
+        return Ported(original, mine.mesh, mine.schedule, mine.options, pays=pays, unplanned=mine.unplanned)
 
     def __getattr__(self, name: str) -> Any:
         """`device` of a port that holds its weights itself is where it runs: its original is on the meta device."""

@@ -27,7 +27,7 @@ from xdit_ir.emission.structure import program_key
 from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, TraceError, XditError
 from xdit_ir.ir.mesh import BATCH, MESH_DIMS, Mesh
 from xdit_ir.ir.program import Program, Stored, TensorSpec
-from xdit_ir.porting.planned import Planner
+from xdit_ir.porting.planned import Unplanned
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.porting.worth import Worth
 from xdit_ir.runtime.build import RunnerFactory
@@ -89,7 +89,7 @@ class Specialisation:
 class Specialisations:
     """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
     `verified`: the structures of programs that were verified after every pass. `stored`: how ranks hold parts of
-    weights already (of these `types`), which later programs use, as nobody has all of a weight any more. `planner`:
+    weights already (of these `types`), which later programs use, as nobody has all of a weight any more. `unplanned`:
     until the first call, where it is to choose `mesh` and `schedule`."""
 
     model: nn.Module
@@ -104,7 +104,7 @@ class Specialisations:
     types: dict[str, TensorSpec] = field(default_factory=dict)
     tracing: bool = False
     whole: str = ""
-    planner: Planner | None = None
+    unplanned: Unplanned | None = None
 
     @staticmethod
     def of(
@@ -114,11 +114,11 @@ class Specialisations:
         options: RunOptions,
         *,
         pays: bool,
-        planner: Planner | None = None,
+        unplanned: Unplanned | None = None,
     ) -> Specialisations:
         """`pays`: calls are divided where that pays, and run whole where it does not or cannot be done."""
         worth = Worth(model, schedule["machine"], traced=isinstance(model, Method)) if pays else None
-        return Specialisations(model, mesh, schedule, options, worth, planner=planner)
+        return Specialisations(model, mesh, schedule, options, worth, unplanned=unplanned)
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
@@ -159,8 +159,8 @@ class Specialisations:
             raise TraceError("forward calls the port of the model that it belongs to; call what it stands for instead")
         with on_all_ranks(self.mesh, self.options):
             device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
-        if self.planner is not None:
-            self._plan(self.planner, given, device)
+        if self.unplanned is not None:
+            self._plan(self.unplanned, given, device)
         factory, mode = self._factory(device), self._mode(device)
         with factory.context.communicator.working():
             refusal = gradient_refusal(lambda: factory.context.parameters, given.args, given.kwargs)
@@ -174,11 +174,11 @@ class Specialisations:
                 factory.agreement.weights(runner, bound[1])
             return self.found[0].runner.run(*bound, given.args, given.kwargs)
 
-    def _plan(self, planner: Planner, given: Arguments, device: torch.device) -> None:
+    def _plan(self, unplanned: Unplanned, given: Arguments, device: torch.device) -> None:
         """Let degrees be chosen; they stay for all further calls."""
         signature = inspect.signature(self.model.forward)
-        chosen = planner.choose(self.model, partial(_example, signature, given), self.options, device)
-        self.schedule, self.planner = {**self.schedule, **chosen}, None
+        chosen = unplanned.choose(self.model, partial(_example, signature, given), self.options, device)
+        self.schedule, self.unplanned = {**self.schedule, **chosen}, None
         self.mesh = Mesh.of(**{name: self.schedule[name] for name in MESH_DIMS})
 
     def clear(self) -> None:
