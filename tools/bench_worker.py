@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,46 @@ def _document(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[s
 
 @torch.no_grad()
 def _in_float32(model: nn.Module, example: dict[str, Any]) -> torch.Tensor:
-    """The output computed in float32; the weights come back as they were, since bf16 to float32 is exact."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    model.float()
-    wide = pytree.tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, example)
-    exact = _first(model(**wide)).float()
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
-    model.to(torch.bfloat16)
+    """The output computed in float32; the weights come back as they were, since bf16 to float32 is exact.
+
+    Repeated blocks are wide only while they run, so that a model that fits a GPU in bf16 has a reference there.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inner = {id(module) for one in lists for block in one for module in block.modules()}
+    blocks = [block for one in lists if id(one) not in inner for block in one]
+    wide = _Wide(model)
+    inside = {id(tensor) for block in blocks for tensor in wide.of(block)}
+    wide.widen(tensor for tensor in wide.of(model) if id(tensor) not in inside)
+    hooks = [block.register_forward_pre_hook(lambda one, _: wide.widen(wide.of(one))) for block in blocks]
+    hooks += [block.register_forward_hook(lambda one, *_: wide.restore(wide.of(one))) for block in blocks]
+    given = pytree.tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, example)
+    exact = _first(model(**given)).float()
+    for hook in hooks:
+        hook.remove()
+    wide.restore(wide.of(model))
     torch.cuda.empty_cache()
     return exact
+
+
+class _Wide:
+    """Changes weights to float32, and back to what they were when this was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._dtypes = {id(tensor): tensor.dtype for tensor in self.of(model)}
+
+    @staticmethod
+    def of(module: nn.Module) -> list[torch.Tensor]:
+        """All weights and buffers."""
+        return [*module.parameters(), *module.buffers()]
+
+    def widen(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+
+    def restore(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(self._dtypes[id(tensor)])
 
 
 def _first(output: Any) -> torch.Tensor:

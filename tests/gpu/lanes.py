@@ -1,0 +1,181 @@
+"""Tasks shared out to groups of processes on real GPUs, which go on behind a failure and end by themselves.
+
+A script gives `main` its tasks and `work` what becomes of one; the script itself is started again for every rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEGREES = {
+    "u": "ulysses",
+    "r": "ring",
+    "c": "cfg",
+    "p": "pipefusion",
+}
+PORTS = 20000
+Result = dict[str, Any]
+Task = tuple[str, str]
+
+
+def degrees_of(text: str) -> dict[str, int]:
+    """`u2` or `c2u2` as keyword arguments of `port`; `auto` as none, so that they are planned."""
+    if text == "auto":
+        return {}
+    parts = text.replace("u", " u").replace("r", " r").replace("c", " c").replace("p", " p").split()
+    return {DEGREES[part[0]]: int(part[1:]) for part in parts}
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A group of processes, one per GPU of `gpus`, that works through `tasks`; `number` tells lanes apart."""
+
+    number: int
+    gpus: Sequence[int]
+    options: argparse.Namespace
+    tasks: Sequence[Task]
+
+    def run(self) -> list[Result]:
+        """What came of every task."""
+        results: list[Result] = []
+        ports = itertools.count(PORTS + 100 * self.number)
+        while len(results) < len(self.tasks):
+            results += self._group(self.tasks[len(results) :], next(ports))
+        return results
+
+    def _group(self, tasks: Sequence[Task], port: int) -> list[Result]:
+        """Start processes for tasks, and watch them; at least the first task has a result."""
+        with tempfile.TemporaryDirectory() as folder:
+            said = Path(folder) / "results"
+            said.touch()
+            ranks = [self._start(rank, tasks, said, port, Path(folder)) for rank in range(self.options.ranks)]
+            results, since = list[Result](), time.monotonic()
+            while any(one.poll() is None for one in ranks):
+                time.sleep(0.2)
+                if more := _read(said, after=results):
+                    results, since = results + more, time.monotonic()
+                if time.monotonic() - since > self.options.timeout or any(one.poll() for one in ranks):
+                    time.sleep(1)
+                    break
+            codes = [one.poll() for one in ranks]
+            for one in ranks:
+                one.kill()
+                one.wait()
+            results += _read(said, after=results)
+            if len(results) < len(tasks) and all(map(is_good, results)):
+                results.append(self._failed(tasks[len(results)], codes, Path(folder)))
+                print(line_of(results[-1]), flush=True)
+            return results
+
+    def _start(self, rank: int, tasks: Sequence[Task], said: Path, port: int, folder: Path) -> subprocess.Popen[bytes]:
+        env = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.options.ranks),
+            "OMP_NUM_THREADS": "2",
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)),
+        }
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, sys.argv[0], "--worker", json.dumps([self.options.mode, str(said), list(tasks)])]
+        with (folder / f"errors_{rank}").open("wb") as errors:
+            return subprocess.Popen(command, env=os.environ | env, stdout=errors, stderr=errors)
+
+    def _failed(self, task: Task, codes: Sequence[int | None], folder: Path) -> Result:
+        lines = [(folder / f"errors_{rank}").read_text(errors="replace").splitlines() for rank in range(len(codes))]
+        if self.options.logs:
+            for rank, each in enumerate(lines):
+                Path(self.options.logs, f"{task[0]}_{task[1]}_{rank}.log").write_text("\n".join(each[-200:]))
+        errors = [line for each in lines for line in each if "Error:" in line]
+        reason = errors[0] if errors else f"no end in {self.options.timeout} s, or killed ({codes})"
+        return {"model": task[0], "degrees": task[1], "status": "failed", "reason": reason[:400]}
+
+
+def _read(said: Path, after: Sequence[Result]) -> list[Result]:
+    """What has been written since, which is printed."""
+    more = [json.loads(line) for line in said.read_text().splitlines()[len(after) :]]
+    for one in more:
+        print(line_of(one), flush=True)
+    return more
+
+
+def is_good(one: Result) -> bool:
+    """Whether a result is as it should be."""
+    return one["status"] in ("equal", "refused")
+
+
+def line_of(one: Result) -> str:
+    """A result as people read it."""
+    rest = f"{one['error']:.1e} in {one['seconds']:.0f} s" if "error" in one else one["reason"]
+    notes = "".join(f"; {one[key]}" for key in ("times", "runs") if one.get(key))
+    return f"{one['status']:9s} {one['model']:28s} {one['degrees']:5s} {rest}{notes}"
+
+
+def work(tried: Callable[[str, str, str], Result], mode: str, said: str, tasks: Sequence[Task]) -> None:
+    """One rank of a lane: `tried(model, degrees, mode)` of every task."""
+    import staged
+    import torch
+    import torch.distributed as dist
+
+    rank = int(os.environ["RANK"])
+    staged.start()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for model, degrees in tasks:
+        result = {"model": model, "degrees": degrees, **tried(model, degrees, mode)}
+        if rank == 0:
+            with open(said, "a") as file:
+                file.write(json.dumps(result) + "\n")
+        if not is_good(result):
+            os._exit(0 if rank == 0 else 3)
+    dist.barrier()
+    os._exit(0)
+
+
+def arguments(description: str | None, *, degrees: str, lanes: int) -> argparse.ArgumentParser:
+    """What every such script can be told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="models of the zoo, or MODEL@DEGREES; default: all")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--degrees", default=degrees)
+    parser.add_argument("--mode", default="auto")
+    parser.add_argument("--lanes", type=int, default=lanes)
+    parser.add_argument("--timeout", type=float, default=150, help="seconds without a result after which a group ends")
+    parser.add_argument("--logs", help="a folder for what groups that failed have written")
+    parser.add_argument("--output", help="where the results are written as JSON")
+    return parser
+
+
+def share_out(options: argparse.Namespace, names: Sequence[str]) -> int:
+    """Try every name under every set of degrees, and write what came of them; the exit status.
+
+    Lanes take turns at the GPUs of this machine, as many at a time as a lane has ranks.
+    """
+    import torch
+
+    tasks = [tuple(f"{name}@{degrees}".split("@")[:2]) for degrees in options.degrees.split(",") for name in names]
+    tasks, gpus = list(dict.fromkeys(tasks)), torch.cuda.device_count()
+    places = max(1, gpus // options.ranks)
+    first = [number % places * options.ranks for number in range(options.lanes)]
+    lanes = [
+        Lane(number, range(gpus)[start : start + options.ranks], options, tasks[number :: options.lanes])
+        for number, start in enumerate(first)
+    ]
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        results = sorted((one for found in pool.map(Lane.run, lanes) for one in found), key=lambda one: one["model"])
+    if options.output:
+        Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
+    bad = [one for one in results if not is_good(one)]
+    counts = {status: sum(one["status"] == status for one in results) for status in ("equal", "refused")}
+    print(f"{counts['equal']} equal, {counts['refused']} refused, {len(bad)} failed or different", flush=True)
+    return 1 if bad else 0

@@ -1,0 +1,93 @@
+"""Models of published size in bf16 over real GPUs: `python tests/gpu/published.py --ranks 2 flux.1-dev wan2.1-t2v-14b`.
+
+Each model, with equal random weights on every rank, runs alone on one GPU with its repeated blocks compiled, and then
+ported in the default mode; the outputs are compared, and both are timed. `MODEL@auto` leaves the degrees to the
+planner. Goes on behind a failure in a new process and ends by itself; status 1 if anything failed, differed or was
+slower than one GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lanes
+
+LIMIT = 4e-2  # bf16: two ways to add up differ by up to 1.6e-2 from float32 each
+CALLS = 6
+
+
+def tried(name: str, degrees: str, mode: str) -> lanes.Result:
+    """What becomes of a model under these degrees."""
+    import parity
+    import torch
+
+    import xdit_ir as xir
+    from xdit_ir.ir.difference import relative_error, tensors_of
+    from xdit_ir.tools.contenders import Contender, release
+
+    start, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
+    model, example = parity.load(name, device)
+    with torch.inference_mode():
+        try:
+            alone = Contender.parse("alone:compiled").prepare(model, example)
+            want = [x.clone() for x in tensors_of(alone(**example))]
+            before = _milliseconds(alone, example)
+        except torch.OutOfMemoryError as error:
+            return {"status": "refused", "reason": f"the model alone: {error}"[:200]}
+        release(model)
+        port = xir.port(model, mode=mode, **lanes.degrees_of(degrees))
+        try:
+            for _ in range(2):
+                port(**example)
+            got = tensors_of(port(**example))
+            error = relative_error(got, want)
+            after = _milliseconds(port, example)
+        except xir.ParallelizeError as refused:
+            return {"status": "refused", "reason": str(refused)[:300]}
+    gain = statistics.median(before) / statistics.median(after)
+    port.reset()
+    del model, port, alone
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {
+        "status": "different" if error > LIMIT else "slower" if gain < 1 else "equal",
+        "error": float(error),
+        "seconds": time.monotonic() - start,
+        "times": f"alone {_range(before)}, ported {_range(after)}, {gain:.2f}x",
+        "alone_ms": before,
+        "ported_ms": after,
+    }
+
+
+def _milliseconds(run: Callable[..., Any], example: Mapping[str, Any]) -> list[float]:
+    import torch
+    import torch.distributed as dist
+
+    times = []
+    for _ in range(CALLS):
+        dist.barrier()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run(**example)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _range(times: list[float]) -> str:
+    return f"{statistics.median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        lanes.work(tried, *json.loads(sys.argv[2]))
+    from xdit_ir import models
+
+    given = lanes.arguments(__doc__, degrees="u2", lanes=1).parse_args()
+    sys.exit(lanes.share_out(given, given.names or sorted(models.names())))
