@@ -87,7 +87,8 @@ class ScanOperator(nn.Module):
             return state, state.clone()
 
         x = self.embed(x)
-        _, x = scan(step, torch.zeros_like(x[:, 0]), x, dim=1)
+        _, x = scan(step, torch.zeros_like(x[:, 0]), x.movedim(1, 0), dim=0)
+        x = x.movedim(0, 1)
         for block in self.blocks:
             x = block(x)
         return self.head(x)

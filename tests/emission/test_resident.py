@@ -17,7 +17,7 @@ import json, sys
 from pathlib import Path
 import torch, xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.emission.checkpoint import Checkpoint, Store
+from xdit_ir.emission.checkpoint import Checkpoint, WeightStore
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 
@@ -37,7 +37,7 @@ if own:
         parameter.fill_(0.5)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-store = Store(model, torch.device("cpu"), None if own else Checkpoint(folder), release=own)
+store = WeightStore(model, torch.device("cpu"), None if own else Checkpoint(folder), release=own)
 held = store.take(names, specs)
 mine, total = (sum(specs[name].nbytes for name in some) / 2**20 for some in (names, specs))
 assert sum(x.nbytes for x in held.fetch()) / 2**20 == mine

@@ -6,6 +6,7 @@ A script gives `main` its tasks and `work` what becomes of one; the script itsel
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
 import json
 import os
@@ -88,7 +89,8 @@ class Lane:
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)),
         }
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, sys.argv[0], "--worker", json.dumps([self.options.mode, str(said), list(tasks)])]
+        given = [self.options.mode, self.options.timeout, str(said), list(tasks)]
+        command = [sys.executable, sys.argv[0], "--worker", json.dumps(given)]
         with (folder / f"errors_{rank}").open("wb") as errors:
             return subprocess.Popen(command, env=os.environ | env, stdout=errors, stderr=errors)
 
@@ -122,8 +124,8 @@ def line_of(one: Result) -> str:
     return f"{one['status']:9s} {one['model']:28s} {one['degrees']:5s} {rest}{notes}"
 
 
-def work(tried: Callable[[str, str, str], Result], mode: str, said: str, tasks: Sequence[Task]) -> None:
-    """One rank of a lane: `tried(model, degrees, mode)` of every task."""
+def work(tried: Callable[[str, str, str], Result], mode: str, timeout: float, said: str, tasks: Sequence[Task]) -> None:
+    """One rank of a lane: `tried(model, degrees, mode)` of every task; says where it stands when it takes too long."""
     import staged
     import torch
     import torch.distributed as dist
@@ -132,6 +134,7 @@ def work(tried: Callable[[str, str, str], Result], mode: str, said: str, tasks: 
     staged.start()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for model, degrees in tasks:
+        faulthandler.dump_traceback_later(0.8 * timeout)
         result = {"model": model, "degrees": degrees, **tried(model, degrees, mode)}
         if rank == 0:
             with open(said, "a") as file:

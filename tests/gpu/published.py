@@ -24,15 +24,15 @@ CALLS = 6
 
 def tried(name: str, degrees: str, mode: str) -> lanes.Result:
     """What becomes of a model under these degrees."""
-    import parity
     import torch
 
     import xdit_ir as xir
+    from xdit_ir import models
     from xdit_ir.ir.difference import relative_error, tensors_of
     from xdit_ir.tools.contenders import Contender, release
 
     start, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
-    model, example = parity.load(name, device)
+    model, example = models.load(name, seed=0, device=str(device), dtype=torch.bfloat16)
     with torch.inference_mode():
         try:
             alone = Contender.parse("alone:compiled").prepare(model, example)

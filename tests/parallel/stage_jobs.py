@@ -377,10 +377,14 @@ def _made_of(output: Any, given: dict[str, Any], latents: list[torch.Tensor]) ->
     """These arguments, whose latents are made of the output that they fit; what they have besides (of an image that is
     to be edited, in further channels) stays as it is."""
 
+    sources = tensors_of(output)
+    several = len(sources) > 1  # each follows its own; what is given behind them (a reference) stays as it is
+    own = {id(x): [one] for x, one in zip(latents, sources, strict=False)} if several else {}
+
     def follows(x: Any) -> Any:
         if not any(x is one for one in latents):
             return x
-        for source in tensors_of(output):
+        for source in own.get(id(x), () if several else sources):
             short = [dim for dim in range(x.dim()) if source.dim() == x.dim() and source.shape[dim] < x.shape[dim]]
             if source.dim() == x.dim() and not short:
                 return _following(x, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from xdit_ir.deferral.deferred import Deferred, pending
+from xdit_ir.deferral.recorded import Numbered
 from xdit_ir.ir.partition import Indices
 from xdit_ir.pipefusion.patch_cut import PatchCut
 from xdit_ir.pipelined.requests import AGAIN, NEW, NEXT, CallPosition, Requests
@@ -22,12 +24,18 @@ class Module:
 
     def __init__(self, warmup: int = 1) -> None:
         self.requests, self.warmup, self.owner = Requests(), warmup, "one"
-        self.cuts = {"x": PatchCut(ROWS, (Indices.range(0, 4), Indices.range(4, 8)))}
+        self.cut = PatchCut(ROWS, (Indices.range(0, 4), Indices.range(4, 8)))
         self.positions: list[CallPosition] = []
 
     def __call__(self, x: torch.Tensor) -> Deferred:
-        position = self.requests.position({"x": x}, self.cuts, self.owner, self.warmup)
-        self.requests.enter(position, {"x": x}, self.owner)
+        return self.of_list([x])[0]
+
+    def of_list(self, samples: Sequence[torch.Tensor]) -> list[Deferred]:
+        """One output a sample."""
+        latents = {f"x_{number}": x for number, x in enumerate(samples)}
+        cuts = dict.fromkeys(latents, self.cut)
+        position = self.requests.position(latents, cuts, self.owner, self.warmup)
+        self.requests.enter(position, latents, self.owner)
         self.requests.number += 1
         self.positions.append(position)
         value = torch.zeros(SHAPE)
@@ -40,9 +48,12 @@ class Module:
                 return value
 
         number = self.requests.number
-        output = pending(Source(), SHAPE, torch.float32, torch.device("cpu"), self.requests, number)
-        self.requests.returned(number, output)
-        return output
+        outputs = [
+            pending(Source(), SHAPE, torch.float32, torch.device("cpu"), (self.requests, Numbered(number, place)))
+            for place in range(len(samples))
+        ]
+        self.requests.returned(number, outputs)
+        return outputs
 
     @property
     def kinds(self) -> list[str]:
@@ -183,6 +194,21 @@ def test_samples_that_change_places_begin_a_request(module: Module, change: Any)
     x = x - 0.1 * module(x)
     module(change(x))
     assert module.kinds == [NEW, NEW]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda one, two: [one, two], NEXT),
+        (lambda one, two: [two, one], NEW),
+        (lambda one, two: [one, one + 0], NEW),
+    ],
+)
+def test_samples_of_a_list_that_change_places_begin_a_request(module: Module, change: Any, kind: str) -> None:
+    x: list[Any] = [torch.ones(SHAPE), torch.zeros(SHAPE)]
+    x = [a - 0.1 * b for a, b in zip(x, module.of_list(x), strict=True)]
+    module.of_list(change(*x))
+    assert module.kinds == [NEW, kind]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from xdit_ir.capture.blocks import Blocks, prune
 from xdit_ir.capture.caches import clean_caches
+from xdit_ir.capture.derivatives import recorded_derivatives
 from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.equality import compute_same
 from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unshareable
@@ -249,7 +250,7 @@ def _wrap(
 def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str, Any]) -> Any:
     recorder.entry = _run.__code__
     try:
-        with uncompiled(), Tracer(recorder), PythonReads(recorder):
+        with uncompiled(), recorded_derivatives(), Tracer(recorder), PythonReads(recorder):
             output = model(*args, **kwargs)
             uncast(recorder.casts)
             return output

@@ -98,13 +98,11 @@ def pending(
     shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    maker: Any = None,
-    number: int = 0,
+    made: tuple[Any, Numbered] | None = None,
 ) -> Deferred:
-    """A tensor for what `source` will give; the result with this `number` of a `maker`, which is noted in what is made
-    of it."""
+    """A tensor for what `source` will give; `made`: by whom, and which result, which is noted in what is made of it."""
     like = torch.empty(tuple(shape), device="meta")
-    lineage = {} if maker is None else {maker: Descent(Numbered(number), tuple(range(like.dim())), _samples(like))}
+    lineage = {} if made is None else {made[0]: Descent(made[1], tuple(range(like.dim())), _samples(like))}
     return Deferred(RecordedValue(like.shape, like.stride(), dtype, device, source=source, lineage=lineage))
 
 

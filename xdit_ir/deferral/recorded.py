@@ -31,9 +31,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Numbered:
-    """Stands for a result of a maker; lives as long as what was made from it, whether that is finished or not."""
+    """Stands for a result of a maker, one of several `output`s of that number; lives as long as what was made from it,
+    whether that is finished or not."""
 
     number: int
+    output: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from xdit_ir.deferral.deferred import Deferred, materialize, materialize_slice, pending
+from xdit_ir.deferral.recorded import Numbered
 from xdit_ir.emission.execution import as_normal_tensor
 from xdit_ir.ir.program import TensorSpec
 from xdit_ir.pipefusion.patch_cut import PatchCut
@@ -157,5 +158,6 @@ def outputs_of(made: PipelinePass, specs: Sequence[TensorSpec]) -> list[Deferred
     found = []
     for output, (cut, spec) in enumerate(zip(tasks.cuts, specs, strict=True)):
         source = Result(made, cut, tasks.places(output), firsts)
-        found.append(pending(source, spec.shape, spec.dtype, made.queue.communicator.device, requests, made.number))
+        device, by = made.queue.communicator.device, (requests, Numbered(made.number, output))
+        found.append(pending(source, spec.shape, spec.dtype, device, by))
     return found

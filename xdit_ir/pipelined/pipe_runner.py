@@ -120,8 +120,8 @@ class PipelineRunner:
         self.queue.run(before=limit)
         self.channels.post_sent(limit)
         outputs = outputs_of(made, self._outputs)
-        divided = (x for x, cut in zip(outputs, self.tasks.cuts, strict=True) if cut is not None)
-        requests.returned(made.number, next(divided, None))
+        divided = [x for x, cut in zip(outputs, self.tasks.cuts, strict=True) if cut is not None]
+        requests.returned(made.number, divided)
         finished = self.queue.remember(made.inputs, at_once=len(self.tasks.stages) == 1)
         if finished and self.queue.communicator.line is not None:
             compare_later(self.queue.communicator, Contents(finished), what="latents", calls=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ class Requests:
         self._given: list[tuple[torch.Tensor, int]] | None = None
         self._began: int | None = None
         self._latest: int | None = None
+        self._several = False
         self._outputs: list[weakref.ref[Numbered]] = []
 
     def position(
@@ -91,19 +92,19 @@ class Requests:
         branch.last = self._step
         return branch
 
-    def returned(self, number: int, output: Deferred | None) -> None:
-        """The call that was entered gave this."""
-        self._latest = number
-        if output is not None:
-            self._outputs.append(weakref.ref(output.value.lineage[self].result))
+    def returned(self, number: int, outputs: Sequence[Deferred]) -> None:
+        """The call that was entered gave these."""
+        self._latest, self._several = number, len(outputs) > 1
+        self._outputs += [weakref.ref(output.value.lineage[self].result) for output in outputs[:1]]
 
     def _kind(self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, PatchCut]) -> str:
         if self._latest is None:
             return NEW
-        found = [(x.value.lineage.get(self), cuts[name]) for name, x in latents.items() if isinstance(x, Deferred)]
-        descents = [(one, cut) for one, cut in found if one is not None]
-        if descents and all(_follows(one, cut) for one, cut in descents):
-            newest = max(one.number for one, _ in descents)
+        found = {name: x.value.lineage.get(self) for name, x in latents.items() if isinstance(x, Deferred)}
+        descents = {name: one for name, one in found.items() if one is not None}
+        followed = all(_follows(one, cuts[name]) for name, one in descents.items())
+        if descents and followed and self._in_order(descents, latents):
+            newest = max(one.number for one in descents.values())
             if newest == self._latest:
                 return NEXT
             if newest == self._began and self._unread():
@@ -112,6 +113,16 @@ class Requests:
         if not found and self._given is not None and self._unread() and self._same(latents):
             return AGAIN
         return NEW
+
+    def _in_order(self, descents: Mapping[str, Descent], latents: Mapping[str, torch.Tensor]) -> bool:
+        """Whether latents that could change places (samples in a list) were made of several outputs in their order."""
+        last: dict[torch.Size, int] = {}
+        for name, one in descents.items():
+            shape = latents[name].shape
+            if self._several and last.get(shape, -1) >= one.result.output:
+                return False
+            last[shape] = one.result.output
+        return True
 
     def _unread(self) -> bool:
         """Whether something that was made from each output of this step is still held."""
