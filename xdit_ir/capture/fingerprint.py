@@ -88,7 +88,7 @@ class _Printer:
             if name == "forward" and _is_own(item, module):
                 continue
             if type(item) in _SCALARS:
-                self.scalars[path, name] = (type(item), item)
+                self.scalars[path, name] = (type(item), _exact(item))
             else:
                 plain.append((name, self.describe(item)))
         children = [
@@ -108,7 +108,7 @@ class _Printer:
 
     def describe(self, item: Any) -> Any:
         if isinstance(item, _VALUES) and (isinstance(item, type) or not getattr(item, "__dict__", None)):
-            return (type(item), item)
+            return (type(item), _exact(item))
         if isinstance(item, types.FunctionType) and self._closures and id(item) not in self._seen:
             self._seen[id(item)] = len(self._seen)
             cells = (dict(part.read()) for cell in item.__closure__ or () for part in parts_of(cell, ""))
@@ -161,6 +161,11 @@ def _is_own(forward: Any, module: nn.Module) -> bool:
         and forward.__self__ is module
         and forward.__func__ is type(module).forward
     )
+
+
+def _exact(item: Any) -> Any:
+    """A number such that it equals no other: not -0.0 0.0, but NaN itself."""
+    return repr(item) if isinstance(item, (float, complex, np.floating, np.complexfloating)) else item
 
 
 def _form(tensor: torch.Tensor) -> Any:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.objects import Snapshot, expand_objects, snapshot
 from xdit_ir.capture.outputs import attributes_of
+from xdit_ir.capture.parts import ATOMS, alike
 from xdit_ir.capture.plain import PLAIN
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
@@ -99,6 +100,12 @@ def sharing(leaves: Iterable[tuple[str, Any]]) -> list[str]:
             if other != path:
                 return [other, path]
     return []
+
+
+def same_tensors(given: Iterable[Any]) -> tuple[int, ...]:
+    """Of arguments the places at which the tensor of each was met first; nothing if all are different ones."""
+    ids = [id(item) for item in given if isinstance(item, torch.Tensor)]
+    return () if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
 
 
 class _Accepted:
@@ -244,8 +251,8 @@ def bind_inputs(
 
 
 def _equal(left: Any, right: Any) -> bool:
-    if left is right:
-        return True
+    if left is right or isinstance(left, ATOMS):
+        return alike(left, right)
     try:
         return type(left) is type(right) and bool(left == right)
     except (RuntimeError, TypeError, ValueError):

@@ -357,7 +357,9 @@ def alike(now: Any, before: Any) -> bool:
         return True
     if type(now) is not type(before) or not isinstance(now, ATOMS):
         return False
-    return bool(now == before) or (now != now and before != before)
+    if now == before:
+        return bool(now) or str(now) == str(before)  # of zeros the sign too
+    return bool(now != now and before != before)
 
 
 def same_entries(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:

@@ -81,7 +81,13 @@ def _odd(model: nn.Module) -> Iterator[str]:
     name_of = type(model).__name__
     for path, module in model.named_modules():
         where = path or name_of
+        if isinstance(module, torch.jit.ScriptModule):
+            yield f"{where} is a ScriptModule (torch.jit), which cannot be looked into; port the module that it was made of"
+            return
         yield from _wrapper(where, module)
+        for name, item in vars(module).items():
+            if isinstance(item, torch.ScriptObject):
+                yield f"{where}.{name} is packed (a {type(item).__name__}); give the model plain weights (dequantised)"
         yield from _hooks(where, module)
         for holder in (module._parameters, module._buffers, vars(module)):
             for name, tensor in dict.items(holder):

@@ -77,6 +77,7 @@ class Reach:
         self.modules: list[tuple[str, nn.Module]] = []
         self.objects: list[Any] = []  # of classes that are looked into
         self.tensors: list[tuple[str, torch.Tensor]] = []
+        self.caches: list[Any] = []  # functions with an `lru_cache`
         self._seen: dict[int, Any] = {id(item): item for item in skip}
         self._known: set[str] = set()
         self._spaces: dict[str, list[tuple[Names, bool]]] = {}
@@ -121,6 +122,7 @@ class Reach:
         elif isinstance(item, functools.partial):
             self._push((label, part) for part in (item.func, *item.args, *item.keywords.values()))
         elif isinstance(item, _CACHED):
+            self.caches.append(item)
             self._push([(label, item.__wrapped__)])
         elif isinstance(item, weakref.ReferenceType):
             self._push([(label, item())])

@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xdit_ir.capture.failures import Unshareable
+from xdit_ir.capture.plain import odd_tensor
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
     KNOWN_NUMEL,
@@ -47,10 +48,12 @@ class Recorder(GraphWriter):
         self.constants: dict[str, torch.Tensor] = {}
         self.placed: dict[str, torch.device] = {}
         self.held: dict[int, torch.Tensor] = {}
+        self.odd: dict[int, str] = {}  # why a tensor that somebody holds cannot be used, by the id of its fake
         self.inputs: dict[str, torch.Tensor] = {}
         self.read_inputs: dict[str, str] = {}
         self.read_layouts = ""  # where Python read how a tensor lies in memory
         self.read_buffers: dict[str, str] = {}
+        self.asked: dict[str, tuple[Any, str]] = {}  # of PyTorch by Python: the answer, and where
         self.buffers: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.tables: dict[str, tuple[TracedValue, torch.Tensor]] = {}
@@ -136,6 +139,8 @@ class Recorder(GraphWriter):
         if origin is Origin.CONSTANT and real.device.type == "meta":
             raise TraceError(f"the model holds a tensor without contents, {names[0]!r}, outside of its attributes")
         if origin is Origin.CONSTANT:
+            if (odd := odd_tensor(names[0], real)) is not None:
+                self.odd[id(fake)] = odd
             names = [f"{CONSTANT}.{self._keep(real, names[0])}"]
             self.held[id(fake)] = real
         roots: Roots = frozenset({FromBuffer(names[0]) if origin is Origin.BUFFER else origin})
@@ -164,6 +169,8 @@ class Recorder(GraphWriter):
                 f"{source_line()}: uses a tensor on the meta device that is neither an input nor an attribute "
                 "of a module, so that its contents are lost; make it an input or a buffer"
             )
+        if (odd := odd_tensor(self.outside.get(id(real), "a tensor that forward reads"), real)) is not None:
+            raise TraceError(f"{source_line()}: {odd}")
         name = self._keep(real, name)
         fake = self.blank(real, None if device is None or device.type == "meta" else device)
         self.placed[name] = fake.device
@@ -224,6 +231,8 @@ class Recorder(GraphWriter):
         name = self.relative(self._state_names[id(value.fake)])
         if name is None:
             raise Unshareable("uses a parameter of another module")
+        if id(value.fake) in self.odd:
+            raise TraceError(f"{source_line()}: {self.odd[id(value.fake)]}")
         if name not in self.frame.state:
             spec = spec_of(value.fake)
             self.frame.state[name] = self.emit("get_attr", name, (), {}, spec, self.where(), name.replace(".", "_"))

@@ -50,6 +50,7 @@ class StateWatch:
         reach = Reach(roots)
         self._reach = reach  # so that ids stay those of what was found
         self._before = [(part, dict(part.read())) for part in reach.parts]
+        self._missed = [(item, item.cache_info().misses) for item in reach.caches]
         self._random = random.getstate(), np.random.get_state()
         self.outside = {id(tensor): label for label, tensor in reach.tensors}
 
@@ -62,7 +63,10 @@ class StateWatch:
                 yield Write(part, before, now)
 
     def restore(self, copies: Mapping[int, Any] | None = None) -> None:
-        """Put everything back but in `copies`, which are thrown away."""
+        """Put everything back but in `copies`, which are thrown away; an `lru_cache` that was missed is emptied."""
+        for cached, misses in self._missed:
+            if cached.cache_info().misses != misses:
+                cached.cache_clear()
         for part, before in self._before:
             ours = copies is not None and id(part.item) in copies
             if not ours and not same_entries(part.read(), before):

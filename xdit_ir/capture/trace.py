@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from xdit_ir.capture.asked import asked_guards, noted
 from xdit_ir.capture.blocks import Blocks, prune
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.derivatives import recorded_derivatives
@@ -56,6 +58,8 @@ from xdit_ir.ir.program import (
     qualified,
 )
 
+# A trace puts other functions in the place of PyTorch's, for the process.
+_TURN = threading.RLock()
 Example = Mapping[str, Any] | tuple[Any, ...]
 Flat = list[tuple[str, Any]]
 
@@ -73,7 +77,8 @@ def trace(
     device, including meta. Nothing is computed but what Python must know, and the model is left as it was.
     Submodules that cannot be captured, and those named in `leaf`, become opaque leaves.
 
-    Tables that forward fills once are left in the model if `keep`. Then the program is that of the calls to come.
+    Tables that forward fills once are left in the model if `keep`. Then the program is that of the calls to come, in the
+    mode (gradients, inference) of the caller; otherwise forward is told that there is none.
 
     Raises:
         TraceError: forward cannot be captured, or keeps a state between calls: what it leaves in Python objects is
@@ -87,16 +92,16 @@ def trace(
             "hooks of all modules (register_module_forward_hook) would see copies of the model's modules; "
             "register them on the modules that they are for"
         )
-    with _disable_current_modes(), watchers_away():  # of counters and profilers around the call
+    with _TURN, _disable_current_modes(), watchers_away():  # of counters and profilers around the call
         return _traced(model, example, leaf, keep=keep)
 
 
 def _traced(model: nn.Module, example: Example, leaf: Sequence[Wanted], *, keep: bool) -> Program:
-    program, writes = _captured(model, example, leaf)
+    program, writes = _captured(model, example, leaf, keep)
     if not writes:
         return program
     with left(writes) as kept:
-        again, more = _captured(model, example, leaf)
+        again, more = _captured(model, example, leaf, keep)
         if more:
             raise refusal(more)
         if not compute_same(program, again, model):
@@ -106,16 +111,16 @@ def _traced(model: nn.Module, example: Example, leaf: Sequence[Wanted], *, keep:
     return again if keep else program
 
 
-def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted]) -> tuple[Program, list[Write]]:
+def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted], keep: bool) -> tuple[Program, list[Write]]:
     """A program, and what forward leaves in Python objects outside of its arguments."""
-    program, writes = _tried(model, example, leaf)
+    program, writes = _tried(model, example, leaf, keep)
     if writes.refused is None:
         return program, writes.kept
     if not writes.without:
         raise writes.refused
     with left(writes.without):
         try:
-            again, _ = _tried(model, example, leaf)
+            again, _ = _tried(model, example, leaf, keep)
         except XditError:
             raise writes.refused from None  # it is read before it is written
     if not compute_same(program, again, model):
@@ -123,26 +128,34 @@ def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted]) -> tup
     return program, writes.kept
 
 
-def _tried(model: nn.Module, example: Example, leaf: Sequence[Wanted]) -> tuple[Program, Writes]:
+def _tried(model: nn.Module, example: Example, leaf: Sequence[Wanted], keep: bool) -> tuple[Program, Writes]:
     named, by_name = bind_example(model, example), isinstance(example, Mapping)
     rung = Rung.top(model, leaf)
     while True:
         try:
             functions = replacements()
             with collector_paused(), clean_caches(model), replaced(functions, model.modules()):
-                return _attempt(rung, named, by_name, functions)
+                return _attempt(rung, named, by_name, functions, keep)
         except FAILURES as failure:
             rung = rung.below(failure)
 
 
-def _attempt(rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions) -> tuple[Program, Writes]:
+def _attempt(
+    rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions, keep: bool
+) -> tuple[Program, Writes]:
     model = rung.model
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
     recorder = Recorder(device)
     values = {path: _input(recorder, path, x) for path, x in leaves if isinstance(x, torch.Tensor)}
     args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
-    with torch.inference_mode(), _watched(Skeleton(model, recorder.state, functions)) as (skeleton, watch):
+    if keep:  # one tensor for two arguments is one in forward too; who calls compares that
+        first: dict[int, str] = {}
+        args |= {name: args[first.setdefault(id(x), name)] for name, x in named.items() if isinstance(x, torch.Tensor)}
+    with (
+        noted(recorder.asked, model, as_called=keep),
+        _watched(Skeleton(model, recorder.state, functions)) as (skeleton, watch),
+    ):
         recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
         blocks = Blocks(recorder, set(rung.blocks), _watch(skeleton, rung.blocks, recorder))
         called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
@@ -294,6 +307,7 @@ def _signature(
     if recorder.read_layouts:
         laid = ((path, layout_of(leaf)) for path, leaf in leaves if isinstance(leaf, torch.Tensor))
         guards += tuple(Guard(f"{STRIDES}{path}", layout, recorder.read_layouts) for path, layout in laid)
+    guards += asked_guards(recorder.asked)
     predicates = tuple(recorder.predicates)
     return Signature(in_spec, tuple(inputs), out_spec, tuple(places), guards, predicates, effects)
 

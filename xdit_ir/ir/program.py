@@ -41,6 +41,7 @@ STAGE = "stage"
 SCOPE = "scope"
 STATE = "@"  # before the names of buffers among the paths of guards
 STRIDES = "strides of "  # before the paths of inputs, of which not the contents are meant
+ASKED = "torch."  # before the names of functions of PyTorch, of which the answer is meant
 CONSTANT = "_constant"
 STORED = "_stored"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir import capture
 from xdit_ir.api import ParallelProgram, TracedProgram
+from xdit_ir.capture.asked import check_asked, mode_refusal, torch_settings
 from xdit_ir.capture.failures import RaisedByForward
-from xdit_ir.capture.inputs import BufferGuards, bind_arguments
+from xdit_ir.capture.inputs import BufferGuards, bind_arguments, same_tensors
 from xdit_ir.capture.methods import Method
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import gradient_refusal
@@ -82,7 +84,7 @@ class Specialisation:
             self.buffers.check()
         except MismatchError:
             return None
-        return bound if self.settings.unchanged() else None
+        return bound if check_asked(self.program.original) and self.settings.unchanged() else None
 
 
 @dataclass(eq=False)
@@ -103,6 +105,7 @@ class Specialisations:
     stored: dict[str, Stored] = field(default_factory=dict)
     types: dict[str, TensorSpec] = field(default_factory=dict)
     tracing: bool = False
+    turn: Any = field(default_factory=threading.RLock)
     whole: str = ""
     unplanned: Unplanned | None = None
 
@@ -140,6 +143,10 @@ class Specialisations:
 
     def call(self, given: Arguments) -> Any:
         """The model's result, on all ranks; raises `MismatchError` on all if they make different calls."""
+        with self.turn:  # one thread at a time
+            return self._call(given)
+
+    def _call(self, given: Arguments) -> Any:
         self.whole = ""
         if isinstance(self.model, Method) and (where := hooked(self.model.owner)) is not None:
             self.whole = f"{where} has a hook of accelerate, which the method itself calls"
@@ -161,9 +168,9 @@ class Specialisations:
             device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
         if self.unplanned is not None:
             self._plan(self.unplanned, given, device)
-        factory, mode = self._factory(device), self._mode(device)
+        factory, mode = self._factory(device), self._mode(device, given)
         with factory.context.communicator.working():
-            refusal = gradient_refusal(lambda: factory.context.parameters, given.args, given.kwargs)
+            refusal = gradient_refusal(lambda: factory.context.parameters, given.args, given.kwargs) or mode_refusal()
             bound = None if refusal else self._find(mode, given)
             self._agree(factory, mode, given, bound, refusal)
             if refusal is not None:
@@ -199,11 +206,9 @@ class Specialisations:
             self.factory = RunnerFactory(self.options.context(self.model, self.mesh, device), pairs=True)
         return self.factory
 
-    def _mode(self, device: torch.device) -> Mode:
+    def _mode(self, device: torch.device, given: Arguments) -> Mode:
         """What a trace depends on besides arguments and weights."""
-        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        dtype, place = torch.get_default_dtype(), torch.get_default_device().type
-        return device, self.model.training, cast, dtype, place, torch.is_autocast_enabled("cpu")
+        return device, self.model.training, same_tensors((*given.args, *given.kwargs.values())), *torch_settings()
 
     def _find(self, mode: Mode, given: Arguments) -> Bound | None:
         """The inputs and weights for the specialisation that a call is for, which is moved to the front."""
@@ -227,7 +232,7 @@ class Specialisations:
             contents = guarded(one.runner.program for one in self.found)
             facts = call_facts(factory.context.parameters, given.args, given.kwargs, contents)
             options = {"the degrees of port": fact(self.schedule), "training mode and autocast": fact(mode[1:])}
-            return facts | options | ({} if refusal is None else {"the gradients": failure_text(refusal)})
+            return facts | options | ({} if refusal is None else {"whether it is refused": failure_text(refusal)})
 
         state = {"the program of this call": "not made yet" if bound is None else "made before"}
         if bound is None:

@@ -1,0 +1,125 @@
+"""What forward asks PyTorch about the mode in which it is called: noted while tracing, as guards; and all settings of
+PyTorch on which results depend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils import deterministic
+
+from xdit_ir.capture.parts import is_library
+from xdit_ir.capture.source import is_torch, source_line
+from xdit_ir.errors import TraceError
+from xdit_ir.ir.program import ASKED, Guard, Program
+
+_QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "initial_seed", "get_num_threads")
+_SEEDS = ("manual_seed", "seed", "set_rng_state")
+_SPACES = (torch, torch.random)
+_MATMULS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
+
+def torch_settings() -> tuple[Any, ...]:
+    """Global settings that change what operators compute, or which kernels do, and that forward may read."""
+    cuda = torch.backends.cuda
+    return (
+        *(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
+        *(torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
+        torch.get_default_dtype(),
+        torch.get_default_device().type,
+        torch.get_deterministic_debug_mode(),
+        deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.is_anomaly_enabled(),
+        *(one.fp32_precision for one in _MATMULS),
+        *(torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),),
+        *(torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),),
+        *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        *(cuda.cudnn_sdp_enabled(), tuple(torch._C._get_sdp_priority_order())),
+        *(torch._C._get_cudnn_enabled(), torch._C._get_mkldnn_enabled()),
+    )
+
+
+@contextmanager
+def noted(asked: dict[str, tuple[Any, str]], model: nn.Module, *, as_called: bool) -> Iterator[None]:
+    """Note what forward asks, and refuse that it seeds random numbers. It is told of the caller's mode if `as_called`,
+    otherwise of none: programs are for inference. To be entered in the caller's mode, and a trace within."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    told = {"is_inference_mode_enabled": as_called and inference}
+    functions: dict[int, Callable[..., Any]] = {}
+    for name in _QUESTIONS:
+        functions[id(getattr(torch, name))] = _asking(name, getattr(torch, name), asked, told)
+    functions |= {id(getattr(torch, name)): _refusing(name, getattr(torch, name)) for name in _SEEDS}
+    before = torch_settings()
+    with ExitStack() as patches:
+        for space in (*map(vars, _SPACES), *_globals(model)):
+            found = {key: functions[id(item)] for key, item in list(space.items()) if id(item) in functions}
+            if found:
+                patches.enter_context(patch.dict(space, found))
+        patches.enter_context(torch.inference_mode())
+        with torch.set_grad_enabled(as_called and grad):
+            yield
+        if torch_settings() != before:
+            raise TraceError("forward changes settings of PyTorch, which a program does not; set them before it")
+
+
+def check_asked(program: Program) -> bool:
+    """Whether what forward asked is as it was."""
+    guards = (guard for guard in program.signature.guards if guard.path.startswith(ASKED))
+    return all(getattr(torch, guard.path.removeprefix(ASKED))() == guard.value for guard in guards)
+
+
+def asked_guards(asked: Mapping[str, tuple[Any, str]]) -> tuple[Guard, ...]:
+    """What was noted."""
+    return tuple(Guard(f"{ASKED}{name}", value, reason) for name, (value, reason) in asked.items())
+
+
+def mode_refusal() -> TraceError | None:
+    """Why a call cannot be made under a `TorchFunctionMode` of somebody's: functions of a program do not pass it."""
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()  # type: ignore[no-untyped-call]
+    kinds = [type(mode) for mode in modes if not is_library(type(mode).__module__)]
+    if not kinds:
+        return None
+    return TraceError(
+        f"the call is under a TorchFunctionMode, {kinds[0].__qualname__}, which would not see the functions that "
+        "forward calls; leave it for this call, or run the model that was ported"
+    )
+
+
+def _globals(model: nn.Module) -> list[dict[str, Any]]:
+    """Those of the Python modules of the model's classes, which may have imported a function by its name."""
+    names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
+    return [vars(sys.modules[name]) for name in names if name in sys.modules and name.partition(".")[0] != "torch"]
+
+
+def _by_model() -> bool:
+    """Whether it is not PyTorch's own code that calls our caller."""
+    return not is_torch(sys._getframe(2).f_code.co_filename)
+
+
+def _asking(name: str, real: Any, asked: dict[str, tuple[Any, str]], told: Mapping[str, Any]) -> Callable[[], Any]:
+    def ask() -> Any:
+        if not _by_model():
+            return real()
+        value = told[name] if name in told else real()
+        asked.setdefault(name, (value, source_line()))
+        return value
+
+    return ask
+
+
+def _refusing(name: str, real: Any) -> Callable[..., Any]:
+    def seed(*args: Any, **kwargs: Any) -> Any:
+        if _by_model():
+            raise TraceError(
+                f"{source_line()}: forward seeds random numbers ({name}), which a program would not do again; seed "
+                "before it, or pass the noise"
+            )
+        return real(*args, **kwargs)
+
+    return seed
