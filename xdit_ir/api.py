@@ -293,7 +293,7 @@ def run_single(program: Program, model: Module, example: Example) -> Any:
 def _write_back(program: Program, model: nn.Module, example: Example, tensors: Sequence[torch.Tensor]) -> None:
     """Write into the example what forward would have."""
     if program.signature.effects:
-        capture.apply_effects(program.signature, tensors, bind_example(model, example))
+        capture.apply_effects(program.signature, tensors, bind_example(model, example), model)
 
 
 def split_example(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -95,7 +95,7 @@ STATES: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "attribute": (lambda m, x: put(m, "count", m.count + 1), "count"),
     "class attribute": (lambda m, x: put(type(m), "seen", type(m).seen + 1), "Model.seen"),
     "new attribute": (lambda m, x: put(m, "fresh", getattr(m, "fresh", 0) + 1), "fresh"),
-    "residual": (lambda m, x: put(m, "kept", x), "kept"),
+    "residual": (lambda m, x: (m.kept, put(m, "kept", x))[0], "kept"),
     "object": (lambda m, x: put(m.holder, "count", m.holder.count + 1), "holder.count"),
     "slots": (lambda m, x: put(m.slotted, "count", m.slotted.count + 1), "slotted.count"),
     "dict": (lambda m, x: m.tables.update(calls=m.tables.get("calls", 0) + 1), "tables"),

@@ -27,7 +27,7 @@ _MATMULS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backend
 
 def torch_settings() -> tuple[Any, ...]:
     """Global settings that change what operators compute, or which kernels do, and that forward may read."""
-    cuda = torch.backends.cuda
+    cuda: Any = torch.backends.cuda
     return (
         *(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
         *(torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),

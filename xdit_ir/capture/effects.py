@@ -17,7 +17,7 @@ from xdit_ir.capture.outputs import literal
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import TracedValue
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import Effect, Literal, PathEntry, Signature
+from xdit_ir.ir.program import ITSELF, Effect, Literal, PathEntry, Signature
 
 _DEPTH = 4
 _PLAIN = (str, bytes, int, float, bool, complex, type(None))
@@ -44,7 +44,7 @@ class ArgumentState:
                 raise TraceError(f"input {path!r} is of type {kind}, inside which tensors cannot be followed")
         copies = [x if isinstance(x, torch.Tensor) else copy_of(x) for x in leaves.values()]
         self.named: dict[str, Any] = restore_objects(pytree.tree_unflatten(copies, spec))
-        inside = list(_walk(self.named, (), set()))
+        inside = list(walk(self.named, (), set()))
         self._holders = [_Holder(path, item, _entries(item)) for path, item in inside if path and _is_holder(item)]
         self._tensors = [(path, item) for path, item in inside if isinstance(item, torch.Tensor)]
         others = [(path, item) for path, item in inside if not _is_holder(item) and not isinstance(item, torch.Tensor)]
@@ -65,7 +65,7 @@ class ArgumentState:
         for key, item in after.items():
             if not _unchanged(item, holder.before.get(key, _MISSING)):
                 path = (*holder.path, PathEntry(key, attribute))
-                inside = [entry for _, entry in _walk(item, path, set())]
+                inside = [entry for _, entry in walk(item, path, set())]
                 if any(held.item is entry for held in self._holders for entry in inside):
                     raise TraceError(f"forward moves a container that it was given to {_show(path)}")
                 leaves, spec = pytree.tree_flatten(expand_objects(item))
@@ -75,8 +75,11 @@ class ArgumentState:
             yield Effect((*holder.path, PathEntry(key, attribute)))
 
 
-def apply_effects(signature: Signature, tensors: Sequence[torch.Tensor], named: Mapping[str, Any]) -> None:
-    """Do to a call's arguments what forward would have done; `tensors` are the results of the program."""
+def apply_effects(
+    signature: Signature, tensors: Sequence[torch.Tensor], named: Mapping[str, Any], model: nn.Module
+) -> None:
+    """Do to a call's arguments and the model what forward would have done; `tensors` are the program's results."""
+    named = {**named, ITSELF: model}
     holders = [_at(named, effect.path[: None if effect.write else -1]) for effect in signature.effects]
     for effect, holder in zip(signature.effects, holders, strict=True):
         if effect.write:
@@ -143,7 +146,7 @@ def _is_holder(item: Any) -> bool:
     return isinstance(item, (list, dict)) or (is_plain_object(type(item)) and hasattr(item, "__dict__"))
 
 
-def _walk(item: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Any]]:
+def walk(item: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Any]]:
     """Everything in a tree of containers and plain objects, with its path; containers once each."""
     if isinstance(item, tuple):
         parts: dict[Any, Any] = dict(enumerate(item))
@@ -158,7 +161,7 @@ def _walk(item: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Any]]:
         return
     attribute = not isinstance(item, (list, dict, tuple))
     for key, entry in parts.items():
-        yield from _walk(entry, (*path, PathEntry(key, attribute)), seen)
+        yield from walk(entry, (*path, PathEntry(key, attribute)), seen)
 
 
 def _holds_tensors(item: Any, depth: int) -> bool:

@@ -102,9 +102,9 @@ def sharing(leaves: Iterable[tuple[str, Any]]) -> list[str]:
     return []
 
 
-def same_tensors(given: Iterable[Any]) -> tuple[int, ...]:
-    """Of arguments the places at which the tensor of each was met first; nothing if all are different ones."""
-    ids = [id(item) for item in given if isinstance(item, torch.Tensor)]
+def same_tensors(given: Iterable[torch.Tensor]) -> tuple[int, ...]:
+    """The places at which each tensor was met first; nothing if all are different ones."""
+    ids = list(map(id, given))
     return () if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
 
 

@@ -82,7 +82,7 @@ def _odd(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         where = path or name_of
         if isinstance(module, torch.jit.ScriptModule):
-            yield f"{where} is a ScriptModule (torch.jit), which cannot be looked into; port the module that it was made of"
+            yield f"{where} is a ScriptModule (torch.jit), which cannot be looked into; port what it was made of"
             return
         yield from _wrapper(where, module)
         for name, item in vars(module).items():

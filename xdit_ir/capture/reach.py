@@ -6,7 +6,7 @@ import functools
 import os
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,17 +68,19 @@ class Reach:
     Followed are attributes, containers, closures, arguments of partials, and, as far as the names in code say, globals,
     classes and Python modules of the packages that the model and its hooks come from. What other packages keep is
     theirs, and may be changed by others at any time. The standard library, torch and numpy are not looked into; the
-    names that code uses of them are in `library`.
+    names that code uses of them are in `library`. Entries `unread`, by the id of the dict that holds them, are not
+    followed.
     """
 
-    def __init__(self, roots: Iterable[tuple[str, Any]], skip: Iterable[Any] = ()) -> None:
+    def __init__(self, roots: Iterable[tuple[str, Any]], unread: Set[tuple[int, Any]] = frozenset()) -> None:
         self.parts: list[Part] = []
         self.library: list[Names] = []
         self.modules: list[tuple[str, nn.Module]] = []
         self.objects: list[Any] = []  # of classes that are looked into
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self.caches: list[Any] = []  # functions with an `lru_cache`
-        self._seen: dict[int, Any] = {id(item): item for item in skip}
+        self._seen: dict[int, Any] = {}
+        self._unread = unread
         self._known: set[str] = set()
         self._spaces: dict[str, list[tuple[Names, bool]]] = {}
         self._globals: dict[int, Names] = {}
@@ -139,7 +141,8 @@ class Reach:
             return
         for part in parts_of(item, label):
             self.parts.append(part)
-            self._push((part.name(pair[0]), entry) for pair in part.read().items() for entry in pair)
+            pairs = (pair for pair in part.read().items() if (id(part.item), pair[0]) not in self._unread)
+            self._push((part.name(pair[0]), entry) for pair in pairs for entry in pair)
         if not is_library(kind.__module__):
             self.objects.append(item)
             self._classes(kind)
@@ -157,6 +160,7 @@ class Reach:
         self._seen[id(submodules)] = submodules
         self.parts.append(_Registered(submodules, label))
         own = [(name, entry) for name, entry in held.items() if name != "_modules" and name not in BESIDE]
+        own = [(name, entry) for name, entry in own if (id(held), name) not in self._unread]
         own = [(name, entry) for name, entry in own if not name.startswith(_OURS) or name == f"{_OURS}original"]
         self._push((f"{label}.{name}" if label else name, entry) for name, entry in (*own, *submodules.items()))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,9 +114,9 @@ class Writes:
     without: tuple[Write, ...] = ()
 
 
-def writes_of(watch: StateWatch, skeleton: Skeleton, recorder: Recorder) -> Writes:
+def writes_of(found: Sequence[Write], skeleton: Skeleton, recorder: Recorder) -> Writes:
     """What forward left in copies and in the caller's objects."""
-    found, originals = list(watch.changes()), skeleton.originals
+    originals = skeleton.originals
     refused = [write for write in found if isinstance(write.part, Position)]
     if refused:
         return Writes([], refusal(refused))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from xdit_ir.capture.leaves import Leaves, Wanted
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import attributes_of, flatten_output, literal
+from xdit_ir.capture.overwrites import Overwrite, beside, overwrites, trials
 from xdit_ir.capture.plain import applied, odd_weight, uncast
 from xdit_ir.capture.reach import GLOBAL_HOOKS, foreign_hooks, watchers_away
 from xdit_ir.capture.recorder import Recorder
@@ -77,8 +77,8 @@ def trace(
     device, including meta. Nothing is computed but what Python must know, and the model is left as it was.
     Submodules that cannot be captured, and those named in `leaf`, become opaque leaves.
 
-    Tables that forward fills once are left in the model if `keep`. Then the program is that of the calls to come, in the
-    mode (gradients, inference) of the caller; otherwise forward is told that there is none.
+    Tables that forward fills once are left in the model if `keep`. Then the program is that of the calls to come, in
+    the mode (gradients, inference) of the caller; otherwise forward is told that there is none.
 
     Raises:
         TraceError: forward cannot be captured, or keeps a state between calls: what it leaves in Python objects is
@@ -113,14 +113,16 @@ def _traced(model: nn.Module, example: Example, leaf: Sequence[Wanted], *, keep:
 
 def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted], keep: bool) -> tuple[Program, list[Write]]:
     """A program, and what forward leaves in Python objects outside of its arguments."""
-    program, writes = _tried(model, example, leaf, keep)
+    program, writes, made = _tried(model, example, leaf, keep)
+    if made and not _is_unread(model, example, leaf, keep, program, made):
+        program, writes, _ = _tried(model, example, leaf, keep, overwrite=False)
     if writes.refused is None:
         return program, writes.kept
     if not writes.without:
         raise writes.refused
     with left(writes.without):
         try:
-            again, _ = _tried(model, example, leaf, keep)
+            again, *_ = _tried(model, example, leaf, keep)
         except XditError:
             raise writes.refused from None  # it is read before it is written
     if not compute_same(program, again, model):
@@ -128,21 +130,43 @@ def _captured(model: nn.Module, example: Example, leaf: Sequence[Wanted], keep: 
     return program, writes.kept
 
 
-def _tried(model: nn.Module, example: Example, leaf: Sequence[Wanted], keep: bool) -> tuple[Program, Writes]:
+def _is_unread(
+    model: nn.Module,
+    example: Example,
+    leaf: Sequence[Wanted],
+    keep: bool,
+    program: Program,
+    made: Sequence[Overwrite],
+) -> bool:
+    """Whether the program is the same if what forward overwrites is not there, or left by another call."""
+    for writes in trials(made):
+        with left(writes):
+            try:
+                again, *_ = _tried(model, example, leaf, keep)
+            except XditError:
+                return False
+        if not compute_same(program, again, model):
+            return False
+    return True
+
+
+def _tried(
+    model: nn.Module, example: Example, leaf: Sequence[Wanted], keep: bool, *, overwrite: bool = True
+) -> tuple[Program, Writes, Sequence[Overwrite]]:
     named, by_name = bind_example(model, example), isinstance(example, Mapping)
     rung = Rung.top(model, leaf)
     while True:
         try:
             functions = replacements()
             with collector_paused(), clean_caches(model), replaced(functions, model.modules()):
-                return _attempt(rung, named, by_name, functions, keep)
+                return _attempt(rung, named, by_name, functions, keep, overwrite=overwrite)
         except FAILURES as failure:
             rung = rung.below(failure)
 
 
 def _attempt(
-    rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions, keep: bool
-) -> tuple[Program, Writes]:
+    rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions, keep: bool, *, overwrite: bool
+) -> tuple[Program, Writes, Sequence[Overwrite]]:
     model = rung.model
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
@@ -151,7 +175,7 @@ def _attempt(
     args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
     if keep:  # one tensor for two arguments is one in forward too; who calls compares that
         first: dict[int, str] = {}
-        args |= {name: args[first.setdefault(id(x), name)] for name, x in named.items() if isinstance(x, torch.Tensor)}
+        args |= {path: args[first.setdefault(id(x), path)] for path, x in leaves if path in values}
     with (
         noted(recorder.asked, model, as_called=keep),
         _watched(Skeleton(model, recorder.state, functions)) as (skeleton, watch),
@@ -165,12 +189,19 @@ def _attempt(
         call = call_arguments(inspect.signature(model.forward), given.named, by_name)
         output = _run(skeleton.model, recorder, *call)
         check_lent(recorder)
-        effects = functools.partial(given.effects, values)
+        found = list(watch.changes())
+        made = overwrites(found, skeleton.originals, recorder, model) if overwrite else []
+
+        def effects(place: Callable[[torch.Tensor], int]) -> tuple[Effect, ...]:
+            return (*given.effects(values, place), *(one.effect(place) for one in made))
+
         signature = _signature(recorder, leaves, in_spec, output, skeleton.originals, effects)
         if any(effect.write for effect in signature.effects) and (pair := sharing(leaves)):
             raise TraceError(f"{' and '.join(pair)} share memory, and forward writes to what it is given")
-        writes = writes_of(watch, skeleton, recorder)
-    return _program(type(model).__name__, device, recorder, blocks, signature), writes
+        originals = skeleton.originals
+        writes = [beside(write, originals.get(id(write.part.item), write.part.item), made) for write in found]
+        left_there = writes_of(writes, skeleton, recorder)
+    return _program(type(model).__name__, device, recorder, blocks, signature), left_there, made
 
 
 @contextmanager

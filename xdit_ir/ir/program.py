@@ -41,6 +41,7 @@ STAGE = "stage"
 SCOPE = "scope"
 STATE = "@"  # before the names of buffers among the paths of guards
 STRIDES = "strides of "  # before the paths of inputs, of which not the contents are meant
+ITSELF = "<model>"  # where paths of effects begin that lead into the model, not into an argument
 ASKED = "torch."  # before the names of functions of PyTorch, of which the answer is meant
 CONSTANT = "_constant"
 STORED = "_stored"
@@ -162,11 +163,11 @@ class PathEntry:
 
 @dataclass(frozen=True)
 class Effect:
-    """What forward leaves in an object, list or dict that it was given, or in a tensor inside of one.
+    """What forward leaves in an object, list or dict that it was given, in a tensor inside of one, or in the model.
 
-    `path` leads there from the dict of forward's arguments. Where `write`, the tensor there gets the contents of
-    `leaves[0]`; else the entry becomes the tree of `leaves`, which are as in `Signature.out_leaves`, or is removed
-    if `spec` is None.
+    `path` leads there from the dict of forward's arguments, in which `ITSELF` is the model. Where `write`, the tensor
+    there gets the contents of `leaves[0]`; else the entry becomes the tree of `leaves`, which are as in
+    `Signature.out_leaves`, or is removed if `spec` is None.
     """
 
     path: tuple[PathEntry, ...]

@@ -162,6 +162,8 @@ class PipelineRunner:
 def check_pipeline(program: Program, execution: Execution) -> None:
     """Raise `ParallelizeError` for what a pipeline cannot do."""
     if program.signature.effects:
-        raise ParallelizeError("pipefusion > 1: forward writes into what it is given (a cache); use ulysses or ring")
+        raise ParallelizeError(
+            "pipefusion > 1: forward writes into what it is given (a cache) or into the model; use ulysses or ring"
+        )
     if execution.transport == "peer":
         raise ParallelizeError("transport='peer' does not exist for pipefusion > 1; leave it out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from itertools import chain
 from operator import attrgetter, is_
@@ -88,19 +88,20 @@ class ModelSettings:
     of parameters and buffers are not part of it.
 
     A trace depends on all of this; on most of it in fact not, so that a change means: trace again to be sure. The
-    same goes for code of objects in `given`, which forward gets.
+    same goes for code of objects in `given`, which forward gets. Entries `unread`, by the id of the dict that holds
+    them, are written before they are read.
     """
 
-    def __init__(self, model: nn.Module, given: Iterable[Any] = ()) -> None:
+    def __init__(self, model: nn.Module, given: Iterable[Any] = (), unread: Set[tuple[int, Any]] = frozenset()) -> None:
         code = Reach(("an argument", item) for item in given).code
-        self._reach = reach = Reach([("", model), *code])
+        self._reach = reach = Reach([("", model), *code], unread)
         modules = [module for _, module in reach.modules]
         typed = [*modules, *reach.objects]
         owners = [item for item in reach.objects if type(getattr(item, "__dict__", None)) is dict]
         used = set(model.modules())  # of others a program keeps the weights themselves
         states = [vars(module)[name] for module in modules if module in used for name in _STATE]
         kept = [tensor for module in modules if module not in used for tensor in _weights(module)]
-        dicts, parts = _split((*reach.parts, *reach.library), modules, states)
+        dicts, parts = _split((*reach.parts, *reach.library), modules, states, unread)
         parts = [part for part in parts if not isinstance(part.item, DRAWN)]  # forward may not draw from these
         empty = {part for part in parts if type(part.item) in _PLAIN and not part.item}
         self._empty = sorted([*(part.item for part in empty), *(held for held in states if not held)], key=id)
@@ -140,12 +141,16 @@ class ModelSettings:
 
 
 def _split(
-    parts: Iterable[Part], modules: Sequence[nn.Module], states: Sequence[dict[str, Any]]
+    parts: Iterable[Part],
+    modules: Sequence[nn.Module],
+    states: Sequence[dict[str, Any]],
+    unread: Set[tuple[int, Any]],
 ) -> tuple[list[tuple[dict[Any, Any], Read]], list[Part]]:
     """Those that are read only when a plain dict was changed, and the others."""
     attributes = {id(vars(module)) for module in modules}
     tensors = {id(held) for held in states}
     passed = {id(vars(module)["_non_persistent_buffers_set"]) for module in modules}
+    passing = {owner: {key for other, key in unread if other == owner} for owner, _ in unread}
     dicts: list[tuple[dict[Any, Any], Read]] = []
     others: list[Part] = []
     for part in parts:
@@ -153,16 +158,17 @@ def _split(
         held = _dict_of(item) if isinstance(part, Names) else item
         if id(item) in passed or (id(item) in tensors and not item):
             continue
-        if type(held) is not dict or not (held or isinstance(part, Names)):
+        gone = passing.get(id(item), frozenset[Any]())
+        if type(held) is not dict or not (held or gone or isinstance(part, Names)):
             others.append(part)
         elif id(item) in attributes:
-            dicts.append((held, partial(_attributes, held)))
+            dicts.append((held, partial(_attributes, held, _OWN | gone)))
         elif id(item) in tensors:
-            dicts.append((held, partial(_tensors, held)))
+            dicts.append((held, partial(_tensors, held, gone)))
         elif isinstance(part, Names):
             dicts.append((held, partial(_entries, part.read)))
         else:
-            dicts.append((held, partial(_entries, partial(_same, held))))
+            dicts.append((held, partial(_entries, partial(_others, held, gone))))
     return dicts, others
 
 
@@ -177,8 +183,8 @@ def _dict_of(item: Any) -> Any:
     return item if isinstance(item, dict) else vars(item)
 
 
-def _same(held: Any) -> Any:
-    return held
+def _others(held: dict[Any, Any], gone: Set[Any]) -> dict[Any, Any]:
+    return {key: item for key, item in held.items() if key not in gone} if gone else held
 
 
 def _entries(read: Callable[[], Mapping[Any, Any]]) -> Iterable[Any]:
@@ -186,13 +192,14 @@ def _entries(read: Callable[[], Mapping[Any, Any]]) -> Iterable[Any]:
     return chain(held, held.values())
 
 
-def _attributes(held: dict[str, Any]) -> Iterable[Any]:
-    """What a module has besides containers of every module."""
-    return chain.from_iterable(entry for entry in held.items() if entry[0] not in _OWN)
+def _attributes(held: dict[str, Any], gone: Set[str]) -> Iterable[Any]:
+    """What a module has besides what is `gone`: containers of every module, and what is written before it is read."""
+    return chain.from_iterable(entry for entry in held.items() if entry[0] not in gone)
 
 
-def _tensors(held: dict[str, Any]) -> Iterable[Any]:
+def _tensors(held: dict[str, Any], gone: Set[str]) -> Iterable[Any]:
     """Names of parameters or buffers, and which are None."""
+    held = _others(held, gone)
     return chain(held, (item is None for item in held.values()))
 
 

@@ -20,6 +20,7 @@ from xdit_ir.capture.asked import check_asked, mode_refusal, torch_settings
 from xdit_ir.capture.failures import RaisedByForward
 from xdit_ir.capture.inputs import BufferGuards, bind_arguments, same_tensors
 from xdit_ir.capture.methods import Method
+from xdit_ir.capture.overwrites import overwritten
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.context import RunOptions, on_all_ranks
@@ -66,10 +67,12 @@ class Arguments:
 
 @dataclass(frozen=True, eq=False)
 class Specialisation:
-    """What runs calls of some kind, and what it was made for besides inputs and weights; `shapes`: of that call."""
+    """What runs calls of some kind, and what it was made for besides inputs and weights; `shapes`: of that call, and
+    `same`: which of its inputs were one tensor."""
 
     mode: Mode
     shapes: tuple[torch.Size, ...]
+    same: tuple[int, ...]
     settings: ModelSettings
     buffers: BufferGuards
     program: ParallelProgram
@@ -84,7 +87,9 @@ class Specialisation:
             self.buffers.check()
         except MismatchError:
             return None
-        return bound if check_asked(self.program.original) and self.settings.unchanged() else None
+        if same_tensors(bound[0]) != self.same or not check_asked(self.program.original):
+            return None
+        return bound if self.settings.unchanged() else None
 
 
 @dataclass(eq=False)
@@ -168,7 +173,7 @@ class Specialisations:
             device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
         if self.unplanned is not None:
             self._plan(self.unplanned, given, device)
-        factory, mode = self._factory(device), self._mode(device, given)
+        factory, mode = self._factory(device), self._mode(device)
         with factory.context.communicator.working():
             refusal = gradient_refusal(lambda: factory.context.parameters, given.args, given.kwargs) or mode_refusal()
             bound = None if refusal else self._find(mode, given)
@@ -206,9 +211,9 @@ class Specialisations:
             self.factory = RunnerFactory(self.options.context(self.model, self.mesh, device), pairs=True)
         return self.factory
 
-    def _mode(self, device: torch.device, given: Arguments) -> Mode:
+    def _mode(self, device: torch.device) -> Mode:
         """What a trace depends on besides arguments and weights."""
-        return device, self.model.training, same_tensors((*given.args, *given.kwargs.values())), *torch_settings()
+        return device, self.model.training, *torch_settings()
 
     def _find(self, mode: Mode, given: Arguments) -> Bound | None:
         """The inputs and weights for the specialisation that a call is for, which is moved to the front."""
@@ -267,7 +272,9 @@ class Specialisations:
         self.types |= {name: program.ir.state[name] for one in program.ir.stored.values() for name, _ in one.members}
         guards = BufferGuards(self.model, program.original)
         objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
-        made = Specialisation(mode, given.shapes, ModelSettings(self.model, objects), guards, program, runner)
+        settings = ModelSettings(self.model, objects, overwritten(self.model, program.original.signature.effects))
+        same = same_tensors(runner.bind(given.args, given.kwargs)[0])
+        made = Specialisation(mode, given.shapes, same, settings, guards, program, runner)
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]
             warnings.warn(

@@ -28,7 +28,7 @@ class Runner:
 
     def __init__(self, context: RankContext, program: Program, facts: Facts) -> None:
         self.program, self.device, self.facts, self._digest = program, context.device, facts, digest(facts)
-        self._parameters = context.parameters
+        self._model, self._parameters = context.model, context.parameters
         self._binder = InputBinder(self._parameters, program)
         peers = context.execution.uses_peers and peers_reachable(context.communicator)
         self.code = context.code(program, peers=peers, shared=True)
@@ -83,9 +83,8 @@ class Runner:
         """The model's result; what forward leaves in caches is left in the arguments."""
         tensors = without_gradients(self.compute(inputs, weights), weights)
         if self.program.signature.effects:
-            apply_effects(
-                self.program.signature, tensors, bind_arguments(self._parameters, args, kwargs, MismatchError)
-            )
+            named = bind_arguments(self._parameters, args, kwargs, MismatchError)
+            apply_effects(self.program.signature, tensors, named, self._model)
         return build_output(self.program.signature, tensors)
 
     def forget(self) -> None:
