@@ -163,8 +163,9 @@ def test_modules_that_cannot_be_looked_into_are_refused_by_port() -> None:
     script.linear = torch.jit.trace(nn.Linear(4, 4), (X,))
     with pytest.raises(xir.ParallelizeError, match="linear is a ScriptModule"):
         xir.port(script)
-    packed = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(xir.ParallelizeError, match=r"0\._packed_params\._packed_params is packed"):
+    packed = made(lambda: 1)
+    packed.linear.packed = torch.ops.quantized.linear_prepack_fp16(packed.linear.weight, packed.linear.bias)
+    with pytest.raises(xir.ParallelizeError, match=r"linear\.packed is packed"):
         xir.port(packed)
 
 
