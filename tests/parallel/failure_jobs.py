@@ -88,25 +88,37 @@ def unnoticed(degrees: Degrees) -> float:
         return _error(module, model, example | (CHANGES["latents"](example) if _rank() else {}))
 
 
-@torch.no_grad()
-def other_scheduler_noise(degrees: Degrees) -> dict[str, Any]:
-    """Rank 1's scheduler draws other noise between two steps; three more are made. `calls`: so many of them."""
-    module, model, example = _made("port", degrees)
-    calls = 0
+Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+# A scheduler's step on latents and output; the last argument is another one on rank 1 after some step.
+SCHEDULERS: dict[str, Step] = {
+    "noise": lambda x, out, other: x - out + torch.randn(x.shape, generator=torch.Generator().manual_seed(7 + other)),
+    "a number": lambda x, out, other: x - out * (0.1 + 0.01 * other),
+    "a number in a tensor": lambda x, out, other: x - out * torch.tensor(0.1 + 0.01 * other),
+    "an operator": lambda x, out, other: x - (out.clamp(-1, 1) if other else out * 0.5),
+}
 
-    def steps(changed: int) -> None:
-        nonlocal calls
+
+@torch.no_grad()
+def other_scheduler(degrees: Degrees) -> list[dict[str, Any]]:
+    """Rank 1's scheduler does something else between two steps; three more are made. `late`: so many after the one
+    that takes it."""
+    module, model, example = _made("port", degrees)
+    late = 0
+
+    def steps(scheduler: Step, changed: int) -> None:
+        nonlocal late
         x = example["x"]
         for step in range(5):
-            calls = step - changed
-            x = x - 0.1 * module(**example | {"x": x})[:, : x.shape[1]]
-            seed = 7 + _rank() if step == changed else 7
-            x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+            late = step - changed - 1
+            out = module(**example | {"x": x})[:, : x.shape[1]]
+            x = scheduler(x, out, _rank() if step == changed else 0)
         x.tolist()
 
-    steps(-1)
-    found = _failure(lambda: steps(1)) | {"calls": calls}
-    found["afterwards"] = _error(module, model, example)
+    found = []
+    for scheduler in SCHEDULERS.values():
+        steps(scheduler, -1)
+        found.append(_failure(lambda one=scheduler: steps(one, 1)) | {"late": late})
+        found[-1]["afterwards"] = _error(module, model, example)
     return found
 
 

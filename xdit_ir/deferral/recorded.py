@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from xdit_ir.deferral.separable import Needs, Range, operand_ranges, resized, te
 from xdit_ir.errors import MismatchError
 
 aten = torch.ops.aten
+_LITERALS = (float, int, bool, str, torch.dtype)
+Numbers = tuple[float, ...]
 SMALL = 4096  # bytes of a concrete operand that is copied when it is recorded, since schedulers reuse such
 
 
@@ -110,20 +113,30 @@ class RecordedValue:
         assert self.done is not None
         return self.done
 
-    def combined(self, name: str, known: Set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors with which pending results were combined to make this, such as noise, each with the way to it;
-        but for what went into values that are `known`, by id."""
+    def combined(self, name: str, known: Set[int]) -> Iterator[tuple[str, torch.Tensor | Numbers]]:
+        """The tensors with which pending results were combined to make this, such as noise, each with the way to it,
+        and by which operators with which numbers; but for what went into values that are `known`, by id."""
         seen, todo = set(known), [(name, self)]
         while todo:
             way, value = todo.pop()
             if id(value) in seen:
                 continue
             seen.add(id(value))
+            numbers: list[float] = []
             for place, operand in enumerate(value._operands()):
                 if isinstance(operand, RecordedValue):
                     todo.append((f"{way}.{place}", operand))
                 elif operand.tensor.numel() > 1 and operand.tensor.device == self.device:
                     yield f"{way}.{place}", operand.tensor
+                elif operand.tensor.numel() == 1 and operand.tensor.device.type == "cpu":
+                    numbers.append(float(operand.tensor.real))
+            if value.func is not None:
+                literals = [x for x in pytree.tree_leaves((value.args, value.kwargs)) if isinstance(x, _LITERALS)]
+                numbers += [x for x in literals if isinstance(x, float)]
+                text = f"{value.func}{[x for x in literals if not isinstance(x, float)]}"
+                yield f"{way} (its operator)", (float(zlib.crc32(text.encode())),)
+                if numbers:
+                    yield f"{way} (its numbers)", tuple(numbers)
 
     def _operands(self) -> list[RecordedValue | Kept]:
         return tensors_in((self.args, self.kwargs), (RecordedValue, Kept))

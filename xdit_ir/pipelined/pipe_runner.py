@@ -12,6 +12,7 @@ from xdit_ir.capture.inputs import InputBinder
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import Deferred
 from xdit_ir.deferral.gradients import without_gradients
+from xdit_ir.deferral.recorded import Numbers
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, plain_modes
@@ -91,10 +92,10 @@ class PipelineRunner:
         here = {name: x for name, x in found if not x.is_meta}
         return list(here), list(here.values())
 
-    def plain(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+    def plain(self, inputs: Tensors) -> dict[str, torch.Tensor | Numbers]:
         """Those inputs, by name, that do not stand for something; of the others what results were combined with since
         the last call."""
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor | Numbers] = {}
         for name, x in self._named(inputs):
             found |= x.value.combined(name, self.queue.known) if isinstance(x, Deferred) else {name: x}
         return found

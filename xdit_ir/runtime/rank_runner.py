@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from xdit_ir.deferral.recorded import Numbers
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.program import Program
@@ -37,8 +38,8 @@ class RankRunner(Protocol):
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
         ...
 
-    def plain(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """Those inputs, by name, that hold something before the call."""
+    def plain(self, inputs: Tensors) -> Mapping[str, torch.Tensor | Numbers]:
+        """Those inputs, by name, that hold something before the call; of others, what they are made with."""
         ...
 
     def vote(self, inputs: Tensors) -> tuple[int, bool]:

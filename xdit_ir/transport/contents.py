@@ -15,6 +15,7 @@ import torch
 WAVES = 3
 SMALL = 16  # elements, for which rounding is no excuse
 LARGE = 2**26  # elements that are read at a time
+FEW = 1e-6  # of these
 TINY = 1e-10  # integers, and what is computed of them in double precision
 
 
@@ -32,7 +33,8 @@ class Seen:
 
 
 class Contents:
-    """Those of named tensors, on their way to the host: `numbers` waits for what was computed before, if it must.
+    """Those of named tensors, on their way to the host, and numbers that are there: `numbers` waits for what was
+    computed before, if it must.
 
     `seen` has what was computed for earlier ones, and gets what is computed now; not so for those that are `again`
     looked at.
@@ -40,13 +42,16 @@ class Contents:
 
     def __init__(
         self,
-        tensors: Mapping[str, torch.Tensor],
+        given: Mapping[str, torch.Tensor | Sequence[float]],
         seen: dict[str, Seen] | None = None,
         again: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         again = again or {}
-        self.names = [*tensors, *again]
+        tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
+        self._told = {name: _row(x) for name, x in given.items() if not isinstance(x, torch.Tensor)}
+        self.names = [*tensors, *again, *self._told]
         self._tolerances = [_tolerance(x) for x in (*tensors.values(), *again.values())]
+        self._tolerances += [_tolerance_of(x) for x in given.values() if not isinstance(x, torch.Tensor)]
         self._event: Any = None
         with torch.inference_mode(False), torch.no_grad():
             found = [_remembered(name, x, {} if seen is None else seen) for name, x in tensors.items()]
@@ -69,7 +74,7 @@ class Contents:
         if self._event is not None:
             self._event.synchronize()
             self._event = None
-        return [self.names, self._numbers.tolist()]
+        return [self.names, [*self._numbers.tolist(), *self._told.values()]]
 
     def soon(self, seconds: float) -> list[Any] | None:
         """The same, if they are here within this time."""
@@ -89,6 +94,12 @@ class Contents:
                 if not _close(row, held[0][1], tolerance):
                     return name, rank
         return None
+
+
+def _row(numbers: Sequence[float]) -> list[float]:
+    """As of a tensor."""
+    sums = [sum(x * (place + 1) ** power for place, x in enumerate(numbers)) for power in range(WAVES)]
+    return [math.hypot(*numbers), *sums]
 
 
 def _remembered(name: str, x: torch.Tensor, seen: dict[str, Seen]) -> torch.Tensor:
@@ -112,7 +123,11 @@ def _tolerance(x: torch.Tensor) -> float:
     """Relative to the norm; ranks compute the same, so it is rounding at most, as of other kernels."""
     if not (x.is_floating_point() or x.is_complex()):
         return TINY
-    return 1e-6 if x.numel() <= SMALL else 1e-3 if x.dtype.itemsize <= 2 else 1e-5
+    return FEW if x.numel() <= SMALL else 1e-3 if x.dtype.itemsize <= 2 else 1e-5
+
+
+def _tolerance_of(numbers: Sequence[float]) -> float:
+    return TINY if all(float(x).is_integer() for x in numbers) else FEW
 
 
 def _projections(x: torch.Tensor) -> torch.Tensor:
