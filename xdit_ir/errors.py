@@ -11,6 +11,10 @@ class TraceError(XditError):
     """A module could not be captured; names the input or the source line at fault."""
 
 
+class StateError(TraceError):
+    """Forward keeps a state between calls; names what it writes."""
+
+
 class ParallelizeError(XditError):
     """A parallel degree is unknown or illegal for this program; names the nearest legal one."""
 

@@ -170,5 +170,5 @@ def test_what_is_read_before_is_a_state(keep: Callable[..., Any]) -> None:
     before = [model.last, dict(model.store)]
     for _ in range(2):
         with pytest.raises(xir.TraceError, match=r"keeps a state between calls, writing .(last|fresh|store)"):
-            xir.port(model)(torch.randn(2, 3, 4))
+            xir.trace(model, (torch.randn(2, 3, 4),))
     assert [model.last, model.store] == before and not hasattr(model, "fresh")

@@ -129,13 +129,40 @@ def test_a_state_is_refused_by_name_and_left_as_it_was(kind: str) -> None:
     write, name = STATES[kind]
     model = Model(write).eval()
     before, drawn = state_of(model), random.getstate()
-    ported = xir.port(model)
     for _ in range(2):
         with pytest.raises(xir.TraceError) as refused:
-            ported(X)
+            xir.trace(model, (X,))
         assert name in str(refused.value)
         assert ("keeps a state" in str(refused.value)) or ("random" in kind) or ("writes to" in str(refused.value))
     assert state_of(model) == before and random.getstate() == drawn and not list(fakes_in(model))
+
+
+def cached(model: Model, x: torch.Tensor) -> torch.Tensor:
+    """What a step cache does: every second call uses what the one before has computed."""
+    if model.count % 2 == 0:
+        model.kept = x.softmax(-1)
+    model.count += 1
+    kept: torch.Tensor = model.kept  # type: ignore[assignment]
+    return kept
+
+
+@pytest.mark.parametrize("name", ["cached", "attribute", "residual", "dict", "deque", "object", "once"])
+def test_one_process_runs_a_model_with_a_state_as_it_is(name: str) -> None:
+    write = cached if name == "cached" else STATES[name][0]
+    torch.manual_seed(0)
+    model, other = Model(write).eval(), Model(write).eval()
+    other.load_state_dict(model.state_dict())
+    ported = xir.port(model)
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="one process runs the model itself, until `reset`: forward keeps"),
+    ):
+        for _ in range(4):
+            x = torch.randn(2, 4)
+            assert torch.equal(ported(x), other(x))
+    assert model.count == other.count and len(model.recent) == len(other.recent) and not ported.programs
+    with pytest.raises(xir.ParallelizeError, match="ran whole on every rank: forward keeps a state"):
+        ported.report()
 
 
 def table(model: Model, x: torch.Tensor) -> torch.Tensor:
@@ -204,12 +231,13 @@ def test_a_hook_that_collects_is_refused(place: str) -> None:
     model, found = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))).eval(), []
     where = model[1] if place == "a block" else model
     handle = where.register_forward_hook(lambda module, args, output: found.append(output))
-    ported = xir.port(model)
     with pytest.raises(xir.TraceError, match=r"keeps a state .*'found in the closure of"):
-        ported(X)
+        xir.trace(model, (X,))
     assert not found
+    with torch.no_grad(), pytest.warns(UserWarning, match="one process runs the model itself"):
+        got = xir.port(model)(X)
     handle.remove()
-    assert torch.equal(ported(X), model(X).detach())
+    assert torch.equal(got, model(X).detach()) and len(found) == 1
 
 
 def test_a_failed_trace_leaves_nothing() -> None:

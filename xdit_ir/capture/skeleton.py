@@ -14,7 +14,7 @@ from torch import nn
 from xdit_ir.capture.methods import StandIn
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Origin
-from xdit_ir.errors import TraceError
+from xdit_ir.errors import StateError
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 _ATOMS = (
@@ -70,7 +70,7 @@ class _Still:
         return self
 
     def __next__(self) -> Any:
-        raise TraceError(f"{source_line()}: forward keeps a state between calls: how far a {self._kind} has gone")
+        raise StateError(f"{source_line()}: forward keeps a state between calls: how far a {self._kind} has gone")
 
 
 class Skeleton:

@@ -21,7 +21,7 @@ from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.skeleton import Skeleton, is_plain_object
 from xdit_ir.capture.values import FromBuffer, Origin, expand, ordinary
-from xdit_ir.errors import TraceError
+from xdit_ir.errors import StateError, TraceError
 
 _ADVICE = (
     "a parallel program repeats what was traced and would lose it; pass such a state to forward as an argument, or "
@@ -79,7 +79,7 @@ class StateWatch:
         random.setstate(python)
         np.random.set_state(numpy)
         if drawn:
-            raise TraceError(
+            raise StateError(
                 "forward draws random numbers of Python or NumPy, of which a program would repeat the first for ever; "
                 "use torch.rand and the like"
             )
@@ -161,11 +161,11 @@ def same_contents(now: Any, before: Any) -> bool:
     return plain and same_contents(vars(now), vars(before))
 
 
-def refusal(writes: Iterable[Write], why: str = ", again at every call") -> TraceError:
+def refusal(writes: Iterable[Write], why: str = ", again at every call") -> StateError:
     """That forward keeps a state."""
     names = list(dict.fromkeys(name for write in writes for name in write.names))
     shown = ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return TraceError(f"forward keeps a state between calls, writing {shown}{why}; {_ADVICE}")
+    return StateError(f"forward keeps a state between calls, writing {shown}{why}; {_ADVICE}")
 
 
 @contextmanager

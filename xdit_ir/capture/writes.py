@@ -15,7 +15,7 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import TracedValue, View, spec_of, tensors_in
 from xdit_ir.capture.views import scatter
-from xdit_ir.errors import TraceError
+from xdit_ir.errors import StateError, TraceError
 from xdit_ir.ir.program import TensorSpec
 
 
@@ -44,7 +44,7 @@ def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _check_writable(recorder: Recorder, value: TracedValue) -> None:
     if value.storage.owner:
-        raise TraceError(f"{source_line()}: forward writes to the model's own {value.storage.owner!r}")
+        raise StateError(f"{source_line()}: forward writes to the model's own {value.storage.owner!r}")
     if value.frame is not recorder.frame or value.storage.shared:
         raise Unshareable("writes to a tensor that is shared with a block")
 

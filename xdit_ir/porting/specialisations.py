@@ -27,7 +27,7 @@ from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.emission.state import hooked
 from xdit_ir.emission.structure import program_key
-from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, TraceError, XditError
+from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, StateError, TraceError, XditError
 from xdit_ir.ir.mesh import BATCH, MESH_DIMS, Mesh
 from xdit_ir.ir.program import Program, Stored, TensorSpec
 from xdit_ir.porting.planned import Unplanned
@@ -97,7 +97,8 @@ class Specialisations:
     """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
     `verified`: the structures of programs that were verified after every pass. `stored`: how ranks hold parts of
     weights already (of these `types`), which later programs use, as nobody has all of a weight any more. `unplanned`:
-    until the first call, where it is to choose `mesh` and `schedule`."""
+    until the first call, where it is to choose `mesh` and `schedule`. `whole`: why the last call ran whole; `alone`: why
+    all do until `clear`."""
 
     model: nn.Module
     mesh: Mesh
@@ -112,6 +113,7 @@ class Specialisations:
     tracing: bool = False
     turn: Any = field(default_factory=threading.RLock)
     whole: str = ""
+    alone: str = ""
     unplanned: Unplanned | None = None
 
     @staticmethod
@@ -155,16 +157,29 @@ class Specialisations:
         self.whole = ""
         if isinstance(self.model, Method) and (where := hooked(self.model.owner)) is not None:
             self.whole = f"{where} has a hook of accelerate, which the method itself calls"
-            return self.model.forward(*given.args, **given.kwargs)
+            return self.model(*given.args, **given.kwargs)
         if self.worth is None:
-            return self._divided(given)
+            return self._divided_or_alone(given)
         self.whole = self.worth.whole(given)
         if not self.whole:
             try:
                 return self._divided(given)
             except (TraceError, ParallelizeError, GradientError) as refusal:
                 self.whole = self.worth.refuse(given, refusal)
-        return self.model.forward(*given.args, **given.kwargs)
+        return self.model(*given.args, **given.kwargs)
+
+    def _divided_or_alone(self, given: Arguments) -> Any:
+        """Where one process has nobody to share with, a model that keeps a state is run as it is."""
+        if not self.alone:
+            try:
+                return self._divided(given)
+            except StateError as refusal:
+                if self.mesh.world_size > 1 or self.options.loading.holds:
+                    raise
+                self.alone = str(refusal)
+                warnings.warn(f"one process runs the model itself, until `reset`: {refusal}", stacklevel=2)
+        self.whole = self.alone
+        return self.model(*given.args, **given.kwargs)
 
     def _divided(self, given: Arguments) -> Any:
         if self.tracing:
@@ -200,6 +215,7 @@ class Specialisations:
         self.found.clear()
         self.stored.clear()
         self.types.clear()
+        self.alone = ""
         if self.factory is not None:
             self.factory.context.communicator.close()
             self.factory = None
