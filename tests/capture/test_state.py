@@ -155,7 +155,7 @@ def test_one_process_runs_a_model_with_a_state_as_it_is(name: str) -> None:
     ported = xir.port(model)
     with (
         torch.no_grad(),
-        pytest.warns(UserWarning, match="one process runs the model itself, until `reset`: forward keeps"),
+        pytest.warns(UserWarning, match="one process runs the model itself, until `reset`"),
     ):
         for _ in range(4):
             x = torch.randn(2, 4)

@@ -97,8 +97,8 @@ class Specialisations:
     """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
     `verified`: the structures of programs that were verified after every pass. `stored`: how ranks hold parts of
     weights already (of these `types`), which later programs use, as nobody has all of a weight any more. `unplanned`:
-    until the first call, where it is to choose `mesh` and `schedule`. `whole`: why the last call ran whole; `alone`: why
-    all do until `clear`."""
+    until the first call, where it is to choose `mesh` and `schedule`. `whole`: why the last call ran whole;
+    `alone`: why all do until `clear`."""
 
     model: nn.Module
     mesh: Mesh
