@@ -6,7 +6,9 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -17,9 +19,12 @@ from jobs import Degrees, _failure, _rank, relative_error
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.deferral.deferred import materialize
+from xdit_ir.pipelined.channels import Channels
 from xdit_ir.runtime.agreement import Agreement
+from xdit_ir.transport import collectives
 
 Example = dict[str, Any]
+Around = Callable[[Any, Any], AbstractContextManager[Any]]
 
 
 def _made(how: str, degrees: Degrees, **options: Any) -> tuple[Any, Any, Example]:
@@ -169,13 +174,21 @@ def raises_inside(how: str, degrees: Degrees) -> dict[str, Any]:
     return found
 
 
+ENDS: dict[str, Callable[[], None]] = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "ended": lambda: os._exit(0),
+    "asleep": lambda: time.sleep(600),
+}
+
+
 def is_lost(how: str, degrees: Degrees, seconds: float) -> dict[str, Any]:
-    """Rank 1 is killed or stopped in the middle of a forward."""
+    """Rank 1 is killed, stopped, ends or does not go on in the middle of a forward."""
     module, model, example = _made("port", degrees, timeout=seconds)
     _error(module, model, example)
 
     def end(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        ENDS[how]()
 
     if _rank() == 1:
         for body in _runner(module).bodies.values():
@@ -241,3 +254,102 @@ def barriers(degrees: Degrees) -> float:
         dist.barrier()
         dist.all_reduce(torch.ones(1))
     return max(relative_error(materialize(output), model(**example)) for output in outputs)
+
+
+class Fault:
+    """What is wrong on rank 1 during a call: `around` it, with other `given`; it is undone afterwards."""
+
+    def __init__(self, around: Around | None = None, given: Callable[[Example], Example] | None = None) -> None:
+        self.around, self.given = around or (lambda *_: nullcontext()), given or (lambda example: example)
+
+
+def _raising(error: BaseException) -> Around:
+    @contextmanager
+    def around(module: Any, model: Any) -> Iterator[None]:
+        def bomb(*_: Any) -> None:
+            raise error
+
+        hooks = [body.module.register_forward_pre_hook(bomb) for body in _runner(module).bodies.values()]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    return around
+
+
+@contextmanager
+def _raising_in_an_exchange(module: Any, model: Any) -> Iterator[None]:
+    def bomb(*_: Any, **__: Any) -> None:
+        raise ConnectionError("injected")
+
+    with mock.patch.object(collectives, "_wait", bomb), mock.patch.object(Channels, "send", bomb):
+        yield
+
+
+@contextmanager
+def _traced_anew_in_vain(module: Any, model: Any) -> Iterator[None]:
+    def bomb(*_: Any) -> None:
+        raise LookupError("injected")
+
+    hook = next(model.children()).register_forward_pre_hook(bomb)
+    yield
+    hook.remove()
+
+
+@contextmanager
+def _training(module: Any, model: Any) -> Iterator[None]:
+    model.train()
+    yield
+    model.eval()
+
+
+@contextmanager
+def _hooked(module: Any, model: Any) -> Iterator[None]:
+    hook = next(model.children()).register_forward_hook(lambda *args: args[-1] * 2)
+    yield
+    hook.remove()
+
+
+@contextmanager
+def _precise(module: Any, model: Any) -> Iterator[None]:
+    torch.use_deterministic_algorithms(mode=True)
+    yield
+    torch.use_deterministic_algorithms(mode=False)
+
+
+FAULTS: dict[str, Fault] = {
+    "raises in a layer": Fault(_raising(ArithmeticError("injected"))),
+    "is interrupted": Fault(_raising(KeyboardInterrupt())),
+    "exits in a layer": Fault(_raising(SystemExit(3))),
+    "has no memory": Fault(_raising(torch.OutOfMemoryError("injected"))),
+    "raises in an exchange": Fault(_raising_in_an_exchange),
+    "raises in a trace": Fault(_traced_anew_in_vain),
+    "cannot bind": Fault(given=lambda one: {"x": one["x"]}),
+    "another shape": Fault(given=lambda one: one | {"x": one["x"][:, :, :-2]}),
+    "another dtype": Fault(given=lambda one: one | {"t": one["t"].double()}),
+    "training": Fault(_training),
+    "a hook": Fault(_hooked),
+    "a setting": Fault(_precise),
+    "autocast": Fault(lambda *_: torch.autocast("cpu", torch.bfloat16)),
+}
+
+
+def failing(degrees: Degrees) -> dict[str, dict[str, Any]]:
+    """For each fault what this rank's call raises, and how right it is afterwards."""
+    module, model, example = _made("port", degrees, timeout=20)
+    _error(module, model, example)
+    found = {}
+    for name, fault in FAULTS.items():
+        with fault.around(module, model) if _rank() else nullcontext():
+            given = fault.given(example) if _rank() else example
+            found[name] = _failure(lambda given=given: _call(module, given))
+        found[name]["afterwards"] = _error(module, model, example)
+    return found
+
+
+@torch.no_grad()
+def _call(module: Any, example: Example) -> None:
+    try:
+        materialize(module(**example))
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise RuntimeError(type(error).__name__) from error

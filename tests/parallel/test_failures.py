@@ -70,7 +70,22 @@ def test_a_rank_raises_inside_a_forward(workers: Pools, how: str, degrees: dict[
     assert "rank 1 left call" in other["message"] and "ArithmeticError: injected" in other["message"]
 
 
-@pytest.mark.parametrize(("how", "degrees"), [("killed", DEGREES[0]), ("stopped", DEGREES[1]), ("stopped", P2)])
+@pytest.mark.parametrize("degrees", DEGREES)
+def test_whatever_happens_to_a_rank_all_raise(workers: Pools, degrees: dict[str, int]) -> None:
+    """Faults as a table, the mutations of a running rank: none is missed, and all ranks are right again after each."""
+    other, failing = workers(2).run("failing", degrees=degrees)
+    assert len(other) >= 13
+    for name, result in other.items():
+        assert result["error"] in ("LostError", "MismatchError"), (name, result)
+        assert failing[name]["error"], (name, failing[name])
+        assert max(result["seconds"], failing[name]["seconds"]) < SECONDS, (name, result, failing[name])
+        assert max(result["afterwards"], failing[name]["afterwards"]) <= 1e-5, (name, result, failing[name])
+
+
+LOST = [("killed", DEGREES[0]), ("stopped", DEGREES[1]), ("stopped", P2), ("ended", P2), ("asleep", DEGREES[0])]
+
+
+@pytest.mark.parametrize(("how", "degrees"), LOST)
 def test_a_rank_is_lost_inside_a_forward(workers: Pools, how: str, degrees: dict[str, int]) -> None:
     pool = type(workers(2))(2)
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as global_hooks
 from torch.utils._pytree import tree_map_only
 
@@ -196,6 +197,16 @@ def a_hook_of_all_modules(w: World) -> None:
 
 
 @change
+def a_tap(w: World) -> None:
+    """What comes out of a layer is left in an attribute, in each call anew."""
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        module.tapped = output
+
+    w.linear.register_forward_hook(keep)
+
+
+@change
 def a_hook_that_does_nothing(w: World) -> None:
     w.block.register_forward_hook(lambda *_: None)
 
@@ -271,6 +282,15 @@ of_weights("inference mode", lambda w: setattr(w, "around", torch.inference_mode
 of_weights(
     "default dtype",
     lambda w: [w.undo.callback(torch.set_default_dtype, torch.float32), torch.set_default_dtype(torch.float64)],
+)
+of_weights("gradients", lambda w: setattr(w, "around", torch.enable_grad))
+of_weights("one kernel of attention", lambda w: setattr(w, "around", lambda: sdpa_kernel(SDPBackend.MATH)))
+of_weights(
+    "deterministic",
+    lambda w: [
+        w.undo.callback(torch.use_deterministic_algorithms, mode=False),
+        torch.use_deterministic_algorithms(mode=True, warn_only=True),
+    ],
 )
 of_weights("seed", lambda w: torch.manual_seed(len(w.example)))
 
