@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from xdit_ir.capture import trace
+from xdit_ir.capture.blocks import Blocks
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import WHERE, Program
 
@@ -375,3 +376,26 @@ def test_the_type_of_an_attribute_counts(check: Check) -> None:
             return super().forward(x) * (3 if isinstance(self.index, bool) else self.index)
 
     check(Stack(Typed(index=1), Typed(index=True), Typed(index=1)), X)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_where_a_single_sample_lies_in_memory_splits_only_what_reads_it(
+    reads: bool, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Strided(Layer):
+        def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+            return super().forward(x, x.stride()[1] if reads else None)
+
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = torch.cat([layer(x), x], 1)[:, : x.shape[1]]
+            return x
+
+    traced: list[str] = []
+    real = Blocks._trace
+    monkeypatch.setattr(
+        Blocks, "_trace", lambda self, module, path, *rest: traced.append(path) or real(self, module, path, *rest)
+    )
+    check(Model(Strided(), Strided(), Strided()), (torch.randn(1, 3, 8),))
+    assert traced == (["layers.0", "layers.1"] if reads else ["layers.0"])

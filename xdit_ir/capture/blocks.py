@@ -89,6 +89,8 @@ class Blocks:
         for body in self.bodies:
             if body.call.key != call.key or body.print.structure != print_.structure:
                 continue
+            if body.frame.strides and body.call.strides != call.strides:
+                continue
             if self.leaves_below(path) != self.leaves_below(body.frame.prefix):
                 continue
             if not print_.differs_from(body.print) <= ignored - body.frame.attributes:

@@ -24,13 +24,14 @@ from xdit_ir.capture.values import TracedValue
 class SubmoduleCall:
     """Arguments of a block call: the distinct tensors, and how they and literals make up the arguments.
 
-    Calls with equal `key` differ at most in the contents of their tensors.
+    Calls with equal `key` differ at most in the contents of their tensors, and in `strides` of dims of one index.
     """
 
     tensors: list[torch.Tensor]
     values: list[TracedValue]
     names: list[str]
     key: tuple[Any, ...]
+    strides: list[tuple[int, ...]]
     leaves: list[Any]
     spec: pytree.TreeSpec
 
@@ -52,9 +53,17 @@ def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwarg
             places[id(leaf)] = len(tensors)
             tensors.append(leaf)
             names.append(_unlike(_name(path, parameters), names))
-        key.append((places[id(leaf)], tuple(leaf.shape), leaf.stride(), leaf.dtype, str(leaf.device)))
+        key.append((places[id(leaf)], tuple(leaf.shape), _steps(leaf), leaf.dtype, str(leaf.device)))
     values = [recorder.value(tensor) for tensor in tensors]
-    return SubmoduleCall(tensors, values, names, tuple(key), [leaf for _, leaf in paths], spec)
+    strides = [tensor.stride() for tensor in tensors]
+    return SubmoduleCall(tensors, values, names, tuple(key), strides, [leaf for _, leaf in paths], spec)
+
+
+def _steps(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides that mean something: those of a dim of one index may tell the format of images apart, no more."""
+    if tensor.ndim in (4, 5):
+        return tensor.stride()
+    return tuple(stride if size != 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _positional(forward: Any) -> list[str]:

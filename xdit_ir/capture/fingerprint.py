@@ -6,6 +6,7 @@ import functools
 import gc
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from xdit_ir.capture.values import contents
 _SKIPPED = frozenset({"_parameters", "_buffers", "_modules"})
 TRACED = "_xdit_traced_forward"  # marks the tracer's own wrapper of a forward, and is what it wraps
 _STATE = ("_parameters", "_buffers")
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
 _SCALARS = (str, int, float, bool, type(None))
 _VALUES = (*_SCALARS, bytes, complex, torch.dtype, torch.device, torch.Size, np.generic, type)
 _DIGESTED_NUMEL = 1 << 16
@@ -82,7 +84,7 @@ class _Printer:
         state = [(key, self._state(item)) for part in _STATE for key, item in dict.items(module.__dict__[part])]
         plain = []
         for name, item in module.__dict__.items():
-            if name in _SKIPPED or (type(item) in (dict, list) and not item):
+            if name in _SKIPPED or (type(item) in _CONTAINERS and not item):
                 continue
             item = getattr(item, TRACED, item)
             if name == "forward" and _is_own(item, module):

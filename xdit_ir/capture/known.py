@@ -287,6 +287,7 @@ class PythonReads(TorchFunctionMode):
         return result
 
     def _note_layout(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self._recorder.frame.strides = True
         with self._recorder.recording(False):
             if any(root is not Origin.CONSTANT for root in expand(self._recorder.value(args[0]).roots)):
                 self._recorder.read_layouts = f"{source_line()} ({func.__name__})"

@@ -314,6 +314,15 @@ def _reduces(item: Any) -> bool:
     return type(item).__module__ in ("builtins", "itertools") and not isinstance(item, types.GeneratorType)
 
 
+_PLAIN: Mapping[type, type[Part]] = {
+    dict: Entries,
+    OrderedDict: Entries,
+    list: Elements,
+    deque: Elements,
+    set: Members,
+}
+
+
 def parts_of(item: Any, label: str) -> list[Part]:
     """All parts of an object but those of its class; none of what cannot change or cannot be looked into."""
     if isinstance(item, types.CellType):
@@ -322,6 +331,8 @@ def parts_of(item: Any, label: str) -> list[Part]:
         return [Defaults(item, label), Attributes(vars(item), label)]
     if isinstance(item, ContextVar):
         return [Context(item, label)]
+    if (whole := _PLAIN.get(type(item))) is not None:
+        return [whole(item, label)]
     found: list[Part] = []
     if isinstance(item, (bytearray, np.ndarray)):
         found.append(Objects(item, label) if getattr(item, "dtype", None) == np.dtype(object) else Bytes(item, label))

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.plain import odd_tensor
+from xdit_ir.capture.quick import quick_shape
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
     KNOWN_NUMEL,
@@ -86,11 +87,16 @@ class Recorder(GraphWriter):
     def blank(self, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """A new fake tensor with the size, strides and dtype of `like`."""
         device = device or (self.device if like.device.type == "meta" else like.device)
-        with torch.inference_mode(), self.fake_mode:
-            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+        with torch.inference_mode():
+            plain = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+            return FakeTensor(self.fake_mode, plain, device)  # ten times as fast as to ask the mode for it
 
     def fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on fake tensors, unrecorded."""
+        if (shape := quick_shape(func, args, kwargs)) is not None:
+            with torch.inference_mode():
+                plain = torch.empty(shape, dtype=args[0].dtype, device="meta")
+                return FakeTensor(self.fake_mode, plain, args[0].fake_device)
         with self.fake_mode:
             return func(*args, **kwargs)
 

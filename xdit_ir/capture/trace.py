@@ -236,11 +236,15 @@ def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> TracedValue:
 def _watch(skeleton: Skeleton, chosen: dict[str, nn.Module], recorder: Recorder) -> dict[str, set[tuple[str, str]]]:
     """Watch the plain attributes in which blocks of equal structure differ, such as the index of a layer."""
     prints = {path: fingerprint(skeleton.modules[path], recorder.held) for path in chosen}
-    groups: dict[str, list[str]] = {}
+    groups: list[list[str]] = []
     for path, print_ in prints.items():
-        groups.setdefault(repr(print_.structure), []).append(path)
+        group = next((group for group in groups if prints[group[0]].structure == print_.structure), None)
+        if group is None:
+            groups.append([path])
+        else:
+            group.append(path)
     watched: dict[str, set[tuple[str, str]]] = {}
-    for paths in groups.values():
+    for paths in groups:
         differing = set().union(*(prints[path].differs_from(prints[paths[0]]) for path in paths))
         for path in paths if differing else ():
             watched[path] = differing

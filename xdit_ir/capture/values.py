@@ -103,7 +103,8 @@ class Frame:
     """A graph under construction: the outer graph, or the body of a block called at `prefix`.
 
     `outer` are the arguments as the caller sees them, `reads` the arguments whose contents Python saw,
-    `attributes` the (module path, name) of the watched attributes that Python saw.
+    `attributes` the (module path, name) of the watched attributes that Python saw, `strides` whether it saw how some
+    tensor lies in memory.
     """
 
     prefix: str
@@ -114,6 +115,7 @@ class Frame:
     arguments: list[TracedValue] = field(default_factory=list)
     reads: set[int] = field(default_factory=set)
     attributes: set[tuple[str, str]] = field(default_factory=set)
+    strides: bool = False
     state: dict[str, fx.Node] = field(default_factory=dict)
     constants: dict[int, TracedValue] = field(default_factory=dict)
 

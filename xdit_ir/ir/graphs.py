@@ -88,7 +88,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        env[node] = result.node_copy(node, env.__getitem__)
+        new = result.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        if node.args or node.kwargs:  # given later, as a graph looks through all that a node is made with
+            new.args, new.kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        new.meta.update(node.meta)
+        env[node] = new
     return result
 
 

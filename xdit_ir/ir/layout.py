@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition, Runs
@@ -35,6 +35,7 @@ class Layout:
         return hash((self.dims, self.partial))
 
     @staticmethod
+    @cache
     def whole(ndim: int) -> Layout:
         """Replicated."""
         return Layout((None,) * ndim)
