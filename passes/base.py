@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from xdit_ir.errors import PassError
 from xdit_ir.ir.facts import Fact
@@ -26,16 +27,22 @@ def run_passes(
         PassError: the program lacks what a pass requires; names the pass that provides it.
         VerifyError: a pass made a wrong program.
     """
-    for left, one in zip(reversed(range(len(passes))), passes, strict=True):
-        with collector_paused():
-            contract = contract_of(type(one))
-            _check(one, contract, program)
-            program = one.apply(program)
-            program = program.replace(facts=contract.after(program.facts))
-            if not (familiar and left):
-                verify(program, one.name, runnable=Fact.RUNNABLE in program.facts)
-        if after is not None:
-            after(one, program)
+    with collector_paused() if after is None else nullcontext():  # once for all, as each end of a pause collects
+        for left, one in zip(reversed(range(len(passes))), passes, strict=True):
+            with collector_paused():
+                program = _applied(one, program, check=not (familiar and left))
+            if after is not None:
+                after(one, program)
+    return program
+
+
+def _applied(one: Pass, program: Program, *, check: bool) -> Program:
+    contract = contract_of(type(one))
+    _check(one, contract, program)
+    program = one.apply(program)
+    program = program.replace(facts=contract.after(program.facts))
+    if check:
+        verify(program, one.name, runnable=Fact.RUNNABLE in program.facts)
     return program
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from xdit_ir.sharding.propagate import Attempt, Propagation
 
 PROBE = Mesh.of(ulysses=2)
 aten = torch.ops.aten
+Dims = frozenset[tuple[int, int, int]]  # places among leading values, dims of these, sizes
 JOINS = (aten.cat, aten.concat, aten.concatenate)
 
 
@@ -31,7 +32,8 @@ class FindTokens:
 
     Candidates are the dimensions of what flows from the prologue into block calls, and those of the inputs that no
     such stream divides. The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come streams
-    that reach no query, but whose work can be divided nevertheless.
+    that reach no query, but whose work can be divided nevertheless. A dim that is `barren` (see `barren_dims`) is no
+    candidate.
     """
 
     name: ClassVar[str] = "find-tokens"
@@ -39,17 +41,19 @@ class FindTokens:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
 
+    barren: Dims = field(default=frozenset(), repr=False)
+
     def apply(self, program: Program) -> Program:
         """The program with `tokens` filled in."""
         probe = Propagation(program, PROBE)
         whole = program_flops(program, None)[0]
         found: list[tuple[bool, int, int, TokenAxis]] = []
         reaching: list[Attempt] = []
-        for node in leading_values(program.graph):
+        for place, node in enumerate(leading_values(program.graph)):
             if node.op == "placeholder" and any(_has_divided(one, node) for one in reaching):
                 continue
             for dim, size in enumerate(node.meta[SPEC].shape):
-                if size < 2:
+                if size < 2 or (place, dim, size) in self.barren:
                     continue
                 axis, tried = _probed(probe, node, dim)
                 if tried is None or max(tried.flops()) >= whole:
@@ -59,6 +63,19 @@ class FindTokens:
                     reaching.append(tried)
         axes = [_detailed(program, axis) for *_, axis in sorted(found)]
         return program.replace(tokens=tuple(axes))
+
+
+def barren_dims(analysed: Program) -> Dims:
+    """The dims of values that were tried and are no stream: of a program that is the same but for sizes, those of the
+    same size are none either. Inputs are left out, as not all of them are tried."""
+    streams = {(axis.value, axis.dim) for axis in analysed.tokens}
+    tried = ((place, node) for place, node in enumerate(leading_values(analysed.graph)) if node.op != "placeholder")
+    return frozenset(
+        (place, dim, size)
+        for place, node in tried
+        for dim, size in enumerate(node.meta[SPEC].shape)
+        if (node.name, dim) not in streams
+    )
 
 
 def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Attempt | None]:

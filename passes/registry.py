@@ -64,7 +64,7 @@ def _options(kind: type[Any]) -> Iterator[tuple[str, tuple[str, Any], Any]]:
     hints = typing.get_type_hints(kind)
     for one in dataclasses.fields(kind):
         hint = hints[one.name]
-        if one.name == "name":
+        if one.name == "name" or not one.repr:
             continue
         if hint is Mesh:
             yield from ((dim, (one.name, Mesh), Mesh) for dim in MESH_DIMS)

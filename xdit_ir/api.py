@@ -24,6 +24,7 @@ from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program, Stored
 from xdit_ir.passes.base import After, run_passes
 from xdit_ir.passes.divide import check_schedule, check_weights, divide, make_pipeline
+from xdit_ir.passes.find_tokens import Dims
 from xdit_ir.passes.order import analysis_passes
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
@@ -60,12 +61,14 @@ class TracedProgram:
     """A captured model; `str()` is its block-level text, `ir` the program itself.
 
     `familiar`: one that differs in sizes only was divided and verified after every pass; see `run_passes`. `stored`:
-    how ranks store weights for an earlier program of the model.
+    how ranks store weights for an earlier program of the model. `barren`: what that other program says of this one, see
+    `barren_dims`.
     """
 
     ir: Program
     familiar: bool = False
     stored: Mapping[str, Stored] = field(default_factory=dict)
+    barren: Dims = frozenset()
 
     def __str__(self) -> str:
         return program_text(self.ir)
@@ -77,7 +80,7 @@ class TracedProgram:
     @cached_property
     def analysed(self) -> Program:
         """The canonical program with its token streams found: what every mesh starts from."""
-        return run_passes(self.ir, analysis_passes(), familiar=self.familiar)
+        return run_passes(self.ir, analysis_passes(self.barren), familiar=self.familiar)
 
     def parallelize(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from xdit_ir.ir.flops import node_flops
-from xdit_ir.ir.graphs import expand_call, placeholders, weights_of
+from xdit_ir.ir.graphs import copy_node, expand_call, placeholders, weights_of
 from xdit_ir.ir.program import (
     CONSTANT,
     SPEC,
@@ -143,7 +143,7 @@ def _with_weights(body: fx.Graph) -> fx.Graph:
         env[node].meta = node.meta | {WEIGHT: str(node.target)}
     for node in body.nodes:
         if node not in env:
-            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node] = copy_node(graph, node, env.__getitem__)
     return graph
 
 

@@ -16,7 +16,7 @@ from torch import fx, nn
 from xdit_ir.emission.slots import slot_call, slot_spec
 from xdit_ir.ir.buffer_ops import Slot
 from xdit_ir.ir.collective_ops import Communicate, PeerExchange
-from xdit_ir.ir.graphs import all_graphs, operands, placeholders
+from xdit_ir.ir.graphs import all_graphs, copy_node, operands, placeholders
 from xdit_ir.ir.named_tensors import constants_on
 from xdit_ir.ir.program import CONSTANT, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
 from xdit_ir.kernels.attention import Attention, KernelAttention
@@ -233,7 +233,7 @@ class _CodeWriter:
         if isinstance(node.target, Slot):
             values = [self.env[value] for value in node.all_input_nodes]
             return slot_call(self.graph, node, self.kept[node.target.slot], values)
-        new = self.graph.node_copy(node, self.env.__getitem__)
+        new = copy_node(self.graph, node, self.env.__getitem__)
         if new.kwargs.get("device") == self.traced:
             new.update_kwarg("device", self.device)
         return new

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from xdit_ir.ir.fixed_call import FixedCall
-from xdit_ir.ir.graphs import all_graphs
+from xdit_ir.ir.graphs import all_graphs, copy_node
 from xdit_ir.ir.program import SPEC, WEIGHT, Program
 
 STRUCTURE = "structure"  # of a module that is a body: its `Structure.key`
@@ -72,7 +72,7 @@ def _flat(module: fx.GraphModule) -> fx.Graph | None:
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.graph.nodes:
         if node.op != "call_module":
-            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node] = copy_node(graph, node, env.__getitem__)
             continue
         called = module.get_submodule(str(node.target))
         if not isinstance(called, FixedCall):

@@ -88,12 +88,27 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        new = result.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        if node.args or node.kwargs:  # given later, as a graph looks through all that a node is made with
-            new.args, new.kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-        new.meta.update(node.meta)
-        env[node] = new
+        env[node] = copy_node(result, node, env.__getitem__)
     return result
+
+
+def add_node(graph: fx.Graph, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str = "") -> fx.Node:
+    """`graph.create_node` in half of the time: arguments are given later, as a graph looks through those that a node is
+    made with."""
+    new = graph.create_node(op, target, name=name or None)
+    if args:
+        new.args = args
+    if kwargs:
+        new.kwargs = kwargs
+    return new
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, operand: Callable[[fx.Node], Any]) -> fx.Node:
+    """`graph.node_copy`, as quick."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), operand) if node.args or node.kwargs else ((), {})
+    new = add_node(graph, node.op, node.target, args, kwargs, node.name)
+    new.meta.update(node.meta)
+    return new
 
 
 def map_graphs(program: Program, rewrite: Callable[[fx.Graph], None]) -> Program:

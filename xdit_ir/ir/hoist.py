@@ -12,6 +12,7 @@ from torch import fx
 from xdit_ir.ir.graphs import (
     arguments_of,
     copy_graph,
+    copy_node,
     drop_unused_weights,
     operands,
     placeholders,
@@ -46,7 +47,7 @@ def hoist(program: Program, chosen: Chosen, suffix: str) -> tuple[Program, Hoist
     graph, env, made, late = fx.Graph(), dict[fx.Node, fx.Node](), dict[fx.Node, list[fx.Node]](), _late(program.graph)
     for node in program.graph.nodes:
         if node not in late:
-            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node] = copy_node(graph, node, env.__getitem__)
     early = {name: _early_part(program.blocks[name], nodes, suffix) for name, nodes in chosen.items()}
     rest = {name: _rest(program.blocks[name], nodes) for name, nodes in chosen.items()}
     for call in program.calls:
@@ -54,7 +55,7 @@ def hoist(program: Program, chosen: Chosen, suffix: str) -> tuple[Program, Hoist
             made[call] = _call_early(graph, call, early[called_block(call)], env, program)
     for node in program.graph.nodes:
         if node in late:
-            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node] = copy_node(graph, node, env.__getitem__)
             if node in made:
                 env[node].args = _call_rest(env[node], program.blocks[called_block(node)], made[node], rest)
     blocks = {name: rest.get(name, block) for name, block in program.blocks.items()}
@@ -86,7 +87,7 @@ def _early_part(block: Block, nodes: Sequence[fx.Node], suffix: str) -> Block:
     graph, env, needed = fx.Graph(), dict[fx.Node, fx.Node](), ancestors(nodes)
     for node in block.graph.nodes:
         if node in needed:
-            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node] = copy_node(graph, node, env.__getitem__)
     graph.output(tuple(env[node] for node in nodes))
     return Block(f"{block.name}_{suffix}", graph)
 

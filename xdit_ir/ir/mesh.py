@@ -166,11 +166,7 @@ class Mesh:
 
     def refine(self, partition: Partition, dims: Collection[str]) -> Partition:
         """Every part divided further, evenly, over those of these mesh dims along which the parts are equal."""
-        rest = frozenset(dims) - self.dividing_dims(partition)
-        count = self.size(rest)
-        cuts = {part: even_pieces(part.size, count) for part in set(partition.parts)}
-        parts = (part.at(cuts[part][self.index(rank, rest)]) for rank, part in enumerate(partition.parts))
-        return Partition(partition.size, tuple(parts))
+        return _refined(self, partition, frozenset(dims) - self.dividing_dims(partition))
 
     def covers(self, partition: Partition) -> bool:
         """Whether each index is held somewhere along the mesh dims that divide it."""
@@ -211,6 +207,14 @@ def _groups(mesh: Mesh, dims: frozenset[str]) -> tuple[tuple[int, ...], ...]:
     fixed = [name for name in mesh.names if name not in dims]
     keys = [tuple(at[name] for name in fixed) for at in map(mesh.coordinate, range(mesh.world_size))]
     return tuple(tuple(other for other, there in enumerate(keys) if there == here) for here in keys)
+
+
+@lru_cache(maxsize=1 << 12)
+def _refined(mesh: Mesh, partition: Partition, dims: frozenset[str]) -> Partition:
+    count = mesh.size(dims)
+    cuts = {part: even_pieces(part.size, count) for part in set(partition.parts)}
+    parts = (part.at(cuts[part][mesh.index(rank, dims)]) for rank, part in enumerate(partition.parts))
+    return Partition(partition.size, tuple(parts))
 
 
 @lru_cache(maxsize=4096)

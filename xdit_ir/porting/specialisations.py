@@ -28,8 +28,10 @@ from xdit_ir.emission.execution import Tensors
 from xdit_ir.emission.state import hooked
 from xdit_ir.emission.structure import program_key
 from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, StateError, TraceError, XditError
+from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.mesh import BATCH, MESH_DIMS, Mesh
 from xdit_ir.ir.program import Program, Stored, TensorSpec
+from xdit_ir.passes.find_tokens import Dims, barren_dims
 from xdit_ir.porting.planned import Unplanned
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.porting.worth import Worth
@@ -95,10 +97,10 @@ class Specialisation:
 @dataclass(eq=False)
 class Specialisations:
     """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
-    `verified`: the structures of programs that were verified after every pass. `stored`: how ranks hold parts of
-    weights already (of these `types`), which later programs use, as nobody has all of a weight any more. `unplanned`:
-    until the first call, where it is to choose `mesh` and `schedule`. `whole`: why the last call ran whole;
-    `alone`: why all do until `clear`."""
+    `verified`: the structures of programs that were verified after every pass, and their `barren_dims`. `stored`: how
+    ranks hold parts of weights already (of these `types`), which later programs use, as nobody has all of a weight any
+    more. `unplanned`: until the first call, where it is to choose `mesh` and `schedule`. `whole`: why the last call ran
+    whole; `alone`: why all do until `clear`."""
 
     model: nn.Module
     mesh: Mesh
@@ -107,7 +109,7 @@ class Specialisations:
     worth: Worth | None = None
     factory: RunnerFactory | None = None
     found: list[Specialisation] = field(default_factory=list)
-    verified: set[Hashable] = field(default_factory=set)
+    verified: dict[Hashable, Dims] = field(default_factory=dict)
     stored: dict[str, Stored] = field(default_factory=dict)
     types: dict[str, TensorSpec] = field(default_factory=dict)
     tracing: bool = False
@@ -272,8 +274,10 @@ class Specialisations:
                 raise failure.error from None
             self._check_types(program)
             key = program_key(program)
-            made = _parallelized(TracedProgram(program, key in self.verified, self.stored), self.schedule)
-            self.verified |= {key} - {None}
+            familiar, barren = key in self.verified, self.verified.get(key, frozenset())
+            made = _parallelized(TracedProgram(program, familiar, self.stored, barren), self.schedule)
+            if key is not None and not familiar:
+                self.verified[key] = barren_dims(made.analysed)
             if self.worth is not None:
                 self.worth.check(made)
             return made
@@ -281,7 +285,8 @@ class Specialisations:
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
         self.tracing = True
         try:
-            program, runner = factory.build(make)
+            with collector_paused():
+                program, runner = factory.build(make)
         finally:
             self.tracing = False
         self.stored |= program.ir.stored

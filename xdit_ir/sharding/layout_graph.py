@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import with_operands, write_relayout
+from xdit_ir.ir.graphs import add_node, with_operands, write_relayout
 from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC
@@ -193,8 +193,8 @@ def _write(graph: fx.Graph, step: LayoutNode, sources: list[fx.Node], name_of: C
     if step.body is not None:
         args = (name_of(step.body), *args[1:])
     target = step.target if node.op == "call_function" else node.target
-    new = graph.create_node(node.op, target, args, kwargs, name=node.name, type_expr=node.type)
-    new.meta = dict(node.meta)
+    new = add_node(graph, node.op, target, args, kwargs, node.name)
+    new.meta.update(node.meta)
     if node.op != "output":
         new.meta[LAYOUT] = step.layout
     if step.fallback:

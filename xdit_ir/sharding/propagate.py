@@ -270,6 +270,8 @@ class _GraphPropagation:
     def convert(self, value: LayoutNode, want: Layout) -> LayoutNode:
         """The value in another layout."""
         have: Layout = value.layout
+        if have is want:
+            return value
         want = self.run.same(want)
         if have.partial and not want.partial:
             whole = self.run.same(have.summed())

@@ -12,7 +12,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.collective_ops import AllGather, Reduce, ReduceScatter, Reshuffle, Ring
 from xdit_ir.ir.facts import Fact
-from xdit_ir.ir.graphs import operands, with_operands
+from xdit_ir.ir.graphs import add_node, copy_node, operands, with_operands
 from xdit_ir.ir.layout import Layout, kind, part_of, plan, scatter_plan
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Indices
@@ -87,7 +87,8 @@ def _localize(graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Graph:
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         env[node] = new = _node(node, env, result, mesh, rank)
-        new.meta = {key: node.meta[key] for key in (WHERE, WEIGHT, SCOPE) if key in node.meta}
+        new.meta.clear()
+        new.meta.update((key, node.meta[key]) for key in (WHERE, WEIGHT, SCOPE) if key in node.meta)
         if LAYOUT in node.meta:
             new.meta[SPEC] = local_spec(node, rank)
     return result
@@ -107,7 +108,7 @@ def local_spec(node: fx.Node, rank: int) -> Any:
 
 def _node(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
     if node.op != "call_function" or node.target is operator.getitem or is_block_call(node):
-        return graph.node_copy(node, env.__getitem__)
+        return copy_node(graph, node, env.__getitem__)
     if ops.is_relayout(node.target):
         return _relayout(node, env[operands(node)[0]], graph, mesh, rank)
     if node.target is ops.ring_attention:
@@ -118,7 +119,7 @@ def _node(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mes
     if sharding.local is not None:
         target, args, kwargs = sharding.local(rank)
     args, kwargs = fx.map_arg((args, kwargs), env.__getitem__)
-    return graph.create_node("call_function", target, args, dict(kwargs), name=node.name)
+    return add_node(graph, "call_function", target, args, kwargs, node.name)
 
 
 def _relayout(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
