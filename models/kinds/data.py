@@ -56,8 +56,11 @@ KINDS = {
     "kind-flex-bias": _kind("operators:FlexBias", x=TOKENS),
     "kind-vectorised": _kind("operators:Vectorised", x=TOKENS, scale=Values([0.75, 0.25])),
     "kind-differentiated": _kind("operators:Differentiated", x=TOKENS),
+    "kind-transformed": _kind("operators:Transformed", x=TOKENS),
+    "kind-capped-scores": _kind("operators:CappedScores", x=TOKENS),
     "kind-scan-operator": _kind("operators:ScanOperator", x=TOKENS),
     "kind-while-operator": _kind("operators:WhileOperator", x=TOKENS),
     "kind-eight-bits": _kind("operators:EightBits", x=TOKENS),
+    "kind-eight-bit-integers": _kind("operators:EightBitIntegers", x=TOKENS),
     "kind-grouped-product": _kind("operators:GroupedProduct", x=TOKENS),
 }

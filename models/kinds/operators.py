@@ -71,6 +71,50 @@ class Differentiated(nn.Module):
         return self.head(x)
 
 
+class Transformed(nn.Module):
+    """Networks under `torch.func`: a derivative by `vjp`, one along a direction by `jvp`, and an ensemble by `vmap`."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
+        self.mlps = nn.ModuleList(mlp(width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4]."""
+
+        def other(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(self.mlps[0], weights, (tokens,))
+
+        x = self.embed(x)
+        for block, net in zip(self.blocks, self.mlps, strict=True):
+            out, pull = torch.func.vjp(net, x)
+            _, along = torch.func.jvp(net, (x,), (torch.ones_like(x),))
+            x = block(x + pull(out)[0] + along)
+        weights, _ = torch.func.stack_module_state(list(self.mlps))
+        return self.head(x + torch.vmap(other, in_dims=(0, None))(weights, x).mean(0))
+
+
+class CappedScores(nn.Module):
+    """`flex_attention` with scores under a soft cap, not compiled."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4]."""
+
+        def capped(score, b, h, q, k):  # type: ignore[no-untyped-def]
+            return 20 * torch.tanh(score / 20)
+
+        x = self.embed(x)
+        for block in self.blocks:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+            x = block(x + flex_attention(q, k, v, score_mod=capped).transpose(1, 2).flatten(2))
+        return self.head(x)
+
+
 class ScanOperator(nn.Module):
     """A recurrence by the higher-order operator `scan`."""
 
@@ -128,6 +172,26 @@ class EightBits(nn.Module):
             one = torch.ones((), device=x.device)
             a, b = flat.to(torch.float8_e4m3fn), self.weight.to(torch.float8_e4m3fn)
             y = torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32)
+            x = block(x + y.view_as(x))
+        return self.head(x)
+
+
+class EightBitIntegers(nn.Module):
+    """Linear layers as `_int_mm`, with a scale a row."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
+        self.weight = nn.Parameter(torch.randn(width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4]."""
+        x = self.embed(x)
+        for block in self.blocks:
+            flat = x.flatten(0, 1)
+            scales = [item.abs().amax(-1, keepdim=True) / 127 for item in (flat, self.weight)]
+            a, b = (flat / scales[0]).round().to(torch.int8), (self.weight / scales[1]).round().to(torch.int8)
+            y = torch._int_mm(a, b.t()) * scales[0] * scales[1].t()
             x = block(x + y.view_as(x))
         return self.head(x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,10 +44,11 @@ def test_hooks_take_part(check: Any) -> None:
     assert len(list(program.calls)) == 3
 
 
-def test_a_counter_may_watch_a_port() -> None:
-    """Its hooks and modes are PyTorch's own, and see the calls, not the trace."""
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_a_counter_may_watch_a_port(mode: str) -> None:
+    """Its hooks and modes are PyTorch's own, and see the calls, not the trace; compiled code cannot run under them."""
     model, x = Model().eval().requires_grad_(False), torch.randn(2, 5, 8)
-    ported = xir.port(model)
+    ported = xir.port(model, mode=mode)
     for _ in range(2):
         with FlopCounterMode(display=False) as counter:
             assert torch.equal(ported(x), model(x))

@@ -45,6 +45,13 @@ def scaled(d, packet):
     return Sample(packet.default, (left, right, one, one), {"out_dtype": torch.float32})
 
 
+@example(aten._int_mm)
+def integers(d, packet):
+    rows, inner, columns = 64 * d.int(1, 2), 16 * d.int(1, 2), 16 * d.int(1, 2)
+    left, right = (torch.randint(-9, 9, shape, dtype=torch.int8) for shape in ((rows, inner), (columns, inner)))
+    return Sample(packet.default, (left, right.t()))
+
+
 @example(aten._grouped_mm)
 def grouped(d, packet):
     rows, inner, columns = (16 * d.int(1, 2) for _ in range(3))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
@@ -65,8 +66,8 @@ class Blocks:
         self.leaves_below: Callable[[str], frozenset[str]] = lambda path: frozenset()
 
     def wants(self, path: str) -> bool:
-        """Whether a call of this module should become a block call."""
-        return self.recorder.frame.parent is None and path in self.chosen
+        """Whether a call of this module should become a block call; under `torch.func` its operators are recorded."""
+        return self.recorder.frame.parent is None and path in self.chosen and peek_interpreter_stack() is None
 
     def call(self, module: nn.Module, path: str, forward: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call a block: trace its body if it is new, then emit one node."""

@@ -218,7 +218,7 @@ def _affine_step(node: fx.Node, start: fx.Node) -> _Step | None:
 def _number(item: Any) -> float | None:
     """A literal, also in the form that vmap gives it."""
     if isinstance(item, fx.Node):
-        return _number(item.args[0]) if item.target is aten._to_copy.default else None
+        return _number(item.args[0]) if item.target is aten.scalar_tensor.default else None
     return float(item) if isinstance(item, (int, float)) else None
 
 

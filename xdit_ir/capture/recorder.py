@@ -87,7 +87,7 @@ class Recorder(GraphWriter):
     def blank(self, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """A new fake tensor with the size, strides and dtype of `like`."""
         device = device or (self.device if like.device.type == "meta" else like.device)
-        with torch.inference_mode():
+        with torch._C._DisableFuncTorch(), torch.inference_mode():  # first asked for under a transform
             plain = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
             return FakeTensor(self.fake_mode, plain, device)  # ten times as fast as to ask the mode for it
 

@@ -81,6 +81,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._again(_compared, func, *args, **kwargs)
         if func in KERNELS:
             return self._again(attend_by, func, tuple(args), kwargs)
+        if func is aten._to_copy.default and not isinstance(args[0], torch.Tensor):  # vmap's form of a number
+            func, kwargs = aten.scalar_tensor.default, {"dtype": kwargs.get("dtype")}
         args, kwargs = map_tensors((tuple(args), kwargs), lambda tensor: self.recorder.value(tensor).fake)
         about = facts(func)
         if about.composite and (about.writes or about.aliases) and func not in RESHAPES:

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.mutation_guard import install_generation_tagging_init
 
-from xdit_ir.emission.execution import first_line
+from xdit_ir.emission.execution import first_line, is_watched
 from xdit_ir.emission.shared import SharedCodes
 
 
@@ -43,6 +43,8 @@ def compile_body(
     compiled = compiled or torch.compile(plain, fullgraph=True, dynamic=False, options=options)
 
     def forward(*tensors: torch.Tensor) -> Any:
+        if is_watched():
+            return plain(*tensors)
         try:
             return compiled(*tensors)
         except TorchDynamoException as error:  # of compilation, so nothing was run

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.kernels.backends import check_name
@@ -132,6 +133,12 @@ def plain_modes(*kinds: str) -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode of the caller's, such as a counter of FLOPs, wants to see every operator: compiled code
+    cannot be called then, and a CUDA graph would show it nothing."""
+    return _get_current_dispatch_mode() is not None
 
 
 def as_normal_tensor(x: torch.Tensor) -> torch.Tensor:

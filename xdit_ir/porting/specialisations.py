@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from xdit_ir import capture
 from xdit_ir.api import ParallelProgram, TracedProgram
@@ -285,7 +286,8 @@ class Specialisations:
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
         self.tracing = True
         try:
-            with collector_paused():
+            # Counters and profilers around the call are for what the model does.
+            with collector_paused(), _disable_current_modes():
                 program, runner = factory.build(make)
         finally:
             self.tracing = False

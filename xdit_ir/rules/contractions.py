@@ -11,6 +11,7 @@ from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, 
 
 aten = torch.ops.aten
 ROWS, INNER, COLUMNS = "rows", "inner", "columns"
+_FEW_ROWS = 16
 
 
 def _matmul(call: OpCall) -> Labels:
@@ -97,6 +98,12 @@ def _scaled(call: OpCall) -> Labels:
     return by_argument(call, (ROWS, None), self=(ROWS, None), **({"scale_a": of_rows} if of_rows else {}))
 
 
+def _of_integers(call: OpCall) -> Labels:
+    """Rows are free, of which CUDA wants more than 16."""
+    rows = ROWS if call.specs[0].shape[0] > _FEW_ROWS * call.mesh.world_size else None
+    return by_argument(call, (rows, None), self=(rows, None))
+
+
 def _grouped(call: OpCall) -> Labels:
     """Products of as many matrices: where both operands have a dim of groups these are free, and rows; else nothing."""
     if any(len(spec.shape) != 3 for spec in call.specs[:2]):
@@ -163,6 +170,7 @@ RULES = {
     **rules_of(_contraction(_added, _once("beta", 0)), aten.addmm, aten.baddbmm, aten.addmv, aten.addbmm),
     **rules_of(_contraction(_einsum), aten.einsum),
     **rules_of(labelled(_scaled), aten._scaled_mm),
+    **rules_of(labelled(_of_integers), aten._int_mm),
     **rules_of(labelled(_grouped), aten._grouped_mm),
     **rules_of(_contraction(_outer), aten.outer, aten.ger),
     **rules_of(_contraction(_vecdot), aten.linalg_vecdot),
