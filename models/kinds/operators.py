@@ -87,8 +87,8 @@ class Transformed(nn.Module):
 
         x = self.embed(x)
         for block, net in zip(self.blocks, self.mlps, strict=True):
-            out, pull = torch.func.vjp(net, x)
-            _, along = torch.func.jvp(net, (x,), (torch.ones_like(x),))
+            out, pull = torch.func.vjp(net, x)  # type: ignore[misc]
+            _, along = torch.func.jvp(net, (x,), (torch.ones_like(x),))  # type: ignore[misc]
             x = block(x + pull(out)[0] + along)
         weights, _ = torch.func.stack_module_state(list(self.mlps))
         return self.head(x + torch.vmap(other, in_dims=(0, None))(weights, x).mean(0))
