@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from xdit_ir.errors import ParallelizeError
@@ -14,9 +15,11 @@ from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
 from xdit_ir.passes.find_tokens import units_of
-from xdit_ir.pipefusion.latents import inputs_of, output_seeds
-from xdit_ir.pipefusion.patch_plan import PatchPlan, evaluate
+from xdit_ir.pipefusion.latents import could_be_latents, inputs_of, output_seeds
+from xdit_ir.pipefusion.patch_plan import UNLIKE, PatchPlan, evaluate
 from xdit_ir.sharding.propagate import Propagation, Seeds
+
+_ALIKE = 2  # proposals for one segment that are refused for the same reason, behind which no other is tried
 
 
 @dataclass(frozen=True)
@@ -41,26 +44,49 @@ class DisplacePatches:
         return program.replace(seeding=Seeding(self.mesh, seeds))
 
     def _best(self, program: Program) -> Seeds:
+        best, reason = self._search(program)
+        if best is None:
+            raise ParallelizeError(
+                f"patches={self.mesh.size((TIME,))} cannot divide the latents in time: {reason}; "
+                f"use patches={self._nearest(program)}"
+            )
+        return best[1]
+
+    def _search(self, program: Program) -> tuple[tuple[PatchPlan, Seeds] | None, str]:
+        """The cheapest proposal for the first stream for which one is not refused; else why the first one was."""
         trial = Propagation(program, self.mesh)
         best: tuple[PatchPlan, Seeds] | None = None
         refused: list[str] = []
         for axis in program.tokens:
             source = inputs_of(program, axis.value)
-            if axis.is_context or best is not None or not source:
+            if axis.is_context or best is not None or not could_be_latents(program, source):
                 continue
             first = self._first(trial, axis)
-            for partition in self._partitions(program, axis, sum(other.size for other in first)):
+            same = Counter[tuple[tuple[int, int], str]]()
+            for main, partition in self._partitions(program, axis, sum(other.size for other in first)):
+                if any(count >= _ALIKE for (where, _), count in same.items() if where == main):
+                    continue  # units do not matter to what hinders it
                 plan, seeds = self._plan(trial, axis, self._seeds(program, axis, partition, first))
                 if plan.refusal:
                     refused.append(plan.refusal)
+                    same[main, plan.refusal] += 1
                 elif best is None or plan.price < best[0].price:
                     best = plan, seeds
-        if best is None:
-            reason = refused[0] if refused else "no attention takes its queries from a token stream"
-            raise ParallelizeError(
-                f"patches={self.mesh.size((TIME,))} cannot divide the latents in time: {reason}; use patches=1"
-            )
-        return best[1]
+        return best, refused[0] if refused else "no attention takes its queries from a token stream"
+
+    def _nearest(self, program: Program) -> int:
+        """A smaller number of patches that is not refused, where one more is; 1 if there is none."""
+        works, fails = 1, self.mesh.size((TIME,))
+        while fails - works > 1:
+            count = 2 if works == 1 else (works + fails) // 2
+            smaller = replace(self, mesh=self.mesh.resized(TIME, count))
+            if smaller._search(program)[0] is not None:
+                works = count
+            elif works == 1:
+                return 1
+            else:
+                fails = count
+        return works
 
     def _plan(self, trial: Propagation, axis: TokenAxis, seeds: Seeds) -> tuple[PatchPlan, Seeds]:
         """The division that these seeds give, and they; where it is refused, the one that comes of cutting the latents
@@ -79,10 +105,12 @@ class DisplacePatches:
         take less work (a second, short stream of latents), or no more work and no more that is published."""
         program = trial.program
         latents, chosen = inputs_of(program, axis.value), list[TokenAxis]()
-        partition = next(self._partitions(program, axis, 0), None)
+        _, partition = next(self._partitions(program, axis, 0), (None, None))
         if partition is None:
             return []
         best = evaluate(trial.run(self._seeds(program, axis, partition, [])), self.mesh)
+        if best.refusal == UNLIKE:  # whatever else is divided
+            return []
         for other in program.tokens:
             source = inputs_of(program, other.value)
             taken = other.is_context or other.value in (axis.value, *(one.value for one in chosen))
@@ -99,10 +127,13 @@ class DisplacePatches:
         seeds = {axis.value: (self._layout(program, axis, partition),)}
         return seeds | {one.value: (self._layout(program, one, _first(self.mesh, one.size)),) for one in first}
 
-    def _partitions(self, program: Program, axis: TokenAxis, load: int) -> Iterator[Partition]:
-        """Divisions of the latents' stream, where the first patch has `load` tokens besides."""
-        found = (self._divide(cut, axis.size, load) for cut in _cuts(program, axis))
-        yield from dict.fromkeys(partition for partition in found if partition is not None)
+    def _partitions(self, program: Program, axis: TokenAxis, load: int) -> Iterator[tuple[tuple[int, int], Partition]]:
+        """Divisions of the latents' stream, where the first patch has `load` tokens besides, and of which segment."""
+        found: dict[Partition, tuple[int, int]] = {}
+        for cut in _cuts(program, axis):
+            if (partition := self._divide(cut, axis.size, load)) is not None:
+                found.setdefault(partition, cut.main)
+        yield from ((main, partition) for partition, main in found.items())
 
     def _layout(self, program: Program, axis: TokenAxis, partition: Partition) -> Layout:
         node = next(node for node in program.graph.nodes if node.name == axis.value)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from xdit_ir import models
 from xdit_ir.api import TracedProgram, trace
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
@@ -82,3 +83,9 @@ def test_more_ranks_than_there_is_to_divide_are_refused_at_once(
     with pytest.raises(ParallelizeError, match=hint):
         traced.parallelize(**degrees)
     assert time.perf_counter() - start < 1
+
+
+def test_a_refused_number_of_patches_names_the_nearest_that_works() -> None:
+    """The output is cut in rows of pixels, of which there are 16."""
+    with pytest.raises(ParallelizeError, match=r"patches=17 cannot .*; use patches=16$"):
+        trace(*models.load("kind-finite-only:tiny")).parallelize(pipefusion=2, patches=17)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.emission.parts import NOTHING, AllStored, Filling, GivenUp, Parts, whole_names
+from xdit_ir.emission.parts import NOTHING, AllStored, GivenUp, Parts, whole_names
 from xdit_ir.emission.state import ModelWeights, check_type, running_device
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import find_tensor
 from xdit_ir.ir.program import TensorSpec
-from xdit_ir.ir.stored import bytes_of
+from xdit_ir.ir.stored import Filling, bytes_of
 
 INDEX, SHARD = ".safetensors.index.json", ".safetensors"
 # What safetensors calls dtypes that may stand for each other, as in `from_pretrained(..., torch_dtype=...)`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import MappingProxyType
@@ -13,13 +13,11 @@ import torch
 from xdit_ir.capture.versions import Versions
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.program import Stored, TensorSpec
-from xdit_ir.ir.stored import Run, empty, runs_of
+from xdit_ir.ir.stored import runs_of
 
 AllStored = Mapping[str, Stored]
 NOTHING: AllStored = MappingProxyType({})
 _DTYPE, _IS_META = attrgetter("dtype"), attrgetter("is_meta")
-ReadRun = Callable[[int, int], torch.Tensor]
-"""Bytes of a weight, from where on and how many."""
 
 
 def whole_names(names: Iterable[str], stored: AllStored) -> list[str]:
@@ -74,31 +72,3 @@ def without_effect(what: str) -> str:
         f"{what} a model whose weights its port holds itself (release=True, weights= or shard_weights=True), where it "
         "has no effect; load, cast and fuse before the first forward, or port a model anew"
     )
-
-
-class Filling:
-    """Parts on the way here: room for them, filled weight by weight, whichever comes first."""
-
-    def __init__(self, missing: Iterable[Stored], specs: Mapping[str, TensorSpec], device: torch.device) -> None:
-        self._made: dict[Stored, torch.Tensor] = {}
-        self._wanted: dict[str, list[tuple[torch.Tensor, Run]]] = {}
-        for stored in missing:
-            with torch.inference_mode(False):  # they outlive the caller's mode
-                self._made[stored], flat = empty(stored, device)
-            for run in runs_of(stored, specs):
-                self._wanted.setdefault(run.name, []).append((flat, run))
-
-    @property
-    def wanted(self) -> list[str]:
-        """The weights that have not come yet."""
-        return list(self._wanted)
-
-    def fill(self, name: str, read: ReadRun) -> None:
-        """Copy what is wanted of a weight."""
-        for flat, run in self._wanted.pop(name, ()):
-            flat.narrow(0, run.place, run.length).copy_(read(run.start, run.length))
-
-    def done(self) -> dict[Stored, torch.Tensor]:
-        """The parts."""
-        assert not self._wanted
-        return self._made

@@ -15,7 +15,7 @@ from torch import fx, nn
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.named_tensors import constants_on, find_tensor
 from xdit_ir.ir.program import CONSTANT, Program, call_parts, is_block_call
-from xdit_ir.ir.stored import assembled, bytes_of
+from xdit_ir.ir.stored import Filling, bytes_of
 
 State = Callable[[str], torch.Tensor]
 # Sees the name of the block call (empty: outer graph), a node of its body, and the value.
@@ -88,10 +88,10 @@ class Interpreter:
         stored = self.program.stored.get(name)
         if stored is None:
             return self.state(name)
-        return assembled(stored, self.program.state, self._bytes, self.device)
-
-    def _bytes(self, name: str, start: int, length: int) -> torch.Tensor:
-        return bytes_of(self.state(name)).narrow(0, start, length)
+        parts = Filling([stored], self.program.state, self.device)
+        for member in parts.wanted:
+            parts.fill(member, functools.partial(bytes_of(self.state(member)).narrow, 0))
+        return parts.done()[stored]
 
     def operator(self, node: fx.Node, args: Any, kwargs: dict[str, Any], prefix: str) -> Steps:
         """The result of an operator; where it names the device of the trace it means the running one."""

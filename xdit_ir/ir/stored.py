@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +12,8 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.program import Stored, TensorSpec
 
 ALIGNMENT = 256  # bytes; what kernels want of where a tensor begins, and a multiple of every element
-ReadBytes = Callable[[str, int, int], torch.Tensor]
-"""The bytes of a weight, by its name: from where on, and how many."""
+ReadRun = Callable[[int, int], torch.Tensor]
+"""Bytes of a weight, from where on and how many."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,39 @@ def runs_of(stored: Stored, state: Mapping[str, TensorSpec]) -> Iterator[Run]:
         place += length
 
 
-def empty(stored: Stored, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty(stored: Stored, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """A tensor for what is held, and its bytes, which are to be filled; zeros where nothing lies."""
     spec = held_spec(stored)
     flat = torch.zeros(math.prod(spec.shape) * spec.dtype.itemsize, dtype=torch.uint8, device=device)
     return flat.view(spec.dtype).view(spec.shape), flat
 
 
-def assembled(stored: Stored, state: Mapping[str, TensorSpec], read: ReadBytes, device: torch.device) -> torch.Tensor:
-    """What is held, read weight by weight."""
-    tensor, flat = empty(stored, device)
-    for run in runs_of(stored, state):
-        flat.narrow(0, run.place, run.length).copy_(read(run.name, run.start, run.length))
-    return tensor
+class Filling:
+    """Parts on the way here: room for them, filled weight by weight, whichever comes first."""
+
+    def __init__(self, missing: Iterable[Stored], specs: Mapping[str, TensorSpec], device: torch.device) -> None:
+        self._made: dict[Stored, torch.Tensor] = {}
+        self._wanted: dict[str, list[tuple[torch.Tensor, Run]]] = {}
+        for stored in missing:
+            with torch.inference_mode(False):  # they outlive the caller's mode
+                self._made[stored], flat = _empty(stored, device)
+            for run in runs_of(stored, specs):
+                self._wanted.setdefault(run.name, []).append((flat, run))
+
+    @property
+    def wanted(self) -> list[str]:
+        """The weights that have not come yet."""
+        return list(self._wanted)
+
+    def fill(self, name: str, read: ReadRun) -> None:
+        """Copy what is wanted of a weight."""
+        for flat, run in self._wanted.pop(name, ()):
+            flat.narrow(0, run.place, run.length).copy_(read(run.start, run.length))
+
+    def done(self) -> dict[Stored, torch.Tensor]:
+        """The parts."""
+        assert not self._wanted
+        return self._made
 
 
 def bytes_of(x: torch.Tensor) -> torch.Tensor:

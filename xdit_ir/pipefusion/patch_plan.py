@@ -21,6 +21,7 @@ from xdit_ir.sharding.cost import local_flops
 
 aten = torch.ops.aten
 COVERAGE = 0.9
+UNLIKE = "the output is not divided like the latents"
 # Products of two values: what one token gets of another there is a mixture, not its own stream.
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm, aten.mm, aten.einsum)
 
@@ -51,7 +52,7 @@ def evaluate(program: Program, mesh: Mesh) -> PatchPlan:
     covered, price = _work(program, mesh, dependent)
     refusal = ""
     if not found:
-        refusal = "the output is not divided like the latents"
+        refusal = UNLIKE
     elif covered < COVERAGE:
         refusal = f"only {covered:.0%} of the FLOPs that depend on the latents are divided"
     else:
