@@ -16,9 +16,11 @@ from xdit_ir.generation import Generation, generate
 from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import plan
 from xdit_ir.porting.port import port
+from xdit_ir.porting.replicas import replica
 from xdit_ir.rules.declared import register_rule
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.report import Report
+from xdit_ir.transport.replicas import Replica
 
 __all__ = [
     "Generation",
@@ -30,6 +32,7 @@ __all__ = [
     "ParallelProgram",
     "ParallelizeError",
     "Plan",
+    "Replica",
     "Report",
     "TraceError",
     "TracedProgram",
@@ -40,5 +43,6 @@ __all__ = [
     "plan",
     "port",
     "register_rule",
+    "replica",
     "trace",
 ]

@@ -35,6 +35,7 @@ from xdit_ir.sharding.specialize import Specialize
 from xdit_ir.simulation.lockstep import RankObserver, run_ranks
 from xdit_ir.simulation.rank_steps import RankSimulation
 from xdit_ir.simulation.steps import PipelineSimulation
+from xdit_ir.transport.replicas import checked_data
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
@@ -228,14 +229,14 @@ class ParallelProgram:
         timeout: float | None = None,
         weights: str | Path | None = None,
         release: bool = False,
+        data: int = 1,
     ) -> Emitted:
-        """The module of this process's rank; see `xdit_ir.runtime.emitted.emit` and, for the options, `Execution` and
-        `xdit_ir.emission.checkpoint.Loading`."""
+        """The module of this process's rank, in one of `data` replicas; see `xdit_ir.runtime.emitted.emit` and, for the
+        options, `Execution` and `xdit_ir.emission.checkpoint.Loading`."""
         execution = Execution(compile, cuda_graph, transport, attention, handshake, timeout=timeout)
         parts = bool(self.ir.stored)  # of weights, which are held by no model
-        return emit(
-            self, model, device, RunOptions(execution, Loading(weights, release or (parts and weights is None)))
-        )
+        loading = Loading(weights, release or (parts and weights is None))
+        return emit(self, model, device, RunOptions(execution, loading, checked_data(data)))
 
 
 @dataclass(frozen=True, eq=False)

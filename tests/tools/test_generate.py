@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 import xdit_ir as xir
 from xdit_ir.generation import files
 from xdit_ir.generation.folder import Checkpoint, load
-from xdit_ir.generation.job import check_distinct, check_size
+from xdit_ir.generation.job import check_distinct
 from xdit_ir.generation.request import dealt, parse_size, read_embeddings
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.models import digits
 from xdit_ir.porting.ported import Ported
 from xdit_ir.tools.cli import main
+from xdit_ir.transport.distributed import check_processes
 
 Capture = pytest.CaptureFixture[str]
 OPTIONS: dict[str, Any] = {"width": 128, "height": 128, "steps": 2, "arguments": {"use_resolution_binning": False}}
@@ -121,7 +122,7 @@ def test_a_pipeline_without_prompts(tmp_path: Path, capsys: Capture) -> None:
         (["{}", "--prompt", "a", "--ulysses", "2"], "needs 2 processes, this job has 1; nearest legal: ulysses=1"),
         (["{}", "--prompt", "a", "--ulysses", "0"], "ulysses=0 is not a positive integer"),
         (["{}", "--prompt", "a", "--data", "2"], "1 cannot be divided evenly; nearest legal: data=1, or 2 prompts"),
-        (["{}", "--prompt", "a", "--prompt", "b", "--data", "2"], "and this job has 1; nearest legal: data=1"),
+        (["{}", "--prompt", "a", "--prompt", "b", "--data", "2"], "this job has 1; nearest legal: ulysses=1, or"),
         (["{}", "--prompt", "a", "--device", "cuda"], "rank 0 sees no GPU"),
         (["{}", "--prompt", "a", "--size", "128x132"], "PixArtSigmaPipeline refuses its arguments: `height` and"),
         (["{}", "--prompt", "a", "--size", "big"], "size 'big': expected WIDTHxHEIGHT"),
@@ -206,9 +207,9 @@ def test_a_pipe_is_no_file_of_embeddings(tmp_path: Path, capsys: Capture) -> Non
 
 
 def test_numbers_of_processes_prompts_and_gpus() -> None:
-    check_size(Mesh.of(cfg=2), 4, groups=2)
-    with pytest.raises(xir.ParallelizeError, match=r"in each of data=2 groups: cfg=2 needs 2 .* --nproc-per-node 4 "):
-        check_size(Mesh.of(cfg=2), 6, groups=2)
+    check_processes(Mesh.of(cfg=2), 4, data=2)
+    with pytest.raises(xir.ParallelizeError, match=r"cfg=2 x data=2 needs 4 .* has 6; nearest legal: data=3, or"):
+        check_processes(Mesh.of(cfg=2), 6, data=2)
     assert [dealt("abcdef", group, 3) for group in range(3)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(xir.ParallelizeError, match="6 cannot be divided evenly; nearest legal: data=3, or 8 prompts"):
         dealt("abcdef", 0, 4)

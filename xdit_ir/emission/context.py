@@ -31,10 +31,11 @@ from xdit_ir.transport.workspaces import Workspaces
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of `emit` and `port`: how to run, and where weights come from."""
+    """Options of `emit` and `port`: how to run, where weights come from, and the number of replicas (`data`)."""
 
     execution: Execution = field(default_factory=Execution)
     loading: Loading = field(default_factory=Loading)
+    data: int = 1
 
     def context(self, model: nn.Module, mesh: Mesh, device: torch.device) -> RankContext:
         """For the programs of a model on `device`. Collective.
@@ -47,8 +48,13 @@ class RunOptions:
         execution.check(device)
         if execution.compile:
             prepare()
-        communicator = Communicator(mesh, device, handshake=execution.handshake, timeout=execution.limit)
+        communicator = self.communicator(mesh, device)
         return RankContext(model, communicator, execution, self.loading.store(model, device))
+
+    def communicator(self, mesh: Mesh, device: torch.device) -> Communicator:
+        """Of the ranks of this process's replica."""
+        execution = self.execution
+        return Communicator(mesh, device, handshake=execution.handshake, timeout=execution.limit, data=self.data)
 
 
 @contextmanager
@@ -65,7 +71,7 @@ def on_all_ranks(mesh: Mesh, options: RunOptions) -> Iterator[None]:
 def _tell_others(mesh: Mesh, options: RunOptions, error: Exception) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with suppress(ParallelizeError):  # of a job that has no other processes
-        communicator = Communicator(mesh, device, timeout=options.execution.limit)
+        communicator = options.communicator(mesh, device)
         with suppress(type(error)), communicator.working():
             raise error
 

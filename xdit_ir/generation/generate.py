@@ -27,7 +27,7 @@ REPORT = "generate.json"
 
 @dataclass
 class Generation:
-    """What was made: `results` has, for each prompt of this process's group, a list of images (`PIL.Image`) or videos
+    """What was made: `results` has, for each prompt of this process's replica, a list of images (`PIL.Image`) or videos
     (lists of them); `files` are those that this process wrote, and `report` is what it writes as JSON."""
 
     pipe: Any
@@ -82,9 +82,9 @@ def generate(
         device: "cuda" (LOCAL_RANK picks which; the default where there is one) or "cpu".
         whole: load denoisers with the pipeline instead of reading what each rank uses.
         offload: components wait in host memory while others run.
-        data: groups of processes, each with a copy of the pipeline and a share of the prompts.
+        data: replicas of the pipeline, each on processes of its own and with a share of the prompts.
         benchmark: generate the first prompt once to warm up, and so many times for `report["benchmark"]`.
-        output: the folder for files, written by the first process of each group, and for the report, by the first.
+        output: the folder for files, written by the first process of each replica, and for the report, by the first.
         fps: frames per second of videos.
         parallel: degrees and other options of `port`.
 
@@ -98,8 +98,8 @@ def generate(
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
     check_numbers(width=width, height=height, frames=frames, steps=steps, fps=fps, benchmark=benchmark or None)
     check_seed(seed)
-    setup = Setup(pipe, parallel, dtype, lora, whole, offload)
-    job = setup.start(prompts, data, device)
+    setup = Setup(pipe, parallel, dtype, lora, whole, offload, data)
+    job = setup.start(prompts, device)
     if output is not None and job.leads:
         files.check_writable(Path(output))
     inputs = _embedded(embeddings), negative_prompt, _picture(image)
@@ -110,8 +110,8 @@ def generate(
 def _generated(
     setup: Setup, job: Job, request: Request, benchmark: int, output: str | Path | None, fps: int
 ) -> Generation:
-    """The share of this process's group, generated and written."""
-    places, meter = dealt(request.prompts, job.group, job.groups), Meter(job.device)
+    """The share of this process's replica, generated and written."""
+    places, meter = dealt(request.prompts, job.replica.index, job.replica.count), Meter(job.device)
     generation = Generation(setup.pipeline(job, meter), job)
     _run(generation, request.share(places), meter, benchmark)
     generation.report = _report(setup, generation, meter) | generation.report
@@ -174,8 +174,8 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
         "pipeline": type(generation.pipe).__name__,
         "source": str(setup.source) if setup.is_folder else None,
         "options": {**setup.degrees, **{key: one for key, one in setup.options.items() if one not in (None, False)}},
-        "data": job.groups,
-        "processes": job.processes * job.groups,
+        "data": job.replica.count,
+        "processes": job.replica.size * job.replica.count,
         "device": name,
         "weights": "read by each rank" if holds else "loaded whole",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from xdit_ir.emission.execution import Execution
-from xdit_ir.errors import GenerationError
+from xdit_ir.errors import GenerationError, ParallelizeError
 from xdit_ir.generation.folder import Dtypes, check_dtypes, load
-from xdit_ir.generation.job import Job, start
+from xdit_ir.generation.job import Job, choose_device, start
 from xdit_ir.generation.meter import Meter
 from xdit_ir.generation.request import dealt
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.porting.denoisers import components
 from xdit_ir.porting.port import port
 from xdit_ir.porting.ported import Ported
+from xdit_ir.porting.replicas import replica
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Setup:
     lora: Sequence[str]
     whole: bool
     offload: bool
+    data: int
 
     @property
     def is_folder(self) -> bool:
@@ -43,12 +45,16 @@ class Setup:
         """All of them."""
         return {name: self.options.get(name, 1) for name in MESH_DIMS}
 
-    def start(self, prompts: Sequence[str], groups: int, device: str | None) -> Job:
+    def start(self, prompts: Sequence[str], device: str | None) -> Job:
         """The job of this process; raises where its size, the degrees or the number of prompts do not fit."""
-        dealt(prompts, 0, groups)
-        is_ported = not self.is_folder and bool(ported_components(self.source))
-        mesh = None if is_ported else Mesh.of(**self.degrees)
-        job = start(mesh, groups, device, Execution(timeout=self.options.get("timeout")).limit)
+        dealt(prompts, 0, self.data)
+        if not self.is_folder and ported_components(self.source):
+            job = Job(choose_device(device), replica(self.source))
+            if self.data not in (1, job.replica.count):
+                raise ParallelizeError(f"data={self.data}, but the pipeline was ported with data={job.replica.count}")
+        else:
+            limit = Execution(timeout=self.options.get("timeout")).limit
+            job = start(Mesh.of(**self.degrees), self.data, device, limit)
         if not job.reports:
             _quieten()
         return job
@@ -59,7 +65,7 @@ class Setup:
         _adapt(pipe, self.lora)
         meter.end("load")
         if self.options or not ported_components(pipe):
-            port(pipe, **{"weights": weights, **self.options})
+            port(pipe, **{"weights": weights, "data": self.data, **self.options})
         if self.offload:
             pipe.enable_model_cpu_offload(device=job.device)
         else:

@@ -163,9 +163,10 @@ class ChannelMaker:
                 self.communicator.release.watch(link.waits)
             return PeerChannel(device, links)
         group = self._group(key, (source, *targets))
-        made: CollectiveChannel = Broadcast(device, group, source, self._aside)
+        first, target = self.communicator.process(source), self.communicator.process(targets[0])
+        made: CollectiveChannel = Broadcast(device, group, first, self._aside)
         if key[0] == BETWEEN:
-            made = Pair(device, group, source, self._aside, target=targets[0])
+            made = Pair(device, group, first, self._aside, target=target)
         self.communicator.flush(made.leaving)
         return made
 

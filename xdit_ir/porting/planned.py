@@ -21,7 +21,7 @@ from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of, load
 from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import Options, plan_traced
 from xdit_ir.sharding.machine import Machine
-from xdit_ir.transport.distributed import Communicator, processes_of_job
+from xdit_ir.transport.distributed import processes_of_replica
 
 LOG = logging.getLogger("xdit_ir")
 
@@ -44,12 +44,10 @@ class Unplanned:
         Raises:
             ParallelizeError: on every rank, if the model cannot be captured, or nothing fits.
         """
-        count = processes_of_job()
+        count = processes_of_replica(options.data)
         if count == 1:
             return {}
-        communicator = Communicator(
-            Mesh.of(ulysses=count), device, handshake=options.execution.handshake, timeout=options.execution.limit
-        )
+        communicator = options.communicator(Mesh.of(ulysses=count), device)
         hardware = hardware_here(device) if self.machine is None else hardware_of(self.machine)
         try:
             with communicator.working():
@@ -78,12 +76,12 @@ class Unplanned:
 
 
 def unplanned_degrees(
-    given: Mapping[str, int], patches: int | None, machine: Machine | None, *, shard_weights: bool
+    given: Mapping[str, int], patches: int | None, machine: Machine | None, processes: int, *, shard_weights: bool
 ) -> Unplanned | None:
-    """What chooses degrees at the first call: where none is given, or those that are leave processes of the job over
-    and others are not given; None: those that are given are all."""
+    """What chooses degrees at the first call: where none is given, or those that are leave some of so many processes
+    over and others are not given; None: those that are given are all."""
     known = Mesh.of(**given).world_size
-    left, odd = divmod(processes_of_job(), known)
+    left, odd = divmod(processes, known)
     more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME} - set(given)
     return Unplanned(given, patches, machine, shard_weights) if more or not given else None
 

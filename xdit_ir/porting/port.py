@@ -22,7 +22,8 @@ from xdit_ir.porting.parts import Parts, not_portable
 from xdit_ir.porting.planned import Unplanned, saved_degrees, unplanned_degrees
 from xdit_ir.porting.ported import Ported
 from xdit_ir.sharding.machine import H100, Machine, checked
-from xdit_ir.transport.distributed import check_world_size, processes_of_job
+from xdit_ir.transport.distributed import check_world_size, processes_of_replica
+from xdit_ir.transport.replicas import checked_data
 
 Pipe = TypeVar("Pipe")
 
@@ -44,6 +45,7 @@ def port(
     pipefusion: int | None = None,
     patches: int | None = None,
     warmup_steps: int = 1,
+    data: int = 1,
     plan: Plan | None = None,
     shard_weights: bool = False,
     machine: Machine | None = None,
@@ -79,6 +81,9 @@ def port(
             `TracedProgram.parallelize`; with `shard_weights` a model gives its weights up, as with `release`. Where the
             batch cannot be divided, cfg=2 divides pairs of calls, see `xdit_ir.runtime.pairing`. Degrees that are left
             out are planned if none is given, or if those above 1 leave processes over; else they are 1.
+        data: as many replicas of all that, over as many times the processes. Each makes what it is asked for: the
+            caller gives the processes of a replica the same inputs, and each replica other ones, see
+            `xdit_ir.replica`. Replicas never wait for each other, nor are they compared.
         plan: degrees as `xdit_ir.plan` has found them; it must be for this model and number of processes.
         mode, compile, cuda_graph, transport, attention, handshake, timeout: as in
             `xdit_ir.emission.execution.Execution`; `mode` decides where neither `compile` nor `cuda_graph` is given.
@@ -93,16 +98,16 @@ def port(
             pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
     named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **further}
-    division = _Division.of(named, plan, patches, warmup_steps, machine, shard_weights=shard_weights)
+    division = _Division.of(named, plan, patches, warmup_steps, machine, data, shard_weights=shard_weights)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     loading = Loading(weights, release or (weights is None and division.parts_weights))
     if isinstance(model, nn.Module):
         for option, names in (("denoisers", denoisers), ("components", components)):
             if names is not None:
                 raise ParallelizeError(f"{option}={names!r} names components of a pipeline, but a module was given")
-        return division.ported(model, RunOptions(execution, loading))
+        return division.ported(model, RunOptions(execution, loading, data))
     found, beside = split(model, components, denoisers)
-    options = {name: RunOptions(execution, loading.component(name)) for name in (*found, *beside)}
+    options = {name: RunOptions(execution, loading.component(name), data) for name in (*found, *beside)}
     parts = Parts(division.mesh, division.schedule["machine"], options, asked=components is not None)
     methods, encoders = parts.methods(beside), parts.encoders(beside)
 
@@ -117,9 +122,10 @@ def port(
 
 @dataclass(frozen=True)
 class _Division:
-    """How models are divided: `schedule` is what `parallelize` gets. If `unplanned`, that, and the mesh, are chosen at
-    the first call; a `plan` is for one model."""
+    """How models are divided over the `processes` of a replica: `schedule` is what `parallelize` gets. If `unplanned`,
+    that, and the mesh, are chosen at the first call; a `plan` is for one model."""
 
+    processes: int
     mesh: Mesh
     schedule: Mapping[str, Any]
     unplanned: Unplanned | None
@@ -132,6 +138,7 @@ class _Division:
         patches: int | None,
         warmup_steps: int,
         machine: Machine | None,
+        data: int,
         *,
         shard_weights: bool,
     ) -> _Division:
@@ -142,13 +149,14 @@ class _Division:
             patches, given = degrees.patches, dict(degrees.mesh.degrees)
             shard_weights = shard_weights or plan.shard_weights
         known = None if machine is None else checked(machine)
-        unplanned = unplanned_degrees(given, patches, known, shard_weights=shard_weights)
-        mesh = Mesh.of(**given) if unplanned is None else Mesh.of(ulysses=processes_of_job())
-        check_world_size(mesh)
+        processes = processes_of_replica(checked_data(data))
+        unplanned = unplanned_degrees(given, patches, known, processes, shard_weights=shard_weights)
+        mesh = Mesh.of(**given) if unplanned is None else Mesh.of(ulysses=processes)
+        check_world_size(mesh, data)
         check_weights(mesh, shard_weights)
         schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": known or H100}
         schedule |= {"shard_weights": True} if shard_weights else {}
-        return _Division(mesh, schedule, unplanned, plan)
+        return _Division(processes, mesh, schedule, unplanned, plan)
 
     @property
     def parts_weights(self) -> bool:
@@ -160,5 +168,5 @@ class _Division:
         if (reason := not_portable(original)) is not None:
             raise ParallelizeError(reason)
         if self.plan is not None:
-            self.plan.check(original, processes_of_job())
+            self.plan.check(original, self.processes)
         return Ported(original, self.mesh, self.schedule, options, unplanned=self.unplanned)

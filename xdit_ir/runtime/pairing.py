@@ -140,7 +140,7 @@ class Pairing:
                 ]
             call.results = [result.contiguous() for result in call.results]
             for result in call.results:
-                dist.broadcast(result, pair[place], group=group)
+                dist.broadcast(result, self.communicator.process(pair[place]), group=group)
 
 
 class PairedRunner(Runner):

@@ -19,6 +19,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.transport.groups import DEFAULT_TIMEOUT, Groups, Leaving, configured_timeout, losing
 from xdit_ir.transport.line import AnyError, Line, line_of
 from xdit_ir.transport.release import Release
+from xdit_ir.transport.replicas import Replica
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
@@ -28,8 +29,8 @@ Lane = tuple[tuple[str, ...], bool]
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def ensure_process_group(device: torch.device, mesh: Mesh, timeout: timedelta | None = None) -> int:
-    """Make sure that the job has one process per rank of `mesh`, and return this process's rank.
+def ensure_process_group(device: torch.device, mesh: Mesh, timeout: timedelta | None = None, data: int = 1) -> Replica:
+    """Make sure that the job has one process per rank of each of `data` replicas of `mesh`, and return this process's.
 
     Uses the default process group, or initialises it from torchrun's environment (NCCL for `device` cuda, whose
     current device then becomes LOCAL_RANK's; gloo on the CPU). A mesh of one rank needs no process group.
@@ -39,21 +40,30 @@ def ensure_process_group(device: torch.device, mesh: Mesh, timeout: timedelta | 
             group cannot move tensors of `device`. Every rank of a job sees the same, so all of them raise.
     """
     if mesh.world_size == 1:
-        return 0
+        check_world_size(mesh, data)
+        return replica_of_process(mesh, data)
     if not dist.is_available():
         raise ParallelizeError(f"{_degrees(mesh)} needs torch.distributed, which this build of torch lacks")
     if dist.is_initialized():
-        check_processes(mesh, dist.get_world_size())
+        check_processes(mesh, dist.get_world_size(), data)
         _check_backend(device)
     else:
-        _initialise(device, mesh, timeout)
-    return dist.get_rank()
+        _initialise(device, mesh, timeout, data)
+    return replica_of_process(mesh, data)
 
 
-def check_world_size(mesh: Mesh) -> None:
-    """Raise `ParallelizeError` if the running job is known to have another number of processes than the mesh."""
-    if mesh.world_size > 1 and dist.is_available() and dist.is_initialized():
-        check_processes(mesh, dist.get_world_size())
+def replica_of_process(mesh: Mesh, data: int) -> Replica:
+    """The one that this process of the job is in; a single mesh of one rank may be run by every process."""
+    if mesh.world_size == data == 1:
+        return Replica()
+    started = dist.is_available() and dist.is_initialized()
+    return Replica.of(dist.get_rank() if started else int(os.environ.get("RANK", "0")), mesh.world_size, data)
+
+
+def check_world_size(mesh: Mesh, data: int = 1) -> None:
+    """Raise `ParallelizeError` if the running job is known to have another number of processes than the meshes."""
+    if data > 1 or (mesh.world_size > 1 and dist.is_available() and dist.is_initialized()):
+        check_processes(mesh, processes_of_job(), data)
 
 
 def processes_of_job() -> int:
@@ -63,15 +73,27 @@ def processes_of_job() -> int:
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN) else 1
 
 
-def _initialise(device: torch.device, mesh: Mesh, timeout: timedelta | None) -> None:
+def processes_of_replica(data: int) -> int:
+    """Those of each of `data` replicas; raises `ParallelizeError` if the job cannot be divided into so many."""
+    processes = processes_of_job()
+    if processes % data:
+        legal = max(count for count in range(1, data) if processes % count == 0)
+        raise ParallelizeError(
+            f"data={data} divides the processes into replicas of equal size, and this job has {processes}; nearest "
+            f"legal: data={legal}"
+        )
+    return processes // data
+
+
+def _initialise(device: torch.device, mesh: Mesh, timeout: timedelta | None, data: int) -> None:
     missing = [name for name in _TORCHRUN if name not in os.environ]
-    count = mesh.world_size
+    count = mesh.world_size * data
     if missing:
         raise ParallelizeError(
             f"{_degrees(mesh)} needs {count} processes, but torch.distributed is not initialised and "
             f"{', '.join(missing)} not set; start with `torchrun --nproc-per-node {count} ...`"
         )
-    check_processes(mesh, int(os.environ["WORLD_SIZE"]))
+    check_processes(mesh, int(os.environ["WORLD_SIZE"]), data)
     if device.type == "cuda":
         _select_gpu(device)
     dist.init_process_group(BACKENDS.get(device.type), timeout=timeout or DEFAULT_TIMEOUT)
@@ -88,14 +110,20 @@ def _select_gpu(device: torch.device) -> None:
     torch.cuda.set_device(local)
 
 
-def check_processes(mesh: Mesh, processes: int) -> None:
-    """Raise `ParallelizeError`, which names the nearest legal degrees, unless a job of so many fits the mesh."""
-    if processes == mesh.world_size:
+def check_processes(mesh: Mesh, processes: int, data: int = 1) -> None:
+    """Raise `ParallelizeError`, which names the nearest legal choices, unless so many fit `data` replicas of a mesh."""
+    wanted = mesh.world_size * data
+    if processes == wanted:
         return
-    needs = f"{mesh.world_size} processes" if mesh.world_size > 1 else "1 process"
+    needs = f"{wanted} processes" if wanted > 1 else "1 process"
+    replicas = f" x data={data}" if data > 1 else ""
+    nearest = [] if data > 1 else [_nearest(mesh, processes)]
+    if processes % mesh.world_size == 0:
+        more = processes // mesh.world_size
+        nearest.append(f"data={more}" + " (as many replicas, each with requests of its own)" * (data == 1))
     raise ParallelizeError(
-        f"{_degrees(mesh)} needs {needs}, this job has {processes}; nearest legal: {_nearest(mesh, processes)}, "
-        f"or start {needs}"
+        f"{_degrees(mesh)}{replicas} needs {needs}, this job has {processes}; nearest legal: "
+        f"{', or '.join(nearest or [_nearest(mesh, processes)])}, or start {needs}"
     )
 
 
@@ -133,22 +161,30 @@ class Communicator:
     """This process's rank in a mesh and its process groups, each made once and by all processes together.
 
     `line` connects the hosts of all ranks (None for one rank, or without `handshake`). After a failure, and when it is
-    given back, a communicator is `ended`: whoever has it makes another one.
+    given back, a communicator is `ended`: whoever has it makes another one. Of `data` replicas of the mesh it is that
+    of this process, whose ranks are counted from 0.
     """
 
     def __init__(
-        self, mesh: Mesh, device: torch.device, *, handshake: bool = True, timeout: timedelta | None = None
+        self,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        handshake: bool = True,
+        timeout: timedelta | None = None,
+        data: int = 1,
     ) -> None:
         self.mesh, self.device = mesh, device
-        self.rank = ensure_process_group(device, mesh, timeout)
+        self.replica = ensure_process_group(device, mesh, timeout, data)
+        self.rank = self.replica.rank
         alone = mesh.world_size == 1
         self.timeout = timeout or (DEFAULT_TIMEOUT if alone else configured_timeout(device))
         self.line: Line | None = None
         self._world = None if alone or dist.group.WORLD is None else weakref.ref(dist.group.WORLD)
         if handshake and dist.group.WORLD is not None and not alone:
-            self.line = line_of(dist.group.WORLD, self.timeout)
+            self.line = line_of(dist.group.WORLD, self.replica, self.timeout)
         self.epoch = 0 if self.line is None else self.line.epoch
-        self._groups = Groups(device, self.timeout)
+        self._groups = Groups(device, self.timeout, self.replica, self.epoch)
         self.release = Release()
         self._by_dims: dict[Lane, dist.ProcessGroup] = {}
         weakref.finalize(self, self._groups.drop).atexit = False
@@ -222,6 +258,10 @@ class Communicator:
         for dims in sorted(set(wanted), key=lambda dims: (len(dims), dims)):
             self._prepare(dims, beside=beside)
 
+    def process(self, rank: int) -> int:
+        """The number of a rank's process in the job."""
+        return self.replica.processes[rank]
+
     def group(self, dims: tuple[str, ...], *, beside: bool = False) -> dist.ProcessGroup:
         """The ranks that differ from this one at most in `dims`, in rank order; `prepare` made it. What goes on
         `beside` other exchanges has another group of the same ranks."""
@@ -233,7 +273,8 @@ class Communicator:
             return self.line.exchange(("facts", self.line.count()), mine, self.timeout)
         found: list[Any] = [mine] * self.mesh.world_size
         if len(found) > 1:
-            dist.all_gather_object(found, mine)
+            self.prepare([self.mesh.names])
+            dist.all_gather_object(found, mine, group=self.group(self.mesh.names))
         return found
 
     def in_common(self, names: Sequence[str]) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xdit_ir.errors import LostError
+from xdit_ir.errors import LostError, ParallelizeError
+from xdit_ir.transport.replicas import Replica
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 FLUSH = timedelta(seconds=10)
@@ -28,17 +29,24 @@ _LOSSES = re.compile(
 
 
 class Groups:
-    """The process groups that a module has made, in an `epoch` of the line; making one is collective for all ranks."""
+    """The process groups that a module has made, in an `epoch` of the line; making one is collective for all ranks of
+    a replica."""
 
-    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+    def __init__(self, device: torch.device, timeout: timedelta, replica: Replica, epoch: int) -> None:
         self.device, self.timeout, self.ended = device, timeout, False
+        self.replica, self.epoch = replica, epoch
         self.leaving: list[Leaving] = []
         self._made: list[Any] = []
 
     def make(self, members: Sequence[int]) -> dist.ProcessGroup:
-        """A group of these ranks, on all ranks of the job."""
+        """A group of these ranks, on all ranks of the replica; no process group on those that are no members."""
+        processes = [self.replica.processes[member] for member in sorted(members)]
         with losing():
-            group: dist.ProcessGroup = dist.new_group(sorted(members), timeout=self.timeout)
+            group = (
+                dist.new_group(processes, timeout=self.timeout)
+                if self.replica.count == 1
+                else group_of_members(processes, self.epoch, self.timeout)
+            )
         self._made.append(group)
         return group
 
@@ -69,6 +77,36 @@ class Groups:
             if isinstance(group, dist.ProcessGroup):
                 with contextlib.suppress(Exception):  # the caller may have destroyed all groups before
                     dist.destroy_process_group(group)
+
+
+def group_of_members(processes: Sequence[int], epoch: int, timeout: timedelta) -> Any:
+    """Like `dist.new_group`, which all processes of a job call together, or which names a group by what each of its
+    members has made before: here only members take part, and what is told by the store names it.
+
+    Raises:
+        ParallelizeError: the default group makes others by dividing itself, which takes all processes.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    default = dist.group.WORLD
+    assert default is not None
+    if default.bound_device_id is not None:
+        raise ParallelizeError(
+            f"replicas (data=) make process groups of their own, but the default one is bound to "
+            f"{default.bound_device_id} and makes groups by all processes together; leave device_id= out of "
+            "init_process_group, or leave that to xdit_ir"
+        )
+    if dist.get_rank() not in processes:
+        return dist.GroupMember.NON_GROUP_MEMBER
+    backend, store = c10d._world.pg_map[default]
+    name = f"xdit_ir/{epoch}/{'_'.join(map(str, processes))}"
+    name += f"/{store.add(f'{name}/{dist.get_rank()}', 1)}"
+    rank = processes.index(dist.get_rank())
+    group, _ = c10d._new_process_group_helper(  # type: ignore[no-untyped-call]
+        len(processes), rank, processes, backend, store, name, timeout=timeout
+    )
+    c10d._world.pg_group_ranks[group] = {process: place for place, process in enumerate(processes)}
+    return group
 
 
 def _abort(group: dist.ProcessGroup, device: torch.device) -> None:

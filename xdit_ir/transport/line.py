@@ -19,9 +19,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from xdit_ir.errors import LostError
+from xdit_ir.errors import LostError, MismatchError
 from xdit_ir.transport.groups import is_loss
 from xdit_ir.transport.patrol import Failure, Patrol
+from xdit_ir.transport.replicas import Replica
 from xdit_ir.transport.sockets import connect_all
 
 HINDSIGHT = 2.0  # seconds after a connection broke in which it shows who broke it
@@ -223,18 +224,37 @@ def _short(error: BaseException) -> str:
     return lines[0][:300]
 
 
-# The one place where modules of a process meet: torch has one default group per process, and that has one line.
-_LINES: weakref.WeakKeyDictionary[dist.ProcessGroup, Line] = weakref.WeakKeyDictionary()
+# The one place where modules of a process meet: torch has one default group per process, and that has one line, or one
+# for each way to divide its processes into replicas.
+_LINES: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Replica, Line]] = weakref.WeakKeyDictionary()
 
 
-def line_of(group: dist.ProcessGroup, timeout: timedelta) -> Line:
-    """The line of a default process group, made at its first use, by all ranks together."""
-    if group not in _LINES:
+def line_of(group: dist.ProcessGroup, replica: Replica, timeout: timedelta) -> Line:
+    """The line of a replica in a default process group, made at its first use, by all its ranks together.
+
+    Raises:
+        MismatchError: another process has other replicas.
+    """
+    lines = _LINES.setdefault(group, {})
+    if replica not in lines:
         store = dist.distributed_c10d._get_default_store()
-        made = Line(store, dist.get_rank(), dist.get_world_size(), timeout)
-        _LINES[group] = made
+        _agree_count(store, len(lines), replica)
+        if replica.count > 1:
+            store = dist.PrefixStore(f"replica {replica.index} of {replica.count}", store)
+        made = lines[replica] = Line(store, replica.rank, replica.size, timeout)
         atexit.register(_close, weakref.ref(made))
-    return _LINES[group]
+    return lines[replica]
+
+
+def _agree_count(store: Any, turn: int, replica: Replica) -> None:
+    """Who divides the processes in another way would wait for those that never come."""
+    mine = str(replica.count)
+    first = store.compare_set(f"xdit_ir/replicas/{turn}", "", mine).decode()
+    if first != mine:
+        raise MismatchError(
+            f"the processes differ in data=: rank {dist.get_rank()} (this one) has data={mine}, another one data="
+            f"{first}; every process of the job needs the same degrees"
+        )
 
 
 def _close(ref: weakref.ref[Line]) -> None:
