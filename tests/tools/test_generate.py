@@ -122,7 +122,7 @@ def test_a_pipeline_without_prompts(tmp_path: Path, capsys: Capture) -> None:
         (["{}", "--prompt", "a", "--ulysses", "2"], "needs 2 processes, this job has 1; nearest legal: ulysses=1"),
         (["{}", "--prompt", "a", "--ulysses", "0"], "ulysses=0 is not a positive integer"),
         (["{}", "--prompt", "a", "--data", "2"], "1 cannot be divided evenly; nearest legal: data=1, or 2 prompts"),
-        (["{}", "--prompt", "a", "--prompt", "b", "--data", "2"], "this job has 1; nearest legal: ulysses=1, or"),
+        (["{}", "--prompt", "a", "--prompt", "b", "--data", "2"], "this job has 1; nearest legal: data=1, or start 2"),
         (["{}", "--prompt", "a", "--device", "cuda"], "rank 0 sees no GPU"),
         (["{}", "--prompt", "a", "--size", "128x132"], "PixArtSigmaPipeline refuses its arguments: `height` and"),
         (["{}", "--prompt", "a", "--size", "big"], "size 'big': expected WIDTHxHEIGHT"),

@@ -42,7 +42,7 @@ class Groups:
         """A group of these ranks, on all ranks of the replica; no process group on those that are no members."""
         processes = [self.replica.processes[member] for member in sorted(members)]
         with losing():
-            group = (
+            group: dist.ProcessGroup = (
                 dist.new_group(processes, timeout=self.timeout)
                 if self.replica.count == 1
                 else group_of_members(processes, self.epoch, self.timeout)
@@ -99,12 +99,10 @@ def group_of_members(processes: Sequence[int], epoch: int, timeout: timedelta) -
     if dist.get_rank() not in processes:
         return dist.GroupMember.NON_GROUP_MEMBER
     backend, store = c10d._world.pg_map[default]
-    name = f"xdit_ir/{epoch}/{'_'.join(map(str, processes))}"
+    name: Any = f"xdit_ir/{epoch}/{'_'.join(map(str, processes))}"
     name += f"/{store.add(f'{name}/{dist.get_rank()}', 1)}"
     rank = processes.index(dist.get_rank())
-    group, _ = c10d._new_process_group_helper(  # type: ignore[no-untyped-call]
-        len(processes), rank, processes, backend, store, name, timeout=timeout
-    )
+    group, _ = c10d._new_process_group_helper(len(processes), rank, processes, backend, store, name, timeout=timeout)
     c10d._world.pg_group_ranks[group] = {process: place for place, process in enumerate(processes)}
     return group
 

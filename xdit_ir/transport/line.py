@@ -240,7 +240,7 @@ def line_of(group: dist.ProcessGroup, replica: Replica, timeout: timedelta) -> L
         store = dist.distributed_c10d._get_default_store()
         _agree_count(store, len(lines), replica)
         if replica.count > 1:
-            store = dist.PrefixStore(f"replica {replica.index} of {replica.count}", store)
+            store = dist.distributed_c10d.PrefixStore(f"replica {replica.index} of {replica.count}", store)
         made = lines[replica] = Line(store, replica.rank, replica.size, timeout)
         atexit.register(_close, weakref.ref(made))
     return lines[replica]
