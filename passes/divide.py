@@ -10,7 +10,7 @@ from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.base import After, run_passes
 from xdit_ir.passes.order import mesh_passes, time_passes
 from xdit_ir.passes.partition_stages import PartitionStages
-from xdit_ir.passes.split_batch import check_batch
+from xdit_ir.passes.split_batch import LARGE, Batch, check_batch
 from xdit_ir.pipefusion.pipeline_program import Pipeline, verify_pipeline
 from xdit_ir.sharding.machine import H100, Machine
 
@@ -23,13 +23,13 @@ def divide(
     machine: Machine = H100,
     after: After | None = None,
     *,
-    split_batch: bool = True,
+    batch: Batch = Batch.DIVIDED,
     familiar: bool = False,
     shard_weights: bool = False,
 ) -> Program:
     """Run the mesh passes over an analysed program: ranks can run the result."""
-    check_degrees(program, mesh, split_batch=split_batch)
-    passes = mesh_passes(mesh, machine, split_batch=split_batch, shard_weights=shard_weights)
+    check_degrees(program, mesh, batch=batch)
+    passes = mesh_passes(mesh, machine, batch=batch, shard_weights=shard_weights)
     return run_passes(program, passes, after, familiar=familiar)
 
 
@@ -42,28 +42,29 @@ def make_pipeline(
     machine: Machine = H100,
     after: After | None = None,
     *,
-    split_batch: bool = True,
+    batch: Batch = Batch.DIVIDED,
 ) -> tuple[Program, Pipeline]:
     """The analysed program with its stages noted, and the pipeline made from it, verified."""
-    check_degrees(program, mesh, split_batch=split_batch)
+    check_degrees(program, mesh, batch=batch)
     given = None if stages is None else tuple(stages)
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)
     if patches > (most := _most_tokens(program)):
         raise ParallelizeError(f"patches={patches} divide tokens, of which there are {most}; use at most {most}")
-    passes = time_passes(mesh.resized(TIME, patches), machine, split_batch=split_batch)
+    passes = time_passes(mesh.resized(TIME, patches), machine, batch=batch)
     divided = run_passes(staged, passes, after)
     pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
     verify_pipeline(pipeline)
     return staged, pipeline
 
 
-def check_degrees(program: Program, mesh: Mesh, *, split_batch: bool = True) -> None:
+def check_degrees(program: Program, mesh: Mesh, *, batch: Batch = Batch.DIVIDED) -> None:
     """Raise `ParallelizeError` for more ranks than there is to divide, before anything is listed for each of them."""
     cfg, degree, most = mesh.size((BATCH,)), mesh.size(SEQUENCE), _most_tokens(program)
-    if split_batch:
+    if batch is Batch.DIVIDED:
         check_batch(program, cfg)
-    elif cfg > 2:
-        raise ParallelizeError(f"{BATCH}={cfg} divides pairs of calls; use {BATCH}=2")
+    elif cfg > LARGE:
+        what = "runs as many calls of a step at once" if batch is Batch.CALLS else "shares samples"
+        raise ParallelizeError(f"{BATCH}={cfg} {what}, and there are seldom so many; use at most {BATCH}={LARGE}")
     if degree > max(most, MAY_IDLE):
         given = {name: mesh.degrees[name] for name in SEQUENCE}
         name = max(given, key=lambda one: given[one])
@@ -74,7 +75,7 @@ def check_degrees(program: Program, mesh: Mesh, *, split_batch: bool = True) -> 
         )
 
 
-def check_weights(mesh: Mesh, wanted: object = True, *, split_batch: bool = True) -> None:
+def check_weights(mesh: Mesh, wanted: object = True, *, batch: Batch = Batch.DIVIDED) -> None:
     """Raise `ParallelizeError` where weights are `wanted` in parts and no two ranks hold copies for the same call."""
     if not isinstance(wanted, bool):
         raise ParallelizeError(f"shard_weights={wanted!r}: expected True or False")
@@ -85,10 +86,10 @@ def check_weights(mesh: Mesh, wanted: object = True, *, split_batch: bool = True
             f"shard_weights=True with {TIME}={mesh.size((TIME,))}: stages have weights of their own already; expected "
             f"{TIME}=1, nearest legal: {BATCH}, ulysses or ring instead of {TIME}, or shard_weights=False"
         )
-    if not split_batch and mesh.world_size == mesh.size((BATCH,)) > 1:
+    if batch is Batch.CALLS and mesh.world_size == mesh.size((BATCH,)) > 1:
         raise ParallelizeError(
-            f"shard_weights=True with {BATCH}={mesh.size((BATCH,))} that divides pairs of calls, as here the batch "
-            f"cannot be divided: halves run different calls, so neither can gather from the other; use ulysses=2"
+            f"shard_weights=True with {BATCH}={mesh.size((BATCH,))} that divides calls, as here the batch cannot "
+            f"be divided: its ranks run different calls, so none can gather from the other; use ulysses=2"
         )
 
 

@@ -25,7 +25,7 @@ from xdit_ir.passes.select_on_device import SelectOnDevice
 from xdit_ir.passes.separate_time import SeparateTime
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.shard_weights import ShardWeights
-from xdit_ir.passes.split_batch import SplitBatch
+from xdit_ir.passes.split_batch import Batch, SplitBatch
 from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.passes.take_known import TakeKnown
@@ -65,18 +65,22 @@ def token_passes(mesh: Mesh, machine: Machine = H100) -> list[Pass]:
     return [ShardTokens(mesh), ReplicateShared(machine), PropagateLayouts()]
 
 
+def _split(mesh: Mesh, batch: Batch) -> list[Pass]:
+    return [] if batch is Batch.CALLS else [SplitBatch(mesh, shared=batch is Batch.SHARED)]
+
+
 def mesh_passes(
-    mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True, shard_weights: bool = False
+    mesh: Mesh, machine: Machine = H100, *, batch: Batch = Batch.DIVIDED, shard_weights: bool = False
 ) -> list[Pass]:
     """Passes that divide a program over a mesh; `rank_passes` follow, per rank."""
-    batch: list[Pass] = [SplitBatch(mesh)] if split_batch else []
-    weights: list[Pass] = [ShardWeights(mesh, paired=not split_batch)] if shard_weights else []
+    split = _split(mesh, batch)
+    weights: list[Pass] = [ShardWeights(mesh, paired=batch is Batch.CALLS)] if shard_weights else []
     return [
-        *batch,
+        *split,
         *token_passes(mesh, machine),
         LowerAttention(mesh, machine),
         SplitStatistics(),
-        DivideConditions(mesh, machine, paired=not split_batch),
+        DivideConditions(mesh, machine, paired=batch is Batch.CALLS),
         OrderExchanges(),
         SplitJoins(),
         Overlap(mesh, machine),
@@ -84,10 +88,10 @@ def mesh_passes(
     ]
 
 
-def time_passes(mesh: Mesh, machine: Machine = H100, *, split_batch: bool = True) -> list[Pass]:
+def time_passes(mesh: Mesh, machine: Machine = H100, *, batch: Batch = Batch.DIVIDED) -> list[Pass]:
     """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches."""
-    batch: list[Pass] = [SplitBatch(mesh)] if split_batch else []
-    return [*batch, *token_passes(mesh, machine), LowerAttention(mesh, machine), SplitStatistics(), SeparateTime(mesh)]
+    split = _split(mesh, batch)
+    return [*split, *token_passes(mesh, machine), LowerAttention(mesh, machine), SplitStatistics(), SeparateTime(mesh)]
 
 
 def rank_passes(

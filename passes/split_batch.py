@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar
 
 from torch import fx
@@ -24,8 +25,17 @@ from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
 WORTH = 0.9
 # More cuts are looked for where the work exceeds a fair share by more than this, and kept where they save so much.
 BALANCED, FURTHER = 1.01, 0.995
-LARGE = 8  # samples; more are seldom in a batch
+LARGE = 8  # samples, or calls of a step; more are seldom
 TRIALS = 8  # of cuts between packed samples
+
+
+class Batch(Enum):
+    """What the mesh dim `cfg` does: its ranks divide the batch, each has a sample at least; or they share samples where
+    there are fewer; or they run different calls, and the batch stays whole."""
+
+    DIVIDED = "divided"
+    SHARED = "shared"
+    CALLS = "calls"
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class SplitBatch:
     """Cut the batch of one input and let demand cut the others; the outputs are gathered.
 
     A batch that the model takes apart and puts together again is cut once more behind that, and before. Where there is
-    no batch since samples are packed in one sequence, that is cut between samples.
+    no batch since samples are packed in one sequence, that is cut between samples. If `shared`, ranks may hold the same
+    samples where there are fewer of them.
     """
 
     name: ClassVar[str] = "split-batch"
@@ -49,6 +60,7 @@ class SplitBatch:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
 
     mesh: Mesh
+    shared: bool = False
 
     def apply(self, program: Program) -> Program:
         """The program with the batch divided, of all choices of the leading input the one with the least work."""
@@ -72,10 +84,10 @@ class SplitBatch:
             if packed is not None and packed.work <= WORTH * whole:
                 return _with_tokens(packed.attempt.program().replace(mesh=self.mesh), packed.seeds)
             raise ParallelizeError(_explain(degree, batch))
-        if best.size < degree:
+        if best.size < degree and not self.shared:
             raise ParallelizeError(_explain(degree, best.size))
         for node in values:
-            if best.work * degree <= BALANCED * whole:
+            if best.work * min(degree, best.size) <= BALANCED * whole:
                 break
             if node.meta[SPEC].shape[0] == best.size and not divides(best.attempt, node.name, 0):
                 more = self._tried(trial, node, best.seeds)
@@ -85,12 +97,20 @@ class SplitBatch:
     def _tried(self, trial: Propagation, node: fx.Node, seeds: Seeds) -> _Choice | None:
         """The choice to cut this value too, unless that divides queries or keys."""
         shape = node.meta[SPEC].shape
-        layout = Layout.whole(len(shape)).with_dims({0: self.mesh.divide(shape[0], (BATCH,))})
+        layout = Layout.whole(len(shape)).with_dims({0: self._samples(shape[0])})
         seeds = {**seeds, node.name: (layout,)}
         result = trial.attempt(seeds)
         if BATCH in result.attention_mesh_dims("queries", "keys"):
             return None
         return _Choice(max(result.flops()), shape[0], seeds, result)
+
+    def _samples(self, size: int) -> Partition:
+        """Those of each rank; each has one, if there is any."""
+        degree = self.mesh.size((BATCH,))
+        if not self.shared or size >= degree or not size:
+            return self.mesh.divide(size, (BATCH,))
+        places = (self.mesh.index(rank, (BATCH,)) * size // degree for rank in range(self.mesh.world_size))
+        return Partition(size, tuple(Indices.range(place, place + 1) for place in places))
 
     def _packed(self, trial: Propagation, program: Program) -> _Choice | None:
         """Samples that follow each other in one sequence: cut where it is joined or taken apart, such that no query

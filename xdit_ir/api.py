@@ -26,6 +26,7 @@ from xdit_ir.passes.base import After, run_passes
 from xdit_ir.passes.divide import check_schedule, check_weights, divide, make_pipeline
 from xdit_ir.passes.find_tokens import Dims
 from xdit_ir.passes.order import analysis_passes
+from xdit_ir.passes.split_batch import Batch
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
 from xdit_ir.runtime.emitted import Emitted, emit
@@ -93,6 +94,7 @@ class TracedProgram:
         warmup_steps: int = 1,
         stages: Sequence[int] | None = None,
         pair_calls: bool = False,
+        share_samples: bool = False,
         shard_weights: bool = False,
         machine: Machine = H100,
         after: After | None = None,
@@ -109,7 +111,8 @@ class TracedProgram:
             warmup_steps: synchronous steps with which a request begins, at least 1.
             stages: how many of the model's blocks each of the `pipefusion` stages gets, or of twice as many, which
                 go there and back again; default: what balances work and weights best, also cut inside blocks.
-            pair_calls: `cfg` divides nothing: its halves run whole forwards of two different calls (`port` pairs them).
+            pair_calls: `cfg` divides nothing: its ranks run whole forwards of different calls (`port` pairs them).
+            share_samples: a batch may be smaller than `cfg`, whose ranks then share samples.
             shard_weights: each rank holds an equal part of the weights; what a block needs is gathered while the one
                 before computes. Not with `pipefusion`.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
@@ -120,21 +123,20 @@ class TracedProgram:
         """
         mesh, machine = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
-        check_weights(mesh, shard_weights, split_batch=not pair_calls)
+        batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED
+        check_weights(mesh, shard_weights, batch=batch)
         if pipefusion == 1:
             divided = divide(
                 self.analysed.replace(stored=self.stored),
                 mesh,
                 machine,
                 after,
-                split_batch=not pair_calls,
+                batch=batch,
                 familiar=self.familiar,
                 shard_weights=shard_weights,
             )
             return ParallelProgram(self.ir, self.analysed, divided, mesh, pair_calls, machine)
-        staged, pipeline = make_pipeline(
-            self.analysed, mesh, count, warmup_steps, stages, machine, after, split_batch=not pair_calls
-        )
+        staged, pipeline = make_pipeline(self.analysed, mesh, count, warmup_steps, stages, machine, after, batch=batch)
         return PipelinedProgram(self.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 
 

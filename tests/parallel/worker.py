@@ -17,13 +17,14 @@ def answer(job: str, arguments: Mapping[str, Any]) -> Any:
     import broken  # type: ignore[import-not-found]
     import exchanges  # type: ignore[import-not-found]
     import failure_jobs  # type: ignore[import-not-found]
+    import guidance_jobs  # type: ignore[import-not-found]
     import jobs  # type: ignore[import-not-found]
     import pipeline_jobs  # type: ignore[import-not-found]
     import replica_jobs  # type: ignore[import-not-found]
     import stage_jobs  # type: ignore[import-not-found]
 
     try:
-        modules = (jobs, exchanges, stage_jobs, pipeline_jobs, broken, failure_jobs, replica_jobs)
+        modules = (jobs, exchanges, stage_jobs, pipeline_jobs, broken, failure_jobs, replica_jobs, guidance_jobs)
         function = next(f for module in modules if (f := getattr(module, job, None)))
         return function(**arguments)
     except Exception as error:

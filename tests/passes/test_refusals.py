@@ -70,7 +70,7 @@ def traced() -> TracedProgram:
         ({"cfg": 10**6}, "a batch of 2.*or use cfg=2"),
         ({"cfg": 24}, "a batch of 2.*or use cfg=2"),
         ({"cfg": 2, "ulysses": 10**6}, "nearest legal: ulysses=24"),
-        ({"cfg": 10**6, "pair_calls": True}, "pairs of calls; use cfg=2"),
+        ({"cfg": 10**6, "pair_calls": True}, "as many calls of a step at once, .* use at most cfg=8"),
         ({"pipefusion": 10**6}, "use at most pipefusion="),
         ({"pipefusion": 2, "ulysses": 10**6}, "nearest legal: ulysses=24"),
         ({"pipefusion": 2, "patches": 10**6}, "use at most 24"),

@@ -6,6 +6,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.mesh import BATCH, MESH_DIMS, Mesh
 from xdit_ir.ir.program import Program, Stored, TensorSpec
 from xdit_ir.passes.find_tokens import Dims, barren_dims
+from xdit_ir.passes.split_batch import LARGE
 from xdit_ir.porting.planned import Unplanned
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.porting.worth import Worth
@@ -51,6 +53,10 @@ from xdit_ir.transport.handshake import (
 )
 
 LIMIT = 128  # specialisations kept per module, the most recently used ones
+FEW = (
+    "cfg={}: a call has a batch of fewer samples, which ranks share; if every call has, use a smaller cfg and more "
+    "ulysses or ring"
+)
 Mode = tuple[Any, ...]
 Bound = tuple[Tensors, Tensors]
 
@@ -327,13 +333,19 @@ def _example(signature: inspect.Signature, given: Arguments) -> Any:
 
 
 def _parallelized(traced: TracedProgram, schedule: Mapping[str, Any]) -> ParallelProgram:
-    """`cfg` divides the batch, or, where it cannot be divided, two calls."""
+    """`cfg` divides the batch; or shares it, where it has few samples; or, where it cannot be divided, runs calls."""
     try:
         return traced.parallelize(**schedule)
     except ParallelizeError:
-        if schedule[BATCH] != 2:
+        degree = schedule[BATCH]
+        if not 2 <= degree <= LARGE:
             raise
-        return traced.parallelize(**schedule, pair_calls=True)
+    if degree > 2:
+        with suppress(ParallelizeError):
+            shared = traced.parallelize(**schedule, share_samples=True)
+            warnings.warn(FEW.format(degree), stacklevel=2)
+            return shared
+    return traced.parallelize(**schedule, pair_calls=True)
 
 
 def _changing(last: RankRunner, new: RankRunner) -> str:

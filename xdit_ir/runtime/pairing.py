@@ -1,10 +1,11 @@
-"""Classifier-free guidance by two calls: each half of the mesh dim `cfg` runs one of them.
+"""Guidance by several calls a step: each part of the mesh dim `cfg` runs one of them.
 
-A pipeline that calls its transformer once with and once without the prompt reads neither result before it has made both
-calls. So the first call is put off, and its result is a `Deferred`. The second one completes the pair: every half of
-`cfg` runs one whole forward (at its other degrees), and the results are exchanged at once, on all ranks. Nothing about
-the calls matters but that the second does not depend on the first: they may have other shapes, and programs of their
-own. Reading the first result early runs the first call everywhere, which is right, and saves nothing.
+A pipeline that calls its transformer once with and once without the prompt (or a third time, with layers left out)
+reads no result before it has made all calls. So calls are put off, and their results are `Deferred`, until there are as
+many as `cfg` has parts: each part runs one whole forward (at its other degrees), and the results are exchanged at once,
+on all ranks. Nothing about the calls matters but that none depends on one before: they may have other shapes, and
+programs of their own. A result that is read before that many calls were made completes the set as it is: the calls
+that wait are run by a part each. Where that is one only, all ranks run it, which is right, and saves nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from xdit_ir.transport.handshake import ARGUMENTS, Facts, agree, digest
 
 PAIRED = (BATCH,)
 EARLY = (
-    "cfg=2 divides neither a batch nor a pair of calls here: the result of a forward was read before the next forward "
-    "was called, so both halves of cfg ran it; use cfg=1 and more ulysses or ring"
+    "cfg={parts} divides neither a batch nor {parts} calls here: the result of a forward was read when {calls} had "
+    "been called, so the other parts of cfg made nothing of their own; use cfg={calls} and more ulysses or ring"
 )
 
 
@@ -46,13 +47,13 @@ class PairedCall:
     results: Sequence[torch.Tensor] | None = None
 
     def run(self) -> Sequence[torch.Tensor]:
-        """Compute the results on this rank and those of its half."""
+        """Compute the results on this rank and those of its part of `cfg`."""
         if self.results is None:
             self.results = self.runner.compute(self.inputs, self.weights)
         return self.results
 
     def read(self, index: int) -> torch.Tensor:
-        """A result that somebody reads; runs the call if nothing has completed the pair."""
+        """A result that somebody reads; runs the call, and those that wait with it, if they have not been run."""
         if self.results is None:
             with self.pairing.communicator.working():
                 self.pairing.read_early(self)
@@ -81,58 +82,72 @@ class Pairing:
     """The calls of one module, whichever of its programs they run. Making one is collective."""
 
     communicator: Communicator
-    _waiting: PairedCall | None = field(default=None, init=False)
-    _warned: bool = field(default=False, init=False)
+    _waiting: list[PairedCall] = field(default_factory=list, init=False)
+    _complete: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.communicator.prepare([PAIRED])
 
+    @property
+    def parts(self) -> int:
+        """How many calls run at once."""
+        return self.communicator.mesh.size(PAIRED)
+
     def call(self, runner: Runner, inputs: Tensors, weights: Tensors) -> Any:
-        """The result of a forward whose inputs do not depend on one that waits: deferred for the first of a pair."""
-        first = self._first()
+        """The result of a forward whose inputs do not depend on one that waits: deferred for all but the last."""
+        self._waiting = self._still_waiting()
         with torch.inference_mode(False):
             call = PairedCall(runner, [x.clone() for x in inputs], weights, self)
-        signature = runner.program.signature
-        if first is None:
-            self._waiting = call
+        self._waiting.append(call)
+        if len(self._waiting) == self.parts:
+            self._complete = True
+            self._exchange()
+        results = call.results
+        if results is None:
             results = [
                 pending(_Result(call, index), spec.shape, spec.dtype, self.communicator.device)
                 for index, spec in enumerate(runner.outputs)
             ]
-            return build_output(signature, without_gradients(results, weights))
-        self._exchange(first, call)
-        assert call.results is not None
-        return build_output(signature, without_gradients(call.results, weights))
+        return build_output(runner.program.signature, without_gradients(results, weights))
 
     def read_early(self, call: PairedCall) -> None:
-        """Run a call that waits on both halves; its other ranks must read too, and all of them raise if they do not.
+        """Run a call that waits, and those that wait with it, which takes all ranks: they must read too, and all of
+        them raise if they do not.
 
-        A half of one rank needs no others, so there a rank may read what the others do not (a log, a preview).
+        A single call needs no others on a part of one rank, so there a rank may read what the others do not (a log, a
+        preview).
         """
-        if not self._warned:
-            self._warned = True
-            warnings.warn(EARLY, stacklevel=2)
-        if self.communicator.mesh.world_size > self.communicator.mesh.size(PAIRED):
+        waiting = [one for one in self._waiting if one.results is None]
+        together = call in waiting and len(waiting) > 1
+        if not self._complete:
+            self._complete = True  # says it once
+            warnings.warn(EARLY.format(parts=self.parts, calls=len(waiting) if together else 1), stacklevel=2)
+        if together or self.communicator.mesh.world_size > self.parts:
             facts = {ARGUMENTS: "no call yet: it reads the result of its last one"}
             agree(self.communicator, digest(facts), lambda: facts)
+        if together:
+            self._waiting = self._still_waiting()
+            self._exchange()
         call.run()
 
-    def _first(self) -> PairedCall | None:
-        """The call that waits, if one does on all ranks and nobody has read its result."""
-        first, self._waiting = self._waiting, None
-        waits = first is not None and first.results is None
+    def _still_waiting(self) -> list[PairedCall]:
+        """The calls that wait on all ranks: nobody has read their results."""
+        waits = [call.results is None for call in self._waiting]
         line = self.communicator.line
         if line is not None:
-            waits = all(line.exchange(("pair", line.count()), waits, self.communicator.timeout))
-        return first if waits else None
+            everyone = line.exchange(("pair", line.count()), waits, self.communicator.timeout)
+            waits = [all(told) for told in zip(*everyone, strict=True)]
+        return [call for call, still in zip(self._waiting, waits, strict=True) if still]
 
-    def _exchange(self, first: PairedCall, second: PairedCall) -> None:
-        """Each half runs one of the calls and gets the results of the other."""
+    def _exchange(self) -> None:
+        """Each part runs one of the calls that wait and gets the results of the others."""
         mesh, rank = self.communicator.mesh, self.communicator.rank
-        pair, mine = mesh.group(rank, PAIRED), mesh.index(rank, PAIRED)
-        (first, second)[mine].run()
+        calls, self._waiting = self._waiting, []
+        parts, mine = mesh.group(rank, PAIRED), mesh.index(rank, PAIRED)
+        if mine < len(calls):
+            calls[mine].run()
         group = self.communicator.group(PAIRED)
-        for place, call in enumerate((first, second)):
+        for part, call in zip(parts, calls, strict=False):
             if call.results is None:
                 call.results = [
                     torch.empty(spec.shape, dtype=spec.dtype, device=self.communicator.device)
@@ -140,11 +155,11 @@ class Pairing:
                 ]
             call.results = [result.contiguous() for result in call.results]
             for result in call.results:
-                dist.broadcast(result, self.communicator.process(pair[place]), group=group)
+                dist.broadcast(result, self.communicator.process(part), group=group)
 
 
 class PairedRunner(Runner):
-    """Runs one of two calls on this rank; what the first of a pair gives is `Deferred`."""
+    """Runs one of several calls on this rank; what all but the last give is `Deferred`."""
 
     def __init__(self, context: RankContext, program: Program, facts: Facts, pairing: Pairing) -> None:
         super().__init__(context, program, facts)
