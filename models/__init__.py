@@ -41,6 +41,7 @@ __all__ = [
     "load_part",
     "names",
     "part",
+    "part_calls",
     "part_names",
     "randomize",
 ]
@@ -101,6 +102,11 @@ def load(
 def part_names() -> list[str]:
     """The names of all decoders and encoders."""
     return sorted(_part_registry())
+
+
+def part_calls() -> list[str]:
+    """All decoders and encoders, each with one of its methods: `kl decode`."""
+    return [f"{name} {call}" for name in part_names() for call in part(name).calls]
 
 
 def part(name: str) -> Part:

@@ -28,7 +28,9 @@ def add_parser(commands: Any) -> None:
         "print a table in Markdown. With --cache, an interrupted run goes on where it stopped, as long as the "
         "sources are the same.",
     )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="names of the zoo (default: all)")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="names of the zoo (default: all, and all decoders and encoders)"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time (default: 1)")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep results in FILE, as lines of JSON")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead")
@@ -65,7 +67,7 @@ def _names(given: Sequence[str]) -> list[str]:
             models.entry(name)
     except models.UnknownModelError as error:
         raise XditError(str(error)) from None
-    return sorted({name.partition(":")[0] for name in given}) or models.names()
+    return sorted({name.partition(":")[0] for name in given}) or [*models.names(), *models.part_calls()]
 
 
 def _read(path: Path) -> dict[str, Survey]:

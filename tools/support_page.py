@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from xdit_ir import models
@@ -9,6 +10,7 @@ from xdit_ir.tools.survey import TOLERANCE, Outcome, Survey
 
 SHOWN = ("c2", "u4", "r2", "r2u2")
 BALANCED, WIDEST = 0.30, "u4"
+PARTS_SHOWN = {"u2": 0.54, "u4": BALANCED}  # with the share that the slowest rank may have
 HEAD = """# What is supported
 
 Made by `xdit-ir support --output docs/support.md`, not edited by hand: every model of the zoo in its tiny size (a few
@@ -25,8 +27,9 @@ weigh more than in the real ones.
 """
 
 
-def page(surveys: Sequence[Survey]) -> str:
+def page(everything: Sequence[Survey]) -> str:
     """Markdown: a summary, the table, and every reason behind a number that is not what one would like."""
+    surveys, parts = ([one for one in everything if (" " in one.name) == part] for part in (False, True))
     captured = [one for one in surveys if not one.not_captured]
     degrees = ", ".join(outcome.degrees for outcome in captured[0].outcomes) if captured else "no degrees"
     return "\n".join(
@@ -49,8 +52,44 @@ def page(surveys: Sequence[Survey]) -> str:
             *_reasons(
                 "No denoisers", "In the zoo because diffusers exports them as transformers:", _no_denoisers(surveys)
             ),
+            *_of_parts(parts),
         ]
     )
+
+
+def _of_parts(parts: Sequence[Survey]) -> list[str]:
+    """The decoders and encoders, under Ulysses: rows, frames or tokens are divided."""
+    if not parts:
+        return []
+    done = [one.outcome(degrees) for one in parts if not one.not_captured for degrees in PARTS_SHOWN]
+    drawn = sum(math.isnan(outcome.error) for outcome in done)
+    exact = sum(outcome.exact for outcome in done)
+    return [
+        "",
+        "## Decoders and encoders",
+        "",
+        "Calls that pipelines make, in tiny size, with 32 rows of latents where it has rows; cells as above.",
+        "",
+        f"* {len(parts)} calls, {sum(not one.not_captured for one in parts)} captured; {exact} of {len(done) - drawn} "
+        f"simulations within {TOLERANCE:.0e}; {drawn} draw noise and are not compared.",
+        *(f"* {_shared(parts, degrees, bound)}" for degrees, bound in PARTS_SHOWN.items()),
+        "",
+        f"| part | class | exact | {' | '.join(PARTS_SHOWN)} |",
+        "|---" * (3 + len(PARTS_SHOWN)) + "|",
+        *(_part_row(one) for one in parts),
+        *_reasons("Parts not captured", "Each is a `TraceError` that says:", _not_captured(parts)),
+    ]
+
+
+def _shared(parts: Sequence[Survey], degrees: str, bound: float) -> str:
+    found = [one for one in (_found(part, degrees) for part in parts) if one is not None and not one.refused]
+    shared = sum(one.slowest <= bound for one in found)
+    return f"{shared} of {len(parts)}: slowest rank at most {bound:.2f} of the FLOPs at {degrees}."
+
+
+def _part_row(one: Survey) -> str:
+    cells = [one.name, f"`{models.part(one.name.split()[0]).cls}`", _exactness(one)]
+    return f"| {' | '.join([*cells, *(_cell(_found(one, degrees)) for degrees in PARTS_SHOWN)])} |"
 
 
 def _summary(surveys: Sequence[Survey]) -> Iterator[str]:
@@ -91,6 +130,8 @@ def _exactness(one: Survey) -> str:
     run = [outcome for outcome in one.outcomes if not outcome.refused]
     if not run:
         return "not captured" if one.not_captured else "refused"
+    if any(math.isnan(outcome.error) for outcome in run):
+        return "draws noise"
     worst = max(outcome.error for outcome in run)
     bounds = [bound for bound in (1e-6, TOLERANCE) if worst <= bound]
     if bounds:

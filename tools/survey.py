@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models, passes
@@ -25,12 +24,14 @@ from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.sharding.fallbacks import find_gathers
 
 DEGREES = tuple(parse("u2,u3,u4,r2,c2,u2r2"))
+PART_DEGREES = tuple(parse("u2,u3,u4"))
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One set of degrees: why it was refused, or how exact (within `tolerance`) and how costly it is.
+    """One set of degrees: why it was refused, or how exact (within `tolerance`) and how costly it is; `error` is
+    unknown (nan) where the model draws noise.
 
     `slowest` and `work` are FLOPs of the slowest rank and of all ranks, over those of one device; `bytes` is what the
     busiest rank sends in a forward; `gathers` are all gathers in blocks, `fallbacks` the operators for which anything
@@ -81,7 +82,7 @@ class Survey:
 
 @dataclass
 class Subject:
-    """A tiny model of the zoo, captured once, in float32.
+    """A tiny model of the zoo, or a method of a decoder or encoder (`kl decode`), captured once, in float32.
 
     Where a model rounds to less inside, say to bfloat16, a sum in another order falls on the other side here and there,
     and the last bit of bfloat16 is far above the tolerance. Such a model is its own measure: it is off from itself in
@@ -89,16 +90,17 @@ class Subject:
     """
 
     name: str
-    model: nn.Module = field(init=False)
+    model: Callable[..., Any] = field(init=False)
     example: dict[str, Any] = field(init=False)
     traced: TracedProgram = field(init=False)
     tolerance: float = TOLERANCE
 
     def __post_init__(self) -> None:
         """Raises `TraceError` if the model cannot be captured."""
-        self.model, self.example = models.load(f"{self.name}:tiny")
+        name, _, call = self.name.partition(" ")
+        self.model, self.example = models.load_part(name, call) if call else models.load(f"{name}:tiny")
         self.traced = xir.trace(self.model, self.example)
-        if _rounds(self.traced.ir):
+        if not call and _rounds(self.traced.ir):
             self.tolerance = max(TOLERANCE, 2.25 * self._rounding())
 
     def _rounding(self) -> float:
@@ -118,7 +120,7 @@ class Subject:
         except ParallelizeError as refusal:
             return Outcome(str(degrees), refused=str(refusal))
         error = math.nan
-        if run:
+        if run and not _draws(self.traced.ir):
             error = check_parallel(parallel, self.model, self.example, tolerance=self.tolerance).max_relative_error
         report = parallel.report()
         return Outcome(
@@ -132,6 +134,13 @@ class Subject:
             gathered=tuple(f"{item.op}, {item.place}: {item.reason}" for item in report.fallbacks if item.bytes),
             fallbacks=tuple(f"{item.op}, {item.place}: {item.reason}" for item in report.fallbacks),
         )
+
+
+def _draws(program: Program) -> bool:
+    """Whether it draws noise, each rank its own where all are simulated in one process; dropout is not active."""
+    targets = {node.target for _, graph, _ in all_graphs(program) for node in graph.nodes}
+    random = [one for one in targets if torch.Tag.nondeterministic_seeded in getattr(one, "tags", ())]
+    return any(not {"p", "dropout_p"} & {argument.name for argument in one._schema.arguments} for one in random)
 
 
 def _rounds(program: Program) -> bool:
@@ -149,8 +158,10 @@ def _specs(spec: object) -> tuple[TensorSpec, ...]:
     return tuple(one for part in spec for one in _specs(part)) if isinstance(spec, tuple) else ()
 
 
-def survey(name: str, degrees: Iterable[Degrees] = DEGREES) -> Survey:
-    """Everything about one model of the zoo; about ten seconds on one core."""
+def survey(name: str, degrees: Iterable[Degrees] = ()) -> Survey:
+    """Everything about one model or part of the zoo, by default under `DEGREES` or `PART_DEGREES`; about ten seconds on
+    one core."""
+    degrees = tuple(degrees) or (PART_DEGREES if " " in name else DEGREES)
     try:
         subject = Subject(name)
     except TraceError as error:

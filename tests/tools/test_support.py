@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,19 @@ def test_page_has_every_reason(packed: Survey) -> None:
         assert f"\n{line}" in text
 
 
+def test_page_of_parts() -> None:
+    noisy = Outcome("u4", error=math.nan, slowest=0.25)
+    parts = [
+        survey("tiny decode"),
+        Survey("kl decode", outcomes=(replace(noisy, degrees="u2"), noisy)),
+        Survey("t5 forward", not_captured="reads values"),
+    ]
+    text = page(parts)
+    assert "3 calls, 2 captured; 2 of 2 simulations within 1e-05; 2 draw noise and are not compared" in text
+    assert "| tiny decode | `AutoencoderTiny` | ≤ 1e-06 | 0.500, 1.00, 0 gathered" in text
+    assert "| kl decode | `AutoencoderKL` | draws noise | 0.250" in text and "* t5 forward: `reads values`" in text
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, packed: Survey, monkeypatch: pytest.MonkeyPatch) -> None:
     def stops_at_the_second(name: str) -> Survey:
         if name != "plain-packed-dit":
@@ -115,4 +129,5 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_page_is_of_this_zoo() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][1:]
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == models.names()
+    named = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    assert named == [*models.names(), "part", *models.part_calls()]
