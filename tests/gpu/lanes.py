@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +26,6 @@ DEGREES = {
     "c": "cfg",
     "p": "pipefusion",
 }
-PORTS = 20000
 Result = dict[str, Any]
 Task = tuple[str, str]
 
@@ -41,9 +40,8 @@ def degrees_of(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Lane:
-    """A group of processes, one per GPU of `gpus`, that works through `tasks`; `number` tells lanes apart."""
+    """A group of processes, one per GPU of `gpus`, that works through `tasks`."""
 
-    number: int
     gpus: Sequence[int]
     options: argparse.Namespace
     tasks: Sequence[Task]
@@ -51,9 +49,8 @@ class Lane:
     def run(self) -> list[Result]:
         """What came of every task."""
         results: list[Result] = []
-        ports = itertools.count(PORTS + 100 * self.number)
         while len(results) < len(self.tasks):
-            results += self._group(self.tasks[len(results) :], next(ports))
+            results += self._group(self.tasks[len(results) :], _free_port())
         return results
 
     def _group(self, tasks: Sequence[Task], port: int) -> list[Result]:
@@ -104,6 +101,13 @@ class Lane:
         return {"model": task[0], "degrees": task[1], "status": "failed", "reason": reason[:400]}
 
 
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port
+
+
 def _read(said: Path, after: Sequence[Result]) -> list[Result]:
     """What has been written since, which is printed."""
     more = [json.loads(line) for line in said.read_text().splitlines()[len(after) :]]
@@ -148,7 +152,7 @@ def work(tried: Callable[[str, str, str], Result], mode: str, timeout: float, sa
 def arguments(description: str | None, *, degrees: str, lanes: int) -> argparse.ArgumentParser:
     """What every such script can be told."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="models of the zoo, or MODEL@DEGREES; default: all")
+    parser.add_argument("names", nargs="*", help="what to try, or NAME@DEGREES; default: all")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--degrees", default=degrees)
     parser.add_argument("--mode", default="auto")
@@ -171,7 +175,7 @@ def share_out(options: argparse.Namespace, names: Sequence[str]) -> int:
     places = max(1, gpus // options.ranks)
     first = [number % places * options.ranks for number in range(options.lanes)]
     lanes = [
-        Lane(number, range(gpus)[start : start + options.ranks], options, tasks[number :: options.lanes])
+        Lane(range(gpus)[start : start + options.ranks], options, tasks[number :: options.lanes])
         for number, start in enumerate(first)
     ]
     with ThreadPoolExecutor(len(lanes)) as pool:

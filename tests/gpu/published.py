@@ -37,7 +37,7 @@ def tried(name: str, degrees: str, mode: str) -> lanes.Result:
         try:
             alone = Contender.parse("alone:compiled").prepare(model, example)
             want = [x.clone() for x in tensors_of(alone(**example))]
-            before = _milliseconds(alone, example)
+            before = milliseconds(alone, example, CALLS)
         except torch.OutOfMemoryError as error:
             return {"status": "refused", "reason": f"the model alone: {error}"[:200]}
         release(model)
@@ -47,7 +47,7 @@ def tried(name: str, degrees: str, mode: str) -> lanes.Result:
                 port(**example)
             got = tensors_of(port(**example))
             error = relative_error(got, want)
-            after = _milliseconds(port, example)
+            after = milliseconds(port, example, CALLS)
         except xir.ParallelizeError as refused:
             return {"status": "refused", "reason": str(refused)[:300]}
     gain = statistics.median(before) / statistics.median(after)
@@ -59,18 +59,19 @@ def tried(name: str, degrees: str, mode: str) -> lanes.Result:
         "status": "different" if error > LIMIT else "slower" if gain < 1 else "equal",
         "error": float(error),
         "seconds": time.monotonic() - start,
-        "times": f"alone {_range(before)}, ported {_range(after)}, {gain:.2f}x",
+        "times": f"alone {range_of(before)}, ported {range_of(after)}, {gain:.2f}x",
         "alone_ms": before,
         "ported_ms": after,
     }
 
 
-def _milliseconds(run: Callable[..., Any], example: Mapping[str, Any]) -> list[float]:
+def milliseconds(run: Callable[..., Any], example: Mapping[str, Any], calls: int) -> list[float]:
+    """Of each call; all ranks begin together."""
     import torch
     import torch.distributed as dist
 
     times = []
-    for _ in range(CALLS):
+    for _ in range(calls):
         dist.barrier()
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -80,7 +81,8 @@ def _milliseconds(run: Callable[..., Any], example: Mapping[str, Any]) -> list[f
     return times
 
 
-def _range(times: list[float]) -> str:
+def range_of(times: list[float]) -> str:
+    """Median, and from the least to the most."""
     return f"{statistics.median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})"
 
 
