@@ -16,7 +16,19 @@ from xdit_ir import models, passes, tools
 ORDER = (
     *("errors", "ir", "kernels", "capture", "rules", "transport", "sharding", "text"),
     *("pipefusion", "passes", "simulation", "parallel", "emission", "deferral", "pipelined", "runtime"),
-    *("api", "degrees", "planning", "porting", "checking", "inspection", "generation", "", "models", "testing"),
+    *(
+        "api",
+        "degrees",
+        "planning",
+        "porting",
+        "checking",
+        "inspection",
+        "generation",
+        "serving",
+        "",
+        "models",
+        "testing",
+    ),
     *("pytest_plugin", "tools"),
 )
 FOLDERS = {

@@ -19,6 +19,7 @@ from xdit_ir.tools import (
     cmd_opt,
     cmd_passes,
     cmd_plan,
+    cmd_serve,
     cmd_support,
 )
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"xdit-ir {version('xdit-ir')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     looking = (cmd_inspect, cmd_plan, cmd_check, cmd_passes, cmd_opt)
-    for command in (cmd_generate, *looking, cmd_bench, cmd_models, cmd_support):
+    for command in (cmd_generate, cmd_serve, *looking, cmd_bench, cmd_models, cmd_support):
         command.add_parser(commands)
     return parser
 

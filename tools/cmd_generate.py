@@ -17,6 +17,7 @@ from xdit_ir.generation.files import FPS
 from xdit_ir.generation.folder import parse_dtypes
 from xdit_ir.generation.generate import REPORT
 from xdit_ir.generation.request import parse_size
+from xdit_ir.generation.setup import Setup
 from xdit_ir.ir.mesh import DIMS, MESH_DIMS
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.tools import targets
@@ -42,13 +43,22 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--seed", type=int, default=0, metavar="S", help="of every prompt (default 0)")
     what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any argument of the pipeline")
     what.add_argument("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="may be repeated")
+    how = add_how(parser, "replicas of all these processes that share the prompts out")
+    how.add_argument("--benchmark", type=int, default=0, metavar="N", help="warm up once, then time N generations")
+    parser.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help="default: output")
+    parser.add_argument("--fps", type=int, default=FPS, help="of videos (default %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def add_how(parser: argparse.ArgumentParser, data: str) -> Any:
+    """The options that say how a pipeline runs; `data` says what replicas do."""
     how = parser.add_argument_group("how")
     for dim in DIMS:
         how.add_argument(f"--{dim.name}", type=int, default=1, metavar="N", help=f"processes that divide {dim.says}")
     how.add_argument("--patches", type=int, metavar="N", help="of the latents, with --pipefusion")
     how.add_argument("--warmup", type=int, metavar="N", help="synchronous steps, with --pipefusion")
     how.add_argument("--machine", type=Machine.parse, metavar="SPEEDS", help=targets.SPEEDS)
-    how.add_argument("--data", type=int, default=1, metavar="N", help="groups of processes that share out the prompts")
+    how.add_argument("--data", type=int, default=1, metavar="N", help=data)
     how.add_argument("--dtype", metavar="TYPE", help="bf16, fp16 or fp32; also bf16,vae=fp32")
     how.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     how.add_argument("--mode", choices=MODES, help="how denoisers run; default: auto, the fastest that works here")
@@ -57,10 +67,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for other processes (default 600)")
     how.add_argument("--offload", action="store_true", help="components wait in host memory while others run")
     how.add_argument("--whole", action="store_true", help="load denoisers whole, not only what a rank uses")
-    how.add_argument("--benchmark", type=int, default=0, metavar="N", help="warm up once, then time N generations")
-    parser.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help="default: output")
-    parser.add_argument("--fps", type=int, default=FPS, help="of videos (default %(default)s)")
-    parser.set_defaults(run=run)
+    return how
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,9 +99,14 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    width, height = parse_size(args.size) if args.size else (None, None)
-    # Absent options are left out, since `port` has defaults of its own.
+def setup_of(args: argparse.Namespace) -> Setup:
+    """One replica of the pipeline, by the options of `add_how`."""
+    dtype = parse_dtypes(args.dtype) if args.dtype else None
+    return Setup(args.pipeline, _parallel(args), dtype, args.lora, args.whole, args.offload, data=1)
+
+
+def _parallel(args: argparse.Namespace) -> dict[str, Any]:
+    """Those for `port`. Absent ones are left out, since it has defaults of its own."""
     parallel = {
         "patches": args.patches,
         "warmup_steps": args.warmup,
@@ -105,10 +117,15 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "timeout": args.timeout,
     }
     parallel |= {name: getattr(args, name) for name in MESH_DIMS}
+    return {name: value for name, value in parallel.items() if value is not None}
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    width, height = parse_size(args.size) if args.size else (None, None)
     same = ("embeddings", "image", "frames", "steps", "guidance", "seed", "lora", "device", "whole", "offload")
     return {
         **{name: getattr(args, name) for name in (*same, "data", "benchmark", "output", "fps")},
-        **{name: value for name, value in parallel.items() if value is not None},
+        **_parallel(args),
         "negative_prompt": args.negative,
         "width": width,
         "height": height,

@@ -42,6 +42,10 @@ class GenerationError(XditError):
     """A pipeline's folder, or what it shall generate, is not usable; names the file, argument or component."""
 
 
+class ServingError(XditError):
+    """A server cannot start, or go on, or answer a request; names the rank or the request."""
+
+
 class GradientError(XditError):
     """A call of a parallel program needs gradients, of which it records none; names the input."""
 

@@ -18,7 +18,7 @@ from xdit_ir.generation import files
 from xdit_ir.generation.folder import Dtypes
 from xdit_ir.generation.job import Job
 from xdit_ir.generation.meter import Meter, summary, watching
-from xdit_ir.generation.request import Request, check_numbers, check_seed, dealt, read_embeddings
+from xdit_ir.generation.request import Request, UnfitRequest, check_numbers, check_seed, dealt, read_embeddings
 from xdit_ir.generation.setup import Setup, ported_components
 
 NEEDED = ("diffusers", "transformers", "accelerate")
@@ -138,17 +138,17 @@ def _picture(image: Any) -> Any:
 def _run(generation: Generation, request: Request, meter: Meter, benchmark: int) -> None:
     calls = request.calls(generation.pipe)
     if not benchmark:
-        generation.results = [_call(generation.pipe, request, call, meter) for call in calls]
+        generation.results = [called(generation.pipe, request, call, meter) for call in calls]
         return
-    _call(generation.pipe, request, calls[0], meter)
+    called(generation.pipe, request, calls[0], meter)
     clocks = [Meter(meter.device) for _ in range(benchmark)]
     for clock in clocks:
-        generation.results = [_call(generation.pipe, request, calls[0], clock)]
+        generation.results = [called(generation.pipe, request, calls[0], clock)]
     runs = [clock.as_dict() for clock in clocks]
     generation.report = {"benchmark": {"runs": runs, "seconds": summary(runs)}}
 
 
-def _call(pipe: Any, request: Request, call: Mapping[str, Any], meter: Meter) -> list[Any]:
+def called(pipe: Any, request: Request, call: Mapping[str, Any], meter: Meter) -> list[Any]:
     """One call of the pipeline; its errors become ours."""
     with watching(pipe, meter) as watch:
         try:
@@ -158,7 +158,7 @@ def _call(pipe: Any, request: Request, call: Mapping[str, Any], meter: Meter) ->
         except Exception as error:
             name = type(pipe).__name__
             if isinstance(error, ValueError) and not watch.denoising:
-                raise GenerationError(f"{name} refuses its arguments: {error}") from error
+                raise UnfitRequest(f"{name} refuses its arguments: {error}") from error
             when = "decoding" if watch.decoding else "denoising" if watch.denoising else "before it denoises"
             raise GenerationError(f"{name} fails {when}: {type(error).__name__}: {error}") from error
         return files.results(output)

@@ -27,6 +27,10 @@ ARGUMENTS = {
 }
 
 
+class UnfitRequest(GenerationError):
+    """A pipeline does not take what is asked for; another request may be fine."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Prompts, or one set of embeddings under the names of the pipeline's arguments, and what holds for all of them.
@@ -59,7 +63,7 @@ class Request:
         """The arguments of every call but the generator; one call per prompt.
 
         Raises:
-            GenerationError: the pipeline does not take one of them; names it and the nearest that it takes.
+            UnfitRequest: the pipeline does not take one of them; names it and the nearest that it takes.
         """
         given = {name: getattr(self, field) for field, name in ARGUMENTS.items()}
         shared = {name: value for name, value in given.items() if value is not None}
@@ -67,7 +71,7 @@ class Request:
         known = parameters(pipe)
         for name in (*shared, *(("prompt",) if self.prompts else ())):
             if name not in known:
-                raise GenerationError(_unknown(name, pipe, known))
+                raise UnfitRequest(_unknown(name, pipe, known))
         if "output_type" in known:
             shared.setdefault("output_type", "pil")
         return [shared | {"prompt": prompt} for prompt in self.prompts] or [shared]

@@ -1,0 +1,188 @@
+"""The protocol: OpenAI's images endpoint, a plain one for images and videos, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import fastapi
+from fastapi import responses
+
+from xdit_ir.errors import XditError
+from xdit_ir.generation.request import Request, parse_size
+from xdit_ir.serving.server import Server
+from xdit_ir.serving.work import BUSY, CANCELLED, FAILED, LATE, REFUSED, Made, Work, WorkError
+
+STATUS = {REFUSED: 400, FAILED: 500, CANCELLED: 499, LATE: 504, BUSY: 503}
+TICK = 0.2  # seconds between looks whether the client is still there
+STRICT = {"extra": "forbid"}
+
+
+@dataclass
+class ImagesBody:
+    """OpenAI's request for images. What stands in the last line has no meaning here, and is taken."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    prompt: str = ""
+    n: int = 1
+    size: str = "auto"
+    response_format: str = "b64_json"
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    user: str = ""
+    quality: str = ""
+    style: str = ""
+
+
+@dataclass
+class PlainBody:
+    """What `generate` takes, for one prompt; `timeout`: seconds, at most the server's."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    n: int = 1
+    arguments: dict[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+
+
+def make_app(server: Server) -> Any:
+    """The endpoints of a server."""
+    app, points = fastapi.FastAPI(title="xdit-ir"), _Endpoints(server)
+    app.add_api_route("/v1/images/generations", points.images, methods=["POST"])
+    app.add_api_route("/v1/models", points.models, methods=["GET"])
+    app.add_api_route("/generate", points.generate, methods=["POST"])
+    app.add_api_route("/requests", points.submit, methods=["POST"], status_code=202)
+    app.add_api_route("/requests/{number}", points.fetch, methods=["GET"])
+    app.add_api_route("/requests/{number}", points.cancel, methods=["DELETE"])
+    app.add_api_route("/health", points.health, methods=["GET"])
+    app.add_api_route("/metrics", points.metrics, methods=["GET"], response_class=responses.PlainTextResponse)
+    app.add_exception_handler(XditError, _failed)
+    return app
+
+
+async def _failed(_: fastapi.Request, error: Exception) -> Any:
+    """An error as OpenAI's clients read it."""
+    outcome = error.outcome if isinstance(error, WorkError) else REFUSED
+    kind = "invalid_request_error" if outcome == REFUSED else "server_error"
+    content = {"error": {"message": str(error), "type": kind, "param": None, "code": outcome.replace(" ", "_")}}
+    return responses.JSONResponse(content, STATUS[outcome])
+
+
+class _Endpoints:
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    async def images(self, body: ImagesBody, http: fastapi.Request) -> dict[str, Any]:
+        if body.response_format != "b64_json":
+            text = f"response_format={body.response_format!r}: expected 'b64_json'; nothing is stored for a URL"
+            raise WorkError(REFUSED, text)
+        width, height = (None, None) if body.size == "auto" else parse_size(body.size)
+        prompts = (body.prompt,) if body.prompt else ()
+        request = Request(
+            prompts,
+            negative_prompt=body.negative_prompt,
+            width=width,
+            height=height,
+            steps=body.steps,
+            guidance=body.guidance,
+            seed=_seed(body.seed),
+            arguments=body.arguments,
+        )
+        made = await _awaited(self.server.submit(request, body.n), http)
+        return {"created": int(time.time()), "data": [{"b64_json": _text(one)} for one in made]}
+
+    async def generate(self, body: PlainBody, http: fastapi.Request) -> dict[str, Any]:
+        work = self._submitted(body)
+        return _told(work, await _awaited(work, http))
+
+    async def submit(self, body: PlainBody) -> dict[str, Any]:
+        work = self._submitted(body)
+        self.server.keep(work)
+        return _told(work)
+
+    async def fetch(self, number: int) -> dict[str, Any]:
+        work = self._kept(number)
+        if not work.future.done():
+            return _told(work)
+        del self.server.kept[number]
+        return _told(work, work.future.result())
+
+    async def cancel(self, number: int) -> dict[str, Any]:
+        work = self._kept(number)
+        work.cancel()
+        return _told(work)
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": self.server.model, "object": "model", "owned_by": "xdit-ir"}]}
+
+    async def health(self) -> Any:
+        trouble = self.server.trouble
+        content = {"ready": not trouble, "why": trouble, "queued": len(self.server.queue)}
+        return responses.JSONResponse(content, 503 if trouble else 200)
+
+    async def metrics(self) -> str:
+        return self.server.metrics()
+
+    def _submitted(self, body: PlainBody) -> Work:
+        request = Request(
+            () if body.prompt is None else (body.prompt,),
+            negative_prompt=body.negative_prompt,
+            width=body.width,
+            height=body.height,
+            frames=body.frames,
+            steps=body.steps,
+            guidance=body.guidance,
+            seed=_seed(body.seed),
+            arguments=body.arguments,
+        )
+        return self.server.submit(request, body.n, body.timeout)
+
+    def _kept(self, number: int) -> Work:
+        if number not in self.server.kept:
+            raise fastapi.HTTPException(404, f"there is no request {number}, or its result was fetched already")
+        return self.server.kept[number]
+
+
+def _seed(given: int | None) -> int:
+    """All ranks need the same."""
+    return secrets.randbelow(1 << 31) if given is None else given
+
+
+def _text(made: Made) -> str:
+    return base64.b64encode(made.content).decode()
+
+
+def _told(work: Work, made: list[Made] | None = None) -> dict[str, Any]:
+    items = [{"media_type": one.media_type, "b64": _text(one)} for one in made or ()]
+    return {"id": work.number, "state": work.state, "seed": work.request.seed} | ({"items": items} if items else {})
+
+
+async def _awaited(work: Work, http: fastapi.Request) -> list[Made]:
+    """The result, for as long as the client is there."""
+    future = asyncio.wrap_future(work.future)
+    try:
+        while not future.done():
+            await asyncio.wait([future], timeout=TICK)
+            if not future.done() and await http.is_disconnected():
+                work.cancel()
+        return future.result()
+    finally:
+        if not work.future.done():  # the server itself stops
+            work.cancel()
