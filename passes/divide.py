@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import BATCH, SEQUENCE, TIME, Mesh
-from xdit_ir.ir.program import SPEC, Program
+from xdit_ir.ir.mesh import BATCH, FEATURES, SEQUENCE, TIME, Mesh
+from xdit_ir.ir.program import SPEC, Program, call_parts
 from xdit_ir.passes.base import After, run_passes
 from xdit_ir.passes.order import mesh_passes, time_passes
 from xdit_ir.passes.partition_stages import PartitionStages
@@ -59,6 +59,7 @@ def make_pipeline(
 
 def check_degrees(program: Program, mesh: Mesh, *, batch: Batch = Batch.DIVIDED) -> None:
     """Raise `ParallelizeError` for more ranks than there is to divide, before anything is listed for each of them."""
+    check_features(program, mesh)
     cfg, degree, most = mesh.size((BATCH,)), mesh.size(SEQUENCE), _most_tokens(program)
     if batch is Batch.DIVIDED:
         check_batch(program, cfg)
@@ -72,6 +73,22 @@ def check_degrees(program: Program, mesh: Mesh, *, batch: Batch = Batch.DIVIDED)
         legal = {**given, name: most // others} if others <= most else {name: most}
         raise ParallelizeError(
             f"{_said(given)} divides tokens, of which there are {most} at most; nearest legal: {_said(legal)}"
+        )
+
+
+def check_features(program: Program, mesh: Mesh) -> None:
+    """Raise `ParallelizeError` where features cannot be divided over so many ranks, or not beside stages."""
+    degree, [name] = mesh.size(FEATURES), FEATURES
+    if degree > 1 and mesh.size((TIME,)) > 1:
+        raise ParallelizeError(
+            f"{name}={degree} with {TIME}={mesh.size((TIME,))}: stages divide weights already, and wait for no sums; "
+            f"expected one of them to be 1, nearest legal: {name}={degree} with {BATCH}, ring or ulysses"
+        )
+    weights = (weight for call in program.calls for weight in call_parts(call).weights.values())
+    most = max((size for weight in weights for size in weight.meta[SPEC].shape), default=1)
+    if degree > max(most, MAY_IDLE):
+        raise ParallelizeError(
+            f"{name}={degree} divides features, of which there are {most} at most; nearest legal: {name}={most}"
         )
 
 

@@ -14,7 +14,7 @@ from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import operands, placeholders, results_of
 from xdit_ir.ir.hoist import Hoisted, ancestors, early_inputs, hoist
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import FEATURES, Mesh
 from xdit_ir.ir.program import (
     LAYOUT,
     SPEC,
@@ -38,7 +38,8 @@ Projections = Mapping[str, list[fx.Node]]
 class DivideConditions:
     """Modulations and the like: every block projects the same few rows (of the timestep's embedding, say), so the time
     is that of reading its weights, on every rank. Where it pays, these projections of all blocks are made before the
-    first one, each rank reads the weights of its part of the features, and all parts are exchanged at once.
+    first one, each rank reads the weights of its part of the features, and all parts are exchanged at once. With
+    divided features, so that ranks hold parts of weights, that is done for all of them.
 
     `paired`: the halves of `cfg` run different calls, whose conditions differ, so they share nothing.
     """
@@ -56,12 +57,18 @@ class DivideConditions:
         """The mesh dims along which ranks run the same call."""
         return self.mesh.dims_of_a_call(paired=self.paired)
 
+    @property
+    def saves_memory(self) -> bool:
+        """Whether ranks shall hold parts of weights even where that takes longer."""
+        return self.mesh.size(FEATURES) > 1
+
     def apply(self, program: Program) -> Program:
         """The program with these projections taken out of its blocks and divided over all ranks of a call."""
         early = early_inputs(program)
         chosen = {name: self._projections(block, early.get(name, set())) for name, block in program.blocks.items()}
         chosen = {name: found for name, found in chosen.items() if found}
-        if self._saved(chosen, [called_block(call) for call in program.calls if called_block(call) in chosen]) <= 0:
+        called = [called_block(call) for call in program.calls if called_block(call) in chosen]
+        if not called or (self._saved(chosen, called) <= 0 and not self.saves_memory):
             return program
         hoisted, made = hoist(program, chosen, "conditions")
         for name, found in chosen.items():
@@ -84,9 +91,11 @@ class DivideConditions:
     def _waits_for_weights(self, node: fx.Node) -> bool:
         if node.target is not aten.linear.default or not all(map(is_weight, operands(node)[1:])):
             return False
-        if is_weight(operands(node)[0]) or node.meta[SPEC].shape[-1] < self.mesh.size(self.dims):
+        if is_weight(operands(node)[0]) or not all(one.meta[LAYOUT].is_whole for one in operands(node)[1:]):
             return False
-        return self._gain(node) > 0
+        if node.meta[SPEC].shape[-1] < self.mesh.size(self.dims):
+            return False
+        return self._gain(node) > 0 or (self.saves_memory and is_condition(node))
 
     def _gain(self, node: fx.Node) -> float:
         """Seconds saved by one projection if all ranks share it, its part of the exchange included."""
@@ -100,7 +109,15 @@ class DivideConditions:
     def _saved(self, projections: Projections, called: Sequence[str]) -> float:
         """Seconds, after one exchange of all results and one of each condition."""
         total = sum(self._gain(node) for name in called for node in projections[name])
-        return total - 2 * self.machine.latency if called else 0.0
+        return total - 2 * self.machine.latency
+
+
+def is_condition(node: fx.Node) -> bool:
+    """Whether an operator projects a few rows: its weights are more than what it takes and makes."""
+    if node.target is not aten.linear.default or not is_weight(operands(node)[1]):
+        return False
+    x, weight = (one.meta[SPEC].nbytes for one in operands(node)[:2])
+    return bool(x + node.meta[SPEC].nbytes < weight)
 
 
 def _divide(body: fx.Graph, names: Sequence[str], mesh: Mesh, dims: Sequence[str]) -> None:

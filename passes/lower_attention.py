@@ -10,11 +10,11 @@ from typing import ClassVar
 from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout, key_gather_dims
-from xdit_ir.ir.mesh import RING, ULYSSES, Mesh
-from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.ir.mesh import FEATURES, RING, ULYSSES, Mesh
+from xdit_ir.ir.partition import Partition
 from xdit_ir.ir.program import Program
 from xdit_ir.rules import infer
-from xdit_ir.rules.attentions import shared_heads
+from xdit_ir.rules.attentions import parts_of_heads
 from xdit_ir.rules.base import OpCall, OpSharding
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Propagation
@@ -74,22 +74,24 @@ class LowerAttention:
         degree = self.mesh.size((ULYSSES,))
         for dim in range(len(call.out.shape) - 3, -1, -1):
             sizes = call.specs[0].shape[dim], call.specs[1].shape[dim]
-            found = self._divided(*sizes, degree) if q.dims[dim] is None and k.dims[dim] is None else None
+            if call.dividing_dims(q.dims[dim]) & {*FEATURES}:
+                found = self._refined(q.dims[dim], k.dims[dim], *sizes)
+                return None if found is None else (dim, *found)
+            free = q.dims[dim] is None and k.dims[dim] is None
+            found = parts_of_heads(self.mesh, (ULYSSES,), *sizes) if free else None
             if found is not None:
                 return (dim, *found) if self._worth(call, *sizes, degree) else None
         return None
 
-    def _divided(self, queries: int, keys: int, degree: int) -> tuple[Partition, Partition] | None:
-        """So many heads of queries and of keys, of which several ranks may need the same one."""
-        group = queries // keys
-        if min(queries, keys) >= degree:
-            k_heads, every = self.mesh.divide(keys, (ULYSSES,)), Indices.range(0, group)
-            return (k_heads.map(queries, lambda part: part.outer(every, group)) if group > 1 else k_heads), k_heads
-        if queries < degree or keys == 1:
+    def _refined(
+        self, q_heads: Partition | None, k_heads: Partition | None, queries: int, keys: int
+    ) -> tuple[Partition, Partition] | None:
+        """Heads that are divided as features already, divided further; None where some rank has too few for that."""
+        group, degree = queries // keys, self.mesh.size((ULYSSES,))
+        if q_heads is None or k_heads is None or k_heads.longer(group) != q_heads or min(k_heads.sizes) < degree:
             return None
-        q_heads = self.mesh.divide(queries, (ULYSSES,))
-        shared = shared_heads(q_heads, group)
-        return None if shared is None else (q_heads, shared)
+        finer = self.mesh.refine(k_heads, (ULYSSES,))
+        return finer.longer(group), finer
 
     def _worth(self, call: OpCall, queries: int, heads: int, degree: int) -> bool:
         """Whether Ulysses with possibly uneven heads beats whole heads over gathered keys, per rank."""

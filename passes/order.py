@@ -15,6 +15,7 @@ from xdit_ir.passes.divide_conditions import DivideConditions
 from xdit_ir.passes.find_tokens import Dims, FindTokens
 from xdit_ir.passes.fuse_gelu import FuseGelu
 from xdit_ir.passes.group_keys import GroupKeys
+from xdit_ir.passes.keep_parts import KeepParts
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
@@ -23,6 +24,7 @@ from xdit_ir.passes.propagate_layouts import PropagateLayouts
 from xdit_ir.passes.replicate_shared import ReplicateShared
 from xdit_ir.passes.select_on_device import SelectOnDevice
 from xdit_ir.passes.separate_time import SeparateTime
+from xdit_ir.passes.shard_features import ShardFeatures
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.shard_weights import ShardWeights
 from xdit_ir.passes.split_batch import Batch, SplitBatch
@@ -40,12 +42,14 @@ PASSES: tuple[type[Any], ...] = (
     *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens),
     *(PartitionStages, SplitBatch, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
     *(
+        ShardFeatures,
         LowerAttention,
         SplitStatistics,
         DivideConditions,
         OrderExchanges,
         SplitJoins,
         Overlap,
+        KeepParts,
         ShardWeights,
         SeparateTime,
     ),
@@ -78,12 +82,14 @@ def mesh_passes(
     return [
         *split,
         *token_passes(mesh, machine),
+        ShardFeatures(mesh, machine),
         LowerAttention(mesh, machine),
         SplitStatistics(),
         DivideConditions(mesh, machine, paired=batch is Batch.CALLS),
         OrderExchanges(),
         SplitJoins(),
         Overlap(mesh, machine),
+        KeepParts(mesh, paired=not split_batch),
         *weights,
     ]
 

@@ -15,7 +15,7 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, Program, is_block_call
 from xdit_ir.ir.stored import is_packed, packed
-from xdit_ir.passes.stored_weights import cut_weights, fresh_name, stored_node
+from xdit_ir.passes.stored_weights import cut_weights, fresh_name, part_layout, stored_node
 
 Unit = Sequence[fx.Node]
 FEWEST = 8  # parts of a model without blocks, of which two are whole at a time
@@ -117,7 +117,9 @@ class _Writer:
     def _gathered(self, name: str, before: fx.Node) -> fx.Node:
         """All of what is stored, gathered in front of a node."""
         if name not in self.parts:
-            self.parts[name] = stored_node(self.program.graph, name, self.program.stored[name], self.mesh, self.dims)
+            stored = self.program.stored[name]
+            layout = part_layout(stored.spec, self.mesh, self.dims)
+            self.parts[name] = stored_node(self.program.graph, name, stored, layout)
         part, graph = self.parts[name], self.program.graph
         with graph.inserting_before(before):
             return write_relayout(graph, part, ops.gather, Layout.whole(len(part.meta[SPEC].shape)))

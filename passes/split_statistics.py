@@ -24,9 +24,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """Write group, instance and Euclidean norms that are taken over a divided dim with sums, which ranks exchange once:
-    a part's sum of squares, or its mean and variance, of which those of the whole are made in double precision. Norms
-    over what every rank holds stay one operator.
+    """Write norms that are taken over a divided dim with sums, which ranks exchange once: a part's sum or mean of
+    squares, or its mean and variance, of which those of the whole are made in double precision. Norms over what every
+    rank holds stay one operator.
     """
 
     name: ClassVar[str] = "split-statistics"
@@ -87,8 +87,35 @@ def _euclidean(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
     return emitter.cast(emitter.emit(aten.sqrt.default, total), dtype)
 
 
+def _layer_norm(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
+    """Rows one by one, as groups of their own."""
+    shape = given["input"].meta[SPEC].shape
+    features = shape[-1]
+    x = emitter.reshape(given["input"], [math.prod(shape[:-1]), 1, features])
+    parts = emitter.emit(ops.moments, x, features)
+    total = emitter.relayout(parts, parts.meta[LAYOUT].summed())
+    weight, bias = (one and emitter.reshape(one, [1, features]) for one in (given["weight"], given["bias"]))
+    return emitter.reshape(emitter.emit(ops.normalize, x, total, weight, bias, given["eps"]), shape)
+
+
+def _rms_norm(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
+    """Over the root of a mean of squares."""
+    source: fx.Node = given["input"]
+    dtype, eps = source.meta[SPEC].dtype, given["eps"]
+    x = emitter.cast(source, torch.promote_types(dtype, torch.float32))
+    squares = emitter.emit(aten.mul.Tensor, x, x)
+    parts = emitter.emit(aten.mean.dim, squares, [-1], True)
+    total = emitter.relayout(parts, parts.meta[LAYOUT].summed())
+    total = emitter.emit(aten.add.Tensor, total, torch.finfo(dtype).eps if eps is None else eps)
+    x = emitter.emit(aten.mul.Tensor, x, emitter.emit(aten.rsqrt.default, total))
+    x = x if given["weight"] is None else emitter.emit(aten.mul.Tensor, x, given["weight"])
+    return emitter.cast(x, dtype)
+
+
 WRITERS: dict[Any, Callable[[Emitter, dict[str, Any]], fx.Node]] = {
     aten.group_norm.default: _group_norm,
     aten.instance_norm.default: _instance_norm,
     aten.linalg_vector_norm.default: _euclidean,
+    aten.layer_norm.default: _layer_norm,
+    aten.rms_norm.default: _rms_norm,
 }

@@ -32,12 +32,34 @@ def part_layout(spec: TensorSpec, mesh: Mesh, dims: Collection[str]) -> Layout:
     return Layout.whole(len(spec.shape)).with_dims({0: mesh.divide(spec.shape[0], dims)})
 
 
-def stored_node(graph: fx.Graph, name: str, stored: Stored, mesh: Mesh, dims: Collection[str]) -> fx.Node:
+def stored_node(graph: fx.Graph, name: str, stored: Stored, layout: Layout) -> fx.Node:
     """A rank's part of what is stored, as a value in front of everything else."""
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         node = graph.create_node("get_attr", name, name=name.replace(".", "_").replace("-", "_"))
-    node.meta = {SPEC: stored.spec, LAYOUT: part_layout(stored.spec, mesh, dims)}
+    node.meta = {SPEC: stored.spec, LAYOUT: layout}
     return node
+
+
+def cut_outside(program: Program, dims: Collection[str]) -> Program:
+    """The program in which weights of which every use takes a part that differs along `dims` are stored as these parts,
+    each kind of them once."""
+    graph, stored, mesh = copy_graph(program.graph), dict(program.stored), program.mesh
+    assert mesh is not None
+    for weight in list(graph.find_nodes(op="get_attr")):
+        name, parts = str(weight.target), dict[Layout, list[fx.Node]]()
+        for use in weight.users:
+            parts.setdefault(use.meta[LAYOUT] if use.target is ops.shard else Layout(()), []).append(use)
+        if name not in program.state or not all(layout.dividing_dims(mesh) & {*dims} for layout in parts):
+            continue
+        for count, (layout, uses) in enumerate(parts.items(), 1):
+            key = f"{STORED}.{name}" if count == 1 else f"{STORED}.{name}-{count}"
+            stored[key] = Stored(weight.meta[SPEC], ((name, 0),))
+            part = stored_node(graph, key, stored[key], layout)
+            for use in uses:
+                use.replace_all_uses_with(part)
+                graph.erase_node(use)
+        graph.erase_node(weight)
+    return program.replace(graph=graph, stored=stored)
 
 
 def cut_weights(program: Program, mesh: Mesh, dims: Collection[str]) -> Program:
@@ -58,7 +80,7 @@ def cut_weights(program: Program, mesh: Mesh, dims: Collection[str]) -> Program:
                 if name not in rows:
                     key = f"{STORED}.{name}"
                     stored[key] = Stored(weight.meta[SPEC], ((name, 0),))
-                    rows[name] = stored_node(graph, key, stored[key], mesh, dims)
+                    rows[name] = stored_node(graph, key, stored[key], part_layout(weight.meta[SPEC], mesh, dims))
                 call.replace_input_with(weight, rows[name])
     return program.replace(graph=graph, blocks=blocks, stored=stored)
 

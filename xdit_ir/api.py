@@ -90,6 +90,7 @@ class TracedProgram:
         ulysses: int = 1,
         ring: int = 1,
         pipefusion: int = 1,
+        tensor: int = 1,
         patches: int | None = None,
         warmup_steps: int = 1,
         stages: Sequence[int] | None = None,
@@ -100,13 +101,15 @@ class TracedProgram:
         after: After | None = None,
         **further: int,
     ) -> ParallelProgram:
-        """Divide the model over `cfg * pipefusion * ring * ulysses` ranks; needs no process group and no GPU.
+        """Divide the model over `cfg * pipefusion * ring * ulysses * tensor` ranks; needs no process group and no GPU.
 
         Args:
             cfg: ranks that divide the batch (conditional and unconditional halves).
             ulysses: ranks that exchange tokens for heads around attention (arXiv 2309.14509).
             ring: ranks around which keys and values travel (arXiv 2310.01889).
             pipefusion: stages of a pipeline through which patches of the latents pass (arXiv 2405.14430).
+            tensor: ranks that divide heads and hidden features of blocks, and hold their parts of the weights (arXiv
+                1909.08053). Not with `pipefusion`.
             patches: their number; default: as many as stages.
             warmup_steps: synchronous steps with which a request begins, at least 1.
             stages: how many of the model's blocks each of the `pipefusion` stages gets, or of twice as many, which
@@ -121,7 +124,8 @@ class TracedProgram:
         Raises:
             ParallelizeError: a degree is illegal for this model and input; names the nearest legal choice.
         """
-        mesh, machine = Mesh.of(cfg=cfg, pipefusion=pipefusion, ring=ring, ulysses=ulysses, **further), checked(machine)
+        degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor, **further}
+        mesh, machine = Mesh.of(**degrees), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED
         check_weights(mesh, shard_weights, batch=batch)

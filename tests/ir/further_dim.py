@@ -10,7 +10,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-LINE = '    MeshDim("tensor", "t", "features", "features"),\n'
+LINE = '    MeshDim("expert", "e", "experts", "experts"),\n'
 
 
 class WithOneMoreLine(SourceFileLoader):
@@ -54,14 +54,14 @@ from xdit_ir.sharding.propagate import Propagation  # noqa: E402
 from xdit_ir.sharding.verify import verify  # noqa: E402
 from xdit_ir.text import difference, parse, write  # noqa: E402
 
-MESH = Mesh.of(tensor=2)
+MESH = Mesh.of(expert=2)
 
 
 def divided(program: Program, mesh: Mesh, dim: int) -> Program:
-    """The first token stream divided by hand along one of its dims over `tensor`."""
+    """The first token stream divided by hand along one of its dims over `expert`."""
     node = next(node for node in program.graph.nodes if node.name == program.tokens[0].value)
     shape = node.meta[SPEC].shape
-    layout = Layout.whole(len(shape)).with_dims({dim: mesh.divide(shape[dim], ("tensor",))})
+    layout = Layout.whole(len(shape)).with_dims({dim: mesh.divide(shape[dim], ("expert",))})
     return Propagation(program, mesh).run({node.name: (layout,)}).replace(mesh=mesh)
 
 
@@ -75,30 +75,30 @@ def runs_by_hand(traced: TracedProgram, model: torch.nn.Module, example: Any, me
     assert result.ok, str(result)
     report = parallel.report()
     assert max(report.flops_per_rank) < 0.9 * report.flops_total / (mesh.world_size / 2), str(report)
-    assert any("tensor" in one.mesh_dim for one in report.collectives), str(report)
+    assert any("expert" in one.mesh_dim for one in report.collectives), str(report)
     text = write(program)
-    assert "tensor" in text.text.partition("{")[2] and difference(program, parse(text.text, text.attachments)) is None
-    assert any("tensor" in box.dims for box in view(program).boxes)
+    assert "expert" in text.text.partition("{")[2] and difference(program, parse(text.text, text.attachments)) is None
+    assert any("expert" in box.dims for box in view(program).boxes)
     assert timeline(parallel).total > 0
 
 
 def main() -> None:
-    assert MESH_DIMS[-1] == "tensor" and MESH.degrees["tensor"] == 2
+    assert MESH_DIMS[-1] == "expert" and MESH.degrees["expert"] == 2
     model, example = models.load("pixart-sigma:tiny")
     traced = xir.trace(model, example)
     tokens = traced.analysed.tokens[0].dim
-    for mesh, dim in ((MESH, tokens), (Mesh.of(ulysses=2, tensor=2), tokens), (MESH, -1)):
+    for mesh, dim in ((MESH, tokens), (Mesh.of(ulysses=2, expert=2), tokens), (MESH, -1)):
         runs_by_hand(traced, model, example, mesh, dim)
     # What takes degrees takes the further one.
-    assert degrees.parse("t2u2") == [degrees.Degrees.of(ulysses=2, tensor=2)]
-    assert xir.check(model, example, traced=traced, tensor=2, ulysses=2).world_size == 4
-    seen = inspect(traced, "pixart-sigma:tiny", tensor=2, pipefusion=2)
-    assert seen.mesh == {"pipefusion": 2, "tensor": 2} and seen.legend["tensor"] == "features"
-    assert "tensor" in WRITERS["html"](seen)
-    steps = parse_passes("find-tokens,shard-tokens{ulysses=2 tensor=2},propagate-layouts,lower-attention")
+    assert degrees.parse("e2u2") == [degrees.Degrees.of(ulysses=2, expert=2)]
+    assert xir.check(model, example, traced=traced, expert=2, ulysses=2).world_size == 4
+    seen = inspect(traced, "pixart-sigma:tiny", expert=2, pipefusion=2)
+    assert seen.mesh == {"pipefusion": 2, "expert": 2} and seen.legend["expert"] == "experts"
+    assert "expert" in WRITERS["html"](seen)
+    steps = parse_passes("find-tokens,shard-tokens{ulysses=2 expert=2},propagate-layouts,lower-attention")
     made = apply_passes(traced.analysed, steps)
-    assert made.mesh == Mesh.of(ulysses=2, tensor=2)
-    assert xir.port(model, tensor=2)._xdit_specialisations.mesh == MESH
+    assert made.mesh == Mesh.of(ulysses=2, expert=2)
+    assert xir.port(model, expert=2)._xdit_specialisations.mesh == MESH
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.layout import Layout, kind, plan
-from xdit_ir.ir.mesh import DIMS, MESH_DIMS, SEQUENCE, TIME, Mesh
+from xdit_ir.ir.mesh import DIMS, FEATURES, MESH_DIMS, SEQUENCE, TIME, Mesh
 from xdit_ir.ir.printer import dimension_text, mesh_text
 
 USUAL = Mesh.of(ring=2, ulysses=3)
@@ -16,19 +16,19 @@ TURNED = Mesh(("ulysses", "ring"), (3, 2))
 
 
 def test_the_table_says_what_each_dim_divides() -> None:
-    assert MESH_DIMS == ("cfg", "pipefusion", "ring", "ulysses")
-    assert TIME == "pipefusion" and SEQUENCE == ("ring", "ulysses")
+    assert MESH_DIMS == ("cfg", "pipefusion", "ring", "ulysses", "tensor")
+    assert TIME == "pipefusion" and SEQUENCE == ("ring", "ulysses") and FEATURES == ("tensor",)
     assert len({dim.letter for dim in DIMS}) == len(DIMS)
 
 
 def test_dims_of_the_table_that_are_not_named_have_size_1() -> None:
     assert Mesh(("ulysses",), (2,)) == Mesh.of(ulysses=2) != Mesh.of(ring=2)
     assert Mesh() == Mesh.of() and Mesh().names == MESH_DIMS
-    assert TURNED.names == ("cfg", "pipefusion", "ulysses", "ring")
-    assert Mesh(("tensor",), (2,)).degrees == {"cfg": 1, "pipefusion": 1, "ring": 1, "ulysses": 1, "tensor": 2}
+    assert TURNED.names == ("cfg", "pipefusion", "ulysses", "tensor", "ring")
+    assert Mesh(("expert",), (2,)).degrees == {**dict.fromkeys(MESH_DIMS, 1), "expert": 2}
 
 
-@pytest.mark.parametrize("mesh", [USUAL, TURNED, Mesh(("tensor", "cfg"), (2, 2))])
+@pytest.mark.parametrize("mesh", [USUAL, TURNED, Mesh(("expert", "cfg"), (2, 2))])
 def test_coordinates_are_by_name(mesh: Mesh) -> None:
     assert [mesh.rank_at(mesh.coordinate(rank)) for rank in range(mesh.world_size)] == list(range(mesh.world_size))
     inner = next(name for name in reversed(mesh.names) if mesh.size((name,)) > 1)
@@ -53,8 +53,8 @@ def test_meshes_in_another_order_are_other_meshes() -> None:
 
 def test_as_text() -> None:
     assert [mesh_text(mesh) for mesh in (Mesh(), USUAL, TURNED)] == ["1 rank", "ring=2 ulysses=3", "ulysses=3 ring=2"]
-    assert mesh_text(Mesh(("tensor",), (2,))) == "tensor=2"
-    assert mesh_text(Mesh(("pipefusion", "cfg"), (1, 2))) == "pipefusion=1 ring=1 ulysses=1 cfg=2"
+    assert mesh_text(Mesh(("expert",), (2,))) == "expert=2"
+    assert mesh_text(Mesh(("pipefusion", "cfg"), (1, 2))) == "pipefusion=1 ring=1 ulysses=1 tensor=1 cfg=2"
 
 
 @pytest.mark.parametrize(

@@ -397,15 +397,15 @@ def guidance(
     }
 
 
-def sharded_weights(name: str, degrees: Degrees, folder: str = "") -> dict[str, Any]:
-    """A model whose weights are divided over the ranks, for two kinds of inputs; what each rank holds then, and what
+def weights_in_parts(name: str, degrees: Degrees, folder: str = "") -> dict[str, Any]:
+    """A model of whose weights ranks hold parts, for two kinds of inputs; what each rank holds then, and what
     becomes of other weights that are loaded."""
     model, example, want = _load(name)
     total = sum(x.nbytes for x in model.state_dict().values())
     short, loading = _first(example), {"weights": folder, "release": True} if folder else {}
     with torch.no_grad():
         want_short = model(**short)
-        ported = xir.port(model, **degrees, shard_weights=True, **loading)
+        ported = xir.port(model, **degrees, **loading)
         errors = [relative_error(ported(**example), want), relative_error(ported(**short), want_short)]
         tensors = [x for one in ported._xdit_specialisations.found for x in one.runner._weights.fetch()]
         found = {
@@ -430,7 +430,7 @@ def unlike_weights(degrees: Degrees) -> dict[str, Any]:
     """Each rank has filled the model with other numbers before its weights are divided."""
     torch.manual_seed(_rank())
     model, (_, example) = Reader().eval(), _reader()
-    return _failure(lambda: xir.port(model, **degrees, shard_weights=True)(**example))
+    return _failure(lambda: xir.port(model, **degrees)(**example))
 
 
 def planned(name: str, given: Degrees) -> dict[str, Any]:

@@ -32,12 +32,14 @@ DIMS = (
     MeshDim("pipefusion", "p", "time", "stages of a pipeline; in layouts: patches"),
     MeshDim(RING, "r", "tokens", "tokens; keys and values travel"),
     MeshDim(ULYSSES, "u", "tokens", "tokens; exchanged for heads around attention"),
+    MeshDim("tensor", "t", "features", "heads and features, and with them weights; sums travel"),
 )
 MESH_DIMS = tuple(dim.name for dim in DIMS)
 (BATCH,) = (dim.name for dim in DIMS if dim.divides == "batch")
 # In layouts this mesh dim counts patches, which one rank computes one after the other.
 (TIME,) = (dim.name for dim in DIMS if dim.divides == "time")
 SEQUENCE = tuple(dim.name for dim in DIMS if dim.divides == "tokens")
+FEATURES = tuple(dim.name for dim in DIMS if dim.divides == "features")
 
 
 @dataclass(frozen=True)

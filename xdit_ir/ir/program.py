@@ -80,14 +80,18 @@ class TensorSpec:
         return TensorSpec(layout.local_shape(self.shape, rank), self.dtype)
 
 
+Dims = tuple[Runs | None, ...]
+"""Of each dim of a tensor the runs that are meant; None: all of it."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """Weights that ranks hold as one tensor of type `spec`, of which each may have a part: the bytes of each weight
-    begin at the offset beside its name. In a rank's program, `held` are the runs of bytes that it has."""
+    begin at the offset beside its name. In a rank's program, `held` are the runs that it has of each dim."""
 
     spec: TensorSpec
     members: tuple[tuple[str, int], ...]
-    held: Runs | None = None
+    held: Dims | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.program import Stored, TensorSpec
+from xdit_ir.ir.program import Dims, Stored, TensorSpec
 
 ALIGNMENT = 256  # bytes; what kernels want of where a tensor begins, and a multiple of every element
 ReadRun = Callable[[int, int], torch.Tensor]
@@ -18,12 +18,27 @@ ReadRun = Callable[[int, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """`length` bytes of a weight from `start` on, which lie in a rank's tensor from `place` on."""
+    """`length` bytes of a weight from `start` on: of what `of` keeps of them, a rank's tensor is made from `place` on.
+
+    Where the dims behind the first are divided too, they are rows of the type `row`, of which `within` is held.
+    """
 
     name: str
     start: int
     length: int
     place: int
+    row: TensorSpec | None = None
+    within: Dims = ()
+
+    def of(self, data: torch.Tensor) -> torch.Tensor:
+        """What is held of these bytes."""
+        if self.row is None:
+            return data
+        rows = data.view(self.row.dtype).view(-1, *self.row.shape)
+        for dim, runs in enumerate(self.within, 1):
+            if runs is not None:
+                rows = torch.cat([rows.narrow(dim, *run) for run in runs] or [rows.narrow(dim, 0, 0)], dim)
+        return bytes_of(rows)
 
 
 def packed(weights: Mapping[str, TensorSpec], parts: int) -> Stored:
@@ -46,32 +61,35 @@ def is_packed(stored: Stored, state: Mapping[str, TensorSpec]) -> bool:
 
 
 def held_by(stored: Stored, layout: Layout, rank: int) -> Stored:
-    """As one rank holds it, of which the first dimension may be divided."""
-    partition = layout.dims[0] if layout.dims else None
-    if partition is None:
-        return replace(stored, held=((0, stored.spec.nbytes),))
-    row = stored.spec.nbytes // stored.spec.shape[0]
-    return replace(stored, held=tuple((start * row, count * row) for start, count in partition.parts[rank].runs))
+    """As one rank holds it."""
+    return replace(stored, held=tuple(None if dim is None else dim.parts[rank].runs for dim in layout.dims))
 
 
 def held_spec(stored: Stored) -> TensorSpec:
     """The type of what is held."""
-    if stored.held is None or not stored.spec.shape:
+    if stored.held is None:
         return stored.spec
-    rows, *others = stored.spec.shape
-    count = sum(length for _, length in stored.held) * rows // stored.spec.nbytes
-    return TensorSpec((count, *others), stored.spec.dtype)
+    pairs = zip(stored.spec.shape, stored.held, strict=True)
+    shape = (size if runs is None else sum(length for _, length in runs) for size, runs in pairs)
+    return TensorSpec(tuple(shape), stored.spec.dtype)
 
 
 def runs_of(stored: Stored, state: Mapping[str, TensorSpec]) -> Iterator[Run]:
     """What is held, weight by weight."""
+    if not stored.spec.nbytes:
+        return
+    count, *inner = stored.spec.shape or (1,)
+    first, *within = stored.held or (None,)
+    size, kept = (math.prod(shape) * stored.spec.dtype.itemsize for shape in (inner, held_spec(stored).shape[1:]))
+    row = TensorSpec(tuple(inner), stored.spec.dtype) if any(runs is not None for runs in within) else None
     place = 0
-    for first, length in ((0, stored.spec.nbytes),) if stored.held is None else stored.held:
+    for begin, length in (((0, count),) if first is None else first) if kept else ():
         for name, offset in stored.members:
-            start, end = max(first, offset), min(first + length, offset + state[name].nbytes)
+            start, end = max(begin * size, offset), min((begin + length) * size, offset + state[name].nbytes)
             if start < end:
-                yield Run(name, start - offset, end - start, place + start - first)
-        place += length
+                at = place + (start - begin * size) * kept // size
+                yield Run(name, start - offset, end - start, at, row, tuple(within) if row is not None else ())
+        place += length * kept
 
 
 def _empty(stored: Stored, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +119,8 @@ class Filling:
     def fill(self, name: str, read: ReadRun) -> None:
         """Copy what is wanted of a weight."""
         for flat, run in self._wanted.pop(name, ()):
-            flat.narrow(0, run.place, run.length).copy_(read(run.start, run.length))
+            kept = run.of(read(run.start, run.length))
+            flat.narrow(0, run.place, kept.numel()).copy_(kept)
 
     def done(self) -> dict[Stored, torch.Tensor]:
         """The parts."""

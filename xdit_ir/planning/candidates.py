@@ -10,7 +10,7 @@ from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import all_graphs, operands
-from xdit_ir.ir.mesh import BATCH, MESH_DIMS, RING, TIME, ULYSSES
+from xdit_ir.ir.mesh import BATCH, FEATURES, MESH_DIMS, RING, TIME, ULYSSES
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.planning.estimate import Estimate
 from xdit_ir.planning.hardware import Hardware
@@ -25,7 +25,7 @@ STAGED = 1.15
 
 def degree_sets(gpus: int, given: Mapping[str, int], *, exact: bool) -> list[Degrees]:
     """All sets of degrees whose product is `gpus`, those that are `given` as they are; stages only if results need not
-    be `exact`, or if they are given.
+    be `exact`, or if they are given; features are divided only where that is given.
 
     Raises:
         ParallelizeError: what is given does not divide `gpus`.
@@ -35,7 +35,8 @@ def degree_sets(gpus: int, given: Mapping[str, int], *, exact: bool) -> list[Deg
         named = " x ".join(f"{name}={size}" for name, size in given.items())
         near = max(size for size in range(1, gpus + 1) if gpus % size == 0 and size <= done)
         raise ParallelizeError(f"{named} does not divide {gpus} GPUs; a product of {near} does")
-    free = [name for name in MESH_DIMS if name not in given and (name != TIME or not exact)]
+    kept = {*given, *FEATURES, *((TIME,) if exact else ())}
+    free = [name for name in MESH_DIMS if name not in kept]
     found = []
     for sizes in _factors(gpus // done, len(free)):
         degrees = {**given, **dict(zip(free, sizes, strict=True))}

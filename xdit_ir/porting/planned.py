@@ -16,7 +16,7 @@ from xdit_ir.capture.failures import RaisedByForward
 from xdit_ir.degrees import Degrees
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.errors import ParallelizeError, XditError
-from xdit_ir.ir.mesh import MESH_DIMS, TIME, Mesh
+from xdit_ir.ir.mesh import FEATURES, MESH_DIMS, TIME, Mesh
 from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of, load, names
 from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import Options, plan_traced
@@ -82,7 +82,7 @@ def unplanned_degrees(
     over and others are not given; None: those that are given are all."""
     known = Mesh.of(**given).world_size
     left, odd = divmod(processes, known)
-    more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME} - set(given)
+    more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME, *FEATURES} - set(given)
     return Unplanned(given, patches, machine, shard_weights) if more or not given else None
 
 

@@ -13,7 +13,7 @@ from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import FEATURES, Mesh
 from xdit_ir.passes.divide import check_weights
 from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
@@ -161,7 +161,7 @@ class _Division:
     @property
     def parts_weights(self) -> bool:
         """Whether ranks hold parts of weights, and models give theirs up."""
-        return "shard_weights" in self.schedule and self.mesh.world_size > 1
+        return ("shard_weights" in self.schedule and self.mesh.world_size > 1) or self.mesh.size(FEATURES) > 1
 
     def ported(self, original: nn.Module, options: RunOptions) -> Ported:
         """The drop-in for a module; raises `ParallelizeError` for one that cannot be divided."""

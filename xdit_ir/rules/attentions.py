@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import FEATURES, Mesh
 from xdit_ir.ir.ops import attention, attention_of_rows, ring_attention
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.rules.base import Localize, OpCall, OpSharding, Rule, choose, rules_of, verified
@@ -51,6 +52,19 @@ def shared_heads(heads: Partition, group: int) -> Partition | None:
     if any(pair is None for pair in pairs.values()):
         return None
     return Partition(heads.size // group, tuple(pair[0] for part in heads.parts if (pair := pairs[part])))
+
+
+def parts_of_heads(mesh: Mesh, dims: Collection[str], queries: int, keys: int) -> tuple[Partition, Partition] | None:
+    """So many heads of queries and of keys, divided over mesh dims; several ranks may need the same one of keys."""
+    degree, group = mesh.size(dims), queries // keys
+    if min(queries, keys) >= degree:
+        k_heads, every = mesh.divide(keys, dims), Indices.range(0, group)
+        return (k_heads.map(queries, lambda part: part.outer(every, group)) if group > 1 else k_heads), k_heads
+    if queries < degree or keys == 1:
+        return None
+    q_heads = mesh.divide(queries, dims)
+    shared = shared_heads(q_heads, group)
+    return None if shared is None else (q_heads, shared)
 
 
 def _free(call: OpCall, partition: Partition | None, taken: frozenset[str], *, exact: bool = False) -> Partition | None:
@@ -114,11 +128,13 @@ def _mask_layout(call: OpCall, operand: int, output: Layout, keys: Partition | N
 
 
 def _attention_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
-    """Queries that are cut take the rows of the mask with them."""
+    """Queries that are cut take the rows of the mask with them; keys of divided features stay as they are."""
     queries = wanted.dims[-2]
     if wanted.dims[-1] is not None:
         return None
-    inputs = _sharding(call, wanted.dims[:-2], queries, None).inputs
+    features = any(call.dividing_dims(dim) & {*FEATURES} for dim in wanted.dims[:-2])
+    keys = call.layouts[1].dims[-2] if features else None
+    inputs = _sharding(call, wanted.dims[:-2], queries, keys).inputs
     masks = []
     for spec, layout in zip(call.specs[3:], inputs[3:], strict=True):
         rows = len(spec.shape) > 1 and spec.shape[-2] == call.out.shape[-2]

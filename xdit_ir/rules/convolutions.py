@@ -1,11 +1,27 @@
-"""Convolutions, also transposed ones: channels whole, batch as it is, divided spatial dims with a halo."""
+"""Convolutions, also transposed ones: batch as it is, divided spatial dims with a halo, channels whole unless mesh dims
+of features divide them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from xdit_ir.ir import ops
-from xdit_ir.rules.base import LocalCall, OpCall, Rule, rules_of
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import FEATURES
+from xdit_ir.ir.partition import Partition
+from xdit_ir.rules.base import (
+    LocalCall,
+    Localize,
+    OpCall,
+    OpSharding,
+    Rule,
+    as_layouts,
+    rules_of,
+    same_call,
+    verified,
+)
 from xdit_ir.rules.intervals import Window
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 from xdit_ir.rules.sliding import Held, Windows, per_dim, windowed
@@ -78,7 +94,67 @@ def _batch(call: OpCall) -> Labels:
     return by_argument(call, batch, input=batch)
 
 
-CONV = windowed(_windows, _local, mixes=True)
+def channels_of(call: OpCall) -> int:
+    """The dim of channels of operand and result."""
+    return len(call.out.shape) - len(call.specs[1].shape) + 1
+
+
+def _parts(call: OpCall, partition: Partition | None) -> Partition | None:
+    """Channels divided by mesh dims of features only, each on one rank; None for any others."""
+    dims = call.dividing_dims(partition)
+    return partition if dims and dims <= {*FEATURES} and partition and call.mesh.tiles(partition) else None
+
+
+def _conv(call: OpCall) -> OpSharding:
+    """Of one group: summands of parts of what it takes, or parts of what it makes; of channels apart: these."""
+    sharding, dim = SPACE.forward(call), channels_of(call)
+    output = as_layouts(sharding.outputs)[0]
+    if any(0 in one.sizes for one in output.dims if one is not None):
+        return sharding
+    (taken, weight, *bias), one, own = sharding.inputs, call.arguments["groups"] == 1, call.specs[0].shape[dim]
+    rows = _parts(call, call.layouts[0].dims[dim]) or (_parts(call, call.layouts[1].dims[1]) if one else None)
+    columns = _parts(call, call.layouts[1].dims[0])
+    if one and rows is not None:
+        inputs = (taken.with_dims({dim: rows}), weight.with_dims({1: rows}), *bias)
+        summed = replace(output, partial=output.partial | call.dividing_dims(rows))
+        return OpSharding(inputs, summed, _adjusted(call, sharding, summed))
+    made = columns if one else rows or columns
+    if made is None or not (one or call.arguments["groups"] == own == call.out.shape[dim]):
+        return sharding
+    taken = taken if one else taken.with_dims({dim: made})
+    output = output.with_dims({dim: made})
+    inputs = (taken, *(weight.with_dims({0: made}) for weight in (weight, *bias)))
+    return OpSharding(inputs, output, _adjusted(call, sharding, output))
+
+
+def _adjusted(call: OpCall, sharding: OpSharding, output: Layout) -> Localize:
+    """A rank's own groups; and what is no part of a sum is added once."""
+    groups, dim = call.arguments["groups"], channels_of(call)
+
+    def local(rank: int) -> LocalCall:
+        first = not output.partial or call.mesh.index(rank, output.partial) == 0
+        bias = call.arguments["bias"] if first else None
+        own = groups if groups == 1 else output.local_shape(call.out.shape, rank)[dim]
+        if sharding.local is None:
+            return same_call(call, bias=bias, groups=own)
+        target, (x, weight, _, *options), kwargs = sharding.local(rank)
+        return target, (x, weight, bias, *options[:-1], own), kwargs
+
+    return local
+
+
+def _conv_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
+    dim, one = channels_of(call), call.arguments["groups"] == 1
+    made = wanted.dims[dim]
+    needs = SPACE.demand(call, wanted.with_dims({dim: None}))
+    if needs is None or made is None:
+        return needs
+    taken, *weights = needs
+    return (taken if one else taken.with_dims({dim: made}), *(weight.with_dims({0: made}) for weight in weights))
+
+
+SPACE = windowed(_windows, _local, mixes=True)
+CONV = verified(Rule(_conv, _conv_demand))
 TRANSPOSED, SPARSE = windowed(_transposed_windows, _transposed_local, mixes=True), labelled(_batch)
 
 

@@ -1,6 +1,7 @@
 """Normalisations: the dims over which statistics are taken must be whole, the others are divided freely.
 
-Group, instance and Euclidean norms take what is divided along these dims too: a lowering adds the statistics up.
+Group, instance and Euclidean norms take what is divided along these dims too, those over features what is divided along
+mesh dims of features: a lowering adds the statistics up.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import bound_arguments
 from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import FEATURES, Mesh
 from xdit_ir.ir.partition import Runs
 from xdit_ir.ir.program import SPEC
 from xdit_ir.rules.base import (
@@ -45,6 +46,31 @@ def _layer_norm(call: OpCall) -> Labels:
     )
 
 
+def _featured(call: OpCall, layout: Layout) -> Labels:
+    """The same over one dim, that of features: ranks may have parts of these, as in this layout."""
+    features = layout.dims[-1]
+    given = call.arguments
+    known = given["eps"] is not None or call.out.dtype.itemsize >= 4  # what stands for it in half precision varies
+    divided = known and len(given["normalized_shape"]) == 1 and call.dividing_dims(features)
+    if not divided or not divided <= {*FEATURES} or not call.mesh.tiles(features):  # type: ignore[arg-type]
+        return _layer_norm(call)
+    own = plain(call.out)
+    return by_argument(call, own, input=own, weight=own[-1:], bias=own[-1:])
+
+
+def _layer_norm_forward(call: OpCall) -> OpSharding:
+    return labelled(lambda call: _featured(call, call.layouts[0])).forward(call)
+
+
+def _layer_norm_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
+    return labelled(lambda call: _featured(call, wanted)).demand(call, wanted)
+
+
+def _features(given: dict[str, Any]) -> tuple[int, ...]:
+    """The last dim, which may be divided if it is all that a norm is over."""
+    return (-1,) if len(given["normalized_shape"]) == 1 else ()
+
+
 def divided_statistics(node: fx.Node, layout: Layout, mesh: Mesh) -> frozenset[str]:
     """The mesh dims along which ranks hold parts of what a norm takes statistics of, its operand having this layout."""
     dims_of = STATISTICS.get(node.target)
@@ -71,6 +97,8 @@ STATISTICS: dict[Any, Callable[[dict[str, Any]], Any]] = {
     aten.group_norm.default: _space,
     aten.instance_norm.default: _space,
     aten.linalg_vector_norm.default: _euclidean_dims,
+    aten.layer_norm.default: _features,
+    aten.rms_norm.default: _features,
 }
 
 
@@ -168,7 +196,8 @@ def _batch_norm(call: OpCall) -> Labels | str:
 
 
 RULES = {
-    **rules_of(labelled(_layer_norm), aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten._fused_rms_norm),
+    **rules_of(labelled(_layer_norm), aten.native_layer_norm, aten._fused_rms_norm),
+    **rules_of(Rule(_layer_norm_forward, _layer_norm_demand), aten.layer_norm, aten.rms_norm),
     **rules_of(Rule(_grouped_norm, _grouped_demand), aten.group_norm, aten.instance_norm),
     **rules_of(labelled(_native_group_norm, _local_batch), aten.native_group_norm),
     **rules_of(Rule(_euclidean, REDUCE.demand), aten.linalg_vector_norm),

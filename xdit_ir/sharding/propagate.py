@@ -15,9 +15,9 @@ from typing import Any
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.graphs import operands, results_of
 from xdit_ir.ir.layout import Layout, kind
-from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.mesh import FEATURES, TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Block, Program, called_block, is_block_call
 from xdit_ir.rules import infer, rule_for
 from xdit_ir.rules.base import OpCall, OpSharding, as_layouts
@@ -41,11 +41,15 @@ class BlockVariant:
 
 @dataclass
 class Propagation:
-    """One propagation over a program; also the memo for repeated ones over the same program (trial partitions)."""
+    """One propagation over a program; also the memo for repeated ones over the same program (trial partitions).
+
+    `inside`: seeds in blocks that have layouts; what these return stays as it is.
+    """
 
     program: Program
     mesh: Mesh
     infer: Infer = infer
+    inside: Mapping[str, Seeds] = field(default_factory=dict)
     bodies: dict[Variant, BlockVariant] = field(default_factory=dict)
     rulings: dict[tuple[fx.Node, Layouts], OpSharding] = field(default_factory=dict)
     demands: dict[Any, Layouts | None] = field(default_factory=dict)
@@ -88,12 +92,20 @@ class Propagation:
         """The block `name` for arguments of these layouts, its results brought into those."""
         key = (name, layouts, results)
         if key not in self.bodies:
-            draft = _GraphPropagation(self, layouts, {}, results, outer=False).write(self.program.blocks[name].graph)
-            draft.sweep(lambda step: _push(step, self))
+            draft = self.drafted(name, layouts, results, self.inside.get(name, {}))
             places = [step for step in draft.steps if step.node.op == "placeholder" and not step.relayout]
             preferred_inputs = {i: want for i, step in enumerate(places) if (want := step.common_shard()) is not None}
             self.bodies[key] = BlockVariant(draft, preferred_inputs)
         return self.bodies[key]
+
+    def drafted(self, name: str, layouts: Layouts, results: Layouts | None, seeds: Seeds) -> LayoutGraph:
+        """The draft of a block with these seeds; what it returns stays as it is, whatever the seeds divide."""
+        graph = self.program.blocks[name].graph
+        if seeds and results is None:
+            results = tuple(result.meta[LAYOUT] for result in results_of(graph))
+        draft = _GraphPropagation(self, layouts, seeds, results, outer=False).write(graph)
+        draft.sweep(lambda step: _push(step, self))
+        return draft
 
     def block_input_fixpoint(self, name: str, layouts: Layouts, results: Layouts | None = None) -> Iterator[Layouts]:
         """The layouts of a block's arguments, then what the block wants instead, until it wants nothing else or, as it
@@ -226,7 +238,7 @@ class _GraphPropagation:
             return self._add(node, node.target, [], self.run.same(layout))
         sources = [self.env[operand] for operand in operands(node)]
         if ops.is_relayout(node.target):
-            return self.convert(sources[0], node.meta[LAYOUT].summed())
+            return self.convert(sources[0], self._carried(node, sources[0].layout))
         if node.target is operator.getitem:
             return self._add(node, node.target, sources, sources[0].layout[node.args[1]])
         return self._call(node, sources) if is_block_call(node) else self._operator(node, sources)
@@ -242,6 +254,14 @@ class _GraphPropagation:
         new = self._add(node, ruling.target or node.target, taken, ruling.outputs)
         new.fallback = ruling.fallback
         return new if ruling.result_layout is None else self.convert(new, ruling.result_layout)
+
+    def _carried(self, node: fx.Node, have: Layout) -> Layout:
+        """What a change of layout makes of a value of which features are divided since it was written."""
+        before: Layout = operands(node)[0].meta[LAYOUT]
+        want: Layout = node.meta[LAYOUT].summed()
+        triples = enumerate(zip(before.dims, want.dims, have.dims, strict=True))
+        kept = {dim: now for dim, (old, new, now) in triples if old == new}
+        return want.with_dims({dim: now for dim, now in kept.items() if self.run.mesh.dividing_dims(now) & {*FEATURES}})
 
     def _divides_anew(self, source: LayoutNode, want: Layout) -> bool:
         """Whether a value would be exchanged only to be gathered behind."""

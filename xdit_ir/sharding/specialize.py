@@ -12,7 +12,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.collective_ops import AllGather, Reduce, ReduceScatter, Reshuffle, Ring
 from xdit_ir.ir.facts import Fact
-from xdit_ir.ir.graphs import add_node, copy_node, operands, with_operands
+from xdit_ir.ir.graphs import add_node, copy_node, drop_unused_weights, fit_calls, operands, with_operands
 from xdit_ir.ir.layout import Layout, kind, part_of, plan, scatter_plan
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Indices
@@ -50,6 +50,9 @@ class Specialize:
             name: replace(block, graph=_localize(block.graph, program.mesh, self.rank))
             for name, block in program.blocks.items()
         }
+        for block in blocks.values():
+            drop_unused_weights(block.graph)  # what is added to a sum once, another rank adds
+        fit_calls(graph, blocks)
         constants = dict(program.constants)
         for one in (graph, *(block.graph for block in blocks.values())):
             _index_scattered(one, constants, program.device)

@@ -1,0 +1,125 @@
+"""Where features and heads of a block may be cut in parts: seeds, each of which propagation follows to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import bound_arguments, operands
+from xdit_ir.ir.hoist import ancestors
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import FEATURES, Mesh
+from xdit_ir.ir.partition import Partition
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_weight
+from xdit_ir.passes.divide_conditions import is_condition
+from xdit_ir.passes.find_tokens import JOINS, segments_of, units_of
+from xdit_ir.rules.attentions import parts_of_heads
+from xdit_ir.rules.contractions import RULES as PRODUCTS
+from xdit_ir.rules.convolutions import space_of
+from xdit_ir.sharding.layout_graph import LayoutGraph, Layouts
+
+Seed = tuple[str, Layouts]
+"""The name of a value, and the layouts to bring it into."""
+Cut = tuple[Seed, ...]
+"""Seeds that belong together."""
+
+
+@dataclass(frozen=True)
+class FeatureCuts:
+    """The cuts that may be tried in the blocks of a program whose other layouts stand."""
+
+    program: Program
+    mesh: Mesh
+
+    def first(self, body: fx.Graph, early: set[fx.Node]) -> Iterator[Cut]:
+        """Heads of attentions, features that a product sums up, and those that one makes and all need; but not of
+        conditions that follow from `early` inputs, which are made before the blocks."""
+        hoisted, uses = self._hoisted(body, early), dict[fx.Node, list[tuple[fx.Node, int]]]()
+        for node in body.nodes:
+            if node.target in ops.ATTENTIONS:
+                yield from map(_alone, self._heads(node))
+            elif node not in hoisted and (dim := _mixed_dim(node)) is not None:
+                uses.setdefault(operands(node)[1], []).append((node, dim))
+        for products in uses.values():  # a weight that is used twice must be cut in both places
+            yield from zip(*(self._summed(node, dim) for node, dim in products), strict=False)
+        for products in uses.values():
+            yield from zip(*(self._made(node, dim) for node, dim in products), strict=False)
+
+    def _hoisted(self, body: fx.Graph, early: set[fx.Node]) -> set[fx.Node]:
+        """Projections of `early` conditions of which no others are made."""
+        known, found = set(early), set[fx.Node]()
+        for node in body.nodes:
+            if node.op == "call_function" and all(one in known or is_weight(one) for one in operands(node)):
+                known.add(node)
+                found |= {node} if is_condition(node) else set()
+        return found - ancestors(source for node in found for source in operands(node))
+
+    def stuck(self, draft: LayoutGraph) -> Iterator[Cut]:
+        """Cuts that went no further against the data flow, as other users want more of the value."""
+        for step in draft.steps:
+            if step.relayout and step.target is ops.shard and self._cuts(step.layout):
+                [source] = step.sources
+                if source.node.op == "call_function" and not source.relayout:
+                    yield ((source.node.name, (step.layout,)),)
+
+    def _cuts(self, layout: Layout) -> bool:
+        return not layout.dividing_dims(self.mesh).isdisjoint(FEATURES)
+
+    def _heads(self, node: fx.Node) -> Iterator[Seed]:
+        queries, keys = (one.meta[SPEC].shape for one in operands(node)[:2])
+        for dim in range(len(queries) - 3, -1, -1):
+            if queries[dim] != node.meta[SPEC].shape[dim] or dim >= len(keys):
+                continue
+            found = parts_of_heads(self.mesh, FEATURES, queries[dim], keys[dim])
+            if found is not None:
+                yield from self._cut(node, dim, [found[0]])
+            yield from self._cut(node, dim, self._inside(queries[dim]))
+
+    def _inside(self, size: int) -> Iterator[Partition]:
+        """A dim of which heads are the inner factor: those of each sample."""
+        for unit in units_of(self.program, size):
+            yield self.mesh.divide(size, FEATURES, segments=(unit,) * (size // unit))
+
+    def _summed(self, node: fx.Node, dim: int) -> Iterator[Seed]:
+        """The features of what is multiplied with a weight; those of its parts, where it is joined."""
+        value = operands(node)[0]
+        joined = getattr(value.target, "overloadpacket", None) in JOINS
+        for part in operands(value) if joined else [value]:
+            size = part.meta[SPEC].shape[dim]
+            segments: Sequence[tuple[int, ...]] = ((), *segments_of(self.program, size))
+            yield from self._cut(part, dim, (self.mesh.divide(size, FEATURES, segments=one) for one in segments))
+
+    def _made(self, node: fx.Node, dim: int) -> Iterator[Seed]:
+        size = node.meta[SPEC].shape[dim]
+        for name, (cut,) in self._cut(node, dim, [self.mesh.divide(size, FEATURES)]):
+            yield name, (cut, node.meta[LAYOUT].summed())
+
+    def _cut(self, node: fx.Node, dim: int, partitions: Iterable[Partition]) -> Iterator[Seed]:
+        have: Layout = node.meta[LAYOUT].summed()
+        if node.meta[SPEC].shape[dim] >= self.mesh.size(FEATURES) and have.dims[dim] is None:
+            for partition in dict.fromkeys(partitions):
+                yield node.name, (have.with_dims({dim: partition}),)
+
+
+def gathers(cut: Cut) -> bool:
+    """Whether what is cut is brought together right behind."""
+    return any(len(layouts) > 1 for _, layouts in cut)
+
+
+def _alone(seed: Seed) -> Cut:
+    return (seed,)
+
+
+def _mixed_dim(node: fx.Node) -> int | None:
+    """The dim of features that a product or a convolution with a weight sums up, and of those that it makes."""
+    sources = operands(node)
+    if not any(map(is_weight, sources)) or is_weight(sources[0]) or not node.meta[SPEC].shape:
+        return None
+    packet, ndim = getattr(node.target, "overloadpacket", None), len(sources[0].meta[SPEC].shape)
+    if packet in PRODUCTS and ndim == len(node.meta[SPEC].shape):
+        return ndim - 1
+    space = space_of(node.target, ndim, sources[1].meta[SPEC].shape)
+    return space.start - 1 if space and bound_arguments(node)["groups"] == 1 else None

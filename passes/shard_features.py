@@ -1,0 +1,106 @@
+"""`shard-features`: divide heads and features of blocks, and with them weights, over the mesh dim `tensor`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx
+
+from xdit_ir.ir.facts import Fact
+from xdit_ir.ir.graphs import placeholders
+from xdit_ir.ir.hoist import early_inputs
+from xdit_ir.ir.mesh import FEATURES, Mesh
+from xdit_ir.ir.program import LAYOUT, WEIGHT, Program, TensorSpec
+from xdit_ir.passes.feature_cuts import Cut, FeatureCuts, gathers
+from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode
+from xdit_ir.sharding.machine import Machine
+from xdit_ir.sharding.propagate import Propagation, Seeds
+
+# The part of a block's weights (and work) that must be saved for it to be worth to divide them once more.
+WORTH = 0.002
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Seeds in a block and what it costs with them: bytes of the fullest rank, FLOPs of the slowest, seconds sent."""
+
+    seeds: Seeds
+    draft: LayoutGraph
+    weights: int
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ShardFeatures:
+    """Divide what each block does to tokens: heads of its attentions, hidden features of its products, and so the
+    weights that make them and sum them up, of which each rank needs its part only. (arXiv 1909.08053, for any block.)
+
+    Cuts of heads and of summed features are tried one by one, and followed by the rules to weights on both sides, to
+    fused projections, which are cut by parts, and to sums over ranks. The one that saves most weights and work for the
+    seconds that it costs is kept, then the next one, as long as one saves anything. What a block is given and returns
+    stays as it is; a block in which nothing can be cut is not divided, and the report says so.
+    """
+
+    name: ClassVar[str] = "shard-features"
+    numerics: ClassVar[str] = "reassociated"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS})
+    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.ATTENTION, Fact.RUNNABLE})
+
+    mesh: Mesh
+    machine: Machine = field(default_factory=Machine)
+
+    def apply(self, program: Program) -> Program:
+        """The program whose blocks work on each rank's heads and features."""
+        if self.mesh.size(FEATURES) == 1:
+            return program
+        run, early = Propagation(program, self.mesh), early_inputs(program)
+        chosen = {name: self._best(run, name, early.get(name, set())).seeds for name in program.blocks}
+        return Propagation(program, self.mesh, inside=chosen).run().replace(mesh=self.mesh)
+
+    def _best(self, run: Propagation, name: str, early: set[fx.Node]) -> _Choice:
+        """Greedy: what is worth most for what it costs comes first. A cut is seldom worth more behind others, so only
+        the best is tried anew, until it stays the best; and every one before the search ends."""
+        body, cuts = run.program.blocks[name].graph, FeatureCuts(run.program, self.mesh)
+        best = whole = self._tried(run, name, {})
+        worth = dict.fromkeys(cuts.first(body, early), math.inf)
+        tried: dict[Cut, _Choice] = {}
+        while worth:
+            cut = max(worth, key=lambda one: (worth[one] > 0 and not gathers(one), worth[one], one not in tried))
+            if cut not in tried:
+                tried[cut] = one = self._tried(run, name, {**best.seeds, **dict(cut)})
+                gain = self._gain(one, best, whole)
+                worth[cut] = gain / self._cost(one, best) if gain > WORTH else 0.0
+            elif worth[cut]:
+                best, tried = tried[cut], {}
+                known = worth | {one: math.inf for one in cuts.stuck(best.draft) if one not in worth}
+                worth = {one: value for one, value in known.items() if best.seeds.keys().isdisjoint(dict(one))}
+            else:
+                break
+        return best
+
+    def _tried(self, run: Propagation, name: str, seeds: Seeds) -> _Choice:
+        layouts = tuple(given.meta[LAYOUT] for given in placeholders(run.program.blocks[name].graph))
+        draft = run.drafted(name, layouts, None, seeds)
+        seconds = self.machine.latency * draft.exchanges() + self.machine.seconds(0, draft.moved_bytes())
+        weights = sum(self._held(step) for step in draft.steps if WEIGHT in step.node.meta and not step.relayout)
+        return _Choice(seeds, draft, weights, max(draft.flops()), seconds)
+
+    def _held(self, weight: LayoutNode) -> int:
+        """Bytes of a weight that the fullest rank needs."""
+        layout = weight.common_shard() or weight.layout
+        spec: TensorSpec = weight.spec
+        return max(spec.on(layout, rank).nbytes for rank in range(self.mesh.world_size))
+
+    def _gain(self, one: _Choice, before: _Choice, whole: _Choice) -> float:
+        """The parts of a block's weights and work that are saved; nothing where either gets more, or weights not less:
+        such a cut is not one of features."""
+        if one.weights >= before.weights or one.flops > before.flops:
+            return 0.0
+        work = (before.flops - one.flops) / max(whole.flops, 1)
+        return (before.weights - one.weights) / whole.weights + work
+
+    def _cost(self, one: _Choice, before: _Choice) -> float:
+        return max(one.seconds - before.seconds, self.machine.latency / 8)

@@ -1,0 +1,124 @@
+"""What `tensor` divides, what it leaves whole and says so, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import xdit_ir as xir
+from xdit_ir.api import ParallelProgram
+from xdit_ir.ir.program import LAYOUT, SPEC
+
+
+class Attention(nn.Module):
+    """Fused projections of grouped heads, with norms over all heads of the queries, and a gated MLP."""
+
+    def __init__(self, width: int = 24, heads: int = 4, keys: int = 2) -> None:
+        super().__init__()
+        self.heads, self.keys, self.size = heads, keys, width // heads
+        self.qkv = nn.Linear(width, (heads + 2 * keys) * self.size)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads, keys, size = self.heads, self.keys, self.size
+        q, k, v = self.qkv(x).split([heads * size, keys * size, keys * size], -1)
+        q = self.norm(q).unflatten(-1, (heads, size)).transpose(1, 2)
+        k, v = (one.unflatten(-1, (keys, size)).transpose(1, 2) for one in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        gate, value = self.up(x).chunk(2, -1)
+        return x + self.down(F.silu(gate) * value)
+
+
+class Mixing(nn.Module):
+    """Nothing of it is a feature: tokens are mixed by a table that it makes of itself."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.softmax(x * self.scale, 1).cumsum(1)
+
+
+class Stack(nn.Module):
+    def __init__(self, kind: type[nn.Module], **sizes: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind(**sizes) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+X = torch.randn(2, 10, 24, generator=torch.Generator().manual_seed(0))
+
+
+def divided(model: nn.Module, **degrees: int) -> ParallelProgram:
+    """Divided, and every rank gives what the model does."""
+    parallel = xir.trace(model, (X,)).parallelize(**degrees)
+    for output in parallel.simulate(model, (X,)):
+        torch.testing.assert_close(output, model(X), rtol=1e-4, atol=1e-5)
+    return parallel
+
+
+@pytest.mark.parametrize(
+    ("sizes", "degrees"),
+    [
+        ({"heads": 4, "keys": 2}, {"tensor": 2}),
+        ({"heads": 4, "keys": 2}, {"tensor": 4}),  # two ranks share a head of keys
+        ({"heads": 4, "keys": 4}, {"tensor": 3}),  # one rank has two heads
+        ({"heads": 4, "keys": 4}, {"tensor": 2, "ulysses": 2}),
+        ({"heads": 4, "keys": 2}, {"tensor": 2, "ulysses": 2}),  # too few heads of keys for both
+        ({"heads": 4, "keys": 4}, {"tensor": 2, "ring": 2}),
+        ({"heads": 4, "keys": 4}, {"tensor": 2, "cfg": 2}),
+    ],
+)
+def test_heads_and_features_are_divided(sizes: dict[str, int], degrees: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    parallel = divided(Stack(Attention, **sizes).eval(), **degrees)
+    fair = -(-4 // degrees["tensor"]) / 4
+    assert parallel.report().weight_share <= fair + 0.15
+    assert parallel.report().fallbacks == []
+
+
+def test_each_rank_holds_its_rows_and_columns_only() -> None:
+    torch.manual_seed(0)
+    parallel = divided(Stack(Attention, keys=4).eval(), tensor=2)
+    first, held = (
+        {str(node.target): node.meta[SPEC].shape for node in parallel.rank(rank).graph.find_nodes(op="get_attr")}
+        for rank in range(2)
+    )
+    assert held["_stored.layers.0.qkv.weight"] == (36, 24)
+    assert held["_stored.layers.0.out.weight"] == (24, 12)
+    assert first["layers.0.out.bias"] == (24,) and "layers.0.out.bias" not in held, "what is added to a sum once"
+
+
+def test_a_block_without_features_stays_whole() -> None:
+    torch.manual_seed(0)
+    parallel = divided(Stack(Mixing).eval(), tensor=2)
+    assert all(node.meta[LAYOUT].is_whole for node in parallel.ir.graph.find_nodes(op="get_attr"))
+    assert parallel.report().weight_share == 1.0
+
+
+def test_it_is_checked_and_said() -> None:
+    torch.manual_seed(0)
+    model = Stack(Attention, keys=4).eval()
+    assert xir.check(model, (X,), tensor=2).ok
+    report = divided(model, tensor=2).report()
+    assert {one.mesh_dim for one in report.collectives} == {"tensor"}
+    assert "MiB a rank of" in str(report)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model = Stack(Attention)
+    traced = xir.trace(model, (X,))
+    with pytest.raises(xir.ParallelizeError, match=r"tensor=2 with pipefusion=2.*nearest legal: tensor=2"):
+        traced.parallelize(tensor=2, pipefusion=2)
+    with pytest.raises(xir.ParallelizeError, match=r"tensor=100000 divides features, of which there are 96 at most"):
+        traced.parallelize(tensor=100000)
