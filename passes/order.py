@@ -89,7 +89,7 @@ def mesh_passes(
         OrderExchanges(),
         SplitJoins(),
         Overlap(mesh, machine),
-        KeepParts(mesh, paired=not split_batch),
+        KeepParts(mesh, paired=batch is Batch.CALLS),
         *weights,
     ]
 

@@ -320,8 +320,8 @@ class Specialisations:
             if (wanted := program.state.get(name, spec)) != spec:
                 raise MismatchError(
                     f"parameter {name}: the program needs {wanted.dtype}{list(wanted.shape)}, and ranks hold parts of "
-                    f"{spec.dtype}{list(spec.shape)} (shard_weights=True, tensor=); cast the model before the first forward, or "
-                    "port it anew"
+                    f"{spec.dtype}{list(spec.shape)} (shard_weights=True, tensor=); cast the model before the first "
+                    "forward, or port it anew"
                 )
 
 
