@@ -49,13 +49,14 @@ class FeatureCuts:
             yield from zip(*(self._made(node, dim) for node, dim in products), strict=False)
 
     def _hoisted(self, body: fx.Graph, early: set[fx.Node]) -> set[fx.Node]:
-        """Projections of `early` conditions of which no others are made."""
+        """Projections of `early` conditions, but for those of which others are made, and these."""
         known, found = set(early), set[fx.Node]()
         for node in body.nodes:
             if node.op == "call_function" and all(one in known or is_weight(one) for one in operands(node)):
                 known.add(node)
                 found |= {node} if is_condition(node) else set()
-        return found - ancestors(source for node in found for source in operands(node))
+        before = {node: ancestors(operands(node)) & found for node in found}
+        return {node for node in found if not before[node]} - set[fx.Node]().union(*before.values())
 
     def stuck(self, draft: LayoutGraph) -> Iterator[Cut]:
         """Cuts that went no further against the data flow, as other users want more of the value."""
