@@ -22,6 +22,7 @@ KINDS = {
     "kind-finite-only": _kind("reads:FiniteOnly", x=IMAGE, t=Values([0.75, 0.25])),
     "kind-library-decoder": _kind("reads:LibraryDecoder", x=TOKENS, text=Normal((2, 16, 32))),
     "kind-extra-for-noisy": _kind("reads:ExtraForNoisy", x=TOKENS, t=Normal((2, 64))),
+    "kind-noisy-and-clean": _kind("reads:NoisyAndClean", x=TOKENS, t=Normal((2, 64))),
     "kind-routed": _kind("reads:Routed", x=TOKENS),
     "kind-object-leaves": _kind("leaves:ObjectLeaves", x=TOKENS),
     "kind-few-rows": _kind("leaves:FewRows", x=Normal((1, 66, 4)), cameras=Normal((1, 3, 4)), t=Values([0.75])),

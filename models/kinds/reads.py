@@ -80,6 +80,27 @@ class ExtraForNoisy(nn.Module):
         return self.head(x)
 
 
+class NoisyAndClean(nn.Module):
+    """Noisy tokens and clean ones have a network each, in the model's own forward, if there are any."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
+        self.nets = nn.ModuleList(mlp(width) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4], each with its own timestep [batch, tokens]."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x, out = block(x), torch.zeros_like(x)
+            for net, chosen in zip(self.nets, (t > 0.5, t <= 0.5), strict=True):
+                if chosen.sum() == 0:
+                    continue
+                out[chosen] = net(F.layer_norm(x[chosen], x.shape[-1:]))
+            x = x + out
+        return self.head(x)
+
+
 class RoutedExpert(nn.Module):
     """Two experts, each of which sees the tokens that a router gives it, if any."""
 

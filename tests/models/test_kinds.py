@@ -10,7 +10,6 @@ import inspect
 
 import pytest
 
-import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.degrees import Degrees
 from xdit_ir.tools.survey import DEGREES, Subject
@@ -21,8 +20,6 @@ FEW = (
     *("kind-finite-only", "kind-object-leaves", "kind-masked-tokens", "kind-fills-table", "kind-by-modality"),
     *("kind-shifted-windows", "kind-padded-stream", "kind-state-space", "kind-scan-operator"),
 )
-# What the error says where a kind cannot be captured.
-NOT_CAPTURED = {"kind-extra-for-noisy": "a boolean index needs the contents of a tensor that depends on input 't'"}
 # What it says where a kind cannot be divided so.
 REFUSED = {
     ("kind-few-rows", "c"): "batch of 1",
@@ -38,7 +35,7 @@ def rotation(name: str, *, everything: bool) -> list[Degrees]:
     return list(DEGREES) if everything else [DEGREES[FEW.index(name) % len(DEGREES)]]
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in NOT_CAPTURED])
+@pytest.mark.parametrize("name", KINDS)
 def test_exact_and_shared(name: str, pytestconfig: pytest.Config) -> None:
     everything = pytestconfig.getoption("--zoo-all")
     if name not in FEW and not everything:
@@ -53,14 +50,8 @@ def test_exact_and_shared(name: str, pytestconfig: pytest.Config) -> None:
     assert (share > SHARE) == (name in UNEVEN), f"slowest rank {share:.3f}"
 
 
-@pytest.mark.parametrize("name", NOT_CAPTURED)
-def test_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(xir.TraceError, match=NOT_CAPTURED[name]):
-        xir.trace(*models.load(f"{name}:tiny"))
-
-
 def test_tables_name_kinds() -> None:
-    assert {*FEW, *NOT_CAPTURED, *UNEVEN, *(name for name, _ in REFUSED)} <= set(KINDS)
+    assert {*FEW, *UNEVEN, *(name for name, _ in REFUSED)} <= set(KINDS)
     assert len(KINDS) >= 25 and not set(KINDS) & set(models.names())
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from xdit_ir.capture.operators import facts
-from xdit_ir.ir.graphs import placeholders
+from xdit_ir.capture.selected import NUMBER
+from xdit_ir.ir.graphs import all_graphs, placeholders
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.program import CONSTANT, Program, call_parts, is_block_call
 
@@ -25,17 +26,26 @@ class _Constant:
     make: Callable[[], Any]
 
 
-def compute_same(left: Program, right: Program, model: nn.Module) -> bool:
-    """Whether two programs do the same to the same inputs, operator by operator, but for what can be known before."""
+def compute_same(left: Program, right: Program, model: nn.Module, empty: frozenset[int] = frozenset()) -> bool:
+    """Whether two programs do the same to the same inputs, operator by operator, but for what can be known before, and
+    where the masks `empty` select nothing."""
     buffers = {name: item for name, item in model.named_buffers(remove_duplicate=False) if not item.is_meta}
-    return bool(_Meaning(left, buffers).key() == _Meaning(right, buffers).key())
+    found = [_Meaning(one, buffers, empty) for one in (left, right)]
+    return bool(found[0].key() == found[1].key() and found[0].draws() == found[1].draws())
 
 
 class _Meaning:
     """A program as nested tuples in short: digests."""
 
-    def __init__(self, program: Program, buffers: Mapping[str, torch.Tensor]) -> None:
-        self._program, self._buffers = program, buffers
+    def __init__(self, program: Program, buffers: Mapping[str, torch.Tensor], empty: frozenset[int]) -> None:
+        self._program, self._buffers, self._empty = program, buffers, empty
+
+    def draws(self) -> int:
+        """How many operators draw random numbers."""
+        return sum(
+            count * sum(hasattr(node.target, "_schema") and facts(node.target).random for node in graph.nodes)
+            for _, graph, count in all_graphs(self._program)
+        )
 
     def key(self) -> Any:
         """Equal for programs that compute the same."""
@@ -55,6 +65,8 @@ class _Meaning:
                 env[node] = self._state(str(node.target))
             elif node.op == "output":
                 return [_key(env[item]) for item in node.args[0]]
+            elif node.meta.get(NUMBER) in self._empty:
+                env[node] = env[node.args[2]]
             elif is_block_call(node):
                 parts = call_parts(node)
                 given = [env[item] for item in (*parts.values, *parts.weights.values())]
@@ -76,6 +88,8 @@ class _Meaning:
         operands = [env[item] for item in node.all_input_nodes]
         if getattr(target, "__name__", "") == "getitem" and isinstance(operands[0], list):
             return operands[0][node.args[1]]  # type: ignore[index]
+        if target is torch.ops.aten.clone.default:  # nothing is written in place
+            return env[node.args[0]]  # type: ignore[index]
         known = all(isinstance(item, _Constant) for item in operands)
         if known and not isinstance(target, Leaf) and not (hasattr(target, "_schema") and facts(target).random):
             return _Constant(_once(lambda: self._run(node, env)))

@@ -18,11 +18,12 @@ class RaisedByForward(TraceError):
 
 
 class Opaque(TraceError):
-    """The module at `path` does what cannot be captured; called as a leaf it could run."""
+    """The module at `path` does what cannot be captured; called as a leaf it could run. `selects`: it selects rows by a
+    mask, which may be captured otherwise, see `xdit_ir.capture.selections`."""
 
-    def __init__(self, text: str, path: str) -> None:
+    def __init__(self, text: str, path: str, *, selects: bool = False) -> None:
         super().__init__(text)
-        self.path = path
+        self.path, self.selects = path, selects
 
 
 class Restart(BaseException):

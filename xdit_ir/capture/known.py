@@ -20,6 +20,8 @@ from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.operators import aten, facts
 from xdit_ir.capture.predicates import predicate, weighed
 from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.selections import answer as answer_of
+from xdit_ir.capture.selections import asked_mask, is_selecting, measured, select
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
     KNOWN_INPUT_NUMEL,
@@ -40,6 +42,7 @@ from xdit_ir.errors import TraceError
 
 _ACCELERATORS = ("cuda", "xpu")
 _TABLE = 2
+MASK = "a boolean index"
 
 
 def readable(tensor: torch.Tensor) -> bool:
@@ -136,6 +139,10 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
     """The contents of a tensor that Python, a shape or an index wants to see."""
     value = recorder.value(tensor)
     if value.known is None:
+        asks = asked_mask(recorder, value) is not None
+        selects = answer_of(recorder, value) if asks and only_answer(recorder.entry) is None else None
+        if selects is not None:
+            return torch.full(value.fake.shape, selects)
         fact = predicate(recorder, value, what)
         if fact is not None:
             recorder.predicates.append(fact)
@@ -146,7 +153,7 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
         answer = only_answer(recorder.entry) if value.fake.numel() == 1 else None
         if answer is not None:
             return torch.full(value.fake.shape, answer, dtype=value.fake.dtype)
-        raise _unknown(recorder, value.roots, what)
+        raise _unknown(recorder, value.roots, what, selects=asks or what == MASK)
     note_read(recorder, value.roots, what)
     return value.known
 
@@ -165,7 +172,7 @@ def note_read(recorder: Recorder, roots: Roots, what: str) -> None:
             recorder.read_buffers.setdefault(origin.name, f"{source_line()} ({what})")
 
 
-def _unknown(recorder: Recorder, roots: Roots, what: str) -> TraceError:
+def _unknown(recorder: Recorder, roots: Roots, what: str, *, selects: bool = False) -> TraceError:
     origins = sorted(expand(roots), key=str)
     blamed = [root for root in origins if root in (Origin.PARAMETER, Origin.RANDOM)]
     inputs = [root for root in origins if isinstance(root, str)]
@@ -178,7 +185,7 @@ def _unknown(recorder: Recorder, roots: Roots, what: str) -> TraceError:
         )
     names = [f"input {name!r}" for name in inputs] + [root.value for root in blamed]
     blame = ", ".join(names) or Origin.BUFFER.value
-    return recorder.opaque(f"{text}{blame}; only contents of integer inputs and masks may be read")
+    return recorder.opaque(f"{text}{blame}; only contents of integer inputs and masks may be read", selects=selects)
 
 
 def _s(names: list[str]) -> str:
@@ -199,6 +206,8 @@ def resolve(recorder: Recorder, func: Any, args: Any, kwargs: Any, record: Calla
     def held(real: torch.Tensor, name: str) -> torch.Tensor:
         return recorder.constant(real.clone(), name, device).fake
 
+    if recorder.selections is not None and is_selecting(recorder, func, args):
+        return select(recorder, args, record)
     if func is aten.index.Tensor:
         places = [place for index in args[1] for place in _places(recorder, index, held)]
         return record(func, args[0], places)
@@ -220,7 +229,7 @@ def _places(
     """An index as it is; a mask as the places that it selects, one index for each of its dimensions."""
     if index is None or index.dtype not in (torch.bool, torch.uint8):
         return [index]
-    return [held(place, "places") for place in read(recorder, index, "a boolean index").nonzero().unbind(1)]
+    return [held(place, "places") for place in read(recorder, index, MASK).nonzero().unbind(1)]
 
 
 def _name(func: Any) -> str:
@@ -264,6 +273,11 @@ class PythonReads(TorchFunctionMode):
             raise TraceError(f"{source_line()}: autocast on a device other than the model's; move it there")
         if any(not _is_traced(tensor) for tensor in tensors_in((args, kwargs))):
             args, kwargs = map_tensors((args, kwargs), self._to_fake)
+        if self._recorder.selections is not None and self._recorder.selections.rows:
+            with self._recorder.recording(False):
+                size = measured(self._recorder, func, args, kwargs)
+            if size is not None:
+                return size
         handler = self._handlers.get(func)
         return func(*args, **kwargs) if handler is None else handler(func, args, kwargs)
 

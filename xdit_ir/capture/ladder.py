@@ -18,11 +18,13 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True, eq=False)
 class Rung:
-    """What one attempt at a capture takes as blocks, and what as leaves, which are called whole (why, by path)."""
+    """What one attempt at a capture takes as blocks, and what as leaves, which are called whole (why, by path).
+    `selects`: all rows are computed of what masks select; None: not yet tried."""
 
     model: nn.Module
     blocks: dict[str, nn.Module]
     leaves: Reasons
+    selects: bool | None = None
 
     @staticmethod
     def top(model: nn.Module, leaf: Sequence[Wanted]) -> Rung:
@@ -38,6 +40,8 @@ class Rung:
         match failure:
             case Restart(path=path):
                 return self._without_blocks_like(path)
+            case Opaque(path=path, selects=True) if self.selects is None and self._is_most(path):
+                return replace(self, selects=True)
             case Opaque(path=path) if path and path not in self.leaves:
                 return replace(self, leaves=self.leaves | dict.fromkeys(like(self.model, path), str(failure)))
             case ShapeDepends(path=path):
@@ -47,6 +51,11 @@ class Rung:
             case TraceError():
                 raise failure
         raise TraceError(f"{failing_line(failure)}: {failure}") from failure
+
+    def _is_most(self, path: str) -> bool:
+        """Whether a module is too much of the model to be called whole."""
+        own, every = (sum(x.numel() for x in one.parameters()) for one in (self.model.get_submodule(path), self.model))
+        return not path or 2 * own > every
 
     def _without_blocks_like(self, path: str) -> Rung:
         kind = type(self.blocks[path])

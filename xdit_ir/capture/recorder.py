@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.plain import odd_tensor
 from xdit_ir.capture.quick import quick_shape
+from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
     KNOWN_NUMEL,
@@ -45,6 +46,7 @@ class Recorder(GraphWriter):
         self.device = torch.device("cpu") if self.hollow else device
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.active = True
+        self.selections: Selections | None = None
         self.entry: CodeType | None = None
         self.constants: dict[str, torch.Tensor] = {}
         self.placed: dict[str, torch.device] = {}

@@ -6,6 +6,8 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from xdit_ir.capture.plain import applied, odd_weight, uncast
 from xdit_ir.capture.reach import GLOBAL_HOOKS, foreign_hooks, watchers_away
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
+from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line, is_raised_outside
 from xdit_ir.capture.state import StateWatch, Write, Writes, left, refusal, writes_of
@@ -156,21 +159,50 @@ def _tried(
     named, by_name = bind_example(model, example), isinstance(example, Mapping)
     rung = Rung.top(model, leaf)
     while True:
+        selections = Selections() if rung.selects else None
+        attempt = partial(_attempt, rung, named, by_name, keep, overwrite=overwrite)
         try:
-            functions = replacements()
-            with collector_paused(), clean_caches(model), replaced(functions, model.modules()):
-                return _attempt(rung, named, by_name, functions, keep, overwrite=overwrite)
+            found = attempt(selections)
         except FAILURES as failure:
             rung = rung.below(failure)
+            continue
+        if selections is None or all(_same_if(case, found[0], model, attempt) for case in selections.cases):
+            return found
+        rung = replace(rung, selects=False)
+
+
+def _same_if(empty: frozenset[int], program: Program, model: nn.Module, attempt: Callable[..., Any]) -> bool:
+    """Whether a program also does what forward does where these masks select nothing."""
+    try:
+        other, *_ = attempt(Selections(empty))
+    except (*FAILURES, XditError):
+        return False
+    return compute_same(program, other, model, empty)
 
 
 def _attempt(
-    rung: Rung, named: dict[str, Any], by_name: bool, functions: Functions, keep: bool, *, overwrite: bool
+    rung: Rung, named: dict[str, Any], by_name: bool, keep: bool, selections: Selections | None, *, overwrite: bool
+) -> tuple[Program, Writes, Sequence[Overwrite]]:
+    functions = replacements()
+    with collector_paused(), clean_caches(rung.model), replaced(functions, rung.model.modules()):
+        return _recorded(rung, named, by_name, functions, keep, selections, overwrite=overwrite)
+
+
+def _recorded(
+    rung: Rung,
+    named: dict[str, Any],
+    by_name: bool,
+    functions: Functions,
+    keep: bool,
+    selections: Selections | None,
+    *,
+    overwrite: bool,
 ) -> tuple[Program, Writes, Sequence[Overwrite]]:
     model = rung.model
     leaves, in_spec = flatten_named(named)
     device = _device(model, leaves)
     recorder = Recorder(device)
+    recorder.selections = selections
     values = {path: _input(recorder, path, x) for path, x in leaves if isinstance(x, torch.Tensor)}
     args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
     if keep:  # one tensor for two arguments is one in forward too; who calls compares that
@@ -280,9 +312,12 @@ def _wrap(
     leaves: Leaves,
 ) -> Any:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        selected = recorder.selections is not None and recorder.selections.of((args, kwargs))
         if leaves.wants(path):
+            if selected:
+                raise recorder.opaque(f"{path} is called whole, with rows that a mask selects")
             return leaves.call(path, module, args, kwargs)
-        if blocks.wants(path):
+        if blocks.wants(path) and not selected:
             return blocks.call(module, path, forward, args, kwargs)
         inside = recorder.relative(names)
         recorder.path.append(path if inside is None else inside)
@@ -321,6 +356,9 @@ def _signature(
 ) -> Signature:
     out_leaves, out_spec = flatten_output(output)
     tensors: list[torch.Tensor] = []
+
+    if recorder.selections is not None and recorder.selections.of(out_leaves):
+        raise recorder.opaque("forward returns rows that a mask selects, whose number depends on what cannot be known")
 
     def place(tensor: torch.Tensor) -> int:
         if names := attributes_of(tensor):

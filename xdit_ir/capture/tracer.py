@@ -34,6 +34,7 @@ from xdit_ir.capture.operators import (
     facts,
 )
 from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.selections import PUTS, follow, is_selecting, put
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
     NO_ROOTS,
@@ -84,6 +85,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten._to_copy.default and not isinstance(args[0], torch.Tensor):  # vmap's form of a number
             func, kwargs = aten.scalar_tensor.default, {"dtype": kwargs.get("dtype")}
         args, kwargs = map_tensors((tuple(args), kwargs), lambda tensor: self.recorder.value(tensor).fake)
+        if self.recorder.selections is not None and func in PUTS and is_selecting(self.recorder, func, args):
+            return put(self.recorder, func, args, kwargs, self._again)
         about = facts(func)
         if about.composite and (about.writes or about.aliases) and func not in RESHAPES:
             return self._again(func.decompose, *args, **kwargs)
@@ -107,6 +110,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = tensors_in(result)
         if not tensors:
             return result
+        follow(self.recorder, func, args, kwargs, result)
         shares = not about.aliases and about.composite and share_memory(result, (args, kwargs))
         if shares and func not in RESHAPES:
             return self._again(func.decompose, *args, **kwargs)

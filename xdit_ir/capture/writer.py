@@ -27,9 +27,9 @@ class GraphWriter:
         """The place in the model that is running."""
         return Where(self.path[-1], source_line())
 
-    def opaque(self, text: str) -> Opaque:
+    def opaque(self, text: str, *, selects: bool = False) -> Opaque:
         """An error that blames the module that is running."""
-        return Opaque(text, qualified(self.frame.prefix, self.path[-1]).rstrip("."))
+        return Opaque(text, qualified(self.frame.prefix, self.path[-1]).rstrip("."), selects=selects)
 
     def emit(self, op: str, target: Any, args: Any, kwargs: Any, spec: Any, where: Where, name: str = "") -> fx.Node:
         """Append a node with its metadata to the current graph."""

@@ -12,6 +12,7 @@ from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.known import fill, write_known
 from xdit_ir.capture.operators import argument, aten, facts, functional_twin
 from xdit_ir.capture.recorder import Recorder
+from xdit_ir.capture.selections import follow
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import TracedValue, View, spec_of, tensors_in
 from xdit_ir.capture.views import scatter
@@ -32,6 +33,7 @@ def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if value.storage.owner and fill(recorder, func, args, kwargs, value):
         return target
     _check_writable(recorder, value)
+    follow(recorder, twin, args, kwargs, target)
     kept = {key: item for key, item in kwargs.items() if key not in facts(func).out}
     node = _copied(recorder, args) if func is aten.copy_.default else _computed(recorder, twin, args, kept, target)
     write_known(recorder, func, args, kwargs, value)
