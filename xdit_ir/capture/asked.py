@@ -6,13 +6,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils import deterministic
 
 from xdit_ir.capture.parts import is_library
 from xdit_ir.capture.source import is_torch, source_line
@@ -22,27 +22,27 @@ from xdit_ir.ir.program import ASKED, Guard, Program
 _QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "initial_seed", "get_num_threads")
 _SEEDS = ("manual_seed", "seed", "set_rng_state")
 _SPACES = (torch, torch.random)
-_MATMULS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+_C: Any = torch._C
+# How PyTorch itself asks for its settings; the functions and attributes that it shows are ten times as slow.
+_SETTINGS: tuple[Callable[[], Any], ...] = (
+    *(partial(torch.is_autocast_enabled, kind) for kind in ("cpu", "cuda")),
+    *(partial(torch.get_autocast_dtype, kind) for kind in ("cpu", "cuda")),
+    *(_C._get_deterministic_algorithms, _C._get_deterministic_algorithms_warn_only),
+    *(_C._get_deterministic_fill_uninitialized_memory, torch.is_anomaly_enabled, torch.get_default_dtype),
+    *(
+        partial(_C._get_fp32_precision_getter, *of)
+        for of in (("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"))
+    ),
+    *(_C._get_cublas_allow_fp16_reduced_precision_reduction, _C._get_cublas_allow_bf16_reduced_precision_reduction),
+    *(_C._get_flash_sdp_enabled, _C._get_mem_efficient_sdp_enabled, _C._get_math_sdp_enabled),
+    *(_C._get_cudnn_sdp_enabled, _C._get_sdp_priority_order, _C._get_cudnn_enabled, _C._get_mkldnn_enabled),
+)
 
 
 def torch_settings() -> tuple[Any, ...]:
     """Global settings that change what operators compute, or which kernels do, and that forward may read."""
-    cuda: Any = torch.backends.cuda
-    return (
-        *(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
-        *(torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
-        torch.get_default_dtype(),
-        torch.get_default_device().type,
-        torch.get_deterministic_debug_mode(),
-        deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
-        torch.is_anomaly_enabled(),
-        *(one.fp32_precision for one in _MATMULS),
-        *(torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),),
-        *(torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),),
-        *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
-        *(cuda.cudnn_sdp_enabled(), tuple(torch._C._get_sdp_priority_order())),
-        *(torch._C._get_cudnn_enabled(), torch._C._get_mkldnn_enabled()),
-    )
+    place = torch.get_default_device().type if _C._len_torch_function_stack() else "cpu"
+    return (place, *(ask() for ask in _SETTINGS))
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def asked_guards(asked: Mapping[str, tuple[Any, str]]) -> tuple[Guard, ...]:
 
 def mode_refusal() -> TraceError | None:
     """Why a call cannot be made under a `TorchFunctionMode` of somebody's: functions of a program do not pass it."""
-    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()  # type: ignore[no-untyped-call]
+    modes = _get_current_function_mode_stack() if _C._len_torch_function_stack() else ()  # type: ignore[no-untyped-call]
     kinds = [type(mode) for mode in modes if not is_library(type(mode).__module__)]
     if not kinds:
         return None
