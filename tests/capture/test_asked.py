@@ -113,6 +113,17 @@ def test_a_mode_of_functions_is_refused_and_forgotten() -> None:
         assert torch.equal(ported(X), model(X))
 
 
+def test_a_method_of_tensors_that_somebody_replaces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(lambda: torch.ones(4).cumsum(0).roll(1))
+    ported = xir.port(model)
+    assert torch.equal(ported(X), model(X))
+    old = torch.Tensor.cumsum
+    with monkeypatch.context() as patch, pytest.raises(xir.TraceError, match=r"a method of torch\.Tensor"):
+        patch.setattr(torch.Tensor, "cumsum", lambda x, dim: old(x, dim) * 2)
+        ported(X)
+    assert torch.equal(ported(X), model(X)) and len(ported.programs) == 1
+
+
 @pytest.mark.parametrize("seed", [lambda: torch.manual_seed(3) and 1, lambda: torch.random.seed() and 1])
 def test_seeding_is_refused(seed: Callable[[], Any]) -> None:
     ported = xir.port(made(seed))

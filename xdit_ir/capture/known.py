@@ -7,6 +7,7 @@ become guards. Reading anything else is an error that names the source line and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from xdit_ir.capture.assertions import only_answer
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.operators import aten, facts
+from xdit_ir.capture.parts import is_library
 from xdit_ir.capture.predicates import predicate, weighed
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.selections import answer as answer_of
@@ -273,6 +275,11 @@ class PythonReads(TorchFunctionMode):
             raise TraceError(f"{source_line()}: autocast on a device other than the model's; move it there")
         if any(not _is_traced(tensor) for tensor in tensors_in((args, kwargs))):
             args, kwargs = map_tensors((args, kwargs), self._to_fake)
+        if isinstance(func, FunctionType) and func in vars(torch.Tensor).values() and not is_library(func.__module__):
+            raise TraceError(
+                f"{source_line()}: a method of torch.Tensor was replaced by {func.__qualname__}, which a trace "
+                "would call twice; replace the function that calls it"
+            )
         if self._recorder.selections is not None and self._recorder.selections.rows:
             with self._recorder.recording(False):
                 size = measured(self._recorder, func, args, kwargs)

@@ -33,6 +33,13 @@ def foreign_hooks(name: str) -> dict[int, Any]:
     return {key: hook for key, hook in hooks.items() if not is_library(getattr(hook, "__module__", ""))}
 
 
+class _Methods(Names):
+    """Of tensors, those that code names: also such as somebody puts there later."""
+
+    def read(self) -> Mapping[Any, Any]:
+        return {name: self.held[name] for name in self.names if name in self.held}
+
+
 class _Hooks(Part):
     """Of the global hooks of a name (`item`), those that are not PyTorch's own."""
 
@@ -86,6 +93,8 @@ class Reach:
         self._globals: dict[int, Names] = {}
         self._waiting: list[tuple[str, Any, bool]] = []
         self._homes = {"builtins", "collections"}
+        self._methods = _Methods(torch.Tensor, "torch.Tensor")
+        self.library.append(self._methods)
         self._push(roots)
         for name in GLOBAL_HOOKS:
             self.parts.append(_Hooks(name, f"the global hooks {name}"))
@@ -223,6 +232,8 @@ class Reach:
         new = set(names) - self._known
         self._known |= new
         for name in new:
+            if hasattr(torch.Tensor, name):
+                self._methods.note(name)
             for space, opaque in self._spaces.get(name, ()):
                 if name not in space.names and name in vars(space.item):
                     self._note(space, opaque, name)
