@@ -11,7 +11,7 @@ from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.contract import Contract, Pass, contract_of
 from xdit_ir.passes.order import PASSES
-from xdit_ir.sharding.verify import verify
+from xdit_ir.sharding.verify import Inferred, verify
 
 After = Callable[[Pass, Program], None]
 
@@ -27,22 +27,23 @@ def run_passes(
         PassError: the program lacks what a pass requires; names the pass that provides it.
         VerifyError: a pass made a wrong program.
     """
+    inferred: Inferred = {}
     with collector_paused() if after is None else nullcontext():  # once for all, as each end of a pause collects
         for left, one in zip(reversed(range(len(passes))), passes, strict=True):
             with collector_paused():
-                program = _applied(one, program, check=not (familiar and left))
+                program = _applied(one, program, None if familiar and left else inferred)
             if after is not None:
                 after(one, program)
     return program
 
 
-def _applied(one: Pass, program: Program, *, check: bool) -> Program:
+def _applied(one: Pass, program: Program, inferred: Inferred | None) -> Program:
     contract = contract_of(type(one))
     _check(one, contract, program)
     program = one.apply(program)
     program = program.replace(facts=contract.after(program.facts))
-    if check:
-        verify(program, one.name, runnable=Fact.RUNNABLE in program.facts)
+    if inferred is not None:
+        verify(program, one.name, runnable=Fact.RUNNABLE in program.facts, inferred=inferred)
     return program
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Hashable
 from typing import Any
 
 from torch import fx
@@ -16,25 +17,29 @@ from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, Stored, TensorSpec, call_parts, is_block_call
 from xdit_ir.ir.stored import held_spec, member_at, problem
 from xdit_ir.rules import infer
-from xdit_ir.rules.base import OpCall
+from xdit_ir.rules.base import OpCall, Outputs
 from xdit_ir.rules.norms import divided_statistics
 
 OUTER = "outer graph"
 
 
-def verify(program: Program, after: str = "", *, runnable: bool = False) -> None:
+# What rules infer, by all that they look at: the same call after one pass and the next is inferred once.
+Inferred = dict[Hashable, tuple[tuple[Layout, ...], Outputs]]
+
+
+def verify(program: Program, after: str = "", *, runnable: bool = False, inferred: Inferred | None = None) -> None:
     """Raise `VerifyError` where the program breaks an invariant; `after` names the pass to blame.
 
     `runnable`: also every attention must find all keys on its rank, or pass them around along `ring` only, and every
-    norm all that its statistics are taken of.
+    norm all that its statistics are taken of. `inferred`: that of programs before, which is added to.
     """
     where = f"after {after}" if after else "program"
-    _Verifier(program, where, runnable).check()
+    _Verifier(program, where, runnable, {} if inferred is None else inferred).check()
 
 
 class _Verifier:
-    def __init__(self, program: Program, where: str, runnable: bool) -> None:
-        self.program, self.where, self.runnable = program, where, runnable
+    def __init__(self, program: Program, where: str, runnable: bool, inferred: Inferred) -> None:
+        self.program, self.where, self.runnable, self.inferred = program, where, runnable, inferred
         self.place = ""
 
     def check(self) -> None:
@@ -120,11 +125,11 @@ class _Verifier:
 
     def _operator(self, node: fx.Node, mesh: Mesh) -> None:
         layouts = tuple(source.meta[LAYOUT] for source in operands(node))
-        sharding = infer(OpCall(node, mesh, layouts))
-        for place, (have, need) in enumerate(zip(layouts, sharding.inputs, strict=True)):
+        inputs, outputs = self._infer(node, mesh, layouts)
+        for place, (have, need) in enumerate(zip(layouts, inputs, strict=True)):
             if have != need:
                 self.fail(node, f"operand {place} has a layout that {node.target} cannot take")
-        if sharding.outputs != node.meta[LAYOUT]:
+        if outputs != node.meta[LAYOUT]:
             self.fail(node, "its layout is not what the rules infer")
         if node.target is ops.unpack:
             self._unpacked(node)
@@ -135,6 +140,15 @@ class _Verifier:
                 self.fail(node, f"its keys are divided over {sorted(astray)} and nothing brings them together")
         if self.runnable and (parts := divided_statistics(node, layouts[0], mesh) if layouts else None):
             self.fail(node, f"its statistics are divided over {sorted(parts)} and nothing adds them up")
+
+    def _infer(self, node: fx.Node, mesh: Mesh, layouts: tuple[Layout, ...]) -> tuple[tuple[Layout, ...], Outputs]:
+        """What the rules say of a call. They see its operator, its arguments, and types and layouts of its operands."""
+        types = tuple(source.meta[SPEC] for source in operands(node))
+        key = (node.target, repr((node.args, node.kwargs)), types, node.meta[SPEC], layouts, mesh)
+        if key not in self.inferred:
+            sharding = infer(OpCall(node, mesh, layouts))
+            self.inferred[key] = sharding.inputs, sharding.outputs
+        return self.inferred[key]
 
     def _block_call(self, node: fx.Node) -> None:
         name, _, values, weights = call_parts(node)
