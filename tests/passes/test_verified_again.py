@@ -1,0 +1,104 @@
+"""What is verified after every pass, and tried for every shape, is looked at once: and all that is new is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import fx
+
+import xdit_ir as xir
+from xdit_ir import models
+from xdit_ir.api import TracedProgram
+from xdit_ir.errors import VerifyError
+from xdit_ir.ir.graphs import map_graphs
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import LAYOUT, Program
+from xdit_ir.passes import find_tokens
+from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.order import mesh_passes
+from xdit_ir.sharding import verify
+
+aten = torch.ops.aten
+MESH = Mesh.of(ulysses=2)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A pass that does something to the operators that take or give something divided."""
+
+    name: ClassVar[str] = "rewrite"
+
+    change: Callable[[fx.Node], bool]
+
+    def apply(self, program: Program) -> Program:
+        """The program with the first that `change` can change."""
+        done: list[bool] = []
+
+        def rewrite(graph: fx.Graph) -> None:
+            for node in graph.nodes:
+                if not done and node.op == "call_function" and self.change(node):
+                    done.append(True)
+
+        found = map_graphs(program, rewrite)
+        assert done or self.change is nothing
+        return found
+
+
+def nothing(node: fx.Node) -> bool:
+    return False
+
+
+def other_argument(node: fx.Node) -> bool:
+    """A view that takes its dims in another order."""
+    if node.target is not aten.permute.default or node.meta[LAYOUT].is_whole:
+        return False
+    node.args = (node.args[0], list(range(len(node.args[1]))))  # type: ignore[arg-type]
+    return True
+
+
+def other_layout(node: fx.Node) -> bool:
+    """A product that is said to be whole on every rank."""
+    if node.target is not aten.linear.default or node.meta[LAYOUT].is_whole:
+        return False
+    node.meta[LAYOUT] = type(node.meta[LAYOUT]).whole(len(node.meta[LAYOUT].dims))
+    return True
+
+
+@pytest.fixture(scope="module")
+def analysed() -> Program:
+    return xir.trace(*models.load("plain-mmdit:tiny")).analysed
+
+
+@pytest.mark.parametrize("change", [other_argument, other_layout])
+def test_a_call_that_was_right_and_is_changed_is_found(analysed: Program, change: Callable[[fx.Node], bool]) -> None:
+    passes: list[Any] = [*mesh_passes(MESH), Rewrite(nothing), Rewrite(change)]
+    with pytest.raises(VerifyError, match="after rewrite"):
+        run_passes(analysed, passes)
+
+
+def test_a_call_is_inferred_once_however_many_passes_leave_it(
+    analysed: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = verify.infer, list[Any]()
+    monkeypatch.setattr(verify, "infer", lambda call: calls.append(call) or real(call))
+    run_passes(analysed, mesh_passes(MESH))
+    before = len(calls)
+    run_passes(analysed, [*mesh_passes(MESH), Rewrite(nothing), Rewrite(nothing)])
+    assert len(calls) == 2 * before > 0
+
+
+def test_dims_that_were_no_streams_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, example = models.load("plain-mmdit:tiny")
+    first = xir.trace(model, example)
+    barren = find_tokens.barren_dims(first.analysed)
+    further = xir.trace(model, {**example, "x": torch.randn(2, 4, 26, 44), "text": torch.randn(2, 31, 32)}).ir
+    real, tried = find_tokens._probed, list[Any]()
+    monkeypatch.setattr(find_tokens, "_probed", lambda *args: tried.append(args) or real(*args))
+    want = TracedProgram(further).analysed.tokens
+    anew = len(tried)
+    tried.clear()
+    assert TracedProgram(further, barren=barren).analysed.tokens == want and 0 < len(tried) < anew
