@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import xdit_ir as xir
+from xdit_ir.ir.mesh import MESH_DIMS
 from xdit_ir.planning.plan import Plan
 
 
@@ -80,7 +81,7 @@ def test_only_exact_ways_unless_others_are_allowed(of_eight: Plan) -> None:
 def test_degrees_that_are_given_are_kept() -> None:
     made = xir.plan(model(), example(), gpus=4, ulysses=2)
     assert {str(one.degrees) for one in made.candidates if one.legal} == {"r2u2"}
-    assert made.best == {"cfg": 1, "pipefusion": 1, "ring": 2, "ulysses": 2}
+    assert made.best == {**dict.fromkeys(MESH_DIMS, 1), "ring": 2, "ulysses": 2}
     staged = xir.plan(model(), example(), gpus=2, pipefusion=2).candidates
     assert {str(one.degrees) for one in staged} == {"p2m2", "p2m4"}
 

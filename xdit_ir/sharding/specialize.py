@@ -14,7 +14,7 @@ from xdit_ir.ir.collective_ops import AllGather, Reduce, ReduceScatter, Reshuffl
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import add_node, copy_node, drop_unused_weights, fit_calls, operands, with_operands
 from xdit_ir.ir.layout import Layout, kind, part_of, plan, scatter_plan
-from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.ir.mesh import FEATURES, TIME, Mesh
 from xdit_ir.ir.partition import Indices
 from xdit_ir.ir.program import CONSTANT, SCOPE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.ir.program import LAYOUT as LAYOUT
@@ -50,9 +50,10 @@ class Specialize:
             name: replace(block, graph=_localize(block.graph, program.mesh, self.rank))
             for name, block in program.blocks.items()
         }
-        for block in blocks.values():
-            drop_unused_weights(block.graph)  # what is added to a sum once, another rank adds
-        fit_calls(graph, blocks)
+        if program.mesh.size(FEATURES) > 1:  # what is added to a sum once, another rank adds
+            for block in blocks.values():
+                drop_unused_weights(block.graph)
+            fit_calls(graph, blocks)
         constants = dict(program.constants)
         for one in (graph, *(block.graph for block in blocks.values())):
             _index_scattered(one, constants, program.device)
