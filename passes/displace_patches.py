@@ -72,7 +72,9 @@ class DisplacePatches:
                     same[main, plan.refusal] += 1
                 elif best is None or plan.price < best[0].price:
                     best = plan, seeds
-        return best, refused[0] if refused else "no attention takes its queries from a token stream"
+        streams = any(not axis.is_context for axis in program.tokens)
+        otherwise = UNLIKE if streams else "no attention takes its queries from a token stream"
+        return best, refused[0] if refused else otherwise
 
     def _nearest(self, program: Program) -> int:
         """A smaller number of patches that is not refused, where one more is; 1 if there is none."""

@@ -53,6 +53,7 @@ KINDS = {
     "kind-convolved-tokens": _kind("sequences:ConvolvedTokens", x=TOKENS),
     "kind-mixer": _kind("sequences:MixerLayers", x=TOKENS),
     "kind-state-space": _kind("sequences:StateSpace", x=TOKENS),
+    "kind-recurrent": _kind("sequences:Recurrent", x=TOKENS),
     "kind-cumulative-scan": _kind("sequences:CumulativeScan", x=TOKENS),
     "kind-flex-bias": _kind("operators:FlexBias", x=TOKENS),
     "kind-vectorised": _kind("operators:Vectorised", x=TOKENS, scale=Values([0.75, 0.25])),

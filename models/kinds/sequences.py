@@ -72,6 +72,24 @@ class StateSpace(nn.Module):
         return self.head(x)
 
 
+class Recurrent(nn.Module):
+    """A GRU in front of the blocks and an LSTM that goes both ways behind them, as speech models have."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
+        self.before = nn.GRU(width, width, batch_first=True)
+        self.behind = nn.LSTM(width, width // 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4]."""
+        x = self.embed(x)
+        x = x + self.before(x)[0]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x + self.behind(x)[0])
+
+
 class CumulativeScan(nn.Module):
     """Gated linear recurrence by cumulative sums in log space, both ways."""
 

@@ -209,3 +209,13 @@ def test_python_modules_in_attributes_are_not_walked() -> None:
     start = time.perf_counter()
     assert torch.equal(xir.port(module)(X), module(X))
     assert time.perf_counter() - start < 5
+
+
+def test_recurrent_layers_keep_lists_of_their_weights() -> None:
+    """They look whether these have changed, and would write them anew in a copy."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.LSTM(8, 8, batch_first=True)).eval(), torch.randn(2, 5, 4)
+    before = model[1]._flat_weights
+    result = xir.check(model, (x,), cfg=2)
+    assert result.ok, str(result)
+    assert model[1]._flat_weights is before

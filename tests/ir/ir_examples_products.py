@@ -45,6 +45,16 @@ def scaled(d, packet):
     return Sample(packet.default, (left, right, one, one), {"out_dtype": torch.float32})
 
 
+@example(aten.gru, aten.lstm, aten.rnn_tanh, aten.rnn_relu)
+def recurrent(d, packet):
+    batch, tokens, width, gates = d.int(1, 4), d.int(1, 3), d.int(1, 3), {aten.gru: 3, aten.lstm: 4}.get(packet, 1)
+    first, state = d.bool(), d.tensor(1, batch, width)
+    x = d.tensor(*((batch, tokens) if first else (tokens, batch)), width)
+    params = [d.tensor(gates * width, width) for _ in range(2)]
+    states = [state, d.tensor(1, batch, width)] if packet is aten.lstm else state
+    return Sample(packet.input, (x, states, params, False, 1, 0.0, False, False, first))
+
+
 @example(aten._int_mm)
 def integers(d, packet):
     rows, inner, columns = 64 * d.int(1, 2), 16 * d.int(1, 2), 16 * d.int(1, 2)

@@ -27,7 +27,7 @@ REFUSED = {
 }
 # Where the slowest of four ranks does more than this part of the work, and why no other can do it.
 SHARE = 0.30
-UNEVEN: dict[str, str] = {}
+UNEVEN = {"kind-recurrent": "a recurrence that is not linear needs all tokens in order: samples are divided"}
 WIDEST = Degrees.of(ulysses=4)
 
 

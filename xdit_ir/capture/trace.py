@@ -296,10 +296,18 @@ def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks, leaves: 
     for path, module in skeleton.modules.items():
         module.__dict__["_apply"] = guard = applied(path, module, recorder.casts)
         setattr(guard, TRACED, type(module)._apply)
+        if isinstance(module, nn.RNNBase):
+            module.__dict__["_weights_have_changed"] = unchanged = _never(module)
+            setattr(unchanged, TRACED, type(module)._weights_have_changed)
         forward = module.forward
         if getattr(forward, "__name__", "") != "_forward_unimplemented":
             names = skeleton.aliases[id(module)]
             module.__dict__["forward"] = _wrap(module, path, names, forward, recorder, blocks, leaves)
+
+
+def _never(module: nn.RNNBase) -> Callable[[], bool]:
+    """Whether a copy's weights have changed, of which it keeps the original's."""
+    return lambda: False
 
 
 def _wrap(

@@ -56,7 +56,13 @@ def _einsum(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
     return 2 * math.prod(sizes.values()) if len(terms) > 1 else 0
 
 
+def _recurrent(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    """Every token goes through all matrices of all layers."""
+    return 2 * math.prod(shapes[0][:-1]) * sum(math.prod(shape) for shape in shapes[1:] if len(shape) == 2)
+
+
 FORMULAS: dict[Any, Formula] = {
+    **dict.fromkeys((aten.gru, aten.lstm, aten.rnn_tanh, aten.rnn_relu), _recurrent),
     aten.linear: _linear,
     aten.matmul: _product,
     aten.mm: _product,
