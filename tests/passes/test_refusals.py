@@ -20,7 +20,7 @@ from xdit_ir.ir.mesh import Mesh
     [
         ({"ulyses": 2}, r"did you mean ulysses=2\?"),
         ({"rings": 4}, r"did you mean ring=4\?"),
-        ({"tensor": 2}, "there are cfg, pipefusion, ring, ulysses"),
+        ({"experts": 2}, "there are cfg, pipefusion, ring, ulysses, tensor"),
         ({"ring": 0}, "nearest legal one is ring=1"),
     ],
 )
