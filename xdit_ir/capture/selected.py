@@ -17,11 +17,12 @@ _DEEP = 8
 @dataclass(eq=False)
 class Selections:
     """Those of one trace: masks by number, those taken to be `empty`, and those of which Python `asked`; `rows` are the
-    tensors of selected rows, with the number of the mask."""
+    tensors of selected rows, with the number of the mask, and `place` is where the first were selected."""
 
     empty: frozenset[int] = frozenset()
     asked: set[int] = field(default_factory=set)
     rows: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    place: str = ""
     _masks: list[str] = field(default_factory=list)
 
     def number(self, mask: fx.Node) -> int:

@@ -53,7 +53,7 @@ def select(recorder: Recorder, args: Any, record: Callable[..., Any]) -> torch.T
     found, (x, (mask, *_)) = _found(recorder), args
     if found.of((x, mask)):
         refuse(recorder, "selects among rows that a mask selects")
-    number = found.number(recorder.node(mask))
+    number, found.place = found.number(recorder.node(mask)), found.place or source_line()
     rows: torch.Tensor = record(aten.reshape.default, x, [mask.numel(), *x.shape[mask.dim() :]])
     rows = record(aten.clone.default, rows)
     found.rows[id(rows)] = rows, number

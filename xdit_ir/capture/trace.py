@@ -366,7 +366,10 @@ def _signature(
     tensors: list[torch.Tensor] = []
 
     if recorder.selections is not None and recorder.selections.of(out_leaves):
-        raise recorder.opaque("forward returns rows that a mask selects, whose number depends on what cannot be known")
+        raise recorder.opaque(
+            f"{recorder.selections.place}: a boolean index selects rows that forward returns, whose number depends on "
+            "what cannot be known"
+        )
 
     def place(tensor: torch.Tensor) -> int:
         if names := attributes_of(tensor):
