@@ -140,7 +140,8 @@ def _draws(program: Program) -> bool:
     """Whether it draws noise, each rank its own where all are simulated in one process; dropout is not active."""
     targets = {node.target for _, graph, _ in all_graphs(program) for node in graph.nodes}
     random = [one for one in targets if torch.Tag.nondeterministic_seeded in getattr(one, "tags", ())]
-    return any(not {"p", "dropout_p"} & {argument.name for argument in one._schema.arguments} for one in random)
+    switches = {"p", "dropout_p", "dropout"}
+    return any(not switches & {argument.name for argument in one._schema.arguments} for one in random)
 
 
 def _rounds(program: Program) -> bool:

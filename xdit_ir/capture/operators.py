@@ -48,7 +48,8 @@ def facts(func: Any) -> OpFacts:
     writes = tuple(arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write)
     aliases = not writes and any(ret.alias_info is not None for ret in schema.returns)
     composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    draws = ("dropout_p",) if "dropout_p" in names else ("p", "train") if {"p", "train"} <= set(names) else ()
+    dropouts = (("dropout_p",), ("p", "train"), ("dropout", "train"))
+    draws = next((one for one in dropouts if {*one} <= set(names)), ())
     random = torch.Tag.nondeterministic_seeded in func.tags and not draws
     out = tuple(arg.name for arg in schema.arguments if arg.is_out)
     return OpFacts(composite, aliases, writes, random, draws, func in _SHAPE_ONLY, out)
