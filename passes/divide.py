@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from xdit_ir.caching.cut import cut_cached
+from xdit_ir.caching.rule import CacheRule
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import BATCH, FEATURES, SEQUENCE, TIME, Mesh
 from xdit_ir.ir.program import SPEC, Program, call_parts
 from xdit_ir.passes.base import After, run_passes
-from xdit_ir.passes.order import mesh_passes, time_passes
+from xdit_ir.passes.order import cache_passes, mesh_passes, time_passes
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.split_batch import LARGE, Batch, check_batch
 from xdit_ir.pipefusion.pipeline_program import Pipeline, verify_pipeline
+from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.machine import H100, Machine
 
+WORTH = 0.9  # of a step's FLOPs: a cache that leaves more to do is of no use
 MAY_IDLE = 8  # ranks: on one host some of them may go without tokens, which the report says
 
 
@@ -31,6 +35,39 @@ def divide(
     check_degrees(program, mesh, batch=batch)
     passes = mesh_passes(mesh, machine, batch=batch, shard_weights=shard_weights)
     return run_passes(program, passes, after, familiar=familiar)
+
+
+def check_cache(rule: CacheRule, mesh: Mesh) -> None:
+    """Raise `ParallelizeError` where a step cache means nothing."""
+    if (stages := mesh.size((TIME,))) > 1:
+        raise ParallelizeError(
+            f"cache={rule.text!r} with {TIME}={stages}: patches read what the last step left for them, also of the "
+            f"blocks that a cache would leave out; expected {TIME}=1, nearest legal: ulysses={stages}, or no cache"
+        )
+
+
+def note_region(program: Program, rule: CacheRule, mesh: Mesh, after: After | None = None) -> Program:
+    """An analysed program in which the region that a step cache leaves out is noted.
+
+    Raises:
+        ParallelizeError: the model has none that is worth it, or steps leave something for others already.
+    """
+    check_cache(rule, mesh)
+    if program.signature.effects:
+        raise ParallelizeError(
+            f"cache={rule.text!r}: forward writes into what it is given (a cache of its own), which a step that leaves "
+            "blocks out would not; expected a forward that only returns values, nearest legal: no cache"
+        )
+    noted = run_passes(program, cache_passes(rule.watched), after)
+    cut = cut_cached(noted)
+    left = sum(program_flops(one, None)[0] for one in (cut.head, cut.skipped) if one is not None)
+    share = left / max(program_flops(program, None)[0], 1)
+    if share > WORTH:
+        raise ParallelizeError(
+            f"cache={rule.text!r}: a step that reuses the blocks of {program.name} would still do {share:.2f} of the "
+            f"work; expected {WORTH} at most, nearest legal: no cache"
+        )
+    return noted
 
 
 def make_pipeline(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from xdit_ir.caching.rule import Watched
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.choose_kernels import ChooseKernels
@@ -22,6 +23,7 @@ from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.propagate_layouts import PropagateLayouts
 from xdit_ir.passes.replicate_shared import ReplicateShared
+from xdit_ir.passes.reuse_region import ReuseRegion
 from xdit_ir.passes.select_on_device import SelectOnDevice
 from xdit_ir.passes.separate_time import SeparateTime
 from xdit_ir.passes.shard_features import ShardFeatures
@@ -39,7 +41,7 @@ from xdit_ir.sharding.specialize import Specialize
 # Every pass that can run between `trace` and the code of a rank, in that order. `displace-patches` stands in for
 # `shard-tokens` under PipeFusion, which skips what is about exchanges.
 PASSES: tuple[type[Any], ...] = (
-    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens),
+    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens, ReuseRegion),
     *(PartitionStages, SplitBatch, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
     *(
         ShardFeatures,
@@ -60,6 +62,11 @@ PASSES: tuple[type[Any], ...] = (
 def analysis_passes(barren: Dims = frozenset()) -> list[Pass]:
     """Passes that do not depend on the mesh; see `FindTokens` for `barren`."""
     return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), FindTokens(barren)]
+
+
+def cache_passes(watched: Watched) -> list[Pass]:
+    """Passes for a step cache, behind those of the analysis."""
+    return [ReuseRegion(watched.value)]
 
 
 def token_passes(mesh: Mesh, machine: Machine = H100) -> list[Pass]:

@@ -1,16 +1,16 @@
-"""What PipeFusion does to images, measured on the trained digits model: one process, exact simulated semantics.
+"""What PipeFusion and step caches do to images, measured on the trained digits model: one process, exact semantics.
 
     python -m xdit_ir.tools.quality --output benchmarks/quality/digits.json --page docs/quality.md
 
 Every image is made by the unmodified `DiTPipeline`, whose transformer runs its stages and patches as
-`simulate_steps` does. The same latents, classes and guidance are used everywhere.
+`simulate_steps` does, or with a step cache. The same latents, classes and guidance are used everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,21 @@ SETTINGS = (
     *((20, 4, warmup) for warmup in (2, 4, 8)),
     *((steps, 4, 1) for steps in (5, 10, 50)),
 )
+# Denoising steps, and what `cache` of `port` is.
+CACHES = tuple((20, rule) for rule in ("first-block:0.1", "first-block:0.2", "first-block:0.4", "every:2", "every:4"))
+
+
+@dataclass(frozen=True)
+class CacheQuality:
+    """Images of one step cache, as in `Quality`; `skipped` steps left blocks out."""
+
+    steps: int
+    cache: str
+    skipped: int
+    difference: float
+    largest: float
+    accuracy: float
+    exact_accuracy: float
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,23 @@ def measure(count: int, settings: Sequence[tuple[int, int, int]], device: torch.
     return found
 
 
+def measure_caches(count: int, settings: Sequence[tuple[int, str]], device: torch.device) -> list[CacheQuality]:
+    """Every step cache with `count` images, a tenth of each digit."""
+    pipe: Any = digits.load_pipeline().to(device)
+    model, classifier, labels = pipe.transformer, digits.load_classifier(), torch.arange(count) % 10
+    exact = {steps: make(pipe, labels, steps) for steps in {steps for steps, _ in settings}}
+    found = []
+    for steps, rule in settings:
+        pipe.transformer = xir.port(model, ulysses=1, cache=rule)
+        images, want = make(pipe, labels, steps), exact[steps]
+        used = pipe.transformer.report().cache
+        assert used is not None
+        rates = classifier.accuracy(images, labels), classifier.accuracy(want, labels)
+        difference, largest = relative_error([images], [want]), (images - want).abs().max().item()
+        found.append(CacheQuality(steps, rule, used.skipped, difference, largest, *rates))
+    return found
+
+
 def _traced(model: Any, labels: torch.Tensor, device: torch.device) -> TracedProgram:
     """The transformer, captured as the pipeline calls it."""
     size, batch = model.config.sample_size, 2 * len(labels)
@@ -135,17 +167,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("build/quality.json"), help="(default: %(default)s)")
     parser.add_argument("--from", dest="source", type=Path, help="a JSON of an earlier run: measure nothing")
+    parser.add_argument("--caches", action="store_true", help="with --from: measure step caches alone, and add them")
     parser.add_argument("--page", type=Path, help="write this page, and its plot beside it")
     args = parser.parse_args(argv)
+    logging.disable_progress_bar()
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    result: dict[str, Any] = {} if args.source is None else json.loads(args.source.read_text())
     if args.source is None:
-        logging.disable_progress_bar()
-        device = torch.device(args.device)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        result: Mapping[str, Any] = document(measure(args.images, SETTINGS, device), args.images, name)
+        result = document(measure(args.images, SETTINGS, device), args.images, name)
+    if args.source is None or args.caches:
+        caches = [asdict(one) for one in measure_caches(args.images, CACHES, device)]
+        result["caches"] = {"images": args.images, "device": name, "results": caches}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-    else:
-        result = json.loads(args.source.read_text())
     print(quality_page.table(result))
     if args.page is not None:
         quality_page.write(result, args.page)

@@ -1,4 +1,4 @@
-"""The page about PipeFusion's images, and its plot, made from what `quality` measured."""
+"""The page about images of PipeFusion and of step caches, and its plot, made from what `quality` measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Document = Mapping[str, Any]
 CENTRE: Mapping[str, int] = {"steps": 20, "patches": 4, "warmup_steps": 1}
 NAMES: Mapping[str, str] = {"warmup_steps": "warmup steps", "patches": "patches", "steps": "denoising steps"}
 
-PAGE = """# What PipeFusion does to images
+PAGE = """# What PipeFusion and step caches do to images
 
 Never edited by hand; made, in a minute of one GPU, by
 
@@ -31,6 +31,14 @@ in which the classifier of `models/digits` sees the digit that was asked for.
 ![difference and accuracy](quality.svg)
 
 One patch is exact: every step sees its own keys and values only. {claim}
+{caches}"""
+CACHES = """
+## Step caches
+
+The same for [step caches](caching.md) ({images} images for each row, {device}): steps that leave blocks out add what
+these added when they were computed last.
+
+{table}
 """
 
 
@@ -56,14 +64,24 @@ def table(document: Document) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def cache_table(caches: Document) -> str:
+    """One row a step cache, in Markdown."""
+    counts = ["steps", "cache", "without the blocks"]
+    head = [*counts, "relative difference", "largest (of 1)", "recognised", "recognised, exact"]
+    rows = [[str(one["steps"]), f"`{one['cache']}`", str(one["skipped"]), *_measures(one)] for one in caches["results"]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
 def _ordered(document: Document) -> Sequence[Result]:
     return sorted(document["results"], key=lambda one: (one["steps"], one["warmup_steps"], one["patches"]))
 
 
 def _row(one: Result) -> list[str]:
-    counts = [str(one[name]) for name in CENTRE]
+    return [*(str(one[name]) for name in CENTRE), *_measures(one)]
+
+
+def _measures(one: Result) -> list[str]:
     return [
-        *counts,
         f"{one['difference']:.2e}",
         f"{one['largest']:.2f}",
         f"{one['accuracy']:.1%}",
@@ -84,7 +102,10 @@ def write(document: Document, page: Path) -> None:
     """The page, and `quality.svg` beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
     values = {name: document[name] for name in ("images", "device", "guidance", "stages")}
-    page.write_text(PAGE.format(**values, table=table(document), claim=_claim(document)))
+    caches = ""
+    if measured := document.get("caches"):
+        caches = CACHES.format(images=measured["images"], device=measured["device"], table=cache_table(measured))
+    page.write_text(PAGE.format(**values, table=table(document), claim=_claim(document), caches=caches))
     plot(document, page.with_name("quality.svg"))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from torch import nn
 
 from xdit_ir import capture
+from xdit_ir.caching.cut import CachedProgram, cut_cached
+from xdit_ir.caching.decision import CacheCount
+from xdit_ir.caching.rule import CacheRule
 from xdit_ir.capture.inputs import bind_example
 from xdit_ir.capture.methods import Module, as_module
 from xdit_ir.emission.checkpoint import Loading
@@ -23,7 +27,7 @@ from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program, Stored
 from xdit_ir.passes.base import After, run_passes
-from xdit_ir.passes.divide import check_schedule, check_weights, divide, make_pipeline
+from xdit_ir.passes.divide import check_schedule, check_weights, divide, make_pipeline, note_region
 from xdit_ir.passes.find_tokens import Dims
 from xdit_ir.passes.order import analysis_passes
 from xdit_ir.passes.split_batch import Batch
@@ -33,12 +37,14 @@ from xdit_ir.runtime.emitted import Emitted, emit
 from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.sharding.report import Report, make_report
 from xdit_ir.sharding.specialize import Specialize
+from xdit_ir.simulation.cached import CachedSimulation
 from xdit_ir.simulation.lockstep import RankObserver, run_ranks
 from xdit_ir.simulation.rank_steps import RankSimulation
 from xdit_ir.simulation.steps import PipelineSimulation
 from xdit_ir.transport.replicas import checked_data
 
 Example = Mapping[str, Any] | tuple[Any, ...]
+Simulated = Callable[[Sequence[torch.Tensor], RankObserver | None], list[tuple[torch.Tensor, ...]]]
 
 
 def trace(model: Module, example: Example, leaf: Sequence[str | type | nn.Module] = ()) -> TracedProgram:
@@ -97,6 +103,7 @@ class TracedProgram:
         pair_calls: bool = False,
         share_samples: bool = False,
         shard_weights: bool = False,
+        cache: str | None = None,
         machine: Machine = H100,
         after: After | None = None,
         **further: int,
@@ -118,6 +125,8 @@ class TracedProgram:
             share_samples: a batch may be smaller than `cfg`, whose ranks then share samples.
             shard_weights: each rank holds an equal part of the weights; what a block needs is gathered while the one
                 before computes. Not with `pipefusion`.
+            cache: when a step reuses what the blocks of an earlier one added: "first-block:0.08", "timestep:0.1",
+                "every:2" or "steps:0,1,2,5" (those that compute). Not with `pipefusion`. See docs/caching.md.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
             after: called with every pass and the program it made.
 
@@ -129,9 +138,11 @@ class TracedProgram:
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED
         check_weights(mesh, shard_weights, batch=batch)
+        rule = None if cache is None else CacheRule.parse(cache)
+        analysed = self.analysed if rule is None else note_region(self.analysed, rule, mesh, after)
         if pipefusion == 1:
             divided = divide(
-                self.analysed.replace(stored=self.stored),
+                analysed.replace(stored=self.stored),
                 mesh,
                 machine,
                 after,
@@ -139,7 +150,8 @@ class TracedProgram:
                 familiar=self.familiar,
                 shard_weights=shard_weights,
             )
-            return ParallelProgram(self.ir, self.analysed, divided, mesh, pair_calls, machine)
+            used = None if rule is None else CacheCount(rule)
+            return ParallelProgram(self.ir, analysed, divided, mesh, pair_calls, machine, used)
         staged, pipeline = make_pipeline(self.analysed, mesh, count, warmup_steps, stages, machine, after, batch=batch)
         return PipelinedProgram(self.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 
@@ -149,7 +161,8 @@ class ParallelProgram:
     """A program divided over a mesh; rank order is that of `mesh.names`, outer to inner.
 
     `original` is the program as traced, `analysed` its canonical form, `ir` that form divided. There is a `pipeline`
-    under PipeFusion only, see `PipelinedProgram`. Choices are priced for `machine`.
+    under PipeFusion only, see `PipelinedProgram`. Choices are priced for `machine`. `cache`: the rule of a step cache,
+    and how often `simulate_steps` has used it.
     """
 
     original: Program
@@ -159,6 +172,7 @@ class ParallelProgram:
     pipeline: Pipeline | None = field(default=None, init=False)
     pair_calls: bool = False
     machine: Machine = H100
+    cache: CacheCount | None = None
     _ranks: dict[int, Program] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -175,7 +189,8 @@ class ParallelProgram:
 
     def report(self) -> Report:
         """FLOPs, weights, communication, fallbacks and who does how much of what; `str()` is a table."""
-        return make_report(self.original, self.ir, self._forwards)
+        found = make_report(self.original, self.ir, self._forwards)
+        return found if self.cache is None else dataclasses.replace(found, cache=self.cache.use)
 
     @property
     def _forwards(self) -> int:
@@ -191,6 +206,18 @@ class ParallelProgram:
         if rank not in self._ranks:
             self._ranks[rank] = run_passes(self.ir, [Specialize(rank)])
         return self._ranks[rank]
+
+    @cached_property
+    def cached(self) -> CachedProgram:
+        """The programs of a step with a cache."""
+        return cut_cached(self.ir)
+
+    def cached_rank(self, rank: int) -> CachedProgram:
+        """Those of one rank."""
+        cut, local = self.cached, [Specialize(rank)]
+        head = None if cut.head is None else run_passes(cut.head, local)
+        computed, skipped = (run_passes(one, local) for one in (cut.computed, cut.skipped))
+        return dataclasses.replace(cut, head=head, computed=computed, skipped=skipped)
 
     def simulate(self, model: Module, example: Example, observe: RankObserver | None = None) -> list[Any]:
         """Run every rank in this thread, in lockstep; what forward writes into caches is written into `example`.
@@ -212,15 +239,24 @@ class ParallelProgram:
             For every step, the outputs of every rank.
         """
         model = as_module(model)
-        ranks, state = [self.rank(rank) for rank in range(self.world_size)], model_state(self.original, model)
-        steps = []
+        run, steps = self._simulation(model), []
         for example, see in zip(examples, _observers(examples, observe), strict=True):
             inputs = capture.bind_inputs(model, self.original, *split_example(example))
             with torch.no_grad():
-                outputs = run_ranks(ranks, state, inputs, _device(model, inputs), see)
+                outputs = run(inputs, see)
             _write_back(self.original, model, example, outputs[0])
             steps.append([capture.build_output(self.original.signature, tensors) for tensors in outputs])
         return steps
+
+    def _simulation(self, model: nn.Module) -> Simulated:
+        """What gives the outputs of every rank for the inputs of the next step."""
+        state, everyone = model_state(self.original, model), range(self.world_size)
+        if self.cache is not None:
+            self.cache.calls = self.cache.skipped = 0
+            device = _device(model, ())
+            return CachedSimulation([self.cached_rank(rank) for rank in everyone], state, device, self.cache).step
+        ranks = [self.rank(rank) for rank in everyone]
+        return lambda inputs, see: run_ranks(ranks, state, inputs, _device(model, inputs), see)
 
     def emit(
         self,

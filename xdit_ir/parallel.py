@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from xdit_ir.caching.cut import CachedProgram
+from xdit_ir.caching.decision import CacheCount
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program
 from xdit_ir.pipefusion.pipeline_program import Pipeline
@@ -35,6 +37,15 @@ class Parallel(Protocol):
     @property
     def pair_calls(self) -> bool:
         """Whether halves of `cfg` run different calls."""
+        ...
+
+    @property
+    def cache(self) -> CacheCount | None:
+        """The rule of a step cache, if there is one."""
+        ...
+
+    def cached_rank(self, rank: int) -> CachedProgram:
+        """The programs of one rank for a step with a cache."""
         ...
 
     def rank(self, rank: int) -> Program:

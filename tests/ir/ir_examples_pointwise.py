@@ -65,6 +65,12 @@ def unary(d, packet):
     return Sample(packet.default, (d.tensor(*d.sized()),))
 
 
+@example(ops.watch, ops.reuse)
+def of_a_step_cache(d, packet):
+    shape = d.sized()
+    return Sample(packet, (d.tensor(*shape), d.tensor(*shape)) if d.bool() else (d.tensor(*shape),))
+
+
 @example(aten.real, aten.imag, aten._conj, aten._neg_view)
 def complex_views(d, packet):
     return Sample(packet.default, (d.complex(*d.sized()),))

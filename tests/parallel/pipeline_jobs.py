@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import diffusers
 import pipelines
 import torch
 from jobs import Degrees, _plain
@@ -45,6 +46,43 @@ def whole_pipelines(
         programs = [len(component.programs) for component in ported]
         found.append({"error": error(got, want), "spread": want.std().item(), "programs": programs})
     return found
+
+
+def cached_pipelines(name: str, degrees: Degrees, threshold: float, steps: int, requests: int = 2) -> dict[str, Any]:
+    """How far a ported pipeline with a step cache is from diffusers' own cache on one process, request by request, and
+    how many calls were left out here and there."""
+    torch.set_num_threads(1)
+    pipe, call = pipelines.BUILDERS[name]()
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=threshold))
+    with calls_of_blocks(pipe.transformer) as counted:
+        want = run(pipe, call, steps)
+    pipe.transformer.disable_cache()
+    exact = run(pipe, call, steps)
+    xir.port(pipe, cache=f"first-block:{threshold}", denoisers=["transformer"], **degrees)
+    errors = [error(run(pipe, call, steps), want) for _ in range(requests)]
+    used = pipe.transformer.report().cache
+    first, *_, last = counted.values()
+    found = {"errors": errors, "reused": error(exact, want), "want": [first, first - last]}
+    return found | {"got": [used.calls, used.skipped]}
+
+
+@contextlib.contextmanager
+def calls_of_blocks(transformer: Any) -> Iterator[dict[str, int]]:
+    """How often the weights of each block are used: those of blocks that a cache leaves out are not."""
+    counted: dict[str, int] = {}
+    handles = []
+    for name, module in transformer.named_modules():
+        if name.rpartition(".")[2].isdigit() and name.count(".") == 1:
+            linear = next(one for one in module.modules() if isinstance(one, torch.nn.Linear))
+            counted[name] = 0
+
+            def count(*_: Any, name: str = name) -> None:
+                counted[name] += 1
+
+            handles.append(linear.register_forward_hook(count))
+    yield counted
+    for handle in handles:
+        handle.remove()
 
 
 LAYERS = ("attn.to_q", "attn.to_k", "attn.to_out.0", "ff.net.2", "proj_mlp")

@@ -64,6 +64,14 @@ def test_the_command_writes_the_image_of_the_pipeline(pipeline_folder: Path, tmp
         assert 0 < times["min"] <= times["median"] <= times["max"]
 
 
+def test_a_step_cache_says_how_many_calls_it_left_out(pipeline_folder: Path, tmp_path: Path) -> None:
+    output = ["--output", str(tmp_path), "--cache", "every:2"]
+    assert main(["generate", str(pipeline_folder), "--prompt", PROMPT, *CALL, *output]) == 0
+    report = json.loads((tmp_path / "generate.json").read_text())
+    assert report["caches"] == [{"rule": "every:2", "calls": 2, "skipped": 1}]
+    assert np.array(Image.open(tmp_path / "0000.png")).std() > 10
+
+
 def test_a_given_pipeline_is_ported_once(pipeline_folder: Path) -> None:
     pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder)
     decode = pipe.vae.decode

@@ -41,6 +41,12 @@ def test_as_many_warmup_steps_as_steps_are_exact() -> None:
     assert found.difference <= 1e-5
 
 
+def test_a_step_cache_that_leaves_nothing_out_is_exact() -> None:
+    exact, stale = quality.measure_caches(2, [(3, "every:1"), (3, "every:2")], torch.device("cpu"))
+    assert exact.difference <= 1e-5 and exact.skipped == 0
+    assert stale.difference > 1e-3 and stale.skipped == 1
+
+
 def test_the_page_is_what_was_measured(tmp_path: Path) -> None:
     quality_page.write(RESULT, tmp_path / "quality.md")
     assert (tmp_path / "quality.md").read_text() == (ROOT / "docs" / "quality.md").read_text()

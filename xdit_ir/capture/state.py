@@ -25,7 +25,8 @@ from xdit_ir.errors import StateError, TraceError
 
 _ADVICE = (
     "a parallel program repeats what was traced and would lose it; pass such a state to forward as an argument, or "
-    "take the cache, counter or hook out of the model before it is ported"
+    "take the cache, counter or hook out of the model before it is ported; steps that reuse blocks of earlier ones are "
+    "an option of port, as in cache='first-block:0.08'"
 )
 
 

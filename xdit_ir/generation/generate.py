@@ -169,7 +169,8 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
 
     job, device = generation.job, generation.job.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    holds = any(component._holds for component in ported_components(generation.pipe))
+    ported = ported_components(generation.pipe)
+    caches = [vars(used) for one in ported if (used := one._xdit_specialisations.cache) is not None]
     return {
         "pipeline": type(generation.pipe).__name__,
         "source": str(setup.source) if setup.is_folder else None,
@@ -177,10 +178,10 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
         "data": job.replica.count,
         "processes": job.replica.size * job.replica.count,
         "device": name,
-        "weights": "read by each rank" if holds else "loaded whole",
+        "weights": "read by each rank" if any(one._holds for one in ported) else "loaded whole",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "phases": meter.as_dict(),
-    }
+    } | ({"caches": caches} if caches else {})
 
 
 def _write(generation: Generation, folder: Path, places: Sequence[int], fps: int) -> None:

@@ -264,3 +264,14 @@ def cut_resize(
     (start, length)."""
     found = F.interpolate(_narrowed(x, used), tuple(size), mode=mode, antialias=antialias)
     return _narrowed(found, kept)
+
+
+def watch(x: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """`x`; by how much it, less `before`, has changed since an earlier step decides whether what is behind it is
+    reused."""
+    return x
+
+
+def reuse(y: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+    """`y`; where a step reuses it: `x` and what was added to it when `y` was computed last, or what `y` was then."""
+    return y

@@ -60,6 +60,10 @@ class PipelineRunner:
         """How it runs, and what does not run as it should."""
         return self._code.execution
 
+    @property
+    def cache(self) -> None:
+        """How often a step cache was of use: there is none."""
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
         return self._binder(args, kwargs), self._weights.fetch()

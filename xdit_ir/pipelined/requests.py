@@ -76,7 +76,7 @@ class Requests:
         """Begin the call; its branch."""
         if position.kind == NEW:
             self.forget()
-            self._given = [(x, _version(x)) for x in latents.values()]
+            self._given = [(x, version_of(x)) for x in latents.values()]
         if position.kind == NEXT:
             self._step += 1
             self._given, self._began = None, self._latest
@@ -132,7 +132,7 @@ class Requests:
         """Whether these are the latents with which the request began; waits for the device only if they may be."""
         assert self._given is not None
         return len(self._given) == len(latents) and all(
-            _version(before) == version
+            version_of(before) == version
             and before.shape == x.shape
             and before.dtype == x.dtype
             and (before is x or torch.equal(before, x))
@@ -147,5 +147,6 @@ def _follows(descent: Descent, cut: PatchCut) -> bool:
     return cut.dim == 0 or (descent.samples is not None and descent.samples.in_place)
 
 
-def _version(x: torch.Tensor) -> int:
+def version_of(x: torch.Tensor) -> int:
+    """Counts writes to a tensor, where PyTorch does."""
     return -1 if x.is_inference() else x._version

@@ -9,12 +9,13 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from xdit_ir.caching.rule import CacheRule
 from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import FEATURES, Mesh
-from xdit_ir.passes.divide import check_weights
+from xdit_ir.passes.divide import check_cache, check_weights
 from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
@@ -48,6 +49,7 @@ def port(
     data: int = 1,
     plan: Plan | None = None,
     shard_weights: bool = False,
+    cache: str | None = None,
     machine: Machine | None = None,
     mode: str = "auto",
     compile: bool | None = None,
@@ -77,7 +79,7 @@ def port(
     the job (torchrun) does the same, with the same inputs: give all of them the same seed.
 
     Args:
-        cfg, ulysses, ring, pipefusion, patches, warmup_steps, shard_weights, machine: as in
+        cfg, ulysses, ring, pipefusion, patches, warmup_steps, shard_weights, cache, machine: as in
             `TracedProgram.parallelize`; with `shard_weights` a model gives its weights up, as with `release`. Where the
             batch cannot be divided, `cfg` divides the calls of a step, see `xdit_ir.runtime.pairing`. Degrees that are
             left out are planned if none is given, or if those above 1 leave processes over; else they are 1.
@@ -98,7 +100,7 @@ def port(
             pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
     named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **further}
-    division = _Division.of(named, plan, patches, warmup_steps, machine, data, shard_weights=shard_weights)
+    division = _Division.of(named, plan, patches, warmup_steps, machine, data, shard_weights=shard_weights, cache=cache)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     loading = Loading(weights, release or (weights is None and division.parts_weights))
     if isinstance(model, nn.Module):
@@ -141,6 +143,7 @@ class _Division:
         data: int,
         *,
         shard_weights: bool,
+        cache: str | None,
     ) -> _Division:
         """By degrees, of which those that are None are not given, or by a plan; raises `ParallelizeError`."""
         given = {name: size for name, size in named.items() if size is not None}
@@ -154,8 +157,16 @@ class _Division:
         mesh = Mesh.of(**given) if unplanned is None else Mesh.of(ulysses=processes)
         check_world_size(mesh, data)
         check_weights(mesh, shard_weights)
-        schedule = {**mesh.degrees, "patches": patches, "warmup_steps": warmup_steps, "machine": known or H100}
+        schedule: dict[str, Any] = {
+            **mesh.degrees,
+            "patches": patches,
+            "warmup_steps": warmup_steps,
+            "machine": known or H100,
+        }
         schedule |= {"shard_weights": True} if shard_weights else {}
+        if cache is not None:
+            check_cache(CacheRule.parse(cache), mesh)
+            schedule["cache"] = cache
         return _Division(processes, mesh, schedule, unplanned, plan)
 
     @property

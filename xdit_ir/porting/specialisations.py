@@ -40,7 +40,7 @@ from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.porting.worth import Worth
 from xdit_ir.runtime.build import RunnerFactory
 from xdit_ir.runtime.rank_runner import RankRunner
-from xdit_ir.sharding.report import Report
+from xdit_ir.sharding.report import CacheUse, Report
 from xdit_ir.transport.handshake import (
     agree,
     agree_contents,
@@ -155,7 +155,12 @@ class Specialisations:
         found = next(iter(self.found), None)
         if found is None:
             raise ParallelizeError("report() tells of the program of the last forward, and there was none yet")
-        return replace(found.program.report(), execution=found.runner.execution)
+        return replace(found.program.report(), execution=found.runner.execution, cache=self.cache)
+
+    @property
+    def cache(self) -> CacheUse | None:
+        """How often a step cache was of use, on this rank."""
+        return self.found[0].runner.cache if self.found else None
 
     def call(self, given: Arguments) -> Any:
         """The model's result, on all ranks; raises `MismatchError` on all if they make different calls."""

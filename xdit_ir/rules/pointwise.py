@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from xdit_ir.ir import ops
 from xdit_ir.rules.base import OpCall, rules_of
 from xdit_ir.rules.labels import Labels, aligned, by_argument, labelled, plain
 
@@ -92,6 +93,7 @@ RULES = {
         aten.not_equal,
         aten.expand_as,
     ),
+    **rules_of(POINTWISE, ops.watch, ops.reuse),
     **rules_of(labelled(_prelu), aten.prelu),
     **rules_of(labelled(_first), aten.bucketize, aten.isin, aten.type_as),
 }

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from xdit_ir.caching.cut import CachedProgram
+from xdit_ir.caching.rule import CacheRule
 from xdit_ir.emission.codegen import communications, state_names
 from xdit_ir.emission.context import RankContext
 from xdit_ir.errors import MismatchError
@@ -23,6 +25,8 @@ from xdit_ir.pipelined.pipe_runner import PipelineRunner, check_pipeline
 from xdit_ir.pipelined.schedule import verify_schedule
 from xdit_ir.pipelined.step_queue import StepQueue
 from xdit_ir.runtime.agreement import Agreement
+from xdit_ir.runtime.cached import CachedRunner
+from xdit_ir.runtime.denoising import Denoising
 from xdit_ir.runtime.pairing import PairedRunner, Pairing
 from xdit_ir.runtime.rank_runner import RankRunner
 from xdit_ir.runtime.runner import Runner
@@ -52,7 +56,7 @@ class RunnerFactory:
 
     def __init__(self, context: RankContext, *, pairs: bool = False) -> None:
         self.context, self.pairs = context, pairs
-        self.agreement = Agreement(context.communicator)
+        self.agreement, self.denoising = Agreement(context.communicator), Denoising()
 
     @cached_property
     def queue(self) -> StepQueue:
@@ -94,7 +98,17 @@ class RunnerFactory:
     def _part(self, parallel: Parallel) -> _Part:
         if parallel.pipeline is not None:
             return self._stages(parallel.pipeline, apart=parallel.pair_calls)
-        return self._whole(parallel.rank(self.context.rank), paired=parallel.pair_calls and self.pairs)
+        paired, program = parallel.pair_calls and self.pairs, parallel.rank(self.context.rank)
+        if parallel.cache is not None:
+            return self._cached(program, parallel.cached_rank(self.context.rank), parallel.cache.rule, paired=paired)
+        return self._whole(program, paired=paired)
+
+    def _cached(self, program: Program, cached: CachedProgram, rule: CacheRule, *, paired: bool) -> _Part:
+        def runner(facts: Facts) -> Runner:
+            pairing = self.pairing if paired else None
+            return CachedRunner(self.context, program, cached, rule, facts, self.denoising, pairing)
+
+        return _Part(state_names(program)[0], program.stored, [program], runner)
 
     def _whole(self, program: Program, *, paired: bool) -> _Part:
         def runner(facts: Facts) -> Runner:

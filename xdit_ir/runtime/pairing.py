@@ -11,7 +11,7 @@ that wait are run by a part each. Where that is one only, all ranks run it, whic
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from xdit_ir.deferral.gradients import without_gradients
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.mesh import BATCH
-from xdit_ir.ir.program import Program
+from xdit_ir.ir.program import Program, TensorSpec
 from xdit_ir.runtime.runner import Runner
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.handshake import ARGUMENTS, Facts, agree, digest
@@ -35,21 +35,23 @@ EARLY = (
     "been called, so the other parts of cfg made nothing of their own; use cfg={calls} and more ulysses or ring"
 )
 
+Work = Callable[[bool], Sequence[torch.Tensor]]
+"""What a call computes; told whether all parts run it."""
+
 
 @dataclass(eq=False)
 class PairedCall:
-    """A forward that is put off, with copies of its inputs, as the caller may write to its own."""
+    """A forward that is put off, with results of the types `outputs`."""
 
-    runner: Runner
-    inputs: Tensors
-    weights: Tensors
+    work: Work
+    outputs: Sequence[TensorSpec]
     pairing: Pairing
     results: Sequence[torch.Tensor] | None = None
 
-    def run(self) -> Sequence[torch.Tensor]:
-        """Compute the results on this rank and those of its part of `cfg`."""
+    def run(self, *, everywhere: bool = False) -> Sequence[torch.Tensor]:
+        """Compute the results on this rank and those of its part of `cfg`; `everywhere`: on those of all parts."""
         if self.results is None:
-            self.results = self.runner.compute(self.inputs, self.weights)
+            self.results = self.work(everywhere)
         return self.results
 
     def read(self, index: int) -> torch.Tensor:
@@ -93,11 +95,10 @@ class Pairing:
         """How many calls run at once."""
         return self.communicator.mesh.size(PAIRED)
 
-    def call(self, runner: Runner, inputs: Tensors, weights: Tensors) -> Any:
-        """The result of a forward whose inputs do not depend on one that waits: deferred for all but the last."""
+    def call(self, work: Work, outputs: Sequence[TensorSpec]) -> Sequence[torch.Tensor]:
+        """The results of a forward whose inputs do not depend on one that waits: deferred for all but the last."""
         self._waiting = self._still_waiting()
-        with torch.inference_mode(False):
-            call = PairedCall(runner, [x.clone() for x in inputs], weights, self)
+        call = PairedCall(work, outputs, self)
         self._waiting.append(call)
         if len(self._waiting) == self.parts:
             self._complete = True
@@ -106,9 +107,9 @@ class Pairing:
         if results is None:
             results = [
                 pending(_Result(call, index), spec.shape, spec.dtype, self.communicator.device)
-                for index, spec in enumerate(runner.outputs)
+                for index, spec in enumerate(outputs)
             ]
-        return build_output(runner.program.signature, without_gradients(results, weights))
+        return results
 
     def read_early(self, call: PairedCall) -> None:
         """Run a call that waits, and those that wait with it, which takes all ranks: they must read too, and all of
@@ -128,7 +129,7 @@ class Pairing:
         if together:
             self._waiting = self._still_waiting()
             self._exchange()
-        call.run()
+        call.run(everywhere=True)
 
     def _still_waiting(self) -> list[PairedCall]:
         """The calls that wait on all ranks: nobody has read their results."""
@@ -150,8 +151,7 @@ class Pairing:
         for part, call in zip(parts, calls, strict=False):
             if call.results is None:
                 call.results = [
-                    torch.empty(spec.shape, dtype=spec.dtype, device=self.communicator.device)
-                    for spec in call.runner.outputs
+                    torch.empty(spec.shape, dtype=spec.dtype, device=self.communicator.device) for spec in call.outputs
                 ]
             call.results = [result.contiguous() for result in call.results]
             for result in call.results:
@@ -167,4 +167,13 @@ class PairedRunner(Runner):
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result; inputs that were made of that of a call which waits are finished first."""
-        return self._pairing.call(self, [materialize(x) for x in inputs], weights)
+        given = copied(inputs)
+        results = self._pairing.call(lambda _: self.compute(given, weights), self.outputs)
+        return build_output(self.program.signature, without_gradients(results, weights))
+
+
+def copied(inputs: Tensors) -> Tensors:
+    """The inputs of a call that is put off: the caller may write to its own."""
+    finished = [materialize(x) for x in inputs]
+    with torch.inference_mode(False):
+        return [x.clone() for x in finished]

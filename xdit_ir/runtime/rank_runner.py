@@ -11,6 +11,7 @@ from xdit_ir.deferral.recorded import Numbers
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.program import Program
+from xdit_ir.sharding.report import CacheUse
 from xdit_ir.transport.handshake import Facts
 
 
@@ -32,6 +33,11 @@ class RankRunner(Protocol):
     @property
     def execution(self) -> str:
         """How it runs, and what does not run as it should."""
+        ...
+
+    @property
+    def cache(self) -> CacheUse | None:
+        """How often a step cache was of use, if there is one."""
         ...
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:

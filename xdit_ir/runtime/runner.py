@@ -12,45 +12,72 @@ from xdit_ir.capture.inputs import InputBinder, bind_arguments
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import materialize
 from xdit_ir.deferral.gradients import without_gradients
-from xdit_ir.emission.codegen import EmittedBody
+from xdit_ir.emission.codegen import Code, EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors, as_normal_tensor, plain_modes
 from xdit_ir.emission.recording import Recording
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.graphs import placeholders, results_of
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
+from xdit_ir.sharding.report import CacheUse
 from xdit_ir.transport.distributed import peers_reachable
 from xdit_ir.transport.handshake import Facts, agree_contents, digest
 
 
-class Runner:
-    """Runs one rank's program in this process; making one is collective, see `RankRunner`."""
+class Runnable:
+    """A rank's program as code, recorded where that is wanted. Making one is collective."""
 
-    def __init__(self, context: RankContext, program: Program, facts: Facts) -> None:
-        self.program, self.device, self.facts, self._digest = program, context.device, facts, digest(facts)
-        self._model, self._parameters = context.model, context.parameters
-        self._binder = InputBinder(self._parameters, program)
-        peers = context.execution.uses_peers and peers_reachable(context.communicator)
+    def __init__(self, context: RankContext, program: Program) -> None:
+        execution = context.execution
+        peers = execution.uses_peers and peers_reachable(context.communicator)
         self.code = context.code(program, peers=peers, shared=True)
-        self._agree_originals(context)
-        self._weights = context.store.take(self.code.weights, program.state, program.stored)
-        self._whole = [place for place, name in enumerate(self.code.weights) if name not in program.stored]
-        self._inputs = [node.name for node in placeholders(program.graph)]
-        self._constants = self.code.constant_tensors(self.device)
+        self._constants = self.code.constant_tensors(context.device)
         if self.code.mailbox is not None:
             self._constants += self.code.mailbox.open(context.workspaces)
-        execution = context.execution
-        self._compiled = execution.compile
-        self._recording = (
+        self.recording = (
             Recording(self.code, context.graph_pool, forced=execution.forced, tried=context.shared_codes.tried)
             if execution.cuda_graph
             else None
         )
 
+    def __call__(self, inputs: Tensors, weights: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The results; of `weights` it takes its own."""
+        state = [*(weights[name] for name in self.code.weights), *self._constants]
+        self.code.enter()
+        return self.code([*inputs, *state]) if self.recording is None else self.recording(inputs, state)
+
+    def notes(self) -> list[str]:
+        """What is recorded, and what does not run as it should."""
+        return [*([] if self.recording is None else [str(self.recording)]), *self.code.failures]
+
+
+class Runner:
+    """Runs one rank's program in this process; making one is collective, see `RankRunner`.
+
+    `parts`: the programs that it runs in turn, if it is not run whole.
+    """
+
+    def __init__(self, context: RankContext, program: Program, facts: Facts, parts: Sequence[Program] = ()) -> None:
+        self.program, self.device, self.facts, self._digest = program, context.device, facts, digest(facts)
+        self._model, self._parameters = context.model, context.parameters
+        self._binder = InputBinder(self._parameters, program)
+        self._runnables = [Runnable(context, part) for part in parts or (program,)]
+        self._names = list(dict.fromkeys(name for one in self._runnables for name in one.code.weights))
+        self._agree_originals(context)
+        self._weights = context.store.take(self._names, program.state, program.stored)
+        self._whole = [place for place, name in enumerate(self._names) if name not in program.stored]
+        self._inputs = [node.name for node in placeholders(program.graph)]
+        self._compiled = context.execution.compile
+
+    @property
+    def code(self) -> Code:
+        """That of all it runs, or of the first part."""
+        return self._runnables[0].code
+
     @property
     def bodies(self) -> Mapping[str, EmittedBody]:
         """The shared blocks."""
-        return self.code.bodies
+        return {name: body for one in self._runnables for name, body in one.code.bodies.items()}
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
         """Inputs and weights for one call; raises `MismatchError` if the program was not made for them."""
@@ -59,12 +86,12 @@ class Runner:
     def held(self, weights: Tensors) -> tuple[Sequence[str], Tensors]:
         """Names and tensors of all weights that are here: those that are used, but for those of which each rank has
         another part."""
-        return [self.code.weights[place] for place in self._whole], [weights[place] for place in self._whole]
+        return [self._names[place] for place in self._whole], [weights[place] for place in self._whole]
 
     def _agree_originals(self, context: RankContext) -> None:
         """Make sure that all ranks take their parts of the same weights, while they have all of each."""
         if context.communicator.line is not None and self.program.stored:
-            found = context.store.originals(self.code.weights, self.program.state, self.program.stored)
+            found = context.store.originals(self._names, self.program.state, self.program.stored)
             agree_contents(context.communicator, found)
 
     def plain(self, inputs: Tensors) -> dict[str, torch.Tensor]:
@@ -89,14 +116,20 @@ class Runner:
 
     def forget(self) -> None:
         """Free what was recorded."""
-        if self._recording is not None:
-            self._recording.forget()
+        for one in self._runnables:
+            if one.recording is not None:
+                one.recording.forget()
 
     @property
     def execution(self) -> str:
         """How it runs, and what does not run as it should."""
-        recorded = [] if self._recording is None else [str(self._recording)]
-        return "; ".join(["compiled" if self._compiled else "eagerly", *recorded, *self.code.failures])
+        notes = dict.fromkeys(note for one in self._runnables for note in one.notes())
+        return "; ".join(["compiled" if self._compiled else "eagerly", *notes])
+
+    @property
+    def cache(self) -> CacheUse | None:
+        """How often a step cache was of use: there is none."""
+        return None
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -106,7 +139,10 @@ class Runner:
     def compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         """The outputs of the program."""
         with plain_modes(self.device.type):
-            given = [as_normal_tensor(materialize(x)) for x in inputs]
-            state = [*weights, *self._constants]
-            self.code.enter()
-            return self.code([*given, *state]) if self._recording is None else self._recording(given, state)
+            return self._runnables[0](self._plain(inputs), self._named(weights))
+
+    def _plain(self, inputs: Tensors) -> Tensors:
+        return [as_normal_tensor(materialize(x)) for x in inputs]
+
+    def _named(self, weights: Tensors) -> dict[str, torch.Tensor]:
+        return dict(zip(self._names, weights, strict=True))

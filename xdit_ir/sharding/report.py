@@ -39,13 +39,25 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class CacheUse:
+    """How many of the calls so far reused a region of blocks, by this rule (`cache` of `port`)."""
+
+    rule: str
+    calls: int
+    skipped: int
+
+    def __str__(self) -> str:
+        return f"cache {self.rule}: {self.skipped} of {self.calls} calls reused the blocks of an earlier one"
+
+
+@dataclass(frozen=True)
 class Report:
     """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks; how regions of
     the model are shared, and ranks that idle; and what is read of inputs at every call whose inputs are new.
 
     Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps. `forwards` are run at a time,
     each by a part of the ranks: more than one where halves of `cfg` run different calls. `execution`, of a port: how
-    this rank runs it. `gathered`: of weights that ranks hold in parts.
+    this rank runs it. `gathered`: of weights that ranks hold in parts. `cache`: how often a step cache was of use.
     """
 
     flops_total: int
@@ -61,6 +73,7 @@ class Report:
     forwards: int = 1
     execution: str = ""
     gathered: GatheredWeights = NONE_GATHERED
+    cache: CacheUse | None = None
 
     @property
     def share(self) -> float:
@@ -128,6 +141,8 @@ class Report:
         else:
             yield NO_FALLBACKS
         yield from (f"a call with new inputs waits for the device to read {read}" for read in self.reads)
+        if self.cache is not None:
+            yield str(self.cache)
         if self.execution:
             yield f"runs {self.execution}"
 

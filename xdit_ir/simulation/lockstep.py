@@ -78,8 +78,19 @@ def run_ranks(
     observe: RankObserver | None = None,
 ) -> list[tuple[torch.Tensor, ...]]:
     """Outputs of every rank for the same inputs; `observe` sees every value."""
+    return run_each(programs, state, [inputs for _ in programs], device, observe)
+
+
+def run_each(
+    programs: Sequence[Program],
+    state: State,
+    given: Sequence[Sequence[torch.Tensor]],
+    device: torch.device,
+    observe: RankObserver | None = None,
+) -> list[tuple[torch.Tensor, ...]]:
+    """The same where every rank is given its own."""
     steps = {
-        rank: RankInterpreter(rank, program, state, device, observe).graph(program.graph, inputs)
+        rank: RankInterpreter(rank, program, state, device, observe).graph(program.graph, given[rank])
         for rank, program in enumerate(programs)
     }
     results = lockstep(steps)
