@@ -65,11 +65,11 @@ class DisplacePatches:
             same = Counter[tuple[tuple[int, int], str]]()
             for main, partition in self._partitions(program, axis, sum(other.size for other in first)):
                 if any(count >= _ALIKE for (where, _), count in same.items() if where == main):
-                    continue  # units do not matter to what hinders it
+                    continue  # to what hinders it units do not matter, but to how the output is divided
                 plan, seeds = self._plan(trial, axis, self._seeds(program, axis, partition, first))
                 if plan.refusal:
                     refused.append(plan.refusal)
-                    same[main, plan.refusal] += 1
+                    same[main, plan.refusal] += plan.refusal != UNLIKE
                 elif best is None or plan.price < best[0].price:
                     best = plan, seeds
         streams = any(not axis.is_context for axis in program.tokens)
@@ -111,8 +111,6 @@ class DisplacePatches:
         if partition is None:
             return []
         best = evaluate(trial.run(self._seeds(program, axis, partition, [])), self.mesh)
-        if best.refusal == UNLIKE:  # whatever else is divided
-            return []
         for other in program.tokens:
             source = inputs_of(program, other.value)
             taken = other.is_context or other.value in (axis.value, *(one.value for one in chosen))

@@ -35,14 +35,21 @@ _SETTINGS: tuple[Callable[[], Any], ...] = (
     ),
     *(_C._get_cublas_allow_fp16_reduced_precision_reduction, _C._get_cublas_allow_bf16_reduced_precision_reduction),
     *(_C._get_flash_sdp_enabled, _C._get_mem_efficient_sdp_enabled, _C._get_math_sdp_enabled),
-    *(_C._get_cudnn_sdp_enabled, _C._get_sdp_priority_order, _C._get_cudnn_enabled, _C._get_mkldnn_enabled),
-)
+    *(_C._get_cudnn_sdp_enabled, _C._get_cudnn_enabled, _C._get_mkldnn_enabled),
+)  # not the priority of kernels for attention, which PyTorch itself sets at the first one on a GPU
 
 
 def torch_settings() -> tuple[Any, ...]:
     """Global settings that change what operators compute, or which kernels do, and that forward may read."""
     place = torch.get_default_device().type if _C._len_torch_function_stack() else "cpu"
     return (place, *(ask() for ask in _SETTINGS))
+
+
+def _changed(before: tuple[Any, ...]) -> str:
+    """What of the settings is no longer what it was, as `getter: old -> new`."""
+    names = ("default device", *(getattr(ask, "__name__", str(ask)).removeprefix("_get_") for ask in _SETTINGS))
+    rows = zip(names, before, torch_settings(), strict=True)
+    return ", ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in rows if old != new)
 
 
 @contextmanager
@@ -64,8 +71,10 @@ def noted(asked: dict[str, tuple[Any, str]], model: nn.Module, *, as_called: boo
         patches.enter_context(torch.inference_mode())
         with torch.set_grad_enabled(as_called and grad):
             yield
-        if torch_settings() != before:
-            raise TraceError("forward changes settings of PyTorch, which a program does not; set them before it")
+        if changed := _changed(before):
+            raise TraceError(
+                f"forward changes settings of PyTorch, which a program does not; set them before it ({changed})"
+            )
 
 
 def check_asked(program: Program) -> bool:

@@ -257,8 +257,9 @@ class _GraphPropagation:
 
     def _carried(self, node: fx.Node, have: Layout) -> Layout:
         """What a change of layout makes of a value of which features are divided since it was written."""
-        before: Layout = operands(node)[0].meta[LAYOUT]
-        want: Layout = node.meta[LAYOUT].summed()
+        want, before = node.meta[LAYOUT].summed(), operands(node)[0].meta.get(LAYOUT)
+        if before is None:  # written by hand, in a program that nothing has divided yet
+            return want
         triples = enumerate(zip(before.dims, want.dims, have.dims, strict=True))
         kept = {dim: now for dim, (old, new, now) in triples if old == new}
         return want.with_dims({dim: now for dim, now in kept.items() if self.run.mesh.dividing_dims(now) & {*FEATURES}})
