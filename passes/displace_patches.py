@@ -15,7 +15,7 @@ from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
 from xdit_ir.passes.find_tokens import units_of
-from xdit_ir.pipefusion.latents import could_be_latents, inputs_of, output_seeds
+from xdit_ir.pipefusion.latents import inputs_of, output_seeds
 from xdit_ir.pipefusion.patch_plan import UNLIKE, PatchPlan, evaluate
 from xdit_ir.sharding.propagate import Propagation, Seeds
 
@@ -59,7 +59,7 @@ class DisplacePatches:
         refused: list[str] = []
         for axis in program.tokens:
             source = inputs_of(program, axis.value)
-            if axis.is_context or best is not None or not could_be_latents(program, source):
+            if axis.is_context or best is not None or not source:
                 continue
             first = self._first(trial, axis)
             same = Counter[tuple[tuple[int, int], str]]()

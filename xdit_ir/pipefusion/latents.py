@@ -31,14 +31,6 @@ def inputs_of(program: Program, value: str) -> frozenset[str]:
     return floating or frozenset(node.name for node in inputs if _is_code(node))
 
 
-def could_be_latents(program: Program, names: frozenset[str]) -> bool:
-    """Whether one of some inputs has a dim where an output is as long: along which else could both be divided alike?
-    Of codes it is enough that there are any."""
-    outputs = {cut for value in results_of(program.graph) for cut in enumerate(value.meta[SPEC].shape)}
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    return any(_is_code(node) or outputs & {*enumerate(node.meta[SPEC].shape)} for node in inputs)
-
-
 def _is_code(node: fx.Node) -> bool:
     """Whether an input is integers that are only looked up in tables: discrete latents, or a text."""
     looked_up = (user for user in _users(node) if user.target is not ops.shard)
