@@ -55,6 +55,13 @@ def asserts_in_a_context(x: torch.Tensor) -> None:
         assert finite(x)
 
 
+def asserts_in_a_loop(x: torch.Tensor) -> None:
+    """Of a file that pytest rewrites, as this one: messages are put together before the error is raised."""
+    for _ in range(2):
+        assert not torch.isnan(x).any()
+        assert torch.allclose(x.abs(), x.abs()), "unequal"
+
+
 def catches(x: torch.Tensor) -> float | None:
     try:
         assert x.sum() > 0
@@ -97,7 +104,16 @@ def leaves(model: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize(
     "ask",
-    [asserts, asserts_the_contrary, raises, compares_a_number, asserts_of_torch, asserts_in_a_context, raises_for_both],
+    [
+        asserts,
+        asserts_the_contrary,
+        raises,
+        compares_a_number,
+        asserts_of_torch,
+        asserts_in_a_context,
+        asserts_in_a_loop,
+        raises_for_both,
+    ],
 )
 def test_taken_to_be_so(ask: Callable[[torch.Tensor], None], run: Run, same: Run) -> None:
     model, x = Model(ask).eval(), torch.randn(3, 4)

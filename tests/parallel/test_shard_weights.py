@@ -38,7 +38,7 @@ def test_ranks_that_have_loaded_different_weights_raise(workers: Callable[[int],
         assert "qkv" in result["message"] or "out" in result["message"], result
 
 
-def test_an_emitted_module_holds_parts_too(workers: Callable[[int], Any]) -> None:
-    sets = [{"ring": 2, "shard_weights": True}, {"tensor": 2}]
-    for result in workers(2).run("equal_outputs", name="pixart-sigma", degree_sets=sets):
+@pytest.mark.parametrize("division", [{"ring": 2, "shard_weights": True}, {"tensor": 2}], ids=str)
+def test_an_emitted_module_holds_parts_too(workers: Callable[[int], Any], division: dict[str, Any]) -> None:
+    for result in workers(2).run("equal_outputs", name="pixart-sigma", degree_sets=[division]):
         assert "errors" in result and max(result["errors"]) <= 1e-5, result

@@ -68,8 +68,9 @@ def _answer(code: CodeType, offset: int) -> Answer | None:
         constant = steps[at].argval if steps[at].opname.startswith("LOAD_CONST") else None
         if isinstance(constant, int | float) and steps[at + 1].opname == "COMPARE_OP":
             compared, at = (str(steps[at + 1].argval).removeprefix("bool(").removesuffix(")"), float(constant)), at + 2
+    at = _behind_a_name(steps, at)
     while at < len(steps) and steps[at].opname in ("UNARY_NOT", "TO_BOOL"):
-        negated, at = negated != (steps[at].opname == "UNARY_NOT"), at + 1
+        negated, at = negated != (steps[at].opname == "UNARY_NOT"), _behind_a_name(steps, at + 1)
     if at >= len(steps) or not _is_branch(steps[at]):
         return None
     jumps_if = "IF_TRUE" in steps[at].opname
@@ -79,6 +80,15 @@ def _answer(code: CodeType, offset: int) -> Answer | None:
         return None
     wanted = (raising == {False}) != negated
     return wanted if compared is None else _compared(*compared, wanted)
+
+
+def _behind_a_name(steps: Sequence[dis.Instruction], at: int) -> int:
+    """The place behind a value's being kept under a name and taken from there, as in asserts that pytest rewrites."""
+    names = [(step.opname, step.argval) for step in steps[at : at + 2]]
+    if names and names[0][0] == "STORE_FAST_LOAD_FAST" and len({*names[0][1]}) == 1:
+        return at + 1
+    kept = len(names) == 2 and names[0][0] == "STORE_FAST" and names[1] == ("LOAD_FAST", names[0][1])
+    return at + 2 if kept else at
 
 
 def _compared(name: str, constant: float, wanted: bool) -> Answer | None:
@@ -98,7 +108,7 @@ def _raises(code: CodeType, steps: Sequence[dis.Instruction], at: int, other: in
         step = steps[at]
         if step.opname == "RAISE_VARARGS":
             return True
-        if step.opname.startswith(_LEAVES):
+        if step.opname.startswith(_LEAVES) and not _tells(step):
             return False
         if _is_branch(step):
             sides = (_place(code, step.argval), at + 1)
@@ -106,6 +116,11 @@ def _raises(code: CodeType, steps: Sequence[dis.Instruction], at: int, other: in
             return len(rest) < len(sides) and all(_goes_on_alike(steps, side, other) for side in rest)
         at = _place(code, step.argval) if step.opname == "JUMP_FORWARD" else at + 1
     return False
+
+
+def _tells(step: dis.Instruction) -> bool:
+    """Whether a step keeps a part of a message: pytest rewrites asserts so, with names that Python does not have."""
+    return step.opname.startswith("STORE_FAST") and "@" in str(step.argval)
 
 
 def _goes_on_alike(steps: Sequence[dis.Instruction], left: int, right: int) -> bool:
