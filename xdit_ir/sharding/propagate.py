@@ -257,7 +257,8 @@ class _GraphPropagation:
 
     def _carried(self, node: fx.Node, have: Layout) -> Layout:
         """What a change of layout makes of a value of which features are divided since it was written."""
-        want, before = node.meta[LAYOUT].summed(), operands(node)[0].meta.get(LAYOUT)
+        want: Layout = node.meta[LAYOUT].summed()
+        before: Layout | None = operands(node)[0].meta.get(LAYOUT)
         if before is None:  # written by hand, in a program that nothing has divided yet
             return want
         triples = enumerate(zip(before.dims, want.dims, have.dims, strict=True))
