@@ -51,6 +51,8 @@ def main() -> None:
             print(json.dumps(results[-1]), flush=True)
             args.out.write_text(json.dumps(_document(args, results), indent=1))
         release(model)
+        if any(parameter.is_meta for parameter in model.parameters()):  # held in parts by that contender
+            model, example = models.load(args.model, device=str(device), dtype=torch.bfloat16)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # communicators that CUDA graphs recorded would wait for each other when they are destroyed

@@ -23,7 +23,7 @@ from xdit_ir.planning.hardware import Hardware, load
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 WITHIN = 0.15
 # Without FlashAttention; of the others, `@sdpa` is.
-PLAIN = ("flux.1-dev.json", "flux.1-dev-pipefusion.json", "flux.1-dev-h200.json")
+PLAIN = tuple(f"flux.1-dev{kind}.json" for kind in ("", "-4", "-h200", "-pipefusion", "-tensor"))
 # One operator at a time, which is not what is worked out; and other libraries.
 LEFT_OUT = ("eager", "xdit", "diffusers")
 # Bound by the host, which is known of the H100s' only.
