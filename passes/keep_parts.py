@@ -16,7 +16,7 @@ class KeepParts:
     """Where features are divided, a weight that is only ever cut is stored as the parts of it that ranks use, so that
     each reads and keeps its own; a weight that some rank needs whole somewhere stays whole.
 
-    `paired`: the halves of `cfg` run different calls, so nothing is divided between them.
+    `paired`: the parts of `cfg` run different calls, so nothing is divided between them.
     """
 
     name: ClassVar[str] = "keep-parts"

@@ -36,7 +36,7 @@ class Parallel(Protocol):
 
     @property
     def pair_calls(self) -> bool:
-        """Whether halves of `cfg` run different calls."""
+        """Whether parts of `cfg` run different calls."""
         ...
 
     @property

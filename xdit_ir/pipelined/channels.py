@@ -28,7 +28,7 @@ BETWEEN = "between stages"
 @dataclass(frozen=True, eq=False)
 class Channels:
     """The ends of a rank with these tasks: `between[s]` leads to stage s from the one before (None: not here),
-    `returns` from the last stage to all ranks; where halves of `cfg` run different calls, one for each half, of which
+    `returns` from the last stage to all ranks; where parts of `cfg` run different calls, one for each part, of which
     this rank's is `half`."""
 
     tasks: RankTasks
@@ -107,7 +107,7 @@ class ChannelMaker:
         self._channels: dict[Key, Channel] = {}
 
     def open(self, tasks: RankTasks, *, apart: bool = False) -> Channels:
-        """The channels for a rank's tasks; halves of `cfg` may run calls `apart`. Collective: all ranks open those of
+        """The channels for a rank's tasks; parts of `cfg` may run calls `apart`. Collective: all ranks open those of
         the same pipeline."""
         pipeline = tasks.pipeline
         everyone = range(pipeline.mesh.world_size)

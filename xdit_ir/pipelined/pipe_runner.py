@@ -30,7 +30,7 @@ from xdit_ir.transport.handshake import Facts, compare_later, digest
 
 
 class PipelineRunner:
-    """Runs one rank's stages in this process; made together by all ranks. `apart`: halves of `cfg` run different calls.
+    """Runs one rank's stages in this process; made together by all ranks. `apart`: parts of `cfg` run different calls.
 
     A call expects all messages of its pass, then runs this rank's stages patch by patch and sends on. The first stage
     waits for nothing but the last outputs of the patch that it runs, so that passes follow each other without a gap.

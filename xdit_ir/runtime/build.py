@@ -51,7 +51,7 @@ class RunnerFactory:
     """Makes runners, and has what those of one model share: the queue of a pipeline, calls that wait for another,
     and what ranks agree on.
 
-    `pairs`: programs of which halves of `cfg` run different calls pair them.
+    `pairs`: programs of which parts of `cfg` run different calls pair them.
     """
 
     def __init__(self, context: RankContext, *, pairs: bool = False) -> None:

@@ -56,7 +56,7 @@ class Report:
     the model are shared, and ranks that idle; and what is read of inputs at every call whose inputs are new.
 
     Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps. `forwards` are run at a time,
-    each by a part of the ranks: more than one where halves of `cfg` run different calls. `execution`, of a port: how
+    each by a part of the ranks: more than one where parts of `cfg` run different calls. `execution`, of a port: how
     this rank runs it. `gathered`: of weights that ranks hold in parts. `cache`: how often a step cache was of use.
     """
 
