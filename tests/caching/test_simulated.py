@@ -44,7 +44,13 @@ def ran(parallel: ParallelProgram, model: Any, examples: list[dict[str, Any]]) -
     return [torch.stack([tensors_of(rank)[0] for rank in step]) for step in found]
 
 
-@pytest.mark.parametrize(("name", "cache", "degrees"), CASES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every third case, all with `--zoo-all`."""
+    if "name" in metafunc.fixturenames:
+        cases = CASES if metafunc.config.getoption("--zoo-all") else CASES[::3]
+        metafunc.parametrize(("name", "cache", "degrees"), cases)
+
+
 def test_ranks_give_what_one_gives(name: str, cache: str, degrees: dict[str, Any]) -> None:
     model, example = models.load(f"{name}:tiny")
     traced, examples = xir.trace(model, example), steps(example)

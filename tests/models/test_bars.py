@@ -96,9 +96,11 @@ def widest(name: str) -> int:
     return max(rows)
 
 
-def test_at_least_256_image_tokens_a_sample() -> None:
-    few = {name for name in NAMES if widest(name) < 256 * (1 if name in ONE_SAMPLE else 2)}
-    assert few == set(FEW_TOKENS)
+def test_at_least_256_image_tokens_a_sample(pytestconfig: pytest.Config) -> None:
+    """Each third model runs; all with `--zoo-all`."""
+    names = NAMES if pytestconfig.getoption("--zoo-all") else NAMES[::3]
+    few = {name for name in names if widest(name) < 256 * (1 if name in ONE_SAMPLE else 2)}
+    assert few == {*FEW_TOKENS} & {*names}
 
 
 def test_two_samples() -> None:

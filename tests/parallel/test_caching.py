@@ -15,7 +15,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "degrees", "threshold", "shared"), CASES, ids=lambda one: str(one))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The pairs of calls; all cases with `--pipelines-all`."""
+    cases = CASES if metafunc.config.getoption("--pipelines-all") else CASES[1:2]
+    metafunc.parametrize(("name", "degrees", "threshold", "shared"), cases, ids=str)
+
+
 def test_latents_are_those_of_one_process_with_a_cache(
     workers: Pools, name: str, degrees: dict[str, int], threshold: float, shared: int
 ) -> None:

@@ -73,6 +73,7 @@ def test_any_scheduler(workers: Pools, scheduler: str, modes: list[str]) -> None
     check_images(workers, pipeline="pixart", scheduler=scheduler, degrees=P2M4, modes=modes)
 
 
+@pytest.mark.usefixtures("everything")
 def test_flow_matching_with_autocast(workers: Pools) -> None:
     """The second call has latents of another type, so there are two programs, and two warmup steps."""
     check_images(workers, pipeline="flux", degrees=P2M4, modes=["autocast", "inference"])

@@ -19,12 +19,14 @@ SPREAD = (*MODELS, "sana-1600m", "cogview4-6b", "hidream-dense", "z-image")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A set of degrees for each model, another one for the next; the whole zoo, at tensor=2, with `--zoo-all`."""
+    """Every third model, under its set of degrees; all, and the zoo at tensor=2, with `--zoo-all`."""
     if "degrees" in metafunc.fixturenames:
         pairs = [(name, DEGREES[place % len(DEGREES)]) for place, name in enumerate(SPREAD)]
         if metafunc.config.getoption("--zoo-all"):
             pairs = [(name, degrees) for name in SPREAD for degrees in DEGREES]
             pairs += [(name, DEGREES[0]) for name in models.names() if name not in SPREAD]
+        else:
+            pairs = pairs[::3]
         metafunc.parametrize(("name", "degrees"), pairs, ids=[f"{name}-{'-'.join(d)}" for name, d in pairs])
 
 
