@@ -96,16 +96,16 @@ class CachedRunner(Runner):
 
     def _step(self, inputs: Tensors, weights: Tensors, memory: BranchMemory) -> Sequence[torch.Tensor]:
         with plain_modes(self.device.type):
-            given, named, watched = self._plain(inputs), self._named(weights), list[torch.Tensor]()
+            given, watched = self._plain(inputs), list[torch.Tensor]()
             if self._head is not None:
-                found = list(self._head(given, named))
+                found = list(self._head(given, weights))
                 watched, given = found[: self._watched], [*given, *found[self._watched :]]
             skipped = memory.skips(self._rule, watched, self._changes(memory, watched))
             self._denoising.calls += 1
             self._denoising.skipped += skipped
             if skipped:
-                return self._skipped([*given, *(memory.kept or ())], named)
-            results = self._computed(given, named)
+                return self._skipped([*given, *(memory.kept or ())], weights)
+            results = self._computed(given, weights)
             memory.kept = results[self._given :]
             return results[: self._given]
 

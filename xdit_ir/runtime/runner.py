@@ -31,6 +31,7 @@ class Runnable:
         execution = context.execution
         peers = execution.uses_peers and peers_reachable(context.communicator)
         self.code = context.code(program, peers=peers, shared=True)
+        self._places: Sequence[int] | None = None  # of its weights, where those that it is given are more than these
         self._constants = self.code.constant_tensors(context.device)
         if self.code.mailbox is not None:
             self._constants += self.code.mailbox.open(context.workspaces)
@@ -40,9 +41,16 @@ class Runnable:
             else None
         )
 
-    def __call__(self, inputs: Tensors, weights: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The results; of `weights` it takes its own."""
-        state = [*(weights[name] for name in self.code.weights), *self._constants]
+    def among(self, names: Sequence[str]) -> None:
+        """It will be given the weights of these names, of which it takes its own."""
+        places = {name: place for place, name in enumerate(names)}
+        own = [places[name] for name in self.code.weights]
+        self._places = None if own == list(places.values()) else own
+
+    def __call__(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
+        """The results."""
+        own = weights if self._places is None else [weights[place] for place in self._places]
+        state = [*own, *self._constants]
         self.code.enter()
         return self.code([*inputs, *state]) if self.recording is None else self.recording(inputs, state)
 
@@ -63,6 +71,8 @@ class Runner:
         self._binder = InputBinder(self._parameters, program)
         self._runnables = [Runnable(context, part) for part in parts or (program,)]
         self._names = list(dict.fromkeys(name for one in self._runnables for name in one.code.weights))
+        for one in self._runnables:
+            one.among(self._names)
         self._agree_originals(context)
         self._weights = context.store.take(self._names, program.state, program.stored)
         self._whole = [place for place, name in enumerate(self._names) if name not in program.stored]
@@ -139,10 +149,7 @@ class Runner:
     def compute(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         """The outputs of the program."""
         with plain_modes(self.device.type):
-            return self._runnables[0](self._plain(inputs), self._named(weights))
+            return self._runnables[0](self._plain(inputs), weights)
 
     def _plain(self, inputs: Tensors) -> Tensors:
         return [as_normal_tensor(materialize(x)) for x in inputs]
-
-    def _named(self, weights: Tensors) -> dict[str, torch.Tensor]:
-        return dict(zip(self._names, weights, strict=True))
