@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -18,8 +17,6 @@ from xdit_ir.passes.find_tokens import units_of
 from xdit_ir.pipefusion.latents import inputs_of, output_seeds
 from xdit_ir.pipefusion.patch_plan import UNLIKE, PatchPlan, evaluate
 from xdit_ir.sharding.propagate import Propagation, Seeds
-
-_ALIKE = 2  # proposals for one segment that are refused for the same reason, behind which no other is tried
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,10 @@ class DisplacePatches:
             if axis.is_context or best is not None or not source:
                 continue
             first = self._first(trial, axis)
-            same = Counter[tuple[tuple[int, int], str]]()
-            for main, partition in self._partitions(program, axis, sum(other.size for other in first)):
-                if any(count >= _ALIKE for (where, _), count in same.items() if where == main):
-                    continue  # to what hinders it units do not matter, but to how the output is divided
+            for partition in self._partitions(program, axis, sum(other.size for other in first)):
                 plan, seeds = self._plan(trial, axis, self._seeds(program, axis, partition, first))
                 if plan.refusal:
                     refused.append(plan.refusal)
-                    same[main, plan.refusal] += plan.refusal != UNLIKE
                 elif best is None or plan.price < best[0].price:
                     best = plan, seeds
         streams = any(not axis.is_context for axis in program.tokens)
@@ -107,7 +100,7 @@ class DisplacePatches:
         take less work (a second, short stream of latents), or no more work and no more that is published."""
         program = trial.program
         latents, chosen = inputs_of(program, axis.value), list[TokenAxis]()
-        _, partition = next(self._partitions(program, axis, 0), (None, None))
+        partition = next(self._partitions(program, axis, 0), None)
         if partition is None:
             return []
         best = evaluate(trial.run(self._seeds(program, axis, partition, [])), self.mesh)
@@ -127,13 +120,10 @@ class DisplacePatches:
         seeds = {axis.value: (self._layout(program, axis, partition),)}
         return seeds | {one.value: (self._layout(program, one, _first(self.mesh, one.size)),) for one in first}
 
-    def _partitions(self, program: Program, axis: TokenAxis, load: int) -> Iterator[tuple[tuple[int, int], Partition]]:
-        """Divisions of the latents' stream, where the first patch has `load` tokens besides, and of which segment."""
-        found: dict[Partition, tuple[int, int]] = {}
-        for cut in _cuts(program, axis):
-            if (partition := self._divide(cut, axis.size, load)) is not None:
-                found.setdefault(partition, cut.main)
-        yield from ((main, partition) for partition, main in found.items())
+    def _partitions(self, program: Program, axis: TokenAxis, load: int) -> Iterator[Partition]:
+        """Divisions of the latents' stream, where the first patch has `load` tokens besides."""
+        found = (self._divide(cut, axis.size, load) for cut in _cuts(program, axis))
+        yield from dict.fromkeys(partition for partition in found if partition is not None)
 
     def _layout(self, program: Program, axis: TokenAxis, partition: Partition) -> Layout:
         node = next(node for node in program.graph.nodes if node.name == axis.value)
