@@ -15,6 +15,7 @@ import xdit_ir as xir
 from xdit_ir import models, passes
 from xdit_ir.api import TracedProgram
 from xdit_ir.capture.effects import copied
+from xdit_ir.capture.operators import is_random
 from xdit_ir.checking.check import check_parallel
 from xdit_ir.degrees import Degrees, parse
 from xdit_ir.errors import ParallelizeError, TraceError
@@ -137,11 +138,8 @@ class Subject:
 
 
 def _draws(program: Program) -> bool:
-    """Whether it draws noise, each rank its own where all are simulated in one process; dropout is not active."""
-    targets = {node.target for _, graph, _ in all_graphs(program) for node in graph.nodes}
-    random = [one for one in targets if torch.Tag.nondeterministic_seeded in getattr(one, "tags", ())]
-    switches = {"p", "dropout_p", "dropout"}
-    return any(not switches & {argument.name for argument in one._schema.arguments} for one in random)
+    """Whether it draws noise, each rank its own where all are simulated in one process."""
+    return any(is_random(node.target) for _, graph, _ in all_graphs(program) for node in graph.nodes)
 
 
 def _rounds(program: Program) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from xdit_ir.capture.operators import facts
+from xdit_ir.capture.operators import is_random
 from xdit_ir.capture.selected import NUMBER
 from xdit_ir.ir.graphs import all_graphs, placeholders
 from xdit_ir.ir.leaf import Leaf
@@ -43,8 +43,7 @@ class _Meaning:
     def draws(self) -> int:
         """How many operators draw random numbers."""
         return sum(
-            count * sum(hasattr(node.target, "_schema") and facts(node.target).random for node in graph.nodes)
-            for _, graph, count in all_graphs(self._program)
+            count * sum(is_random(node.target) for node in graph.nodes) for _, graph, count in all_graphs(self._program)
         )
 
     def key(self) -> Any:
@@ -91,7 +90,7 @@ class _Meaning:
         if target is torch.ops.aten.clone.default:  # nothing is written in place
             return env[node.args[0]]  # type: ignore[index]
         known = all(isinstance(item, _Constant) for item in operands)
-        if known and not isinstance(target, Leaf) and not (hasattr(target, "_schema") and facts(target).random):
+        if known and not isinstance(target, Leaf) and not is_random(target):
             return _Constant(_once(lambda: self._run(node, env)))
         args = fx.map_arg((node.args, node.kwargs), lambda item: _Key(_key(env[item])))
         name = (id(target.module), target.outputs) if isinstance(target, Leaf) else str(target)

@@ -141,8 +141,10 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
     """The contents of a tensor that Python, a shape or an index wants to see."""
     value = recorder.value(tensor)
     if value.known is None:
-        asks = asked_mask(recorder, value) is not None
-        selects = answer_of(recorder, value) if asks and only_answer(recorder.entry) is None else None
+        asks, only = asked_mask(recorder, value), None
+        if value.fake.numel() == 1:
+            only = only_answer(recorder.entry)
+        selects = None if asks is None or only is not None else answer_of(recorder, *asks)
         if selects is not None:
             return torch.full(value.fake.shape, selects)
         fact = predicate(recorder, value, what)
@@ -152,10 +154,9 @@ def read(recorder: Recorder, tensor: torch.Tensor, what: str) -> torch.Tensor:
         held = weighed(recorder, value, what)
         if held is not None:
             return held
-        answer = only_answer(recorder.entry) if value.fake.numel() == 1 else None
-        if answer is not None:
-            return torch.full(value.fake.shape, answer, dtype=value.fake.dtype)
-        raise _unknown(recorder, value.roots, what, selects=asks or what == MASK)
+        if only is not None:
+            return torch.full(value.fake.shape, only, dtype=value.fake.dtype)
+        raise _unknown(recorder, value.roots, what, selects=asks is not None or what == MASK)
     note_read(recorder, value.roots, what)
     return value.known
 
@@ -275,7 +276,8 @@ class PythonReads(TorchFunctionMode):
             raise TraceError(f"{source_line()}: autocast on a device other than the model's; move it there")
         if any(not _is_traced(tensor) for tensor in tensors_in((args, kwargs))):
             args, kwargs = map_tensors((args, kwargs), self._to_fake)
-        if isinstance(func, FunctionType) and func in vars(torch.Tensor).values() and not is_library(func.__module__):
+        foreign = isinstance(func, FunctionType) and not is_library(func.__module__)
+        if foreign and func in vars(torch.Tensor).values():
             raise TraceError(
                 f"{source_line()}: a method of torch.Tensor was replaced by {func.__qualname__}, which a trace "
                 "would call twice; replace the function that calls it"

@@ -55,6 +55,11 @@ def facts(func: Any) -> OpFacts:
     return OpFacts(composite, aliases, writes, random, draws, func in _SHAPE_ONLY, out)
 
 
+def is_random(target: Any) -> bool:
+    """Whether what a node calls draws random numbers; dropout, which is not active, does not."""
+    return hasattr(target, "_schema") and facts(target).random
+
+
 def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """The value of a named argument of an overload in a call."""
     for position, arg in enumerate(func._schema.arguments):

@@ -92,12 +92,10 @@ def follow(recorder: Recorder, func: Any, args: Any, kwargs: Any, result: Any) -
         _found(recorder).rows[id(item)] = item, min(numbers)
 
 
-def answer(recorder: Recorder, value: TracedValue) -> bool | None:
-    """Whether a mask selects anything, if that is what Python asks: it does, unless it is taken to be empty."""
-    asked = asked_mask(recorder, value)
-    if recorder.selections is None or asked is None:
+def answer(recorder: Recorder, mask: fx.Node, negated: bool) -> bool | None:
+    """Whether a mask that `asked_mask` found selects anything: it does, unless it is taken to be empty."""
+    if recorder.selections is None:
         return None
-    mask, negated = asked
     number = recorder.selections.number(mask)
     recorder.selections.asked.add(number)
     if len(recorder.selections.asked) > _MASKS:
