@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.caching.region import descendants
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import operands, placeholders, remove_dead, results_of
-from xdit_ir.ir.hoist import ancestors
+from xdit_ir.ir.graphs import copy_node, operands, placeholders, remove_dead, results_of
+from xdit_ir.ir.hoist import ancestors, descendants
 from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, Program
 
 aten = torch.ops.aten
@@ -44,15 +43,14 @@ class CachedProgram:
 def cut_cached(program: Program) -> CachedProgram:
     """The programs of a program that `reuse-region` has been applied to."""
     cut = _Cut(program)
-    watches = [node for node in program.graph.nodes if node.target is ops.watch]
     computed, skipped = cut.rest(with_region=True), cut.rest(with_region=False)
     taken = [node for node in cut.border if any(_placeholder(graph, node).users for graph in (computed, skipped))]
     for graph in (computed, skipped):
         for node in set(cut.border) - set(taken):
             graph.erase_node(_placeholder(graph, node))
-    head = program.with_graph(cut.head(watches, taken)) if watches else None
+    head = program.with_graph(cut.head(taken)) if cut.watches else None
     count = len(results_of(program.graph))
-    return CachedProgram(head, program.with_graph(computed), program.with_graph(skipped), len(watches), count)
+    return CachedProgram(head, program.with_graph(computed), program.with_graph(skipped), len(cut.watches), count)
 
 
 class _Cut:
@@ -60,19 +58,21 @@ class _Cut:
 
     def __init__(self, program: Program) -> None:
         self.source = program.graph
-        watches = [node for node in self.source.nodes if node.target is ops.watch]
-        early = ancestors(source for node in watches for source in operands(node))
+        self.watches = [node for node in self.source.nodes if node.target is ops.watch]
+        early = ancestors(source for node in self.watches for source in operands(node))
         early |= {user for node in early for user in node.users if user.target is operator.getitem}
         self.varying = descendants(placeholders(self.source))  # the others depend on weights alone
         self.early = {node for node in early & self.varying if node.op != "placeholder"}
         self.border = [node for node in self.source.nodes if node in self.early and not set(node.users) <= self.early]
 
-    def head(self, watches: Sequence[fx.Node], taken: Iterable[fx.Node]) -> fx.Graph:
+    def head(self, taken: Iterable[fx.Node]) -> fx.Graph:
         graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
         for node in self.source.nodes:
             if node.op == "placeholder" or node in self.early or node not in self.varying:
-                env[node] = graph.node_copy(node, env.__getitem__)
-        decisive = [_difference(graph, f"{node.name}_change", [env[one] for one in operands(node)]) for node in watches]
+                env[node] = copy_node(graph, node, env.__getitem__)
+        decisive = [
+            _difference(graph, f"{node.name}_change", [env[one] for one in operands(node)]) for node in self.watches
+        ]
         graph.output((*decisive, *(env[node] for node in taken)))
         remove_dead(graph)
         return graph
@@ -101,7 +101,7 @@ class _Cut:
                 results = tuple(env[one] for one in operands(node))
                 graph.output((*results, *(kept if with_region else ())))
             else:
-                env[node] = graph.node_copy(node, env.__getitem__)
+                env[node] = copy_node(graph, node, env.__getitem__)
         remove_dead(graph)
         return graph
 

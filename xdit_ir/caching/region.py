@@ -17,7 +17,7 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir import ops
 from xdit_ir.ir.dataflow import Expanded, ProgramValue
 from xdit_ir.ir.graphs import results_of
-from xdit_ir.ir.hoist import ancestors
+from xdit_ir.ir.hoist import ancestors, descendants
 from xdit_ir.ir.program import SPEC, Program, TensorSpec, call_parts, is_block_call
 from xdit_ir.pipefusion.latents import inputs_of, without
 
@@ -68,17 +68,6 @@ def latent_inputs(program: Program) -> frozenset[str]:
 def _alike(shape: Sequence[int], other: Sequence[int]) -> bool:
     one_dim = (without(shape, dim) == without(other, dim) for dim in range(len(shape)))
     return len(shape) == len(other) > 2 and any(one_dim)
-
-
-def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """These nodes, and all in their graph that is computed from them."""
-    found, todo = set[fx.Node](), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.users
-    return found
 
 
 @dataclass

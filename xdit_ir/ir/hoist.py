@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,12 +74,21 @@ def _late(graph: fx.Graph) -> set[fx.Node]:
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """These nodes, and all that they are computed from in their graph."""
+    return _reached(nodes, operands)
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes, and all in their graph that is computed from them."""
+    return _reached(nodes, lambda node: node.users)
+
+
+def _reached(nodes: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found, todo = set[fx.Node](), list(nodes)
     while todo:
         node = todo.pop()
         if node not in found:
             found.add(node)
-            todo += operands(node)
+            todo += following(node)
     return found
 
 
