@@ -10,7 +10,7 @@ right.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,12 @@ def pending(
     like = torch.empty(tuple(shape), device="meta")
     lineage = {} if made is None else {made[0]: Descent(made[1], tuple(range(like.dim())), _samples(like))}
     return Deferred(RecordedValue(like.shape, like.stride(), dtype, device, source=source, lineage=lineage))
+
+
+def descents_of(maker: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Descent]:
+    """From which of a maker's results inputs were made, of those that were made of one."""
+    found = {name: x.value.lineage.get(maker) for name, x in inputs.items() if isinstance(x, Deferred)}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _samples(like: torch.Tensor) -> Samples | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,6 +55,11 @@ class Descent:
     def number(self) -> int:
         """Of the result."""
         return self.result.number
+
+
+def are_held(results: Iterable[weakref.ref[Numbered]]) -> bool:
+    """Whether something that was made from each of these is still held."""
+    return all(result() is not None for result in results)
 
 
 Lineage = Mapping[Any, Descent]

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from xdit_ir.deferral.deferred import Deferred
-from xdit_ir.deferral.recorded import Descent, Numbered
+from xdit_ir.deferral.deferred import Deferred, descents_of
+from xdit_ir.deferral.recorded import Descent, Numbered, are_held
 from xdit_ir.pipefusion.patch_cut import PatchCut
 from xdit_ir.pipelined.memory import Memory
 
@@ -100,17 +100,17 @@ class Requests:
     def _kind(self, latents: Mapping[str, torch.Tensor], cuts: Mapping[str, PatchCut]) -> str:
         if self._latest is None:
             return NEW
-        found = {name: x.value.lineage.get(self) for name, x in latents.items() if isinstance(x, Deferred)}
-        descents = {name: one for name, one in found.items() if one is not None}
+        descents = descents_of(self, latents)
         followed = all(_follows(one, cuts[name]) for name, one in descents.items())
         if descents and followed and self._in_order(descents, latents):
             newest = max(one.number for one in descents.values())
             if newest == self._latest:
                 return NEXT
-            if newest == self._began and self._unread():
+            if newest == self._began and are_held(self._outputs):
                 return AGAIN
             return NEW
-        if not found and self._given is not None and self._unread() and self._same(latents):
+        plain = not any(isinstance(x, Deferred) for x in latents.values())
+        if plain and self._given is not None and are_held(self._outputs) and self._same(latents):
             return AGAIN
         return NEW
 
@@ -123,10 +123,6 @@ class Requests:
                 return False
             last[shape] = one.result.output
         return True
-
-    def _unread(self) -> bool:
-        """Whether something that was made from each output of this step is still held."""
-        return all(output() is not None for output in self._outputs)
 
     def _same(self, latents: Mapping[str, torch.Tensor]) -> bool:
         """Whether these are the latents with which the request began; waits for the device only if they may be."""

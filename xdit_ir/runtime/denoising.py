@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from xdit_ir.caching.decision import BranchMemory
-from xdit_ir.deferral.deferred import Deferred
-from xdit_ir.deferral.recorded import Descent, Numbered, RecordedValue
+from xdit_ir.deferral.deferred import Deferred, descents_of
+from xdit_ir.deferral.recorded import Descent, Numbered, RecordedValue, are_held
 from xdit_ir.pipelined.requests import AGAIN, NEW, NEXT, version_of
 
 MOST = 8  # branches of guidance; more calls with the same latents are requests of their own
@@ -75,13 +75,13 @@ class Denoising:
         """What a call with these inputs is."""
         if self._latest is None:
             return NEW
-        found = self._descents(inputs).values()
+        found = descents_of(self, inputs).values()
         if found:
             newest = max(one.number for one in found)
             if newest == self._latest:
                 return NEXT
-            return AGAIN if newest == self._began and self._unread() else NEW
-        return AGAIN if self._step == 0 and self._unread() and len(self._now) < MOST else NEW
+            return AGAIN if newest == self._began and are_held(self._outputs) else NEW
+        return AGAIN if self._step == 0 and are_held(self._outputs) and len(self._now) < MOST else NEW
 
     def place(self, inputs: Mapping[str, torch.Tensor]) -> str:
         """Where a call with these inputs stands, for ranks that compare it."""
@@ -90,7 +90,7 @@ class Denoising:
 
     def enter(self, inputs: Mapping[str, torch.Tensor], owner: object) -> BranchMemory:
         """Begin a call; what its branch remembers."""
-        kind, descents = self.kind(inputs), self._descents(inputs)
+        kind, descents = self.kind(inputs), descents_of(self, inputs)
         if kind == NEW:
             self.forget()
         elif kind == NEXT:
@@ -114,14 +114,6 @@ class Denoising:
         made = x if isinstance(x, Deferred) else Deferred(RecordedValue(x.shape, x.stride(), x.dtype, x.device, done=x))
         made.value.lineage = {self: Descent(number, tuple(range(x.dim())))}
         return made
-
-    def _descents(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Descent]:
-        found = {name: x.value.lineage.get(self) for name, x in inputs.items() if isinstance(x, Deferred)}
-        return {name: one for name, one in found.items() if one is not None}
-
-    def _unread(self) -> bool:
-        """Whether something that was made from each output of this step is still held."""
-        return all(output() is not None for output in self._outputs)
 
     def _of_one_request(self, latents: Mapping[str, Descent]) -> list[Branch]:
         """The calls of the first step that had the latents of the last one."""
