@@ -168,32 +168,24 @@ class EightBits(nn.Module):
         """Tokens [batch, tokens, 4]."""
         x = self.embed(x)
         for block in self.blocks:
-            flat = x.flatten(0, 1)
-            one = torch.ones((), device=x.device)
-            a, b = flat.to(torch.float8_e4m3fn), self.weight.to(torch.float8_e4m3fn)
-            y = torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32)
-            x = block(x + y.view_as(x))
+            x = block(x + self.product(x.flatten(0, 1)).view_as(x))
         return self.head(x)
 
+    def product(self, flat: torch.Tensor) -> torch.Tensor:
+        """Rows [tokens, width] with the weight."""
+        one = torch.ones((), device=flat.device)
+        a, b = flat.to(torch.float8_e4m3fn), self.weight.to(torch.float8_e4m3fn)
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32)
 
-class EightBitIntegers(nn.Module):
+
+class EightBitIntegers(EightBits):
     """Linear layers as `_int_mm`, with a scale a row."""
 
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
-        self.weight = nn.Parameter(torch.randn(width, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [batch, tokens, 4]."""
-        x = self.embed(x)
-        for block in self.blocks:
-            flat = x.flatten(0, 1)
-            scales = [item.abs().amax(-1, keepdim=True) / 127 for item in (flat, self.weight)]
-            a, b = (flat / scales[0]).round().to(torch.int8), (self.weight / scales[1]).round().to(torch.int8)
-            y = torch._int_mm(a, b.t()) * scales[0] * scales[1].t()
-            x = block(x + y.view_as(x))
-        return self.head(x)
+    def product(self, flat: torch.Tensor) -> torch.Tensor:
+        """Rows [tokens, width] with the weight."""
+        scales = [item.abs().amax(-1, keepdim=True) / 127 for item in (flat, self.weight)]
+        a, b = (flat / scales[0]).round().to(torch.int8), (self.weight / scales[1]).round().to(torch.int8)
+        return torch._int_mm(a, b.t()) * scales[0] * scales[1].t()
 
 
 class GroupedProduct(nn.Module):

@@ -94,17 +94,7 @@ class _Endpoints:
             text = f"response_format={body.response_format!r}: expected 'b64_json'; nothing is stored for a URL"
             raise WorkError(REFUSED, text)
         width, height = (None, None) if body.size == "auto" else parse_size(body.size)
-        prompts = (body.prompt,) if body.prompt else ()
-        request = Request(
-            prompts,
-            negative_prompt=body.negative_prompt,
-            width=width,
-            height=height,
-            steps=body.steps,
-            guidance=body.guidance,
-            seed=_seed(body.seed),
-            arguments=body.arguments,
-        )
+        request = _request(body, body.prompt or None, width, height)
         made = await _awaited(self.server.submit(request, body.n), http)
         return {"created": int(time.time()), "data": [{"b64_json": _text(one)} for one in made]}
 
@@ -141,17 +131,7 @@ class _Endpoints:
         return self.server.metrics()
 
     def _submitted(self, body: PlainBody) -> Work:
-        request = Request(
-            () if body.prompt is None else (body.prompt,),
-            negative_prompt=body.negative_prompt,
-            width=body.width,
-            height=body.height,
-            frames=body.frames,
-            steps=body.steps,
-            guidance=body.guidance,
-            seed=_seed(body.seed),
-            arguments=body.arguments,
-        )
+        request = _request(body, body.prompt, body.width, body.height, body.frames)
         return self.server.submit(request, body.n, body.timeout)
 
     def _kept(self, number: int) -> Work:
@@ -160,9 +140,21 @@ class _Endpoints:
         return self.server.kept[number]
 
 
-def _seed(given: int | None) -> int:
-    """All ranks need the same."""
-    return secrets.randbelow(1 << 31) if given is None else given
+def _request(
+    body: ImagesBody | PlainBody, prompt: str | None, width: int | None, height: int | None, frames: int | None = None
+) -> Request:
+    """What both endpoints ask for; a seed is drawn here if none is given, as all ranks need the same."""
+    return Request(
+        () if prompt is None else (prompt,),
+        negative_prompt=body.negative_prompt,
+        width=width,
+        height=height,
+        frames=frames,
+        steps=body.steps,
+        guidance=body.guidance,
+        seed=secrets.randbelow(1 << 31) if body.seed is None else body.seed,
+        arguments=body.arguments,
+    )
 
 
 def _text(made: Made) -> str:
