@@ -41,7 +41,7 @@ class DivideConditions:
     first one, each rank reads the weights of its part of the features, and all parts are exchanged at once. With
     divided features, so that ranks hold parts of weights, that is done for all of them.
 
-    `paired`: the halves of `cfg` run different calls, whose conditions differ, so they share nothing.
+    `paired`: the parts of `cfg` run different calls, whose conditions differ, so they share nothing.
     """
 
     name: ClassVar[str] = "divide-conditions"

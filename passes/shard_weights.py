@@ -28,7 +28,7 @@ class ShardWeights:
     travel while that computes, and are let go of behind the call. Of a weight of which ranks compute with their own
     rows only, they hold these, and nothing is gathered. What an earlier program of the model has stored stays as it is.
 
-    `paired`: the halves of `cfg` run different calls, so nothing is divided between them.
+    `paired`: the parts of `cfg` run different calls, so nothing is divided between them.
     """
 
     name: ClassVar[str] = "shard-weights"

@@ -112,7 +112,7 @@ class _Wide:
 
     def restore(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
-            tensor.data = tensor.data.to(self._dtypes[id(tensor)])
+            tensor.data = tensor.data.to(self._dtypes.get(id(tensor), tensor.dtype))  # a new one stays as it is
 
 
 def _first(output: Any) -> torch.Tensor:
