@@ -40,7 +40,7 @@ def check_steps(workers: Pools, count: int, name: str, degree_sets: list[Degrees
             assert (result["stale"] > 1e-4) == (degrees.get("patches", 2) > 1), "displaced steps differ from exact ones"
 
 
-@pytest.mark.parametrize(("count", "degree_sets"), [(2, TWO), (4, FOUR[:3])])
+@pytest.mark.parametrize(("count", "degree_sets"), [(2, TWO), (4, FOUR[1:3])])
 def test_emitted_steps_are_the_simulated_ones(workers: Pools, count: int, degree_sets: list[Degrees]) -> None:
     check_steps(workers, count, SMALL, degree_sets)
 
@@ -67,7 +67,7 @@ def check_images(workers: Pools, count: int = 2, passes: int | None = None, **ca
         assert max(result["error"], result["again"]) <= 1e-5 < 1e-3 < result["stale"], result
 
 
-@pytest.mark.parametrize(("scheduler", "modes"), [("unipc", ["inference"]), ("ancestral", [])])
+@pytest.mark.parametrize(("scheduler", "modes"), [("ancestral", ["inference"])])
 def test_any_scheduler(workers: Pools, scheduler: str, modes: list[str]) -> None:
     """A multistep one and a random one; `test_any_scheduler_in_any_mode` has all."""
     check_images(workers, pipeline="pixart", scheduler=scheduler, degrees=P2M4, modes=modes)
@@ -153,7 +153,7 @@ def test_weights_of_other_stages_are_not_needed(workers: Pools) -> None:
 
 @pytest.mark.parametrize("how", ["dies", "sleeps"])
 def test_a_lost_rank_ends_the_others(workers: Pools, how: str) -> None:
-    pool, seconds = type(workers(2))(2), 12
+    pool, seconds = type(workers(2))(2), 6
     try:
         arguments = {"name": SMALL, "degrees": P2M4, "how": how, "seconds": seconds}
         [result] = pool.run("lost_rank", lost=[1], **arguments)

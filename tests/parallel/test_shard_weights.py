@@ -11,12 +11,13 @@ import pytest
 from xdit_ir import models
 
 
-@pytest.mark.parametrize("read", [False, True], ids=["of a model", "of a checkpoint"])
 @pytest.mark.parametrize(
-    ("degrees", "share"), [({"ulysses": 2, "shard_weights": True}, 0.51), ({"tensor": 2}, 0.57)], ids=["all", "tensor"]
+    ("degrees", "share", "read"),
+    [({"ulysses": 2, "shard_weights": True}, 0.51, False), ({"tensor": 2}, 0.57, True)],
+    ids=["all of a model", "tensor of a checkpoint"],
 )
 def test_each_rank_keeps_its_part(
-    workers: Callable[[int], Any], tmp_path: Path, degrees: dict[str, int], share: float, *, read: bool
+    workers: Callable[[int], Any], tmp_path: Path, degrees: dict[str, int], share: float, read: bool
 ) -> None:
     """For two kinds of inputs; what is loaded later would have no effect, and is refused."""
     if read:
