@@ -94,7 +94,7 @@ class _Endpoints:
             text = f"response_format={body.response_format!r}: expected 'b64_json'; nothing is stored for a URL"
             raise WorkError(REFUSED, text)
         width, height = (None, None) if body.size == "auto" else parse_size(body.size)
-        request = _request(body, body.prompt or None, width, height)
+        request = request_of(body, body.prompt or None, width, height)
         made = await _awaited(self.server.submit(request, body.n), http)
         return {"created": int(time.time()), "data": [{"b64_json": _text(one)} for one in made]}
 
@@ -131,7 +131,7 @@ class _Endpoints:
         return self.server.metrics()
 
     def _submitted(self, body: PlainBody) -> Work:
-        request = _request(body, body.prompt, body.width, body.height, body.frames)
+        request = request_of(body, body.prompt, body.width, body.height, body.frames)
         return self.server.submit(request, body.n, body.timeout)
 
     def _kept(self, number: int) -> Work:
@@ -140,7 +140,7 @@ class _Endpoints:
         return self.server.kept[number]
 
 
-def _request(
+def request_of(
     body: ImagesBody | PlainBody, prompt: str | None, width: int | None, height: int | None, frames: int | None = None
 ) -> Request:
     """What both endpoints ask for; a seed is drawn here if none is given, as all ranks need the same."""
