@@ -158,6 +158,8 @@ def _show(generation: Generation, folder: Path) -> None:
         device = f"{usage['device_gib']:.2f}" if usage["device_gib"] else "-"
         table.add_row(phase, f"{usage['seconds']:.2f}", f"{usage['host_gib']:.2f}", device)
     write(table)
+    if "hosts" in report:
+        print(report["hosts"])
     for phase, seconds in report.get("benchmark", {}).get("seconds", {}).items():
         print(f"{phase}: median {seconds['median']:.3f} s, {seconds['min']:.3f} to {seconds['max']:.3f}")
     for path in generation.files:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import signal
 from typing import Any
+
+from torch.distributed.rendezvous import rendezvous
 
 from xdit_ir.errors import ServingError
 from xdit_ir.generation.files import FPS
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.serving.hosts import Hosts, Lobby, keep_seats
 from xdit_ir.serving.server import Server
 from xdit_ir.serving.team import TeamSpec
 from xdit_ir.tools import cmd_generate
 from xdit_ir.transport.replicas import checked_data
+from xdit_ir.transport.spread import told
 
+LOG = logging.getLogger("xdit_ir")
+OWN = ("run", "host", "port", "queue", "patience")  # of the host with the server
 NEEDED = ("fastapi", "uvicorn", "diffusers")
 
 
@@ -46,11 +53,23 @@ def run(args: argparse.Namespace) -> int:
 
     from xdit_ir.serving.app import make_app
 
-    setup = cmd_generate.setup_of(args)
-    size = Mesh.of(**setup.degrees).world_size
-    spec = TeamSpec(setup, size, 0, args.device, args.fps, args.start, args.grace)
-    server = Server(spec, checked_data(args.data), args.queue, args.patience)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that ranks are ended first, as after Ctrl-C
     logging.basicConfig(format="%(message)s")
+    LOG.setLevel(logging.INFO)
+    setup, data, hosts = cmd_generate.setup_of(args), checked_data(args.data), Hosts.here()
+    mesh = Mesh.of(**setup.degrees)
+    near = hosts.share(mesh.world_size * data)
+    spec = TeamSpec(setup, mesh.world_size, 0, args.device, args.fps, args.start, args.grace, near, hosts.address)
+    lobby = None
+    if hosts.count > 1:
+        store, _, _ = next(iter(rendezvous("env://")))
+        terms = {name: str(value) for name, value in vars(args).items() if name not in OWN}
+        if hosts.index:
+            keep_seats(store, hosts, near, terms)
+            return 0
+        lobby = Lobby(store, terms)
+        LOG.info(told(mesh, [place // near for place in range(mesh.world_size * data)]))
+    server = Server(spec, data, args.queue, args.patience, lobby)
     http = uvicorn.Server(uvicorn.Config(make_app(server), host=args.host, port=args.port, log_level="warning"))
     server.start()
     server.watch(lambda: setattr(http, "should_exit", True))
@@ -58,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         http.run()
     finally:
         server.close()
+        if lobby is not None:
+            lobby.close(hosts.count, near)
     if server.fatal is not None:
         raise server.fatal
     return 0

@@ -20,6 +20,8 @@ from xdit_ir.generation.job import Job
 from xdit_ir.generation.meter import Meter, summary, watching
 from xdit_ir.generation.request import Request, UnfitRequest, check_numbers, check_seed, dealt, read_embeddings
 from xdit_ir.generation.setup import Setup, ported_components
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.transport.spread import told
 
 NEEDED = ("diffusers", "transformers", "accelerate")
 REPORT = "generate.json"
@@ -170,6 +172,7 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
     job, device = generation.job, generation.job.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     ported = ported_components(generation.pipe)
+    spread = told(Mesh.of(**setup.degrees), job.hosts)
     caches = [vars(used) for one in ported if (used := one._xdit_specialisations.cache) is not None]
     return {
         "pipeline": type(generation.pipe).__name__,
@@ -181,7 +184,7 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
         "weights": "read by each rank" if any(one._holds for one in ported) else "loaded whole",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "phases": meter.as_dict(),
-    } | ({"caches": caches} if caches else {})
+    } | {name: what for name, what in {"hosts": spread, "caches": caches}.items() if what}
 
 
 def _write(generation: Generation, folder: Path, places: Sequence[int], fps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,18 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.transport.distributed import BACKENDS, check_processes, replica_of_process
 from xdit_ir.transport.groups import DEFAULT_TIMEOUT
 from xdit_ir.transport.replicas import Replica
+from xdit_ir.transport.spread import exchanged, told
+
+LOG = logging.getLogger("xdit_ir")
 
 
 @dataclass(frozen=True)
 class Job:
-    """This process; the replicas of a job generate for different prompts."""
+    """This process; the replicas of a job generate for different prompts. `hosts`: of all processes, if they meet."""
 
     device: torch.device
     replica: Replica = field(default_factory=Replica)
+    hosts: tuple[str, ...] = ()
 
     @property
     def leads(self) -> bool:
@@ -60,7 +65,13 @@ def start(mesh: Mesh, data: int = 1, device: str | None = None, timeout: timedel
     chosen = choose_device(device)
     if not dist.is_initialized() and world > 1:
         _initialise(chosen, world, timeout or DEFAULT_TIMEOUT, alone=mesh.world_size == 1)
-    return Job(chosen, replica_of_process(mesh, data))
+    hosts: tuple[str, ...] = ()
+    if dist.is_initialized():
+        hosts = exchanged(dist.distributed_c10d._get_default_store(), dist.get_rank(), world)
+    job = Job(chosen, replica_of_process(mesh, data), hosts)
+    if job.reports and (text := told(mesh, hosts)):
+        LOG.info(text)
+    return job
 
 
 def choose_device(name: str | None) -> torch.device:

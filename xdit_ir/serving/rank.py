@@ -6,6 +6,7 @@ import mimetypes
 import os
 import signal
 import tempfile
+import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -26,20 +27,29 @@ from xdit_ir.porting.denoisers import denoisers
 from xdit_ir.serving.work import DONE, FAILED, REFUSED, Made
 from xdit_ir.transport.distributed import Communicator
 
-READY, WORK, STOP = "ready", "work", "stop"
+READY, WORK, STOP, ENDED = "ready", "work", "stop", "ended"
 
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What a rank is started with: the pipeline, its place among `size` ranks, its device, the port of the store."""
+    """What a rank is started with: the pipeline, its place among `size` ranks and among the `near` ones of all replicas
+    on this host, its device, where the store is."""
 
     setup: Setup
     rank: int
     size: int
     local: int
-    port: int
+    near: int
+    store: tuple[str, int]
     device: str | None
     fps: int
+
+    def environment(self) -> dict[str, str]:
+        """What a launcher would set. If one has started the server, that is not what it has set for that."""
+        host, port = self.store
+        found = {"RANK": self.rank, "WORLD_SIZE": self.size, "LOCAL_RANK": self.local, "LOCAL_WORLD_SIZE": self.near}
+        found |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        return {name: str(value) for name, value in {**found, "MASTER_ADDR": host, "MASTER_PORT": port}.items()}
 
 
 class Stopped(XditError):
@@ -73,12 +83,13 @@ class Stopping:
 
 def run_rank(spec: RankSpec, connection: Connection) -> None:
     """Load the pipeline, say that it is ready or why it is not, and make what comes, until nobody is there."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends its ranks
-    environment = {"RANK": spec.rank, "LOCAL_RANK": spec.local, "WORLD_SIZE": spec.size, "MASTER_PORT": spec.port}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    tqdm.set_lock(threading.RLock())  # by itself it takes a named semaphore, which stays when a rank is killed
+    os.environ.update(spec.environment())
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec.size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec.near))
     try:
         job = spec.setup.start((), spec.device)
         pipe = spec.setup.pipeline(job, Meter(job.device))

@@ -9,21 +9,23 @@ from dataclasses import replace
 
 from xdit_ir.errors import ServingError
 from xdit_ir.generation.request import Request, check_numbers, check_seed
+from xdit_ir.serving.hosts import Lobby
 from xdit_ir.serving.team import Team, TeamSpec
 from xdit_ir.serving.work import BUSY, OUTCOMES, Queue, Work, WorkError
 
 KEPT = 256  # results that nobody has fetched yet
 MOST = 16  # results of one request
+STOPPING = "the server is stopping"
 STARTS = 3  # attempts to start the ranks of a replica before the server gives up
 
 
 class Server:
-    """Requests go in by `submit`, and their results come out of `Work.future`."""
+    """Requests go in by `submit`, and their results come out of `Work.future`; other hosts wait in the `lobby`."""
 
-    def __init__(self, spec: TeamSpec, replicas: int, room: int, patience: float) -> None:
+    def __init__(self, spec: TeamSpec, replicas: int, room: int, patience: float, lobby: Lobby | None = None) -> None:
         self.queue, self.patience, self.model = Queue(room), patience, str(spec.setup.source)
         specs = [replace(spec, first=spec.first + place * spec.size) for place in range(replicas)]
-        self.teams = [Team(one, self.queue, STARTS) for one in specs]
+        self.teams = [Team(one, self.queue, STARTS, lobby) for one in specs]
         self.kept: OrderedDict[int, Work] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -33,11 +35,12 @@ class Server:
             team.thread.start()
 
     def watch(self, stop: Callable[[], None]) -> None:
-        """Call `stop` when all replicas have given up, in a thread of its own."""
+        """When all replicas have given up, end what waits and call `stop`, in a thread of its own."""
 
         def run() -> None:
             for team in self.teams:
                 team.thread.join()
+            self.queue.close(WorkError(BUSY, str(self.fatal or STOPPING)))
             stop()
 
         threading.Thread(target=run, name="xdit_ir watch", daemon=True).start()
@@ -86,6 +89,6 @@ class Server:
 
     def close(self) -> None:
         """End everything."""
-        self.queue.close(WorkError(BUSY, "the server is stopping"))
+        self.queue.close(WorkError(BUSY, STOPPING))
         for team in self.teams:
             team.thread.join()

@@ -1,33 +1,32 @@
-"""The ranks of one replica as child processes, and the thread that gives them work and starts them anew."""
+"""The ranks of one replica, and the thread that gives them work and starts them anew."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import signal
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from xdit_ir.errors import ServingError
 from xdit_ir.generation.setup import Setup
-from xdit_ir.serving.rank import READY, STOP, WORK, RankSpec, run_rank
+from xdit_ir.serving.child import FAREWELL, Child
+from xdit_ir.serving.hosts import Guest, Lobby, Seat
+from xdit_ir.serving.rank import ENDED, READY, STOP, WORK, RankSpec
 from xdit_ir.serving.work import CANCELLED, DONE, FAILED, Queue, Work, WorkError
 
 LOG = logging.getLogger("xdit_ir")
 TICK = 0.1  # seconds between looks at what shall stop
-PRELOADED = ["xdit_ir.serving.rank", "diffusers.pipelines.pipeline_utils", "diffusers.loaders.peft"]
-FAREWELL = 5.0  # seconds in which a rank may end by itself
 
 
 @dataclass(frozen=True)
 class TeamSpec:
-    """How the ranks of a replica are started: `first` of their devices; `start` seconds to load, `grace` to stop."""
+    """How the ranks of a replica are started: `first` of them among those of all replicas, of which `near` are on each
+    host; `address` under which all hosts reach this one; `start` seconds to load, `grace` to stop."""
 
     setup: Setup
     size: int
@@ -36,28 +35,40 @@ class TeamSpec:
     fps: int
     start: float
     grace: float
+    near: int
+    address: str = "127.0.0.1"
+
+    def seat(self, rank: int) -> Seat:
+        """The host of a rank, and its place there."""
+        return divmod(self.first + rank, self.near)
 
 
 class Ranks:
-    """Running child processes; whatever one of them does not do raises `ServingError`, which names it."""
+    """Running processes; whatever one of them does not do raises `ServingError`, which names it."""
 
     def __init__(self, spec: TeamSpec) -> None:
         self.spec = spec
+        self.members: list[Child | Guest] = []
+
+    def start(self, queue: Queue, lobby: Lobby | None) -> None:
+        """Start all, wherever they are; those on other hosts may have to be waited for."""
+        deadline = time.monotonic() + self.spec.start
+        seats = [self.spec.seat(rank) for rank in range(self.spec.size)]
+        while lobby is not None and (missing := lobby.missing(seats)) and not queue.closed:
+            queue.sweep()
+            if time.monotonic() > deadline:
+                raise ServingError(f"host {missing[0][0]} did not come within {self.spec.start:g} s")
+            time.sleep(TICK)
+        if queue.closed:
+            return
         # The store lives here, so that no one else can take its port; a new one for every start.
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        # Forked from one that has imported what takes long, and has done nothing else: a rank is soon there again.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self.lines: list[Connection] = []
-        self.processes: list[Any] = []
-        for rank in range(spec.size):
-            mine, theirs = context.Pipe()
-            one = RankSpec(spec.setup, rank, spec.size, spec.first + rank, self._store.port, spec.device, spec.fps)
-            process = context.Process(target=run_rank, args=(one, theirs), name=f"rank {rank}", daemon=True)
-            process.start()
-            theirs.close()
-            self.lines.append(mine)
-            self.processes.append(process)
+        self._store = TCPStore(self.spec.address, 0, is_master=True, wait_for_workers=False)
+        for rank, seat in enumerate(seats):
+            own = RankSpec(
+                *(self.spec.setup, rank, self.spec.size, seat[1], self.spec.near),
+                *((self.spec.address, self._store.port), self.spec.device, self.spec.fps),
+            )
+            self.members.append(Child(own) if lobby is None or not seat[0] else lobby.seated(seat, own))
 
     def ready(self, queue: Queue) -> None:
         """Wait until all have loaded the pipeline."""
@@ -74,16 +85,14 @@ class Ranks:
 
     def run(self, work: Work) -> Any:
         """What became of a request: what the first rank says that is no success on all, or else its results."""
-        for line in self.lines:
-            line.send((WORK, work.number, work.request, work.count))
+        self._tell((WORK, work.number, work.request, work.count))
         answers: dict[int, tuple[str, Any]] = {}
         told = 0.0
         while len(answers) < self.spec.size:
             self._hear(work.number, answers)
             if not told and work.stopped() is not None:
                 told = time.monotonic()
-                for line in self.lines:
-                    line.send((STOP, work.number))
+                self._tell((STOP, work.number))
             if told and time.monotonic() - told > self.spec.grace:
                 missing = self._missing(answers)
                 raise ServingError(f"rank {missing} did not stop within {self.spec.grace:g} s of request {work.number}")
@@ -91,37 +100,42 @@ class Ranks:
         return failed[0] if failed else answers[0]
 
     def check(self) -> None:
-        """Raise if a rank has ended."""
-        for rank, process in enumerate(self.processes):
-            if not process.is_alive():
-                raise ServingError(f"rank {rank} {_end(process)}")
+        """Raise if a rank has ended; nobody works."""
+        self._hear(0, {}, 0.0)
 
     def close(self) -> None:
         """End all of them."""
-        for line in self.lines:
-            line.close()
-        for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            process.join(FAREWELL)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            process.close()
+        for member in self.members:
+            member.stop()
+        for member in self.members:
+            member.join()
 
-    def _hear(self, number: int, answers: dict[int, tuple[str, Any]]) -> None:
-        """Take what ranks say of a request, for a moment."""
-        for line in wait(self.lines, TICK):
-            rank = next(rank for rank, one in enumerate(self.lines) if one is line)
+    def _tell(self, message: Any) -> None:
+        for rank, member in enumerate(self.members):
             try:
-                kind, told, content = self.lines[rank].recv()
+                member.line.send(message)
+            except OSError:
+                raise self._gone(rank) from None
+
+    def _hear(self, number: int, answers: dict[int, Any], limit: float = TICK) -> None:
+        """Take what ranks say of a request, for a moment."""
+        ranks = {id(member.line): rank for rank, member in enumerate(self.members)}
+        for line in wait([member.line for member in self.members], limit):
+            rank = ranks[id(line)]
+            try:
+                kind, told, content = self.members[rank].line.recv()
             except (EOFError, ConnectionError):
-                self.processes[rank].join(FAREWELL)
-                raise ServingError(f"rank {rank} {_end(self.processes[rank])}") from None
+                raise self._gone(rank) from None
+            if kind == ENDED:
+                raise ServingError(f"rank {rank} {content}")
             if told == number:
                 answers[rank] = kind, content
-        if len(answers) < self.spec.size:
-            self.check()
+        for rank, member in enumerate(self.members):
+            if len(answers) < self.spec.size and (how := member.ended()):
+                raise ServingError(f"rank {rank} {how}")
+
+    def _gone(self, rank: int) -> ServingError:
+        return ServingError(f"rank {rank} {self.members[rank].ended(FAREWELL) or 'does not answer any more'}")
 
     def _missing(self, answers: dict[int, Any]) -> int:
         return min(set(range(self.spec.size)) - set(answers))
@@ -130,11 +144,11 @@ class Ranks:
 class Team:
     """A replica of the server."""
 
-    def __init__(self, spec: TeamSpec, queue: Queue, starts: int) -> None:
-        self.spec, self.queue, self.starts = spec, queue, starts
+    def __init__(self, spec: TeamSpec, queue: Queue, starts: int, lobby: Lobby | None = None) -> None:
+        self.spec, self.queue, self.starts, self.lobby = spec, queue, starts, lobby
         self.is_ready, self.restarts, self.trouble = False, 0, "its ranks are starting"
         self.fatal: ServingError | None = None
-        self.processes: Sequence[Any] = ()
+        self.members: Sequence[Child | Guest] = ()
         self.thread = threading.Thread(target=self._run, name="xdit_ir team", daemon=True)
 
     def _run(self) -> None:
@@ -147,8 +161,9 @@ class Team:
         failed = 0
         while not self.queue.closed and failed < self.starts:
             ranks = Ranks(self.spec)
-            self.processes = ranks.processes
+            self.members = ranks.members
             try:
+                ranks.start(self.queue, self.lobby)
                 ranks.ready(self.queue)
                 self.is_ready, failed, self.trouble = True, 0, ""
                 self._serve(ranks)
@@ -177,11 +192,3 @@ class Team:
                 work.finish(content)
             else:
                 work.finish(work.stopped() or WorkError(outcome, content))
-
-
-def _end(process: Any) -> str:
-    """How a process has ended."""
-    code = process.exitcode
-    if code is None:
-        return "does not answer any more"
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"

@@ -30,7 +30,7 @@ def connect_all(store: Any, rank: int, world: int, timeout: timedelta) -> dict[i
     """
     deadline = time.monotonic() + timeout.total_seconds()
     token = secrets.token_hex(16)
-    with _server() as server:
+    with listening() as server:
         turn = store.add(f"{KEY}/{rank}", 1)
         mine = {"token": token, "port": server.getsockname()[1], "hosts": _addresses(store), "node": platform.node()}
         store.set(f"{KEY}/{rank}/{turn}", json.dumps(mine))
@@ -71,7 +71,7 @@ class Inbox:
             yield message
 
 
-def _server() -> socket.socket:
+def listening() -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
     return socket.create_server(("", 0), backlog=1024)
@@ -127,7 +127,7 @@ def _called(server: socket.socket, token: str, deadline: float, missing: set[int
             raise LostError(f"rank {min(missing)} did not make its first call in time", min(missing)) from error
         try:
             line.settimeout(HELLO_LIMIT)
-            said = _exactly(line, len(token) + _LENGTH.size)
+            said = exactly(line, len(token) + _LENGTH.size)
             if secrets.compare_digest(said[: len(token)], token.encode()):
                 line.sendall(b"+")
                 return int(_LENGTH.unpack(said[len(token) :])[0]), line
@@ -136,7 +136,7 @@ def _called(server: socket.socket, token: str, deadline: float, missing: set[int
         line.close()
 
 
-def _exactly(line: socket.socket, size: int) -> bytes:
+def exactly(line: socket.socket, size: int) -> bytes:
     found = b""
     while len(found) < size:
         more = line.recv(size - len(found))
