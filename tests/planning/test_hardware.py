@@ -68,6 +68,13 @@ def test_links_reach_as_far_as_they_say() -> None:
     assert not any(link.hidden for link in nodes.links), "copy engines do not reach other hosts"
 
 
+def test_the_same_gpus_in_hosts() -> None:
+    inside, between = load("h100").on_hosts(2).links
+    assert inside.ranks == 2 and not inside.hidden and between == load("h100-infiniband").links[-1]
+    slow = load("cpu").on_hosts(2)
+    assert slow.link((1, 2)).bytes == slow.link((0, 1)).bytes, "not faster than inside"
+
+
 def test_what_names_a_machine() -> None:
     assert hardware_of(Machine()) == load("h100") == hardware_of("h100") == parse("h100")
     assert parse("bytes=25e9").machine == Machine(bytes=25e9)

@@ -11,6 +11,7 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir.ir.mesh import MESH_DIMS
+from xdit_ir.planning.hardware import load
 from xdit_ir.planning.plan import Plan
 
 
@@ -71,6 +72,14 @@ def test_the_best_is_first_and_the_others_say_why_not(of_eight: Plan) -> None:
 
 def test_the_best_is_what_port_and_parallelize_take(of_eight: Plan) -> None:
     assert xir.trace(model(), example(batch=2)).parallelize(**of_eight.best).world_size == 8
+
+
+def test_on_several_hosts_tokens_are_exchanged_for_heads_inside_them_only() -> None:
+    wide, long = model(width=3072, heads=24, count=2), example(width=3072)
+    together = xir.plan(wide, long, gpus=4, machine=load("h100"))
+    apart = xir.plan(wide, long, gpus=4, machine=load("h100").on_hosts(2))
+    assert [str(one.candidates[0].degrees) for one in (together, apart)] == ["u4", "r2u2"]
+    assert apart.machine == "h100 in hosts of 2"
 
 
 def test_only_exact_ways_unless_others_are_allowed(of_eight: Plan) -> None:

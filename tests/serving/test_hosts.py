@@ -23,7 +23,7 @@ from xdit_ir.models import digits
 from xdit_ir.serving.hosts import Hosts, Lobby, keep_seats
 from xdit_ir.tools.census import Census, children
 from xdit_ir.tools.cli import main
-from xdit_ir.transport.spread import crossing, told
+from xdit_ir.transport.spread import crossing, near, told
 
 TWO = ["a", "a", "b", "b"]
 
@@ -60,6 +60,10 @@ def test_the_outer_dims_go_between_hosts(degrees: dict[str, int], hosts: list[st
 )
 def test_what_is_said_of_it(degrees: dict[str, int], hosts: list[str], text: str) -> None:
     assert told(Mesh.of(**degrees), hosts) == text
+
+
+def test_how_many_are_near() -> None:
+    assert [near(one) for one in (TWO, "abab", "aaab", "aaaabbcc", "a")] == [2, 1, 1, 2, 1]
 
 
 def test_one_process_on_each_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -17,7 +17,7 @@ from xdit_ir.sharding.machine import H100, Machine, checked
 
 GIB = 2**30
 HALF = (torch.float16, torch.bfloat16)
-CPU = "cpu"
+CPU, BETWEEN = "cpu", "h100-infiniband"
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,16 @@ class Hardware:
             if min(ranks) // link.ranks == max(ranks) // link.ranks:
                 return link
         return self.links[-1]
+
+    def on_hosts(self, near: int) -> Hardware:
+        """The same in hosts of `near` GPUs each. Copy engines reach one host only; between hosts is what its widest
+        link is, or that between nodes of `BETWEEN` if that is slower."""
+        link = load(BETWEEN).links[-1]
+        wide = self.links[-1]
+        between = Link(link.ranks, min(link.bytes, wide.bytes), max(link.latency, wide.latency), hidden=False)
+        first = self.links[0]
+        inside = replace(first, ranks=min(first.ranks, near), hidden=False)
+        return replace(self, name=f"{self.name or self.title} in hosts of {near}", links=(inside, between))
 
     @staticmethod
     def plain(machine: Machine) -> Hardware:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import Options, plan_traced
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.transport.distributed import processes_of_replica
+from xdit_ir.transport.spread import near, told
 
 LOG = logging.getLogger("xdit_ir")
 
@@ -51,7 +53,10 @@ class Unplanned:
         hardware = hardware_here(device) if self.machine is None else hardware_of(self.machine)
         try:
             with communicator.working():
-                mine = self._planned(model, example, count, hardware) if communicator.rank == 0 else {}
+                hosts = communicator.of_all(platform.node())
+                if len(set(hosts)) > 1:
+                    hardware = hardware.on_hosts(near(hosts))
+                mine = self._planned(model, example, hosts, hardware) if communicator.rank == 0 else {}
                 first, *_ = communicator.of_all(mine)
                 if "refused" in first:
                     raise communicator.agreed(ParallelizeError(first["refused"]))
@@ -61,13 +66,14 @@ class Unplanned:
         return {**first["degrees"], **kept, "machine": Machine(**first["machine"])}
 
     def _planned(
-        self, model: nn.Module, example: Callable[[], Example], count: int, hardware: Hardware
+        self, model: nn.Module, example: Callable[[], Example], hosts: Sequence[str], hardware: Hardware
     ) -> dict[str, Any]:
         """What rank 0 tells the others: degrees and speeds, or why there are none."""
         try:
             traced = TracedProgram(capture.trace(model, example()), familiar=True)
-            made = plan_traced(traced, model, count, hardware, self.given, Options(shard_weights=self.shard_weights))
-            _log(made)
+            how = Options(shard_weights=self.shard_weights)
+            made = plan_traced(traced, model, len(hosts), hardware, self.given, how)
+            _log(made, hosts)
             return {"degrees": made.best, "machine": vars(hardware.machine)}
         except RaisedByForward as failure:
             return {"refused": f"degrees cannot be planned, as forward raises {failure.error!r}"}
@@ -98,11 +104,13 @@ def saved_degrees(
     return plan.chosen.degrees, kept if machine is None else machine
 
 
-def _log(made: Plan) -> None:
-    """One line: what was taken, and what came next."""
+def _log(made: Plan, hosts: Sequence[str]) -> None:
+    """One line: what was taken, and what came next; one more where that leads from host to host."""
     best = made.chosen
     other = next((f"; next {one.degrees}: {one.why}" for one in made.candidates if one.legal and one is not best), "")
     LOG.info(
         "%s on %d x %s: took %s, worked out as %.1f ms a step and %.1f GiB%s",
         *(made.model, made.gpus, made.machine, best.degrees, best.ms, max(best.gib), other),
     )
+    if text := told(Mesh.of(**{name: made.best.get(name, 1) for name in MESH_DIMS}), hosts):
+        LOG.info(text)

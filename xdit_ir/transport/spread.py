@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 from collections import Counter
@@ -17,6 +18,12 @@ def exchanged(store: Any, rank: int, world: int) -> tuple[str, ...]:
     """The host of every process of a job. Collective."""
     store.set(f"{KEY}/{rank}", platform.node())
     return tuple(store.get(f"{KEY}/{other}").decode() for other in range(world))
+
+
+def near(hosts: Sequence[Hashable]) -> int:
+    """How many successive processes are on one host, everywhere."""
+    runs = [len(list(run)) for _, run in itertools.groupby(hosts)]
+    return math.gcd(*runs)
 
 
 def crossing(mesh: Mesh, hosts: Sequence[Hashable]) -> tuple[str, ...]:
@@ -42,16 +49,16 @@ def told(mesh: Mesh, hosts: Sequence[Hashable]) -> str:
     inside = [name for name, size in mesh.degrees.items() if size > 1 and name not in across]
     parts = [f"{_listed(mesh, across)} between them" if across else "no exchange of a request between them"]
     parts += [f"{_listed(mesh, inside)} inside them"] if inside else []
-    return f"{len(there)} hosts: {', '.join(parts)}{_better(mesh, across, min(there.values()))}"
+    return f"{len(there)} hosts: {', '.join(parts)}{_better(mesh, across, near(hosts))}"
 
 
 def _listed(mesh: Mesh, names: Sequence[str]) -> str:
     return " x ".join(f"{name}={mesh.degrees[name]}" for name in names)
 
 
-def _better(mesh: Mesh, across: Sequence[str], near: int) -> str:
+def _better(mesh: Mesh, across: Sequence[str], here: int) -> str:
     """Where tokens are exchanged for heads between hosts: the same with keys that travel there."""
-    kept = math.gcd(mesh.degrees[ULYSSES], near)
+    kept = math.gcd(mesh.degrees[ULYSSES], here)
     if ULYSSES not in across or kept == 1:
         return ""
     rest = mesh.degrees[RING] * mesh.degrees[ULYSSES] // kept
