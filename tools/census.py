@@ -24,8 +24,8 @@ def children(pid: int) -> list[int]:
 
 
 def orphans() -> set[str]:
-    """Shared memory that no process has open or mapped."""
-    found = set(os.listdir(SHARED))
+    """Shared memory that no process has open or mapped; without semaphores, of which Python itself tells."""
+    found = {name for name in os.listdir(SHARED) if not name.startswith("sem.")}
     for path in PROC.glob("[0-9]*/maps"):
         with suppress(OSError):  # it has ended meanwhile
             found -= {line.rpartition(f"{SHARED}/")[2].split(" ")[0] for line in path.read_text().splitlines()}

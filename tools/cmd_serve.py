@@ -6,8 +6,11 @@ import argparse
 import importlib.util
 import logging
 import signal
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from xdit_ir.errors import ServingError
@@ -37,6 +40,13 @@ def add_parser(commands: Any) -> None:
     serve = parser.add_argument_group("serving")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="default %(default)s")
+    serve.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="ranks are kept by actors of this Ray cluster",
+    )
     serve.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait (default 256)")
     serve.add_argument("--patience", type=float, default=600.0, metavar="S", help="seconds for a request (default 600)")
     serve.add_argument("--start", type=float, default=1800.0, metavar="S", help="seconds to load (default 1800)")
@@ -49,36 +59,61 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ServingError(f"serve needs {', '.join(missing)}: pip install xdit-ir[serve,zoo]")
-    import uvicorn
-
-    from xdit_ir.serving.app import make_app
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that ranks are ended first, as after Ctrl-C
     logging.basicConfig(format="%(message)s")
     LOG.setLevel(logging.INFO)
-    setup, data, hosts = cmd_generate.setup_of(args), checked_data(args.data), Hosts.here()
+    hosts, setup, data = Hosts.here(), cmd_generate.setup_of(args), checked_data(args.data)
     mesh = Mesh.of(**setup.degrees)
     near = hosts.share(mesh.world_size * data)
     spec = TeamSpec(setup, mesh.world_size, 0, args.device, args.fps, args.start, args.grace, near, hosts.address)
-    lobby = None
-    if hosts.count > 1:
+    with ExitStack() as stack:
+        if args.ray is not None:
+            return _serve(args, *_by_actors(args, hosts, spec, data, stack), stack)
+        if hosts.count == 1:
+            return _serve(args, spec, data, None, stack)
         store, _, _ = next(iter(rendezvous("env://")))
         terms = {name: str(value) for name, value in vars(args).items() if name not in OWN}
         if hosts.index:
             keep_seats(store, hosts, near, terms)
             return 0
         lobby = Lobby(store, terms)
+        stack.callback(lobby.close, hosts.count, near)
         LOG.info(told(mesh, [place // near for place in range(mesh.world_size * data)]))
+        return _serve(args, spec, data, lobby, stack)
+
+
+def _by_actors(
+    args: argparse.Namespace, hosts: Hosts, spec: TeamSpec, data: int, stack: ExitStack
+) -> tuple[TeamSpec, int, Lobby]:
+    """All ranks are elsewhere, on seats that actors of Ray keep."""
+    if hosts.count > 1:
+        raise ServingError(f"--ray finds hosts itself; expected no launcher, which has started {hosts.count} processes")
+    if importlib.util.find_spec("ray") is None:
+        raise ServingError("--ray needs ray: pip install xdit-ir[ray]")
+    from xdit_ir.serving.actors import HOST, Actors
+
+    count = spec.near
+    actors = Actors(count, args.ray, args.device, args.start)
+    stack.callback(actors.close)
+    lobby = Lobby(HashStore(), {})
+    stack.callback(lobby.close, HOST + 1, count)
+    actors.keep(lobby.way(actors.address))
+    if text := told(Mesh.of(**spec.setup.degrees), actors.hosts):
+        LOG.info(text)
+    return replace(spec, first=HOST * count, address=actors.address), data, lobby
+
+
+def _serve(args: argparse.Namespace, spec: TeamSpec, data: int, lobby: Lobby | None, stack: ExitStack) -> int:
+    import uvicorn
+
+    from xdit_ir.serving.app import make_app
+
     server = Server(spec, data, args.queue, args.patience, lobby)
     http = uvicorn.Server(uvicorn.Config(make_app(server), host=args.host, port=args.port, log_level="warning"))
+    stack.callback(server.close)
     server.start()
     server.watch(lambda: setattr(http, "should_exit", True))
-    try:
-        http.run()
-    finally:
-        server.close()
-        if lobby is not None:
-            lobby.close(hosts.count, near)
+    http.run()
     if server.fatal is not None:
         raise server.fatal
     return 0

@@ -6,6 +6,8 @@ import base64
 import functools
 import io
 import json
+import subprocess
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -21,7 +23,7 @@ from xdit_ir.serving.app import PlainBody, request_of
 
 Body = dict[str, Any]
 Images = list[np.ndarray[Any, Any]]
-LIMIT = 300.0  # seconds for an answer
+LIMIT = 300.0  # seconds for an answer, and for a start
 
 
 def ask(port: int, path: str, body: Any = None, method: str | None = None, host: str = "127.0.0.1") -> tuple[int, Any]:
@@ -35,6 +37,20 @@ def ask(port: int, path: str, body: Any = None, method: str | None = None, host:
     except urllib.error.HTTPError as error:
         status, text = error.code, error.read().decode()
     return status, json.loads(text) if text.startswith("{") else text
+
+
+def until_ready(process: subprocess.Popen[Any], port: int, host: str = "127.0.0.1") -> None:
+    """Wait for a server that was started."""
+    deadline = time.monotonic() + LIMIT
+    while True:
+        try:
+            if ask(port, "/health", host=host)[0] == 200:
+                return
+        except OSError:  # nobody listens yet
+            pass
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise TimeoutError(f"the server is not ready; its status: {process.returncode}")
+        time.sleep(0.1)
 
 
 def images(content: Any) -> Images:

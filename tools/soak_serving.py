@@ -26,9 +26,10 @@ from typing import Any
 
 from xdit_ir.models import digits
 from xdit_ir.tools.census import Census, children, orphans
-from xdit_ir.tools.served import LIMIT, Alone, Body, ask
+from xdit_ir.tools.served import LIMIT, Alone, Body, ask, until_ready
 
 SEEDS = 2  # of every shape
+GONE = 20.0  # seconds in which the last process ends after the server
 RECOVERED = 20.0  # seconds in which a right answer comes after a kill
 
 
@@ -67,7 +68,7 @@ class Soak:
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
             process = self._start(folder, log)
             try:
-                self._wait(process)
+                until_ready(process, self.port)
                 self._serve(process, alone)
                 self._stop(process)
             finally:
@@ -91,18 +92,6 @@ class Soak:
             stderr=log,
             text=True,
         )
-
-    def _wait(self, process: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + LIMIT
-        while True:
-            try:
-                if ask(self.port, "/health")[0] == 200:
-                    return
-            except OSError:  # nobody listens yet
-                pass
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise TimeoutError(f"the server is not ready; its status: {process.returncode}")
-            time.sleep(0.1)
 
     def _serve(self, process: subprocess.Popen[str], alone: Alone) -> None:
         seeded = [body | {"seed": seed} for body in self.bodies for seed in range(SEEDS)]
@@ -182,7 +171,7 @@ class Soak:
             process.wait(60)
         except subprocess.TimeoutExpired:
             self.found.append("the server does not end")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + GONE
         while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
             if time.monotonic() > deadline:
                 self.found.append(f"processes are left: {left}")

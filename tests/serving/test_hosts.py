@@ -143,7 +143,7 @@ def test_generate(hosts: Any, tmp_path: Path, degrees: dict[str, int], said: str
 
 def test_serve(hosts: Any, tmp_path: Path) -> None:
     """A rank is killed on the host that does not have the server; the others are those of the next requests."""
-    from xdit_ir.tools.served import Alone, ask
+    from xdit_ir.tools.served import Alone, ask, until_ready
 
     where, port = hosts.outside, 8123
     command = ["serve", str(digits.PIPELINE), "--cfg", "2", "--device", "cpu", "--dtype", "fp32"]
@@ -153,7 +153,7 @@ def test_serve(hosts: Any, tmp_path: Path) -> None:
     alone = Alone(str(digits.PIPELINE))
     bodies = [{"arguments": {"class_labels": [*range(count)]}, "guidance": 2.0, "steps": 2} for count in (1, 2, 3)]
     try:
-        await_ready(where, port, logs[0])
+        until_ready(agents[0], port, where)
         for body in bodies:
             status, content = ask(port, "/generate", {**body, "seed": 1}, host=where)
             assert status == 200 and not alone.wrong({**body, "seed": 1}, content), content
@@ -175,22 +175,11 @@ def test_serve(hosts: Any, tmp_path: Path) -> None:
         statuses = [ended(agent, 60) for agent in agents]
     said = [log.read_text() for log in logs]
     assert statuses == [1, 0] and "leaked" not in "".join(said), said  # torchrun's, of a job that was stopped
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
     assert "2 hosts: cfg=2 between them" in said[0]
-
-
-def await_ready(host: str, port: int, log: Path) -> None:
-    from xdit_ir.tools.served import ask
-
-    deadline = time.monotonic() + 300
-    while True:
-        try:
-            if ask(port, "/health", host=host)[0] == 200:
-                return
-        except OSError:  # nobody listens yet
-            pass
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.2)
 
 
 def ended(agent: subprocess.Popen[str], limit: float) -> int:

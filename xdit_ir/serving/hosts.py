@@ -15,7 +15,7 @@ import struct
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -63,6 +63,15 @@ class Hosts:
         return ranks // self.count
 
 
+@dataclass(frozen=True)
+class Way:
+    """To a lobby."""
+
+    address: str
+    port: int
+    token: str
+
+
 class Guest:
     """A rank on another host, by the call of who keeps its seat."""
 
@@ -88,10 +97,14 @@ class Lobby:
     def __init__(self, store: Any, terms: Mapping[str, str]) -> None:
         self._token, self._server, self._news = secrets.token_hex(16), listening(), threading.Condition()
         self._waiting: dict[Seat, Connection] = {}
-        found = {"port": self._server.getsockname()[1], "token": self._token, "terms": dict(terms)}
-        store.set(KEY, json.dumps(found))
+        self.port = self._server.getsockname()[1]
+        store.set(KEY, json.dumps({"port": self.port, "token": self._token, "terms": dict(terms)}))
         self._thread = threading.Thread(target=self._welcome, name="xdit_ir lobby", daemon=True)
         self._thread.start()
+
+    def way(self, address: str) -> Way:
+        """Here, under an address of this host."""
+        return Way(address, self.port, self._token)
 
     def missing(self, seats: Sequence[Seat]) -> list[Seat]:
         """Those of other hosts that nobody keeps now."""
@@ -151,10 +164,11 @@ def keep_seats(store: Any, hosts: Hosts, places: int, terms: Mapping[str, str]) 
             first = found["terms"].get(name)
             raise ServingError(f"host {hosts.index} was started with {name}={value}, host 0 with {name}={first}")
     errors: list[Exception] = []
+    way = Way(hosts.address, found["port"], found["token"])
 
     def keep(place: int) -> None:
         try:
-            while _seated(hosts, (hosts.index, place), found["port"], found["token"]):
+            while sit(way, (hosts.index, place)):
                 pass
         except Exception as error:  # a thread has nobody to raise to
             errors.append(error)
@@ -170,15 +184,16 @@ def keep_seats(store: Any, hosts: Hosts, places: int, terms: Mapping[str, str]) 
         raise ServingError(f"host {hosts.index} has lost the server at {hosts.address}: {errors[0]}") from errors[0]
 
 
-def _seated(hosts: Hosts, seat: Seat, port: int, token: str) -> bool:
-    """Call the lobby, and run a rank for as long as the server wants it; whether there may be another one."""
-    caller = socket.create_connection((hosts.address, port), timeout=HELLO_LIMIT)
-    caller.sendall(token.encode() + _SEAT.pack(*seat))
+def sit(way: Way, seat: Seat, gpu: int | None = None) -> bool:
+    """Call the lobby, and run a rank for as long as the server wants it, on this GPU if one is named; whether there may
+    be another one."""
+    caller = socket.create_connection((way.address, way.port), timeout=HELLO_LIMIT)
+    caller.sendall(way.token.encode() + _SEAT.pack(*seat))
     with _connection(caller) as line:
         spec = line.recv()
         if spec is None:
             return False
-        child = Child(spec)
+        child = Child(spec if gpu is None else replace(spec, local=gpu))
         try:
             _relay(line, child)
         except OSError:  # the server wants it no more, or is gone: the next call tells
