@@ -10,6 +10,7 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import BATCH, FEATURES, SEQUENCE, TIME, Mesh
 from xdit_ir.ir.program import SPEC, Program, call_parts
 from xdit_ir.passes.base import After, run_passes
+from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.passes.order import cache_passes, mesh_passes, time_passes
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.split_batch import LARGE, Batch, check_batch
@@ -29,11 +30,11 @@ def divide(
     *,
     batch: Batch = Batch.DIVIDED,
     familiar: bool = False,
-    shard_weights: bool = False,
+    keeping: Keeping = ALL_HERE,
 ) -> Program:
     """Run the mesh passes over an analysed program: ranks can run the result."""
     check_degrees(program, mesh, batch=batch)
-    passes = mesh_passes(mesh, machine, batch=batch, shard_weights=shard_weights)
+    passes = mesh_passes(mesh, machine, batch=batch, keeping=keeping)
     return run_passes(program, passes, after, familiar=familiar)
 
 
@@ -126,24 +127,6 @@ def check_features(program: Program, mesh: Mesh) -> None:
     if degree > max(most, MAY_IDLE):
         raise ParallelizeError(
             f"{name}={degree} divides features, of which there are {most} at most; nearest legal: {name}={most}"
-        )
-
-
-def check_weights(mesh: Mesh, wanted: object = True, *, batch: Batch = Batch.DIVIDED) -> None:
-    """Raise `ParallelizeError` where weights are `wanted` in parts and no two ranks hold copies for the same call."""
-    if not isinstance(wanted, bool):
-        raise ParallelizeError(f"shard_weights={wanted!r}: expected True or False")
-    if not wanted:
-        return
-    if mesh.size((TIME,)) > 1:
-        raise ParallelizeError(
-            f"shard_weights=True with {TIME}={mesh.size((TIME,))}: stages have weights of their own already; expected "
-            f"{TIME}=1, nearest legal: {BATCH}, ulysses or ring instead of {TIME}, or shard_weights=False"
-        )
-    if batch is Batch.CALLS and mesh.world_size == mesh.size((BATCH,)) > 1:
-        raise ParallelizeError(
-            f"shard_weights=True with {BATCH}={mesh.size((BATCH,))} that divides calls, as here the batch cannot "
-            f"be divided: its ranks run different calls, so none can gather from the other; use ulysses=2"
         )
 
 

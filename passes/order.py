@@ -17,6 +17,7 @@ from xdit_ir.passes.find_tokens import Dims, FindTokens
 from xdit_ir.passes.fuse_gelu import FuseGelu
 from xdit_ir.passes.group_keys import GroupKeys
 from xdit_ir.passes.keep_parts import KeepParts
+from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
@@ -81,11 +82,13 @@ def _split(mesh: Mesh, batch: Batch) -> list[Pass]:
 
 
 def mesh_passes(
-    mesh: Mesh, machine: Machine = H100, *, batch: Batch = Batch.DIVIDED, shard_weights: bool = False
+    mesh: Mesh, machine: Machine = H100, *, batch: Batch = Batch.DIVIDED, keeping: Keeping = ALL_HERE
 ) -> list[Pass]:
     """Passes that divide a program over a mesh; `rank_passes` follow, per rank."""
     split = _split(mesh, batch)
-    weights: list[Pass] = [ShardWeights(mesh, paired=batch is Batch.CALLS)] if shard_weights else []
+    weights: list[Pass] = []
+    if keeping != ALL_HERE:
+        weights.append(ShardWeights(mesh, paired=batch is Batch.CALLS, stream=keeping.stream))
     return [
         *split,
         *token_passes(mesh, machine),

@@ -1,9 +1,10 @@
-"""`shard-weights`: ranks hold equal parts of the weights, and what a block needs is gathered one block ahead."""
+"""`shard-weights`: ranks hold equal parts of the weights, on their GPU or with the host, and what a block needs is
+brought to it one block ahead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import fx
@@ -28,7 +29,9 @@ class ShardWeights:
     travel while that computes, and are let go of behind the call. Of a weight of which ranks compute with their own
     rows only, they hold these, and nothing is gathered. What an earlier program of the model has stored stays as it is.
 
-    `paired`: the parts of `cfg` run different calls, so nothing is divided between them.
+    `paired`: the parts of `cfg` run different calls, so nothing is divided between them. `stream`: whatever a rank
+    holds lies in the host's memory. It is uploaded before the call before begins, or, if it is then to be gathered, one
+    call earlier; one rank uploads all.
     """
 
     name: ClassVar[str] = "shard-weights"
@@ -37,41 +40,44 @@ class ShardWeights:
 
     mesh: Mesh
     paired: bool = False
+    stream: bool = False
 
     def apply(self, program: Program) -> Program:
-        """The program whose weights are divided over all ranks that run the same call."""
+        """The program whose weights are divided over all ranks that run the same call, or lie with the host."""
         dims = self.mesh.dims_of_a_call(paired=self.paired)
-        if self.mesh.size(dims) == 1:
+        if self.mesh.size(dims) == 1 and not self.stream:
             return program
         program = cut_weights(program, self.mesh, dims)
         program = program.replace(graph=copy_graph(program.graph), stored=dict(program.stored))
-        _Writer(program, self.mesh, dims).write()
+        _Writer(program, self.mesh, dims, self.stream).write()
         return program
-
-
-def weights_used(node: fx.Node, program: Program) -> list[fx.Node]:
-    """The weights of the model among a node's operands, each once; those without elements are held whole."""
-    found = [one for one in dict.fromkeys(operands(node)) if one.op == "get_attr" and str(one.target) in program.state]
-    return [one for one in found if one.meta[SPEC].nbytes]
 
 
 @dataclass
 class _Writer:
-    """Rewrites the outer graph of a `program` whose graph and `stored` are its own."""
+    """Rewrites the outer graph of a `program` whose graph and `stored` are its own. `own`: of what streams, parts of
+    which ranks use their own only."""
 
     program: Program
     mesh: Mesh
     dims: tuple[str, ...]
+    stream: bool
     parts: dict[str, fx.Node] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        held = self.program.graph.find_nodes(op="get_attr") if self.stream else ()
+        self.own = {str(node.target): node for node in held if node.target in self.program.stored}
+        self.parts |= self.own
+        for name in self.own:
+            self.program.stored[name] = replace(self.program.stored[name], on_host=True)  # type: ignore[index]
+
     def write(self) -> None:
-        """Store weights, gather them one unit ahead, and take them out where they are used."""
+        """Store weights, bring them one unit ahead, and take them out where they are used."""
         graph = self.program.graph
         units = list(self._units())
         needed = self._store([self._weights(unit) for unit in units])
-        wholes = [
-            {name: self._gathered(name, units[max(at - 1, 0)][0]) for name in names} for at, names in enumerate(needed)
-        ]
+        begins = [unit[0] for unit in units]
+        wholes = [{name: self._brought(name, begins[: at + 1]) for name in names} for at, names in enumerate(needed)]
         for unit, whole in zip(units, wholes, strict=True):
             self._take_out(unit, whole)
         remove_dead(graph)
@@ -91,14 +97,19 @@ class _Writer:
             yield unit
 
     def _weights(self, unit: Unit) -> dict[str, fx.Node]:
-        return {str(one.target): one for node in unit for one in weights_used(node, self.program)}
+        """What is to be brought for a unit, by name: weights, and if they stream, parts of which ranks use their own
+        only; those without elements are held whole."""
+        found = (one for node in unit for one in operands(node) if one.op == "get_attr" and one.meta[SPEC].nbytes)
+        names = {*self.program.state, *self.own}
+        return {str(one.target): one for one in found if one.target in names}
 
     def _bytes(self, unit: Unit) -> int:
-        return sum(self.program.state[name].nbytes for name in self._weights(unit))
+        return sum(weight.meta[SPEC].nbytes for weight in self._weights(unit).values())
 
     def _store(self, used: Sequence[Mapping[str, fx.Node]]) -> list[list[str]]:
         """Store together what the same units use; per unit, what it needs of all that is stored."""
         homes = {name: stored for stored, one in self.program.stored.items() for name, _ in one.members}
+        homes |= {name: name for name in self.own}
         users: dict[str, list[int]] = {}
         for at, names in enumerate(used):
             for name in names:
@@ -110,27 +121,34 @@ class _Writer:
         for group in together.values():
             stored = packed({name: self.program.state[name] for name in group}, self.mesh.size(self.dims))
             key = fresh_name(group, self.program.stored)
-            self.program.stored[key] = stored  # type: ignore[index]
+            self.program.stored[key] = replace(stored, on_host=self.stream)  # type: ignore[index]
             homes |= dict.fromkeys(group, key)
         return [list(dict.fromkeys(homes[name] for name in names)) for names in used]
 
-    def _gathered(self, name: str, before: fx.Node) -> fx.Node:
-        """All of what is stored, gathered in front of a node."""
+    def _brought(self, name: str, begins: Sequence[fx.Node]) -> fx.Node:
+        """What is stored as the last of some units needs it: one unit ahead, and by upload and gather two."""
+        graph, size = self.program.graph, self.mesh.size(self.dims)
         if name not in self.parts:
             stored = self.program.stored[name]
             layout = part_layout(stored.spec, self.mesh, self.dims)
-            self.parts[name] = stored_node(self.program.graph, name, stored, layout)
-        part, graph = self.parts[name], self.program.graph
-        with graph.inserting_before(before):
-            return write_relayout(graph, part, ops.gather, Layout.whole(len(part.meta[SPEC].shape)))
+            self.parts[name] = stored_node(graph, name, stored, layout)
+        value, steps = self.parts[name], [ops.gather] if size > 1 and name not in self.own else []
+        if self.stream:
+            steps.insert(0, ops.upload)
+        for ahead, step in zip(range(len(steps), 0, -1), steps, strict=True):
+            layout = Layout.whole(len(value.meta[SPEC].shape)) if step is ops.gather else value.meta[LAYOUT]
+            with graph.inserting_before(begins[max(len(begins) - 1 - ahead, 0)]):
+                value = write_relayout(graph, value, step, layout)
+        return value
 
     def _take_out(self, unit: Unit, whole: Mapping[str, fx.Node]) -> None:
         """Give the nodes of a unit the weights out of what is gathered for it."""
         places = {name: (stored, at) for stored in whole for name, at in self.program.stored[stored].members}
+        places |= {name: (name, 0) for name in self.own}
         for name, weight in self._weights(unit).items():
             stored, start = places[name]
             new = whole[stored]
-            if is_packed(self.program.stored[stored], self.program.state):
+            if name not in self.own and is_packed(self.program.stored[stored], self.program.state):
                 new = self._unpacked(new, start, weight, unit[0])
             for node in unit:
                 node.replace_input_with(weight, new)

@@ -28,8 +28,9 @@ def fresh_name(weights: Sequence[str], taken: Collection[str]) -> str:
 
 
 def part_layout(spec: TensorSpec, mesh: Mesh, dims: Collection[str]) -> Layout:
-    """That of what is stored: of the first dimension, equal parts."""
-    return Layout.whole(len(spec.shape)).with_dims({0: mesh.divide(spec.shape[0], dims)})
+    """That of what is stored: of the first dimension, equal parts, if there are several."""
+    whole = Layout.whole(len(spec.shape))
+    return whole.with_dims({0: mesh.divide(spec.shape[0], dims)}) if mesh.size(dims) > 1 else whole
 
 
 def stored_node(graph: fx.Graph, name: str, stored: Stored, layout: Layout) -> fx.Node:

@@ -27,8 +27,9 @@ from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program, Stored
 from xdit_ir.passes.base import After, run_passes
-from xdit_ir.passes.divide import check_schedule, check_weights, divide, make_pipeline, note_region
+from xdit_ir.passes.divide import check_schedule, divide, make_pipeline, note_region
 from xdit_ir.passes.find_tokens import Dims
+from xdit_ir.passes.keeping import Keeping
 from xdit_ir.passes.order import analysis_passes
 from xdit_ir.passes.split_batch import Batch
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
@@ -103,6 +104,7 @@ class TracedProgram:
         pair_calls: bool = False,
         share_samples: bool = False,
         shard_weights: bool = False,
+        stream_weights: bool = False,
         cache: str | None = None,
         machine: Machine = H100,
         after: After | None = None,
@@ -125,6 +127,8 @@ class TracedProgram:
             share_samples: a batch may be smaller than `cfg`, whose ranks then share samples.
             shard_weights: each rank holds an equal part of the weights; what a block needs is gathered while the one
                 before computes. Not with `pipefusion`.
+            stream_weights: weights lie in the host's memory, each rank's part of them, if there are several; what a
+                block needs is uploaded while the one before computes. Not with `pipefusion`.
             cache: when a step reuses what the blocks of an earlier one added: "first-block:0.08", "timestep:0.1",
                 "every:2" or "steps:0,1,2,5" (those that compute). Not with `pipefusion`. See docs/caching.md.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
@@ -137,7 +141,7 @@ class TracedProgram:
         mesh, machine = Mesh.of(**degrees), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED
-        check_weights(mesh, shard_weights, batch=batch)
+        keeping = Keeping.of(mesh, shard_weights, stream_weights, batch=batch)
         rule = None if cache is None else CacheRule.parse(cache)
         analysed = self.analysed if rule is None else note_region(self.analysed, rule, mesh, after)
         if pipefusion == 1:
@@ -148,7 +152,7 @@ class TracedProgram:
                 after,
                 batch=batch,
                 familiar=self.familiar,
-                shard_weights=shard_weights,
+                keeping=keeping,
             )
             used = None if rule is None else CacheCount(rule)
             return ParallelProgram(self.ir, analysed, divided, mesh, pair_calls, machine, used)
@@ -189,7 +193,7 @@ class ParallelProgram:
 
     def report(self) -> Report:
         """FLOPs, weights, communication, fallbacks and who does how much of what; `str()` is a table."""
-        found = make_report(self.original, self.ir, self._forwards)
+        found = make_report(self.original, self.ir, self._forwards, self.machine)
         return found if self.cache is None else dataclasses.replace(found, cache=self.cache.use)
 
     @property

@@ -124,6 +124,11 @@ def flat(d, packet):
     return Sample(packet.default, (x, *rest))
 
 
+@example(ops.upload)
+def upload(d, packet):
+    return Sample(packet, (d.tensor(*d.shape(2)),))
+
+
 @example(ops.unpack)
 def unpack(d, packet):
     shape = list(d.shape(d.int(0, 3)))

@@ -13,8 +13,12 @@ from xdit_ir import models
 
 @pytest.mark.parametrize(
     ("degrees", "share", "read"),
-    [({"ulysses": 2, "shard_weights": True}, 0.51, False), ({"tensor": 2}, 0.57, True)],
-    ids=["all of a model", "tensor of a checkpoint"],
+    [
+        ({"ulysses": 2, "shard_weights": True}, 0.51, False),
+        ({"tensor": 2}, 0.57, True),
+        ({"ulysses": 2, "stream_weights": True}, 0.51, True),
+    ],
+    ids=["all of a model", "tensor of a checkpoint", "from the host, of a checkpoint"],
 )
 def test_each_rank_keeps_its_part(
     workers: Callable[[int], Any], tmp_path: Path, degrees: dict[str, int], share: float, read: bool

@@ -28,7 +28,7 @@ def test_those_that_are_kept() -> None:
 def test_every_figure_has_a_source(name: str) -> None:
     found = data(name)
     figures = {key for key, value in found.items() if isinstance(value, float | int) and not isinstance(value, bool)}
-    assert figures | set(found["kernels"]) | {"links", "choices"} == set(found["sources"])
+    assert figures | set(found["kernels"]) | {"links", "choices", "upload"} == set(found["sources"])
     assert all(len(source) > 5 for source in found["sources"].values())
     assert isinstance(load(name), Hardware)
 

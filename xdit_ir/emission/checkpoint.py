@@ -23,6 +23,7 @@ from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import find_tensor
 from xdit_ir.ir.program import TensorSpec
 from xdit_ir.ir.stored import Filling, bytes_of
+from xdit_ir.transport.uploads import room_beside
 
 INDEX, SHARD = ".safetensors.index.json", ".safetensors"
 # What safetensors calls dtypes that may stand for each other, as in `from_pretrained(..., torch_dtype=...)`.
@@ -238,7 +239,7 @@ class WeightStore:
         self.check(names, specs, stored)
         whole = whole_names(names, stored)
         wanted = {name for name in whole if name not in self._tensors}
-        parts = Filling(self._parts.lacking(names, stored), specs, self.device)
+        parts = Filling(self._parts.lacking(names, stored), specs, room_beside(self.device))
         if self.release:
             gc.collect()  # cycles that a trace left behind hold the model's tensors, which would pile up below
         places = {name: (holder, leaf) for name, holder, leaf in _tensors_of(self.model)} if self.release else {}

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from xdit_ir.emission.slots import slot_call, slot_spec
+from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Slot
 from xdit_ir.ir.collective_ops import Communicate, PeerExchange
 from xdit_ir.ir.graphs import all_graphs, copy_node, operands, placeholders
@@ -23,6 +24,7 @@ from xdit_ir.kernels.attention import Attention, KernelAttention
 from xdit_ir.transport.collectives import lower
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
+from xdit_ir.transport.uploads import AwaitUpload, StartUpload, upload_stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +181,7 @@ class _CodeWriter:
         self.slots: dict[str, Iterator[int]] = {}
         self.letters: dict[tuple[str, int], fx.Node] = {}
         self.kept: dict[str, fx.Node] = {}
+        self.uploads: torch.cuda.Stream | None = None
 
     def head(self, source: fx.Graph, names: Sequence[str], read: Mapping[str, fx.Node]) -> tuple[str, ...]:
         """Write the placeholders: the inputs, then the weights and constants called `names`."""
@@ -227,6 +230,10 @@ class _CodeWriter:
             return self._block_call(node, bodies)
         if isinstance(node.target, Communicate):
             return self._communication(node, node.target)
+        if node.target is ops.upload:
+            self.uploads = self.uploads or upload_stream(self.device)
+            given = tuple(self.env[value] for value in operands(node))
+            return self._started(node, "upload", (StartUpload(self.uploads), AwaitUpload()), given, {})
         if isinstance(node.target, KernelAttention):
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
             return self._call(f"attention_{len(self.modules)}", Attention(node.target), args, dict(kwargs), node.name)
@@ -244,9 +251,13 @@ class _CodeWriter:
         if isinstance(target, PeerExchange):
             assert self.mailbox is not None
             return self._put(node, args, *self.mailbox.modules(self.name, node, target))
-        first, *rest = lower(target, self.communicator)
+        return self._started(node, target.kind, lower(target, self.communicator), args, dict(kwargs))
+
+    def _started(self, node: fx.Node, kind: str, halves: Sequence[nn.Module], args: Any, kwargs: Any) -> fx.Node:
+        """A call of what does all of it, or of the first half; the second one is to be called with what that gives."""
+        first, *rest = halves
         name = f"{node.name}_start" if rest else node.name
-        new = self._call(f"{target.kind}_{len(self.modules)}", first, args, dict(kwargs), name)
+        new = self._call(f"{kind}_{len(self.modules)}", first, args, kwargs, name)
         if rest:
             self.pending[node] = rest[0], new
         return new

@@ -69,6 +69,7 @@ class GivenUp:
 def without_effect(what: str) -> str:
     """Why weights cannot be changed where a port holds them."""
     return (
-        f"{what} a model whose weights its port holds itself (release=True, weights=, shard_weights=True or tensor=), "
-        "where it has no effect; load, cast and fuse before the first forward, or port a model anew"
+        f"{what} a model whose weights its port holds itself (release=True, weights=, shard_weights=True, "
+        "stream_weights=True or tensor=), where it has no effect; load, cast and fuse before the first forward, or "
+        "port a model anew"
     )

@@ -17,6 +17,7 @@ from xdit_ir.emission.structure import STRUCTURE
 from xdit_ir.ir.graphs import operands, placeholders
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.transport.collectives import Exchange
+from xdit_ir.transport.uploads import StartUpload
 
 SYNCHRONISING = "synchronizing CUDA operation"  # PyTorch's words where the host waits for the device
 
@@ -97,7 +98,7 @@ class Trial(fx.Interpreter):
         return Kind.ONCE if node in self._fixed else Kind.HOST
 
     def _note(self, node: fx.Node, result: Any, *, waits: bool) -> None:
-        sources = operands(node)
+        sources = [] if self._uploads(node) else operands(node)
         here, there = _devices(result)
         if node.op == "placeholder":
             fixed = node.name in self.unchanging
@@ -118,6 +119,10 @@ class Trial(fx.Interpreter):
             self.moved += [(node, s) for s in from_host if waits or s not in self._fixed or s not in self._scalars]
         elif waits or isinstance(node.target, Leaf) or any(source not in self._fixed for source in from_host):
             self.reading.add(node)
+
+    def _uploads(self, node: fx.Node) -> bool:
+        """Whether a node reads the host's memory by a copy that a CUDA graph can hold."""
+        return node.op == "call_module" and isinstance(self.submodules[node.target], StartUpload)
 
     def _mixes(self, node: fx.Node, sources: Sequence[fx.Node]) -> bool:
         """Whether an operator takes some values from the host and some from the device."""

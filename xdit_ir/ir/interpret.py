@@ -15,7 +15,7 @@ from torch import fx, nn
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.named_tensors import constants_on, find_tensor
 from xdit_ir.ir.program import CONSTANT, Program, call_parts, is_block_call
-from xdit_ir.ir.stored import Filling, bytes_of
+from xdit_ir.ir.stored import Filling, bytes_of, room_on
 
 State = Callable[[str], torch.Tensor]
 # Sees the name of the block call (empty: outer graph), a node of its body, and the value.
@@ -88,7 +88,7 @@ class Interpreter:
         stored = self.program.stored.get(name)
         if stored is None:
             return self.state(name)
-        parts = Filling([stored], self.program.state, self.device)
+        parts = Filling([stored], self.program.state, room_on(self.device))
         for member in parts.wanted:
             parts.fill(member, functools.partial(bytes_of(self.state(member)).narrow, 0))
         return parts.done()[stored]

@@ -142,6 +142,11 @@ def unpack(x: torch.Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]
     return x.narrow(0, start, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
+def upload(x: torch.Tensor) -> torch.Tensor:
+    """Copy what lies in the host's memory to the device."""
+    return x
+
+
 def moments(x: torch.Tensor, count: int) -> torch.Tensor:
     """`[2, batch, groups]` in double precision: sums of `x [batch, groups, ...]` and of its squares, over `count`.
 

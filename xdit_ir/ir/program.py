@@ -87,11 +87,13 @@ Dims = tuple[Runs | None, ...]
 @dataclass(frozen=True)
 class Stored:
     """Weights that ranks hold as one tensor of type `spec`, of which each may have a part: the bytes of each weight
-    begin at the offset beside its name. In a rank's program, `held` are the runs that it has of each dim."""
+    begin at the offset beside its name. In a rank's program, `held` are the runs that it has of each dim. `on_host`: it
+    lies in the host's memory, from which every use uploads it."""
 
     spec: TensorSpec
     members: tuple[tuple[str, int], ...]
     held: Dims | None = None
+    on_host: bool = False
 
 
 @dataclass(frozen=True)

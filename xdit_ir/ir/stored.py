@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import fx
 
+from xdit_ir.ir import ops
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.program import Dims, Stored, TensorSpec
 
 ALIGNMENT = 256  # bytes; what kernels want of where a tensor begins, and a multiple of every element
 ReadRun = Callable[[int, int], torch.Tensor]
 """Bytes of a weight, from where on and how many."""
+Room = Callable[[Stored], torch.Tensor]
+"""As many bytes as are held of something, zeros, where it is to lie."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ def is_packed(stored: Stored, state: Mapping[str, TensorSpec]) -> bool:
     return bool(others) or stored.spec != state[name]
 
 
+def source_of(node: fx.Node) -> fx.Node:
+    """What was gathered and uploaded to make this."""
+    while ops.is_relayout(node.target) or node.target is ops.upload:
+        [node] = node.all_input_nodes
+    return node
+
+
 def held_by(stored: Stored, layout: Layout, rank: int) -> Stored:
     """As one rank holds it."""
     return replace(stored, held=tuple(None if dim is None else dim.parts[rank].runs for dim in layout.dims))
@@ -92,22 +103,21 @@ def runs_of(stored: Stored, state: Mapping[str, TensorSpec]) -> Iterator[Run]:
         place += length * kept
 
 
-def _empty(stored: Stored, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tensor for what is held, and its bytes, which are to be filled; zeros where nothing lies."""
-    spec = held_spec(stored)
-    flat = torch.zeros(math.prod(spec.shape) * spec.dtype.itemsize, dtype=torch.uint8, device=device)
-    return flat.view(spec.dtype).view(spec.shape), flat
+def room_on(device: torch.device) -> Room:
+    """Zeros on a device, also for what is to lie with the host."""
+    return lambda stored: torch.zeros(held_spec(stored).nbytes, dtype=torch.uint8, device=device)
 
 
 class Filling:
     """Parts on the way here: room for them, filled weight by weight, whichever comes first."""
 
-    def __init__(self, missing: Iterable[Stored], specs: Mapping[str, TensorSpec], device: torch.device) -> None:
+    def __init__(self, missing: Iterable[Stored], specs: Mapping[str, TensorSpec], room: Room) -> None:
         self._made: dict[Stored, torch.Tensor] = {}
         self._wanted: dict[str, list[tuple[torch.Tensor, Run]]] = {}
         for stored in missing:
             with torch.inference_mode(False):  # they outlive the caller's mode
-                self._made[stored], flat = _empty(stored, device)
+                flat, spec = room(stored), held_spec(stored)
+                self._made[stored] = flat.view(spec.dtype).view(spec.shape)
             for run in runs_of(stored, specs):
                 self._wanted.setdefault(run.name, []).append((flat, run))
 

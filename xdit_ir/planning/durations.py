@@ -23,9 +23,9 @@ MERGED = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on every rank; `travels`: an exchange, of this kind over these mesh dims. `around`: seconds in which keys
-    and values travel around a ring, beside the work. `hidden`: the processor works on meanwhile. `kept`: seconds in
-    which it copies what stays on the rank. `starts`: kernels."""
+    """Seconds on every rank; `travels`: an exchange, of this kind over these mesh dims, or an upload, over none.
+    `around`: seconds in which keys and values travel around a ring, beside the work. `hidden`: the processor works on
+    meanwhile. `kept`: seconds in which it copies what stays on the rank. `starts`: kernels."""
 
     seconds: tuple[float, ...]
     sent: tuple[int, ...]
@@ -58,6 +58,10 @@ class Durations:
         idle = (0,) * self.mesh.world_size
         if self.over_time and over_time(node, self.mesh):
             return Cost(self._copied(node), idle, Kind.MEMORY)
+        if node.target is ops.upload:
+            sizes = tuple(local_bytes(node, rank) for rank in range(self.mesh.world_size))
+            seconds = tuple(size / self.hardware.machine.upload for size in sizes)
+            return Cost(seconds, sizes, Kind.EXCHANGE, ops.upload.__name__, travels=True)
         found = traffic(node, self.mesh)
         if found is None:
             return Cost(self._worked(node), idle, kind_of(node), starts=self._starts(node))

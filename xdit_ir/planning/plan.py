@@ -17,6 +17,7 @@ from torch import nn
 from xdit_ir.capture.methods import Module, as_module
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.estimate import Parts
 
 HEADER = ("degrees", "ms", "products", "attention", "rest", "exchanges", "host", "GiB", "weights", "exact", "why not")
@@ -61,7 +62,8 @@ class Candidate:
 @dataclass(frozen=True)
 class Plan:
     """For a `model` (its class, and a digest of its weights' names and shapes) on `gpus` GPUs of a `machine`, by name;
-    candidates begin with the best. `memory`: GiB that a rank may use. `shard_weights`: as for `parallelize`."""
+    candidates begin with the best. `memory`: GiB that a rank may use. `shard_weights`, `stream_weights`: as for
+    `parallelize`."""
 
     model: str
     weights: str
@@ -70,6 +72,7 @@ class Plan:
     memory: float
     candidates: tuple[Candidate, ...]
     shard_weights: bool = False
+    stream_weights: bool = False
 
     @property
     def chosen(self) -> Candidate:
@@ -85,13 +88,13 @@ class Plan:
         near = f"{least.degrees} needs the least, {max(least.gib):.1f} GiB a GPU" if least else first.why
         raise ParallelizeError(
             f"no way to use {self.gpus} GPUs with {self.memory:.1f} GiB each for {self.model}: {near}; use more GPUs, "
-            "shard_weights=True, or exact=False"
+            "shard_weights=True, stream_weights=True, or exact=False"
         )
 
     @property
     def best(self) -> dict[str, Any]:
         """Keyword arguments for `port` and `parallelize`."""
-        return self.chosen.degrees.as_dict() | ({"shard_weights": True} if self.shard_weights else {})
+        return {**self.chosen.degrees.as_dict(), **Keeping(self.shard_weights, self.stream_weights).options}
 
     def check(self, model: Module, processes: int | None) -> None:
         """Raise `ParallelizeError` if this was made for another model, or the job has another number of processes."""

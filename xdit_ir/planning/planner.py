@@ -12,6 +12,7 @@ from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import BATCH, TIME, Mesh
 from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.passes.split_batch import SplitBatch
 from xdit_ir.planning.candidates import Rough, attentions, batch_degrees, degree_sets
 from xdit_ir.planning.estimate import Estimate, Parts, estimate
@@ -37,6 +38,7 @@ def plan(
     exact: bool = True,
     flash: bool = False,
     shard_weights: bool = False,
+    stream_weights: bool = False,
     **given: int,
 ) -> Plan:
     """All ways to use `gpus` GPUs for `model`, with time and memory worked out from sizes; nothing is run.
@@ -48,7 +50,7 @@ def plan(
         memory: GiB that a rank may use; default: nearly all that the machine's GPU has.
         exact: only ways that compute what one GPU does; else also PipeFusion, whose later steps read older values.
         flash: attention by FlashAttention, installed where the model will run, instead of PyTorch's.
-        shard_weights: as for `parallelize`, where there are several ranks.
+        shard_weights, stream_weights: as for `parallelize`, the former where there are several ranks.
         given: degrees that are to be kept.
 
     Raises:
@@ -59,7 +61,7 @@ def plan(
     _check(gpus, given)
     degree_sets(gpus, given, exact=exact)  # wrong ones are told before the model is traced
     traced = TracedProgram(trace(model, example).ir, familiar=True)  # `port` verifies what it makes
-    how = Options(memory, exact, flash, shard_weights and gpus > 1)
+    how = Options(memory, exact, flash, Keeping(shard_weights and gpus > 1, stream_weights))
     return plan_traced(traced, model, gpus, hardware, given, how)
 
 
@@ -70,7 +72,7 @@ class Options:
     memory: float | None = None
     exact: bool = True
     flash: bool = False
-    shard_weights: bool = False
+    keeping: Keeping = ALL_HERE
 
 
 def plan_traced(
@@ -86,9 +88,8 @@ def plan_traced(
     limit = hardware.memory / GIB * USABLE if how.memory is None else how.memory
     planner = Planner(traced, hardware, limit, how, pairs=given.get(BATCH) == PAIR)
     named, weights = hardware.name or str(hardware), weights_key(model)
-    return Plan(
-        model_name(model), weights, gpus, named, limit, planner.candidates(sets), shard_weights=how.shard_weights
-    )
+    found = planner.candidates(sets)
+    return Plan(model_name(model), weights, gpus, named, limit, found, how.keeping.shard, how.keeping.stream)
 
 
 def _check(gpus: int, given: Mapping[str, int]) -> None:
@@ -134,7 +135,8 @@ class Planner:
             **degrees.as_dict(),
             machine=self.hardware.machine,
             pair_calls=pairs,
-            shard_weights=self.how.shard_weights and degrees.ranks > 1,
+            shard_weights=self.how.keeping.shard and degrees.ranks > 1,
+            stream_weights=self.how.keeping.stream,
         )
         return estimate(parallel, self.hardware, flash=self.how.flash)
 
@@ -154,8 +156,10 @@ class Planner:
         return Candidate(degrees, "", found.ms, found.parts, found.gib, found.weights)
 
     def _weights(self, alone: Estimate, degrees: Degrees) -> float:
-        """GiB of weights that a rank has at least."""
-        return alone.weights[0] / (degrees.ranks if self.how.shard_weights else degrees.mesh.degrees[TIME])
+        """GiB of weights that a GPU has at least."""
+        if self.how.keeping.stream:
+            return 0.0
+        return alone.weights[0] / (degrees.ranks if self.how.keeping.shard else degrees.mesh.degrees[TIME])
 
     def _guess(self, degrees: Degrees, alone: Estimate, rough: Rough, refusal: str) -> Candidate:
         if refusal:

@@ -35,11 +35,12 @@ DISPLACED = 2  # steps shown after the warmup
 
 @dataclass
 class Clock:
-    """One rank: when its processor and its links are free, and what it has done, in seconds; `work`: by step and kind;
-    `kernels`, `exchanges`: how many it has started, by step."""
+    """One rank: when its processor, its links and its way to the host's memory (`bus`) are free, and what it has done,
+    in seconds; `work`: by step and kind; `kernels`, `exchanges`: how many it has started, by step."""
 
     now: float = 0.0
     link: float = 0.0
+    bus: float = 0.0
     spans: list[Span] = field(default_factory=list)
     work: dict[tuple[int, Kind], float] = field(default_factory=lambda: defaultdict(float))
     kernels: Counter[int] = field(default_factory=Counter)
@@ -159,7 +160,9 @@ def _run(todo: Sequence[Task], team: Team, durations: Durations, clocks: Sequenc
         cost = durations.of(task.node)
         known = [ready.get(source, start) for source in task.sources]
         when = [max((one[i] for one in known), default=0.0) for i in range(len(team.ranks))]
-        if cost.travels:
+        if cost.travels and not cost.over:
+            ready[task.key] = _upload(task, when, team, cost, clocks)
+        elif cost.travels:
             ready[task.key] = _exchange(task, when, team, cost, clocks)
         else:
             ready[task.key] = [
@@ -200,6 +203,19 @@ def _exchange(task: Task, when: list[float], team: Team, cost: Cost, clocks: Seq
         clock.exchanges[team.step] += 1
         label = f"{task.name}: {task.node.name}"
         clock.add(_span(label, "link", cost.kind, together, done[i], team, cost.sent[at]))
+    return done
+
+
+def _upload(task: Task, when: list[float], team: Team, cost: Cost, clocks: Sequence[Clock]) -> list[float]:
+    """Let each rank read what lies with its host, beside all else; returns when it is there, on each rank."""
+    done = []
+    for at, rank, place in zip(when, team.ranks, team.places, strict=True):
+        clock = clocks[rank]
+        begin = max(at, clock.now, clock.bus)
+        clock.bus = begin + cost.seconds[place]
+        label = f"{task.name}: {task.node.name}"
+        clock.add(_span(label, "link", cost.kind, begin, clock.bus, team, cost.sent[place]))
+        done.append(clock.bus)
     return done
 
 

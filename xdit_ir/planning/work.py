@@ -40,7 +40,7 @@ def kind_of(node: fx.Node) -> Kind:
         return Kind.VIEW
     if is_block_call(node):
         return Kind.CALL
-    if ops.communicates(node.target):
+    if ops.communicates(node.target) or node.target is ops.upload:
         return Kind.EXCHANGE
     if node.target in ops.ATTENTIONS or node.target is aten.scaled_dot_product_attention.default:
         return Kind.ATTENTION

@@ -18,6 +18,7 @@ from xdit_ir.degrees import Degrees
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.ir.mesh import FEATURES, MESH_DIMS, TIME, Mesh
+from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of, load, names
 from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import Options, plan_traced
@@ -35,7 +36,7 @@ class Unplanned:
     given: Mapping[str, int]
     patches: int | None
     machine: Machine | None
-    shard_weights: bool
+    keeping: Keeping
 
     def choose(
         self, model: nn.Module, example: Callable[[], Example], options: RunOptions, device: torch.device
@@ -71,7 +72,7 @@ class Unplanned:
         """What rank 0 tells the others: degrees and speeds, or why there are none."""
         try:
             traced = TracedProgram(capture.trace(model, example()), familiar=True)
-            how = Options(shard_weights=self.shard_weights)
+            how = Options(keeping=self.keeping)
             made = plan_traced(traced, model, len(hosts), hardware, self.given, how)
             _log(made, hosts)
             return {"degrees": made.best, "machine": vars(hardware.machine)}
@@ -82,14 +83,14 @@ class Unplanned:
 
 
 def unplanned_degrees(
-    given: Mapping[str, int], patches: int | None, machine: Machine | None, processes: int, *, shard_weights: bool
+    given: Mapping[str, int], patches: int | None, machine: Machine | None, processes: int, keeping: Keeping
 ) -> Unplanned | None:
     """What chooses degrees at the first call: where none is given, or those that are leave some of so many processes
     over and others are not given; None: those that are given are all."""
     known = Mesh.of(**given).world_size
     left, odd = divmod(processes, known)
     more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME, *FEATURES} - set(given)
-    return Unplanned(given, patches, machine, shard_weights) if more or not given else None
+    return Unplanned(given, patches, machine, keeping) if more or not given else None
 
 
 def saved_degrees(

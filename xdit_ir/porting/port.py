@@ -15,7 +15,8 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import FEATURES, Mesh
-from xdit_ir.passes.divide import check_cache, check_weights
+from xdit_ir.passes.divide import check_cache
+from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
@@ -49,6 +50,7 @@ def port(
     data: int = 1,
     plan: Plan | None = None,
     shard_weights: bool = False,
+    stream_weights: bool = False,
     cache: str | None = None,
     machine: Machine | None = None,
     mode: str = "auto",
@@ -79,10 +81,11 @@ def port(
     the job (torchrun) does the same, with the same inputs: give all of them the same seed.
 
     Args:
-        cfg, ulysses, ring, pipefusion, patches, warmup_steps, shard_weights, cache, machine: as in
-            `TracedProgram.parallelize`; with `shard_weights` a model gives its weights up, as with `release`. Where the
-            batch cannot be divided, `cfg` divides the calls of a step, see `xdit_ir.runtime.pairing`. Degrees that are
-            left out are planned if none is given, or if those above 1 leave processes over; else they are 1.
+        cfg, ulysses, ring, pipefusion, patches, warmup_steps, shard_weights, stream_weights, cache, machine: as in
+            `TracedProgram.parallelize`; with `shard_weights` or `stream_weights` a model gives its weights up, as with
+            `release`. Where the batch cannot be divided, `cfg` divides the calls of a step, see
+            `xdit_ir.runtime.pairing`. Degrees that are left out are planned if none is given, or if those above 1 leave
+            processes over; else they are 1.
         data: as many replicas of all that, over as many times the processes. Each makes what it is asked for: the
             caller gives the processes of a replica the same inputs, and each replica other ones, see
             `xdit_ir.replica`. Replicas never wait for each other, nor are they compared.
@@ -100,7 +103,8 @@ def port(
             pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
     named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **further}
-    division = _Division.of(named, plan, patches, warmup_steps, machine, data, shard_weights=shard_weights, cache=cache)
+    keeping = Keeping(shard_weights, stream_weights)
+    division = _Division.of(named, plan, patches, warmup_steps, machine, data, keeping=keeping, cache=cache)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     loading = Loading(weights, release or (weights is None and division.parts_weights))
     if isinstance(model, nn.Module):
@@ -132,6 +136,7 @@ class _Division:
     schedule: Mapping[str, Any]
     unplanned: Unplanned | None
     plan: Plan | None
+    keeping: Keeping
 
     @staticmethod
     def of(
@@ -142,7 +147,7 @@ class _Division:
         machine: Machine | None,
         data: int,
         *,
-        shard_weights: bool,
+        keeping: Keeping,
         cache: str | None,
     ) -> _Division:
         """By degrees, of which those that are None are not given, or by a plan; raises `ParallelizeError`."""
@@ -150,29 +155,29 @@ class _Division:
         if plan is not None:
             degrees, machine = saved_degrees(plan, {**named, "patches": patches}, machine)
             patches, given = degrees.patches, dict(degrees.mesh.degrees)
-            shard_weights = shard_weights or plan.shard_weights
+            keeping = Keeping(keeping.shard or plan.shard_weights, keeping.stream or plan.stream_weights)
         known = None if machine is None else checked(machine)
         processes = processes_of_replica(checked_data(data))
-        unplanned = unplanned_degrees(given, patches, known, processes, shard_weights=shard_weights)
+        unplanned = unplanned_degrees(given, patches, known, processes, keeping)
         mesh = Mesh.of(**given) if unplanned is None else Mesh.of(ulysses=processes)
         check_world_size(mesh, data)
-        check_weights(mesh, shard_weights)
+        keeping = Keeping.of(mesh, keeping.shard, keeping.stream)
         schedule: dict[str, Any] = {
             **mesh.degrees,
+            **keeping.options,
             "patches": patches,
             "warmup_steps": warmup_steps,
             "machine": known or H100,
         }
-        schedule |= {"shard_weights": True} if shard_weights else {}
         if cache is not None:
             check_cache(CacheRule.parse(cache), mesh)
             schedule["cache"] = cache
-        return _Division(processes, mesh, schedule, unplanned, plan)
+        return _Division(processes, mesh, schedule, unplanned, plan, keeping)
 
     @property
     def parts_weights(self) -> bool:
         """Whether ranks hold parts of weights, and models give theirs up."""
-        return ("shard_weights" in self.schedule and self.mesh.world_size > 1) or self.mesh.size(FEATURES) > 1
+        return self.keeping.gives_up(self.mesh) or self.mesh.size(FEATURES) > 1
 
     def ported(self, original: nn.Module, options: RunOptions) -> Ported:
         """The drop-in for a module; raises `ParallelizeError` for one that cannot be divided."""

@@ -303,7 +303,8 @@ class Specialisations:
         finally:
             self.tracing = False
         self.stored |= program.ir.stored
-        self.types |= {name: program.ir.state[name] for one in program.ir.stored.values() for name, _ in one.members}
+        members = {name for one in program.ir.stored.values() for name, _ in one.members}
+        self.types |= {name: spec for name, spec in program.ir.state.items() if name in members}
         guards = BufferGuards(self.model, program.original)
         objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
         settings = ModelSettings(self.model, objects, overwritten(self.model, program.original.signature.effects))

@@ -1,4 +1,4 @@
-"""What is taken out of packed weights: whole bytes give whole tensors."""
+"""Weights on their way: what lies with the host is uploaded as it is; whole bytes give whole tensors."""
 
 from __future__ import annotations
 
@@ -10,4 +10,9 @@ def _unpacked(call: OpCall) -> OpSharding:
     return gather_all(call, "weights are taken out of all bytes")
 
 
-RULES = rules_of(Rule(_unpacked), ops.unpack)
+def _uploaded(call: OpCall) -> OpSharding:
+    layout = call.layouts[0].summed()
+    return OpSharding((layout,), layout)
+
+
+RULES = {**rules_of(Rule(_unpacked), ops.unpack), **rules_of(Rule(_uploaded), ops.upload)}

@@ -14,8 +14,8 @@ from xdit_ir.sharding.cost import local_flops, written_bytes
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of a GPU and of its links: FLOP/s of a rank, bytes/s that it can send and that its memory can write, and
-    the seconds before the first byte arrives. Defaults: H100 on NVLink.
+    """Speeds of a GPU and of its links: FLOP/s of a rank, bytes/s that it can send and that its memory can write, the
+    seconds before the first byte arrives, and bytes/s that it reads of the host's memory. Defaults: H100 on NVLink.
 
     Raises:
         ParallelizeError: a speed is no positive number, or the latency a negative one.
@@ -25,6 +25,7 @@ class Machine:
     bytes: float = 200e9
     memory: float = 1.5e12
     latency: float = 15e-6
+    upload: float = 50e9
 
     def __post_init__(self) -> None:
         for speed in dataclasses.fields(self):

@@ -20,6 +20,7 @@ from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, ring_dims
 from xdit_ir.sharding.fallbacks import Fallback, find_fallbacks
 from xdit_ir.sharding.gathered_weights import NONE_GATHERED, GatheredWeights, gathered_weights, gathers_weights
+from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.sharding.regions import NOTABLE, Idle, Region, find_idle, find_regions, region_flops, region_names
 
 NO_FALLBACKS = "no fallbacks: no operator needed a divided dimension whole"
@@ -127,6 +128,8 @@ class Report:
                 f"ranks hold parts of weights: {self.gathered.total / 2**20:.1f} MiB are gathered a forward, "
                 f"{self.gathered.most / 2**20:.1f} MiB of them are there at a time"
             )
+        if self.gathered.uploaded:
+            yield self.gathered.upload_text
         if any(self.buffer_bytes_per_rank):
             yield f"buffers that outlive a step: {max(self.buffer_bytes_per_rank) / 2**20:.1f} MiB a rank"
         if self.uneven:
@@ -163,9 +166,9 @@ def read_at_calls(original: Program) -> list[str]:
     return [f"{', '.join(fact.paths)}: {fact.reason}" for fact in original.signature.predicates]
 
 
-def make_report(original: Program, program: Program, forwards: int = 1) -> Report:
+def make_report(original: Program, program: Program, forwards: int = 1, machine: Machine = H100) -> Report:
     """The report of a program with layouts, compared with the program that it was made from; `forwards` of it are run
-    at a time, each by a part of the ranks."""
+    at a time, each by a part of the ranks. What is hidden of uploads is said for `machine`."""
     mesh = program.mesh
     assert mesh is not None
     weights = sum(spec.nbytes for spec in program.state.values())
@@ -183,7 +186,7 @@ def make_report(original: Program, program: Program, forwards: int = 1) -> Repor
         regions=regions,
         idle=list(find_idle(ranks, forwards / mesh.world_size, total, regions)),
         forwards=forwards,
-        gathered=gathered_weights(program),
+        gathered=gathered_weights(program, machine),
     )
 
 

@@ -18,7 +18,7 @@ from xdit_ir.ir.mesh import FEATURES, TIME, Mesh
 from xdit_ir.ir.partition import Indices
 from xdit_ir.ir.program import CONSTANT, SCOPE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.ir.program import LAYOUT as LAYOUT
-from xdit_ir.ir.stored import held_by
+from xdit_ir.ir.stored import held_by, source_of
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.buffer_access import buffer_layout, read_of, write_of
@@ -143,7 +143,7 @@ def _relayout(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: 
     if node.target is ops.shard:
         return _shard(node, value, graph, have, want, rank)
     group = mesh.group(rank, steps.mesh_dims)
-    equal = source.op == "get_attr" and _is_equal(mesh, have, want)
+    equal = source_of(source).op == "get_attr" and _is_equal(mesh, have, want)
     change = AllGather if equal else Reshuffle
     target = change(steps.kind, steps.mesh_dims, group, steps.ranks[rank])
     return graph.create_node("call_function", target, (value,), name=node.name)

@@ -15,7 +15,7 @@ from xdit_ir.ir.layout import Layout, key_gather_dims, kind
 from xdit_ir.ir.mesh import RING, Mesh
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, Stored, TensorSpec, call_parts, is_block_call
-from xdit_ir.ir.stored import held_spec, member_at, problem
+from xdit_ir.ir.stored import held_spec, member_at, problem, source_of
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, Outputs
 from xdit_ir.rules.norms import divided_statistics
@@ -183,13 +183,13 @@ class _Verifier:
             self.fail(node, f"has another type than what is stored, {held_spec(stored)}")
         if wrong := problem(stored, self.program.state):
             self.fail(node, wrong)
+        if any((user.target is ops.upload) is not stored.on_host for user in node.users):
+            self.fail(node, "is uploaded if and only if it lies in the host's memory")
 
     def _unpacked(self, node: fx.Node) -> None:
         """What is taken out of stored bytes is one of the weights in them."""
         [source], (start, dtype, shape) = operands(node), node.args[1:]
-        while ops.is_relayout(source.target):
-            [source] = operands(source)
-        stored = self.program.stored.get(str(source.target))
+        stored = self.program.stored.get(str(source_of(source).target))
         if stored is not None and not member_at(stored, self.program.state, start, dtype, shape):  # type: ignore[arg-type]
             self.fail(node, f"no weight of this type begins at byte {start} of what is stored")
 

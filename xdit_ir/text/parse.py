@@ -230,9 +230,10 @@ class _Reader:
             spec, _ = types(line)
             line.need("=")
             members = self._literal(line)
+            on_host = bool(line.match(r"on host\b"))
             held = self._literal(line) if line.match(r"held\b") else None
             line.end()
-            found[name] = Stored(spec, tuple(members.items()), held)
+            found[name] = Stored(spec, tuple(members.items()), held, on_host)
         return found
 
     def _constants(self) -> dict[str, torch.Tensor]:

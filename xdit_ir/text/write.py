@@ -109,6 +109,7 @@ def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterat
 
 def _stored_text(name: str, stored: Stored, types: TypeWriter, literal: LiteralWriter) -> str:
     text = f"{name_text(name)}: {types(stored.spec, None)} = {literal(dict(stored.members))}"
+    text += " on host" if stored.on_host else ""
     return text if stored.held is None else f"{text} held {literal(stored.held)}"
 
 
