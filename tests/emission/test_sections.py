@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import xdit_ir as xir
 from xdit_ir import capture, models
+from xdit_ir.emission import trial
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.recording import Recording
 from xdit_ir.emission.sections import Kind, cut_sections, insert_moves
@@ -21,6 +22,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.order import rank_passes
 from xdit_ir.transport.distributed import Communicator
+from xdit_ir.transport.uploads import StartUpload
 
 NAMES = ["plain-mmdit:tiny", "wan2.1-t2v-1.3b:tiny", "hidream-i1:tiny"]
 
@@ -56,6 +58,19 @@ def test_sections_in_a_row_compute_what_the_forward_computes(
             values |= zip(section.gives, section.module(*(values[name] for name in section.takes)), strict=True)
     for node, expected in zip(results_of(code.run.graph), want, strict=True):
         assert torch.equal(values[node.name], expected)
+
+
+def test_uploads_are_part_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that reads the host's memory, these copies alone need nobody there. Here a meta tensor is the device's."""
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
+    parallel = xir.trace(layers, (torch.zeros(2, 8),)).parallelize(stream_weights=True)
+    code = generate(parallel.rank(0), Communicator(Mesh.of(), torch.device("cpu")), torch.device("cpu"))
+    monkeypatch.setattr(trial, "_waiting_is_an_error", contextlib.nullcontext)
+    monkeypatch.setattr(StartUpload, "forward", lambda self, x: (x.to("meta"), None))
+    parts = [torch.zeros(parallel.ir.stored[name].spec.shape, dtype=torch.uint8) for name in code.weights]
+    found = trial.Trial(code.run, code.unchanging)
+    found.run(torch.zeros(2, 8, device="meta"), *parts)
+    assert {*found.kinds()[1].values()} == {Kind.DEVICE} and parts
 
 
 def test_a_recording_of_what_the_host_runs(

@@ -1,10 +1,10 @@
 """Weights from the host at full size: `torchrun --standalone --nproc-per-node 1 tests/gpu/streaming.py [flux.1-dev]`.
 
-Ports the published configuration with random bf16 weights, with Ulysses over all ranks: with all weights on the GPU, and
-with `stream_weights=True`, recorded and one operator after the other. For each: milliseconds, peak of GPU memory in the
-timed calls, and the relative difference of the outputs; besides what the bus gives, beside which the report's figure is
-printed. Needs as much memory of the host as the model has weights, over all ranks. Ends with status 1 if a result
-differs, if uploads are not part of one graph, or if the GPU holds more than a third of the weights; and by itself.
+Ports the published configuration with random bf16 weights, with Ulysses over all ranks: with all weights on the GPU,
+and with `stream_weights=True`, recorded and one operator after the other. For each: milliseconds, peak of GPU memory in
+the timed calls, and the relative difference of the outputs; besides, what the bus gives and what the report says. Needs
+as much memory of the host as the model has weights, over all ranks. Ends with status 1 if a result differs, if uploads
+are not part of one graph, or if the GPU then keeps more than a third of what it does without; and by itself.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def bus(device: torch.device) -> float:
 
 def measured(title: str, name: str, device: torch.device, **options: Any) -> tuple[torch.Tensor, float, str]:
     """The output, the GiB that the GPU keeps, and how it ran, of a port; prints lines."""
+    gc.collect()  # what was measured before
+    torch.cuda.empty_cache()
     model, example = parity.load(name, device)
     port = xir.port(model, ulysses=dist.get_world_size(), **options)
     with torch.inference_mode():
@@ -60,9 +62,6 @@ def measured(title: str, name: str, device: torch.device, **options: Any) -> tup
     if dist.get_rank() == 0:
         print(f"  {report.gathered.upload_text}" if report.gathered.uploaded else "", f"  {report.execution}", sep="\n")
     port.reset()
-    del port, model
-    gc.collect()
-    torch.cuda.empty_cache()
     return output, reserved, report.execution
 
 
