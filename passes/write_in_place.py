@@ -5,18 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import map_graphs
 from xdit_ir.ir.program import Program
-from xdit_ir.kernels.write_slice import write_slice
-
-aten = torch.ops.aten
-WRITE = aten.slice_scatter.default
-# What these give, and a write into a copy, nothing else refers to.
-FRESH = (WRITE, aten.empty_like.default, aten.zeros_like.default, aten.empty.memory_format, aten.zeros.default)
+from xdit_ir.kernels.write_slice import write_slice, writes_into_fresh
 
 
 @dataclass(frozen=True)
@@ -35,10 +29,5 @@ class WriteInPlace:
 
 
 def _rewrite(graph: fx.Graph) -> None:
-    for node in [node for node in graph.nodes if _writes_into_fresh(node)]:
+    for node in [node for node in graph.nodes if writes_into_fresh(node)]:
         node.target = write_slice
-
-
-def _writes_into_fresh(node: fx.Node) -> bool:
-    target = node.args[0] if node.target is WRITE else None
-    return isinstance(target, fx.Node) and target.target in FRESH and len(target.users) == 1

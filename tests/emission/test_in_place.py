@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import xdit_ir as xir
-from xdit_ir.kernels.write_slice import write_slice
-from xdit_ir.passes.write_in_place import WRITE
+from xdit_ir.kernels.write_slice import WRITE, write_slice
 
 
 class Interleaved(nn.Module):

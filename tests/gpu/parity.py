@@ -23,9 +23,12 @@ import xdit_ir as xir
 from xdit_ir import models
 
 
-def load(name: str, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The full-size model and its example with random contents, equal on every rank."""
+def load(name: str, device: torch.device, blocks: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The full-size model and its example with random contents, equal on every rank; of each kind only so many
+    `blocks`."""
     model, example = models.load(name, device="meta", dtype=torch.bfloat16)
+    for layers in [module for module in model.children() if blocks and isinstance(module, nn.ModuleList)]:
+        del layers[blocks:]
     model = model.to_empty(device=device)
     make = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -19,6 +19,7 @@ from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
 from xdit_ir.sharding.buffer_access import over_time
 from xdit_ir.sharding.cost import local_flops, program_flops
 from xdit_ir.sharding.fallbacks import find_fallbacks
+from xdit_ir.sharding.memory import Memory, peaks
 from xdit_ir.sharding.regions import block_region, find_idle, find_regions, region_flops, region_names
 from xdit_ir.sharding.report import Collective, Report, read_at_calls, traffic
 
@@ -47,22 +48,35 @@ def pipeline_report(original: Program, pipeline: Pipeline, forwards: int = 1) ->
     keys = sorted({key for rank in ranks for key in rank.counts})
     total, flops = program_flops(original, None)[0], [rank.flops.total() for rank in ranks]
     regions = region_flops(pipeline.program, tally.regions, None)
+    weights, buffers = [sum(r.weights.values()) for r in ranks], [sum(r.buffers.values()) for r in ranks]
     return Report(
         flops_total=total,
         flops_per_rank=flops,
         weight_bytes_total=sum(spec.nbytes for spec in original.state.values()),
-        weight_bytes_per_rank=[sum(rank.weights.values()) for rank in ranks],
+        weight_bytes_per_rank=weights,
         collectives=[
             Collective(*key, max(r.counts.get(key, 0) for r in ranks), max(r.sent.get(key, 0) for r in ranks))
             for key in keys
         ],
         fallbacks=list(find_fallbacks(pipeline.program, pipeline.virtual)),
-        buffer_bytes_per_rank=[sum(rank.buffers.values()) for rank in ranks],
+        buffer_bytes_per_rank=buffers,
+        memory=list(_memory(pipeline, weights, buffers)),
         reads=read_at_calls(original),
         regions=find_regions(regions, {name: [rank.flops[name] for rank in ranks] for name in regions}),
         idle=list(find_idle(flops, forwards / len(ranks), total)),
         forwards=forwards,
     )
+
+
+def _memory(pipeline: Pipeline, weights: Sequence[int], buffers: Sequence[int]) -> Iterator[Memory]:
+    """That of each rank, by the largest patch of what all stages do, one of which it does."""
+    virtual = pipeline.virtual
+    found = peaks(pipeline.program, virtual)
+    for rank, sizes in enumerate(zip(weights, buffers, strict=True)):
+        places = virtual.group(pipeline.virtual_rank(rank, 0), (TIME,))
+        each = (found.activations, found.exchanges, found.recordings)
+        activations, exchanges, recordings = (max(one[place] for place in places) for one in each)
+        yield Memory(sizes[0], activations, exchanges, sizes[1], recordings)
 
 
 class _Tally:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from xdit_ir.api import ParallelProgram
 from xdit_ir.planning.hardware import GIB, Hardware
-from xdit_ir.planning.memory import memory_per_rank
 from xdit_ir.planning.schedule import schedule
 from xdit_ir.planning.work import Kind
 
@@ -30,8 +29,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one step, under PipeFusion of a displaced one: milliseconds, GiB and GiB of weights of each rank, and which
-    part of the step a rank computes on average."""
+    """Of one step, under PipeFusion of a displaced one: milliseconds, GiB and GiB of weights of each rank's GPU, and
+    which part of the step a rank computes on average."""
 
     ms: float
     parts: Parts
@@ -64,7 +63,9 @@ def estimate(
     return Estimate(
         ms=(step + host) * 1e3,
         parts=parts,
-        gib=tuple(size / GIB for size in memory_per_rank(parallel, report)),
-        weights=tuple(size / GIB for size in report.weight_bytes_per_rank),
+        gib=tuple(one.total / GIB for one in report.memory),
+        weights=tuple(
+            (size - one.host) / GIB for size, one in zip(report.weight_bytes_per_rank, report.memory, strict=True)
+        ),
         busy=sum(found.seconds(rank, last) for rank in ranks) / len(ranks) / max(step, 1e-12),
     )

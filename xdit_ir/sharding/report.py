@@ -21,6 +21,7 @@ from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, rin
 from xdit_ir.sharding.fallbacks import Fallback, find_fallbacks
 from xdit_ir.sharding.gathered_weights import NONE_GATHERED, GatheredWeights, gathered_weights, gathers_weights
 from xdit_ir.sharding.machine import H100, Machine
+from xdit_ir.sharding.memory import Memory, memory_per_rank
 from xdit_ir.sharding.regions import NOTABLE, Idle, Region, find_idle, find_regions, region_flops, region_names
 
 NO_FALLBACKS = "no fallbacks: no operator needed a divided dimension whole"
@@ -58,7 +59,8 @@ class Report:
 
     Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps. `forwards` are run at a time,
     each by a part of the ranks: more than one where parts of `cfg` run different calls. `execution`, of a port: how
-    this rank runs it. `gathered`: of weights that ranks hold in parts. `cache`: how often a step cache was of use.
+    this rank runs it. `gathered`: of weights that ranks hold in parts. `memory`: of each rank. `cache`: how often a
+    step cache was of use.
     """
 
     flops_total: int
@@ -74,6 +76,7 @@ class Report:
     forwards: int = 1
     execution: str = ""
     gathered: GatheredWeights = NONE_GATHERED
+    memory: list[Memory] = field(default_factory=list)
     cache: CacheUse | None = None
 
     @property
@@ -130,6 +133,8 @@ class Report:
             )
         if self.gathered.uploaded:
             yield self.gathered.upload_text
+        if self.memory:
+            yield f"the fullest rank needs {max(self.memory, key=lambda one: one.total)}"
         if any(self.buffer_bytes_per_rank):
             yield f"buffers that outlive a step: {max(self.buffer_bytes_per_rank) / 2**20:.1f} MiB a rank"
         if self.uneven:
@@ -175,6 +180,7 @@ def make_report(original: Program, program: Program, forwards: int = 1, machine:
     total, ranks = program_flops(original, None)[0], program_flops(program, mesh)
     names = region_names(program)
     regions = find_regions(region_flops(program, names, None), region_flops(program, names, mesh))
+    gathered = gathered_weights(program, machine)
     return Report(
         flops_total=total,
         flops_per_rank=ranks,
@@ -186,7 +192,8 @@ def make_report(original: Program, program: Program, forwards: int = 1, machine:
         regions=regions,
         idle=list(find_idle(ranks, forwards / mesh.world_size, total, regions)),
         forwards=forwards,
-        gathered=gathered_weights(program, machine),
+        gathered=gathered,
+        memory=memory_per_rank(program, mesh, gathered),
     )
 
 
