@@ -17,6 +17,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import NUMERICS, contract_of
+from xdit_ir.passes.keeping import Keeping
 from xdit_ir.passes.order import PASSES, analysis_passes, cache_passes, mesh_passes, rank_passes, time_passes
 from xdit_ir.passes.registry import PassSpec, apply_passes, parse_passes
 from xdit_ir.sharding.specialize import Specialize
@@ -78,7 +79,7 @@ def test_lists_are_in_the_order_of_the_list_of_all_passes() -> None:
     places = {kind: place for place, kind in enumerate(PASSES)}
     patched = Mesh.of(pipefusion=2)
     rank = [Specialize(0), *rank_passes((9, 0), recorded=True, peers=True)]
-    divided = [*cache_passes(Watched.FIRST_BLOCK), *mesh_passes(MESH, shard_weights=True)]
+    divided = [*cache_passes(Watched.FIRST_BLOCK), *mesh_passes(MESH, keeping=Keeping(shard=True))]
     for run in ([*analysis_passes(), *divided, *rank], [*analysis_passes(), *time_passes(patched)]):
         order = [places[type(one)] for one in run]
         assert order == sorted(order)

@@ -118,7 +118,7 @@ def test_as_text() -> None:
     assert Machine.parse("bytes=25e9, latency=30e-6") == Machine(bytes=25e9, latency=30e-6)
     assert str(Machine()) == "500 TFLOP/s, 1500 GB/s of memory, 200 GB/s to other ranks after 15 µs"
     for text in ("speed=2", "bytes", "bytes=fast", ""):
-        with pytest.raises(xir.ParallelizeError, match="expected flops, bytes, memory, latency with a number"):
+        with pytest.raises(xir.ParallelizeError, match="expected flops, bytes, memory, latency, upload with a number"):
             Machine.parse(text)
 
 

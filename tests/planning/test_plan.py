@@ -115,6 +115,17 @@ def test_weights_over_ranks() -> None:
     assert Plan.from_json(parts.to_json()) == parts
 
 
+def test_weights_from_the_host() -> None:
+    """What does not fit does so then, and waits for the bus: all is uploaded, and the last layer behind that."""
+    plans = [xir.plan(model(count=8), example(), gpus=1, memory=0.3, stream_weights=given) for given in (False, True)]
+    with pytest.raises(xir.ParallelizeError, match="stream_weights=True"):
+        _ = plans[0].best
+    assert plans[1].best["stream_weights"] is True and Plan.from_json(plans[1].to_json()) == plans[1]
+    (whole, *_), (parts, *_) = (one.candidates for one in plans)
+    assert whole.ms is not None and parts.ms == pytest.approx(0.25 * 2**30 / 50e9 * 1e3 + whole.ms / 8, rel=0.01)
+    assert max(parts.weights) == 0 and max(whole.weights) == pytest.approx(0.25, rel=0.01)
+
+
 def test_a_slow_link_costs_what_is_exchanged() -> None:
     """Without peer access nothing hides exchanges, and they take longer."""
     plans = {name: xir.plan(model(), example(), gpus=2, machine=name, ring=1) for name in ("rtx4090-p2p", "rtx4090")}
