@@ -21,9 +21,16 @@ from xdit_ir import models
     ids=["all of a model", "tensor of a checkpoint", "from the host, of a checkpoint"],
 )
 def test_each_rank_keeps_its_part(
-    workers: Callable[[int], Any], tmp_path: Path, degrees: dict[str, int], share: float, read: bool
+    request: pytest.FixtureRequest,
+    workers: Callable[[int], Any],
+    tmp_path: Path,
+    degrees: dict[str, int],
+    share: float,
+    read: bool,
 ) -> None:
     """For two kinds of inputs; what is loaded later would have no effect, and is refused."""
+    if "stream_weights" in degrees and not request.config.getoption("--large"):
+        pytest.skip("as with parts on the GPU (--large)")
     if read:
         models.load("flux.1-dev:tiny")[0].save_pretrained(tmp_path, max_shard_size="400KB")
     folder = str(tmp_path) if read else ""
@@ -43,7 +50,7 @@ def test_ranks_that_have_loaded_different_weights_raise(workers: Callable[[int],
         assert "qkv" in result["message"] or "out" in result["message"], result
 
 
-@pytest.mark.parametrize("division", [{"ring": 2, "shard_weights": True}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("division", [{"ulysses": 2, "stream_weights": True}, {"tensor": 2}], ids=str)
 def test_an_emitted_module_holds_parts_too(workers: Callable[[int], Any], division: dict[str, Any]) -> None:
     for result in workers(2).run("equal_outputs", name="pixart-sigma", degree_sets=[division]):
         assert "errors" in result and max(result["errors"]) <= 1e-5, result
