@@ -100,8 +100,7 @@ class _Writer:
         """What is to be brought for a unit, by name: weights, and if they stream, parts of which ranks use their own
         only; those without elements are held whole."""
         found = (one for node in unit for one in operands(node) if one.op == "get_attr" and one.meta[SPEC].nbytes)
-        names = {*self.program.state, *self.own}
-        return {str(one.target): one for one in found if one.target in names}
+        return {str(one.target): one for one in found if one.target in self.program.state or one.target in self.own}
 
     def _bytes(self, unit: Unit) -> int:
         return sum(weight.meta[SPEC].nbytes for weight in self._weights(unit).values())

@@ -122,6 +122,7 @@ def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[
     yield Fact("all ranks", f"{sum(report.flops_per_rank) / flops:.1%}", "of that")
     yield Fact("sent by a rank", _size(sum(one.bytes_per_rank for one in report.collectives)))
     yield Fact("weights a rank", _size(max(report.weight_bytes_per_rank)))
+    yield Fact("memory a rank", _size(max(one.total for one in report.memory)), "estimate, with weights")
     if any(report.buffer_bytes_per_rank):
         yield Fact("buffers a rank", _size(max(report.buffer_bytes_per_rank)))
     yield Fact("schedule", f"{total / 1000:.3g} ms", "estimate")
