@@ -18,6 +18,8 @@ from xdit_ir.pipefusion.latents import inputs_of, output_seeds
 from xdit_ir.pipefusion.patch_plan import UNLIKE, PatchPlan, evaluate
 from xdit_ir.sharding.propagate import Propagation, Seeds
 
+NEAREST = 4  # smaller numbers of patches that are tried where one is refused
+
 
 @dataclass(frozen=True)
 class DisplacePatches:
@@ -51,37 +53,43 @@ class DisplacePatches:
 
     def _search(self, program: Program) -> tuple[tuple[PatchPlan, Seeds] | None, str]:
         """The cheapest proposal for the first stream for which one is not refused; else why the first one was."""
-        trial = Propagation(program, self.mesh)
         best: tuple[PatchPlan, Seeds] | None = None
+        chosen: TokenAxis | None = None
         refused: list[str] = []
-        for axis in program.tokens:
-            source = inputs_of(program, axis.value)
-            if axis.is_context or best is not None or not source:
-                continue
-            first = self._first(trial, axis)
-            for partition in self._partitions(program, axis, sum(other.size for other in first)):
-                plan, seeds = self._plan(trial, axis, self._seeds(program, axis, partition, first))
-                if plan.refusal:
-                    refused.append(plan.refusal)
-                elif best is None or plan.price < best[0].price:
-                    best = plan, seeds
+        for axis, plan, seeds in self._plans(program):
+            if chosen not in (None, axis):
+                break
+            if plan.refusal:
+                refused.append(plan.refusal)
+            elif best is None or plan.price < best[0].price:
+                best, chosen = (plan, seeds), axis
         streams = any(not axis.is_context for axis in program.tokens)
         otherwise = UNLIKE if streams else "no attention takes its queries from a token stream"
         return best, refused[0] if refused else otherwise
 
+    def _plans(self, program: Program) -> Iterator[tuple[TokenAxis, PatchPlan, Seeds]]:
+        """All proposals, stream by stream."""
+        trial = Propagation(program, self.mesh)
+        for axis in program.tokens:
+            if axis.is_context or not inputs_of(program, axis.value):
+                continue
+            first = self._first(trial, axis)
+            for partition in self._partitions(program, axis, sum(other.size for other in first)):
+                yield axis, *self._plan(trial, axis, self._seeds(program, axis, partition, first))
+
     def _nearest(self, program: Program) -> int:
-        """A smaller number of patches that is not refused, where one more is; 1 if there is none."""
-        works, fails = 1, self.mesh.size((TIME,))
-        while fails - works > 1:
-            count = 2 if works == 1 else (works + fails) // 2
-            smaller = replace(self, mesh=self.mesh.resized(TIME, count))
-            if smaller._search(program)[0] is not None:
-                works = count
-            elif works == 1:
-                return 1
-            else:
-                fails = count
-        return works
+        """The largest smaller number of patches that is not refused, of the nearest ones and the powers of two."""
+        smaller = [self._of(count) for count in range(self.mesh.size((TIME,)) - 1, 1, -1)]
+        able = [one for one in smaller if any(list(one._partitions(program, axis, 0)) for axis in program.tokens)]
+        for place, one in enumerate(able):
+            count = one.mesh.size((TIME,))
+            tried = place < NEAREST or count & (count - 1) == 0
+            if tried and any(not plan.refusal for _, plan, _ in one._plans(program)):
+                return count
+        return 1
+
+    def _of(self, patches: int) -> DisplacePatches:
+        return replace(self, mesh=self.mesh.resized(TIME, patches))
 
     def _plan(self, trial: Propagation, axis: TokenAxis, seeds: Seeds) -> tuple[PatchPlan, Seeds]:
         """The division that these seeds give, and they; where it is refused, the one that comes of cutting the latents

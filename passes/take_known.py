@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,9 +13,10 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
-from xdit_ir.ir.graphs import copy_graph, remove_dead
+from xdit_ir.ir.graphs import copy_graph, operands, placeholders, remove_dead
+from xdit_ir.ir.hoist import ancestors, descendants
 from xdit_ir.ir.partition import Indices, IntArray
-from xdit_ir.ir.program import SPEC, Program
+from xdit_ir.ir.program import SPEC, Guard, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.known_integers import Known, known_integers
 
@@ -22,6 +24,7 @@ aten = torch.ops.aten
 SELECTED = (aten.index_select.default, aten.index_copy.default)
 INDEXED = (aten.index.Tensor, aten._unsafe_index.Tensor)
 WRITTEN = (aten.index_put.default, aten._unsafe_index_put.default)
+ADDED = (aten.scatter_add.default, aten.index_add.default)
 # What is more scattered is too much to follow.
 MOST_RUNS = 1 << 13
 
@@ -41,6 +44,32 @@ class TakeKnown:
         return program.replace(graph=_rewritten(program.graph, known), blocks=blocks)
 
 
+def guard_places(program: Program) -> Program:
+    """The program with guards on those integer inputs that say where rows of what floating-point inputs make are read
+    or written, each in a place of its own: contents that hold for a whole request, such as the order of a packed stream.
+    """
+    paths = [leaf.path for leaf in program.signature.leaves if leaf.spec is not None]
+    given = dict(zip(placeholders(program.graph), paths, strict=True))
+    floating = descendants(node for node in given if node.meta[SPEC].dtype.is_floating_point)
+    guards = {path: Guard(path, value, "where its rows are") for path, value in program.contents.items()}
+    known = known_integers(_guarded(program, guards.values()))
+    wanted: dict[str, Guard] = {}
+    for node in program.graph.nodes:
+        found = _selection(node) if node.op == "call_function" else None
+        if found is None or len(found.index) > 1 or not {found.x, found.values} & floating:
+            continue
+        kept = _places(found, known)
+        if kept is not None and kept.size > 1:
+            sources = (given[node] for node in ancestors(found.index) if node in given)
+            wanted |= {path: guards[path] for path in sources if path in guards}
+    return _guarded(program, wanted.values()) if wanted else program
+
+
+def _guarded(program: Program, guards: Iterable[Guard]) -> Program:
+    signature = program.signature
+    return program.replace(signature=replace(signature, guards=(*signature.guards, *guards)))
+
+
 def _rewritten(source: fx.Graph, known: Known) -> fx.Graph:
     graph = copy_graph(source)
     contents = {new: known[old] for old, new in zip(source.nodes, graph.nodes, strict=True) if old in known}
@@ -55,13 +84,15 @@ def _rewritten(source: fx.Graph, known: Known) -> fx.Graph:
 
 @dataclass(frozen=True)
 class _Selection:
-    """Reading `width` dims of `x` from `dim` on, at an index for each or a mask for all, or writing `values` there."""
+    """Reading `width` dims of `x` from `dim` on, at an index for each or a mask for all, or writing `values` there, or
+    adding them to what is there."""
 
     x: fx.Node
     dim: int
     index: tuple[fx.Node, ...]
     values: fx.Node | None = None
     width: int = 1
+    adds: bool = False
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -84,6 +115,8 @@ def _selection(node: fx.Node) -> _Selection | None:
     args: Any = node.args
     if node.target in SELECTED and args[0].meta[SPEC].shape:
         return _Selection(args[0], args[1] % len(args[0].meta[SPEC].shape), (args[2],), *args[3:4])
+    if node.target in ADDED:
+        return _addition(node)
     if node.target not in INDEXED + WRITTEN:
         return None
     given = [(dim, index) for dim, index in enumerate(args[1]) if index is not None]
@@ -99,6 +132,23 @@ def _selection(node: fx.Node) -> _Selection | None:
     return _Selection(args[0], first, index, values, len(index))
 
 
+def _addition(node: fx.Node) -> _Selection | None:
+    """Whole rows that are added, each at the place that a list names."""
+    args: Any = node.args
+    x, dim, index, values, *rest = args
+    shape = x.meta[SPEC].shape
+    if not shape or rest or node.kwargs:
+        return None
+    dim %= len(shape)
+    if node.target is aten.scatter_add.default:
+        whole = [*shape[:dim], values.meta[SPEC].shape[dim], *shape[dim + 1 :]]
+        spread = index.target is aten.expand.default and list(index.meta[SPEC].shape) == whole
+        index = operands(index)[0] if spread and list(values.meta[SPEC].shape) == whole else None
+        if index is None or any(size != 1 for d, size in enumerate(index.meta[SPEC].shape) if d != dim):
+            return None
+    return _Selection(x, dim, (index,), values, adds=True)
+
+
 def _written(emitter: Emitter, found: _Selection, kept: Indices) -> fx.Node:
     name = emitter.node.name
     if found.values is None:
@@ -107,6 +157,9 @@ def _written(emitter: Emitter, found: _Selection, kept: Indices) -> fx.Node:
     shape = list(found.as_one(emitter).meta[SPEC].shape)
     shape[found.dim] = kept.size
     values = emitter.expand(found.values, shape)
+    if found.adds:
+        there = found.x if kept.is_whole(found.size) else emitter.emit(ops.take, found.x, found.dim, kept.runs)
+        values = emitter.emit(aten.add.Tensor, there, values)
     if not kept.is_whole(found.size):
         values = emitter.emit(ops.put, found.as_one(emitter), values, found.dim, kept.runs, name=name)
     return emitter.reshape(values, emitter.node.meta[SPEC].shape)
@@ -128,5 +181,6 @@ def _positions(value: torch.Tensor | None, size: int) -> IntArray | None:
     """The positions that a known index names, not negative; a mask names those where it is true."""
     if value is None or value.dtype not in (torch.bool, torch.int64, torch.int32):
         return None
-    value = value.reshape(-1).nonzero().reshape(-1) if value.dtype == torch.bool else value
+    value = value.reshape(-1)
+    value = value.nonzero().reshape(-1) if value.dtype == torch.bool else value
     return torch.where(value < 0, value + size, value).to(torch.int64).numpy()

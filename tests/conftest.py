@@ -61,11 +61,8 @@ def pipeline_folder(pipeline_builders: dict[str, Any], tmp_path_factory: pytest.
 def refused_in_time() -> dict[str, str]:
     """The zoo's models that cannot be divided over patches in time, and why not."""
     return {
-        "cosmos3-omni": "output is not divided",
         "kandinsky-2.2-prior": "output is not divided",
         "lumina-2": "stale rows",
-        "minimax-h3": "output is not divided",
         "nucleus-image": "stale rows",
-        "qwen-image-2.1": "output is not divided",
         "z-image-omni": "stale rows",
     }

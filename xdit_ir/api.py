@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from xdit_ir.passes.divide import check_schedule, divide, make_pipeline, note_re
 from xdit_ir.passes.find_tokens import Dims
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.passes.order import analysis_passes
+from xdit_ir.passes.take_known import guard_places
 from xdit_ir.passes.split_batch import Batch
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
@@ -90,6 +91,12 @@ class TracedProgram:
     def analysed(self) -> Program:
         """The canonical program with its token streams found: what every mesh starts from."""
         return run_passes(self.ir, analysis_passes(self.barren), familiar=self.familiar)
+
+    @cached_property
+    def _placed(self) -> TracedProgram:
+        """The same for inputs that say alike where rows are, which patches follow."""
+        guarded = guard_places(self.ir)
+        return self if guarded is self.ir else replace(self, ir=guarded)
 
     def parallelize(
         self,
@@ -156,8 +163,9 @@ class TracedProgram:
             )
             used = None if rule is None else CacheCount(rule)
             return ParallelProgram(self.ir, analysed, divided, mesh, pair_calls, machine, used)
-        staged, pipeline = make_pipeline(self.analysed, mesh, count, warmup_steps, stages, machine, after, batch=batch)
-        return PipelinedProgram(self.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
+        placed = self._placed
+        staged, pipeline = make_pipeline(placed.analysed, mesh, count, warmup_steps, stages, machine, after, batch=batch)
+        return PipelinedProgram(placed.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 
 
 @dataclass(frozen=True, eq=False)

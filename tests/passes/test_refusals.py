@@ -89,3 +89,11 @@ def test_a_refused_number_of_patches_names_the_nearest_that_works() -> None:
     """The output is cut in rows of pixels, of which there are 16."""
     with pytest.raises(ParallelizeError, match=r"patches=17 cannot .*; use patches=16$"):
         trace(*models.load("kind-finite-only:tiny")).parallelize(pipefusion=2, patches=17)
+
+
+def test_it_is_the_largest_of_smaller_numbers_where_some_between_them_are_refused_too() -> None:
+    """Of 5, 4 and 2 patches of whole frames and rows, 3 are refused like 5."""
+    traced = trace(*models.load("consisid:tiny"))
+    for patches, nearest in ((5, 4), (3, 2)):
+        with pytest.raises(ParallelizeError, match=f"patches={patches} cannot .*; use patches={nearest}$"):
+            traced.parallelize(pipefusion=2, patches=patches)

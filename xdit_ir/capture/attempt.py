@@ -306,7 +306,9 @@ def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks
     constants = {key: _placed(recorder, key) for key in recorder.constants if key in used}
     for part in (graph, *(block.graph for block in made.values())):
         rename_device(part, recorder.device, device)
-    return Program(name, graph, made, signature, constants, device, state)
+    known = {path: x for path, x in recorder.inputs.items() if not x.is_floating_point() and readable(x)}
+    contents = {path: ordinary(x.detach().cpu().clone()) for path, x in known.items() if path not in recorder.read_inputs}
+    return Program(name, graph, made, signature, constants, device, state, contents)
 
 
 def _check_constants(frame: Frame, recorder: Recorder) -> None:

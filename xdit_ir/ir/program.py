@@ -246,7 +246,8 @@ class Program:
 
     In a pipeline, `coordinates[stage]` is where along `pipefusion` a stage is computed. `facts` is what passes have
     made true of it; `seeding` is there from when it is decided until layouts are written. `stored` is how ranks hold
-    those weights of `state` of which they have parts.
+    those weights of `state` of which they have parts. `contents` are those of integer inputs while it was traced, which
+    hold for other inputs only if they become guards; they are no part of its text.
     """
 
     name: str
@@ -256,6 +257,7 @@ class Program:
     constants: Mapping[str, torch.Tensor]
     device: torch.device
     state: Mapping[str, TensorSpec] = field(default_factory=dict)
+    contents: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stored: Mapping[str, Stored] = field(default_factory=dict)
     mesh: Mesh | None = None
     tokens: tuple[TokenAxis, ...] = ()

@@ -16,6 +16,8 @@ from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.sharding.buffer_access import is_divided_over_time
 
 aten = torch.ops.aten
+PatchedDim = tuple[int, Partition]
+"""A dim that is divided over patches, and the positions that each virtual rank's patch has of it."""
 
 
 def inputs_of(program: Program, value: str) -> frozenset[str]:
@@ -44,30 +46,45 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
         yield from cut.users
 
 
-def latents(program: Program, mesh: Mesh) -> frozenset[str]:
-    """The inputs that are divided over time just like an output, so that a scheduler can work patch by patch; every
-    patch has a part of them, but for the first one, which may have enough to do with what goes with it. Where none is,
+def latents(program: Program, mesh: Mesh) -> dict[str, PatchedDim]:
+    """The inputs that are divided over time just like an output, so that a scheduler can work patch by patch, and how;
+    every patch has a part of them, but for the first one, which may have enough to do with what goes with it. Where
+    none is, those of which an output has more, all with the first patch (a text that is joined in front of them); else
     the codes of which an output has the scores, that is one dim more."""
-    shapes, scores = set(), set()
-    for value in results_of(program.graph):
-        while ops.is_relayout(value.target) and not is_divided_over_time(value, mesh):
-            value = operands(value)[0]
-        cut, shape = _patch_dims(value.meta[LAYOUT], mesh), value.meta[SPEC].shape
-        shapes.add(cut)
+    outputs, scores = [_output_cut(value, mesh) for value in results_of(program.graph)], set()
+    for value, cut in zip(results_of(program.graph), outputs, strict=True):
+        shape = value.meta[SPEC].shape
         for dim in range(len(shape)):
-            if all(d != dim for d, _ in cut):
-                scores.add((without(shape, dim), tuple((d - (d > dim), one) for d, one in cut)))
-    found, codes = set(), set()
+            if cut is not None and dim != cut[0]:
+                scores.add((without(shape, dim), (cut[0] - (cut[0] > dim), cut[1])))
+    found: list[dict[str, PatchedDim]] = [{}, {}, {}]
     for node in program.graph.nodes:
         if node.op != "placeholder":
             continue
-        cuts = {_patch_dims(cut.meta[LAYOUT], mesh) for cut in _cuts(node)}
-        cuts = {cut for cut in cuts if cut and _is_shared(cut, mesh)}
-        if node.meta[SPEC].dtype.is_floating_point and cuts & shapes:
-            found.add(node.name)
-        elif _is_code(node) and any((node.meta[SPEC].shape, cut) in scores for cut in cuts):
-            codes.add(node.name)
-    return frozenset(found or codes)
+        cuts = (_patch_dim(cut.meta[LAYOUT], mesh) for cut in _cuts(node))
+        for mine in (cut for cut in cuts if cut is not None and _is_shared(cut, mesh)):
+            if not node.meta[SPEC].dtype.is_floating_point:
+                matches = False, False, _is_code(node) and (node.meta[SPEC].shape, mine) in scores
+            else:
+                matches = mine in outputs, any(one and _is_joined(mine, one, mesh) for one in outputs), False
+            for kind, is_match in zip(found, matches, strict=True):
+                if is_match:
+                    kind[node.name] = mine
+    return next((kind for kind in found if kind), {})
+
+
+def _output_cut(value: fx.Node, mesh: Mesh) -> PatchedDim | None:
+    while ops.is_relayout(value.target) and not is_divided_over_time(value, mesh):
+        value = operands(value)[0]
+    return _patch_dim(value.meta[LAYOUT], mesh)
+
+
+def _is_joined(mine: PatchedDim, output: PatchedDim, mesh: Mesh) -> bool:
+    """Whether an output has the same rows of an input with every patch, and more with the first one."""
+    (dim, own), (out_dim, whole) = mine, output
+    later = [rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,))]
+    same = all(own.sizes[rank] == whole.sizes[rank] for rank in later)
+    return same and dim == out_dim and own.size < whole.size
 
 
 def without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -82,7 +99,7 @@ def output_seeds(program: Program, mesh: Mesh) -> dict[str, Layout]:
     for value in results_of(program.graph):
         while ops.is_relayout(value.target) and not is_divided_over_time(value, mesh):
             value = operands(value)[0]
-        cut = dict(_time_dims(value.meta[LAYOUT], mesh))
+        cut = {d: dim for d, dim in enumerate(value.meta[LAYOUT].dims) if TIME in mesh.dividing_dims(dim)}
         for node in program.graph.nodes:
             if node.op != "placeholder" or not cut or node.name in known:
                 continue
@@ -99,18 +116,16 @@ def _cuts(node: fx.Node) -> Iterator[fx.Node]:
             yield from _cuts(user)
 
 
-def _is_shared(cut: tuple[tuple[int, Partition | None], ...], mesh: Mesh) -> bool:
+def _is_shared(cut: PatchedDim, mesh: Mesh) -> bool:
     later = [rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,))]
-    return all(dim is not None and all(dim.sizes[rank] for rank in later) for _, dim in cut)
+    return all(cut[1].sizes[rank] for rank in later)
 
 
-def _time_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None], ...]:
-    return tuple((d, dim) for d, dim in enumerate(layout.dims) if TIME in mesh.dividing_dims(dim))
-
-
-def _patch_dims(layout: Layout, mesh: Mesh) -> tuple[tuple[int, Partition | None], ...]:
-    """The same, with what the ranks of a patch have together."""
-    return tuple(
-        (d, dim if dim is None else mesh.gathered(dim, mesh.dividing_dims(dim) - {TIME}))
-        for d, dim in _time_dims(layout, mesh)
-    )
+def _patch_dim(layout: Layout, mesh: Mesh) -> PatchedDim | None:
+    """The dim that is divided over time, with what the ranks of a patch have together."""
+    for d, dim in enumerate(layout.dims):
+        dividing = mesh.dividing_dims(dim)
+        together = mesh.gathered(dim, dividing - {TIME}) if dim is not None and TIME in dividing else None
+        if together is not None:
+            return d, together
+    return None

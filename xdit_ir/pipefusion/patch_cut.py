@@ -12,9 +12,10 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Read, Write
+from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Indices, Runs
 from xdit_ir.ir.program import SPEC, Program
-from xdit_ir.pipefusion.latents import without
+from xdit_ir.pipefusion.latents import PatchedDim
 from xdit_ir.pipefusion.pipeline_program import PatchStage
 
 
@@ -83,12 +84,11 @@ def _along(slot: Read | Write, dim: int, shape: Sequence[int]) -> Indices:
     return Indices(((0, shape[dim]),) if runs is None else runs)
 
 
-def own_dim(cut: PatchCut, output: Sequence[int], shape: Sequence[int]) -> int | None:
-    """The dim of an input of this shape that is cut like the output's; codes lack the dim of their scores."""
-    if cut.dim < len(shape) and cut.size == shape[cut.dim]:
-        return cut.dim
-    lacks = (dim for dim in range(cut.dim) if without(output, dim) == tuple(shape))
-    return None if next(lacks, None) is None else cut.dim - 1
+def cut_like(divided: PatchedDim, mesh: Mesh) -> PatchCut:
+    """The parts of an input that the patches have together, in order of position."""
+    dim, partition = divided
+    first = [next(rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,)) == p) for p in range(mesh.size((TIME,)))]
+    return PatchCut(dim, tuple(Indices.of_runs(sorted(partition.parts[rank].runs)) for rank in first))
 
 
 def narrowed(node: fx.Node, cut: PatchCut) -> tuple[int, ...] | None:

@@ -16,7 +16,7 @@ from xdit_ir.ir.graphs import copy_graph, map_graphs, operands, placeholders, re
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.pipefusion.interleave_patches import interleave, of_patch
 from xdit_ir.pipefusion.latents import latents
-from xdit_ir.pipefusion.patch_cut import PatchCut, cut_of, narrowed, own_dim, slot_of, write_to
+from xdit_ir.pipefusion.patch_cut import PatchCut, cut_like, cut_of, narrowed, slot_of, write_to
 from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline, has_effect
 
 Specs = tuple[TensorSpec, ...]
@@ -77,15 +77,8 @@ class RankTasks:
     @cached_property
     def latents(self) -> dict[str, PatchCut]:
         """The inputs that are divided over patches like an output."""
-        found: dict[str, PatchCut] = {}
-        for name in latents(self.pipeline.program, self.pipeline.virtual):
-            [node] = (n for n in placeholders(self.pipeline.program.graph) if n.name == name)
-            shape = node.meta[SPEC].shape
-            for cut, output in zip(self.cuts, results_of(self.pipeline.program.graph), strict=True):
-                own = None if cut is None else own_dim(cut, output.meta[SPEC].shape, shape)
-                if cut is not None and own is not None:
-                    found.setdefault(name, replace(cut, dim=own))
-        return found
+        virtual = self.pipeline.virtual
+        return {name: cut_like(one, virtual) for name, one in latents(self.pipeline.program, virtual).items()}
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
