@@ -31,8 +31,8 @@ from xdit_ir.passes.divide import check_schedule, divide, make_pipeline, note_re
 from xdit_ir.passes.find_tokens import Dims
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.passes.order import analysis_passes
-from xdit_ir.passes.take_known import guard_places
 from xdit_ir.passes.split_batch import Batch
+from xdit_ir.passes.take_known import guard_places
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
 from xdit_ir.runtime.emitted import Emitted, emit
@@ -164,7 +164,9 @@ class TracedProgram:
             used = None if rule is None else CacheCount(rule)
             return ParallelProgram(self.ir, analysed, divided, mesh, pair_calls, machine, used)
         placed = self._placed
-        staged, pipeline = make_pipeline(placed.analysed, mesh, count, warmup_steps, stages, machine, after, batch=batch)
+        staged, pipeline = make_pipeline(
+            placed.analysed, mesh, count, warmup_steps, stages, machine, after, batch=batch
+        )
         return PipelinedProgram(placed.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 
-from xdit_ir.deferral.deferred import Deferred, is_separable, materialize, materialize_slice, pending
+from xdit_ir.deferral.deferred import Deferred, descents_of, is_separable, materialize, materialize_slice, pending
+from xdit_ir.deferral.recorded import Numbered
 from xdit_ir.errors import MismatchError
 
 SHAPE = (2, 4, 8, 6)
@@ -86,15 +89,19 @@ def test_a_loop_computes_nothing_until_rows_are_asked_for(scheduler: Any) -> Non
     assert len(model.asked) == asked == 12, "each part once a step"
 
 
+@dataclass
+class Whole:
+    value: torch.Tensor
+
+    def part(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        return self.value.narrow(dim, start, stop - start)
+
+    def whole(self) -> torch.Tensor:
+        return self.value
+
+
 def rows(value: torch.Tensor) -> torch.Tensor:
-    class Rows:
-        def part(self, dim: int, start: int, stop: int) -> torch.Tensor:
-            return value.narrow(dim, start, stop - start)
-
-        def whole(self) -> torch.Tensor:
-            return value
-
-    return pending(Rows(), value.shape, value.dtype, value.device)
+    return pending(Whole(value), value.shape, value.dtype, value.device)
 
 
 @pytest.fixture
@@ -132,11 +139,41 @@ def test_parts_are_parts_of_the_whole_whatever_is_done(
     torch.testing.assert_close(materialize(operator(rows(value))), want)
 
 
-def test_what_moves_rows_needs_more_than_the_same_rows(value: torch.Tensor) -> None:
+def test_what_mixes_rows_needs_more_than_some_of_them(value: torch.Tensor) -> None:
     assert not isinstance(rows(value).flip(2), Deferred)
-    assert not is_separable(torch.cat([rows(value), rows(value)], 2), ROWS, 0, 4)
+    assert not is_separable(rows(value)[:, :, 1:6:2], ROWS, 0, 2)
     assert is_separable(torch.cat([rows(value), rows(value)], 1), ROWS, 0, 4)
-    assert not is_separable(rows(value)[:, :, 1:5], ROWS, 0, 4)
+
+
+CUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "slice": lambda x: x[:, :, 2:7],
+    "slice-from-behind": lambda x: x[:, :, -6:] * 2,
+    "split": lambda x: x.split([3, 1, 4], 2)[2] + x.chunk(2, 2)[1],
+    "cat": lambda x: torch.cat([torch.ones(2, 4, 3, 6), x[:, :, 5:], x, x[:, :, :1]], 2),
+    "cat-of-a-part": lambda x: torch.cat([x, -x], 2)[:, :, 6:13],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_what_cuts_and_joins_rows_needs_the_rows_that_it_moves(
+    cut: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor
+) -> None:
+    want = cut(value)
+    for start, stop in itertools.combinations(range(want.shape[2] + 1), 2):
+        got = cut(rows(value))
+        assert is_separable(got, ROWS, start, stop)
+        torch.testing.assert_close(materialize_slice(got, ROWS, start, stop), want[:, :, start:stop])
+
+
+def test_rows_are_followed_to_where_they_were(value: torch.Tensor) -> None:
+    """What is behind a text in an output, joined to a reference that is not of it; of a roll, no one shift is."""
+    maker = object()
+    made = pending(Whole(value), value.shape, value.dtype, value.device, (maker, Numbered(0)))
+    target = made[:, :, 3:] * 2
+    roll = torch.cat([made[:, :, 4:], made[:, :, :4]], 2)
+    latents = {"target": target, "joined": torch.cat([torch.ones(2, 4, 2, 6), target], 2), "roll": roll}
+    followed = {name: one.dims[2] for name, one in descents_of(maker, latents).items()}
+    assert followed == {"target": (2, 3), "joined": (2, 1), "roll": None}
 
 
 def test_writes_in_place(value: torch.Tensor) -> None:

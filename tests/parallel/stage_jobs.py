@@ -29,6 +29,7 @@ from xdit_ir.ir import difference
 from xdit_ir.ir.difference import tensors_of
 from xdit_ir.ir.graphs import placeholders
 from xdit_ir.ir.interpret import model_state
+from xdit_ir.pipefusion.patch_cut import PatchCut
 from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.runtime.shadow import Shadow
 from xdit_ir.simulation.steps import PipelineSimulation
@@ -53,10 +54,10 @@ def _tensor(output: Any) -> torch.Tensor:
     return found
 
 
-def _following(latents: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """These latents, made from an output of the model."""
+def _following(latents: torch.Tensor, output: torch.Tensor, cut: PatchCut | None = None) -> torch.Tensor:
+    """These latents, made from an output of the model: from where that has their rows."""
     for dim, size in enumerate(latents.shape):
-        output = output.narrow(dim, 0, size)
+        output = output.narrow(dim, cut.shift if cut is not None and cut.dim == dim else 0, size)
     return latents + 0 * output
 
 
@@ -365,29 +366,30 @@ def fixed_point(name: str, calls: int = 4, **degrees: Any) -> dict[str, Any]:
     return {"errors": errors, "displaced": len(displaced), "steps": made_of}
 
 
-def _latents(port: Any, tasks: RankTasks, given: dict[str, Any]) -> list[torch.Tensor]:
-    """Those of these arguments that follow the output from step to step."""
+def _latents(port: Any, tasks: RankTasks, given: dict[str, Any]) -> list[tuple[torch.Tensor, PatchCut]]:
+    """Those of these arguments that follow the output from step to step, and how they are cut."""
     program = tasks.pipeline.program
     bound = bind_inputs(port._xdit_original, program, (), given)
     names = [node.name for node in placeholders(program.graph)]
-    return [x for name, x in zip(names, bound, strict=True) if name in tasks.latents]
+    return [(x, tasks.latents[name]) for name, x in zip(names, bound, strict=True) if name in tasks.latents]
 
 
-def _made_of(output: Any, given: dict[str, Any], latents: list[torch.Tensor]) -> dict[str, Any]:
+def _made_of(output: Any, given: dict[str, Any], latents: list[tuple[torch.Tensor, PatchCut]]) -> dict[str, Any]:
     """These arguments, whose latents are made of the output that they fit; what they have besides (of an image that is
     to be edited, in further channels) stays as it is."""
 
     sources = tensors_of(output)
     several = len(sources) > 1  # each follows its own; what is given behind them (a reference) stays as it is
-    own = {id(x): [one] for x, one in zip(latents, sources, strict=False)} if several else {}
+    own = {id(x): [one] for (x, _), one in zip(latents, sources, strict=False)} if several else {}
 
     def follows(x: Any) -> Any:
-        if not any(x is one for one in latents):
+        cut = next((cut for one, cut in latents if x is one), None)
+        if cut is None:
             return x
         for source in own.get(id(x), () if several else sources):
             short = [dim for dim in range(x.dim()) if source.dim() == x.dim() and source.shape[dim] < x.shape[dim]]
             if source.dim() == x.dim() and not short:
-                return _following(x, source)
+                return _following(x, source, cut)
             if len(short) == 1:
                 [dim], size = short, source.shape[short[0]]
                 rest = x.narrow(dim, size, x.shape[dim] - size)

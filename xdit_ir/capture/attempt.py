@@ -307,7 +307,9 @@ def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks
     for part in (graph, *(block.graph for block in made.values())):
         rename_device(part, recorder.device, device)
     known = {path: x for path, x in recorder.inputs.items() if not x.is_floating_point() and readable(x)}
-    contents = {path: ordinary(x.detach().cpu().clone()) for path, x in known.items() if path not in recorder.read_inputs}
+    contents = {
+        path: ordinary(x.detach().cpu().clone()) for path, x in known.items() if path not in recorder.read_inputs
+    }
     return Program(name, graph, made, signature, constants, device, state, contents)
 
 

@@ -102,7 +102,7 @@ def pending(
 ) -> Deferred:
     """A tensor for what `source` will give; `made`: by whom, and which result, which is noted in what is made of it."""
     like = torch.empty(tuple(shape), device="meta")
-    lineage = {} if made is None else {made[0]: Descent(made[1], tuple(range(like.dim())), _samples(like))}
+    lineage = {} if made is None else {made[0]: Descent.of(made[1], like.dim(), _samples(like))}
     return Deferred(RecordedValue(like.shape, like.stride(), dtype, device, source=source, lineage=lineage))
 
 

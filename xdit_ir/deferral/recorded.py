@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from xdit_ir.deferral.samples import Samples, Step, carried
-from xdit_ir.deferral.separable import Needs, Range, operand_ranges, resized, tensors_in
+from xdit_ir.deferral.separable import Needs, Piece, Range, operand_ranges, pieces, resized, tensors_in
 from xdit_ir.errors import MismatchError
 
 aten = torch.ops.aten
@@ -45,11 +45,17 @@ class Numbered:
 @dataclass(frozen=True)
 class Descent:
     """From which pending result of one maker a value was made: the newest one; `dims[d]` is the dimension of it whose
-    positions dimension `d` follows, if any; `samples`, of which samples it was made, where that is known."""
+    positions dimension `d` follows, if any, and by how much those are further on; `samples`, of which samples it was
+    made, where that is known."""
 
     result: Numbered
-    dims: tuple[int | None, ...]
+    dims: tuple[tuple[int, int] | None, ...]
     samples: Samples | None = None
+
+    @staticmethod
+    def of(result: Numbered, dims: int, samples: Samples | None = None) -> Descent:
+        """That of the result itself, of so many dimensions."""
+        return Descent(result, tuple((dim, 0) for dim in range(dims)), samples)
 
     @property
     def number(self) -> int:
@@ -87,6 +93,9 @@ class RecordedValue:
         """This range of it, or None where it does not follow from the same range of what it was made of."""
         if self.done is not None:
             return self.done.narrow(wanted.dim, wanted.start, wanted.size)
+        if not wanted.size:
+            sizes = [0 if dim == wanted.dim else size for dim, size in enumerate(self.shape)]
+            return torch.empty(sizes, dtype=self.dtype, device=self.device)
         if wanted not in self.parts:
             part = self._computed(wanted)
             if part is None:
@@ -99,7 +108,7 @@ class RecordedValue:
 
     def is_separable(self, wanted: Range) -> bool:
         """Whether `pull` would succeed, without computing anything."""
-        if self.done is not None or wanted in self.parts or self.source is not None:
+        if self.done is not None or wanted in self.parts or self.source is not None or not wanted.size:
             return True
         needs = self._needs(wanted)
         return needs is not None and all(
@@ -147,7 +156,13 @@ class RecordedValue:
     def _operands(self) -> list[RecordedValue | Kept]:
         return tensors_in((self.args, self.kwargs), (RecordedValue, Kept))
 
-    def _needs(self, wanted: Range) -> list[Range | None] | None:
+    def _pieces(self, dim: int) -> list[Piece] | None:
+        shapes = [operand.shape for operand in self._operands()]
+        return pieces(self.func, self.args, self.index, shapes, self.shape, dim)
+
+    def _needs(self, wanted: Range) -> Needs | None:
+        if (moved := self._pieces(wanted.dim)) is not None:
+            return [piece.of(wanted) for piece in moved]
         shapes = [operand.shape for operand in self._operands()]
         return operand_ranges(self.func, self.args, shapes, self.shape, wanted)
 
@@ -163,6 +178,8 @@ class RecordedValue:
             if piece is None:
                 return None
             pulled.append(piece)
+        if self._pieces(wanted.dim) is not None:
+            return torch.cat(pulled, wanted.dim) if len(pulled) > 1 else pulled[0]
         supply = iter(pulled)
         args, kwargs = pytree.tree_map_only((RecordedValue, Kept), lambda _: next(supply), (self.args, self.kwargs))
         return self._pick(_replayed(self.func)(*resized(self.func, args, self.shape, wanted), **kwargs))
@@ -190,11 +207,12 @@ class RecordedValue:
     def _descent(self, maker: Any, needs: Sequence[Needs | None]) -> Descent:
         descents = [v.lineage.get(maker) if isinstance(v, RecordedValue) else None for v in self._operands()]
         newest = max((one for one in descents if one is not None), key=lambda one: one.number).result
-        dims: list[int | None] = []
-        for needed in needs:
+        dims: list[tuple[int, int] | None] = []
+        for dim, needed in enumerate(needs):
+            shifts = [piece.start - piece.place for piece in self._pieces(dim) or ()] or [0] * len(descents)
             followed = {
-                None if part is None else source.dims[part.dim]
-                for source, part in zip(descents, needed or (), strict=False)
+                None if part is None or (was := source.dims[part.dim]) is None else (was[0], was[1] + shift)
+                for source, part, shift in zip(descents, needed or (), shifts, strict=False)
                 if source is not None and source.number == newest.number
             }
             dims.append(followed.pop() if len(followed) == 1 else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,39 @@ def operand_ranges(func: Any, args: Sequence[Any], shapes: Sequence[Shape], out:
     rule = _RULES.get(func)
     dim = None if rule is None else rule(args, shapes, out, wanted.dim)
     return None if dim is None else [wanted.at(dim) for _ in shapes]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions of an operand, from `start` on, that are those of the result from `place` on."""
+
+    start: int
+    place: int
+    size: int
+
+    def of(self, wanted: Range) -> Range:
+        """Those that are wanted; none if none of them are."""
+        low, high = max(wanted.start, self.place), min(wanted.stop, self.place + self.size)
+        start = self.start + low - self.place
+        return Range(wanted.dim, start, start + high - low) if low < high else Range(wanted.dim, 0, 0)
+
+
+def pieces(
+    func: Any, args: Sequence[Any], index: int | None, shapes: Sequence[Shape], out: Shape, dim: int
+) -> list[Piece] | None:
+    """What each operand gives of a dimension along which an operator cuts or joins; None for any other."""
+    place = _ALONG.get(func)
+    if place is None or _dim_argument(args, place, len(out)) != dim or any(len(one) != len(out) for one in shapes):
+        return None
+    if func is aten.cat.default:
+        ends = list(itertools.accumulate((shape[dim] for shape in shapes), initial=0))
+        return [Piece(0, end, shape[dim]) for end, shape in zip(ends, shapes, strict=False)]
+    if func is aten.slice.Tensor:
+        start, _, step = (args[at] if len(args) > at else None for at in (2, 3, 4))
+        first = range(shapes[0][dim])[start:].start
+        return [Piece(first, 0, out[dim])] if step in (None, 1) else None
+    sizes = [args[1]] * (index or 0) if func is aten.split.Tensor else args[1][: index or 0]
+    return [Piece(sum(sizes), 0, out[dim])]
 
 
 def _broadcast(shape: Shape, out: Shape, wanted: Range) -> Range | None:
@@ -125,15 +159,21 @@ def _removed(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int)
 
 
 def _elsewhere(place: int) -> Rule:
-    """slice, split, cat: positions of the dimension that argument `place` names move, all others stay."""
+    """slice, split, cat: positions of the dimension that argument `place` names move (see `pieces`), all others stay."""
 
     def rule(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int) -> int | None:
-        moved = _dim_argument(args, place, len(out))
-        return dim if dim != moved or (len(shapes) == 1 and shapes[0][dim] == out[dim]) else None
+        return dim if dim != _dim_argument(args, place, len(out)) else None
 
     return rule
 
 
+# Which argument names the dimension.
+_ALONG = {
+    aten.slice.Tensor: 1,
+    aten.split.Tensor: 2,
+    aten.split_with_sizes.default: 2,
+    aten.cat.default: 1,
+}
 _RULES: dict[Any, Rule] = {
     aten.clone.default: _same,
     aten.alias.default: _same,
@@ -147,11 +187,8 @@ _RULES: dict[Any, Rule] = {
     aten.squeeze.dim: _squeeze,
     aten.select.int: _removed,
     aten.unbind.int: _removed,
-    aten.slice.Tensor: _elsewhere(1),
-    aten.split.Tensor: _elsewhere(2),
-    aten.split_with_sizes.default: _elsewhere(2),
-    aten.cat.default: _elsewhere(1),
     aten.stack.default: _unsqueeze,
+    **{func: _elsewhere(place) for func, place in _ALONG.items()},
 }
 STRUCTURAL = frozenset({*_RULES, aten.expand.default})
 
@@ -167,8 +204,6 @@ def resized(func: Any, args: tuple[Any, ...], out: Shape, wanted: Range) -> tupl
         sizes = list(out)
         sizes[wanted.dim] = wanted.size
         return (args[0], sizes, *args[2:])
-    if func is aten.slice.Tensor and _dim_argument(args, 1, len(out)) == wanted.dim:
-        return (args[0], wanted.dim)
     return args
 
 

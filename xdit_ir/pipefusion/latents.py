@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -16,8 +18,15 @@ from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.sharding.buffer_access import is_divided_over_time
 
 aten = torch.ops.aten
-PatchedDim = tuple[int, Partition]
-"""A dim that is divided over patches, and the positions that each virtual rank's patch has of it."""
+
+
+class PatchedDim(NamedTuple):
+    """A dim that is divided over patches: the positions that each virtual rank's patch has of it, which are by `shift`
+    further on in the output."""
+
+    dim: int
+    partition: Partition
+    shift: int = 0
 
 
 def inputs_of(program: Program, value: str) -> frozenset[str]:
@@ -49,28 +58,33 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
 def latents(program: Program, mesh: Mesh) -> dict[str, PatchedDim]:
     """The inputs that are divided over time just like an output, so that a scheduler can work patch by patch, and how;
     every patch has a part of them, but for the first one, which may have enough to do with what goes with it. Where
-    none is, those of which an output has more, all with the first patch (a text that is joined in front of them); else
-    the codes of which an output has the scores, that is one dim more."""
-    outputs, scores = [_output_cut(value, mesh) for value in results_of(program.graph)], set()
-    for value, cut in zip(results_of(program.graph), outputs, strict=True):
-        shape = value.meta[SPEC].shape
-        for dim in range(len(shape)):
-            if cut is not None and dim != cut[0]:
-                scores.add((without(shape, dim), (cut[0] - (cut[0] > dim), cut[1])))
-    found: list[dict[str, PatchedDim]] = [{}, {}, {}]
+    none is, those of which an output has more or less with the first patch (a text that is joined in front of them, or
+    a reference left out); else the codes of which an output has the scores, that is one dim more."""
+    outputs = {value: cut for value in results_of(program.graph) if (cut := _output_cut(value, mesh)) is not None}
+    scores = set(itertools.chain.from_iterable(_codes_of(value, cut) for value, cut in outputs.items()))
+    same, more, codes = dict[str, PatchedDim](), dict[str, PatchedDim](), dict[str, PatchedDim]()
     for node in program.graph.nodes:
         if node.op != "placeholder":
             continue
-        cuts = (_patch_dim(cut.meta[LAYOUT], mesh) for cut in _cuts(node))
-        for mine in (cut for cut in cuts if cut is not None and _is_shared(cut, mesh)):
+        for shard in _cuts(node):
+            mine = _patch_dim(shard.meta[LAYOUT], mesh)
+            if mine is None or not all(mine.partition.sizes[rank] for rank in _later(mesh)):
+                continue
             if not node.meta[SPEC].dtype.is_floating_point:
-                matches = False, False, _is_code(node) and (node.meta[SPEC].shape, mine) in scores
-            else:
-                matches = mine in outputs, any(one and _is_joined(mine, one, mesh) for one in outputs), False
-            for kind, is_match in zip(found, matches, strict=True):
-                if is_match:
-                    kind[node.name] = mine
-    return next((kind for kind in found if kind), {})
+                if _is_code(node) and (node.meta[SPEC].shape, mine) in scores:
+                    codes[node.name] = mine
+                continue
+            if mine in outputs.values():
+                same[node.name] = mine
+            for shift in (_shift(mine, cut, mesh) for cut in outputs.values()):
+                if shift is not None:
+                    more[node.name] = mine._replace(shift=shift)
+    return same or more or codes
+
+
+def _later(mesh: Mesh) -> list[int]:
+    """The virtual ranks of all patches but the first."""
+    return [rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,))]
 
 
 def _output_cut(value: fx.Node, mesh: Mesh) -> PatchedDim | None:
@@ -79,12 +93,21 @@ def _output_cut(value: fx.Node, mesh: Mesh) -> PatchedDim | None:
     return _patch_dim(value.meta[LAYOUT], mesh)
 
 
-def _is_joined(mine: PatchedDim, output: PatchedDim, mesh: Mesh) -> bool:
-    """Whether an output has the same rows of an input with every patch, and more with the first one."""
-    (dim, own), (out_dim, whole) = mine, output
-    later = [rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,))]
-    same = all(own.sizes[rank] == whole.sizes[rank] for rank in later)
-    return same and dim == out_dim and own.size < whole.size
+def _codes_of(value: fx.Node, cut: PatchedDim) -> Iterator[tuple[tuple[int, ...], PatchedDim]]:
+    """Shape and division of what an output may have the scores of, along each of its other dims."""
+    shape = value.meta[SPEC].shape
+    for dim in range(len(shape)):
+        if dim != cut.dim:
+            yield without(shape, dim), cut._replace(dim=cut.dim - (cut.dim > dim))
+
+
+def _shift(mine: PatchedDim, output: PatchedDim, mesh: Mesh) -> int | None:
+    """By how much the rows of an input are further on in an output that differs in what the first patch has."""
+    pairs = [(mine.partition.parts[rank], output.partition.parts[rank]) for rank in _later(mesh)]
+    if mine.dim != output.dim or not pairs[0][1].size:
+        return None
+    shift = pairs[0][1].runs[0][0] - pairs[0][0].runs[0][0]
+    return shift if all(part.shift(shift) == there for part, there in pairs) else None
 
 
 def without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -116,16 +139,11 @@ def _cuts(node: fx.Node) -> Iterator[fx.Node]:
             yield from _cuts(user)
 
 
-def _is_shared(cut: PatchedDim, mesh: Mesh) -> bool:
-    later = [rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,))]
-    return all(cut[1].sizes[rank] for rank in later)
-
-
 def _patch_dim(layout: Layout, mesh: Mesh) -> PatchedDim | None:
     """The dim that is divided over time, with what the ranks of a patch have together."""
     for d, dim in enumerate(layout.dims):
         dividing = mesh.dividing_dims(dim)
         together = mesh.gathered(dim, dividing - {TIME}) if dim is not None and TIME in dividing else None
         if together is not None:
-            return d, together
+            return PatchedDim(d, together)
     return None

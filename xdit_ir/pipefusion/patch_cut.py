@@ -21,10 +21,12 @@ from xdit_ir.pipefusion.pipeline_program import PatchStage
 
 @dataclass(frozen=True)
 class PatchCut:
-    """How an output (and the latents) is divided over patches: `parts[p]` of dimension `dim` belong to patch p."""
+    """How an output (and the latents) is divided over patches: `parts[p]` of dimension `dim` belong to patch p. What is
+    at a position of latents is by `shift` further on in the output."""
 
     dim: int
     parts: tuple[Indices, ...]
+    shift: int = 0
 
     @property
     def size(self) -> int:
@@ -86,9 +88,13 @@ def _along(slot: Read | Write, dim: int, shape: Sequence[int]) -> Indices:
 
 def cut_like(divided: PatchedDim, mesh: Mesh) -> PatchCut:
     """The parts of an input that the patches have together, in order of position."""
-    dim, partition = divided
-    first = [next(rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,)) == p) for p in range(mesh.size((TIME,)))]
-    return PatchCut(dim, tuple(Indices.of_runs(sorted(partition.parts[rank].runs)) for rank in first))
+    dim, partition, shift = divided
+    first = [
+        next(rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,)) == p)
+        for p in range(mesh.size((TIME,)))
+    ]
+    parts = tuple(Indices.of_runs(sorted(partition.parts[rank].runs)) for rank in first)
+    return PatchCut(dim, parts, shift)
 
 
 def narrowed(node: fx.Node, cut: PatchCut) -> tuple[int, ...] | None:

@@ -138,7 +138,7 @@ class Requests:
 
 def _follows(descent: Descent, cut: PatchCut) -> bool:
     """Position by position of what is cut, and sample by sample."""
-    if cut.dim >= len(descent.dims) or descent.dims[cut.dim] != cut.dim:
+    if cut.dim >= len(descent.dims) or descent.dims[cut.dim] != (cut.dim, cut.shift):
         return False
     return cut.dim == 0 or (descent.samples is not None and descent.samples.in_place)
 

@@ -112,7 +112,7 @@ class Denoising:
 
     def _noted(self, x: torch.Tensor, number: Numbered) -> Deferred:
         made = x if isinstance(x, Deferred) else Deferred(RecordedValue(x.shape, x.stride(), x.dtype, x.device, done=x))
-        made.value.lineage = {self: Descent(number, tuple(range(x.dim())))}
+        made.value.lineage = {self: Descent.of(number, x.dim())}
         return made
 
     def _of_one_request(self, latents: Mapping[str, Descent]) -> list[Branch]:
