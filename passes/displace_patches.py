@@ -13,7 +13,7 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
-from xdit_ir.passes.find_tokens import units_of
+from xdit_ir.passes.find_tokens import parts_outside, units_of
 from xdit_ir.pipefusion.latents import inputs_of, output_seeds
 from xdit_ir.pipefusion.patch_plan import UNLIKE, PatchPlan, evaluate
 from xdit_ir.sharding.propagate import Propagation, Seeds
@@ -74,8 +74,17 @@ class DisplacePatches:
             if axis.is_context or not inputs_of(program, axis.value):
                 continue
             first = self._first(trial, axis)
-            for partition in self._partitions(program, axis, sum(other.size for other in first)):
-                yield axis, *self._plan(trial, axis, self._seeds(program, axis, partition, first))
+            load, tried, accepted = sum(other.size for other in first), set[Partition](), False
+            outside = replace(axis, segments=tuple(sorted(parts_outside(program, axis.size))))
+            # How the outer graph cuts, with what is behind where it was put, is tried where nothing else is right.
+            for one, behind in ((axis, False), (outside, False), (outside, True)):
+                found = () if accepted else self._partitions(program, one, load, behind=behind)
+                fresh = [cut for cut in found if cut not in tried]
+                for partition in fresh:
+                    plan, seeds = self._plan(trial, axis, self._seeds(program, axis, partition, first))
+                    accepted |= not plan.refusal
+                    yield axis, plan, seeds
+                tried.update(fresh)
 
     def _nearest(self, program: Program) -> int:
         """The largest smaller number of patches that is not refused, of the nearest ones and the powers of two."""
@@ -128,9 +137,10 @@ class DisplacePatches:
         seeds = {axis.value: (self._layout(program, axis, partition),)}
         return seeds | {one.value: (self._layout(program, one, _first(self.mesh, one.size)),) for one in first}
 
-    def _partitions(self, program: Program, axis: TokenAxis, load: int) -> Iterator[Partition]:
-        """Divisions of the latents' stream, where the first patch has `load` tokens besides."""
-        found = (self._divide(cut, axis.size, load) for cut in _cuts(program, axis))
+    def _partitions(self, program: Program, axis: TokenAxis, load: int, *, behind: bool = False) -> Iterator[Partition]:
+        """Divisions of the latents' stream, where the first patch has `load` tokens besides; what is `behind` a segment
+        goes with the last patch, where it is not to go with the first."""
+        found = (self._divide(cut, axis.size, load, behind=behind) for cut in _cuts(program, axis))
         yield from dict.fromkeys(partition for partition in found if partition is not None)
 
     def _layout(self, program: Program, axis: TokenAxis, partition: Partition) -> Layout:
@@ -138,19 +148,22 @@ class DisplacePatches:
         layout: Layout = node.meta.get(LAYOUT) or Layout.whole(len(node.meta[SPEC].shape))
         return layout.with_dims({axis.dim: partition})
 
-    def _divide(self, cut: _StreamCut, size: int, load: int) -> Partition | None:
+    def _divide(self, cut: _StreamCut, size: int, load: int, *, behind: bool) -> Partition | None:
         """The stream's patches; None where there are fewer units than patches."""
         count, (main, start) = self.mesh.size((TIME,)), cut.main
         if main % cut.period or cut.period % cut.unit or cut.period // cut.unit < count:
             return None
         repeats = main // cut.period
-        sizes = _sizes(cut.period // cut.unit, count, (load + size - main) / repeats / cut.unit)
+        rest = size - start - main if behind else 0
+        loads = (load + size - main - rest) / repeats / cut.unit, rest / repeats / cut.unit
+        sizes = _sizes(cut.period // cut.unit, count, *loads)
         ends = [cut.unit * end for end in itertools.accumulate(sizes, initial=0)]
         pieces = []
         for patch in range(count):
             runs = [(start + i * cut.period + ends[patch], ends[patch + 1] - ends[patch]) for i in range(repeats)]
-            around = [(0, start), *runs, (start + main, size - start - main)]
-            pieces.append(Indices.of_runs(runs if patch else around))
+            holds_rest = patch == (count - 1 if behind else 0)
+            around = (0, 0 if patch else start), (start + main, size - start - main if holds_rest else 0)
+            pieces.append(Indices.of_runs([around[0], *runs, around[1]]))
         return _spread(self.mesh, size, pieces)
 
 
@@ -175,11 +188,16 @@ def _cuts(program: Program, axis: TokenAxis) -> Iterator[_StreamCut]:
                         yield _StreamCut((main, sum(segments[:place])), period, unit)
 
 
-def _sizes(size: int, count: int, load: float) -> list[int]:
-    """How much each patch gets of `size`, at least 1, where the first one has `load` to do besides."""
-    first = max(1, round((size + load) / count - load))
-    rest = even_pieces(size - first, count - 1)
-    return [first, *(piece.size for piece in rest)]
+def _sizes(size: int, count: int, load: float, load_behind: float = 0) -> list[int]:
+    """How much each patch gets of `size`, at least 1, where the first one has `load` to do besides, and the last one
+    `load_behind`."""
+    share = (size + load + load_behind) / count
+    first = min(max(1, round(share - load)), size - count + 1)
+    if not load_behind:
+        return [first, *(piece.size for piece in even_pieces(size - first, count - 1))]
+    last = min(max(1, round(share - load_behind)), size - first - count + 2) if count > 2 else size - first
+    between = even_pieces(size - first - last, count - 2) if count > 2 else []
+    return [first, *(piece.size for piece in between), last]
 
 
 def _first(mesh: Mesh, size: int) -> Partition:

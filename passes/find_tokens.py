@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from xdit_ir.sharding.propagate import Attempt, Propagation
 PROBE = Mesh.of(ulysses=2)
 aten = torch.ops.aten
 Dims = frozenset[tuple[int, int, int]]  # places among leading values, dims of these, sizes
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 JOINS = (aten.cat, aten.concat, aten.concatenate)
 
 
@@ -161,14 +162,36 @@ def joined_dim(node: fx.Node) -> int:
 
 def _slices_of(program: Program, size: int) -> set[tuple[int, ...]]:
     """How slices cut a dimension of this size, where views make rows of what is taken: the rest may be padding."""
-    found: set[tuple[int, ...]] = set()
-    for node in (node for _, graph, _ in all_graphs(program) for node in graph.nodes):
-        if node.target is not aten.slice.Tensor:
-            continue
-        given = bound_arguments(node)
-        whole, taken = (value.meta[SPEC].shape[given["dim"]] for value in (operands(node)[0], node))
-        if whole == size and given["step"] == 1 and 0 < taken < size and units_of(program, taken):
-            start = given["start"] or 0
-            start = max(start + size, 0) if start < 0 else start
-            found.add(tuple(n for n in (start, taken, size - start - taken) if n))
-    return found
+    nodes = (node for _, graph, _ in all_graphs(program) for node in graph.nodes)
+    found = (one for one in map(_taken, nodes) if one is not None and sum(one) == size)
+    return {tuple(filter(None, one)) for one in found if units_of(program, one[1])}
+
+
+def parts_outside(program: Program, size: int) -> set[tuple[int, ...]]:
+    """How slices and pads of the outer graph cut a dimension of this size: what is taken, or was there before."""
+    found = (one for node in program.graph.nodes for one in (_taken(node), _padded(node)))
+    return {tuple(filter(None, one)) for one in found if one is not None and sum(one) == size}
+
+
+def _taken(node: fx.Node) -> tuple[int, int, int] | None:
+    """Before, in and behind what a slice takes of a dimension."""
+    if node.target is not aten.slice.Tensor:
+        return None
+    given = bound_arguments(node)
+    size, taken = (value.meta[SPEC].shape[given["dim"]] for value in (operands(node)[0], node))
+    start = given["start"] or 0
+    start = max(start + size, 0) if start < 0 else start
+    return (start, taken, size - start - taken) if given["step"] == 1 and 0 < taken < size else None
+
+
+def _padded(node: fx.Node) -> tuple[int, int, int] | None:
+    """Before, of and behind what a pad makes longer, if that is one dimension."""
+    if node.target not in PADS:
+        return None
+    widths: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    places = [at for at in range(0, len(widths), 2) if widths[at] or widths[at + 1]]
+    if len(places) != 1 or min(widths) < 0:
+        return None
+    [at] = places
+    shape = operands(node)[0].meta[SPEC].shape
+    return widths[at], shape[len(shape) - 1 - at // 2], widths[at + 1]

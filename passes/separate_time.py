@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,7 +57,7 @@ class SeparateTime:
             node.target = ops.RELAYOUTS[then]
 
 
-def _noted(program: Program, mesh: Mesh, inputs: frozenset[str]) -> Program:
+def _noted(program: Program, mesh: Mesh, inputs: Collection[str]) -> Program:
     """What neither the latents nor a division over time reach is computed once a step."""
     graphs = {name: graph for name, graph, _ in all_graphs(program)}
     seeds = {name: {node for node in graph.nodes if is_divided_over_time(node, mesh)} for name, graph in graphs.items()}

@@ -16,7 +16,7 @@ from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import copy_graph, operands, placeholders, remove_dead
 from xdit_ir.ir.hoist import ancestors, descendants
 from xdit_ir.ir.partition import Indices, IntArray
-from xdit_ir.ir.program import SPEC, Guard, Program
+from xdit_ir.ir.program import SPEC, STATE, Guard, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.known_integers import Known, known_integers
 
@@ -45,9 +45,9 @@ class TakeKnown:
 
 
 def guard_places(program: Program) -> Program:
-    """The program with guards on those integer inputs that say where rows of what floating-point inputs make are read
-    or written, each in a place of its own: contents that hold for a whole request, such as the order of a packed stream.
-    """
+    """The program with guards on those integer inputs and buffers that say where rows of what floating-point inputs
+    make are read or written, each in a place of its own: contents that hold for a whole request, such as the order of
+    a packed stream."""
     paths = [leaf.path for leaf in program.signature.leaves if leaf.spec is not None]
     given = dict(zip(placeholders(program.graph), paths, strict=True))
     floating = descendants(node for node in given if node.meta[SPEC].dtype.is_floating_point)
@@ -60,7 +60,7 @@ def guard_places(program: Program) -> Program:
             continue
         kept = _places(found, known)
         if kept is not None and kept.size > 1:
-            sources = (given[node] for node in ancestors(found.index) if node in given)
+            sources = (given.get(node, f"{STATE}{node.target}") for node in ancestors(found.index))
             wanted |= {path: guards[path] for path in sources if path in guards}
     return _guarded(program, wanted.values()) if wanted else program
 
@@ -141,10 +141,15 @@ def _addition(node: fx.Node) -> _Selection | None:
         return None
     dim %= len(shape)
     if node.target is aten.scatter_add.default:
-        whole = [*shape[:dim], values.meta[SPEC].shape[dim], *shape[dim + 1 :]]
-        spread = index.target is aten.expand.default and list(index.meta[SPEC].shape) == whole
-        index = operands(index)[0] if spread and list(values.meta[SPEC].shape) == whole else None
-        if index is None or any(size != 1 for d, size in enumerate(index.meta[SPEC].shape) if d != dim):
+        whole = (*shape[:dim], values.meta[SPEC].shape[dim], *shape[dim + 1 :])
+        if (
+            index.target is not aten.expand.default
+            or index.meta[SPEC].shape != whole
+            or values.meta[SPEC].shape != whole
+        ):
+            return None
+        [index] = operands(index)
+        if index.meta[SPEC].shape != tuple(size if d == dim else 1 for d, size in enumerate(whole)):
             return None
     return _Selection(x, dim, (index,), values, adds=True)
 

@@ -150,7 +150,8 @@ class TracedProgram:
         batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED
         keeping = Keeping.of(mesh, shard_weights, stream_weights, batch=batch)
         rule = None if cache is None else CacheRule.parse(cache)
-        analysed = self.analysed if rule is None else note_region(self.analysed, rule, mesh, after)
+        traced = self if pipefusion == 1 else self._placed
+        analysed = traced.analysed if rule is None else note_region(traced.analysed, rule, mesh, after)
         if pipefusion == 1:
             divided = divide(
                 analysed.replace(stored=self.stored),
@@ -163,11 +164,8 @@ class TracedProgram:
             )
             used = None if rule is None else CacheCount(rule)
             return ParallelProgram(self.ir, analysed, divided, mesh, pair_calls, machine, used)
-        placed = self._placed
-        staged, pipeline = make_pipeline(
-            placed.analysed, mesh, count, warmup_steps, stages, machine, after, batch=batch
-        )
-        return PipelinedProgram(placed.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
+        staged, pipeline = make_pipeline(analysed, mesh, count, warmup_steps, stages, machine, after, batch=batch)
+        return PipelinedProgram(traced.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 
 
 @dataclass(frozen=True, eq=False)

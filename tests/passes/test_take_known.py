@@ -31,6 +31,15 @@ class Ragged(nn.Module):
         return result
 
 
+class Added(nn.Module):
+    """What a step embeds is added to some of the tokens, as rows and by an index for each element."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        valid, empty = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+        x = x.index_add(1, valid, x[:, : len(valid)] * 2)
+        return x.scatter_add(1, empty[None, :, None].expand(2, -1, 3), x[:, -len(empty) :])
+
+
 class Repeated(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return x[:, mask.long()]
@@ -53,8 +62,9 @@ def test_known_places() -> None:
 
 
 @pytest.mark.parametrize("degree", [2, 3])
-def test_equal_on_every_rank(degree: int) -> None:
-    model, x = Ragged(), torch.randn(2, 8, 3)
+@pytest.mark.parametrize("model", [Ragged(), Added()], ids=["ragged", "added"])
+def test_equal_on_every_rank(model: nn.Module, degree: int) -> None:
+    x = torch.randn(2, 8, 3)
     mesh = Mesh.of(ulysses=degree)
     cut = Layout((None, mesh.divide(8, ("ulysses",)), None))
     program = Propagation(rewritten(model), mesh).run({"x": (cut,)}).replace(mesh=mesh)

@@ -88,6 +88,17 @@ def test_steps_of_two_calls_with_the_output_cast_and_read(module: Module) -> Non
     assert [position.synchronous for position in module.positions] == [True, True, *[False] * 4]
 
 
+@pytest.mark.parametrize(("shift", "kinds"), [(2, [NEW, NEXT, NEXT]), (0, [NEW, NEW, NEW])])
+def test_rows_of_the_latents_are_where_the_output_has_them(module: Module, shift: int, kinds: list[str]) -> None:
+    """The output has a text of two rows in front of them; a reference that is joined to them is of no output."""
+    module.cut = PatchCut(ROWS, (Indices.range(0, 3), Indices.range(3, 6)), shift)
+    reference, x = torch.ones(2, 1, 3), torch.ones(2, 5, 3)
+    for _ in range(3):
+        output = module(torch.cat([reference, x], ROWS))
+        x = x - 0.1 * output[:, -5:]
+    assert module.kinds == kinds
+
+
 def test_a_call_that_is_left_out_warms_up_again(module: Module) -> None:
     x: Any = torch.ones(SHAPE)
     for step in range(4):

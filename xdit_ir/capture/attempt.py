@@ -306,10 +306,10 @@ def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks
     constants = {key: _placed(recorder, key) for key in recorder.constants if key in used}
     for part in (graph, *(block.graph for block in made.values())):
         rename_device(part, recorder.device, device)
-    known = {path: x for path, x in recorder.inputs.items() if not x.is_floating_point() and readable(x)}
-    contents = {
-        path: ordinary(x.detach().cpu().clone()) for path, x in known.items() if path not in recorder.read_inputs
-    }
+    read = {*recorder.read_inputs, *(f"{STATE}{name}" for name in recorder.read_buffers)}
+    seen = recorder.inputs | {f"{STATE}{name}": x for name, x in recorder.buffers.items()}
+    whole = {path: x for path, x in seen.items() if not x.is_floating_point() and readable(x)}
+    contents = {path: ordinary(x.detach().cpu().clone()) for path, x in whole.items() if path not in read}
     return Program(name, graph, made, signature, constants, device, state, contents)
 
 

@@ -159,7 +159,7 @@ def _removed(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int)
 
 
 def _elsewhere(place: int) -> Rule:
-    """slice, split, cat: positions of the dimension that argument `place` names move (see `pieces`), all others stay."""
+    """slice, split, cat: positions of the dimension that argument `place` names move (see `pieces`), others stay."""
 
     def rule(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int) -> int | None:
         return dim if dim != _dim_argument(args, place, len(out)) else None

@@ -13,7 +13,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands, results_of
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.partition import Partition
+from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.sharding.buffer_access import is_divided_over_time
 
@@ -102,12 +102,18 @@ def _codes_of(value: fx.Node, cut: PatchedDim) -> Iterator[tuple[tuple[int, ...]
 
 
 def _shift(mine: PatchedDim, output: PatchedDim, mesh: Mesh) -> int | None:
-    """By how much the rows of an input are further on in an output that differs in what the first patch has."""
-    pairs = [(mine.partition.parts[rank], output.partition.parts[rank]) for rank in _later(mesh)]
-    if mine.dim != output.dim or not pairs[0][1].size:
+    """By how much the rows of an input are further on in an output that has others besides: each with the same patch,
+    and of every later patch some."""
+    own, there = mine.partition, output.partition
+    if mine.dim != output.dim:
         return None
-    shift = pairs[0][1].runs[0][0] - pairs[0][0].runs[0][0]
-    return shift if all(part.shift(shift) == there for part, there in pairs) else None
+    firsts = {there.parts[rank].runs[0][0] - own.parts[rank].runs[0][0] for rank in _later(mesh) if there.sizes[rank]}
+    for shift in sorted({0, there.size - own.size, *firsts}, key=abs):
+        meet = [part.select(-shift, there.size - shift)[0] for part in own.parts]
+        inside = all(part.within(whole).size == part.size for part, whole in zip(meet, there.parts, strict=True))
+        if inside and all(meet[rank].size for rank in _later(mesh)):
+            return shift
+    return None
 
 
 def without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -140,10 +146,10 @@ def _cuts(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _patch_dim(layout: Layout, mesh: Mesh) -> PatchedDim | None:
-    """The dim that is divided over time, with what the ranks of a patch have together."""
+    """The dim that is divided over time, with what the ranks of a patch have together, in natural order."""
     for d, dim in enumerate(layout.dims):
         dividing = mesh.dividing_dims(dim)
         together = mesh.gathered(dim, dividing - {TIME}) if dim is not None and TIME in dividing else None
         if together is not None:
-            return PatchedDim(d, together)
+            return PatchedDim(d, together.map(together.size, lambda part: Indices.of_runs(sorted(part.runs))))
     return None

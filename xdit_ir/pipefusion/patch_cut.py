@@ -87,13 +87,13 @@ def _along(slot: Read | Write, dim: int, shape: Sequence[int]) -> Indices:
 
 
 def cut_like(divided: PatchedDim, mesh: Mesh) -> PatchCut:
-    """The parts of an input that the patches have together, in order of position."""
+    """The parts of an input that patches have."""
     dim, partition, shift = divided
     first = [
         next(rank for rank in range(mesh.world_size) if mesh.index(rank, (TIME,)) == p)
         for p in range(mesh.size((TIME,)))
     ]
-    parts = tuple(Indices.of_runs(sorted(partition.parts[rank].runs)) for rank in first)
+    parts = tuple(partition.parts[rank] for rank in first)
     return PatchCut(dim, parts, shift)
 
 

@@ -11,9 +11,10 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.dataflow import Nodes, reach
 from xdit_ir.ir.flops import is_counted, node_flops
 from xdit_ir.ir.graphs import OUTER, all_graphs, operands, placeholders, results_of
+from xdit_ir.ir.hoist import ancestors
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call, is_weight
+from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, Program, is_block_call, is_weight
 from xdit_ir.pipefusion.latents import latents
 from xdit_ir.rules.norms import divided_statistics
 from xdit_ir.sharding.buffer_access import is_divided_over_time, over_time
@@ -52,12 +53,24 @@ def evaluate(program: Program, mesh: Mesh) -> PatchPlan:
     covered, price = _work(program, mesh, dependent)
     refusal = ""
     if not found:
-        refusal = UNLIKE
+        refusal = f"{UNLIKE} ({_line(_end_of_division(program, mesh))})"
     elif covered < COVERAGE:
         refusal = f"only {covered:.0%} of the FLOPs that depend on the latents are divided"
     else:
         refusal = _stale(program, mesh, dependent)
     return PatchPlan(program, price, refusal)
+
+
+def _end_of_division(program: Program, mesh: Mesh) -> fx.Node:
+    """The last operator before an output for which patches need rows of each other; the output if there is none."""
+    outputs = results_of(program.graph)
+    before = ancestors(outputs)
+    behind = [node for node in program.graph.nodes if node in before and over_time(node, mesh)]
+    return behind[-1] if behind else outputs[0]
+
+
+def _line(node: fx.Node) -> str:
+    return getattr(node.meta.get(WHERE), "source", "") or "outer graph"
 
 
 def _work(program: Program, mesh: Mesh, dependent: Nodes) -> tuple[float, PatchPrice]:
@@ -129,8 +142,7 @@ def _stale(program: Program, mesh: Mesh, dependent: Nodes) -> str:
     hit = reach(program, seeds, _hands_on)
     if not any(source in hit[OUTER] for source in results_of(program.graph)):
         return ""
-    place = first.meta.get("where")
-    return f"{first.name} would read stale rows into the token stream ({getattr(place, 'source', '') or 'outer graph'})"
+    return f"{first.name} would read stale rows into the token stream ({_line(first)})"
 
 
 def _held_first(layout: Layout, mesh: Mesh) -> bool:
