@@ -58,8 +58,8 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
 def latents(program: Program, mesh: Mesh) -> dict[str, PatchedDim]:
     """The inputs that are divided over time just like an output, so that a scheduler can work patch by patch, and how;
     every patch has a part of them, but for the first one, which may have enough to do with what goes with it. Where
-    none is, those of which an output has more or less with the first patch (a text that is joined in front of them, or
-    a reference left out); else the codes of which an output has the scores, that is one dim more."""
+    none is, those whose other dims are an output's and of which that has more or less rows (a text that is joined in
+    front of them, or a reference left out); else the codes of which an output has the scores, that is one dim more."""
     outputs = {value: cut for value in results_of(program.graph) if (cut := _output_cut(value, mesh)) is not None}
     scores = set(itertools.chain.from_iterable(_codes_of(value, cut) for value, cut in outputs.items()))
     same, more, codes = dict[str, PatchedDim](), dict[str, PatchedDim](), dict[str, PatchedDim]()
@@ -76,7 +76,9 @@ def latents(program: Program, mesh: Mesh) -> dict[str, PatchedDim]:
                 continue
             if mine in outputs.values():
                 same[node.name] = mine
-            for shift in (_shift(mine, cut, mesh) for cut in outputs.values()):
+            for value, cut in outputs.items():
+                alike = without(node.meta[SPEC].shape, mine.dim) == without(value.meta[SPEC].shape, cut.dim)
+                shift = _shift(mine, cut, mesh) if alike else None
                 if shift is not None:
                     more[node.name] = mine._replace(shift=shift)
     return same or more or codes
