@@ -15,6 +15,7 @@ from torch import nn
 from xdit_ir import capture
 from xdit_ir.caching.cut import CachedProgram, cut_cached
 from xdit_ir.caching.decision import CacheCount
+from xdit_ir.caching.hooked import check_unhooked
 from xdit_ir.caching.rule import CacheRule
 from xdit_ir.capture.inputs import bind_example
 from xdit_ir.capture.methods import Module, as_module
@@ -63,7 +64,9 @@ def trace(model: Module, example: Example, leaf: Sequence[str | type | nn.Module
     Raises:
         TraceError: the module cannot be captured; names the input or the source line at fault.
     """
-    return TracedProgram(capture.trace(as_module(model), example, leaf))
+    module = as_module(model)
+    check_unhooked(module)
+    return TracedProgram(capture.trace(module, example, leaf))
 
 
 @dataclass(frozen=True, eq=False)

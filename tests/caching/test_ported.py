@@ -7,10 +7,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import FasterCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, apply_mag_cache
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.caching.hooked import caches_away, hooked_cache
 from xdit_ir.ir.difference import tensors_of
 from xdit_ir.sharding.report import CacheUse
 
@@ -22,6 +23,22 @@ def denoised(module: Any, example: dict[str, Any], seed: int, steps: int = 4) ->
             now = example | {"hidden_states": x, "timestep": example["timestep"] * (1 - 0.05 * step)}
             x = x - 0.03 * tensors_of(module(**now))[0]
     return torch.as_tensor(x).clone()
+
+
+MODELS = ("flux.1-dev", "cogview4-6b", "framepack-i2v", "hunyuanimage-2.1", "hunyuanvideo", "hunyuanvideo-i2v")
+MODELS += ("ltx-video", "mochi-1", "qwen-image", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One model with one cache; with `--zoo-all` both, in all whose output is like their latents."""
+    if "name" in metafunc.fixturenames:
+        cases = [
+            (name, config) for name in MODELS for config in (magnitudes(1, 0.99, 0.97, threshold=0.025), hooked(1))
+        ]
+        some = cases if metafunc.config.getoption("--zoo-all") else cases[:1]
+        metafunc.parametrize(
+            ("name", "config"), some, ids=lambda one: one if isinstance(one, str) else type(one).__name__
+        )
 
 
 @pytest.fixture
@@ -39,22 +56,100 @@ def test_a_request_reuses_nothing_of_another_one(flux: tuple[Any, dict[str, Any]
     assert (first - denoised(model, example, 0)).abs().max() > 1e-3, "leaving blocks out shows"
 
 
+def hooked(threshold: float = 0.1) -> Any:
+    return diffusers.FirstBlockCacheConfig(threshold=threshold)
+
+
+def magnitudes(*ratios: float, **options: Any) -> Any:
+    return MagCacheConfig(num_inference_steps=len(ratios), mag_ratios=torch.tensor(ratios), **options)
+
+
+def broadcast() -> Any:
+    return diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 500
+    )
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("config", "rule"),
     [
-        diffusers.FirstBlockCacheConfig(threshold=0.1),
-        TaylorSeerCacheConfig(),
-        MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4)),
-        diffusers.PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
-        ),
+        (hooked(1), "first-block:1.0"),
+        (magnitudes(1, 1, 0.99, 0.97, 0.9, 1), "steps:0,4/6"),
+        (magnitudes(1, 1, 1, 1, max_skip_steps=1), "steps:0,2/4"),
+        (magnitudes(1, 0.5, 1, 0.5, retention_ratio=0.5, threshold=0.1), "steps:0,1,3/4"),
+    ],
+)
+def test_what_caches_in_hooks_mean(flux: tuple[Any, dict[str, Any]], config: Any, rule: str) -> None:
+    model, _ = flux
+    model.enable_cache(config)
+    found = hooked_cache(model)
+    assert found is not None and found.rule == rule
+    assert found.blocks[::3] == ("transformer_blocks.0", "single_transformer_blocks.1")
+
+
+def test_caches_in_hooks_are_taken_over(name: str, config: Any) -> None:
+    model, example = models.load(f"{name}:tiny")
+    module = xir.port(model, ulysses=1)
+    exact = denoised(model, example, 0, steps=5)
+    module.enable_cache(config)
+    with module.cache_context("cond"):
+        got = denoised(module, example, 0, steps=5)
+    with module.cache_context("uncond"):
+        denoised(module, example, 0, steps=1)
+    assert len(module.programs) == 1, "what calls leave in hooks is no new program"
+    with model.cache_context("cond"):
+        want = denoised(model, example, 0, steps=5)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert (want - exact).abs().max() > 1e-3, "leaving blocks out shows"
+    module.disable_cache()
+    torch.testing.assert_close(denoised(module, example, 0, steps=5), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (TaylorSeerCacheConfig(), r"TaylorSeerCache, which extrapolates.*cache='every:5'"),
+        (broadcast(), r"PyramidAttentionBroadcast, which reuses.*cache='every:3'"),
+        (FasterCacheConfig(current_timestep_callback=lambda: 500), r"FasterCache, which extrapolates.*cache='every:2'"),
+        (MagCacheConfig(num_inference_steps=4, calibrate=True), r"MagCache, which looks at.*disable_cache"),
+        (hooked(0.0), r"FirstBlockCache, whose threshold 0.0 leaves no block out.*disable_cache"),
+        (hooked(0.1), r"FirstBlockCache, which `trace` cannot take over.*cache='first-block:0.1'"),
     ],
     ids=lambda config: type(config).__name__,
 )
-def test_caches_in_hooks_are_refused_with_what_to_use(flux: tuple[Any, dict[str, Any]], config: Any) -> None:
+def test_other_caches_in_hooks_are_refused_with_what_to_use(
+    flux: tuple[Any, dict[str, Any]], config: Any, said: str
+) -> None:
     model, example = flux
     model.enable_cache(config)
-    with pytest.raises(xir.TraceError, match=r"cache='first-block:0\.08'"), model.cache_context("cond"):
+    with pytest.raises(xir.TraceError, match=said), model.cache_context("cond"):
         xir.trace(model, example)
     model.disable_cache()
     xir.trace(model, example)
+
+
+def test_two_rules_are_refused(flux: tuple[Any, dict[str, Any]]) -> None:
+    model, example = flux
+    model.enable_cache(hooked())
+    with pytest.raises(xir.ParallelizeError, match=r"cache='every:2', and enable_cache has given .* FirstBlockCache"):
+        denoised(xir.port(model, ulysses=1, cache="every:2"), example, 0)
+
+
+def test_what_models_add_between_blocks_would_be_added_again(flux: tuple[Any, dict[str, Any]]) -> None:
+    model, example = flux
+    added = [torch.randn(1, 1, 1).expand_as(model.x_embedder(example["hidden_states"])) for _ in range(2)]
+    model.enable_cache(hooked())
+    module = xir.port(model, ulysses=1)
+    with module.cache_context("cond"), pytest.warns(UserWarning, match="does again what stands between blocks .*add"):
+        denoised(module, example | {"controlnet_block_samples": added}, 0)
+
+
+def test_a_region_of_other_blocks_is_refused() -> None:
+    model, example = models.load("z-image:tiny", device="meta")
+    apply_mag_cache(model, magnitudes(1, 1))
+    with caches_away(model):
+        traced = xir.trace(model, example)
+    said = "on layers.0 to layers.2 .3 blocks., while what works on the latents is noise_refiner.0"
+    found = hooked_cache(model)
+    with pytest.raises(xir.TraceError, match=said):
+        assert found is not None and found.among({}, traced.analysed)

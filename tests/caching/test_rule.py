@@ -17,6 +17,7 @@ from xdit_ir.errors import ParallelizeError
         ("first-block:-1", "'-1' is no legal value"),
         ("timestep:nan", "'nan' is no legal value"),
         ("every:0", "'0' is no legal value"),
+        ("steps:1/0", "'1/0' is no legal value"),
         ("steps:1,x", "'1,x' is no legal value"),
         ("", "expected one of the forms 'first-block:0.08'"),
         (0.08, "cache=0.08: expected one of the forms"),
@@ -38,6 +39,7 @@ def computed(rule: str, steps: int) -> list[int]:
 
 def test_schedules_name_the_steps_that_compute() -> None:
     assert computed("every:3", 8) == [0, 3, 6]
+    assert computed("steps:0,1/4", 8) == [0, 1, 4, 5]
     assert computed("steps:2,3,6", 8) == [0, 2, 3, 6], "the first step has nothing to reuse"
 
 

@@ -66,6 +66,37 @@ def cached_pipelines(name: str, degrees: Degrees, threshold: float, steps: int, 
     return found | {"got": [used.calls, used.skipped]}
 
 
+def hooked_pipelines(name: str, degrees: Degrees, threshold: float, steps: int) -> list[dict[str, Any]]:
+    """For each of diffusers' caches that a port takes over, the first enabled before and the others after `port`: how
+    far the pipeline is from itself on one process, and how many calls were left out here and there."""
+    torch.set_num_threads(1)
+    ratios = torch.linspace(1.01, 0.95, steps)
+    magnitudes = diffusers.hooks.MagCacheConfig(num_inference_steps=steps, mag_ratios=ratios, max_skip_steps=2)
+    configs = [diffusers.FirstBlockCacheConfig(threshold=threshold), magnitudes]
+    pipe, call = pipelines.BUILDERS[name]()
+    exact, wanted, before = run(pipe, call, steps), [], (0, 0)
+    for config in configs:
+        pipe.transformer.enable_cache(config)
+        with calls_of_blocks(pipe.transformer) as counted:
+            want = run(pipe, call, steps)
+        wanted.append((want, max(counted.values()), min(counted.values())))
+        pipe.transformer.disable_cache()
+    pipe.transformer.enable_cache(configs[0])
+    xir.port(pipe, denoisers=["transformer"], **degrees)
+    found: list[dict[str, Any]] = []
+    calls = wanted[0][1]  # the first block decides, and is called whenever the model is
+    for config, (want, _, computed) in zip(configs, wanted, strict=True):
+        if config is not configs[0]:
+            pipe.transformer.enable_cache(config)
+        errors = [error(run(pipe, call, steps), want)]
+        used = pipe.transformer.report().cache
+        got = [used.calls - before[0], used.skipped - before[1]]
+        before = (used.calls, used.skipped)
+        found.append({"errors": errors, "reused": error(exact, want), "want": [calls, calls - computed], "got": got})
+        pipe.transformer.disable_cache()
+    return [*found, {"error without": error(run(pipe, call, steps), exact)}]
+
+
 @contextlib.contextmanager
 def calls_of_blocks(transformer: Any) -> Iterator[dict[str, int]]:
     """How often the weights of each block are used: those of blocks that a cache leaves out are not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,13 @@ CASES = [
     ("wan", {"cfg": 2}, 0.5, 2),  # pairs of calls: each half remembers its own
     ("qwen", {"ring": 2}, 1.5, 1),
 ]
+FURTHER = [("wan", {"cfg": 2, "ulysses": 2}, 0.5, 2), ("flux", {"ring": 2}, 1.0, 1), ("qwen", {"ulysses": 2}, 1.5, 1)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The pairs of calls; all cases with `--pipelines-all`."""
-    cases = CASES if metafunc.config.getoption("--pipelines-all") else CASES[1:2]
+    """The pairs of calls, with diffusers' own configurations; all cases with `--pipelines-all`."""
+    everything, hooked = metafunc.config.getoption("--pipelines-all"), "hooked" in metafunc.function.__name__
+    cases = CASES + FURTHER * hooked if everything else CASES[1:2] * hooked
     metafunc.parametrize(("name", "degrees", "threshold", "shared"), cases, ids=str)
 
 
@@ -34,3 +37,20 @@ def test_latents_are_those_of_one_process_with_a_cache(
     for place in (0, 1):
         of_all = sum(result["got"][place] for result in results) // (2 // shared)
         assert of_all == 2 * (calls, skipped)[place], "of both requests"
+
+
+def test_hooked_caches_are_taken_over_before_and_after_a_port(
+    workers: Pools, name: str, degrees: dict[str, int], threshold: float, shared: int
+) -> None:
+    count = math.prod(degrees.values())
+    results = workers(count).run("hooked_pipelines", name=name, degrees=degrees, threshold=threshold, steps=5)
+    for *caches, without in results:
+        assert without["error without"] <= 1e-4, without
+        for cache in caches:
+            assert max(cache["errors"]) <= 1e-4, cache
+            assert cache["reused"] > 1e-3, "leaving blocks out shows"
+    for place, cache in enumerate(caches):
+        calls, skipped = cache["want"]
+        assert skipped > 0
+        got = [sum(result[place]["got"][of] for result in results) * shared // count for of in (0, 1)]
+        assert got == [calls, skipped]

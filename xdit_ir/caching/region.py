@@ -36,10 +36,13 @@ FIRSTS = frozenset({aten.addcmul, aten.type_as})  # what goes on is in the first
 @dataclass(frozen=True)
 class Region:
     """`watched`: values whose change decides, each less another one where that is given. `results`: what the rest of
-    the model takes of the region, each with the stream that the region adds to, if it is one."""
+    the model takes of the region, each with the stream that the region adds to, if it is one. `calls`: of blocks, those
+    in the region and the one that decides."""
 
     watched: Sequence[tuple[fx.Node, fx.Node | None]]
     results: Mapping[fx.Node, fx.Node | None]
+    calls: Sequence[fx.Node]
+    inside: Collection[fx.Node]
     rest: Collection[fx.Node]
 
 
@@ -93,7 +96,8 @@ class _Search:
         inside = after & ancestors(calls)
         begins = [one for one in first.users if one.users] if behind else _floating(call_parts(first).values)
         results = self._results(inside, after - inside, begins)
-        return Region(self._watched(first, begins), results, after - inside)
+        calls = list(dict.fromkeys([first, *calls]))
+        return Region(self._watched(first, begins), results, calls, inside, after - inside)
 
     def _results(
         self, inside: set[fx.Node], rest: set[fx.Node], begins: Sequence[fx.Node]
@@ -105,7 +109,7 @@ class _Search:
             node = todo.pop(0)
             stream = self._stream(node, begins)
             users = [user for user in node.users if user in rest]
-            if stream is None and all(_packet(user) in MOVES for user in users):  # a part of it may be a stream
+            if stream is None and all(packet_of(user) in MOVES for user in users):  # a part of it may be a stream
                 todo += users
             elif node not in begins:
                 found[node] = stream
@@ -130,7 +134,7 @@ class _Search:
             seen.add(value)
             if value in goals:
                 found[goals[value]] = None
-            elif (packet := _packet(value.node)) in MOVES | COPIES | SUMS:
+            elif (packet := packet_of(value.node)) in MOVES | COPIES | SUMS:
                 todo += self.expanded.sources(value)
             elif packet in FIRSTS:
                 todo += self.expanded.sources(value)[:1]
@@ -174,7 +178,7 @@ def _floating(values: Iterable[fx.Node]) -> list[fx.Node]:
     return [node for node in dict.fromkeys(values) if floats(node)]
 
 
-def _packet(node: fx.Node) -> object:
+def packet_of(node: fx.Node) -> object:
     """The operator of a node without its overload; picking a result is a cut."""
     if node.target in (ops.take, ops.take_each):
         return aten.slice

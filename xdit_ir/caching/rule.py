@@ -24,13 +24,14 @@ class Watched(Enum):
 @dataclass(frozen=True)
 class CacheRule:
     """`text` is what was given. A region is reused up to the relative change `threshold`; where nothing is watched, in
-    the steps that are neither in `computed` nor a multiple of `every`."""
+    the steps that are neither in `computed` nor a multiple of `every`; behind `period` steps they count anew."""
 
     text: str
     watched: Watched
     threshold: float = 0.0
     every: int = 0
     computed: frozenset[int] = frozenset()
+    period: int = 0
 
     @staticmethod
     def parse(text: object) -> CacheRule:
@@ -49,6 +50,7 @@ class CacheRule:
 
     def computes(self, step: int) -> bool:
         """Whether a step, by its number in its request, computes the region, where nothing is watched."""
+        step = step % self.period if self.period else step
         return step in self.computed or bool(self.every and step % self.every == 0)
 
 
@@ -57,9 +59,10 @@ def _made(text: str, kind: str, value: str) -> CacheRule:
         _check(int(value) > 0)
         return CacheRule(text, Watched.NOTHING, every=int(value))
     if kind == "steps":
-        steps = frozenset(map(int, value.split(",")))
-        _check(min(steps) >= 0)
-        return CacheRule(text, Watched.NOTHING, computed=steps)
+        listed, again, period = value.partition("/")
+        steps = frozenset(map(int, listed.split(",")))
+        _check(min(steps) >= 0 and (not again or int(period) > 0))
+        return CacheRule(text, Watched.NOTHING, computed=steps, period=int(period or 0))
     _check(0 < float(value) < math.inf)
     return CacheRule(text, Watched(kind), threshold=float(value))
 

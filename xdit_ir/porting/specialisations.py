@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from xdit_ir import capture
 from xdit_ir.api import ParallelProgram, TracedProgram
+from xdit_ir.caching.hooked import caches_away, hooked_cache, states_of
 from xdit_ir.capture.asked import check_asked, mode_refusal, torch_settings
 from xdit_ir.capture.failures import RaisedByForward
 from xdit_ir.capture.inputs import BufferGuards, bind_arguments, same_tensors
@@ -218,7 +219,8 @@ class Specialisations:
     def _plan(self, unplanned: Unplanned, given: Arguments, device: torch.device) -> None:
         """Let degrees be chosen; they stay for all further calls."""
         signature = inspect.signature(self.model.forward)
-        chosen = unplanned.choose(self.model, partial(_example, signature, given), self.options, device)
+        with caches_away(self.model):
+            chosen = unplanned.choose(self.model, partial(_example, signature, given), self.options, device)
         self.schedule, self.unplanned = {**self.schedule, **chosen}, None
         self.mesh = Mesh.of(**{name: self.schedule[name] for name in MESH_DIMS})
 
@@ -280,14 +282,18 @@ class Specialisations:
         signature = factory.context.parameters
 
         def make() -> ParallelProgram:
+            cache = hooked_cache(self.model)
             try:
-                program = capture.trace(self.model, _example(signature, given), keep=True)
+                with caches_away(self.model):
+                    program = capture.trace(self.model, _example(signature, given), keep=True)
             except RaisedByForward as failure:
                 raise failure.error from None
             self._check_types(program)
             key = program_key(program)
             familiar, barren = key in self.verified, self.verified.get(key, frozenset())
-            made = _parallelized(TracedProgram(program, familiar, self.stored, barren), self.schedule)
+            traced = TracedProgram(program, familiar, self.stored, barren)
+            schedule = self.schedule if cache is None else cache.among(self.schedule, traced.analysed)
+            made = _parallelized(traced, schedule)
             if key is not None and not familiar:
                 self.verified[key] = barren_dims(made.analysed)
             if self.worth is not None:
@@ -307,7 +313,8 @@ class Specialisations:
         self.types |= {name: spec for name, spec in program.ir.state.items() if name in members}
         guards = BufferGuards(self.model, program.original)
         objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
-        settings = ModelSettings(self.model, objects, overwritten(self.model, program.original.signature.effects))
+        unread = overwritten(self.model, program.original.signature.effects) | states_of(self.model)
+        settings = ModelSettings(self.model, objects, unread)
         same = same_tensors(runner.bind(given.args, given.kwargs)[0])
         made = Specialisation(mode, given.shapes, same, settings, guards, program, runner)
         if len(self.found) >= LIMIT:

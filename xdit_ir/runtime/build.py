@@ -140,5 +140,7 @@ def program_facts(parallel: Parallel) -> dict[str, str]:
         is_tensor = isinstance(guard.value, torch.Tensor)
         facts[guard.path] = f"contents {contents_hash(guard.value)}" if is_tensor else fact(guard.value)
     facts["the mesh"] = fact(parallel.mesh)
+    if parallel.cache is not None:
+        facts["the step cache"] = parallel.cache.rule.text
     facts["the program"] = hashlib.blake2b(parallel.text(bodies=True).encode(), digest_size=8).hexdigest()
     return facts
