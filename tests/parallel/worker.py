@@ -15,6 +15,7 @@ import torch
 def answer(job: str, arguments: Mapping[str, Any]) -> Any:
     """Run one job; an exception becomes its result."""
     import broken  # type: ignore[import-not-found]
+    import cookbook_jobs  # type: ignore[import-not-found]
     import exchanges  # type: ignore[import-not-found]
     import failure_jobs  # type: ignore[import-not-found]
     import guidance_jobs  # type: ignore[import-not-found]
@@ -25,7 +26,7 @@ def answer(job: str, arguments: Mapping[str, Any]) -> Any:
 
     try:
         modules = (jobs, exchanges, stage_jobs, pipeline_jobs, broken, failure_jobs, replica_jobs, guidance_jobs)
-        function = next(f for module in modules if (f := getattr(module, job, None)))
+        function = next(f for module in (*modules, cookbook_jobs) if (f := getattr(module, job, None)))
         return function(**arguments)
     except Exception as error:
         traceback.print_exc()
