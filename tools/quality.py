@@ -37,7 +37,11 @@ SETTINGS = (
     *((steps, 4, 1) for steps in (5, 10, 50)),
 )
 # Denoising steps, and what `cache` of `port` is.
-CACHES = tuple((20, rule) for rule in ("first-block:0.1", "first-block:0.2", "first-block:0.4", "every:2", "every:4"))
+CACHES = (
+    *((20, f"first-block:{threshold}") for threshold in (0.05, 0.1, 0.2, 0.4)),
+    *((20, f"every:{often}") for often in (2, 3, 4)),
+    *((20, f"steps:{steps}") for steps in ("0,1,2,4,7,10,13,16", "0,4,8,12,14,16,18,19")),  # early ones, or late ones
+)
 
 
 @dataclass(frozen=True)

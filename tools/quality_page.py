@@ -36,9 +36,12 @@ CACHES = """
 ## Step caches
 
 The same for [step caches](caching.md) ({images} images for each row, {device}): steps that leave blocks out add what
-these added when they were computed last.
+these added when they were computed last. `--from benchmarks/quality/digits.json --caches --images {images}` measures
+these rows alone.
 
 {table}
+
+The last panel above: against the share of steps that left blocks out, at {steps} steps.
 """
 
 
@@ -104,24 +107,48 @@ def write(document: Document, page: Path) -> None:
     values = {name: document[name] for name in ("images", "device", "guidance", "stages")}
     caches = ""
     if measured := document.get("caches"):
-        caches = CACHES.format(images=measured["images"], device=measured["device"], table=cache_table(measured))
+        named = {"images": measured["images"], "device": measured["device"], "steps": CENTRE["steps"]}
+        caches = CACHES.format(**named, table=cache_table(measured))
     page.write_text(PAGE.format(**values, table=table(document), claim=_claim(document), caches=caches))
     plot(document, page.with_name("quality.svg"))
 
 
 def plot(document: Document, path: Path) -> None:
-    """A panel for each of warmup steps, patches and denoising steps: difference (left) and accuracy (right)."""
-    figure = empty_figure(12.6, 3.6)
-    for axis, (name, label) in zip(figure.subplots(1, len(NAMES)), NAMES.items(), strict=True):
+    """Difference (left) and accuracy (right) by warmup steps, patches, denoising steps, and what caches leave out."""
+    caches = document.get("caches", {}).get("results", ())
+    figure = empty_figure(12.6 + 4.2 * bool(caches), 3.6)
+    first, *axes = figure.subplots(1, len(NAMES) + bool(caches))
+    for axis, (name, label) in zip([first, *axes], NAMES.items(), strict=False):
         found = series(document, name)
         at = [one[name] for one in found]
-        axis.plot(at, [one["difference"] for one in found], "-o", color="tab:blue")
-        axis.set(xlabel=label, ylabel="relative difference", ylim=(0, None), xscale="log", xticks=at, xticklabels=at)
-        axis.yaxis.label.set_color("tab:blue")
+        right = _two_scales(axis, label)
+        axis.set(xscale="log", xticks=at, xticklabels=at)
         axis.minorticks_off()
-        right = axis.twinx()
-        right.plot(at, [one["accuracy"] for one in found], "--s", color="tab:orange")
-        right.set(ylabel="recognised", ylim=(0.9, 1.003))
-        right.yaxis.label.set_color("tab:orange")
+        _draw(axis, right, at, found)
+    if caches:
+        found = [one for one in caches if one["steps"] == CENTRE["steps"]]
+        right = _two_scales(axes[-1], "without the blocks (%): \u25cb first-block, \u25b3 every, + steps")
+        for kind, marker in (("first-block", "o"), ("every", "^"), ("steps", "+")):
+            of_kind = [one for one in found if one["cache"].startswith(kind)]
+            _draw(axes[-1], right, [100 * one["skipped"] / one["steps"] for one in of_kind], of_kind, marker, marker)
+    for axis in (first, *axes):
+        axis.set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(path, format="svg")
+
+
+def _two_scales(axis: Any, label: str) -> Any:
+    """Names the axes of a panel; its right one."""
+    axis.set(xlabel=label, ylabel="relative difference")
+    axis.yaxis.label.set_color("tab:blue")
+    right = axis.twinx()
+    right.set(ylabel="recognised", ylim=(0.9, 1.003))
+    right.yaxis.label.set_color("tab:orange")
+    return right
+
+
+def _draw(
+    axis: Any, right: Any, at: Sequence[float], found: Sequence[Result], left_mark: str = "-o", mark: str = "--s"
+) -> None:
+    axis.plot(at, [one["difference"] for one in found], left_mark, color="tab:blue")
+    right.plot(at, [one["accuracy"] for one in found], mark, color="tab:orange")
