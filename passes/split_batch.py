@@ -17,6 +17,7 @@ from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.passes.find_tokens import JOINS, borders_of, divides, joined_dim
+from xdit_ir.passes.packed import told_apart
 from xdit_ir.passes.streams import leading_values
 from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
@@ -51,8 +52,8 @@ class SplitBatch:
     """Cut the batch of one input and let demand cut the others; the outputs are gathered.
 
     A batch that the model takes apart and puts together again is cut once more behind that, and before. Where there is
-    no batch since samples are packed in one sequence, that is cut between samples. If `shared`, ranks may hold the same
-    samples where there are fewer of them.
+    no batch since samples are packed in one sequence, that is cut between samples, which joins, splits or masks of
+    known contents tell apart. If `shared`, ranks may hold the same samples where there are fewer of them.
     """
 
     name: ClassVar[str] = "split-batch"
@@ -83,6 +84,8 @@ class SplitBatch:
             packed = self._packed(trial, program) if batch >= degree else None
             if packed is not None and packed.work <= WORTH * whole:
                 return _with_tokens(packed.attempt.program().replace(mesh=self.mesh), packed.seeds)
+            if batch >= degree and (apart := told_apart(program)) is not None:
+                return self.apply(apart)
             raise ParallelizeError(_explain(degree, batch))
         if best.size < degree and not self.shared:
             raise ParallelizeError(_explain(degree, best.size))

@@ -1,11 +1,12 @@
-"""Models whose batch is found in integers only."""
+"""Models whose batch is found in integers only, or packed into one sequence."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .parts import Timestep, blocks
+from .parts import Timestep, blocks, mlp
 
 
 class MaskedTokens(nn.Module):
@@ -60,3 +61,64 @@ class PackedSamples(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.head(x)[0]
+
+
+class PackedLengths(PackedSamples):
+    """The same by the samples' lengths, which Python reads."""
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """All tokens [tokens, 4], how many of each sample [samples], timesteps [samples]."""
+        samples = torch.arange(len(lengths), device=x.device)
+        return super().forward(x, samples.repeat_interleave(torch.tensor(lengths.tolist(), device=x.device)), t)
+
+
+def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: list[int], keys: list[int]) -> torch.Tensor:
+    """Attention [tokens, heads, width] of sequences of these lengths that follow each other, as kernels have it."""
+    parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
+    made = (F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part)) for part in parts)
+    return torch.cat([x[0].transpose(0, 1) for x in made])
+
+
+class PackedText(nn.Module):
+    """The words of all samples in one sequence, without their padding; images attend to them sample by sample."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads, self.embed, self.text = heads, nn.Linear(4, width), nn.Linear(32, width)
+        self.head = nn.Linear(width, 4)
+        self.time, self.blocks = Timestep(width), blocks(width)
+        self.q, self.kv = (nn.ModuleList(nn.Linear(width, n * width) for _ in self.blocks) for n in (1, 2))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4], timesteps [batch], words [batch, words, 32], which of them there are."""
+        lengths = mask.sum(dim=1).tolist()
+        words = self.text(text.flatten(0, 1)[mask.flatten()])
+        x = self.embed(x) + self.time(t)[:, None]
+        for block, to_q, to_kv in zip(self.blocks, self.q, self.kv, strict=True):
+            x = block(x)
+            q = to_q(x).flatten(0, 1).unflatten(-1, (self.heads, -1))
+            k, v = to_kv(words).unflatten(-1, (2, self.heads, -1)).unbind(1)
+            x = x + packed(q, k, v, [x.shape[1]] * len(x), lengths).reshape(x.shape)
+        return self.head(x)
+
+
+class PackedJoint(nn.Module):
+    """Image and words of each sample, one sample behind the other; what pads the words attends to itself."""
+
+    def __init__(self, width: int = 32, heads: int = 4, depth: int = 3) -> None:
+        super().__init__()
+        self.heads, self.embed, self.text = heads, nn.Linear(4, width), nn.Linear(32, width)
+        self.head = nn.Linear(width, 4)
+        self.time, self.mlps = Timestep(width), nn.ModuleList(mlp(width) for _ in range(depth))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """As of `PackedText`."""
+        tokens, words = x.shape[1], text.shape[1]
+        lengths = [n for used in mask.sum(dim=1).tolist() for n in (tokens + used, words - used)]
+        x = torch.cat([self.embed(x) + self.time(t)[:, None], self.text(text)], dim=1)
+        for qkv, net in zip(self.qkv, self.mlps, strict=True):
+            q, k, v = qkv(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1)).unbind(1)
+            x = x + packed(q, k, v, lengths, lengths).reshape(x.shape)
+            x = x + net(F.layer_norm(x, x.shape[-1:]))
+        return self.head(x[:, :tokens])

@@ -14,6 +14,7 @@ def _kind(path: str, **inputs: object) -> Entry:
     return Entry(cls=f"{HERE}.{path}", tiny_inputs=inputs, no_denoiser="a kind of code")
 
 
+_PACKED = dict(x=TOKENS, t=Values([0.75, 0.25]), text=Normal((2, 16, 32)), mask=Mask(16, (12, 9), "bool"))
 _SAMPLES = [0] * 24 + [1] * 40
 _PLACES = [[False] * 8 + [True] * 48 + [False] * 8, [True] * 48 + [False] * 16]
 
@@ -32,6 +33,10 @@ KINDS = {
         step=Values([750, 250], "int64")),
     "kind-packed-samples": _kind(
         "batches:PackedSamples", x=Normal((64, 4)), sample=Values(_SAMPLES, "int64"), t=Values([0.75, 0.25])),
+    "kind-packed-lengths": _kind(
+        "batches:PackedLengths", x=Normal((64, 4)), lengths=Values([30, 34], "int64"), t=Values([0.75, 0.25])),
+    "kind-packed-text": _kind("batches:PackedText", **_PACKED),
+    "kind-packed-joint": _kind("batches:PackedJoint", **_PACKED),
     "kind-casts-itself": _kind("fills:CastsItself", x=TOKENS, t=Values([0.75, 0.25])),
     "kind-fills-table": _kind("fills:FillsTable", x=TOKENS),
     "kind-fills-every-time": _kind("fills:FillsEveryTime", x=TOKENS),

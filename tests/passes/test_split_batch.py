@@ -9,6 +9,8 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.api import run_single
+from xdit_ir.passes.packed import told_apart
 
 
 @pytest.mark.parametrize("degrees", [{"cfg": 2}, {"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}])
@@ -20,6 +22,49 @@ def test_packed_samples_are_cut_between_samples(degrees: dict[str, int]) -> None
     inside = [one for one in report.collectives if one.mesh_dim == "cfg" and one.count > 2]
     assert not inside, "attention of one sample needs nothing of the other"
     assert xir.check(model, example, traced=traced, **degrees).ok
+
+
+@pytest.mark.parametrize("name", ["kind-packed-lengths", "kind-packed-text", "kind-packed-joint"])
+def test_lengths_that_python_reads_tell_samples_apart(name: str) -> None:
+    model, example = models.load(f"{name}:tiny")
+    traced = xir.trace(model, example)
+    for degrees in ({"cfg": 2}, {"cfg": 2, "ulysses": 2}):
+        report = traced.parallelize(**degrees).report()
+        assert max(report.flops_per_rank) <= 0.55 * report.flops_total
+        assert xir.check(model, example, traced=traced, **degrees).ok
+
+
+class TwoSequences(nn.Module):
+    """Queries of one sequence, keys of another, and which see which."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.mask = mask.tolist()
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, k, torch.tensor(self.mask))
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (["1100", "1100", "0011"], True),
+        (["1000", "0110", "0001"], True),
+        (["1100", "0110", "0011"], False),  # one key is seen by two
+        (["1100", "0010", "0010"], False),  # one is seen by nobody
+        (["1111", "1111", "0000"], False),  # one sees nothing
+        (["0011", "0011", "1100"], False),  # keys in another order
+        (["1111", "1111", "1111"], False),  # all are one sample's
+    ],
+)
+def test_masks_of_samples(rows: list[str], told: bool) -> None:
+    mask = torch.tensor([[int(one) for one in row] for row in rows], dtype=torch.bool)
+    model, example = TwoSequences(mask), {"q": torch.randn(1, 2, 3, 8), "k": torch.randn(1, 2, 4, 8)}
+    analysed = xir.trace(model, example).analysed
+    apart = told_apart(analysed)
+    assert (apart is not None) == told
+    if apart is not None:
+        torch.testing.assert_close(run_single(apart, model, example), model(**example))
 
 
 def test_more_halves_than_packed_samples() -> None:
