@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import array
 import collections
+import contextvars
 import ctypes
+import enum
 import io
 import queue
 import random
@@ -58,6 +61,27 @@ class Counted:
     """Of which the class counts, with an attribute that it does not have yet."""
 
 
+class Derived(Counted):
+    pass
+
+
+class Text(str):
+    n: int
+
+
+class Member(enum.IntEnum):
+    ONE = 1
+
+
+class Open(dict[str, Any]):
+    __getattr__ = dict.get
+
+
+def in_context(held: contextvars.ContextVar[int]) -> float:
+    held.set(held.get() + 1)
+    return float(held.get())
+
+
 def of_class(held: Any) -> float:
     return counted(type(held))
 
@@ -96,6 +120,15 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
     "random numbers of NumPy": (lambda: np.random.default_rng(0), lambda held: float(held.normal())),
     "old random numbers of NumPy": (lambda: np.random.RandomState(0), lambda held: float(held.normal())),
     "method of C": (lambda: iter([1.0, 2.0]).__next__, lambda held: held()),
+    "object of the standard library": (argparse.Namespace, counted),
+    "semaphore": (lambda: threading.Semaphore(9), lambda held: held.acquire() * float(held._value)),
+    "text with an attribute": (lambda: Text("a"), counted),
+    "member of an enumeration": (lambda: Member.ONE, counted),
+    "masked array": (lambda: np.ma.masked_array([0.0, 1.0], mask=[False, True]), first),
+    "context variable": (lambda: contextvars.ContextVar("n", default=0), in_context),
+    "attribute with a name in a text": (Counted, lambda held: entered(held.__dict__)),
+    "base of a class": (lambda: Derived, lambda held: counted(held.__mro__[1])),
+    "any attribute": (Open, entered),
 }
 
 
@@ -107,7 +140,11 @@ def test_hidden_state_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["array", "number of C", "file in memory", "random numbers", "random numbers of NumPy"]
+    "kind",
+    [
+        *("array", "number of C", "file in memory", "random numbers", "random numbers of NumPy"),
+        *("semaphore", "masked array", "context variable"),
+    ],
 )
 def test_what_a_trace_did_is_put_back(kind: str) -> None:
     make, use = KINDS[kind]

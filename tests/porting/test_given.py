@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import array
 import collections
 import ctypes
@@ -53,6 +54,18 @@ class Mapped(dict[str, Any]):
 
 class Array(np.ndarray[Any, Any]):
     by: float
+
+
+class Meta(type):
+    by = 1.0
+
+
+class OfMeta(metaclass=Meta):
+    pass
+
+
+class Open(dict[str, Any]):
+    __getattr__ = dict.get
 
 
 class OfClass:
@@ -112,6 +125,9 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[An
         lambda given: float(given.value),
         lambda given: setattr(given, "value", 5),
     ),
+    "object of the standard library": (lambda: argparse.Namespace(by=1.0), attribute, more),
+    "class of a class": (lambda: OfMeta, lambda given: float(type(given).by), lambda given: more(type(given))),
+    "any attribute": (lambda: Open(by=1.0), attribute, lambda given: given.update(by=2.0)),
     "weak reference": (lambda: weakref.ref(HELD), lambda given: float(given().by), lambda given: more(given())),
     "proxy": (lambda: types.MappingProxyType(FACTOR), lambda given: given["by"], lambda given: FACTOR.update(by=3.0)),
     "order": (lambda: {"one": 1.0, "two": 2.0}, lambda given: next(iter(given.values())), turned),
@@ -130,6 +146,17 @@ def test_a_change_in_place_is_noticed(kind: str) -> None:
     ported = xir.port(model)
     for _ in range(3):
         assert torch.equal(ported(X, given), model(X, given))
+        change(given)
+
+
+@pytest.mark.parametrize("kind", ["object of the standard library", "text with an attribute", "class of a class"])
+def test_so_is_one_of_what_the_model_holds(kind: str) -> None:
+    make, use, change = CHANGES[kind]
+    model = Given(lambda given: use(model.held))
+    model.held = given = make()
+    ported = xir.port(model)
+    for _ in range(3):
+        assert torch.equal(ported(X, None), model(X, None))
         change(given)
 
 

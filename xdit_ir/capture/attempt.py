@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unsh
 from xdit_ir.capture.fingerprint import TRACED, fingerprint
 from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
 from xdit_ir.capture.flex import uncompiled
+from xdit_ir.capture.identity import Identities
 from xdit_ir.capture.inputs import call_arguments, flatten_named, layout_of, sharing
 from xdit_ir.capture.known import PythonReads, check_lent, readable
 from xdit_ir.capture.ladder import Rung
@@ -77,7 +79,7 @@ class Attempt:
         """What is captured; raises one of `FAILURES` where it cannot be done on this rung."""
         functions, model = replacements(), self.rung.model
         with collector_paused(), clean_caches(model), replaced(functions, model.modules()):
-            return self._recorded(functions, selections)
+            return copy_context().run(self._recorded, functions, selections)  # a context variable cannot be unset
 
     def _recorded(self, functions: Functions, selections: Selections | None) -> Captured:
         model, rung = self.rung.model, self.rung
@@ -92,14 +94,13 @@ class Attempt:
             args |= {path: args[first.setdefault(id(x), path)] for path, x in leaves if path in values}
         with (
             noted(recorder.asked, model, as_called=self.keep),
-            _watched(Skeleton(model, recorder.state, functions)) as (skeleton, watch),
+            _watched(model, Skeleton(model, recorder.state, functions), args, in_spec) as (skeleton, given, watch),
         ):
             recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
             blocks = Blocks(recorder, set(rung.blocks), _watch(skeleton, rung.blocks, recorder))
             called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
             blocks.leaves_below = called_whole.below
             _instrument(skeleton, recorder, blocks, called_whole)
-            given = ArgumentState(args, in_spec, skeleton.copy_of)
             call = call_arguments(inspect.signature(model.forward), given.named, self.by_name)
             output = _run(skeleton.model, recorder, *call)
             check_lent(recorder)
@@ -119,11 +120,16 @@ class Attempt:
 
 
 @contextmanager
-def _watched(skeleton: Skeleton) -> Iterator[tuple[Skeleton, StateWatch]]:
-    """A copy to be traced; what its forward does to objects that are no copies is put back."""
-    watch = StateWatch([("", skeleton.model)])
+def _watched(
+    model: nn.Module, skeleton: Skeleton, args: Mapping[str, Any], spec: pytree.TreeSpec
+) -> Iterator[tuple[Skeleton, ArgumentState, StateWatch]]:
+    """A copy to be traced, and its arguments; what its forward does to objects that are no copies is put back."""
+    given, identities = ArgumentState(args, spec, skeleton.copy_of), Identities(model, skeleton)
+    given.check_referring(identities)
+    watch = StateWatch([("", skeleton.model), *given.callables])
     try:
-        yield skeleton, watch
+        watch.exchange(identities.exchanged)
+        yield skeleton, given, watch
         watch.check_draws()
     finally:
         watch.restore(skeleton.originals)

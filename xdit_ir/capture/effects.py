@@ -50,6 +50,19 @@ class ArgumentState:
         others = [(path, item) for path, item in inside if not _is_holder(item) and not isinstance(item, torch.Tensor)]
         self._others = [(path, item, describe(item)) for path, item in others]
 
+    @property
+    def callables(self) -> list[tuple[str, Any]]:
+        """Functions and the like among the arguments, and what they are called."""
+        return [(_show(path), item) for path, item, _ in self._others if callable(item)]
+
+    def check_referring(self, exchanged: Callable[[Any], Any]) -> None:
+        """Raise `TraceError` if an argument, or a key of one, is or refers to a module or weight of the model, for which
+        `exchanged` gives something else."""
+        tensors: list[tuple[Path, Any]] = [(path, None) for path, _ in self._tensors]
+        for path, item in [*((path, item) for path, item, _ in self._others), *tensors]:
+            if exchanged(item) is not item or any(exchanged(step.key) is not step.key for step in path):
+                raise TraceError(f"input {_show(path)!r} refers to a module or weight of the model, by its identity")
+
     def effects(self, values: Mapping[str, TracedValue], place: Callable[[torch.Tensor], int]) -> tuple[Effect, ...]:
         """What forward did to the arguments; `place` makes a tensor one of the program's results."""
         for path, item, before in self._others:

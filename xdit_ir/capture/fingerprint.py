@@ -57,6 +57,12 @@ def describe(item: Any, *, closures: bool = False) -> Any:
     return _Printer({}, closures=closures).describe(item)
 
 
+def traced(item: Any) -> Any:
+    """The forward that a wrapper of the tracer's stands for; anything else is itself, whatever attributes it claims."""
+    held = getattr(item, "__dict__", None)
+    return held.get(TRACED, item) if type(held) is dict else item
+
+
 @dataclass(frozen=True, eq=False)
 class _Only:
     """Equal only to a description of the very same object."""
@@ -86,7 +92,7 @@ class _Printer:
         for name, item in module.__dict__.items():
             if name in _SKIPPED or (type(item) in _CONTAINERS and not item):
                 continue
-            item = getattr(item, TRACED, item)
+            item = traced(item)
             if name == "forward" and _is_own(item, module):
                 continue
             if type(item) in _SCALARS:

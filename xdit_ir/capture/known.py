@@ -265,7 +265,7 @@ class PythonReads(TorchFunctionMode):
         layouts = (torch.Tensor.stride, torch.Tensor.is_contiguous)
         self._handlers = {**dict.fromkeys(reads, self._read), **dict.fromkeys(makers, self._make)}
         self._handlers |= dict.fromkeys(layouts, self._note_layout)
-        self._handlers[torch.Tensor.storage_offset] = self._refuse_offset
+        self._handlers |= dict.fromkeys((torch.Tensor.storage_offset, torch.Tensor.data_ptr), self._refuse_offset)
         self._handlers[torch.Tensor.new_tensor] = self._make_like
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -4,7 +4,7 @@ are put there after each call."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -96,7 +96,7 @@ def beside(write: Write, held: Any, made: Iterable[Overwrite]) -> Write:
         for key, item in write.after.items()
         if key not in keys or key in write.before
     }
-    return Write(write.part, write.before, after)
+    return replace(write, after=after)
 
 
 def overwritten(model: nn.Module, effects: Iterable[Effect]) -> frozenset[tuple[int, Any]]:

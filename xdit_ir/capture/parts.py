@@ -34,6 +34,12 @@ ATOMS = (
     np.generic,
 )
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
+# Of libraries, what is of the process and not of a model, or keeps what it has computed of itself.
+_OF_THE_PROCESS = {
+    *("logging", "typing", "importlib", "_frozen_importlib", "_frozen_importlib_external", "multiprocessing"),
+    *("concurrent", "asyncio", "inspect", "pathlib", "abc", "types", "contextlib"),
+}
+_OF_MODELS = ("torch.nn.", "torch.distributions.")
 _HOLDERS = (
     *(dict, list, set, deque, MutableMapping, types.SimpleNamespace, nn.Module),
     *(np.ndarray, bytearray, ContextVar, queue.Queue, UserList, types.FunctionType, types.CellType),
@@ -237,7 +243,8 @@ class Bytes(Single):
     def read(self) -> Mapping[Any, Any]:
         if isinstance(self.item, bytearray):
             return {0: bytes(self.item)}
-        return {0: str((self.item.shape, self.item.dtype)).encode() + self.item.tobytes()}
+        held = np.asarray(self.item)  # of a masked array too
+        return {0: str((held.shape, held.dtype)).encode() + held.tobytes()}
 
     def put(self, held: Mapping[Any, Any]) -> None:
         if self.read()[0] == held[0]:
@@ -246,7 +253,7 @@ class Bytes(Single):
             self.item[:] = held[0]
         else:
             before = np.frombuffer(held[0][-self.item.nbytes :], self.item.dtype)
-            self.item[...] = before.reshape(self.item.shape)
+            np.asarray(self.item)[...] = before.reshape(self.item.shape)
 
 
 class Contents(Single):
@@ -366,7 +373,7 @@ def alike(now: Any, before: Any) -> bool:
     """Whether an entry is as it was: the same object, or an equal number, text or the like."""
     if now is before:
         return True
-    if type(now) is not type(before) or not isinstance(now, ATOMS):
+    if type(now) is not type(before) or not is_atom(now):
         return False
     if now == before:
         return bool(now) or str(now) == str(before)  # of zeros the sign too
@@ -375,7 +382,15 @@ def alike(now: Any, before: Any) -> bool:
 
 def same_entries(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
     """Whether all entries are as they were, in the same order."""
-    return list(now) == list(before) and all(map(alike, now.values(), before.values()))
+    return (
+        len(now) == len(before)
+        and all(map(_is_same_key, now, before))
+        and all(map(alike, now.values(), before.values()))
+    )
+
+
+def _is_same_key(now: Any, before: Any) -> bool:
+    return now is before or (not isinstance(now, torch.Tensor) and bool(now == before))
 
 
 def inner(item: Any) -> Iterable[tuple[str, Any]]:
@@ -404,6 +419,15 @@ def is_library(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
+def is_atom(item: Any) -> bool:
+    """Whether an object is nothing but its value: a number or text, which can have no attributes of its own."""
+    return isinstance(item, ATOMS) and not hasattr(item, "__dict__")
+
+
 def is_opaque(kind: type) -> bool:
-    """Whether instances of a class are not looked into: those of libraries, unless they hold what others put there."""
-    return is_library(kind.__module__) and not (issubclass(kind, _HOLDERS) or hasattr(kind, "__next__"))
+    """Whether instances of a class are not looked into: some of libraries, unless they hold what others put there."""
+    module = kind.__module__ or ""
+    if not is_library(module) or issubclass(kind, _HOLDERS) or hasattr(kind, "__next__"):
+        return False
+    package = module.partition(".")[0]
+    return package in _OF_THE_PROCESS or (package == "torch" and not module.startswith(_OF_MODELS))

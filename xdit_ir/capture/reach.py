@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 
 from xdit_ir.capture.methods import StandIn
-from xdit_ir.capture.parts import ATOMS, Attributes, Entries, Names, Part, inner, is_library, is_opaque, parts_of
+from xdit_ir.capture.parts import Attributes, Entries, Names, Part, inner, is_atom, is_library, is_opaque, parts_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
 _OURS = "_xdit_"  # what a module that stands in for another keeps: of it only that other matters
@@ -110,7 +110,7 @@ class Reach:
 
     def _visit(self, label: str, item: Any, named: bool) -> None:
         """`named`: it was found by its name in code."""
-        if isinstance(item, ATOMS) or id(item) in self._seen:
+        if is_atom(item) or id(item) in self._seen:
             return
         package = _package(item)
         if named and package not in self._homes and not is_library(package):
@@ -122,6 +122,7 @@ class Reach:
             self.tensors.append((label, item))
         elif isinstance(item, type):
             self._space(item, item.__qualname__, is_library(item.__module__))
+            self._push(((base.__qualname__, base) for base in (*item.__mro__[1:], type(item))), named=True)
         elif isinstance(item, types.ModuleType):
             self._space(item, item.__name__, is_library(item.__name__))
         elif isinstance(item, nn.Module):
@@ -189,9 +190,9 @@ class Reach:
                     self._push((where, entry) for entry in part.read().values() if not isinstance(entry, Part))
         home = function.__globals__
         if not is_library(str(home.get("__name__"))):
-            names = list(names_in(function.__code__))
-            self._know(names)
-            self._used(home, names)
+            names, words = list(names_in(function.__code__)), list(words_in(function.__code__))
+            self._know((*names, *words))
+            self._used(home, (*names, *words) if "globals" in names else names)
             if not _ENVIRONMENT.isdisjoint(names):
                 self._environment(function.__code__)
 
@@ -262,6 +263,15 @@ def _package(item: Any) -> str:
 
 def _is_operator(name: str) -> bool:
     return name.startswith("__") and name.endswith("__") and name not in ("__doc__", "__dict__", "__weakref__")
+
+
+def words_in(code: types.CodeType) -> Iterator[str]:
+    """Texts in some code that may be names, as in `getattr(self, "scale")`."""
+    for item in code.co_consts:
+        if isinstance(item, types.CodeType):
+            yield from words_in(item)
+        elif isinstance(item, str) and item.isidentifier():
+            yield item
 
 
 def names_in(code: types.CodeType) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from xdit_ir.capture.fingerprint import TRACED
-from xdit_ir.capture.parts import ATOMS, MISSING, Contents, Part, Position, alike, same_entries
+from xdit_ir.capture.fingerprint import traced
+from xdit_ir.capture.parts import ATOMS, MISSING, Contents, Context, Part, Position, alike, same_entries
 from xdit_ir.capture.predicates import computed
 from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.recorder import Recorder
@@ -24,9 +25,9 @@ from xdit_ir.capture.values import FromBuffer, Origin, expand, ordinary
 from xdit_ir.errors import StateError, TraceError
 
 _ADVICE = (
-    "a parallel program repeats what was traced and would lose it; pass such a state to forward as an argument, or "
-    "take the cache, counter or hook out of the model before it is ported; steps that reuse blocks of earlier ones are "
-    "an option of port, as in cache='first-block:0.08'"
+    "a parallel program repeats what was traced and would lose it; steps that reuse blocks of earlier ones are an "
+    "option of port, as in cache='first-block:0.08'; pass any other state to forward as an argument, or take the "
+    "cache, counter or hook out of the model before it is ported"
 )
 
 
@@ -37,6 +38,7 @@ class Write:
     part: Part
     before: Mapping[Any, Any]
     after: Mapping[Any, Any]
+    exchanged: bool = False  # it refers to modules of the model, of which the copies were there
 
     @property
     def names(self) -> list[str]:
@@ -50,25 +52,36 @@ class StateWatch:
     def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
         reach = Reach(roots)
         self._reach = reach  # so that ids stay those of what was found
-        self._before = [(part, dict(part.read())) for part in reach.parts]
+        self._first = [(part, dict(part.read())) for part in reach.parts]
+        self._before, self._exchanged = self._first, set[Part]()
         self._missed = [(item, item.cache_info().misses) for item in reach.caches]
         self._random = random.getstate(), np.random.get_state()
         self.outside = {id(tensor): label for label, tensor in reach.tensors}
 
+    def exchange(self, copies: Callable[[Part, Mapping[Any, Any]], dict[Any, Any] | None]) -> None:
+        """Let parts hold what `copies` says, until `restore`."""
+        made = [(part, copies(part, held)) for part, held in self._first]
+        for part, held in made:
+            if held is not None:
+                part.put(held)
+                self._exchanged.add(part)
+        if self._exchanged:  # copies are marked too
+            self._before = [(part, dict(part.read())) for part, _ in self._first]
+
     def changes(self) -> Iterator[Write]:
         """What is not as it was."""
         for part, before in self._before:
-            now = {key: item for key, item in part.read().items() if not hasattr(item, TRACED)}
+            now = {key: item for key, item in part.read().items() if traced(item) is item}
             before = {key: item for key, item in before.items() if key != "forward" or key in now}
             if not same_entries(now, before):
-                yield Write(part, before, now)
+                yield Write(part, before, now, exchanged=part in self._exchanged)
 
     def restore(self, copies: Mapping[int, Any] | None = None) -> None:
         """Put everything back but in `copies`, which are thrown away; an `lru_cache` that was missed is emptied."""
         for cached, misses in self._missed:
             if cached.cache_info().misses != misses:
                 cached.cache_clear()
-        for part, before in self._before:
+        for part, before in self._first:
             ours = copies is not None and id(part.item) in copies
             if not ours and not same_entries(part.read(), before):
                 part.put(before)
@@ -118,7 +131,7 @@ class Writes:
 def writes_of(found: Sequence[Write], skeleton: Skeleton, recorder: Recorder) -> Writes:
     """What forward left in copies and in the caller's objects."""
     originals = skeleton.originals
-    refused = [write for write in found if isinstance(write.part, Position)]
+    refused = [write for write in found if write.exchanged or isinstance(write.part, (Position, Context))]
     if refused:
         return Writes([], refusal(refused))
     real = _Real(recorder, originals)
@@ -214,6 +227,8 @@ class _Real:
         for key, item in write.after.items():
             if key is FakeTensor:  # a registry of types, to which that of the trace was added
                 continue
+            if self._is_copy(key):
+                raise _Unreal("is of a module of the model, by its identity")
             if key in originally and alike(item, write.before.get(key, MISSING)):
                 yield key, originally[key]
                 continue
@@ -223,7 +238,14 @@ class _Real:
                 if key in originally:
                     yield key, originally[key]
 
+    def _is_copy(self, item: Any) -> bool:
+        """Whether it is a copy, its number, or a weak reference to it."""
+        item = item() if isinstance(item, weakref.ReferenceType) else item
+        return (item if type(item) is int else id(item)) in self._originals
+
     def __call__(self, item: Any) -> Any:
+        if isinstance(item, (int, weakref.ReferenceType)) and self._is_copy(item):
+            raise _Unreal("is the identity of a module of the model")
         if isinstance(item, (*ATOMS, type)):
             return item
         if id(item) in self._originals:

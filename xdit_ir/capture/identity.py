@@ -1,0 +1,78 @@
+"""Who a module or weight is: what outside of the model refers to one refers to its copy while the copy is traced."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_ir.capture.parts import Part, is_atom
+from xdit_ir.capture.skeleton import LazyState, Skeleton
+
+_NAMED = "_xdit_named"  # makes a copy equal to no other: code may ask whether it is a certain one
+
+
+class Identities:
+    """Entries of containers, closures and globals with copies in the place of a model's modules and weights: as values,
+    keys, owners of methods, behind weak references, and as the numbers that `id` gives."""
+
+    def __init__(self, model: nn.Module, skeleton: Skeleton) -> None:
+        self._skeleton = skeleton
+        self._known: dict[int, tuple[Any, list[nn.Module]]] = {}
+        self._own: set[int] = set()
+        for module in model.modules():
+            self._known[id(module)] = (module, [module])
+            held = vars(module)
+            self._own.update((id(held), *(id(item) for item in held.values() if isinstance(item, dict))))
+            for tensor in (*dict.values(held["_parameters"]), *dict.values(held["_buffers"])):
+                if tensor is not None:
+                    self._known.setdefault(id(tensor), (tensor, []))[1].append(module)
+
+    def exchanged(self, part: Part, held: Mapping[Any, Any]) -> dict[Any, Any] | None:
+        """What a part has to hold; None if it refers to nothing of the model, or is the model's own."""
+        if id(part.item) in self._own or isinstance(part.item, LazyState):
+            return None
+        made = {self(key): self(item) for key, item in held.items()}
+        same = all(map(_is_same, made, held)) and all(map(_is_same, made.values(), held.values()))
+        return None if same else made
+
+    def __call__(self, item: Any) -> Any:
+        """The copy, of what there is one of; a new object that refers to it; or the object itself."""
+        kind = type(item)
+        if kind is int:
+            return id(self._copy(item)) if item in self._known else item
+        if is_atom(item):
+            return item
+        if isinstance(item, (nn.Module, torch.Tensor)):
+            return self._copy(id(item)) if id(item) in self._known else item
+        if kind in (tuple, frozenset) or (isinstance(item, tuple) and hasattr(kind, "_make")):
+            inside = [self(entry) for entry in item]
+            same = all(map(_is_same, inside, item))
+            return item if same else getattr(kind, "_make", kind)(inside)
+        if kind is types.MethodType:
+            owner = self(item.__self__)
+            return item if owner is item.__self__ else types.MethodType(item.__func__, owner)
+        if kind is functools.partial:
+            parts = (item.func, item.args, tuple(item.keywords.values()))
+            func, args, values = made = self(parts)
+            keywords = dict(zip(item.keywords, values, strict=True))
+            return item if made is parts else functools.partial(func, *args, **keywords)
+        if isinstance(item, weakref.ReferenceType):
+            referent = item()
+            return item if self(referent) is referent else weakref.ref(self(referent))
+        return item
+
+    def _copy(self, identity: int) -> Any:
+        item, owners = self._known[identity]
+        for owner in owners:
+            vars(self._skeleton.copy_of(owner)).setdefault(_NAMED, object())
+        return self._skeleton.copy_of(item)
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    return now is before
