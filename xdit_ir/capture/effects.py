@@ -56,8 +56,8 @@ class ArgumentState:
         return [(_show(path), item) for path, item, _ in self._others if callable(item)]
 
     def check_referring(self, exchanged: Callable[[Any], Any]) -> None:
-        """Raise `TraceError` if an argument, or a key of one, is or refers to a module or weight of the model, for which
-        `exchanged` gives something else."""
+        """Raise `TraceError` if an argument, or a key of one, refers to a module or weight of the model: what
+        `exchanged` gives something else for."""
         tensors: list[tuple[Path, Any]] = [(path, None) for path, _ in self._tensors]
         for path, item in [*((path, item) for path, item, _ in self._others), *tensors]:
             if exchanged(item) is not item or any(exchanged(step.key) is not step.key for step in path):
