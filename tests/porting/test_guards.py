@@ -84,6 +84,7 @@ def test_no_change_gives_a_wrong_answer(name: str, request: pytest.FixtureReques
 BLIND = [
     (settings.ModelSettings, "unchanged", [], "another activation"),
     (settings._Dicts, "same", [], "forward of a layer"),
+    (settings._Seen, "same", ["no bias"], "a bias"),
     (settings._Group, "same", [], "another class"),
     (settings._Group, "same", ["a hook with a closure"], "what the closure holds"),
     (settings, "same_entries", [], "a hook of all modules"),

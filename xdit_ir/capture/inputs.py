@@ -21,6 +21,8 @@ from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.ir.named_tensors import find_tensor
 from xdit_ir.ir.program import STATE, STRIDES, Guard, Program, TensorSpec
 
+_LEAVES = PLAIN | {bool, int, float, str, type(None)}
+
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
     """The example as a dict of forward's named arguments."""
@@ -70,6 +72,8 @@ def call_arguments(
 
 def flatten_named(named: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     """Leaves with printable paths, and the structure."""
+    if _LEAVES.issuperset(map(type, named.values())):  # nothing to look into
+        return list(named.items()), pytree.tree_flatten(dict(named))[1]
     leaves, spec = pytree.tree_flatten_with_path(expand_objects(dict(named)))
     return [(path_name(path), leaf) for path, leaf in leaves], spec
 

@@ -11,25 +11,25 @@ _VERSION: Any = getattr(guards, "dict_version", None)  # of a torch without, eve
 
 
 class Versions:
-    """Those of some plain dicts: another whenever an entry is set to another object, added or removed. (A subclass,
-    such as `OrderedDict`, may change without.)"""
+    """Those of some plain dicts: higher than any before whenever an entry is set to another object, added or removed.
+    (A subclass, such as `OrderedDict`, may change without.)"""
 
     def __init__(self, held: Sequence[dict[Any, Any]]) -> None:
-        self._held = list(held)
-        self._now = self._accepted = self._read()
+        self.held, self._now = list(held), 0
+        self._now = self.accepted = self._latest()
 
     def changed(self) -> list[int]:
         """The places of dicts that changed, or may have, since the last `accept`."""
-        self._now = now = self._read()
-        if not now:
-            return list(range(len(self._held)))
-        if now == self._accepted:
+        self._now = self._latest()
+        if self._now <= self.accepted:
             return []
-        return [place for place, (one, other) in enumerate(zip(now, self._accepted, strict=True)) if one != other]
+        if not _VERSION:
+            return list(range(len(self.held)))
+        return [place for place, version in enumerate(map(_VERSION, self.held)) if version > self.accepted]
 
     def accept(self) -> None:
-        """What `changed` saw is not what was changed."""
-        self._accepted = self._now
+        """What `changed` saw is not what was changed; `accepted` is another number if it saw anything."""
+        self.accepted = self._now
 
-    def _read(self) -> list[int]:
-        return list(map(_VERSION, self._held)) if _VERSION else []
+    def _latest(self) -> int:
+        return max(map(_VERSION, self.held), default=0) if _VERSION else self._now + 1

@@ -191,6 +191,8 @@ def _opened(path: Path, name: str) -> Any:
 class Held:
     """Tensors that do not change, in the order of a program's names; stands where `WeightReferences` does."""
 
+    places = None  # nobody puts others there
+
     def __init__(self, tensors: Sequence[torch.Tensor], given_up: GivenUp) -> None:
         self._tensors, self._given_up = list(tensors), given_up
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, eq, is_, is_not
+from operator import is_not
 
 import torch
 from torch import nn
 
-from xdit_ir.capture.plain import PLAIN, odd_tensor
+from xdit_ir.capture.plain import odd_tensor
+from xdit_ir.capture.tensor_types import TensorTypes
 from xdit_ir.capture.versions import Versions
 from xdit_ir.emission.parts import NOTHING, AllStored
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import way_to
 from xdit_ir.ir.program import TensorSpec
-
-_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 
 class WeightReferences:
-    """The tensors called `names` in `model`, read anew by each `fetch`, so that reloaded weights take effect.
+    """The tensors called `names` in `model`, read anew by each `fetch`, so that reloaded weights take effect. `places`:
+    the dicts that hold them, as `fetch` has seen them.
 
     Args:
         specs: the shape and dtype that a program needs of each.
@@ -80,25 +80,24 @@ class WeightReferences:
         self._above = list({(id(holder), key): (holder, key) for way in ways for holder, key in way[:-1]}.values())
         self._owners = [holder[key] for holder, key in self._above]
         self._specs = [specs[name] for name in names]
-        self._shapes = [torch.Size(spec.shape) for spec in self._specs]
-        self._dtypes = [spec.dtype for spec in self._specs]
         holders = list({id(holder): holder for way in ways for holder, _ in way}.values())
-        self._versions = Versions([holder for holder in holders if type(holder) is dict])
+        self.places = Versions([holder for holder in holders if type(holder) is dict])
         self._counted = all(type(holder) is dict for holder in holders)
         self._tensors = self._read()
+        self._types = TensorTypes(self._tensors)
         for name, tensor in zip(names, self.fetch(), strict=True):
             _check_device(name, tensor, device)
 
     def fetch(self) -> list[torch.Tensor]:
         """The tensors, in the order of their names; raises `MismatchError` if the program no longer fits them."""
-        if self._versions.changed() or not self._counted:
+        if self.places.changed() or not self._counted:
             self._tensors = self._read()
-            self._versions.accept()
+            self.places.accept()
         tensors = self._tensors
-        fits = PLAIN.issuperset(map(type, tensors)) and all(map(is_, map(_DTYPE, tensors), self._dtypes))
-        if not (fits and all(map(eq, map(_SHAPE, tensors), self._shapes))):
+        if not self._types.same(tensors):
             for name, tensor, spec in zip(self.names, tensors, self._specs, strict=True):
                 check_type(name, tensor, spec)
+            self._types = TensorTypes(tensors)
         if tensors and tensors[0].device != self._device:
             raise MismatchError(f"the model moved from {self._device} to {tensors[0].device}")
         return tensors

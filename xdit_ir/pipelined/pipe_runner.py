@@ -46,6 +46,7 @@ class PipelineRunner:
         self._outputs = [value.meta[SPEC] for value in results_of(self.program.graph)]
         self.weights = self.pipeline.weights_of(context.rank)
         self._weights = context.store.take(self.weights, self.program.state)
+        self.places = self._weights.places
         store = context.store
         self._held = store.held(self.program.state) if isinstance(store, ModelWeights) else None
         self._code = RankCode(tasks, context)

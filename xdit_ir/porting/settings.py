@@ -46,6 +46,21 @@ class _Values:
         return True
 
 
+class _Seen:
+    """What matters of plain dicts whose versions somebody else has looked at just before."""
+
+    def __init__(self, places: Versions, reads: Iterable[Read]) -> None:
+        self._places, self._accepted, self._values = places, places.accepted, list(map(_Values, reads))
+
+    def same(self) -> bool:
+        """Whether they are as they were."""
+        if self._places.accepted != self._accepted:
+            if not all(one.same() for one in self._values):
+                return False
+            self._accepted = self._places.accepted
+        return True
+
+
 class _Dicts:
     """Plain dicts, and what of each matters. They are looked at in the order in which they lie in memory."""
 
@@ -74,12 +89,11 @@ class _Group:
 
     def same(self) -> bool:
         """Whether they are as they were."""
-        now = list(self._read())
-        if len(now) == len(self._before) and all(map(is_, now, self._before)):
+        if all(map(is_, self._read(), self._before)):
             return True
         if not all(same_entries(part.read(), before) for part, before in self._parts):
             return False
-        self._before = now
+        self._before = list(self._read())
         return bool(self._parts)
 
 
@@ -89,10 +103,16 @@ class ModelSettings:
 
     A trace depends on all of this; on most of it in fact not, so that a change means: trace again to be sure. The
     same goes for code of objects in `given`, which forward gets. Entries `unread`, by the id of the dict that holds
-    them, are written before they are read.
+    them, are written before they are read. `places`: dicts whose versions are looked at before each `unchanged`.
     """
 
-    def __init__(self, model: nn.Module, given: Iterable[Any] = (), unread: Set[tuple[int, Any]] = frozenset()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Iterable[Any] = (),
+        unread: Set[tuple[int, Any]] = frozenset(),
+        places: Versions | None = None,
+    ) -> None:
         code = Reach(("an argument", item) for item in given).code
         self._reach = reach = Reach([("", model), *code], unread)
         modules = [module for _, module in reach.modules]
@@ -110,10 +130,12 @@ class ModelSettings:
         cells = [part for part in parts if type(part) is Cell and _is_filled(part.item)]
         functions = [part for part in parts if type(part) is Defaults]
         together = {*lists, *cells, *functions}
-        self._watched: list[_Dicts | _Group] = [
+        seen = frozenset() if places is None else frozenset(map(id, places.held))
+        self._watched: list[_Dicts | _Seen | _Group] = [
             _Group([], lambda: map(type, typed)),
             _Group([], lambda: map(vars, owners)),
-            _Dicts(dicts),
+            *([] if places is None else [_Seen(places, [read for held, read in dicts if id(held) in seen])]),
+            _Dicts([(held, read) for held, read in dicts if id(held) not in seen]),
             _Group(lists, _elements([part.item for part in lists])),
             _Group(cells, _each(_CONTENTS, [part.item for part in cells])),
             _Group(functions, _chained(_each(_FUNCTION, [part.item for part in functions]))),

@@ -313,9 +313,9 @@ class Specialisations:
         self.types |= {name: spec for name, spec in program.ir.state.items() if name in members}
         guards = BufferGuards(self.model, program.original)
         objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
-        unread = overwritten(self.model, program.original.signature.effects) | states_of(self.model)
-        settings = ModelSettings(self.model, objects, unread)
         same = same_tensors(runner.bind(given.args, given.kwargs)[0])
+        unread = overwritten(self.model, program.original.signature.effects) | states_of(self.model)
+        settings = ModelSettings(self.model, objects, unread, runner.places)
         made = Specialisation(mode, given.shapes, same, settings, guards, program, runner)
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]

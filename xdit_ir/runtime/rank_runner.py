@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from xdit_ir.capture.versions import Versions
 from xdit_ir.deferral.recorded import Numbers
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.execution import Tensors
@@ -16,9 +17,11 @@ from xdit_ir.transport.handshake import Facts
 
 
 class RankRunner(Protocol):
-    """Ready to run; `facts` are equal on two ranks only if they run the same program, for the same guarded values."""
+    """Ready to run; `facts` are equal on two ranks only if they run the same program, for the same guarded values.
+    `places`: the dicts of the model at which `bind` looks, if it does."""
 
     facts: Facts
+    places: Versions | None
     program: Program
 
     def held(self, weights: Tensors) -> tuple[Sequence[str], Tensors]:

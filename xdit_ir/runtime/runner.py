@@ -75,6 +75,7 @@ class Runner:
             one.among(self._names)
         self._agree_originals(context)
         self._weights = context.store.take(self._names, program.state, program.stored)
+        self.places = self._weights.places
         self._whole = [place for place, name in enumerate(self._names) if name not in program.stored]
         self._inputs = [node.name for node in placeholders(program.graph)]
         self._compiled = context.execution.compile
