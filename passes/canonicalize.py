@@ -14,6 +14,7 @@ from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
+from xdit_ir.passes.given_back import is_needed
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
 
 aten = torch.ops.aten
@@ -28,8 +29,8 @@ COPIES = (
 
 @dataclass(frozen=True)
 class Canonicalize:
-    """Drop copies and no-op casts, collapse view chains, write convolutions that make tokens of patches, or patches of
-    tokens, as matrix products, and attention as one `attention` operator.
+    """Drop copies, no-op casts and factors of 1, collapse view chains, write convolutions that make tokens of patches,
+    or patches of tokens, as matrix products, and attention as one `attention` operator.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -65,10 +66,12 @@ def _canonicalize(graph: fx.Graph) -> None:
 def _drop_copy(graph: fx.Graph, node: fx.Node) -> bool:
     same = node.target is aten._to_copy.default and _is_noop_cast(node)
     idle = node.target is aten.dropout.default and not (node.args[1] and node.args[2])
-    if node.target not in COPIES and not same and not idle:
+    if node.target not in COPIES and not same and not idle and not _is_by_one(node):
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
+    if is_needed(node, source):
+        return False
     node.replace_all_uses_with(source)
     return True
 
@@ -77,6 +80,14 @@ def _is_noop_cast(node: fx.Node) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source.meta[SPEC].dtype == node.meta[SPEC].dtype and node.kwargs.get("device") is None
+
+
+def _is_by_one(node: fx.Node) -> bool:
+    """Whether it scales by 1; of complex numbers that changes those which are not finite."""
+    if node.target not in (aten.div.Tensor, aten.mul.Tensor) or type(node.args[1]) not in (int, float):
+        return False
+    source, spec = node.args[0], node.meta[SPEC]
+    return node.args[1] == 1 and isinstance(source, fx.Node) and source.meta[SPEC] == spec and not spec.dtype.is_complex
 
 
 def _type_as(graph: fx.Graph, node: fx.Node) -> bool:
@@ -109,7 +120,7 @@ def _empty_parts(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     parts: Any = node.args[0]
     filled = [part for part in parts if 0 not in part.meta[SPEC].shape]
-    if len(filled) != 1 or filled[0].meta[SPEC] != node.meta[SPEC]:
+    if len(filled) != 1 or filled[0].meta[SPEC] != node.meta[SPEC] or is_needed(node, filled[0]):
         return False
     node.replace_all_uses_with(filled[0])
     return True
