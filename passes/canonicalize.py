@@ -87,7 +87,8 @@ def _is_by_one(node: fx.Node) -> bool:
     if node.target not in (aten.div.Tensor, aten.mul.Tensor) or type(node.args[1]) not in (int, float):
         return False
     source, spec = node.args[0], node.meta[SPEC]
-    return node.args[1] == 1 and isinstance(source, fx.Node) and source.meta[SPEC] == spec and not spec.dtype.is_complex
+    same = isinstance(source, fx.Node) and source.meta[SPEC] == spec and not spec.dtype.is_complex
+    return same and bool(node.args[1] == 1)
 
 
 def _type_as(graph: fx.Graph, node: fx.Node) -> bool:
