@@ -33,8 +33,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--memory", type=float, metavar="GIB", help="that a rank may use (default: nearly all)")
     parser.add_argument("--inexact", action="store_true", help="also PipeFusion, which changes results slightly")
     parser.add_argument("--flash", action="store_true", help="FlashAttention is installed where the model will run")
-    parser.add_argument("--shard-weights", action="store_true", help="each rank holds a part of the weights")
+    parser.add_argument(
+        "--shard-weights",
+        action=argparse.BooleanOptionalAction,
+        help="each rank holds a part of the weights (default: where whole ones do not fit)",
+    )
     parser.add_argument("--stream-weights", action="store_true", help="weights lie in the host's memory")
+    parser.add_argument("--data", type=int, metavar="N", help="share the GPUs out over this many replicas")
     for name in MESH_DIMS:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"keep this many ranks along {name}")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
@@ -58,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             flash=args.flash,
             shard_weights=args.shard_weights,
             stream_weights=args.stream_weights,
+            data=args.data,
             **given,
         )
     if args.output is not None:

@@ -32,11 +32,19 @@ def test_weights_over_ranks(workers: Pools) -> None:
         assert max(result["errors"]) < 1e-5 and sorted(result["degrees"].values()) == [1, 1, 1, 1, 2]
 
 
+def test_a_port_that_holds_its_weights_may_part_them(workers: Pools) -> None:
+    for result in workers(2).run("planned", name="plain-dit", given={"release": True}):
+        assert max(result["errors"]) < 1e-5 and sorted(result["degrees"].values()) == [1, 1, 1, 1, 2]
+
+
 def test_four_processes(workers: Pools, request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--large"):
         pytest.skip("needs --large: four processes")
     for result in workers(4).run("planned", name="plain-dit", given={"ulysses": 2}):
         assert max(result["errors"]) < 1e-5 and result["degrees"]["ulysses"] == 2
+        assert sorted(result["degrees"].values()) == [1, 1, 1, 2, 2]
+    for result in workers(4).run("planned", name="plain-dit", given={"tensor": 2}):
+        assert max(result["errors"]) < 1e-5 and result["degrees"]["tensor"] == 2
         assert sorted(result["degrees"].values()) == [1, 1, 1, 2, 2]
 
 

@@ -11,6 +11,7 @@ import torch
 
 import xdit_ir as xir
 from xdit_ir import Machine
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.planning.hardware import Hardware, hardware_named, hardware_of, load, names, parse
 
 KEPT = ("h100", "h200", "a100", "l20", "l40s", "rtx4090", "rtx4090-p2p", "rtx5090", "rtx5090-p2p", "h100-infiniband")
@@ -73,6 +74,22 @@ def test_the_same_gpus_in_hosts() -> None:
     assert inside.ranks == 2 and not inside.hidden and between == load("h100-infiniband").links[-1]
     slow = load("cpu").on_hosts(2)
     assert slow.link((1, 2)).bytes == slow.link((0, 1)).bytes, "not faster than inside"
+
+
+def test_of_what_ranks_of_two_nodes_exchange_a_part_stays_inside() -> None:
+    nodes, sent = load("h100-infiniband"), 64e6
+    inside, between = nodes.links
+    assert nodes.seconds(0, range(8), sent) == inside.seconds(sent)
+    assert nodes.seconds(0, range(16), sent) == pytest.approx(between.latency + sent * 8 / 15 / between.bytes)
+    assert nodes.seconds(0, (0, 8), sent) == between.seconds(sent)
+    assert nodes.seconds(0, (0,), sent) == nodes.seconds(0, range(16), 0) == 0
+
+
+def test_the_mesh_dims_that_reach_other_nodes() -> None:
+    nodes = load("h100-infiniband")
+    assert nodes.between(Mesh.of(cfg=2, ulysses=8)) == ("cfg",)
+    assert nodes.between(Mesh.of(ring=2, ulysses=16)) == ("ring", "ulysses")
+    assert nodes.between(Mesh.of(ulysses=8)) == load("h100").between(Mesh.of(ulysses=8)) == ()
 
 
 def test_what_names_a_machine() -> None:

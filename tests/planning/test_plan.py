@@ -52,17 +52,19 @@ def of_eight() -> Plan:
 
 
 def test_every_set_of_degrees_is_there_once(of_eight: Plan) -> None:
-    named = [str(one.degrees) for one in of_eight.candidates]
+    named = [one.name for one in of_eight.candidates]
     assert len(named) == len(set(named))
     assert {"u8", "r8", "r2u4", "r4u2", "c2u4", "c2r2u2", "c2r4", "p8m8", "p8m16", "p2u4m2", "c2p2u2m4"} <= set(named)
-    assert all(one.degrees.ranks == 8 for one in of_eight.candidates)
+    assert {"t8", "u4t2", "c2t4", "u8 sharded", "c2t4 sharded", "8 x u1"} <= set(named)
+    assert all(one.data * one.degrees.ranks == 8 for one in of_eight.candidates)
 
 
 def test_the_best_is_first_and_the_others_say_why_not(of_eight: Plan) -> None:
     first, *others = of_eight.candidates
     assert not first.why and all(one.why for one in others)
     assert first.parts is not None and first.ms is not None
-    worked = [one.ms for one in of_eight.candidates if one.parts is not None and one.ms is not None]
+    single = [one for one in of_eight.candidates if one.data == 1]
+    worked = [one.ms for one in single if one.parts is not None and one.ms is not None]
     assert worked == sorted(worked) and len(worked) == 3
     assert len(first.gib) == len(first.weights) == 8 and max(first.gib) > max(first.weights) > 0
     illegal = [one.legal for one in of_eight.candidates]
@@ -89,10 +91,14 @@ def test_only_exact_ways_unless_others_are_allowed(of_eight: Plan) -> None:
 
 def test_degrees_that_are_given_are_kept() -> None:
     made = xir.plan(model(), example(), gpus=4, ulysses=2)
-    assert {str(one.degrees) for one in made.candidates if one.legal} == {"r2u2"}
+    assert {one.name for one in made.candidates if one.legal and one.data == 1 and not one.shard_weights} == {
+        "r2u2",
+        "u2t2",
+    }
+    assert {one.name for one in made.candidates if one.data > 1} == {"2 x u2"}
     assert made.best == {**dict.fromkeys(MESH_DIMS, 1), "ring": 2, "ulysses": 2}
     staged = xir.plan(model(), example(), gpus=2, pipefusion=2).candidates
-    assert {str(one.degrees) for one in staged} == {"p2m2", "p2m4"}
+    assert {one.name for one in staged} == {"p2m2", "p2m4"}
 
 
 def test_what_does_not_fit_says_what_it_needs() -> None:
@@ -101,14 +107,43 @@ def test_what_does_not_fit_says_what_it_needs() -> None:
     with pytest.raises(xir.ParallelizeError, match=r"no way to use 2 GPUs .* needs the least, .* use more GPUs"):
         _ = tight.best
     few = example(tokens=1024)
-    whole = max(xir.plan(model(), few, gpus=2).candidates[0].weights)
-    pipelined = xir.plan(model(), few, gpus=2, memory=whole, exact=False)
+    whole = max(xir.plan(model(), few, gpus=1).chosen.weights)
+    pipelined = xir.plan(model(), few, gpus=2, memory=whole, exact=False, tensor=1, shard_weights=False)
     assert pipelined.best["pipefusion"] == 2, "half of the weights each"
+    parted = xir.plan(model(), few, gpus=2, memory=whole)
+    assert parted.chosen.shard_weights or parted.best["tensor"] == 2, "the same without stages"
+    assert any("GiB a GPU" in one.why for one in parted.candidates if one.name == "u2")
+
+
+def test_features_divide_weights() -> None:
+    made = xir.plan(model(), example(), gpus=2, tensor=2)
+    assert made.chosen.name == "t2" and made.chosen.parts is not None
+    alone = xir.plan(model(), example(), gpus=1).chosen
+    assert max(made.chosen.weights) == pytest.approx(max(alone.weights) / 2, rel=0.01)
+    assert {one.name: one.why for one in made.candidates}["t2 sharded"].startswith("whole weights fit")
+
+
+def test_what_the_passes_refuse_is_refused_before_it_is_tried() -> None:
+    made = xir.plan(model(), example(), gpus=4, pipefusion=2, tensor=2)
+    assert [one.legal for one in made.candidates] == [False, False]
+    assert "tensor=2 with pipefusion=2: stages divide weights already" in made.candidates[0].why
+
+
+def test_replicas_make_more_steps_in_the_time_of_one() -> None:
+    """They are taken where they are asked for; else it is told what they would do."""
+    two = xir.plan(model(), example(), gpus=2, data=2).chosen
+    alone = xir.plan(model(), example(), gpus=1).chosen
+    assert two.name == "2 x u1" and two.ms == alone.ms and two.a_second == 2 * alone.a_second
+    first, *others = xir.plan(model(), example(), gpus=2).candidates
+    told = next(one for one in others if one.data == 2)
+    assert "data" not in xir.plan(model(), example(), gpus=2).best and first.data == 1
+    assert told.ms == alone.ms and "times as many steps a second: for as many requests at a time" in told.why
+    assert xir.plan(model(), example(), gpus=2, data=2).best["data"] == 2
 
 
 def test_weights_over_ranks() -> None:
     """A half of the weights on each of two ranks; gathering them takes links."""
-    whole, parts = (xir.plan(model(), example(), gpus=2, shard_weights=given) for given in (False, True))
+    whole, parts = (xir.plan(model(), example(), gpus=2, tensor=1, shard_weights=given) for given in (False, True))
     assert "shard_weights" not in whole.best and parts.best["shard_weights"] is True
     assert max(parts.chosen.weights) == pytest.approx(max(whole.chosen.weights) / 2, rel=0.01)
     assert parts.chosen.ms is not None and whole.chosen.ms is not None and parts.chosen.ms >= whole.chosen.ms
@@ -153,6 +188,7 @@ def test_as_a_table(of_eight: Plan) -> None:
     [
         ({"gpus": 0}, "gpus=0: expected a positive number"),
         ({"gpus": 4, "ulysses": 3}, "ulysses=3 does not divide 4 GPUs; a product of 2 does"),
+        ({"gpus": 4, "data": 3}, "data=3 does not divide 4 GPUs; nearest legal: data=2"),
         ({"gpus": 4, "ulises": 2}, "did you mean ulysses=2"),
         ({"machine": "h10"}, "machine='h10' is none that is kept; did you mean 'h100'"),
     ],

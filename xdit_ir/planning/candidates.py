@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from xdit_ir.degrees import Degrees
@@ -13,7 +13,7 @@ from xdit_ir.ir.graphs import all_graphs, operands
 from xdit_ir.ir.mesh import BATCH, FEATURES, MESH_DIMS, RING, TIME, ULYSSES
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.planning.estimate import Estimate
-from xdit_ir.planning.hardware import Hardware
+from xdit_ir.planning.hardware import GIB, Hardware
 
 # A pipeline with as many patches as stages, and with twice as many.
 PATCHES = (1, 2)
@@ -23,9 +23,9 @@ HIDDEN = 0.6
 STAGED = 1.15
 
 
-def degree_sets(gpus: int, given: Mapping[str, int], *, exact: bool) -> list[Degrees]:
+def degree_sets(gpus: int, given: Mapping[str, int], *, exact: bool, features: bool = True) -> list[Degrees]:
     """All sets of degrees whose product is `gpus`, those that are `given` as they are; stages only if results need not
-    be `exact`, or if they are given; features are divided only where that is given.
+    be `exact`, or if they are given; `features`: these are divided also where that is not given.
 
     Raises:
         ParallelizeError: what is given does not divide `gpus`.
@@ -35,7 +35,7 @@ def degree_sets(gpus: int, given: Mapping[str, int], *, exact: bool) -> list[Deg
         named = " x ".join(f"{name}={size}" for name, size in given.items())
         near = max(size for size in range(1, gpus + 1) if gpus % size == 0 and size <= done)
         raise ParallelizeError(f"{named} does not divide {gpus} GPUs; a product of {near} does")
-    kept = {*given, *FEATURES, *((TIME,) if exact else ())}
+    kept = {*given, *(() if features else FEATURES), *((TIME,) if exact else ())}
     free = [name for name in MESH_DIMS if name not in kept]
     found = []
     for sizes in _factors(gpus // done, len(free)):
@@ -86,39 +86,61 @@ class Rough:
     attentions: list[Exchanged]
     hardware: Hardware
 
-    def ms(self, degrees: Degrees) -> float:
+    def ms(self, degrees: Degrees, *, shard_weights: bool = False) -> float:
         """Milliseconds of a step, roughly."""
         sizes, parts = degrees.mesh.degrees, self.alone.parts
+        ranks, features = degrees.ranks, degrees.mesh.size(FEATURES)
+        divided = sizes[ULYSSES] * features
         heads = min((one.heads for one in self.attentions), default=1)
-        uneven = math.ceil(heads / sizes[ULYSSES]) * sizes[ULYSSES] / heads
-        attention = parts.attention * uneven / degrees.ranks
+        uneven = math.ceil(heads / divided) * divided / heads
+        attention = parts.attention * uneven / ranks
+        # of what is neither product nor attention, about half is done with features whole
+        rest = parts.rest * (1 + features) / 2 / ranks
         started = (degrees.patches or 1) * self._started() if sizes[TIME] > 1 else self._started()
         moved = sum(self._exchange(one, degrees, attention) for one in self.attentions) * 1e3
-        shared = (parts.products + parts.rest) / degrees.ranks + attention
-        return shared * (STAGED if sizes[TIME] > 1 else 1) + moved + started * (1 - 1 / degrees.ranks)
+        shared = parts.products / ranks + rest + attention
+        taken = shared * (STAGED if sizes[TIME] > 1 else 1) + moved + started * (1 - 1 / ranks)
+        return taken + (self._gathered(ranks, taken) if shard_weights else 0.0)
 
     def _started(self) -> float:
         """Milliseconds of all kernels' begins and ends, which no division shortens."""
         return self.hardware.kernels.gap * 1e3 * 8 * sum(one.times for one in self.attentions)
 
+    def _gathered(self, ranks: int, work: float) -> float:
+        """Milliseconds of gathering weights that so much work does not hide."""
+        sent = self.alone.weights[0] * GIB * (ranks - 1) / ranks
+        return max(self._seconds(sent, ranks, 1) * 1e3 - work, 0.0)
+
     def _exchange(self, one: Exchanged, degrees: Degrees, attention: float) -> float:
         """Seconds in which nothing hides the exchanges of an attention, all times together."""
-        sizes, ranks = degrees.mesh.degrees, degrees.ranks
+        sizes, features = degrees.mesh.degrees, degrees.mesh.size(FEATURES)
         along, around = sizes[ULYSSES], sizes[RING]
-        share = ranks if sizes[TIME] == 1 else ranks // sizes[TIME]
-        link = self.hardware.link(range(along))
+        share = degrees.ranks // sizes[TIME]
         turned = (2 * one.queries + one.keys) / share * (along - 1) / along
-        hidden = HIDDEN if link.hidden else 0.0
-        first = (4 * link.latency * (1 - hidden) + turned / link.bytes * (1 - hidden)) if along > 1 else 0.0
-        hop = self.hardware.link(range(along * around)).seconds(one.keys / share) if around > 1 else 0.0
-        whole = sum(other.times for other in self.attentions)
-        each = attention / 1e3 / max(whole, 1)
+        hidden = HIDDEN if self.hardware.link(range(0, along * features, features)).hidden else 0.0
+        first = (1 - hidden) * self._seconds(turned, along, features, times=4)
+        # two sums, each scattered and gathered
+        summed = 2 * self._seconds(2 * one.queries * features / share * (features - 1) / features, features, 1)
+        return one.times * (first + summed + self._passed(one, share, around, along * features, attention))
+
+    def _passed(self, one: Exchanged, share: int, around: int, inner: int, attention: float) -> float:
+        """Seconds by which an attention takes longer for keys that travel `around` so many ranks."""
+        if around == 1:
+            return 0.0
+        hop = self.hardware.link(range(0, inner * around, inner)).seconds(one.keys / share)
+        each = attention / 1e3 / max(sum(other.times for other in self.attentions), 1)
         kernels = self.hardware.kernels
         joined = 3 * kernels.gap + 6 * kernels.memory_seconds(one.queries / share)
-        second = max(hop * (around - 1) - each, 0.0) + (around - 1) * joined
-        return one.times * (first + second)
+        return max(hop * (around - 1) - each, 0.0) + (around - 1) * joined
+
+    def _seconds(self, sent: float, ranks: int, apart: int, *, times: int = 1) -> float:
+        """Of exchanges, `times` as many, in which each of so many ranks, so far apart, sends so many bytes in all."""
+        if ranks == 1:
+            return 0.0
+        group = range(0, ranks * apart, apart)
+        return self.hardware.seconds(0, group, sent) + (times - 1) * self.hardware.link(group).latency
 
 
-def batch_degrees(sets: list[Degrees]) -> list[int]:
+def batch_degrees(sets: Sequence[Degrees]) -> list[int]:
     """The different degrees along the batch, but for 1."""
     return sorted({one.mesh.degrees[BATCH] for one in sets} - {1})

@@ -67,13 +67,15 @@ class Durations:
             return Cost(self._worked(node), idle, kind_of(node), starts=self._starts(node))
         (kind, over), sent = found
         dims = tuple(over.split("*"))
-        links = [self.hardware.link(self.mesh.group(rank, dims)) for rank in range(self.mesh.world_size)]
-        seconds = tuple(link.seconds(amount) for link, amount in zip(links, sent, strict=True))
-        if node.target is ops.ring_attention:
+        groups = [self.mesh.group(rank, dims) for rank in range(self.mesh.world_size)]
+        links = [self.hardware.link(group) for group in groups]
+        if node.target is ops.ring_attention:  # each hop waits for the slowest
+            seconds = tuple(link.seconds(amount) for link, amount in zip(links, sent, strict=True))
             merged = self._merged(node, len(self.mesh.group(0, dims)) - 1)
             worked = tuple(max(a, b) + c for a, b, c in zip(self._worked(node), seconds, merged, strict=True))
             return Cost(worked, sent, Kind.ATTENTION, kind, around=seconds)
         hidden = all(link.hidden for link in links)
+        seconds = tuple(self.hardware.seconds(rank, groups[rank], amount) for rank, amount in enumerate(sent))
         return Cost(seconds, sent, Kind.EXCHANGE, kind, dims, travels=True, hidden=hidden, kept=self._kept(node, sent))
 
     def _merged(self, node: fx.Node, hops: int) -> tuple[float, ...]:

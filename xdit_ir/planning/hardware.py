@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.sharding.machine import H100, Machine, checked
 
 GIB = 2**30
@@ -118,6 +120,21 @@ class Hardware:
         first = self.links[0]
         inside = replace(first, ranks=min(first.ranks, near), hidden=False)
         return replace(self, name=f"{self.name or self.title} in hosts of {near}", links=(inside, between))
+
+    def seconds(self, rank: int, group: Sequence[int], sent: float) -> float:
+        """Time of an exchange in which `rank` sends so many bytes, as many to each other of a group; each link takes
+        what is for those that it reaches, all at the same time."""
+        if not sent or len(group) < 2:
+            return 0.0
+        reached = Counter(self.link((rank, other)) for other in group if other != rank)
+        slowest = max(count / link.bytes for link, count in reached.items())
+        return self.link(group).latency + sent * slowest / (len(group) - 1)
+
+    def between(self, mesh: Mesh) -> tuple[str, ...]:
+        """The mesh dims along which ranks are not within reach of the fastest link."""
+        fast = self.links[0]
+        groups = {name: {mesh.group(rank, (name,)) for rank in range(mesh.world_size)} for name in mesh.names}
+        return tuple(name for name, found in groups.items() if any(self.link(group) != fast for group in found))
 
     @staticmethod
     def plain(machine: Machine) -> Hardware:

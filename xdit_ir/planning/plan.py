@@ -20,14 +20,19 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.estimate import Parts
 
-HEADER = ("degrees", "ms", "products", "attention", "rest", "exchanges", "host", "GiB", "weights", "exact", "why not")
+PARTS = tuple(field.name for field in dataclasses.fields(Parts))
+HEADER = ("degrees", "ms", "a second", *PARTS, "GiB", "weights", "exact", "between nodes", "why not")
+TEXT = ("degrees", "between nodes", "why not")
 BEST = "best"
+# It exchanges what whole weights do, and more, so that no time can be less: it need not be worked out.
+WHOLE = "whole weights fit, and gathering parts takes no less"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to use the GPUs: milliseconds of a step (under PipeFusion of a displaced one) and their parts, GiB and
-    GiB of weights of each rank; whether results are those of one GPU. `why` it is not the best; empty for that.
+    """One way to use the GPUs: as `data` replicas of `degrees`, with weights in parts if `shard_weights`; milliseconds
+    of a step (under PipeFusion of a displaced one) and their parts, GiB and GiB of weights of each rank of a replica;
+    the mesh dims `between` nodes. `why` it is not the best; empty for that.
 
     Parts are there where the divided program was worked out; of the others, `ms` follows from that of one GPU. Neither
     is there where it is illegal.
@@ -39,6 +44,15 @@ class Candidate:
     parts: Parts | None = None
     gib: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
+    data: int = 1
+    shard_weights: bool = False
+    between: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """In short, such as `u8`, `u8 sharded` and `2 x u4`."""
+        degrees = f"{self.degrees} sharded" if self.shard_weights else str(self.degrees)
+        return degrees if self.data == 1 else f"{self.data} x {degrees}"
 
     @property
     def exact(self) -> bool:
@@ -50,20 +64,26 @@ class Candidate:
         """Whether the model can be divided so, as far as is known."""
         return self.ms is not None
 
+    @property
+    def a_second(self) -> float:
+        """Steps that all replicas make together."""
+        return self.data * 1e3 / self.ms if self.ms else 0.0
+
     def row(self) -> tuple[str, ...]:
         """As text, in the order of `HEADER`."""
-        parts = self.parts
-        times = ("",) * 5 if parts is None else tuple(f"{value:.1f}" for value in dataclasses.astuple(parts))
+        parts, rough = self.parts, "" if self.parts else "~"
+        times = ("",) * len(PARTS) if parts is None else tuple(f"{value:.1f}" for value in dataclasses.astuple(parts))
         ms = "" if self.ms is None else f"{self.ms:.1f}" if parts else f"~{self.ms:.0f}"
+        rate = f"{rough}{self.a_second:.2g}" if self.ms else ""
         sizes = (f"{max(each):.1f}" if each else "" for each in (self.gib, self.weights))
-        return (str(self.degrees), ms, *times, *sizes, "yes" if self.exact else "no", self.why or BEST)
+        exact, between = "yes" if self.exact else "no", ", ".join(self.between)
+        return (self.name, ms, rate, *times, *sizes, exact, between, self.why or BEST)
 
 
 @dataclass(frozen=True)
 class Plan:
     """For a `model` (its class, and a digest of its weights' names and shapes) on `gpus` GPUs of a `machine`, by name;
-    candidates begin with the best. `memory`: GiB that a rank may use. `shard_weights`, `stream_weights`: as for
-    `parallelize`."""
+    candidates begin with the best. `memory`: GiB that a rank may use. `stream_weights`: as for `parallelize`."""
 
     model: str
     weights: str
@@ -71,7 +91,6 @@ class Plan:
     machine: str
     memory: float
     candidates: tuple[Candidate, ...]
-    shard_weights: bool = False
     stream_weights: bool = False
 
     @property
@@ -85,7 +104,7 @@ class Plan:
         if not first.why:
             return first
         least = min((one for one in self.candidates if one.gib), key=lambda one: max(one.gib), default=None)
-        near = f"{least.degrees} needs the least, {max(least.gib):.1f} GiB a GPU" if least else first.why
+        near = f"{least.name} needs the least, {max(least.gib):.1f} GiB a GPU" if least else first.why
         raise ParallelizeError(
             f"no way to use {self.gpus} GPUs with {self.memory:.1f} GiB each for {self.model}: {near}; use more GPUs, "
             "shard_weights=True, stream_weights=True, or exact=False"
@@ -93,8 +112,10 @@ class Plan:
 
     @property
     def best(self) -> dict[str, Any]:
-        """Keyword arguments for `port` and `parallelize`."""
-        return {**self.chosen.degrees.as_dict(), **Keeping(self.shard_weights, self.stream_weights).options}
+        """Keyword arguments for `port`; without replicas also for `parallelize`."""
+        chosen = self.chosen
+        kept = Keeping(chosen.shard_weights, self.stream_weights).options
+        return {**chosen.degrees.as_dict(), **kept, **({"data": chosen.data} if chosen.data > 1 else {})}
 
     def check(self, model: Module, processes: int | None) -> None:
         """Raise `ParallelizeError` if this was made for another model, or the job has another number of processes."""
@@ -113,23 +134,29 @@ class Plan:
         """A table."""
         stream = io.StringIO()
         table = Table(title=f"{self.model} on {self.gpus} x {self.machine}, {self.memory:.1f} GiB each; ms a step")
-        for name in HEADER:
-            table.add_column(name, justify="left" if name in (HEADER[0], HEADER[-1]) else "right")
-        for one in self.candidates:
-            if one.legal:
-                table.add_row(*one.row())
-        for why, refused in self._refused().items():
-            table.add_row(", ".join(map(str, refused)), *[""] * (len(HEADER) - 2), why)
-        Console(file=stream, width=150, color_system=None).print(table)
+        shown = [place for place, name in enumerate(HEADER) if name != "between nodes" or self._spans_nodes]
+        for place in shown:
+            name = HEADER[place]
+            table.add_column(name, justify="left" if name in TEXT else "right")
+        for cells in self._rows():
+            table.add_row(*(cells[place] for place in shown))
+        Console(file=stream, width=160, color_system=None).print(table)
         return stream.getvalue()
 
-    def _refused(self) -> dict[str, list[Degrees]]:
-        """What is illegal, by reason."""
-        found: dict[str, list[Degrees]] = {}
+    @property
+    def _spans_nodes(self) -> bool:
+        return any(one.between for one in self.candidates)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """In order; what was not worked out for the same reason is one row."""
+        alike: dict[str, list[Candidate]] = {}
         for one in self.candidates:
-            if not one.legal:
-                found.setdefault(one.why, []).append(one.degrees)
-        return found
+            alike.setdefault(one.name if one.legal and one.why != WHOLE else one.why, []).append(one)
+        blank = ("",) * (len(HEADER) - 2)
+        return [
+            one.row() if not more else (", ".join(each.name for each in (one, *more)), *blank, one.why)
+            for one, *more in alike.values()
+        ]
 
     def to_json(self) -> str:
         """All of it as text, for `from_json`."""
@@ -150,9 +177,18 @@ class Plan:
             raise ParallelizeError(f"this is no plan as Plan.to_json writes it: {error}") from None
 
 
+def slower(one: Candidate, best: Candidate, times: float) -> str:
+    """Why a candidate is behind the best, by the part that it loses most in."""
+    if one.parts is None or best.parts is None:
+        return f"about {times:.2f} times as long by sizes alone"
+    ours, theirs = dataclasses.astuple(one.parts), dataclasses.astuple(best.parts)
+    lost, name = max((a - b, name) for a, b, name in zip(ours, theirs, PARTS, strict=True))
+    return f"{times:.2f} times as long; {name} {lost:+.1f} ms"
+
+
 def _candidate(data: Mapping[str, Any]) -> Candidate:
     parts = None if data["parts"] is None else Parts(**data["parts"])
-    sizes = {name: tuple(data[name]) for name in ("gib", "weights")}
+    sizes = {name: tuple(data[name]) for name in ("gib", "weights", "between")}
     return Candidate(**{**data, **sizes, "degrees": Degrees.of(**data["degrees"]), "parts": parts})
 
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from xdit_ir.api import Example, TracedProgram, trace
 from xdit_ir.capture.methods import Module
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import BATCH, TIME, Mesh
-from xdit_ir.passes.base import run_passes
-from xdit_ir.passes.keeping import ALL_HERE, Keeping
-from xdit_ir.passes.split_batch import SplitBatch
-from xdit_ir.planning.candidates import Rough, attentions, batch_degrees, degree_sets
-from xdit_ir.planning.estimate import Estimate, Parts, estimate
+from xdit_ir.ir.mesh import BATCH, FEATURES, TIME, Mesh
+from xdit_ir.planning.candidates import Rough, attentions, degree_sets
+from xdit_ir.planning.estimate import Estimate, estimate
 from xdit_ir.planning.hardware import GIB, Hardware, hardware_of
-from xdit_ir.planning.plan import Candidate, Plan, model_name, weights_key
+from xdit_ir.planning.legality import PAIR, Legality
+from xdit_ir.planning.plan import WHOLE, Candidate, Plan, model_name, slower, weights_key
 from xdit_ir.sharding.machine import Machine
+from xdit_ir.transport.replicas import checked_data
 
 # So many candidates are worked out in full: those that are roughly the fastest.
 FULL = 3
 # The part of a GPU's memory that a plan uses: what else there is needs some.
 USABLE = 0.92
-# Calls that are run at a time where halves of `cfg` run different ones.
-PAIR = 2
 
 
 def plan(
@@ -37,8 +35,9 @@ def plan(
     memory: float | None = None,
     exact: bool = True,
     flash: bool = False,
-    shard_weights: bool = False,
+    shard_weights: bool | None = None,
     stream_weights: bool = False,
+    data: int | None = None,
     **given: int,
 ) -> Plan:
     """All ways to use `gpus` GPUs for `model`, with time and memory worked out from sizes; nothing is run.
@@ -50,7 +49,9 @@ def plan(
         memory: GiB that a rank may use; default: nearly all that the machine's GPU has.
         exact: only ways that compute what one GPU does; else also PipeFusion, whose later steps read older values.
         flash: attention by FlashAttention, installed where the model will run, instead of PyTorch's.
-        shard_weights, stream_weights: as for `parallelize`, the former where there are several ranks.
+        shard_weights: as for `parallelize`, where there are several ranks; default: where whole weights do not fit.
+        stream_weights: as for `parallelize`.
+        data: so many replicas, over which the GPUs are shared out; default: one, and what several would do is told.
         given: degrees that are to be kept.
 
     Raises:
@@ -58,21 +59,28 @@ def plan(
         TraceError: the model cannot be captured.
     """
     hardware = hardware_of(machine)
-    _check(gpus, given)
-    degree_sets(gpus, given, exact=exact)  # wrong ones are told before the model is traced
+    _check(gpus, given, data)
+    how = Options(memory, exact, flash, shard_weights, stream_weights, data=data)
+    how.degree_sets(gpus // (data or 1), given)  # wrong ones are told before the model is traced
     traced = TracedProgram(trace(model, example).ir, familiar=True)  # `port` verifies what it makes
-    how = Options(memory, exact, flash, Keeping(shard_weights and gpus > 1, stream_weights))
     return plan_traced(traced, model, gpus, hardware, given, how)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Those of `plan`, for what they mean."""
+    """Those of `plan`, for what they mean; `features`: these may be divided where that is not given."""
 
     memory: float | None = None
     exact: bool = True
     flash: bool = False
-    keeping: Keeping = ALL_HERE
+    shard_weights: bool | None = None
+    stream_weights: bool = False
+    features: bool = True
+    data: int | None = None
+
+    def degree_sets(self, gpus: int, given: Mapping[str, int]) -> list[Degrees]:
+        """For the GPUs of one replica."""
+        return degree_sets(gpus, given, exact=self.exact, features=self.features)
 
 
 def plan_traced(
@@ -84,18 +92,20 @@ def plan_traced(
     how: Options,
 ) -> Plan:
     """`plan` for a model that is traced already."""
-    sets = degree_sets(gpus, given, exact=how.exact)
     limit = hardware.memory / GIB * USABLE if how.memory is None else how.memory
     planner = Planner(traced, hardware, limit, how, pairs=given.get(BATCH) == PAIR)
     named, weights = hardware.name or str(hardware), weights_key(model)
-    found = planner.candidates(sets)
-    return Plan(model_name(model), weights, gpus, named, limit, found, how.keeping.shard, how.keeping.stream)
+    found = planner.candidates(gpus, given)
+    return Plan(model_name(model), weights, gpus, named, limit, found, stream_weights=how.stream_weights)
 
 
-def _check(gpus: int, given: Mapping[str, int]) -> None:
+def _check(gpus: int, given: Mapping[str, int], data: int | None) -> None:
     Mesh.of(**given)
     if not isinstance(gpus, int) or isinstance(gpus, bool) or gpus < 1:
         raise ParallelizeError(f"gpus={gpus!r}: expected a positive number, such as 8")
+    if data is not None and gpus % checked_data(data):
+        near = max(size for size in range(1, gpus + 1) if gpus % size == 0 and size <= data)
+        raise ParallelizeError(f"data={data} does not divide {gpus} GPUs; nearest legal: data={near}")
 
 
 @dataclass(frozen=True)
@@ -109,63 +119,109 @@ class Planner:
     how: Options
     pairs: bool = False
 
-    def candidates(self, sets: list[Degrees]) -> tuple[Candidate, ...]:
-        """The best first, then those that fit by time, those that do not, and what is illegal."""
-        alone = self._estimate(Degrees())
-        rough = Rough(alone, attentions(self.traced.analysed), self.hardware)
-        illegal: dict[int, str] = {}
-        for size in batch_degrees(sets):
-            if not any(illegal.values()):
-                illegal[size] = self._batch_refusal(size)
-        sets = [one for one in sets if one.mesh.degrees[BATCH] in (1, *illegal)]  # larger ones are illegal likewise
-        found: list[Candidate] = []
-        worked = 0
-        for degrees in sorted(sets, key=rough.ms):
-            size = degrees.mesh.degrees[BATCH]
-            refusal = "" if self.pairs and size == PAIR else illegal.get(size, "")
-            known = refusal or worked >= FULL or self._weights(alone, degrees) > self.memory
-            one = self._guess(degrees, alone, rough, refusal) if known else self._full(degrees)
-            worked += one.parts is not None
-            found.append(one)
-        return self._ordered(found)
+    def candidates(self, gpus: int, given: Mapping[str, int]) -> tuple[Candidate, ...]:
+        """The best first, then those that fit by time, those that do not, more replicas, and what is illegal."""
+        found = self._considered(self._ways(gpus // (self.how.data or 1), given))
+        ordered = self._ordered(found)
+        if self.how.data is None and not ordered[0].why:
+            legal = [one for one in ordered if one.legal]
+            replicas = [one for count in range(2, gpus + 1) for one in self._replicas(count, gpus, given, ordered[0])]
+            ordered = (*legal, *replicas, *(one for one in ordered if not one.legal))
+        return ordered
 
-    def _estimate(self, degrees: Degrees) -> Estimate:
-        pairs = self.pairs and degrees.mesh.degrees[BATCH] == PAIR and bool(self._batch_refusal(PAIR))
+    @cached_property
+    def _alone(self) -> Estimate:
+        return self._estimate(Candidate(Degrees(), ""))
+
+    @cached_property
+    def _legality(self) -> Legality:
+        return Legality(self.traced.analysed, self.pairs)
+
+    @cached_property
+    def _rough(self) -> Rough:
+        return Rough(self._alone, attentions(self.traced.analysed), self.hardware)
+
+    def _ways(self, gpus: int, given: Mapping[str, int]) -> list[Candidate]:
+        """What there is to consider, roughly the fastest first; weights in parts behind whole ones."""
+        sharded = self.how.shard_weights
+        found = []
+        for degrees in self.how.degree_sets(gpus, given):
+            parted = degrees.ranks > 1 and degrees.mesh.degrees[TIME] == 1
+            choices = (False, True) if sharded is None and parted else (bool(sharded) and degrees.ranks > 1,)
+            between = self.hardware.between(degrees.mesh)
+            found += [
+                Candidate(degrees, "", data=self.how.data or 1, shard_weights=one, between=between) for one in choices
+            ]
+        return sorted(found, key=self._guessed)
+
+    def _guessed(self, way: Candidate) -> float:
+        return self._rough.ms(way.degrees, shard_weights=way.shard_weights)
+
+    def _considered(self, ways: list[Candidate]) -> list[Candidate]:
+        """Those that seem the fastest in full, until `FULL` of them fit; the others roughly."""
+        refusals = self._legality.refusals([way.degrees for way in ways])
+        found: dict[tuple[Degrees, bool], Candidate] = {}
+        fitting = 0
+        for way in ways:
+            whole = found.get((way.degrees, False)) if way.shard_weights else None
+            if refusal := refusals[way.degrees]:
+                if whole is not None:
+                    continue
+                one = replace(way, why=refusal)
+            elif whole is not None and not self._excess(whole):
+                one = replace(self._guess(way), why=WHOLE)
+            elif fitting >= FULL or self._weights(way) > self.memory:
+                one = self._guess(way)
+            else:
+                one = self._full(way)
+                fitting += not self._excess(one)
+            found[way.degrees, way.shard_weights] = one
+        return list(found.values())
+
+    def _estimate(self, way: Candidate) -> Estimate:
+        degrees = way.degrees
+        pairs = self.pairs and degrees.mesh.degrees[BATCH] == PAIR and bool(self._legality.of_batch(PAIR))
         parallel = self.traced.parallelize(
             **degrees.as_dict(),
             machine=self.hardware.machine,
             pair_calls=pairs,
-            shard_weights=self.how.keeping.shard and degrees.ranks > 1,
-            stream_weights=self.how.keeping.stream,
+            shard_weights=way.shard_weights,
+            stream_weights=self.how.stream_weights,
         )
         return estimate(parallel, self.hardware, flash=self.how.flash)
 
-    def _batch_refusal(self, size: int) -> str:
-        """Why the batch cannot be divided so; empty if it can."""
+    def _full(self, way: Candidate) -> Candidate:
         try:
-            run_passes(self.traced.analysed, [SplitBatch(Mesh.of(**{BATCH: size}))], familiar=True)
+            return _with(way, self._estimate(way))
         except ParallelizeError as error:
-            return str(error)
-        return ""
+            return replace(way, why=str(error))
 
-    def _full(self, degrees: Degrees) -> Candidate:
-        try:
-            found = self._estimate(degrees)
-        except ParallelizeError as error:
-            return Candidate(degrees, str(error))
-        return Candidate(degrees, "", found.ms, found.parts, found.gib, found.weights)
-
-    def _weights(self, alone: Estimate, degrees: Degrees) -> float:
+    def _weights(self, way: Candidate) -> float:
         """GiB of weights that a GPU has at least."""
-        if self.how.keeping.stream:
+        if self.how.stream_weights:
             return 0.0
-        return alone.weights[0] / (degrees.ranks if self.how.keeping.shard else degrees.mesh.degrees[TIME])
+        mesh = way.degrees.mesh
+        return self._alone.weights[0] / (mesh.world_size if way.shard_weights else mesh.size((TIME, *FEATURES)))
 
-    def _guess(self, degrees: Degrees, alone: Estimate, rough: Rough, refusal: str) -> Candidate:
-        if refusal:
-            return Candidate(degrees, refusal)
-        weights = (self._weights(alone, degrees),) * degrees.ranks
-        return Candidate(degrees, "", rough.ms(degrees), None, weights, weights)
+    def _guess(self, way: Candidate) -> Candidate:
+        weights = (self._weights(way),) * way.degrees.ranks
+        return replace(way, ms=self._guessed(way), gib=weights, weights=weights)
+
+    def _replicas(self, count: int, gpus: int, given: Mapping[str, int], best: Candidate) -> Iterator[Candidate]:
+        """So many replicas of what is roughly the fastest for the rest of the GPUs; with what it would be good for."""
+        each, more = divmod(gpus, count)
+        if more or each % math.prod(given.values()):
+            return
+        ways = self._ways(each, given)
+        refusals = self._legality.refusals([way.degrees for way in ways])
+        fitting = (way for way in ways if not refusals[way.degrees] and self._weights(way) <= self.memory)
+        if (way := next(fitting, None)) is None:
+            return
+        one = replace(_with(way, self._alone) if way.degrees.ranks == 1 else self._guess(way), data=count)
+        if best.ms and one.ms and not self._excess(one):
+            longer, more_steps = one.ms / best.ms, one.a_second / best.a_second
+            why = f"{longer:.2f} times as long, {more_steps:.2f} times as many steps a second"
+            yield replace(one, why=f"{why}: for as many requests at a time, with data={count}")
 
     def _ordered(self, found: list[Candidate]) -> tuple[Candidate, ...]:
         ordered = sorted(found, key=self._place)
@@ -192,15 +248,9 @@ class Planner:
     def _explained(self, one: Candidate, best: Candidate | None) -> Candidate:
         why = self._excess(one)
         if not why and best is not None and one.ms is not None and best.ms is not None:
-            why = _slower(one, best, one.ms / best.ms)
-        return dataclasses.replace(one, why=why)
+            why = slower(one, best, one.ms / best.ms)
+        return replace(one, why=why)
 
 
-def _slower(one: Candidate, best: Candidate, times: float) -> str:
-    """Why a candidate is behind the best, by the part that it loses most in."""
-    if one.parts is None or best.parts is None:
-        return f"about {times:.2f} times as long by sizes alone; the {FULL} that seemed best were worked out"
-    names = [field.name for field in dataclasses.fields(Parts)]
-    ours, theirs = dataclasses.astuple(one.parts), dataclasses.astuple(best.parts)
-    lost, name = max((a - b, name) for a, b, name in zip(ours, theirs, names, strict=True))
-    return f"{times:.2f} times as long; {name} {lost:+.1f} ms"
+def _with(way: Candidate, found: Estimate) -> Candidate:
+    return replace(way, ms=found.ms, parts=found.parts, gib=found.gib, weights=found.weights)

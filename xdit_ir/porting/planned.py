@@ -38,11 +38,17 @@ class Unplanned:
     machine: Machine | None
     keeping: Keeping
 
+    @property
+    def parts_weights(self) -> bool:
+        """Whether ranks hold parts of weights, whatever else is chosen."""
+        return self.keeping.shard or self.keeping.stream or any(self.given.get(name, 1) > 1 for name in FEATURES)
+
     def choose(
         self, model: nn.Module, example: Callable[[], Example], options: RunOptions, device: torch.device
     ) -> dict[str, Any]:
         """Degrees, patches and the machine for all processes of the job, equal on every rank; nothing where there is
-        one process. Collective.
+        one process. Ranks hold parts of weights only where that is given, or the port holds its weights itself.
+        Collective.
 
         Raises:
             ParallelizeError: on every rank, if the model cannot be captured, or nothing fits.
@@ -57,7 +63,7 @@ class Unplanned:
                 hosts = communicator.of_all(platform.node())
                 if len(set(hosts)) > 1:
                     hardware = hardware.on_hosts(near(hosts))
-                mine = self._planned(model, example, hosts, hardware) if communicator.rank == 0 else {}
+                mine = self._planned(model, example, hosts, hardware, options) if communicator.rank == 0 else {}
                 first, *_ = communicator.of_all(mine)
                 if "refused" in first:
                     raise communicator.agreed(ParallelizeError(first["refused"]))
@@ -67,12 +73,19 @@ class Unplanned:
         return {**first["degrees"], **kept, "machine": Machine(**first["machine"])}
 
     def _planned(
-        self, model: nn.Module, example: Callable[[], Example], hosts: Sequence[str], hardware: Hardware
+        self,
+        model: nn.Module,
+        example: Callable[[], Example],
+        hosts: Sequence[str],
+        hardware: Hardware,
+        options: RunOptions,
     ) -> dict[str, Any]:
         """What rank 0 tells the others: degrees and speeds, or why there are none."""
         try:
             traced = TracedProgram(capture.trace(model, example()), familiar=True)
-            how = Options(keeping=self.keeping)
+            holds, keeping = options.loading.holds, self.keeping
+            shard = keeping.shard or (None if holds else False)
+            how = Options(shard_weights=shard, stream_weights=keeping.stream, features=holds, data=1)
             made = plan_traced(traced, model, len(hosts), hardware, self.given, how)
             _log(made, hosts)
             return {"degrees": made.best, "machine": vars(hardware.machine)}
@@ -93,12 +106,19 @@ def unplanned_degrees(
     return Unplanned(given, patches, machine, keeping) if more or not given else None
 
 
+def saved_data(plan: Plan, data: int) -> int:
+    """The replicas of a plan; raises `ParallelizeError` for what is none, and for others beside it."""
+    if not isinstance(plan, Plan):
+        raise ParallelizeError(f"plan={plan!r:.60} is no xdit_ir.Plan, such as Plan.from_json makes")
+    if data not in (1, plan.chosen.data):
+        raise ParallelizeError(f"data={data!r} beside plan=, which has data={plan.chosen.data}: give one of them")
+    return plan.chosen.data
+
+
 def saved_degrees(
     plan: Plan, given: Mapping[str, int | None], machine: Machine | None
 ) -> tuple[Degrees, Machine | None]:
     """The degrees of a plan, and the speeds that it was made for; raises `ParallelizeError` for degrees beside it."""
-    if not isinstance(plan, Plan):
-        raise ParallelizeError(f"plan={plan!r:.60} is no xdit_ir.Plan, such as Plan.from_json makes")
     if also := [f"{name}={size!r}" for name, size in given.items() if size is not None]:
         raise ParallelizeError(f"{', '.join(also)} beside plan=, which has {plan.chosen.degrees}: give one of them")
     kept = load(plan.machine).machine if plan.machine in names() else None
@@ -108,10 +128,10 @@ def saved_degrees(
 def _log(made: Plan, hosts: Sequence[str]) -> None:
     """One line: what was taken, and what came next; one more where that leads from host to host."""
     best = made.chosen
-    other = next((f"; next {one.degrees}: {one.why}" for one in made.candidates if one.legal and one is not best), "")
+    other = next((f"; next {one.name}: {one.why}" for one in made.candidates if one.legal and one is not best), "")
     LOG.info(
         "%s on %d x %s: took %s, worked out as %.1f ms a step and %.1f GiB%s",
-        *(made.model, made.gpus, made.machine, best.degrees, best.ms, max(best.gib), other),
+        *(made.model, made.gpus, made.machine, best.name, best.ms, max(best.gib), other),
     )
     if text := told(Mesh.of(**{name: made.best.get(name, 1) for name in MESH_DIMS}), hosts):
         LOG.info(text)

@@ -21,7 +21,7 @@ from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
 from xdit_ir.porting.parts import Parts, not_portable
-from xdit_ir.porting.planned import Unplanned, saved_degrees, unplanned_degrees
+from xdit_ir.porting.planned import Unplanned, saved_data, saved_degrees, unplanned_degrees
 from xdit_ir.porting.ported import Ported
 from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.transport.distributed import check_world_size, processes_of_replica
@@ -102,6 +102,7 @@ def port(
         ParallelizeError: a degree is unknown or no positive integer, the job has another number of processes, or a
             pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
+    data = data if plan is None else saved_data(plan, data)
     named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **further}
     keeping = Keeping(shard_weights, stream_weights)
     division = _Division.of(named, plan, patches, warmup_steps, machine, data, keeping=keeping, cache=cache)
@@ -155,7 +156,8 @@ class _Division:
         if plan is not None:
             degrees, machine = saved_degrees(plan, {**named, "patches": patches}, machine)
             patches, given = degrees.patches, dict(degrees.mesh.degrees)
-            keeping = Keeping(keeping.shard or plan.shard_weights, keeping.stream or plan.stream_weights)
+            shard = keeping.shard or plan.chosen.shard_weights
+            keeping = Keeping(shard, keeping.stream or plan.stream_weights)
         known = None if machine is None else checked(machine)
         processes = processes_of_replica(checked_data(data))
         unplanned = unplanned_degrees(given, patches, known, processes, keeping)
@@ -177,12 +179,13 @@ class _Division:
     @property
     def parts_weights(self) -> bool:
         """Whether ranks hold parts of weights, and models give theirs up."""
-        return self.keeping.gives_up(self.mesh) or self.mesh.size(FEATURES) > 1
+        chosen = self.unplanned is not None and self.unplanned.parts_weights
+        return chosen or self.keeping.gives_up(self.mesh) or self.mesh.size(FEATURES) > 1
 
     def ported(self, original: nn.Module, options: RunOptions) -> Ported:
         """The drop-in for a module; raises `ParallelizeError` for one that cannot be divided."""
         if (reason := not_portable(original)) is not None:
             raise ParallelizeError(reason)
         if self.plan is not None:
-            self.plan.check(original, self.processes)
+            self.plan.check(original, self.processes * self.plan.chosen.data)
         return Ported(original, self.mesh, self.schedule, options, unplanned=self.unplanned)
