@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar
 
 from torch import fx
 
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import BATCH, Mesh
@@ -95,7 +96,7 @@ class SplitBatch:
             if node.meta[SPEC].shape[0] == best.size and not divides(best.attempt, node.name, 0):
                 more = self._tried(trial, node, best.seeds)
                 best = more if more is not None and more.work <= FURTHER * best.work else best
-        return best.attempt.program().replace(mesh=self.mesh)
+        return _behind_cuts(best.attempt.program().replace(mesh=self.mesh))
 
     def _tried(self, trial: Propagation, node: fx.Node, seeds: Seeds) -> _Choice | None:
         """The choice to cut this value too, unless that divides queries or keys."""
@@ -165,6 +166,16 @@ def _with_tokens(program: Program, seeds: Seeds) -> Program:
         streams.append(TokenAxis(cut.name, dim, cut.meta[SPEC].shape[dim]))
     rest = (axis for axis in program.tokens if axis.value not in seeds)
     return program.replace(tokens=(*streams, *rest))
+
+
+def _behind_cuts(program: Program) -> Program:
+    """Token streams that begin with an input whose samples are cut begin behind that, to be cut further there."""
+    values = {node.name: node for node in program.graph.nodes}
+    cuts = {
+        axis.value: next((user.name for user in values[axis.value].users if user.target is ops.shard), axis.value)
+        for axis in program.tokens
+    }
+    return program.replace(tokens=tuple(replace(axis, value=cuts[axis.value]) for axis in program.tokens))
 
 
 def batched_inputs(program: Program) -> list[fx.Node]:

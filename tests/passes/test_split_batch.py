@@ -79,6 +79,26 @@ def test_too_few_samples() -> None:
         traced.parallelize(cfg=3)
 
 
+class Layers(nn.Module):
+    """The stream is the input itself, with nothing before the first attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("degrees", [{"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}])
+def test_an_input_that_is_the_stream_is_cut_along_both(degrees: dict[str, int]) -> None:
+    model, example = Layers(), (torch.randn(2, 16, 32),)
+    report = xir.trace(model, example).parallelize(**degrees).report()
+    assert max(report.flops_per_rank) <= 0.26 * report.flops_total
+    assert xir.check(model, example, **degrees).ok
+
+
 class Joined(nn.Module):
     """The samples make one sequence, and each attends to the others."""
 
