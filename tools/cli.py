@@ -12,6 +12,7 @@ from importlib.metadata import version
 from xdit_ir.errors import XditError
 from xdit_ir.tools import (
     cmd_bench,
+    cmd_calibrate,
     cmd_check,
     cmd_generate,
     cmd_inspect,
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xdit-ir {version('xdit-ir')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    looking = (cmd_inspect, cmd_plan, cmd_check, cmd_passes, cmd_opt)
+    looking = (cmd_inspect, cmd_plan, cmd_calibrate, cmd_check, cmd_passes, cmd_opt)
     for command in (cmd_generate, cmd_serve, *looking, cmd_bench, cmd_models, cmd_support):
         command.add_parser(commands)
     return parser

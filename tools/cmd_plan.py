@@ -28,7 +28,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=targets.HELP)
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="how many there are (default 8)")
     parser.add_argument(
-        "--machine", type=machine, default=machine("h100"), metavar="M", help=f"one of {', '.join(names())}, or speeds"
+        "--machine",
+        type=machine,
+        metavar="M",
+        help=f"one of {', '.join(names())}, a file of `calibrate`, or speeds (default: that of the GPUs here, or h100)",
     )
     parser.add_argument("--memory", type=float, metavar="GIB", help="that a rank may use (default: nearly all)")
     parser.add_argument("--inexact", action="store_true", help="also PipeFusion, which changes results slightly")

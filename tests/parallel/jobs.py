@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.objects import expand_objects
+from xdit_ir.tools import calibrate_worker
 
 Degrees = dict[str, int]
 
@@ -450,6 +452,16 @@ def planned(name: str, given: Degrees) -> dict[str, Any]:
         logger.removeHandler(handler)
     assert ported.program is not None
     return {"errors": errors, "degrees": dict(ported.program.mesh.degrees), "said": said}
+
+
+def calibrated(output: str) -> list[str]:
+    """What a calibration of all processes says on this one."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    said: list[str] = []
+    calibrate_worker._say = said.append  # type: ignore[assignment]
+    calibrate_worker.calibrate(torch.device("cpu"), Path(output), time.monotonic() + 60, least=0.02)
+    return said
 
 
 def unplannable() -> list[dict[str, Any]]:

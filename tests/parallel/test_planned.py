@@ -16,7 +16,9 @@ def test_without_degrees_all_processes_share_the_work(workers: Pools) -> None:
     assert first["degrees"] == second["degrees"] and first["degrees"]["pipefusion"] == 1
     assert sorted(first["degrees"].values())[-2:] == [1, 2]
     [line] = first["said"]
-    assert "on 2 x cpu: took" in line and "ms a step" in line and "; next " in line and not second["said"]
+    assert (
+        "on 2 x cpu" in line and ": took" in line and "ms a step" in line and "; next " in line and not second["said"]
+    )
 
 
 def test_a_degree_that_is_given_is_kept(workers: Pools) -> None:

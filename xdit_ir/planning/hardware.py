@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.planning import measured
 from xdit_ir.sharding.machine import H100, Machine, checked
 
 GIB = 2**30
@@ -150,28 +152,55 @@ def names() -> list[str]:
     return sorted(path.name.removesuffix(".toml") for path in _folder().iterdir() if path.name.endswith(".toml"))
 
 
-@lru_cache
 def load(name: str) -> Hardware:
-    """A machine that is kept, by name.
+    """A machine that is kept, or that was measured here, by name; or that of a file.
 
     Raises:
-        ParallelizeError: there is none of this name; says which there are.
+        ParallelizeError: there is none of this name, and says which there are; or the file is no machine.
     """
-    if name not in names():
-        near = difflib.get_close_matches(str(name), names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ParallelizeError(f"machine={name!r} is none that is kept; {hint}there are {', '.join(names())}")
-    return _read(name, tomllib.loads(_folder().joinpath(f"{name}.toml").read_text("utf-8")))
+    if name.endswith(".toml"):
+        return _file(name, Path(name))
+    if name in names():
+        return _kept(name)
+    own = {path.stem: path for path in sorted(measured.folder().glob("*.toml"))}
+    if name in own:
+        return _file(name, own[name])
+    there = [*names(), *own]
+    near = difflib.get_close_matches(str(name), there, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ParallelizeError(f"machine={name!r} is none that is kept; {hint}there are {', '.join(there)}")
 
 
-def hardware_of(machine: str | Machine | Hardware) -> Hardware:
-    """From a name, from plain speeds (those that are the default mean an H100), or the thing itself.
+def kept_data(name: str) -> Mapping[str, Any]:
+    """What the file of a machine that is kept says."""
+    return tomllib.loads(_folder().joinpath(f"{name}.toml").read_text("utf-8"))
+
+
+@lru_cache
+def _kept(name: str) -> Hardware:
+    return _read(name, kept_data(name))
+
+
+def _file(name: str, path: Path) -> Hardware:
+    try:
+        return _read(name, tomllib.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ParallelizeError(
+            f"{path} is no machine as `xdit-ir calibrate` writes it ({type(error).__name__}: {error}); calibrate again"
+        ) from None
+
+
+def hardware_of(machine: str | Machine | Hardware | None) -> Hardware:
+    """From a name, from plain speeds (those that are the default mean an H100), or the thing itself; None: that of the
+    GPUs here, or an H100.
 
     Raises:
         ParallelizeError: it is none of these.
     """
     if isinstance(machine, Hardware):
         return machine
+    if machine is None:
+        return hardware_here(torch.device("cuda")) if torch.cuda.is_available() else _kept("h100")
     if isinstance(machine, str):
         return load(machine)
     return load("h100") if machine == H100 else Hardware.plain(checked(machine))
@@ -182,17 +211,27 @@ def parse(text: str) -> Hardware:
     return Hardware.plain(Machine.parse(text)) if "=" in text else load(text)
 
 
+def device_name(device: torch.device) -> str:
+    """What a GPU is called by PyTorch; `cpu` for CPUs."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else CPU
+
+
 def hardware_here(device: torch.device) -> Hardware:
-    """The machine of this process: by the name of the GPU; one that is not known counts as the H100."""
-    if device.type != "cuda":
-        return load(CPU)
-    return hardware_named(torch.cuda.get_device_name(device))
+    """The machine of this process: as it was measured (`xdit-ir calibrate`), else by the name of the GPU.
+
+    Raises:
+        ParallelizeError: it was measured, but the file is no machine.
+    """
+    named = device_name(device)
+    if (path := measured.folder() / measured.file_name(named)).exists():
+        return _file(path.stem, path)
+    return _kept(CPU) if named == CPU else hardware_named(named)
 
 
 def hardware_named(gpu: str) -> Hardware:
-    """That with the GPU that PyTorch calls so."""
-    known = (load(name) for name in names())
-    return next((one for one in known if any(part in gpu for part in one.devices)), load("h100"))
+    """That which is kept with the GPU that PyTorch calls so; one that is not known counts as the H100."""
+    known = (_kept(name) for name in names())
+    return next((one for one in known if any(part in gpu for part in one.devices)), _kept("h100"))
 
 
 def _folder() -> Any:

@@ -74,7 +74,7 @@ class Candidate:
         parts, rough = self.parts, "" if self.parts else "~"
         times = ("",) * len(PARTS) if parts is None else tuple(f"{value:.1f}" for value in dataclasses.astuple(parts))
         ms = "" if self.ms is None else f"{self.ms:.1f}" if parts else f"~{self.ms:.0f}"
-        rate = f"{rough}{self.a_second:.2g}" if self.ms else ""
+        rate = f"{rough}{self.a_second:.{0 if self.a_second >= 10 else 1}f}" if self.ms else ""
         sizes = (f"{max(each):.1f}" if each else "" for each in (self.gib, self.weights))
         exact, between = "yes" if self.exact else "no", ", ".join(self.between)
         return (self.name, ms, rate, *times, *sizes, exact, between, self.why or BEST)

@@ -31,7 +31,7 @@ def plan(
     example: Example,
     *,
     gpus: int = 8,
-    machine: str | Machine | Hardware = "h100",
+    machine: str | Machine | Hardware | None = None,
     memory: float | None = None,
     exact: bool = True,
     flash: bool = False,
@@ -45,7 +45,8 @@ def plan(
     Args:
         model, example: as for `trace`; on the meta device nothing of its size is allocated.
         gpus: their number; one process each.
-        machine: the name of one that is kept (see `xdit_ir.planning.hardware.names`), or plain speeds.
+        machine: the name of one that is kept (see `xdit_ir.planning.hardware.names`) or was measured here by
+            `xdit-ir calibrate`, the path of such a file, or plain speeds; default: that of the GPUs here, or "h100".
         memory: GiB that a rank may use; default: nearly all that the machine's GPU has.
         exact: only ways that compute what one GPU does; else also PipeFusion, whose later steps read older values.
         flash: attention by FlashAttention, installed where the model will run, instead of PyTorch's.

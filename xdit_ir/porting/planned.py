@@ -19,7 +19,7 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.ir.mesh import FEATURES, MESH_DIMS, TIME, Mesh
 from xdit_ir.passes.keeping import Keeping
-from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of, load, names
+from xdit_ir.planning.hardware import hardware_here, hardware_of, load, names
 from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import Options, plan_traced
 from xdit_ir.sharding.machine import Machine
@@ -57,13 +57,10 @@ class Unplanned:
         if count == 1:
             return {}
         communicator = options.communicator(Mesh.of(ulysses=count), device)
-        hardware = hardware_here(device) if self.machine is None else hardware_of(self.machine)
         try:
             with communicator.working():
                 hosts = communicator.of_all(platform.node())
-                if len(set(hosts)) > 1:
-                    hardware = hardware.on_hosts(near(hosts))
-                mine = self._planned(model, example, hosts, hardware, options) if communicator.rank == 0 else {}
+                mine = self._planned(model, example, hosts, options, device) if communicator.rank == 0 else {}
                 first, *_ = communicator.of_all(mine)
                 if "refused" in first:
                     raise communicator.agreed(ParallelizeError(first["refused"]))
@@ -77,11 +74,14 @@ class Unplanned:
         model: nn.Module,
         example: Callable[[], Example],
         hosts: Sequence[str],
-        hardware: Hardware,
         options: RunOptions,
+        device: torch.device,
     ) -> dict[str, Any]:
         """What rank 0 tells the others: degrees and speeds, or why there are none."""
         try:
+            hardware = hardware_here(device) if self.machine is None else hardware_of(self.machine)
+            if len(set(hosts)) > 1:
+                hardware = hardware.on_hosts(near(hosts))
             traced = TracedProgram(capture.trace(model, example()), familiar=True)
             holds, keeping = options.loading.holds, self.keeping
             shard = keeping.shard or (None if holds else False)

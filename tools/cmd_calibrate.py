@@ -1,0 +1,56 @@
+"""`xdit-ir calibrate`: measures this machine, for plans."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xdit_ir.errors import XditError
+from xdit_ir.planning import measured
+from xdit_ir.planning.hardware import device_name
+
+SECONDS = 100.0  # after which nothing more is begun
+ENDED = 80.0  # after these, what is under way is ended
+
+
+def add_parser(commands: Any) -> None:
+    """Describe the command to argparse."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "calibrate",
+        help="measure this machine, for plans",
+        description="Measures products, attention, what is bound by memory, and exchanges between all processes, in at "
+        "most two minutes, and writes a machine file, which plans for this machine take by themselves afterwards.",
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="processes (default: all GPUs; two on CPUs)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: in the user's cache folder")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"begin nothing after (default {SECONDS:g})")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the processes and wait for what they write."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    there = torch.cuda.device_count() if device == "cuda" else 2
+    gpus = there if args.gpus is None else args.gpus
+    if not 0 < gpus <= (there if device == "cuda" else 64):
+        raise XditError(f"--gpus {gpus}: there are {there} on {device}; give at least 1, and at most that")
+    output = args.output or measured.folder() / measured.file_name(device_name(torch.device(device)))
+    before = output.stat().st_mtime_ns if output.exists() else 0
+    worker = ["-m", "xdit_ir.tools.calibrate_worker", "--device", device, "--output", str(output)]
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    command = [sys.executable, *start, *worker, "--seconds", str(args.seconds)]
+    try:
+        status = subprocess.run(command, check=False, timeout=args.seconds + ENDED).returncode
+    except subprocess.TimeoutExpired:
+        status = 1
+        print("ended: what was under way did not end by itself")
+    if not output.exists() or output.stat().st_mtime_ns == before:
+        raise XditError(f"nothing was written to {output}, see above (exit status {status})")
+    print(f"written to {output}; --machine {output.stem if args.output is None else output}")
+    return status
