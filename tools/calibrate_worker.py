@@ -57,6 +57,8 @@ def calibrate(device: torch.device, output: Path, deadline: float, least: float 
     if ranks > 1:
         dist.barrier()
         measuring.links(first)
+    if first:
+        measuring.compiled()
 
 
 def _say(text: str) -> None:
@@ -97,8 +99,11 @@ class Calibration:
         if self.bench.gpu:
             self._flash()
             self._take(kernels.host, "a small product of a module, over and over")
+        self._write()
+
+    def compiled(self) -> None:
+        """On this process alone, at last, as compiling takes a while."""
         self._take(kernels.fused, "norms with modulation and rotary positions, of several sizes")
-        self._choices()
         self._write()
 
     def links(self, first: bool) -> None:
@@ -111,7 +116,6 @@ class Calibration:
             how = "copy engines" if found["hidden"] else "collectives"
             self.draft.take({"links": [found]}, f"all-to-alls of several sizes by {how}")
             self.bench.say(f"links = {found}")
-            self._choices()
             self._write()
 
     def _take(self, measure: Callable[[Bench], dict[str, float]], how: str) -> None:
@@ -160,6 +164,7 @@ class Calibration:
             self.draft.take({"choices": choices}, f"those of {self.like}, times what was measured here over its speeds")
 
     def _write(self) -> None:
+        self._choices()
         self.output.parent.mkdir(parents=True, exist_ok=True)
         new = self.output.with_suffix(".new")
         new.write_text(self.draft.text(), encoding="utf-8")

@@ -24,6 +24,7 @@ ENTRIES = {
         full=dict(patch_size=(1, 2, 2), num_attention_heads=40, attention_head_dim=128, in_channels=16,
                   out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=13824, num_layers=40,
                   cross_attn_norm=True, qk_norm="rms_norm_across_heads"),
+        sizes={"720p": dict(hidden_states=Normal((1, 16, 21, 90, 160)))},
         **SHARED,
     ),
     "wan2.1-t2v-1.3b": Entry(

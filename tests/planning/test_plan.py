@@ -170,6 +170,16 @@ def test_a_slow_link_costs_what_is_exchanged() -> None:
     assert host.parts.exchanges > 2 * peer.parts.exchanges
 
 
+def test_what_exchanges_most_stays_inside_a_node() -> None:
+    nodes = xir.plan(model(), example(), gpus=16, machine="h100-infiniband", tensor=1, shard_weights=False)
+    ways = {one.name: one for one in nodes.candidates}
+    assert ways["r2u8"].between == ("ring",) and ways["u16"].between == ("ulysses",)
+    inside, across = ways["r2u8"].ms, ways["u16"].ms
+    assert inside is not None and across is not None and inside < across
+    assert nodes.chosen.between == ("ring",) and "between nodes" in str(nodes)
+    assert Plan.from_json(nodes.to_json()) == nodes
+
+
 def test_it_goes_through_json(of_eight: Plan) -> None:
     assert Plan.from_json(of_eight.to_json()) == of_eight
     with pytest.raises(xir.ParallelizeError, match=r"this is no plan as Plan\.to_json writes it"):
