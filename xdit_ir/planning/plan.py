@@ -19,6 +19,7 @@ from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.estimate import Parts
+from xdit_ir.sharding.machine import Machine
 
 PARTS = tuple(field.name for field in dataclasses.fields(Parts))
 HEADER = ("degrees", "ms", "a second", *PARTS, "GiB", "weights", "exact", "between nodes", "why not")
@@ -83,7 +84,8 @@ class Candidate:
 @dataclass(frozen=True)
 class Plan:
     """For a `model` (its class, and a digest of its weights' names and shapes) on `gpus` GPUs of a `machine`, by name;
-    candidates begin with the best. `memory`: GiB that a rank may use. `stream_weights`: as for `parallelize`."""
+    candidates begin with the best. `memory`: GiB that a rank may use. `speeds`: those by which passes choose.
+    `stream_weights`: as for `parallelize`."""
 
     model: str
     weights: str
@@ -91,6 +93,7 @@ class Plan:
     machine: str
     memory: float
     candidates: tuple[Candidate, ...]
+    speeds: Machine
     stream_weights: bool = False
 
     @property
@@ -172,7 +175,8 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            return Plan(**{**data, "candidates": tuple(map(_candidate, data["candidates"]))})
+            candidates, speeds = tuple(map(_candidate, data["candidates"])), Machine(**data["speeds"])
+            return Plan(**{**data, "candidates": candidates, "speeds": speeds})
         except (ValueError, TypeError, LookupError) as error:
             raise ParallelizeError(f"this is no plan as Plan.to_json writes it: {error}") from None
 

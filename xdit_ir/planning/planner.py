@@ -97,7 +97,8 @@ def plan_traced(
     planner = Planner(traced, hardware, limit, how, pairs=given.get(BATCH) == PAIR)
     named, weights = hardware.name or str(hardware), weights_key(model)
     found = planner.candidates(gpus, given)
-    return Plan(model_name(model), weights, gpus, named, limit, found, stream_weights=how.stream_weights)
+    speeds, streamed = hardware.machine, how.stream_weights
+    return Plan(model_name(model), weights, gpus, named, limit, found, speeds, streamed)
 
 
 def _check(gpus: int, given: Mapping[str, int], data: int | None) -> None:

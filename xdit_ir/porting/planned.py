@@ -19,7 +19,7 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.ir.mesh import FEATURES, MESH_DIMS, TIME, Mesh
 from xdit_ir.passes.keeping import Keeping
-from xdit_ir.planning.hardware import hardware_here, hardware_of, load, names
+from xdit_ir.planning.hardware import hardware_here, hardware_of
 from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import Options, plan_traced
 from xdit_ir.sharding.machine import Machine
@@ -115,14 +115,11 @@ def saved_data(plan: Plan, data: int) -> int:
     return plan.chosen.data
 
 
-def saved_degrees(
-    plan: Plan, given: Mapping[str, int | None], machine: Machine | None
-) -> tuple[Degrees, Machine | None]:
+def saved_degrees(plan: Plan, given: Mapping[str, int | None], machine: Machine | None) -> tuple[Degrees, Machine]:
     """The degrees of a plan, and the speeds that it was made for; raises `ParallelizeError` for degrees beside it."""
     if also := [f"{name}={size!r}" for name, size in given.items() if size is not None]:
         raise ParallelizeError(f"{', '.join(also)} beside plan=, which has {plan.chosen.degrees}: give one of them")
-    kept = load(plan.machine).machine if plan.machine in names() else None
-    return plan.chosen.degrees, kept if machine is None else machine
+    return plan.chosen.degrees, plan.speeds if machine is None else machine
 
 
 def _log(made: Plan, hosts: Sequence[str]) -> None:
