@@ -52,7 +52,9 @@ def add_parser(commands: Any) -> None:
         "--scale", action="store_true", help=f"2, 4, ... N GPUs, all ways to use them; --out is a folder ({SCALE_OUT})"
     )
     parser.add_argument(
-        "--estimate", action="store_true", help="with --scale: schedules worked out from sizes, without a GPU"
+        "--estimate",
+        action="store_true",
+        help="with --scale: some ways worked out from sizes, without a GPU; what --out has is kept",
     )
     parser.add_argument(
         "--machine", type=machine, default=machine("h100"), metavar="M", help=f"with --estimate: {targets.MACHINE}"
@@ -113,15 +115,16 @@ def _scale(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     if not args.scale:
         raise XditError("--estimate works out what --scale would measure: give both")
-    tables = []
-    for model in args.what or scale.MODELS:
-        made = list(estimate.estimates(model, scale.counts(args.gpus), args.machine))
-        for gpus in scale.counts(args.gpus):
-            title, rows = f"{model}, {gpus} GPUs", [one.row() for one in made if one.gpus == gpus]
-            _table(title, estimate.HEADER, rows)
-            tables.append((title, rows))
+    made = []
+    for model in args.what or estimate.CALLS:
+        made.append((model, estimate.worked_out(model, args.gpus, args.machine, args.out)))
+        header, steps = estimate.summary(made[-1][1], estimate.CALLS.get(model, 1))
+        _table(f"{model}, milliseconds of a step", header, steps)
     if args.page is not None:
-        args.page.write_text(estimate.page(tables, args.machine))
+        command = f"xdit-ir bench {' '.join([*args.what, '--scale', '--estimate'])} --gpus {args.gpus}"
+        places = [*(("--out", str(args.out)) if args.out else ()), "--page", str(args.page)]
+        command = " ".join([command, "--machine", args.machine.name, *places])
+        args.page.write_text(estimate.page(made, args.machine, command), encoding="utf-8")
     return 0
 
 

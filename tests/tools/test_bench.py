@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from xdit_ir.errors import XditError
-from xdit_ir.tools import bench_report, scale
+from xdit_ir.planning.hardware import load
+from xdit_ir.tools import bench_report, estimate, scale
 from xdit_ir.tools.cli import main
 from xdit_ir.tools.contenders import Contender
 
 ROOT = Path(__file__).parents[2]
+SCALING = ROOT / "benchmarks" / "scaling"
 RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
 DOCUMENT = {
     "model": "some-model",
@@ -92,10 +94,40 @@ def test_the_best_of_each_kind_is_drawn_against_the_gpus(tmp_path: Path) -> None
 
 
 def test_what_scaling_would_be_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "scaling.md"
-    assert main(["bench", "pixart-sigma", "--scale", "--estimate", "--gpus", "2", "--page", str(page)]) == 0
-    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| u2", "| r2", "| p2m2", "| p2m4"]
-    assert all(1 < float(row[2]) <= 2.01 for row in rows)
-    assert "pixart-sigma, 2 GPUs" in capsys.readouterr().out
+    page, out = tmp_path / "scaling.md", tmp_path / "rows"
+    command = ["bench", "pixart-sigma", "--scale", "--estimate", "--gpus", "4", "--page", str(page), "--out", str(out)]
+    assert main(command) == 0
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert [row[1] for row in rows if len(row) > 6][1:] == ["u1", "u4", "r2u2", "p2u2m4"]
+    assert 1 < float(rows[1][-1].strip(" |")) <= 4.01, "the speed-up of the fastest"
+    assert "pixart-sigma, milliseconds of a step" in capsys.readouterr().out
+
+    made = json.loads((out / "pixart-sigma.json").read_text())
+    made["rows"][1]["ms"] = 1.25
+    (out / "pixart-sigma.json").write_text(json.dumps(made))
+    assert main(command) == 0 and "**1.2**" in page.read_text(), "what is there is not worked out again"
+    assert main([*command, "--machine", "a100"]) == 2 and "is of h100, not of a100" in capsys.readouterr().err
     assert main(["bench", "pixart-sigma", "--estimate"]) == 2
+
+
+def test_the_page_of_scaling_is_what_was_worked_out() -> None:
+    made = [(name, estimate.worked_out(name, 4, load("h100-infiniband"), SCALING)) for name in estimate.CALLS]
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    command = next(line.strip() for line in text.splitlines() if line.startswith("    xdit-ir"))
+    assert estimate.page(made, load("h100-infiniband"), command) == text
+
+
+def test_what_planning_says_of_scaling() -> None:
+    """The sentences of docs/planning.md on several nodes."""
+    ms = {}
+    for name in estimate.CALLS:
+        rows = estimate.worked_out(name, 4, load("h100-infiniband"), SCALING)
+        ms |= {(name.partition("-")[0], row.degrees): row.ms for row in rows}
+    assert all(ms[name, "u8"] < ms[name, "r2u4"] for name in ("flux.2", "qwen", "wan2.1"))
+    assert 0.95 < ms["flux.2", "u16"] / ms["flux.2", "r2u8"] < 1.05 and ms["flux.2", "u32"] < ms["flux.2", "r4u8"]
+    assert ms["wan2.1", "r2u8"] < 0.82 * ms["wan2.1", "u16"] and ms["wan2.1", "r4u8"] < 0.67 * ms["wan2.1", "u32"]
+    assert ms["qwen", "u32"] > 2 * ms["qwen", "r4u8"] and ms["flux.2", "u64"] > 2 * ms["flux.2", "r8u8"], (
+        "gathered keys"
+    )
+    assert ms["flux.2", "p2u8m4"] > ms["flux.2", "r2u8"] and ms["flux.2", "p4u8m4"] < 0.8 * ms["flux.2", "u32"]
+    assert ms["qwen", "u16"] < ms["qwen", "p4u8m4"] * 2 and ms["wan2.1", "u8"] < 2 * ms["wan2.1", "r2u8"]
