@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from xdit_ir.planning import measured
-from xdit_ir.planning.hardware import CPU, GIB, device_name, hardware_named, kept_data
+from xdit_ir.planning.hardware import CPU, GIB, hardware_named, kept_data
 from xdit_ir.tools import calibrate_kernels as kernels
 from xdit_ir.tools import calibrate_links as links
 from xdit_ir.tools.calibrate_kernels import Bench
@@ -80,7 +80,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         device = self.bench.device
-        name = device_name(device)
+        name = measured.device_name(device)
         self.like = CPU if device.type == "cpu" else hardware_named(name).name
         today, gpus = datetime.date.today().isoformat(), f"{self.ranks} processes with {name}"
         source = f"measured by xdit-ir calibrate on {today}, torch {torch.__version__}"

@@ -12,7 +12,6 @@ import torch
 
 from xdit_ir.errors import XditError
 from xdit_ir.planning import measured
-from xdit_ir.planning.hardware import device_name
 
 SECONDS = 100.0  # after which nothing more is begun
 ENDED = 80.0  # after these, what is under way is ended
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     gpus = there if args.gpus is None else args.gpus
     if not 0 < gpus <= (there if device == "cuda" else 64):
         raise XditError(f"--gpus {gpus}: there are {there} on {device}; give at least 1, and at most that")
-    output = args.output or measured.folder() / measured.file_name(device_name(torch.device(device)))
+    output = args.output or measured.folder() / measured.file_name(measured.device_name(torch.device(device)))
     before = output.stat().st_mtime_ns if output.exists() else 0
     worker = ["-m", "xdit_ir.tools.calibrate_worker", "--device", device, "--output", str(output)]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []

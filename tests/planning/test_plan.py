@@ -78,8 +78,8 @@ def test_the_best_is_what_port_and_parallelize_take(of_eight: Plan) -> None:
 
 def test_on_several_hosts_tokens_are_exchanged_for_heads_inside_them_only() -> None:
     wide, long = model(width=3072, heads=24, count=2), example(width=3072)
-    together = xir.plan(wide, long, gpus=4, machine=load("h100"))
-    apart = xir.plan(wide, long, gpus=4, machine=load("h100").on_hosts(2))
+    together = xir.plan(wide, long, gpus=4, machine=load("h100"), tensor=1)
+    apart = xir.plan(wide, long, gpus=4, machine=load("h100").on_hosts(2), tensor=1)
     assert [str(one.candidates[0].degrees) for one in (together, apart)] == ["u4", "r2u2"]
     assert apart.machine == "h100 in hosts of 2"
 

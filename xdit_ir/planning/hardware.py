@@ -211,18 +211,13 @@ def parse(text: str) -> Hardware:
     return Hardware.plain(Machine.parse(text)) if "=" in text else load(text)
 
 
-def device_name(device: torch.device) -> str:
-    """What a GPU is called by PyTorch; `cpu` for CPUs."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else CPU
-
-
 def hardware_here(device: torch.device) -> Hardware:
     """The machine of this process: as it was measured (`xdit-ir calibrate`), else by the name of the GPU.
 
     Raises:
         ParallelizeError: it was measured, but the file is no machine.
     """
-    named = device_name(device)
+    named = measured.device_name(device)
     if (path := measured.folder() / measured.file_name(named)).exists():
         return _file(path.stem, path)
     return _kept(CPU) if named == CPU else hardware_named(named)

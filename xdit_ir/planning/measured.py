@@ -10,10 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def folder() -> Path:
     """Where they are, as the XDG base directories have it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xdit-ir" / "machines"
+
+
+def device_name(device: torch.device) -> str:
+    """What a GPU is called by PyTorch; `cpu` for CPUs."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def file_name(device: str) -> str:
