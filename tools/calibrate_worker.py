@@ -160,7 +160,7 @@ class Calibration:
                 "bytes": link["bytes"] / plain["bytes"],
                 "latency": link["latency"] / plain["latency"],
             }
-            choices = {name: like["choices"][name] * ratio for name, ratio in ratios.items()}
+            choices = {name: speed * ratios.get(name, 1.0) for name, speed in like["choices"].items()}
             self.draft.take({"choices": choices}, f"those of {self.like}, times what was measured here over its speeds")
 
     def _write(self) -> None:

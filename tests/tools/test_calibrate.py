@@ -45,7 +45,7 @@ def test_it_is_taken_by_itself(folder: Path, capsys: pytest.CaptureFixture[str])
     assert source.startswith("measured by xdit-ir calibrate on 20") and f"torch {torch.__version__}" in source
     assert here.sources["gib"].startswith("not measured; of cpu: ")
     data = tomllib.loads((folder / "cpu-measured.toml").read_text())
-    assert {*data["kernels"], "gib", "host", "host_exchange", "links", "choices"} == set(data["sources"])
+    assert {*data["kernels"], "gib", "host", "host_exchange", "links", "choices", "upload"} == set(data["sources"])
 
 
 def test_what_fails_is_left_and_the_rest_measured(
