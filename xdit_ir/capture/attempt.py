@@ -15,16 +15,25 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.asked import asked_guards, noted
-from xdit_ir.capture.blocks import Blocks, prune
+from xdit_ir.capture.blocks import Blocks
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.derivatives import recorded_derivatives
 from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unshareable
-from xdit_ir.capture.fingerprint import TRACED, fingerprint
-from xdit_ir.capture.finish import inline_small, lift_weights, merge_equal, name_blocks, rename_device, used_state
+from xdit_ir.capture.fingerprint import fingerprint
+from xdit_ir.capture.finish import (
+    inline_small,
+    lift_weights,
+    merge_equal,
+    name_blocks,
+    prune,
+    rename_device,
+    used_state,
+)
 from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.identity import Identities
 from xdit_ir.capture.inputs import call_arguments, flatten_named, layout_of, sharing
+from xdit_ir.capture.instrument import Calls, instrument
 from xdit_ir.capture.known import PythonReads, check_lent, readable
 from xdit_ir.capture.ladder import Rung
 from xdit_ir.capture.leaves import Leaves
@@ -32,9 +41,11 @@ from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import attributes_of, flatten_output, literal
 from xdit_ir.capture.overwrites import Overwrite, beside, overwrites
-from xdit_ir.capture.plain import applied, uncast
+from xdit_ir.capture.plain import uncast
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.references import Functions, replaced
+from xdit_ir.capture.repeats import Repeats
+from xdit_ir.capture.rolled import roll
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line, is_raised_outside
@@ -97,10 +108,12 @@ class Attempt:
             _watched(model, Skeleton(model, recorder.state, functions), args, in_spec) as (skeleton, given, watch),
         ):
             recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
-            blocks = Blocks(recorder, set(rung.blocks), _watch(skeleton, rung.blocks, recorder))
+            chosen = {(path, "forward") for path in rung.blocks} | rung.repeated
+            blocks = Blocks(recorder, chosen, _watch(skeleton, rung.blocks, recorder))
             called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
             blocks.leaves_below = called_whole.below
-            _instrument(skeleton, recorder, blocks, called_whole)
+            calls = Calls(recorder, blocks, called_whole, Repeats(recorder, blocks, rung.repeated, rung.never))
+            instrument(skeleton, calls)
             call = call_arguments(inspect.signature(model.forward), given.named, self.by_name)
             output = _run(skeleton.model, recorder, *call)
             check_lent(recorder)
@@ -179,53 +192,6 @@ def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorde
         watch(module, names, lambda name: recorder.frame.attributes.add((owner, name)))
 
 
-def _instrument(skeleton: Skeleton, recorder: Recorder, blocks: Blocks, leaves: Leaves) -> None:
-    """Wrap every copied module's forward, so that paths are known and blocks are intercepted."""
-    for path, module in skeleton.modules.items():
-        module.__dict__["_apply"] = guard = applied(path, module, recorder.casts)
-        setattr(guard, TRACED, type(module)._apply)
-        if isinstance(module, nn.RNNBase):
-            module.__dict__["_weights_have_changed"] = unchanged = _never()
-            setattr(unchanged, TRACED, type(module)._weights_have_changed)
-        forward = module.forward
-        if getattr(forward, "__name__", "") != "_forward_unimplemented":
-            names = skeleton.aliases[id(module)]
-            module.__dict__["forward"] = _wrap(module, path, names, forward, recorder, blocks, leaves)
-
-
-def _never() -> Callable[[], bool]:
-    """Says whether weights of a copy have changed, which keeps the original's."""
-    return lambda: False
-
-
-def _wrap(
-    module: nn.Module,
-    path: str,
-    names: list[str],
-    forward: Any,
-    recorder: Recorder,
-    blocks: Blocks,
-    leaves: Leaves,
-) -> Any:
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        selected = recorder.selections is not None and recorder.selections.of((args, kwargs))
-        if leaves.wants(path):
-            if selected:
-                raise recorder.opaque(f"{path} is called whole, with rows that a mask selects")
-            return leaves.call(path, module, args, kwargs)
-        if blocks.wants(path) and not selected:
-            return blocks.call(module, path, forward, args, kwargs)
-        inside = recorder.relative(names)
-        recorder.path.append(path if inside is None else inside)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            recorder.path.pop()
-
-    setattr(wrapped, TRACED, forward)
-    return wrapped
-
-
 def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str, Any]) -> Any:
     recorder.entry = _run.__code__
     try:
@@ -302,6 +268,7 @@ def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks
     graph = recorder.frame.graph
     prune(recorder.frame)
     for frame in (recorder.frame, *(body.frame for body in blocks.bodies)):
+        roll(frame.graph, recorder)
         _check_constants(frame, recorder)
     bodies = {body.name: body.frame.graph for body in blocks.bodies}
     bodies = merge_equal(graph, bodies, recorder.constants)
@@ -333,4 +300,4 @@ def _placed(recorder: Recorder, name: str) -> torch.Tensor:
     """A constant on the device where the model's code wanted it."""
     tensor = recorder.constants[name]
     tensor = ordinary(tensor) if tensor.is_inference() else tensor
-    return tensor.to(recorder.placed.get(name, tensor.device))
+    return tensor.to(recorder.place(name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -11,16 +11,18 @@ from torch import nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.calls import SubmoduleCall, describe_call
-from xdit_ir.capture.failures import Restart, Unshareable
+from xdit_ir.capture.calls import SubmoduleCall, changed, describe_call
+from xdit_ir.capture.failures import Restart, Spot, Unshareable
 from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
+from xdit_ir.capture.finish import prune
 from xdit_ir.capture.known import note_read
-from xdit_ir.capture.objects import Kind, expand_objects, restore_objects
+from xdit_ir.capture.objects import Kind, restore_objects
+from xdit_ir.capture.operators import aten
 from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, TracedValue, spec_of
+from xdit_ir.capture.writes import write
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.graphs import remove_dead
 from xdit_ir.ir.program import Literal, Where, call_block
 
 
@@ -36,12 +38,14 @@ class CapturedBody:
     """A traced body: when it fits a call, and what its results are to the caller.
 
     `known` are the contents of the arguments at the first call, `compare` those that must be the same at
-    another one, `used` the arguments that it needs. `outputs` holds for every output leaf the index of a
+    another one, `used` the arguments that it needs, `written` those that it leaves other contents in, which are
+    its last results. `outputs` holds for every output leaf the index of a
     result, an `Argument` or a `Literal`; `shared` are results that alias something.
     """
 
     name: str
     kind: str
+    method: str
     frame: Frame
     print: Fingerprint
     call: SubmoduleCall
@@ -49,27 +53,28 @@ class CapturedBody:
     compare: set[int]
     used: list[int]
     results: list[TracedValue]
+    written: list[int]
     shared: set[int]
     outputs: list[int | Argument | Literal]
     out_spec: pytree.TreeSpec
 
 
 class Blocks:
-    """The blocks of one trace, in order of their first call.
+    """The blocks of one trace, in order of their first call: `chosen` are the methods, forward mostly, that are called.
 
     `watched` are, by path of a block, the attributes in which modules of equal structure differ.
     """
 
-    def __init__(self, recorder: Recorder, chosen: set[str], watched: dict[str, set[tuple[str, str]]]) -> None:
+    def __init__(self, recorder: Recorder, chosen: Set[Spot], watched: dict[str, set[tuple[str, str]]]) -> None:
         self.recorder, self.chosen, self.watched = recorder, chosen, watched
         self.bodies: list[CapturedBody] = []
         self.leaves_below: Callable[[str], frozenset[str]] = lambda path: frozenset()
 
-    def wants(self, path: str) -> bool:
-        """Whether a call of this module should become a block call; under `torch.func` its operators are recorded."""
-        return self.recorder.frame.parent is None and path in self.chosen and peek_interpreter_stack() is None
+    def wants(self, spot: Spot) -> bool:
+        """Whether a call should become a block call; under `torch.func` its operators are recorded."""
+        return self.recorder.frame.parent is None and spot in self.chosen and peek_interpreter_stack() is None
 
-    def call(self, module: nn.Module, path: str, forward: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def call(self, module: nn.Module, spot: Spot, forward: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call a block: trace its body if it is new, then emit one node."""
         with self.recorder.recording(False):
             try:
@@ -77,18 +82,19 @@ class Blocks:
                     describe_call(self.recorder, forward, args, kwargs),
                     fingerprint(module, self.recorder.held),
                 )
-                body = self._find(path, print_, call)
+                body = self._find(spot, print_, call)
                 if body is None:
-                    body = self._trace(module, path, forward, print_, call)
+                    body = self._trace(module, spot, forward, print_, call)
                     self.bodies.append(body)
-                return self._emit(body, path, call)
+                return self._emit(body, spot, call)
             except Unshareable as error:
-                raise Restart(path) from error
+                raise Restart(spot) from error
 
-    def _find(self, path: str, print_: Fingerprint, call: SubmoduleCall) -> CapturedBody | None:
+    def _find(self, spot: Spot, print_: Fingerprint, call: SubmoduleCall) -> CapturedBody | None:
+        path, method = spot
         ignored = self.watched.get(path, set())
         for body in self.bodies:
-            if body.call.key != call.key or body.print.structure != print_.structure:
+            if body.method != method or body.call.key != call.key or body.print.structure != print_.structure:
                 continue
             if body.frame.strides and body.call.strides != call.strides:
                 continue
@@ -102,9 +108,9 @@ class Blocks:
         return None
 
     def _trace(
-        self, module: nn.Module, path: str, forward: Any, print_: Fingerprint, call: SubmoduleCall
+        self, module: nn.Module, spot: Spot, forward: Any, print_: Fingerprint, call: SubmoduleCall
     ) -> CapturedBody:
-        recorder = self.recorder
+        recorder, (path, method) = self.recorder, spot
         outer, frame = recorder.frame, Frame(path, recorder.frame, call.values)
         recorder.frame = frame
         recorder.path.append("")
@@ -120,18 +126,19 @@ class Blocks:
             with recorder.recording(True):
                 output = forward(*args, **kwargs)
             if (
-                _changed(leaves, (args, kwargs), inner)
+                changed(leaves, (args, kwargs))
                 or _described(leaves) != before
                 or fingerprint(module, self.recorder.held) != print_
             ):
-                raise Unshareable("writes to its arguments or attributes")
-            return self._finish(type(module).__name__, print_, call, inner, output)
+                raise Unshareable("writes to its attributes, or to objects that it is given")
+            kind = type(module).__name__
+            return self._finish((kind, method), print_, call, inner, output)
         finally:
             recorder.path.pop()
             recorder.frame = outer
 
     def _finish(
-        self, kind: str, print_: Fingerprint, call: SubmoduleCall, inner: list[TracedValue], output: Any
+        self, kind: Spot, print_: Fingerprint, call: SubmoduleCall, inner: list[TracedValue], output: Any
     ) -> CapturedBody:
         recorder, frame = self.recorder, self.recorder.frame
         leaves, out_spec = flatten_output(output)
@@ -148,24 +155,30 @@ class Blocks:
             else:
                 results.setdefault(id(value), value)
                 outputs.append(list(results).index(id(value)))
-        made = list(results.values())
+        shared = _aliased(list(results.values()), inner)
+        written = {index: value for index, value in enumerate(inner) if value.storage.version}
+        if any(call.values[index].known is not None for index in written):
+            raise Unshareable("writes to a tensor whose contents are known")
+        made = [*results.values(), *written.values()]
         nodes = tuple(recorder.node(value.fake) for value in made)
         specs = tuple(spec_of(value.fake) for value in made)
         recorder.emit("output", "output", (nodes,), {}, specs, Where())
         known = [value.known for value in call.values]
         carried = any(value.known is not None for value in made)
         compare = {index for index, item in enumerate(known) if carried and item is not None}
-        name, shared, used = f"body{len(self.bodies)}", _aliased(made, inner), prune(frame)
-        return CapturedBody(name, kind, frame, print_, call, known, compare, used, made, shared, outputs, out_spec)
+        name, used = f"body{len(self.bodies)}", prune(frame)
+        return CapturedBody(
+            *(name, *kind, frame, print_, call, known, compare, used, made, list(written), shared, outputs, out_spec)
+        )
 
-    def _emit(self, body: CapturedBody, path: str, call: SubmoduleCall) -> Any:
-        recorder = self.recorder
+    def _emit(self, body: CapturedBody, spot: Spot, call: SubmoduleCall) -> Any:
+        recorder, (path, method) = self.recorder, spot
         for index in body.frame.reads:
             note_read(recorder, call.values[index].roots, "inside a block")
         arguments = [recorder.node(call.tensors[index]) for index in body.used]
         where = Where(path, recorder.where().source)
         specs = tuple(spec_of(value.fake) for value in body.results)
-        args, name = (body.name, path, arguments), path.replace(".", "_")
+        args, name = (body.name, path, arguments), path.replace(".", "_") if method == "forward" else method
         node = recorder.emit("call_function", call_block, args, {}, specs, where, name)
         made: list[torch.Tensor] = []
         for index, value in enumerate(body.results):
@@ -174,11 +187,21 @@ class Blocks:
             bound = recorder.bind(fake, part, known, _outside(value.roots, call.values))
             bound.storage.shared = index in body.shared
             made.append(fake)
+        for index, fake in zip(body.written, made[len(made) - len(body.written) :], strict=True):
+            _write_back(recorder, call, index, fake)
         if body.shared:
             for value in call.values:
                 value.storage.shared = True
         leaves = [_leaf(item, made, call.tensors) for item in body.outputs]
         return unflatten_output(leaves, body.out_spec)
+
+
+def _write_back(recorder: Recorder, call: SubmoduleCall, index: int, contents: torch.Tensor) -> None:
+    """Give the caller's tensor the contents that a block left in it."""
+    value = call.values[index]
+    if sum(other.storage is value.storage for other in call.values) > 1:
+        raise Unshareable("writes to one of two arguments that share memory")
+    write(recorder, aten.copy_.default, (call.tensors[index], contents), {})
 
 
 def _leaf(item: int | Argument | Literal, made: list[torch.Tensor], arguments: list[torch.Tensor]) -> Any:
@@ -197,13 +220,6 @@ def _outside(roots: Roots, values: list[TracedValue]) -> Roots:
     return NO_ROOTS.union(*outside)
 
 
-def _changed(leaves: list[Any], arguments: Any, inner: list[TracedValue]) -> bool:
-    """Whether a block wrote to its arguments: to containers or to tensors."""
-    after = pytree.tree_leaves(expand_objects(arguments))
-    same = len(after) == len(leaves) and all(_same_leaf(new, old) for new, old in zip(after, leaves, strict=True))
-    return not same or any(value.storage.version for value in inner)
-
-
 def _plain(leaf: Any) -> Literal:
     if isinstance(leaf, Record) and not is_dataclass(leaf.kind):
         raise Unshareable("returns an object with tensors inside, which may be one that it was given")
@@ -211,10 +227,6 @@ def _plain(leaf: Any) -> Literal:
         return literal(leaf)
     except TraceError as error:
         raise Unshareable("returns an object with tensors inside") from error
-
-
-def _same_leaf(new: Any, old: Any) -> bool:
-    return new is old or (isinstance(new, Kind) and new == old)
 
 
 def _described(leaves: list[Any]) -> list[Any]:
@@ -229,15 +241,3 @@ def _aliased(results: list[TracedValue], inner: list[TracedValue]) -> set[int]:
         for index, value in enumerate(results)
         if owners.count(id(value.storage)) > 1 or value.storage.owner or value.frame is None
     }
-
-
-def prune(frame: Frame) -> list[int]:
-    """Drop dead nodes of a finished graph, and dead arguments of a body; indices of the arguments kept."""
-    remove_dead(frame.graph)
-    if frame.parent is None:
-        return list(range(len(frame.placeholders)))
-    kept = [index for index, node in enumerate(frame.placeholders) if node.users]
-    for node in frame.placeholders:
-        if not node.users:
-            frame.graph.erase_node(node)
-    return kept

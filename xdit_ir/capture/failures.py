@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from xdit_ir.errors import TraceError
 
+Spot = tuple[str, str]
+"""What is called: the path of a module, and the name of its method."""
+
 
 class Unshareable(Exception):
     """A block does something that a shared body cannot express."""
@@ -32,9 +35,20 @@ class Restart(BaseException):
     Not an `Exception`, so that handlers in the model's code do not swallow it.
     """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
+    def __init__(self, spot: Spot) -> None:
+        super().__init__(*spot)
+        self.path, self.spot = spot[0], spot
+
+
+class Repeated(BaseException):
+    """The trace must begin anew, with the calls of a method of a module as blocks.
+
+    Not an `Exception`, as `Restart`.
+    """
+
+    def __init__(self, spot: Spot) -> None:
+        super().__init__(*spot)
+        self.spot = spot
 
 
 class ShapeDepends(Exception):

@@ -93,7 +93,7 @@ class _Printer:
             if name in _SKIPPED or (type(item) in _CONTAINERS and not item):
                 continue
             item = traced(item)
-            if name == "forward" and _is_own(item, module):
+            if _is_own(name, item, module):
                 continue
             if type(item) in _SCALARS:
                 self.scalars[path, name] = (type(item), _exact(item))
@@ -162,13 +162,10 @@ class _Printer:
         return frozenset(entries) if isinstance(part, Members) else tuple(entries)
 
 
-def _is_own(forward: Any, module: nn.Module) -> bool:
-    """Whether a forward is that of the module's class."""
-    return (
-        isinstance(forward, types.MethodType)
-        and forward.__self__ is module
-        and forward.__func__ is type(module).forward
-    )
+def _is_own(name: str, item: Any, module: nn.Module) -> bool:
+    """Whether an attribute is the method of this name of the module's class."""
+    own = isinstance(item, types.MethodType) and item.__self__ is module
+    return own and item.__func__ is getattr(type(module), name, None)
 
 
 def _exact(item: Any) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.capture.values import Frame
 from xdit_ir.ir.flops import node_flops
-from xdit_ir.ir.graphs import copy_node, expand_call, placeholders, weights_of
+from xdit_ir.ir.graphs import copy_node, expand_call, placeholders, remove_dead, weights_of
 from xdit_ir.ir.program import (
     CONSTANT,
     SPEC,
@@ -25,6 +26,18 @@ from xdit_ir.ir.program import (
 
 _WORTHWHILE = 0.01
 Bodies = dict[str, fx.Graph]
+
+
+def prune(frame: Frame) -> list[int]:
+    """Drop dead nodes of a finished graph, and dead arguments of a body; indices of the arguments kept."""
+    remove_dead(frame.graph)
+    if frame.parent is None:
+        return list(range(len(frame.placeholders)))
+    kept = [index for index, node in enumerate(frame.placeholders) if node.users]
+    for node in frame.placeholders:
+        if not node.users:
+            frame.graph.erase_node(node)
+    return kept
 
 
 def merge_equal(graph: fx.Graph, bodies: Bodies, constants: Mapping[str, torch.Tensor]) -> Bodies:

@@ -7,24 +7,27 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from xdit_ir.capture.failures import Opaque, Restart, ShapeDepends, Unshareable
+from xdit_ir.capture.failures import Opaque, Repeated, Restart, ShapeDepends, Spot, Unshareable
 from xdit_ir.capture.leaves import Reasons, Wanted, like, named_leaves
 from xdit_ir.capture.source import failing_line
 from xdit_ir.errors import TraceError
 
-FAILURES = (Restart, Opaque, ShapeDepends, Unshareable)
+FAILURES = (Restart, Repeated, Opaque, ShapeDepends, Unshareable)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True, eq=False)
 class Rung:
     """What one attempt at a capture takes as blocks, and what as leaves, which are called whole (why, by path).
-    `selects`: all rows are computed of what masks select; None: not yet tried."""
+    `selects`: all rows are computed of what masks select; None: not yet tried. `repeated` are calls that become blocks
+    because there are several alike, but for those that `never` can."""
 
     model: nn.Module
     blocks: dict[str, nn.Module]
     leaves: Reasons
     selects: bool | None = None
+    repeated: frozenset[Spot] = frozenset()
+    never: frozenset[Spot] = frozenset()
 
     @staticmethod
     def top(model: nn.Module, leaf: Sequence[Wanted]) -> Rung:
@@ -38,6 +41,10 @@ class Rung:
             TraceError: there is nothing to give up that would help.
         """
         match failure:
+            case Repeated(spot=spot):
+                return replace(self, repeated=self.repeated | {spot})
+            case Restart(spot=spot) if spot in self.repeated:
+                return replace(self, repeated=self.repeated - {spot}, never=self.never | {spot})
             case Restart(path=path):
                 return self._without_blocks_like(path)
             case Opaque(path=path, selects=True) if self.selects is None and self._is_most(path):
@@ -46,6 +53,8 @@ class Rung:
                 return replace(self, leaves=self.leaves | dict.fromkeys(like(self.model, path), str(failure)))
             case ShapeDepends(path=path):
                 return self._with_parents_as_leaves(path)
+            case Unshareable() if self.repeated:
+                return replace(self, repeated=frozenset(), never=self.never | self.repeated)
             case Unshareable() if self.blocks:
                 return replace(self, blocks={})
             case TraceError():
@@ -59,7 +68,8 @@ class Rung:
 
     def _without_blocks_like(self, path: str) -> Rung:
         kind = type(self.blocks[path])
-        return replace(self, blocks={name: one for name, one in self.blocks.items() if type(one) is not kind})
+        kept = {name: one for name, one in self.blocks.items() if type(one) is not kind}
+        return replace(self, blocks=kept, never=self.never | {(name, "forward") for name in self.blocks.keys() - kept})
 
     def _with_parents_as_leaves(self, path: str) -> Rung:
         """For leaves that cannot be leaves themselves, since the shape of what they return is not known."""

@@ -76,7 +76,8 @@ class Leaves:
 
     def below(self, path: str) -> frozenset[str]:
         """The leaves inside the module at `path`, relative to it."""
-        return frozenset(name[len(path) + 1 :] for name in self.paths if name.startswith(f"{path}."))
+        inside = f"{path}." if path else ""
+        return frozenset(name[len(inside) :] for name in self.paths if name.startswith(inside))
 
     def call(self, path: str, copied: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Emit the node that stands for a call of the module."""

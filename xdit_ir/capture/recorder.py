@@ -149,7 +149,7 @@ class Recorder(GraphWriter):
         if origin is Origin.CONSTANT:
             if (odd := odd_tensor(names[0], real)) is not None:
                 self.odd[id(fake)] = odd
-            names = [f"{CONSTANT}.{self._keep(real, names[0])}"]
+            names = [f"{CONSTANT}.{self.keep(real, names[0])}"]
             self.held[id(fake)] = real
         roots: Roots = frozenset({FromBuffer(names[0]) if origin is Origin.BUFFER else origin})
         value = self.add(TracedValue(fake, None, Storage(None, owner=names[0]), (), None, 0, known, roots))
@@ -158,11 +158,15 @@ class Recorder(GraphWriter):
         self._state_names[id(fake)] = names
         return fake
 
-    def _keep(self, real: torch.Tensor, name: str) -> str:
+    def keep(self, real: torch.Tensor, name: str = "literal") -> str:
         """A name for a tensor constant of the program."""
         name = f"{name.replace('.', '_')}_{len(self.constants)}"
         self.constants[name] = real
         return name
+
+    def place(self, name: str) -> torch.device:
+        """Where a constant will be."""
+        return self.placed.get(name, self.constants[name].device)
 
     def constant(self, real: torch.Tensor, name: str = "literal", device: torch.device | None = None) -> TracedValue:
         """A value of the current frame for a real tensor that the model's code made or holds.
@@ -179,7 +183,7 @@ class Recorder(GraphWriter):
             )
         if (odd := odd_tensor(self.outside.get(id(real), "a tensor that forward reads"), real)) is not None:
             raise TraceError(f"{source_line()}: {odd}")
-        name = self._keep(real, name)
+        name = self.keep(real, name)
         fake = self.blank(real, None if device is None or device.type == "meta" else device)
         self.placed[name] = fake.device
         node = self.emit("get_attr", f"{CONSTANT}.{name}", (), {}, spec_of(fake), self.where(), name)

@@ -1,0 +1,117 @@
+"""Calls that repeat are traced once, and loops that write row by row become one write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from xdit_ir.capture import repeats
+from xdit_ir.ir.program import Program, called_block
+
+Check = Callable[..., Program]
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def short_calls_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeats, "LONG", 8)
+
+
+class Tiles(nn.Module):
+    """Tiles of one convolution, blended as autoencoders of diffusers do it."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.decoder = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1, dtype=dtype) for _ in range(4)))
+        self.calls: list[int] | None = None
+
+    def blend(self, above: torch.Tensor, tile: torch.Tensor, rows: int) -> torch.Tensor:
+        for y in range(rows):
+            tile[:, :, y, :] = above[:, :, y - rows, :] * (1 - y / rows) + tile[:, :, y, :] * (y / rows)
+        return tile
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tiles = [self.decoder(x[:, :, start : start + 8]) for start in range(0, 24, 6)]
+        return torch.cat([tiles[0], *(self.blend(a, b, 3) for a, b in pairwise(tiles))], 2)
+
+
+def names(program: Program) -> list[str]:
+    return [called_block(node) for node in program.calls]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_tiles_of_one_shape_are_calls_of_one_block_and_blending_them_is_one_write(
+    dtype: torch.dtype, check: Check
+) -> None:
+    program = check(Tiles(dtype), (torch.randn(1, 3, 26, 5, dtype=dtype),))
+    assert names(program) == ["Sequential"] * 4
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(aten.slice_scatter.default) == 3
+    assert aten.select_scatter.default not in targets
+
+
+def test_a_tile_of_another_shape_is_another_block(check: Check) -> None:
+    program = check(Tiles(), (torch.randn(1, 3, 23, 5),))
+    assert names(program) == ["Sequential"] * 3 + ["Sequential_1"]
+
+
+def test_calls_that_leave_something_behind_are_recorded_one_by_one(check: Check) -> None:
+    class Counts(Tiles):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: list[torch.Tensor] = []
+            for _ in range(3):
+                x = self.step(x, found)
+            return x + sum(found)
+
+        def step(self, x: torch.Tensor, found: list[torch.Tensor]) -> torch.Tensor:
+            x = self.decoder(x).relu() * (len(found) + 1)
+            found.append(x)
+            return self.decoder(x) + x.tanh().sin().cos()
+
+    program = check(Counts(), (torch.randn(1, 3, 8, 5),))
+    assert names(program) == ["Sequential"] * 6
+
+
+def test_a_method_that_reads_what_changes_is_traced_for_each_of_its_values(check: Check) -> None:
+    class Grows(Tiles):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for factor in (1.0, 1.0, 2.0):
+                self.factor = factor
+                x = self.step(x)
+            del self.factor
+            return x
+
+        def step(self, x: torch.Tensor) -> torch.Tensor:
+            return self.decoder(x).sin().cos().tanh().relu().sin() * self.factor
+
+    check(Grows(), (torch.randn(1, 3, 8, 5),))
+
+
+LOOPS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "of sums": lambda a, b: [b[:, i].copy_(a[:, i + 1] + b[:, i]) for i in range(3)],
+    "of the row before": lambda a, b: [b[:, i + 1].copy_(b[:, i] * 0.5) for i in range(3)],
+    "of what was written": lambda a, b: [b[:, i + 1].copy_(b[:, 0] + a[:, i]) for i in range(3)],
+    "backwards": lambda a, b: [b[:, 3 - i].copy_(a[:, i]) for i in range(4)],
+    "of other columns": lambda a, b: [b[:, i].copy_(a[i, :4]) for i in range(3)],
+    "with another last step": lambda a, b: [b[:, i].copy_(a[:, i].sin() if i < 3 else a[:, i].cos()) for i in range(4)],
+    "of every other row": lambda a, b: [b[:, i].copy_(a[:, 2 * i]) for i in range(2)],
+    "read in between": lambda a, b: [b[:, i].copy_(a[:, i] + b.sum()) for i in range(3)],
+    "of quotients": lambda a, b: [b[:, i].copy_(a[:, i] / (i + 3)) for i in range(4)],
+    "of constants": lambda a, b: [b[:, i].fill_(i) for i in range(4)],
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loops_give_the_same_bits(loop: str, check: Check) -> None:
+    class Model(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            b = b * 1
+            LOOPS[loop](a, b)
+            return b
+
+    check(Model(), (torch.randn(4, 4), torch.randn(4, 4)))
