@@ -160,6 +160,9 @@ def _show(generation: Generation, folder: Path) -> None:
     write(table)
     if "hosts" in report:
         print(report["hosts"])
+    for name, part in report["parts"].items():
+        shares = ", ".join(f"{share:.3f}" for share in part.get("shares", ()))
+        print(f"{name}: {f'ranks do {shares} of the work' if shares else 'whole on every rank: ' + part['whole']}")
     for phase, seconds in report.get("benchmark", {}).get("seconds", {}).items():
         print(f"{phase}: median {seconds['median']:.3f} s, {seconds['min']:.3f} to {seconds['max']:.3f}")
     for path in generation.files:

@@ -51,6 +51,11 @@ def test_two_processes_write_the_files_of_one(
     report = json.loads((tmp_path / "generate.json").read_text())
     assert report["processes"] == 2 and {**report["options"], **report}[degree] == 2
     assert report["weights"] == "read by each rank"
+    assert list(report["phases"]) == ["load", "port", "encode", "denoise", "decode"]
+    if degree == "ulysses":
+        assert report["parts"]["transformer"]["shares"] == pytest.approx([0.5, 0.5], abs=0.02)
+        assert "saves at most" in report["parts"]["vae.decode"]["whole"]
+        assert "ranks do 0.5" in first["out"] and "vae.decode: whole" in first["out"]
 
 
 @pytest.mark.parametrize(

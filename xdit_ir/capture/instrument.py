@@ -11,7 +11,7 @@ from torch import nn
 
 from xdit_ir.capture.blocks import Blocks
 from xdit_ir.capture.failures import Spot
-from xdit_ir.capture.fingerprint import TRACED
+from xdit_ir.capture.fingerprint import TRACED, traced
 from xdit_ir.capture.leaves import Leaves
 from xdit_ir.capture.plain import applied
 from xdit_ir.capture.recorder import Recorder
@@ -86,7 +86,7 @@ def instrument(skeleton: Skeleton, calls: Calls) -> None:
         if getattr(forward, "__name__", "") != "_forward_unimplemented":
             names = skeleton.aliases[id(module)]
             module.__dict__["forward"] = calls.forward(module, path, names, forward)
-    root = getattr(skeleton.model.forward, TRACED, skeleton.model.forward)
+    root = traced(skeleton.model.forward)
     owner: Any = root.__self__ if isinstance(root, MethodType) else skeleton.model
     for name, method in methods_of(owner).items() if isinstance(owner, nn.Module) else ():
         owner.__dict__[name] = calls.method(owner, "", method)

@@ -19,8 +19,11 @@ from xdit_ir.generation.folder import Dtypes
 from xdit_ir.generation.job import Job
 from xdit_ir.generation.meter import Meter, summary, watching
 from xdit_ir.generation.request import Request, UnfitRequest, check_numbers, check_seed, dealt, read_embeddings
-from xdit_ir.generation.setup import Setup, ported_components
+from xdit_ir.generation.setup import Setup
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.porting.components import ports
+from xdit_ir.porting.ported import Ported
+from xdit_ir.porting.programs_of import ProgramsOf
 from xdit_ir.transport.spread import told
 
 NEEDED = ("diffusers", "transformers", "accelerate")
@@ -40,8 +43,8 @@ class Generation:
 
     def close(self) -> None:
         """End the job: CUDA graphs are freed, and torch.distributed ends, which would wait for them."""
-        for component in ported_components(self.pipe):
-            component.reset()
+        for port in ports(self.pipe).values():
+            port.reset()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -171,7 +174,8 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
 
     job, device = generation.job, generation.job.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    ported = ported_components(generation.pipe)
+    made = ports(generation.pipe)
+    ported = [one for one in made.values() if isinstance(one, Ported)]
     spread = told(Mesh.of(**setup.degrees), job.hosts)
     caches = [vars(used) for one in ported if (used := one._xdit_specialisations.cache) is not None]
     return {
@@ -184,7 +188,19 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
         "weights": "read by each rank" if any(one._holds for one in ported) else "loaded whole",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "phases": meter.as_dict(),
+        "parts": {name: part for name, port in made.items() if (part := _part(port))},
     } | {name: what for name, what in {"hosts": spread, "caches": caches}.items() if what}
+
+
+def _part(port: ProgramsOf) -> dict[str, Any]:
+    """How the last call of what is ported ran, and what each rank did of its work; nothing if it was not called."""
+    if whole := port._xdit_made.whole:
+        return {"whole": whole}
+    if port.program is None:
+        return {}
+    report = port.report()
+    shares = [round(flops / max(report.flops_total, 1), 4) for flops in report.flops_per_rank]
+    return {"shares": shares, "execution": report.execution}
 
 
 def _write(generation: Generation, folder: Path, places: Sequence[int], fps: int) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.deferral.deferred import Deferred, materialize
-from xdit_ir.porting.denoisers import components
+from xdit_ir.porting.components import METHODS
+from xdit_ir.porting.denoisers import components, takes_timestep
+from xdit_ir.porting.methods import PortedMethod
 from xdit_ir.porting.ported import Ported
 
 PHASES = ("load", "port", "encode", "denoise", "decode")
@@ -93,55 +96,76 @@ class Watch:
         self.meter, self.denoising, self.decoding = meter, False, False
         self._began, self._programs = 0.0, 0
 
-    def before(self, module: nn.Module, args: Any) -> None:
+    @property
+    def phase(self) -> str:
+        """What goes on now."""
+        return "decode" if self.decoding else "denoise" if self.denoising else "encode"
+
+    def first_step(self, module: nn.Module, args: Any) -> None:
         """A denoiser is called."""
         if not self.denoising:
             self.meter.end("encode")
             self.denoising = True
-        self._began, self._programs = time.perf_counter(), _programs(module)
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A denoiser has returned; a call that made a program was spent on porting."""
-        if _programs(module) > self._programs:
-            self.meter.end("denoise", at=self._began)
+    def before(self, port: Any, args: Any = ()) -> None:
+        """What is ported is called."""
+        self._began, self._programs = time.perf_counter(), len(port.programs)
+
+    def after(self, port: Any, args: Any = (), output: Any = None) -> None:
+        """It has returned; a call that made a program was spent on porting."""
+        if len(port.programs) > self._programs:
+            self.meter.end(self.phase, at=self._began)
             self.meter.end("port")
 
-    def decoder(self, decode: Callable[..., Any]) -> Callable[..., Any]:
-        """`decode`, which ends the denoising: what of that is still to be computed is computed before."""
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = pytree.tree_map_only(Deferred, materialize, (args, kwargs))
-            if self.denoising and not self.decoding:
-                self.meter.end("denoise")
-                self.decoding = True
-            return decode(*args, **kwargs)
-
-        return watched
+    def coder(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`encode`, or `decode`, which ends the denoising: what of that is still to be computed is computed before."""
+        args, kwargs = pytree.tree_map_only(Deferred, materialize, (args, kwargs))
+        if name == "decode" and self.denoising and not self.decoding:
+            self.meter.end("denoise")
+            self.decoding = True
+        port = getattr(method, "__self__", None)
+        if not isinstance(port, PortedMethod):
+            return method(*args, **kwargs)
+        self.before(port)
+        result = method(*args, **kwargs)
+        self.after(port)
+        return result
 
     def finish(self) -> None:
         """The pipeline has returned."""
         self.meter.end("decode" if self.decoding else "denoise")
 
 
-def _programs(module: nn.Module) -> int:
-    return len(module.programs) if isinstance(module, Ported) else 0
-
-
 @contextmanager
 def watching(pipe: Any, meter: Meter) -> Iterator[Watch]:
     """Measure one call of a pipeline whose denoisers are ported; leaves the pipeline as it was."""
     watch = Watch(meter)
+    modules = components(pipe)
+    ported = [module for module in modules.values() if isinstance(module, Ported)]
+    steps = [module for module in ported if takes_timestep(module)] or ported
     with ExitStack() as undo:
-        for component in components(pipe).values():
-            if isinstance(component, Ported):
-                undo.callback(component.register_forward_pre_hook(watch.before).remove)
-                undo.callback(component.register_forward_hook(watch.after).remove)
-            elif callable(decode := getattr(component, "decode", None)) and "decode" not in vars(component):
-                component.decode = watch.decoder(decode)  # type: ignore[assignment]
-                undo.callback(component.__dict__.pop, "decode")
+        for port in ported:
+            if port in steps:
+                undo.callback(port.register_forward_pre_hook(watch.first_step).remove)
+            undo.callback(port.register_forward_pre_hook(watch.before).remove)
+            undo.callback(port.register_forward_hook(watch.after).remove)
+        for module in modules.values():
+            _watch_coders(module, watch, undo)
         meter.restart()
         yield watch
         watch.finish()
+
+
+def _watch_coders(module: nn.Module, watch: Watch, undo: ExitStack) -> None:
+    """Watch the methods of an autoencoder that are ported, or else `decode` of what has one."""
+    found = {name: own for name in METHODS if isinstance(own := vars(module).get(name), PortedMethod)}
+    for name, port in found.items():
+        port.watch = partial(watch.coder, name)
+        undo.callback(setattr, port, "watch", None)
+    decode = getattr(module, "decode", None)
+    if not found and callable(decode) and not isinstance(module, Ported) and "decode" not in vars(module):
+        module.decode = lambda *args, **kwargs: watch.coder("decode", decode, args, kwargs)  # type: ignore[assignment]
+        undo.callback(module.__dict__.pop, "decode")
 
 
 def summary(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:

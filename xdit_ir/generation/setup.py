@@ -16,9 +16,9 @@ from xdit_ir.generation.job import Job, choose_device, start
 from xdit_ir.generation.meter import Meter
 from xdit_ir.generation.request import dealt
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.porting.components import ports
 from xdit_ir.porting.denoisers import components
 from xdit_ir.porting.port import port
-from xdit_ir.porting.ported import Ported
 from xdit_ir.porting.replicas import replica
 
 
@@ -48,7 +48,7 @@ class Setup:
     def start(self, prompts: Sequence[str], device: str | None) -> Job:
         """The job of this process; raises where its size, the degrees or the number of prompts do not fit."""
         dealt(prompts, 0, self.data)
-        if not self.is_folder and ported_components(self.source):
+        if not self.is_folder and ports(self.source):
             job = Job(choose_device(device), replica(self.source))
             if self.data not in (1, job.replica.count):
                 raise ParallelizeError(f"data={self.data}, but the pipeline was ported with data={job.replica.count}")
@@ -64,7 +64,7 @@ class Setup:
         pipe, weights = self._loaded(job)
         _adapt(pipe, self.lora)
         meter.end("load")
-        if self.options or not ported_components(pipe):
+        if self.options or not ports(pipe):
             port(pipe, **{"weights": weights, "data": self.data, **self.options})
         if self.offload:
             pipe.enable_model_cpu_offload(device=job.device)
@@ -83,11 +83,6 @@ class Setup:
         _cast(self.source, self.dtype)
         check_dtypes(self.source, self.dtype)
         return self.source, None
-
-
-def ported_components(pipe: Any) -> list[Ported]:
-    """The components of a pipeline that are ported."""
-    return [component for component in components(pipe).values() if isinstance(component, Ported)]
 
 
 def _quieten() -> None:

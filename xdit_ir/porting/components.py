@@ -11,6 +11,9 @@ from torch import nn
 from xdit_ir.capture.methods import StandIn
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.porting.denoisers import components, denoisers, takes_timestep
+from xdit_ir.porting.methods import PortedMethod
+from xdit_ir.porting.ported import Ported
+from xdit_ir.porting.programs_of import ProgramsOf
 
 # The interface of autoencoders, as a timestep is that of denoisers; they have no forward that pipelines call.
 METHODS = ("encode", "decode")
@@ -23,6 +26,17 @@ def coders(module: nn.Module) -> dict[str, types.MethodType]:
         if isinstance(method, StandIn):
             raise ParallelizeError(f"{method.original.__qualname__} is ported already")
     return {name: method for name, method in found.items() if isinstance(method, types.MethodType)}
+
+
+def ports(pipe: Any) -> dict[str, ProgramsOf]:
+    """All that is ported of a pipeline, in its order: modules by their names, and methods (`vae.decode`)."""
+    found: dict[str, ProgramsOf] = {}
+    for name, module in components(pipe).items():
+        if isinstance(module, Ported):
+            found[name] = module
+        methods = ((method, vars(module).get(method)) for method in METHODS)
+        found |= {f"{name}.{method}": one for method, one in methods if isinstance(one, PortedMethod)}
+    return found
 
 
 def split(

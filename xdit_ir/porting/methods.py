@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from xdit_ir.capture.methods import StandIn, as_module
@@ -18,7 +18,7 @@ from xdit_ir.porting.specialisations import Arguments, Specialisations
 class PortedMethod(ProgramsOf, StandIn):
     """`vae.decode`, parallel: called like the original, which it answers for in everything else."""
 
-    __slots__ = ("_how", "_made")
+    __slots__ = ("_how", "_made", "watch")
 
     def __init__(
         self, original: types.MethodType, mesh: Mesh, schedule: Mapping[str, Any], options: RunOptions, *, pays: bool
@@ -26,6 +26,7 @@ class PortedMethod(ProgramsOf, StandIn):
         super().__init__(original)
         self._how = (mesh, schedule, options, pays)
         self._made: Specialisations | None = None
+        self.watch: Callable[..., Any] | None = None  # called with the call, if someone measures it
 
     @property
     def _xdit_made(self) -> Specialisations:
@@ -46,6 +47,11 @@ class PortedMethod(ProgramsOf, StandIn):
         return self.original.__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.watch is not None:
+            return self.watch(self._call, args, kwargs)
+        return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         return self._xdit_made.call(Arguments(args, kwargs))
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from xdit_ir.capture.plain import odd_weight
+from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.state import hooked
 from xdit_ir.errors import ParallelizeError
@@ -36,27 +37,34 @@ class Parts:
         made = []
         for name, module in {id(module): (name, module) for name, module in modules.items()}.values():
             found = coders(module) if self._may(name, module) else {}
-            made += [PortedMethod(method, *self._how(name), pays=not self.asked) for method in found.values()]
+            made += [PortedMethod(method, *self._how(name, module), pays=not self.asked) for method in found.values()]
         return made
 
     def encoders(self, modules: Mapping[str, nn.Module]) -> dict[str, Ported]:
         """Other modules that are asked for, or so large that dividing them may pay."""
         found = {name: module for name, module in modules.items() if self._may(name, module) and not coders(module)}
         chosen = {name: module for name, module in found.items() if self.asked or may_pay(module, self.machine)}
-        return {name: Ported(module, *self._how(name), pays=not self.asked) for name, module in chosen.items()}
+        return {name: Ported(module, *self._how(name, module), pays=not self.asked) for name, module in chosen.items()}
 
     def _may(self, name: str, module: nn.Module) -> bool:
         """Whether a module can be ported; raises `ParallelizeError` if one that is asked for cannot."""
         reason = not_portable(module)
         if self.asked and reason is not None:
             raise ParallelizeError(reason)
-        held_here = self.options[name].loading.holds  # then the original has no weights to run whole with
+        held_here = self._options(name, module).loading.holds  # then the original has no weights to run whole with
         return self.asked or (reason is None and not held_here and self.mesh.world_size > 1)
 
-    def _how(self, name: str) -> tuple[Mesh, dict[str, Any], RunOptions]:
+    def _options(self, name: str, module: nn.Module) -> RunOptions:
+        """Those for a module: what is not asked for and has its weights needs none from elsewhere."""
+        given = self.options[name]
+        whole = not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+        spared = whole and not self.asked and not given.loading.release
+        return replace(given, loading=Loading()) if spared else given
+
+    def _how(self, name: str, module: nn.Module) -> tuple[Mesh, dict[str, Any], RunOptions]:
         mesh = Mesh.of(ulysses=self.mesh.world_size)
         schedule: dict[str, object] = {**mesh.degrees, "patches": None, "warmup_steps": 1, "machine": self.machine}
-        given = self.options[name]
+        given = self._options(name, module)
         mode = "eager" if given.execution.mode == "auto" else given.execution.mode
         return mesh, schedule, replace(given, execution=replace(given.execution, mode=mode))
 
