@@ -17,6 +17,7 @@ from torch import nn
 
 from . import entries as _entries
 from . import parts as _parts
+from . import pipelines as _pipelines
 from .build import build, named
 from .kinds.data import KINDS
 from .specs import ComplexRope, Entry, Ids, Integers, Made, Mask, Normal, Part, Rope, Target, Values, materialize
@@ -39,10 +40,12 @@ __all__ = [
     "kinds",
     "load",
     "load_part",
+    "load_pipeline",
     "names",
     "part",
     "part_calls",
     "part_names",
+    "pipeline_names",
     "randomize",
 ]
 
@@ -97,6 +100,20 @@ def load(
     target = Target(torch.device(device), dtype or torch.float32, generator)
     model = build(data.cls, dict(config), target.device, target.dtype)
     return randomize(model, seed), materialize(dict(inputs), target)
+
+
+def pipeline_names() -> list[str]:
+    """The names of all pipelines, as `load_pipeline` takes them."""
+    return sorted(_pipelines.ENTRIES)
+
+
+def load_pipeline(
+    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Any, dict[str, Any]]:
+    """A pipeline of diffusers with random weights, and the arguments of a call."""
+    if name not in _pipelines.ENTRIES:
+        raise UnknownModelError(name, pipeline_names())
+    return _pipelines.assemble(_pipelines.ENTRIES[name], load, torch.device(device), dtype)
 
 
 def part_names() -> list[str]:

@@ -107,3 +107,17 @@ def empty_figure(width: float, height: float) -> Any:
     except ImportError:
         raise XditError("a plot needs matplotlib; install xdit-ir[viz]") from None
     return Figure(figsize=(width, height))
+
+
+def phases(document: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The rows of a whole pipeline: median seconds of each phase and their range, alone and ported."""
+    rows = []
+    for phase, alone in document["alone"]["seconds"].items():
+        ported = document.get("ported", {}).get("seconds", {}).get(phase)
+        gain = "-" if ported is None else f"{alone['median'] / max(ported['median'], 1e-9):.2f}"
+        rows.append((phase, _range(alone), "-" if ported is None else _range(ported), gain))
+    return rows
+
+
+def _range(seconds: Mapping[str, float]) -> str:
+    return f"{seconds['median']:.3f} ({seconds['min']:.3f} to {seconds['max']:.3f})"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from xdit_ir import models
 from xdit_ir.errors import XditError
 from xdit_ir.planning.hardware import parse as machine
 from xdit_ir.tools import bench_report, estimate, scale, targets
@@ -59,6 +60,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--machine", type=machine, default=machine("h100"), metavar="M", help=f"with --estimate: {targets.MACHINE}"
     )
+    parser.add_argument(
+        "--pipeline", action="store_true", help="a whole image or video by phase, alone and ported (a name of its zoo)"
+    )
+    parser.add_argument("--steps", type=int, default=4, help="with --pipeline: denoising steps (default 4)")
+    parser.add_argument("--limit", type=float, default=540, help="with --pipeline: it ends after so many seconds")
     parser.add_argument("--page", type=Path, default=None, help="make this page (and a plot beside it) from JSON files")
     parser.set_defaults(run=run)
 
@@ -74,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if len(args.what) != 1:
         raise XditError(f"one MODEL at a time; got {' '.join(args.what) or 'none'}")
     out = args.out or Path(f"{_file(args.what[0])}.json")
+    if args.pipeline:
+        return _pipeline(args, args.what[0], out)
     return _measure(args, args.what[0], args.gpus, _contenders(args), out)
 
 
@@ -91,11 +99,35 @@ def _measure(args: argparse.Namespace, model: str, gpus: int, contenders: Sequen
         *(("--profile", args.profile) if args.profile else ()),
         *("--command", f"xdit-ir bench {model} --gpus {gpus} --contenders {listed} --burst {args.burst}"),
     ]
+    status, document = _started(worker, out)
+    _show(document)
+    return status
+
+
+def _started(worker: Sequence[str], out: Path) -> tuple[int, dict[str, Any]]:
+    """The exit status of the ranks, and what they wrote."""
     out.unlink(missing_ok=True)
     status = subprocess.run([sys.executable, *worker], check=False).returncode
     if not out.exists():
         raise XditError(f"the ranks wrote no result (exit status {status}); see their output above")
-    _show(json.loads(out.read_text()))
+    return status, json.loads(out.read_text())
+
+
+def _pipeline(args: argparse.Namespace, name: str, out: Path) -> int:
+    """A whole pipeline by phase; 1 if its outputs differ, or it did not end in time."""
+    if name not in models.pipeline_names():
+        raise XditError(f"no pipeline {name!r}; there are {', '.join(models.pipeline_names())}")
+    worker = [
+        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}"),
+        *("-m", "xdit_ir.tools.pipeline_worker", name, "--degrees", args.degrees or f"u{args.gpus}"),
+        *("--out", str(out), "--samples", str(args.samples), "--steps", str(args.steps), "--limit", str(args.limit)),
+    ]
+    status, document = _started(worker, out)
+    title = f"{name}, {document['steps']} steps, {document['ranks']} x {document['gpu']}"
+    _table(title, ("phase", "alone, s", "ported, s", "speed-up"), bench_report.phases(document))
+    for part, told in document.get("parts", {}).items():
+        write(f"{part}: {told.get('shares', told.get('whole'))}")
+    write(f"outputs: {document.get('status', 'not compared')}, error {document.get('error', float('nan')):.1e}")
     return status
 
 

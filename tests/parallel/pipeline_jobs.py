@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pipelines
@@ -13,8 +14,11 @@ import torch
 from jobs import Degrees, _plain
 
 import xdit_ir as xir
+from xdit_ir import capture, models
+from xdit_ir.degrees import parse
 from xdit_ir.ir.difference import tensors_of
 from xdit_ir.porting.ported import Ported
+from xdit_ir.tools.pipeline_worker import contenders
 
 
 def run(pipe: Any, call: dict[str, Any], steps: int = 2) -> torch.Tensor:
@@ -233,3 +237,21 @@ def whole_images(degrees: Degrees) -> dict[str, Any]:
     pipe = xir.port(pipelines.with_autoencoder(), components=["transformer", "vae"], **degrees)
     got = run(pipe, call)
     return {"error": error(got, want), "spread": want.std().item(), "share": pipe.vae.decode.report().share}
+
+
+def timed(name: str, degrees: str) -> dict[str, Any]:
+    """What `bench --pipeline` finds of a pipeline, smaller still, and the traces of its decoder."""
+    torch.set_num_threads(1)
+    pipe, call = models.load_pipeline(name)
+    call |= {"height": 32, "width": 32, "num_frames": 1, "num_inference_steps": 2}
+    traced, real = [], capture.trace
+
+    def counted(model: Any, *args: Any, **kwargs: Any) -> Any:
+        traced.append(type(model).__name__)
+        return real(model, *args, **kwargs)
+
+    found: dict[str, Any] = {}
+    with mock.patch.object(capture, "trace", counted):
+        for part in contenders(pipe, call, parse(degrees)[0], 2, torch.device("cpu")):
+            found |= part
+    return found | {"decoders": sum("decode" in name for name in traced)}

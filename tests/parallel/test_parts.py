@@ -40,6 +40,18 @@ def test_what_does_not_pay_runs_whole_and_says_so(workers: Pools) -> None:
         assert "ran whole on every rank: dividing it saves at most" in answer["whole"], answer
 
 
+def test_a_pipeline_is_timed_by_phase_alone_and_ported(workers: Pools) -> None:
+    for answer in workers(2).run("timed", name="wan2.1-t2v-14b:tiny", degrees="u2"):
+        assert answer.get("status") == "equal" and 0 <= answer["error"] < 1e-4, answer
+        assert answer["parts"]["transformer"]["shares"][0] == answer["parts"]["transformer"]["shares"][1] < 0.6
+        for seconds in (answer[name]["seconds"] for name in ("alone", "ported")):
+            assert list(seconds) == ["encode", "denoise", "decode", "total"]
+            assert all(0 < phase["min"] <= phase["median"] <= phase["max"] for phase in seconds.values())
+        assert [phase for phase in answer["ported"]["first"] if phase not in answer["alone"]["first"]] == ["port"]
+        assert "saves at most" in answer["parts"]["vae.decode"]["whole"]
+        assert answer["decoders"] == 1, "what does not pay is tried once, whatever it leaves in its attributes"
+
+
 @pytest.fixture
 def pipe() -> Any:
     return pipelines.with_autoencoder()

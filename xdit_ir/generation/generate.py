@@ -174,8 +174,7 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
 
     job, device = generation.job, generation.job.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    made = ports(generation.pipe)
-    ported = [one for one in made.values() if isinstance(one, Ported)]
+    ported = [one for one in ports(generation.pipe).values() if isinstance(one, Ported)]
     spread = told(Mesh.of(**setup.degrees), job.hosts)
     caches = [vars(used) for one in ported if (used := one._xdit_specialisations.cache) is not None]
     return {
@@ -188,8 +187,13 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
         "weights": "read by each rank" if any(one._holds for one in ported) else "loaded whole",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "phases": meter.as_dict(),
-        "parts": {name: part for name, port in made.items() if (part := _part(port))},
+        "parts": parts_of(generation.pipe),
     } | {name: what for name, what in {"hosts": spread, "caches": caches}.items() if what}
+
+
+def parts_of(pipe: Any) -> dict[str, dict[str, Any]]:
+    """How the last call of everything ran that is ported of a pipeline, by name; without what was not called."""
+    return {name: part for name, port in ports(pipe).items() if (part := _part(port))}
 
 
 def _part(port: ProgramsOf) -> dict[str, Any]:

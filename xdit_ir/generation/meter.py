@@ -138,15 +138,14 @@ class Watch:
 
 @contextmanager
 def watching(pipe: Any, meter: Meter) -> Iterator[Watch]:
-    """Measure one call of a pipeline whose denoisers are ported; leaves the pipeline as it was."""
+    """Measure one call of a pipeline, ported or not; leaves the pipeline as it was."""
     watch = Watch(meter)
     modules = components(pipe)
     ported = [module for module in modules.values() if isinstance(module, Ported)]
-    steps = [module for module in ported if takes_timestep(module)] or ported
     with ExitStack() as undo:
+        for module in [module for module in modules.values() if takes_timestep(module)] or ported:
+            undo.callback(module.register_forward_pre_hook(watch.first_step).remove)
         for port in ported:
-            if port in steps:
-                undo.callback(port.register_forward_pre_hook(watch.first_step).remove)
             undo.callback(port.register_forward_pre_hook(watch.before).remove)
             undo.callback(port.register_forward_hook(watch.after).remove)
         for module in modules.values():

@@ -181,7 +181,10 @@ class Specialisations:
                 return self._divided(given)
             except (TraceError, ParallelizeError, GradientError) as refusal:
                 self.whole = self.worth.refuse(given, refusal)
-        return self.model(*given.args, **given.kwargs)
+        result = self.model(*given.args, **given.kwargs)
+        if self.worth.last is not None:
+            self.worth.last.settle(self.model)
+        return result
 
     def _divided_or_alone(self, given: Arguments) -> Any:
         """Where one process has nobody to share with, a model that keeps a state is run as it is."""

@@ -22,7 +22,7 @@ SAVED = 0.002
 ENCODER, LONGEST = 0.02, 4096
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Whole:
     """Calls that run whole, and why: of these shapes and settings; of up to so many elements, if it is for their
     size."""
@@ -38,6 +38,11 @@ class Whole:
         alike = _elements(given) <= self.elements if self.small else _shapes(given) == self.shapes
         return alike and self.settings.unchanged()
 
+    def settle(self, model: nn.Module) -> None:
+        """What such a call has itself changed, such as the lists in which it keeps frames, is no change."""
+        if not self.settings.unchanged():
+            self.settings = ModelSettings(model)
+
 
 class TooSmallError(ParallelizeError):
     """Dividing a call would not save enough."""
@@ -46,17 +51,19 @@ class TooSmallError(ParallelizeError):
 @dataclass(eq=False)
 class Worth:
     """Decides for one `model` which calls are divided. `traced`: without a trace, calls with other tensors than ids are
-    not tried, since nothing is known of what they cost."""
+    not tried, since nothing is known of what they cost. `last`: what the last call was, if it runs whole."""
 
     model: nn.Module
     machine: Machine
     traced: bool
     found: list[Whole] = field(default_factory=list)
+    last: Whole | None = None
 
     def whole(self, given: Any) -> str:
         """Why a call is known to run whole, or is too small in any case; empty if it may be divided."""
-        if (known := next((one for one in self.found if one.covers(given)), None)) is not None:
-            return known.reason
+        self.last = next((one for one in self.found if one.covers(given)), None)
+        if self.last is not None:
+            return self.last.reason
         if self.traced:
             return ""
         tensors = list(_tensors(given))
@@ -79,8 +86,8 @@ class Worth:
 
     def _note(self, given: Any, reason: str, *, small: bool) -> str:
         self.found = [one for one in self.found if one.settings.unchanged()]
-        whole = Whole(ModelSettings(self.model), _shapes(given), _elements(given), reason, small)
-        self.found.append(whole)
+        self.last = Whole(ModelSettings(self.model), _shapes(given), _elements(given), reason, small)
+        self.found.append(self.last)
         return reason
 
 
