@@ -76,7 +76,8 @@ def worked_out(machine: str, model: str, contender: str, *, flash: bool) -> Esti
 def test_of_one_and_two_gpus(
     machine: str, model: str, contender: str, flash: bool, ms: float, gib: float, request: pytest.FixtureRequest
 ) -> None:
-    """Time, and memory: not half a GiB too little, and less than a tenth too much (the bench keeps all weights)."""
+    """Time, and memory: not half a GiB too little, and less than a tenth too much (the bench keeps all weights). What
+    a CUDA graph needs between its operators is its own: the allocator, and so the bench, counts it as free."""
     if model not in QUICK and not request.config.getoption("--zoo-all"):
         pytest.skip("needs --zoo-all: each model takes seconds to divide")
     found = worked_out(machine, model, contender, flash=flash)
@@ -84,7 +85,8 @@ def test_of_one_and_two_gpus(
     assert found.parts.computed + found.parts.exchanges + found.parts.host == pytest.approx(found.ms)
 
     if not contender.startswith("p"):
-        assert gib - 0.5 <= max(found.gib) <= 1.1 * gib + 0.1
+        assert gib - 0.5 <= max(found.gib)
+        assert max(found.weights if contender.partition("@")[0].endswith(":graph") else found.gib) <= 1.1 * gib + 0.1
 
 
 def test_the_order_is_right() -> None:

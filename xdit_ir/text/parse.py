@@ -34,6 +34,7 @@ KEYWORDS = (
         "weights",
         "stored",
         "constants",
+        "contents",
         "tokens",
         "seeds",
         "signature",
@@ -120,7 +121,8 @@ class _Reader:
         self._change(
             state=self._weights(),
             stored=self._stored(),
-            constants=self._constants(),
+            constants=self._tensors("constants"),
+            contents=self._tensors("contents"),
             device=self._device(),
             tokens=self._tokens(),
         )
@@ -236,9 +238,9 @@ class _Reader:
             found[name] = Stored(spec, tuple(members.items()), held, on_host)
         return found
 
-    def _constants(self) -> dict[str, torch.Tensor]:
+    def _tensors(self, section: str) -> dict[str, torch.Tensor]:
         found = {}
-        for line in self._lines("constants"):
+        for line in self._lines(section):
             name = read_name(line)
             line.need("=")
             found[name] = self._literal(line)

@@ -88,9 +88,9 @@ def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterat
             *(f"  {_stored_text(name, one, plain, literal)}" for name, one in program.stored.items()),
             "}",
         ]
-    if program.constants:
-        held = (f"  {name_text(name)} = {literal(tensor)}" for name, tensor in program.constants.items())
-        yield ["constants {", *held, "}"]
+    for section, tensors in (("constants", program.constants), ("contents", program.contents)):
+        if tensors:
+            yield [f"{section} {{", *(f"  {name_text(name)} = {literal(x)}" for name, x in tensors.items()), "}"]
     if program.tokens:
         yield ["tokens {", *(f"  {_token_text(axis)}" for axis in program.tokens), "}"]
     if program.seeding is not None:
