@@ -18,7 +18,7 @@ from xdit_ir.ir.program import SPEC, Program, TokenAxis
 from xdit_ir.passes.streams import leading_values
 from xdit_ir.rules.views import groups
 from xdit_ir.sharding.cost import program_flops
-from xdit_ir.sharding.propagate import Attempt, Propagation
+from xdit_ir.sharding.propagate import Assignment, Propagation
 
 PROBE = Mesh.of(ulysses=2)
 aten = torch.ops.aten
@@ -49,7 +49,7 @@ class FindTokens:
         probe = Propagation(program, PROBE)
         whole = program_flops(program, None)[0]
         found: list[tuple[bool, int, int, TokenAxis]] = []
-        reaching: list[Attempt] = []
+        reaching: list[Assignment] = []
         for place, node in enumerate(leading_values(program.graph)):
             if node.op == "placeholder" and any(_has_divided(one, node) for one in reaching):
                 continue
@@ -79,7 +79,7 @@ def barren_dims(analysed: Program) -> Dims:
     )
 
 
-def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Attempt | None]:
+def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Assignment | None]:
     """The stream and what it divides; nothing where it reaches no query and is no dim that could be tokens."""
     shape = node.meta[SPEC].shape
     cut = Layout.whole(len(shape)).with_dims({dim: PROBE.divide(shape[dim], SEQUENCE)})
@@ -96,12 +96,12 @@ def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Att
     return axis, probe.attempt({node.name: (cut, Layout.whole(len(shape)))}) if inner else None
 
 
-def _has_divided(attempt: Attempt, node: fx.Node) -> bool:
+def _has_divided(attempt: Assignment, node: fx.Node) -> bool:
     layout = attempt.layout(node.name)
     return layout is not None and not layout.is_whole
 
 
-def divides(attempt: Attempt, name: str, dim: int) -> bool:
+def divides(attempt: Assignment, name: str, dim: int) -> bool:
     """Whether a dim of the value of this name is divided, or nothing is left of the value."""
     layout = attempt.layout(name)
     return layout is None or layout.dims[dim] is not None

@@ -17,7 +17,7 @@ from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.rules.joins import concat_partitions, section
 from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode
 from xdit_ir.sharding.machine import Machine
-from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
+from xdit_ir.sharding.propagate import Assignment, Propagation, Seeds
 
 # The work of the slowest rank that may be done for fewer exchanges, whatever they cost, to what it was.
 REPEATED = 1.10
@@ -60,12 +60,12 @@ class ReplicateShared:
             best, seeds = choice, chosen
         return seeds
 
-    def _seconds(self, attempt: Attempt) -> float:
+    def _seconds(self, attempt: Assignment) -> float:
         waited = self.machine.latency * attempt.exchanges()
         return waited + self.machine.seconds(max(attempt.flops()), attempt.moved_bytes())
 
 
-def _candidates(program: Program, mesh: Mesh, attempt: Attempt, seeds: Seeds) -> Iterator[Seeds]:
+def _candidates(program: Program, mesh: Mesh, attempt: Assignment, seeds: Seeds) -> Iterator[Seeds]:
     for name in list(seeds)[1:]:
         yield {other: layouts for other, layouts in seeds.items() if other != name}
     for value in _shared(attempt):
@@ -97,11 +97,11 @@ def _gathers(body: LayoutGraph) -> list[LayoutNode]:
     return [step for step in body.steps if step.target is ops.gather]
 
 
-def _count(attempt: Attempt) -> int:
+def _count(attempt: Assignment) -> int:
     return sum(len(_gathers(body)) for body in attempt.bodies())
 
 
-def _shared(attempt: Attempt) -> list[LayoutNode]:
+def _shared(attempt: Assignment) -> list[LayoutNode]:
     """The values that every call of a block is given in the same place and of which that block gathers something."""
     given: dict[tuple[str, int], list[LayoutNode]] = {}
     wanted: dict[tuple[str, int], None] = {}

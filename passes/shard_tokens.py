@@ -17,7 +17,7 @@ from xdit_ir.passes.find_tokens import divides
 from xdit_ir.passes.undivided import undivided_values
 from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.layout_graph import Layouts
-from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
+from xdit_ir.sharding.propagate import Assignment, Propagation, Seeds
 
 # The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
 WORTH = 0.95
@@ -38,7 +38,7 @@ class ShardPrice:
 @dataclass(frozen=True)
 class _Choice:
     price: ShardPrice
-    attempt: Attempt
+    attempt: Assignment
     seeds: Seeds
 
 
@@ -112,7 +112,7 @@ class ShardTokens:
         exchanged = axis.is_context and len(choice.seeds[axis.value]) == 1
         return choice.price.work <= (WORTH if exchanged else 1) * best.price.work
 
-    def _priced(self, program: Program, tried: Attempt, seeds: Seeds) -> _Choice:
+    def _priced(self, program: Program, tried: Assignment, seeds: Seeds) -> _Choice:
         slowest, total = max(tried.flops()), max(program_flops(program, None)[0], 1)
         return _Choice(ShardPrice(round(10_000 * slowest / total), tried.moved_bytes()), tried, seeds)
 

@@ -21,7 +21,7 @@ from xdit_ir.passes.find_tokens import JOINS, borders_of, divides, joined_dim
 from xdit_ir.passes.packed import told_apart
 from xdit_ir.passes.streams import leading_values
 from xdit_ir.sharding.cost import program_flops
-from xdit_ir.sharding.propagate import Attempt, Propagation, Seeds
+from xdit_ir.sharding.propagate import Assignment, Propagation, Seeds
 
 # Dividing a batch at least nearly halves the work; a cut that leaves more than this divides something else.
 WORTH = 0.9
@@ -45,7 +45,7 @@ class _Choice:
     work: int
     size: int
     seeds: Seeds
-    attempt: Attempt
+    attempt: Assignment
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from xdit_ir.ir.program import SPEC
 from xdit_ir.rules.base import as_layouts
 from xdit_ir.sharding.cost import step_flops
 from xdit_ir.sharding.layout_graph import LayoutNode
-from xdit_ir.sharding.propagate import Attempt
+from xdit_ir.sharding.propagate import Assignment
 
 # The part of a forward that is worth a look, and how many values are tried.
 NOTABLE = 0.05
 TRIED = 3
 
 
-def undivided_values(tried: Attempt, total: int) -> list[fx.Node]:
+def undivided_values(tried: Assignment, total: int) -> list[fx.Node]:
     """Values of the outer graph from which much of what is not divided follows, first those from which most does."""
     work = {step: flops for step in tried.draft.steps if (flops := _whole_flops(tried, step))}
     if sum(work.values()) < NOTABLE * total:
@@ -36,7 +36,7 @@ def _streams(step: LayoutNode) -> list[fx.Node]:
     return sorted(found, key=lambda node: -node.meta[SPEC].nbytes)
 
 
-def _whole_flops(tried: Attempt, step: LayoutNode) -> int:
+def _whole_flops(tried: Assignment, step: LayoutNode) -> int:
     """FLOPs of a step if every rank does all of them."""
     if not (step.body or step.is_operator) or not step.sources:
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -97,6 +98,15 @@ def test_the_page_for_newcomers_has_this_order() -> None:
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     assert [sorted(circle) for circle in nx.strongly_connected_components(import_graph()) if len(circle) > 1] == []
+
+
+def test_a_name_of_a_class_has_one_meaning() -> None:
+    """Classes that other modules may use; those with an underscore are a module's own."""
+    own = ((name, path) for name, path in modules() if room(name) != "models")
+    trees = [(name, ast.parse(path.read_text())) for name, path in own]
+    found = [(node.name, name) for name, tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    names = Counter(name for name, _ in found if not name.startswith("_"))
+    assert {(name, where) for name, where in found if names[name] > 1} == set()
 
 
 def model_names() -> set[str]:

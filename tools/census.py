@@ -36,7 +36,7 @@ def orphans() -> set[str]:
 
 
 @dataclass(frozen=True)
-class Held:
+class Holdings:
     """Of one process: open files, threads, and MiB of memory of its own."""
 
     files: int
@@ -44,10 +44,10 @@ class Held:
     mib: int
 
     @staticmethod
-    def of(pid: int) -> Held:
+    def of(pid: int) -> Holdings:
         """Now."""
         status = dict(line.split(":", 1) for line in (PROC / str(pid) / "status").read_text().splitlines())
-        return Held(
+        return Holdings(
             len(os.listdir(PROC / str(pid) / "fd")), int(status["Threads"]), int(status["RssAnon"].split()[0]) >> 10
         )
 
@@ -57,7 +57,7 @@ class Census:
     """A process and all below it, from the top down."""
 
     pids: tuple[int, ...]
-    held: tuple[Held, ...]
+    held: tuple[Holdings, ...]
 
     @staticmethod
     def of(pid: int) -> Census:
@@ -65,7 +65,7 @@ class Census:
         pids = [pid]
         for one in pids:
             pids += children(one)
-        return Census(tuple(pids), tuple(map(Held.of, pids)))
+        return Census(tuple(pids), tuple(map(Holdings.of, pids)))
 
     def __str__(self) -> str:
         return "; ".join(f"{one.files} files, {one.threads} threads, {one.mib} MiB" for one in self.held)

@@ -22,7 +22,7 @@ import xdit_ir as xir
 from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.models import digits
 from xdit_ir.tools import demo_show
-from xdit_ir.tools.demo_show import Row, Stages
+from xdit_ir.tools.demo_show import ModeRow, Stages
 
 TOLERANCE = 1e-4
 OUTPUT = Path("build/demo/digits.png")
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace, shown: Mapping[str, Mapping[str, int]]) -> in
     classifier, labels = digits.load_classifier(), torch.arange(10)
     with stages(ALONE):
         alone = generate(digits.load_pipeline(), args.steps, args.seed)
-    rows = [Row.of(ALONE, [alone], alone, classifier.accuracy(alone, labels), exact=True)]
+    rows = [ModeRow.of(ALONE, [alone], alone, classifier.accuracy(alone, labels), exact=True)]
     pictures = {ALONE: alone}
     for name, degrees in shown.items():
         pipe: Any = digits.load_pipeline()
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace, shown: Mapping[str, Mapping[str, int]]) -> in
             xir.port(pipe, **degrees)
             pictures[name] = images = generate(pipe, args.steps, args.seed)
         exact = "pipefusion" not in degrees
-        rows.append(Row.of(name, _from_all_ranks(images), alone, classifier.accuracy(images, labels), exact=exact))
+        rows.append(ModeRow.of(name, _from_all_ranks(images), alone, classifier.accuracy(images, labels), exact=exact))
         if lead and name.startswith("ulysses"):
             demo_show.program(pipe.transformer.program)
     if lead:

@@ -28,7 +28,7 @@ GAP = 8  # white pixels between the lines of pictures
 
 
 @dataclass(frozen=True)
-class Row:
+class ModeRow:
     """The images of one mode: how far those of any rank are from the single process's, and how many are recognised."""
 
     name: str
@@ -38,12 +38,14 @@ class Row:
     exact: bool
 
     @staticmethod
-    def of(name: str, images: Sequence[torch.Tensor], expected: torch.Tensor, recognised: float, *, exact: bool) -> Row:
+    def of(
+        name: str, images: Sequence[torch.Tensor], expected: torch.Tensor, recognised: float, *, exact: bool
+    ) -> ModeRow:
         """Over all ranks: the largest absolute difference, and the largest relative one in the Frobenius norm."""
         if any(one.shape != expected.shape for one in images):
-            return Row(name, float("inf"), float("inf"), recognised, exact)
+            return ModeRow(name, float("inf"), float("inf"), recognised, exact)
         largest = max((one - expected).abs().max().item() for one in images)
-        return Row(name, largest, max(relative_error([one], [expected]) for one in images), recognised, exact)
+        return ModeRow(name, largest, max(relative_error([one], [expected]) for one in images), recognised, exact)
 
     def passes(self, tolerance: float) -> bool:
         """Equal, or where stale keys and values are the method: every digit recognised."""
@@ -120,7 +122,7 @@ def _communicates(node: fx.Node) -> bool:
     return node.target is ops.ring_attention or ops.is_relayout(node.target)
 
 
-def results(rows: Sequence[Row], tolerance: float) -> None:
+def results(rows: Sequence[ModeRow], tolerance: float) -> None:
     """One row for each mode."""
     CONSOLE.rule("is every rank's image the single-process image?")
     table = Table("", "largest difference (of 1.0)", "relative difference", "digits recognised", "verdict")

@@ -47,7 +47,7 @@ large pipelines; `--gpus 64` does it, and keeps what is in the folder.
 
 
 @dataclass(frozen=True)
-class Row:
+class DegreesEstimate:
     """One way to use `gpus` GPUs: milliseconds of a call (under PipeFusion of a displaced one) and of waiting in it,
     GiB of the fullest rank, MiB that a rank sends by kind of exchange, the mesh dims between nodes."""
 
@@ -86,7 +86,7 @@ def counts(gpus: int) -> list[int]:
     return found
 
 
-def worked_out(name: str, gpus: int, hardware: Hardware, folder: Path | None = None) -> list[Row]:
+def worked_out(name: str, gpus: int, hardware: Hardware, folder: Path | None = None) -> list[DegreesEstimate]:
     """All rows for a full-size model up to so many GPUs, and what else is in the folder; what is there is not worked
     out again, and each new one is written at once."""
     path = None if folder is None else folder / f"{name.replace(':', '-')}.json"
@@ -103,36 +103,36 @@ def worked_out(name: str, gpus: int, hardware: Hardware, folder: Path | None = N
     return sorted(rows.values(), key=lambda row: row.gpus)
 
 
-def _write(path: Path, hardware: Hardware, rows: Sequence[Row]) -> None:
+def _write(path: Path, hardware: Hardware, rows: Sequence[DegreesEstimate]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {"machine": hardware.name, "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def _read(path: Path, hardware: Hardware) -> list[Row]:
+def _read(path: Path, hardware: Hardware) -> list[DegreesEstimate]:
     if not path.exists():
         return []
     data = json.loads(path.read_text("utf-8"))
     if data["machine"] != hardware.name:
         raise XditError(f"{path} is of {data['machine']}, not of {hardware.name}: give another folder by --out")
     tuples = ({**row, "exchanges": tuple(row["exchanges"]), "between": tuple(row["between"])} for row in data["rows"])
-    return [Row(**row) for row in tuples]
+    return [DegreesEstimate(**row) for row in tuples]
 
 
-def _row(gpus: int, degrees: Degrees, traced: TracedProgram, hardware: Hardware) -> Row:
+def _row(gpus: int, degrees: Degrees, traced: TracedProgram, hardware: Hardware) -> DegreesEstimate:
     try:
         parallel = traced.parallelize(**degrees.as_dict(), machine=hardware.machine)
     except ParallelizeError as error:
-        return Row(gpus, str(degrees), refusal=str(error))
+        return DegreesEstimate(gpus, str(degrees), refusal=str(error))
     found, sent = estimate(parallel, hardware), dict[str, float]()
     for one in parallel.report().collectives:
         sent[one.kind] = sent.get(one.kind, 0.0) + one.bytes_per_rank / 2**20
     exchanges = tuple(f"{kind} {amount:.0f} MiB" for kind, amount in sent.items() if amount >= 1)
     between = hardware.between(degrees.mesh)
-    return Row(gpus, str(degrees), found.ms, found.parts.exchanges, max(found.gib), exchanges, between)
+    return DegreesEstimate(gpus, str(degrees), found.ms, found.parts.exchanges, max(found.gib), exchanges, between)
 
 
-def summary(rows: Sequence[Row], calls: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def summary(rows: Sequence[DegreesEstimate], calls: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Milliseconds of a step by GPUs and family, and the speed-up of the least."""
     ms = {(row.gpus, row.degrees): row.ms for row in rows if not row.refusal}
     alone = calls * ms[1, str(Degrees())]
@@ -150,7 +150,7 @@ def summary(rows: Sequence[Row], calls: int) -> tuple[tuple[str, ...], list[tupl
     return ("GPUs", *names, "speed-up"), lines
 
 
-def page(tables: Sequence[tuple[str, Sequence[Row]]], hardware: Hardware, command: str) -> str:
+def page(tables: Sequence[tuple[str, Sequence[DegreesEstimate]]], hardware: Hardware, command: str) -> str:
     """A Markdown page of models with their rows."""
     sources = hardware.sources.get("links", "plain speeds")
     lines = [PAGE.format(machine=hardware, command=command, sources=sources)]

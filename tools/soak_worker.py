@@ -27,7 +27,7 @@ class InjectedError(Exception):
     """What a rank raises that is told to."""
 
 
-class Server:
+class SoakServer:
     """Serves requests on one rank; errors of a request do not end it."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def main() -> None:
     """Serve, and leave without taking leave of groups that may be broken."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    Server(json.loads(sys.argv[1])).serve()
+    SoakServer(json.loads(sys.argv[1])).serve()
     sys.stdout.flush()
     os._exit(0)
 

@@ -15,7 +15,7 @@ from xdit_ir import capture, models
 from xdit_ir.emission import trial
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.recording import Recording
-from xdit_ir.emission.sections import Kind, cut_sections, insert_moves
+from xdit_ir.emission.sections import RunBy, cut_sections, insert_moves
 from xdit_ir.emission.state import WeightReferences
 from xdit_ir.ir.graphs import placeholders, results_of
 from xdit_ir.ir.mesh import Mesh
@@ -50,7 +50,7 @@ def test_sections_in_a_row_compute_what_the_forward_computes(
     for node in code.run.graph.nodes:
         if node.op not in ("placeholder", "output"):
             picked = node.target.__name__ == "getitem" if node.op == "call_function" else False
-            kinds[node] = kinds[node.args[0]] if picked else draw.choice([Kind.HOST, Kind.DEVICE, Kind.DEVICE])
+            kinds[node] = kinds[node.args[0]] if picked else draw.choice([RunBy.HOST, RunBy.DEVICE, RunBy.DEVICE])
     values = dict(zip((node.name for node in placeholders(code.run.graph)), tensors, strict=True))
     with torch.no_grad():
         want = code(tensors)
@@ -70,7 +70,7 @@ def test_uploads_are_part_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [torch.zeros(parallel.ir.stored[name].spec.shape, dtype=torch.uint8) for name in code.weights]
     found = trial.Trial(code.run, code.unchanging)
     found.run(torch.zeros(2, 8, device="meta"), *parts)
-    assert {*found.kinds()[1].values()} == {Kind.DEVICE} and parts
+    assert {*found.kinds()[1].values()} == {RunBy.DEVICE} and parts
 
 
 def test_a_recording_of_what_the_host_runs(
@@ -80,7 +80,7 @@ def test_a_recording_of_what_the_host_runs(
     code, tensors = forward
     begins = len(tensors) - len(code.weights) - len(code.constant_tensors(torch.device("cpu")))
     work = [node for node in code.run.graph.nodes if node.op not in ("placeholder", "output")]
-    monkeypatch.setattr(Recording, "_try", lambda *_: cut_sections(code.run, dict.fromkeys(work, Kind.HOST)))
+    monkeypatch.setattr(Recording, "_try", lambda *_: cut_sections(code.run, dict.fromkeys(work, RunBy.HOST)))
     recorded = Recording(code, SimpleNamespace(aside=contextlib.nullcontext))  # type: ignore[arg-type]
     weights = [x.clone() for x in tensors[begins:]]
     with torch.no_grad():
@@ -131,7 +131,7 @@ def graph_of(text: str) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
 )
 def test_the_host_comes_first_where_it_can_and_all_else_stays_in_its_order(text: str, found: list[str]) -> None:
     run, named = graph_of(text)
-    letters = {"d": Kind.DEVICE, "h": Kind.HOST, "o": Kind.ONCE}
+    letters = {"d": RunBy.DEVICE, "h": RunBy.HOST, "o": RunBy.ONCE}
     kinds = {node: letters[name[0]] for name, node in named.items() if name[0] in letters}
     sections = cut_sections(run, kinds)
     names = [" ".join(n.name for n in one.module.graph.nodes if n.op == "call_function") for one in sections]

@@ -21,7 +21,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import body_text, outer_text
 from xdit_ir.planning.durations import Durations
 from xdit_ir.planning.hardware import Hardware
-from xdit_ir.planning.schedule import Clock, Team, _run, tasks, timeline
+from xdit_ir.planning.schedule import Clock, RankGroup, _run, tasks, timeline
 from xdit_ir.planning.spans import Span
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.report import traffic
@@ -179,7 +179,7 @@ def test_an_exchange_runs_beside_work_and_is_awaited_by_its_first_user() -> None
     program, mesh = parse(OVERLAPPED), Mesh.of(ulysses=2)
     machine = Machine(flops=128, bytes=64, memory=1e12, latency=0.5)
     clocks = [Clock(), Clock()]
-    _run(list(tasks(program, None)), Team((0, 1), (0, 1), mesh), Durations(mesh, Hardware.plain(machine)), clocks)
+    _run(list(tasks(program, None)), RankGroup((0, 1), (0, 1), mesh), Durations(mesh, Hardware.plain(machine)), clocks)
     for clock in clocks:
         assert [(s.lane, s.start, s.end) for s in clock.spans] == [
             ("compute", 0.0, 2.0),

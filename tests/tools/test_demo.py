@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xdit_ir.tools import demo
-from xdit_ir.tools.demo_show import Row
+from xdit_ir.tools.demo_show import ModeRow
 
 
 def test_modes() -> None:
@@ -31,8 +31,8 @@ def test_a_difference_is_seen() -> None:
     image = torch.rand(2, 1, 8, 8)
     off = image.clone()
     off[1] += 0.01
-    assert Row.of("same", [image, image], image, 1.0, exact=True).passes(demo.TOLERANCE)
-    assert not Row.of("one rank off", [image, off], image, 1.0, exact=True).passes(demo.TOLERANCE)
-    assert Row.of("stale", [off], image, 1.0, exact=False).passes(demo.TOLERANCE)
-    assert not Row.of("stale", [off], image, 0.9, exact=False).passes(demo.TOLERANCE)
-    assert Row.of("shape", [image[:1]], image, 1.0, exact=True).relative == float("inf")
+    assert ModeRow.of("same", [image, image], image, 1.0, exact=True).passes(demo.TOLERANCE)
+    assert not ModeRow.of("one rank off", [image, off], image, 1.0, exact=True).passes(demo.TOLERANCE)
+    assert ModeRow.of("stale", [off], image, 1.0, exact=False).passes(demo.TOLERANCE)
+    assert not ModeRow.of("stale", [off], image, 0.9, exact=False).passes(demo.TOLERANCE)
+    assert ModeRow.of("shape", [image[:1]], image, 1.0, exact=True).relative == float("inf")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from xdit_ir.caching.region import COPIES, MOVES, Region, aten, find_region, packet_of
+from xdit_ir.caching.region import COPIES, MOVES, ReusedRegion, aten, find_region, packet_of
 from xdit_ir.caching.rule import CacheRule, Watched
 from xdit_ir.errors import ParallelizeError, StateError
 from xdit_ir.ir.program import Program, call_parts, is_block_call, where_of
@@ -171,7 +171,7 @@ def _computed_by_magnitudes(config: Any) -> list[int]:
     return computed
 
 
-def _other_region(region: Region, cache: HookedCache) -> str | None:
+def _other_region(region: ReusedRegion, cache: HookedCache) -> str | None:
     """Why a step that reuses a region of ours would not be one that reuses what the cache does."""
     paths = [call_parts(call).prefix for call in region.calls]
     if paths != list(cache.blocks):
@@ -189,7 +189,7 @@ def _other_region(region: Region, cache: HookedCache) -> str | None:
     return None
 
 
-def _only_from(node: fx.Node, region: Region) -> bool:
+def _only_from(node: fx.Node, region: ReusedRegion) -> bool:
     """Whether a result is the last block's."""
     todo, seen = [node], set[fx.Node]()
     while todo:

@@ -34,7 +34,7 @@ FIRSTS = frozenset({aten.addcmul, aten.type_as})  # what goes on is in the first
 
 
 @dataclass(frozen=True)
-class Region:
+class ReusedRegion:
     """`watched`: values whose change decides, each less another one where that is given. `results`: what the rest of
     the model takes of the region, each with the stream that the region adds to, if it is one. `calls`: of blocks, those
     in the region and the one that decides."""
@@ -46,7 +46,7 @@ class Region:
     rest: Collection[fx.Node]
 
 
-def find_region(program: Program, watched: Watched) -> Region:
+def find_region(program: Program, watched: Watched) -> ReusedRegion:
     """The region of a program without layouts.
 
     Raises:
@@ -84,7 +84,7 @@ class _Search:
         latents = latent_inputs(self.program)
         self.moving = descendants(node for node in self.program.graph.nodes if node.name in latents)
 
-    def region(self) -> Region:
+    def region(self) -> ReusedRegion:
         first = next((call for call in self.program.calls if call in self.moving), None)
         if first is None:
             raise ParallelizeError(f"cache: no block of {self.program.name} works on the latents; leave cache out")
@@ -97,7 +97,7 @@ class _Search:
         begins = [one for one in first.users if one.users] if behind else _floating(call_parts(first).values)
         results = self._results(inside, after - inside, begins)
         calls = list(dict.fromkeys([first, *calls]))
-        return Region(self._watched(first, begins), results, calls, inside, after - inside)
+        return ReusedRegion(self._watched(first, begins), results, calls, inside, after - inside)
 
     def _results(
         self, inside: set[fx.Node], rest: set[fx.Node], begins: Sequence[fx.Node]

@@ -16,7 +16,7 @@ from xdit_ir.capture.failures import Restart, Spot, Unshareable
 from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
 from xdit_ir.capture.finish import prune
 from xdit_ir.capture.known import note_read
-from xdit_ir.capture.objects import Kind, restore_objects
+from xdit_ir.capture.objects import ClassMark, restore_objects
 from xdit_ir.capture.operators import aten
 from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_output
 from xdit_ir.capture.recorder import Recorder
@@ -230,7 +230,7 @@ def _plain(leaf: Any) -> Literal:
 
 
 def _described(leaves: list[Any]) -> list[Any]:
-    return [describe(leaf) for leaf in leaves if not isinstance(leaf, (torch.Tensor, Kind))]
+    return [describe(leaf) for leaf in leaves if not isinstance(leaf, (torch.Tensor, ClassMark))]
 
 
 def _aliased(results: list[TracedValue], inner: list[TracedValue]) -> set[int]:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.fingerprint import describe
 from xdit_ir.capture.inputs import path_name
-from xdit_ir.capture.objects import Kind, expand_objects
+from xdit_ir.capture.objects import ClassMark, expand_objects
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import TracedValue
 
@@ -66,7 +66,7 @@ def changed(leaves: list[Any], arguments: Any) -> bool:
 
 
 def _same_leaf(new: Any, old: Any) -> bool:
-    return new is old or (isinstance(new, Kind) and new == old)
+    return new is old or (isinstance(new, ClassMark) and new == old)
 
 
 def _steps(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ def _name(path: Any, parameters: list[str]) -> str:
 
 
 def _literal(leaf: Any) -> Any:
-    if isinstance(leaf, Kind):
+    if isinstance(leaf, ClassMark):
         return leaf
     inside = vars(leaf) if hasattr(leaf, "__dict__") and not callable(leaf) else None
     hidden = (torch.Tensor, nn.Module)

@@ -19,7 +19,7 @@ from xdit_ir.errors import TraceError
 
 
 @dataclass(frozen=True)
-class Kind:
+class ClassMark:
     """Stands, in the dict of an object's attributes, for its class."""
 
     kind: type
@@ -38,7 +38,7 @@ _OPEN = (tuple, frozenset, functools.partial, types.MethodType, weakref.Referenc
 
 def snapshot(leaf: Any) -> Any:
     """An input that is no tensor, so that it can be compared with later ones even if it is changed in place."""
-    if isinstance(leaf, (type, types.ModuleType, nn.Module, Kind)):
+    if isinstance(leaf, (type, types.ModuleType, nn.Module, ClassMark)):
         return leaf
     if isinstance(leaf, ATOMS):
         return Snapshot(type(leaf), describe(leaf)) if getattr(leaf, "__dict__", None) else leaf
@@ -63,7 +63,7 @@ def expand_objects(tree: Any) -> Any:
         above.append(id(item))
         made = {name: pytree.tree_map(leaf, entry) for name, entry in vars(item).items()}
         above.pop()
-        return {_CLASS: Kind(type(item)), **made}
+        return {_CLASS: ClassMark(type(item)), **made}
 
     return pytree.tree_map(leaf, tree)
 
@@ -85,7 +85,7 @@ def restore_objects(tree: Any) -> Any:
 
 
 def _is_object(tree: Any) -> bool:
-    return type(tree) is dict and isinstance(tree.get(_CLASS), Kind)
+    return type(tree) is dict and isinstance(tree.get(_CLASS), ClassMark)
 
 
 def _object(tree: dict[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from xdit_ir.capture.objects import expand_objects
 from xdit_ir.capture.outputs import literal
 from xdit_ir.capture.parts import ATOMS, MISSING, Entries, alike, same_entries
 from xdit_ir.capture.recorder import Recorder
-from xdit_ir.capture.state import Write
+from xdit_ir.capture.state import StateWrite
 from xdit_ir.capture.values import Origin, expand
 from xdit_ir.ir.program import ITSELF, Effect, PathEntry
 
@@ -45,7 +45,7 @@ class Overwrite:
 
 
 def overwrites(
-    found: Iterable[Write], originals: Mapping[int, Any], recorder: Recorder, model: nn.Module
+    found: Iterable[StateWrite], originals: Mapping[int, Any], recorder: Recorder, model: nn.Module
 ) -> list[Overwrite]:
     """Those entries of `found` that hold tensors which follow from what forward was given, in objects that can be found
     again from the model."""
@@ -65,7 +65,7 @@ def overwrites(
     return made
 
 
-def trials(made: Sequence[Overwrite]) -> Iterator[list[Write]]:
+def trials(made: Sequence[Overwrite]) -> Iterator[list[StateWrite]]:
     """Writes after which a trace has to give the same program, if no entry is read before it is written: without them,
     and with what an earlier call, of this shape or another one, may have left there."""
     parts = {id(one.held): Entries(one.held, "") for one in made}
@@ -80,13 +80,13 @@ def trials(made: Sequence[Overwrite]) -> Iterator[list[Write]]:
             tried[-1][id(one.held)][one.key] = pytree.tree_map_only(torch.Tensor, partial(_unread, more), one.value)
     for after in tried:
         yield [
-            Write(part, before[key], after[key])
+            StateWrite(part, before[key], after[key])
             for key, part in parts.items()
             if not same_entries(after[key], before[key])
         ]
 
 
-def beside(write: Write, held: Any, made: Iterable[Overwrite]) -> Write:
+def beside(write: StateWrite, held: Any, made: Iterable[Overwrite]) -> StateWrite:
     """What else was written to `held`."""
     keys = {one.key for one in made if one.held is held}
     if not keys:

@@ -169,7 +169,7 @@ class Names(Named):
             delattr(self.item, name)
 
 
-class Slots(Named):
+class SlottedParts(Named):
     """Of an object whose classes have `__slots__`."""
 
     def read(self) -> Mapping[Any, Any]:
@@ -256,7 +256,7 @@ class Bytes(Single):
             np.asarray(self.item)[...] = before.reshape(self.item.shape)
 
 
-class Contents(Single):
+class TensorContents(Single):
     """Of a tensor."""
 
     def read(self) -> Mapping[Any, Any]:
@@ -351,7 +351,7 @@ def parts_of(item: Any, label: str) -> list[Part]:
     if type(item) is not OrderedDict and isinstance(getattr(item, "__dict__", None), dict):
         found.append(Attributes(vars(item), label))
     if slots_of(type(item)):
-        found.append(Slots(item, label))
+        found.append(SlottedParts(item, label))
     if not found and hasattr(type(item), "__next__"):
         found.append(Position(item, label))
     return found

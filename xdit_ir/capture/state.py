@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_ir.capture.fingerprint import traced
-from xdit_ir.capture.parts import ATOMS, MISSING, Contents, Context, Part, Position, alike, same_entries
+from xdit_ir.capture.parts import ATOMS, MISSING, Context, Part, Position, TensorContents, alike, same_entries
 from xdit_ir.capture.predicates import computed
 from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.recorder import Recorder
@@ -32,7 +32,7 @@ _ADVICE = (
 
 
 @dataclass(frozen=True, eq=False)
-class Write:
+class StateWrite:
     """What forward left in one of the caller's objects: its entries before and after."""
 
     part: Part
@@ -68,13 +68,13 @@ class StateWatch:
         if self._exchanged:  # copies are marked too
             self._before = [(part, dict(part.read())) for part, _ in self._first]
 
-    def changes(self) -> Iterator[Write]:
+    def changes(self) -> Iterator[StateWrite]:
         """What is not as it was."""
         for part, before in self._before:
             now = {key: item for key, item in part.read().items() if traced(item) is item}
             before = {key: item for key, item in before.items() if key != "forward" or key in now}
             if not same_entries(now, before):
-                yield Write(part, before, now, exchanged=part in self._exchanged)
+                yield StateWrite(part, before, now, exchanged=part in self._exchanged)
 
     def restore(self, copies: Mapping[int, Any] | None = None) -> None:
         """Put everything back but in `copies`, which are thrown away; an `lru_cache` that was missed is emptied."""
@@ -123,37 +123,37 @@ class Writes:
     weights alone, `without` are writes that take it away: what is made anew before it is read is not missed then.
     """
 
-    kept: list[Write]
+    kept: list[StateWrite]
     refused: TraceError | None = None
-    without: tuple[Write, ...] = ()
+    without: tuple[StateWrite, ...] = ()
 
 
-def writes_of(found: Sequence[Write], skeleton: Skeleton, recorder: Recorder) -> Writes:
+def writes_of(found: Sequence[StateWrite], skeleton: Skeleton, recorder: Recorder) -> Writes:
     """What forward left in copies and in the caller's objects."""
     originals = skeleton.originals
     refused = [write for write in found if write.exchanged or isinstance(write.part, (Position, Context))]
     if refused:
         return Writes([], refusal(refused))
     real = _Real(recorder, originals)
-    made: list[Write] = []
-    anew: list[Write] = []
+    made: list[StateWrite] = []
+    anew: list[StateWrite] = []
     problems: list[TraceError] = []
     for write in found:
         part = write.part.of(originals.get(id(write.part.item), write.part.item))
         own = part is not write.part and part.item is write.part.item
         before = write.before if own else dict(part.read())
         try:
-            made.append(Write(part, before, dict(real.entries(write, before))))
+            made.append(StateWrite(part, before, dict(real.entries(write, before))))
         except _Unreal as problem:
             problems.append(refusal([write], f", which {problem}"))
             if not isinstance(problem, _OfWeights):
                 return Writes([], problems[-1])
             gone = set(changed(write.before, write.after))
-            anew.append(Write(part, before, {key: item for key, item in before.items() if key not in gone}))
+            anew.append(StateWrite(part, before, {key: item for key, item in before.items() if key not in gone}))
     for owner, tensor in recorder.filled.items():
-        part, known = Contents(tensor, owner), recorder.tables[owner][0].known
+        part, known = TensorContents(tensor, owner), recorder.tables[owner][0].known
         assert known is not None
-        made.append(Write(part, part.read(), {"contents": ordinary(known)}))
+        made.append(StateWrite(part, part.read(), {"contents": ordinary(known)}))
     kept = [write for write in made if not same_contents(write.after, write.before)]
     return Writes(kept, problems[0], tuple(anew)) if problems else Writes(kept)
 
@@ -175,7 +175,7 @@ def same_contents(now: Any, before: Any) -> bool:
     return plain and same_contents(vars(now), vars(before))
 
 
-def refusal(writes: Iterable[Write], why: str = ", again at every call") -> StateError:
+def refusal(writes: Iterable[StateWrite], why: str = ", again at every call") -> StateError:
     """That forward keeps a state."""
     names = list(dict.fromkeys(name for write in writes for name in write.names))
     shown = ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -183,9 +183,9 @@ def refusal(writes: Iterable[Write], why: str = ", again at every call") -> Stat
 
 
 @contextmanager
-def left(writes: Iterable[Write]) -> Iterator[Callable[[], None]]:
+def left(writes: Iterable[StateWrite]) -> Iterator[Callable[[], None]]:
     """Writes done to the caller's objects while in the context; for good, if what it gives is called."""
-    done: list[Write] = []
+    done: list[StateWrite] = []
     keep = False
 
     def kept() -> None:
@@ -222,7 +222,7 @@ class _Real:
         self._made: dict[int, Any] = {}
         self._kept: list[Any] = []
 
-    def entries(self, write: Write, originally: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    def entries(self, write: StateWrite, originally: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
         """What is written, and the caller's own of what is not."""
         for key, item in write.after.items():
             if key is FakeTensor:  # a registry of types, to which that of the trace was added

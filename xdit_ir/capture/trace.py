@@ -19,7 +19,7 @@ from xdit_ir.capture.overwrites import trials
 from xdit_ir.capture.plain import odd_weight
 from xdit_ir.capture.reach import GLOBAL_HOOKS, foreign_hooks, watchers_away
 from xdit_ir.capture.selected import Selections
-from xdit_ir.capture.state import Write, left, refusal
+from xdit_ir.capture.state import StateWrite, left, refusal
 from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.program import (
     Program,
@@ -86,7 +86,7 @@ class _Capture:
                 kept()
         return again if self.keep else program
 
-    def _settled(self) -> tuple[Program, list[Write]]:
+    def _settled(self) -> tuple[Program, list[StateWrite]]:
         """A program, and what forward leaves in Python objects outside of its arguments."""
         program, writes, made = self._tried()
         if made and not all(self._is_same(program, after) for after in trials(made)):
@@ -97,7 +97,7 @@ class _Capture:
             raise writes.refused from None  # it is read before it is written
         return program, writes.kept
 
-    def _is_same(self, program: Program, writes: Iterable[Write]) -> bool:
+    def _is_same(self, program: Program, writes: Iterable[StateWrite]) -> bool:
         """Whether forward is captured as this program too behind these writes."""
         with left(writes):
             try:

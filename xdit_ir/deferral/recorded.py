@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from xdit_ir.deferral.samples import Samples, Step, carried
-from xdit_ir.deferral.separable import Needs, Piece, Range, operand_ranges, pieces, resized, tensors_in
+from xdit_ir.deferral.separable import MovedRows, Needs, Range, operand_ranges, pieces, resized, tensors_in
 from xdit_ir.errors import MismatchError
 
 aten = torch.ops.aten
@@ -156,7 +156,7 @@ class RecordedValue:
     def _operands(self) -> list[RecordedValue | Kept]:
         return tensors_in((self.args, self.kwargs), (RecordedValue, Kept))
 
-    def _pieces(self, dim: int) -> list[Piece] | None:
+    def _pieces(self, dim: int) -> list[MovedRows] | None:
         shapes = [operand.shape for operand in self._operands()]
         return pieces(self.func, self.args, self.index, shapes, self.shape, dim)
 

@@ -55,7 +55,7 @@ def operand_ranges(func: Any, args: Sequence[Any], shapes: Sequence[Shape], out:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MovedRows:
     """Positions of an operand, from `start` on, that are those of the result from `place` on."""
 
     start: int
@@ -71,20 +71,20 @@ class Piece:
 
 def pieces(
     func: Any, args: Sequence[Any], index: int | None, shapes: Sequence[Shape], out: Shape, dim: int
-) -> list[Piece] | None:
+) -> list[MovedRows] | None:
     """What each operand gives of a dimension along which an operator cuts or joins; None for any other."""
     place = _ALONG.get(func)
     if place is None or _dim_argument(args, place, len(out)) != dim or any(len(one) != len(out) for one in shapes):
         return None
     if func is aten.cat.default:
         ends = list(itertools.accumulate((shape[dim] for shape in shapes), initial=0))
-        return [Piece(0, end, shape[dim]) for end, shape in zip(ends, shapes, strict=False)]
+        return [MovedRows(0, end, shape[dim]) for end, shape in zip(ends, shapes, strict=False)]
     if func is aten.slice.Tensor:
         start, _, step = (args[at] if len(args) > at else None for at in (2, 3, 4))
         first = range(shapes[0][dim])[start:].start
-        return [Piece(first, 0, out[dim])] if step in (None, 1) else None
+        return [MovedRows(first, 0, out[dim])] if step in (None, 1) else None
     sizes = [args[1]] * (index or 0) if func is aten.split.Tensor else args[1][: index or 0]
-    return [Piece(sum(sizes), 0, out[dim])]
+    return [MovedRows(sum(sizes), 0, out[dim])]
 
 
 def _broadcast(shape: Shape, out: Shape, wanted: Range) -> Range | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.emission.parts import NOTHING, AllStored, GivenUp, Parts, whole_names
+from xdit_ir.emission.parts import NOTHING, AllStored, GivenUp, StoredParts, whole_names
 from xdit_ir.emission.state import ModelWeights, check_type, running_device
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import find_tensor
@@ -188,7 +188,7 @@ def _opened(path: Path, name: str) -> Any:
         raise MismatchError(f"{path} is damaged or truncated{wanted}: {error}") from error
 
 
-class Held:
+class FixedWeights:
     """Tensors that do not change, in the order of a program's names; stands where `WeightReferences` does."""
 
     places = None  # nobody puts others there
@@ -217,7 +217,7 @@ class WeightStore:
     checkpoint: Checkpoint | None = None
     release: bool = False
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    _parts: Parts = field(default_factory=Parts)
+    _parts: StoredParts = field(default_factory=StoredParts)
     _given_up: GivenUp | None = None
 
     def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING) -> None:
@@ -235,7 +235,7 @@ class WeightStore:
             else:
                 self._own(name, specs[name])
 
-    def take(self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING) -> Held:
+    def take(self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING) -> FixedWeights:
         """The tensors of these names, on the device; each is read or moved once, one after the other. Those that are
         `stored` in parts are this rank's."""
         self.check(names, specs, stored)
@@ -263,7 +263,7 @@ class WeightStore:
             elif name not in self._tensors:
                 self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
         tensors = [self._parts.tensors[stored[n]] if n in stored else self._tensors[n] for n in names]
-        return Held(tensors, self._given_up)
+        return FixedWeights(tensors, self._given_up)
 
     def originals(
         self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored

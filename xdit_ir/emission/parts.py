@@ -26,7 +26,7 @@ def whole_names(names: Iterable[str], stored: AllStored) -> list[str]:
 
 
 @dataclass
-class Parts:
+class StoredParts:
     """Parts by what is stored, so that all programs that store weights in the same way share them."""
 
     tensors: dict[Stored, torch.Tensor] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from torch import fx
 from xdit_ir.emission.codegen import Code
 from xdit_ir.emission.execution import Tensors, first_line, is_watched
 from xdit_ir.emission.graph_pool import GraphPool
-from xdit_ir.emission.sections import Kind, Section, cut_sections
+from xdit_ir.emission.sections import RunBy, Section, cut_sections
 from xdit_ir.emission.trial import Trial
 from xdit_ir.ir.graphs import placeholders, results_of
 
@@ -94,8 +94,8 @@ class Recording:
     def __str__(self) -> str:
         """What is recorded, and what the host does."""
         kinds = Counter(section.kind for section in self._sections)
-        between = Counter(_name(node) for one in self._sections if one.kind is Kind.HOST for node in _work(one))
-        text = f"{kinds[Kind.DEVICE]} CUDA graph{'s' if kinds[Kind.DEVICE] != 1 else ''} a forward"
+        between = Counter(_name(node) for one in self._sections if one.kind is RunBy.HOST for node in _work(one))
+        text = f"{kinds[RunBy.DEVICE]} CUDA graph{'s' if kinds[RunBy.DEVICE] != 1 else ''} a forward"
         if between:
             text += "; the host runs " + ", ".join(f"{name} ({count}x)" for name, count in between.items())
         return text
@@ -110,12 +110,12 @@ class Recording:
             steps: list[_Replay | _Call] = []
             for section in self._sections:
                 step: _Replay | _Call = _Call(section, self._code)
-                if section.kind is Kind.DEVICE and section.computes:
+                if section.kind is RunBy.DEVICE and section.computes:
                     step = self._captured(section, values, varying, places, device)
                 step(values)
-                if section.kind is Kind.HOST:
+                if section.kind is RunBy.HOST:
                     varying |= set(section.gives)
-                if section.kind is Kind.ONCE:
+                if section.kind is RunBy.ONCE:
                     self._once |= {name: values[name] for name in section.gives}
                 else:
                     steps.append(step)

@@ -15,7 +15,7 @@ from xdit_ir.ir.graphs import operands
 from xdit_ir.transport.mailbox import PeerSend
 
 
-class Kind(Enum):
+class RunBy(Enum):
     """Who runs a node of a forward."""
 
     ONCE = "once"  # it depends on constants only, and needs the host
@@ -27,7 +27,7 @@ class Kind(Enum):
 class Section:
     """Nodes of one kind as a function: `module(*takes)` gives the tuple of `gives`, all by the names of nodes."""
 
-    kind: Kind
+    kind: RunBy
     module: fx.GraphModule
     takes: tuple[str, ...]
     gives: tuple[str, ...]
@@ -43,13 +43,13 @@ class Section:
         return any(isinstance(module, PeerSend) for module in self.module.modules())
 
 
-def cut_sections(run: fx.GraphModule, kinds: Mapping[fx.Node, Kind]) -> list[Section]:
+def cut_sections(run: fx.GraphModule, kinds: Mapping[fx.Node, RunBy]) -> list[Section]:
     """The sections of a forward, in order; `kinds` has every node but placeholders and the output.
 
     What is computed once, and what the host can do before anything else, come first. All else stays in its order, so
     that ranks which differ in `kinds` still talk in the same order.
     """
-    groups: list[tuple[Kind, list[fx.Node]]] = []
+    groups: list[tuple[RunBy, list[fx.Node]]] = []
     for node in _ordered(run, kinds):
         if not groups or groups[-1][0] is not kinds[node]:
             groups.append((kinds[node], []))
@@ -57,17 +57,17 @@ def cut_sections(run: fx.GraphModule, kinds: Mapping[fx.Node, Kind]) -> list[Sec
     return [_section(run, kind, nodes) for kind, nodes in groups]
 
 
-def _ordered(run: fx.GraphModule, kinds: Mapping[fx.Node, Kind]) -> list[fx.Node]:
+def _ordered(run: fx.GraphModule, kinds: Mapping[fx.Node, RunBy]) -> list[fx.Node]:
     nodes = [node for node in run.graph.nodes if node in kinds]
     late: set[fx.Node] = set()
     for node in nodes:
-        if kinds[node] is Kind.DEVICE or any(source in late for source in operands(node)):
+        if kinds[node] is RunBy.DEVICE or any(source in late for source in operands(node)):
             late.add(node)
-    early = sorted((node for node in nodes if node not in late), key=lambda node: kinds[node] is not Kind.ONCE)
+    early = sorted((node for node in nodes if node not in late), key=lambda node: kinds[node] is not RunBy.ONCE)
     return [*early, *_with_followers([node for node in nodes if node in late], kinds)]
 
 
-def _with_followers(nodes: Sequence[fx.Node], kinds: Mapping[fx.Node, Kind]) -> Iterable[fx.Node]:
+def _with_followers(nodes: Sequence[fx.Node], kinds: Mapping[fx.Node, RunBy]) -> Iterable[fx.Node]:
     """The nodes, what picks a result right behind what gave it, and waits before the host takes over: neither tuples
     nor what is on its way can be handed from one section to another."""
     done: set[fx.Node] = set()
@@ -85,7 +85,7 @@ def _with_followers(nodes: Sequence[fx.Node], kinds: Mapping[fx.Node, Kind]) -> 
         pending.pop(node, None)
 
     for node in nodes:
-        if kinds[node] is not Kind.DEVICE:
+        if kinds[node] is not RunBy.DEVICE:
             for wait in list(pending):
                 yield from write(wait)
         yield from write(node)
@@ -102,7 +102,7 @@ def _waits(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).startswith("wait_")
 
 
-def _section(run: fx.GraphModule, kind: Kind, nodes: Sequence[fx.Node]) -> Section:
+def _section(run: fx.GraphModule, kind: RunBy, nodes: Sequence[fx.Node]) -> Section:
     mine, graph, env = set(nodes), fx.Graph(), dict[fx.Node, fx.Node]()
     taken = dict.fromkeys(source for node in nodes for source in operands(node) if source not in mine)
     for source in taken:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from xdit_ir.emission.sections import Kind, insert_moves
+from xdit_ir.emission.sections import RunBy, insert_moves
 from xdit_ir.emission.structure import STRUCTURE
 from xdit_ir.ir.graphs import operands, placeholders
 from xdit_ir.ir.leaf import Leaf
@@ -77,25 +77,25 @@ class Trial(fx.Interpreter):
             self.tried[key] = waits
         return result, waits
 
-    def kinds(self) -> tuple[fx.GraphModule, dict[fx.Node, Kind]]:
+    def kinds(self) -> tuple[fx.GraphModule, dict[fx.Node, RunBy]]:
         """The forward, with copies to the device of what comes from the host, and the kind of each of its nodes."""
         assert isinstance(self.module, fx.GraphModule)
         run, copies, moves = insert_moves(self.module, self.moved, self.device)
         kinds = {copies[node]: self._kind(node) for node in self.module.graph.nodes if node.op not in _ENDS}
         fixed = {copies[node] for node in self._fixed}
-        kinds |= {move: Kind.ONCE if source in fixed else Kind.HOST for move, source in moves.items()}
+        kinds |= {move: RunBy.ONCE if source in fixed else RunBy.HOST for move, source in moves.items()}
         for node in reversed(run.graph.nodes):
-            if kinds.get(node) is Kind.ONCE:
-                kinds |= {source: Kind.ONCE for source in operands(node) if source in kinds}
+            if kinds.get(node) is RunBy.ONCE:
+                kinds |= {source: RunBy.ONCE for source in operands(node) if source in kinds}
         for node in run.graph.nodes:
             if node.target is operator.getitem and (source := operands(node)[0]) in kinds:
                 kinds[node] = kinds[source]
         return run, kinds
 
-    def _kind(self, node: fx.Node) -> Kind:
+    def _kind(self, node: fx.Node) -> RunBy:
         if node not in self.on_host and node not in self.reading:
-            return Kind.DEVICE
-        return Kind.ONCE if node in self._fixed else Kind.HOST
+            return RunBy.DEVICE
+        return RunBy.ONCE if node in self._fixed else RunBy.HOST
 
     def _note(self, node: fx.Node, result: Any, *, waits: bool) -> None:
         sources = [] if self._uploads(node) else operands(node)

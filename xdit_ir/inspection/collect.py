@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xdit_ir.api import ParallelProgram, TracedProgram
-from xdit_ir.inspection.model import Fact, Inspection, PassStep, Rows, StageView
+from xdit_ir.inspection.model import Figure, Inspection, PassStep, Rows, StageView
 from xdit_ir.inspection.views import view
 from xdit_ir.ir.mesh import DIMS, MESH_DIMS
 from xdit_ir.ir.printer import body_text, outer_text
@@ -114,18 +114,18 @@ def _stage_views(pipeline: Pipeline | None) -> Iterator[StageView]:
         yield StageView(number, pipeline.coordinates[number], *stage.counts(), sends, carried_out)
 
 
-def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[Fact]:
+def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[Figure]:
     flops = max(report.flops_total, 1)
-    yield Fact("ranks", str(parallel.world_size))
-    yield Fact("a forward", _work(flops))
-    yield Fact("slowest rank", f"{report.share:.1%}", "of that")
-    yield Fact("all ranks", f"{sum(report.flops_per_rank) / flops:.1%}", "of that")
-    yield Fact("sent by a rank", _size(sum(one.bytes_per_rank for one in report.collectives)))
-    yield Fact("weights a rank", _size(max(report.weight_bytes_per_rank)))
-    yield Fact("memory a rank", _size(max(one.total for one in report.memory)), "estimate, with weights")
+    yield Figure("ranks", str(parallel.world_size))
+    yield Figure("a forward", _work(flops))
+    yield Figure("slowest rank", f"{report.share:.1%}", "of that")
+    yield Figure("all ranks", f"{sum(report.flops_per_rank) / flops:.1%}", "of that")
+    yield Figure("sent by a rank", _size(sum(one.bytes_per_rank for one in report.collectives)))
+    yield Figure("weights a rank", _size(max(report.weight_bytes_per_rank)))
+    yield Figure("memory a rank", _size(max(one.total for one in report.memory)), "estimate, with weights")
     if any(report.buffer_bytes_per_rank):
-        yield Fact("buffers a rank", _size(max(report.buffer_bytes_per_rank)))
-    yield Fact("schedule", f"{total / 1000:.3g} ms", "estimate")
+        yield Figure("buffers a rank", _size(max(report.buffer_bytes_per_rank)))
+    yield Figure("schedule", f"{total / 1000:.3g} ms", "estimate")
 
 
 def _tables(report: Report) -> Iterator[Rows]:

@@ -18,7 +18,7 @@ class ExchangeView:
 
 
 @dataclass(frozen=True)
-class Line:
+class ValueLine:
     """One value: `op` of `args` gives `name` of `type`; `dims` are the mesh dims that divide it."""
 
     name: str
@@ -39,8 +39,8 @@ class BodyView:
 
     name: str
     calls: int
-    inputs: Sequence[Line]
-    lines: Sequence[Line]
+    inputs: Sequence[ValueLine]
+    lines: Sequence[ValueLine]
     results: Sequence[str]
     flops: int = 0
     weight_bytes: int = 0
@@ -62,7 +62,7 @@ class Box:
     dims: Sequence[str] = ()
     flops: int = 0
     sent: int = 0
-    lines: Sequence[Line] = ()
+    lines: Sequence[ValueLine] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class StageView:
 
 
 @dataclass(frozen=True)
-class Fact:
+class Figure:
     """A figure with its name, for the head of the page."""
 
     name: str
@@ -139,7 +139,7 @@ class Inspection:
     after: GraphView | None
     passes: Sequence[PassStep]
     lines: Sequence[str]
-    facts: Sequence[Fact] = ()
+    facts: Sequence[Figure] = ()
     tables: Sequence[Rows] = ()
     stages: Sequence[StageView] = ()
     timeline: Timeline | None = None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import fx
 
 from xdit_ir.inspection.boxes import Group, module_of, owners, runs
-from xdit_ir.inspection.model import BodyView, Box, Edge, ExchangeView, GraphView, Line
+from xdit_ir.inspection.model import BodyView, Box, Edge, ExchangeView, GraphView, ValueLine
 from xdit_ir.ir.graphs import arguments_of, operands, results_of, weights_of
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.printer import arguments_text, node_type, target_name
@@ -28,11 +28,11 @@ def view(program: Program, stages: Mapping[str, int] | None = None) -> GraphView
     return _Viewer(program, stages).view()
 
 
-def line(node: fx.Node, mesh: Mesh | None, *, in_time: bool) -> Line:
+def line(node: fx.Node, mesh: Mesh | None, *, in_time: bool) -> ValueLine:
     """One value. `in_time`: what changes a layout over `pipefusion` goes through a buffer."""
     where = where_of(node)
     op = "input" if node.op == "placeholder" else target_name(node.target)
-    return Line(
+    return ValueLine(
         name=node.name,
         op="result" if node.target is operator.getitem else op,
         args="" if node.op == "placeholder" else arguments_text(node),
@@ -67,7 +67,7 @@ class _Viewer:
         self.ids = {group: group[0].name for group in self.owner.values()}
         self.bodies = {name: self._body(name) for name in program.blocks}
 
-    def _line(self, node: fx.Node) -> Line:
+    def _line(self, node: fx.Node) -> ValueLine:
         return line(node, self.mesh, in_time=self.in_time)
 
     def _dims(self, several: Iterable[Sequence[str]]) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ def _kind(box: Box) -> Hashable | None:
     return layers, tuple(line.op for line in box.lines), box.stage
 
 
-def _title(lines: Sequence[Line]) -> str:
+def _title(lines: Sequence[ValueLine]) -> str:
     """The modules of some operators; where they are the model's own, what they are."""
     modules = list(dict.fromkeys(module_of(one.module) for one in lines if one.module))
     if modules:

@@ -31,7 +31,7 @@ def model_state(program: Program, model: nn.Module) -> State:
 
 
 @dataclass(eq=False)
-class Frame:
+class GraphRun:
     """A run of a graph: the name of the block call (empty: outer graph), its prefix, arguments to come, and values."""
 
     site: str
@@ -60,7 +60,7 @@ class Interpreter:
 
     def graph(self, graph: fx.Graph, inputs: Sequence[Any], prefix: str = "", site: str = "") -> Steps:
         """Run one graph; returns what it returns."""
-        frame, used_last = Frame(site, prefix, iter(inputs)), self._used_last(graph)
+        frame, used_last = GraphRun(site, prefix, iter(inputs)), self._used_last(graph)
         for node in graph.nodes:
             if node.op == "output":
                 return fx.map_arg(node.args[0], frame.env.__getitem__)
@@ -71,7 +71,7 @@ class Interpreter:
                 del frame.env[done]
         raise AssertionError("a graph ends with an output")
 
-    def node(self, node: fx.Node, frame: Frame) -> Steps:
+    def node(self, node: fx.Node, frame: GraphRun) -> Steps:
         """The value of one node."""
         if node.op == "placeholder":
             return next(frame.feed)

@@ -34,7 +34,7 @@ class Recorded:
 
 
 @dataclass(eq=False)
-class Memory:
+class StageBuffers:
     """Buffers by stage and name; `recordings` by stage and patch, as a graph knows its buffers by their addresses."""
 
     buffers: Mapping[int, Mapping[str, torch.Tensor]]
@@ -58,9 +58,9 @@ class Memories:
 
     types: Types
     device: torch.device
-    _made: list[tuple[weakref.ref[object], Memory]] = field(default_factory=list)
+    _made: list[tuple[weakref.ref[object], StageBuffers]] = field(default_factory=list)
 
-    def lend(self, owner: object) -> Memory:
+    def lend(self, owner: object) -> StageBuffers:
         """Memory full of zeros: nothing of a request is left to the next one."""
         for place, (last, memory) in enumerate(self._made):
             if last() is None:
@@ -68,7 +68,7 @@ class Memories:
                     buffer.zero_()
                 self._made[place] = weakref.ref(owner), memory
                 return memory
-        memory = Memory(
+        memory = StageBuffers(
             {
                 stage: {name: zeros(spec, self.device) for name, spec in types.items()}
                 for stage, types in self.types.items()

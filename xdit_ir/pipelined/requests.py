@@ -12,7 +12,7 @@ import torch
 from xdit_ir.deferral.deferred import Deferred, descents_of
 from xdit_ir.deferral.recorded import Descent, Numbered, are_held
 from xdit_ir.pipefusion.patch_cut import PatchCut
-from xdit_ir.pipelined.memory import Memory
+from xdit_ir.pipelined.memory import StageBuffers
 
 NEW, NEXT, AGAIN = "a new request", "the next step", "the same step again"
 
@@ -27,7 +27,7 @@ class GuidanceBranch:
     owner: Any
     steps: int = 0
     last: int = -1
-    memory: Memory | None = None
+    memory: StageBuffers | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.program import CONSTANT, TensorSpec
 from xdit_ir.pipefusion.rank_tasks import RankTasks, StageTask
-from xdit_ir.pipelined.memory import Memories, Memory, Recorded
+from xdit_ir.pipelined.memory import Memories, Recorded, StageBuffers
 from xdit_ir.pipelined.schedule import StageRun
 
 Key = tuple[int, int | None]
@@ -57,7 +57,7 @@ class RankCode:
         return self._stages[item.stage, item.patch].task
 
     def run(
-        self, item: StageRun, memory: Memory, inputs: Tensors, weights: Mapping[str, torch.Tensor]
+        self, item: StageRun, memory: StageBuffers, inputs: Tensors, weights: Mapping[str, torch.Tensor]
     ) -> Sequence[torch.Tensor]:
         """The outputs of a task; its buffers are those of a request's `memory`."""
         key = (item.stage, item.patch)

@@ -12,7 +12,7 @@ from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import SPEC
 from xdit_ir.planning.hardware import Hardware
-from xdit_ir.planning.work import Fusion, Kind, kind_of, local_bytes, product_bytes, results
+from xdit_ir.planning.work import Fusion, WorkKind, kind_of, local_bytes, product_bytes, results
 from xdit_ir.sharding.buffer_access import over_time
 from xdit_ir.sharding.cost import local_flops
 from xdit_ir.sharding.report import traffic
@@ -29,7 +29,7 @@ class Cost:
 
     seconds: tuple[float, ...]
     sent: tuple[int, ...]
-    work: Kind = Kind.VIEW
+    work: WorkKind = WorkKind.VIEW
     kind: str = ""
     over: tuple[str, ...] = ()
     travels: bool = False
@@ -57,11 +57,11 @@ class Durations:
     def _cost(self, node: fx.Node) -> Cost:
         idle = (0,) * self.mesh.world_size
         if self.over_time and over_time(node, self.mesh):
-            return Cost(self._copied(node), idle, Kind.MEMORY)
+            return Cost(self._copied(node), idle, WorkKind.MEMORY)
         if node.target is ops.upload:
             sizes = tuple(local_bytes(node, rank) for rank in range(self.mesh.world_size))
             seconds = tuple(size / self.hardware.machine.upload for size in sizes)
-            return Cost(seconds, sizes, Kind.EXCHANGE, ops.upload.__name__, travels=True)
+            return Cost(seconds, sizes, WorkKind.EXCHANGE, ops.upload.__name__, travels=True)
         found = traffic(node, self.mesh)
         if found is None:
             return Cost(self._worked(node), idle, kind_of(node), starts=self._starts(node))
@@ -73,10 +73,12 @@ class Durations:
             seconds = tuple(link.seconds(amount) for link, amount in zip(links, sent, strict=True))
             merged = self._merged(node, len(self.mesh.group(0, dims)) - 1)
             worked = tuple(max(a, b) + c for a, b, c in zip(self._worked(node), seconds, merged, strict=True))
-            return Cost(worked, sent, Kind.ATTENTION, kind, around=seconds)
+            return Cost(worked, sent, WorkKind.ATTENTION, kind, around=seconds)
         hidden = all(link.hidden for link in links)
         seconds = tuple(self.hardware.seconds(rank, groups[rank], amount) for rank, amount in enumerate(sent))
-        return Cost(seconds, sent, Kind.EXCHANGE, kind, dims, travels=True, hidden=hidden, kept=self._kept(node, sent))
+        return Cost(
+            seconds, sent, WorkKind.EXCHANGE, kind, dims, travels=True, hidden=hidden, kept=self._kept(node, sent)
+        )
 
     def _merged(self, node: fx.Node, hops: int) -> tuple[float, ...]:
         """Time of attention kernels that begin anew at each hop of a ring, and of joining partial results: two are read
@@ -93,12 +95,12 @@ class Durations:
 
     def _worked(self, node: fx.Node) -> tuple[float, ...]:
         kernels, ranks, what = self.hardware.kernels, range(self.mesh.world_size), kind_of(node)
-        if what is Kind.MEMORY:
+        if what is WorkKind.MEMORY:
             return self._fused(node)
-        if what not in (Kind.PRODUCT, Kind.ATTENTION):
+        if what not in (WorkKind.PRODUCT, WorkKind.ATTENTION):
             return (0.0,) * len(ranks)
         flops, dtype = local_flops(node, self.mesh), first_of(node.meta[SPEC]).dtype
-        if what is Kind.PRODUCT:
+        if what is WorkKind.PRODUCT:
             sizes = results(node, self.mesh)
             return tuple(
                 kernels.product_seconds(flops[rank], sizes[rank], product_bytes(node, rank), dtype) for rank in ranks
@@ -108,7 +110,7 @@ class Durations:
 
     def _starts(self, node: fx.Node) -> int:
         """Kernels: of those that are fused, those count that write."""
-        return int(kind_of(node) is not Kind.MEMORY or self._fusion(node.graph).moved[node].writes)
+        return int(kind_of(node) is not WorkKind.MEMORY or self._fusion(node.graph).moved[node].writes)
 
     def _fusion(self, graph: fx.Graph) -> Fusion:
         if graph not in self._fusions:

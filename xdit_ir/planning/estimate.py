@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from xdit_ir.api import ParallelProgram
 from xdit_ir.planning.hardware import GIB, Hardware
 from xdit_ir.planning.schedule import schedule
-from xdit_ir.planning.work import Kind
+from xdit_ir.planning.work import WorkKind
 
 
 @dataclass(frozen=True)
-class Parts:
+class Breakdown:
     """Milliseconds of a step on the rank that computes longest: matrix products, attention, all else that it computes;
     what it waits for others, exchanges that nothing hides among it; and what the host takes longer than all that."""
 
@@ -33,7 +33,7 @@ class Estimate:
     which part of the step a rank computes on average."""
 
     ms: float
-    parts: Parts
+    parts: Breakdown
     gib: tuple[float, ...]
     weights: tuple[float, ...]
     busy: float
@@ -49,14 +49,14 @@ def estimate(
     ranks = range(parallel.world_size)
     slowest = max(ranks, key=lambda rank: found.seconds(rank, last))
     clock = found.clocks[slowest]
-    worked = {kind: clock.work[last, kind] * 1e3 for kind in Kind}
+    worked = {kind: clock.work[last, kind] * 1e3 for kind in WorkKind}
     started = clock.kernels[last] * hardware.host + clock.exchanges[last] * hardware.host_exchange
     direct = not (hardware.graphs if recorded is None else recorded)
     host = max(started - step, 0.0) if direct else 0.0
-    parts = Parts(
-        products=worked[Kind.PRODUCT],
-        attention=worked[Kind.ATTENTION],
-        rest=worked[Kind.MEMORY],
+    parts = Breakdown(
+        products=worked[WorkKind.PRODUCT],
+        attention=worked[WorkKind.ATTENTION],
+        rest=worked[WorkKind.MEMORY],
         exchanges=(step - found.seconds(slowest, last)) * 1e3,
         host=host * 1e3,
     )

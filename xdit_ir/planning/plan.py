@@ -18,10 +18,10 @@ from xdit_ir.capture.methods import Module, as_module
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.passes.keeping import Keeping
-from xdit_ir.planning.estimate import Parts
+from xdit_ir.planning.estimate import Breakdown
 from xdit_ir.sharding.machine import Machine
 
-PARTS = tuple(field.name for field in dataclasses.fields(Parts))
+PARTS = tuple(field.name for field in dataclasses.fields(Breakdown))
 HEADER = ("degrees", "ms", "a second", *PARTS, "GiB", "weights", "exact", "between nodes", "why not")
 TEXT = ("degrees", "between nodes", "why not")
 BEST = "best"
@@ -35,14 +35,14 @@ class Candidate:
     of a step (under PipeFusion of a displaced one) and their parts, GiB and GiB of weights of each rank of a replica;
     the mesh dims `between` nodes. `why` it is not the best; empty for that.
 
-    Parts are there where the divided program was worked out; of the others, `ms` follows from that of one GPU. Neither
-    is there where it is illegal.
+    `parts` are there where the divided program was worked out; of the others, `ms` follows from that of one GPU.
+    Neither is there where it is illegal.
     """
 
     degrees: Degrees
     why: str
     ms: float | None = None
-    parts: Parts | None = None
+    parts: Breakdown | None = None
     gib: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
     data: int = 1
@@ -191,7 +191,7 @@ def slower(one: Candidate, best: Candidate, times: float) -> str:
 
 
 def _candidate(data: Mapping[str, Any]) -> Candidate:
-    parts = None if data["parts"] is None else Parts(**data["parts"])
+    parts = None if data["parts"] is None else Breakdown(**data["parts"])
     sizes = {name: tuple(data[name]) for name in ("gib", "weights", "between")}
     return Candidate(**{**data, **sizes, "degrees": Degrees.of(**data["degrees"]), "parts": parts})
 

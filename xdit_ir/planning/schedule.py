@@ -26,7 +26,7 @@ from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.planning.durations import Cost, Durations
 from xdit_ir.planning.hardware import Hardware, hardware_of
 from xdit_ir.planning.spans import Span, Timeline
-from xdit_ir.planning.work import Kind
+from xdit_ir.planning.work import WorkKind
 from xdit_ir.sharding.machine import Machine
 
 Place = tuple[str, str]  # a call's prefix, and a name in it
@@ -42,7 +42,7 @@ class Clock:
     link: float = 0.0
     bus: float = 0.0
     spans: list[Span] = field(default_factory=list)
-    work: dict[tuple[int, Kind], float] = field(default_factory=lambda: defaultdict(float))
+    work: dict[tuple[int, WorkKind], float] = field(default_factory=lambda: defaultdict(float))
     kernels: Counter[int] = field(default_factory=Counter)
     exchanges: Counter[int] = field(default_factory=Counter)
     _last: dict[str, int] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Team:
+class RankGroup:
     """The ranks that run a program together, and what each is in the mesh of its layouts."""
 
     ranks: tuple[int, ...]
@@ -116,7 +116,7 @@ def schedule(parallel: ParallelProgram, hardware: Hardware, *, flash: bool = Fal
     else:
         durations = Durations(parallel.mesh, hardware, flash=flash)
         ranks = tuple(range(parallel.world_size))
-        _run(list(tasks(parallel.ir, None)), Team(ranks, ranks, parallel.mesh), durations, clocks)
+        _run(list(tasks(parallel.ir, None)), RankGroup(ranks, ranks, parallel.mesh), durations, clocks)
         steps = ["one forward"]
     return Schedule(clocks, steps, [replace(span, rank=rank) for rank, one in enumerate(clocks) for span in one.spans])
 
@@ -152,7 +152,7 @@ def _is_wanted(wanted: Mapping[str, set[str]] | None, graph: str, node: fx.Node)
     return wanted is None or node.name in wanted.get(graph, ())
 
 
-def _run(todo: Sequence[Task], team: Team, durations: Durations, clocks: Sequence[Clock]) -> None:
+def _run(todo: Sequence[Task], team: RankGroup, durations: Durations, clocks: Sequence[Clock]) -> None:
     """Let the ranks of a team do these tasks; their clocks go on."""
     ready: dict[Place, list[float]] = {}
     start = [0.0] * len(team.ranks)
@@ -170,7 +170,7 @@ def _run(todo: Sequence[Task], team: Team, durations: Durations, clocks: Sequenc
             ]
 
 
-def _work(task: Task, when: float, team: Team, cost: Cost, clock: Clock, place: int) -> float:
+def _work(task: Task, when: float, team: RankGroup, cost: Cost, clock: Clock, place: int) -> float:
     """Let one rank compute, if there is anything to compute; returns when the result is there."""
     seconds = cost.seconds[place]
     if seconds == 0:
@@ -187,7 +187,7 @@ def _work(task: Task, when: float, team: Team, cost: Cost, clock: Clock, place: 
     return clock.now
 
 
-def _exchange(task: Task, when: list[float], team: Team, cost: Cost, clocks: Sequence[Clock]) -> list[float]:
+def _exchange(task: Task, when: list[float], team: RankGroup, cost: Cost, clocks: Sequence[Clock]) -> list[float]:
     """Let the ranks exchange as soon as all of a group can; returns when the result is there, on each rank."""
     begin = [max(at, clocks[rank].now, clocks[rank].link) for at, rank in zip(when, team.ranks, strict=True)]
     done = list(begin)
@@ -199,14 +199,14 @@ def _exchange(task: Task, when: list[float], team: Team, cost: Cost, clocks: Seq
         clock = clocks[team.ranks[i]]
         clock.link = done[i]
         clock.now = max(clock.now, clock.now if cost.hidden else done[i]) + cost.kept[at]
-        clock.work[team.step, Kind.MEMORY] += cost.kept[at]
+        clock.work[team.step, WorkKind.MEMORY] += cost.kept[at]
         clock.exchanges[team.step] += 1
         label = f"{task.name}: {task.node.name}"
         clock.add(_span(label, "link", cost.kind, together, done[i], team, cost.sent[at]))
     return done
 
 
-def _upload(task: Task, when: list[float], team: Team, cost: Cost, clocks: Sequence[Clock]) -> list[float]:
+def _upload(task: Task, when: list[float], team: RankGroup, cost: Cost, clocks: Sequence[Clock]) -> list[float]:
     """Let each rank read what lies with its host, beside all else; returns when it is there, on each rank."""
     done = []
     for at, rank, place in zip(when, team.ranks, team.places, strict=True):
@@ -219,7 +219,7 @@ def _upload(task: Task, when: list[float], team: Team, cost: Cost, clocks: Seque
     return done
 
 
-def _span(name: str, lane: str, kind: str, start: float, end: float, team: Team, sent: int = 0) -> Span:
+def _span(name: str, lane: str, kind: str, start: float, end: float, team: RankGroup, sent: int = 0) -> Span:
     return Span(0, lane, name, kind, start, end, team.stage, team.patch, team.step, sent)
 
 
@@ -263,13 +263,13 @@ class _PipelineClock:
         _run(self._tasks(stage, team), team, self.durations, self.clocks)
         return [self._send(stage, rank, place, team) for rank, place in zip(team.ranks, team.places, strict=True)]
 
-    def _team(self, stage: int, patch: int, step: int) -> Team:
+    def _team(self, stage: int, patch: int, step: int) -> RankGroup:
         virtual = self.pipeline.virtual
         places = tuple(v for v in range(virtual.world_size) if virtual.index(v, (TIME,)) == patch)
         ranks = tuple(self.pipeline.rank(stage, v) for v in places)
-        return Team(ranks, places, virtual, stage, patch, step)
+        return RankGroup(ranks, places, virtual, stage, patch, step)
 
-    def _tasks(self, stage: int, team: Team) -> list[Task]:
+    def _tasks(self, stage: int, team: RankGroup) -> list[Task]:
         key = (stage, team.patch)
         if key not in self._todo:
             part = self.pipeline.part(stage, team.places[0]).program
@@ -277,7 +277,7 @@ class _PipelineClock:
             self._todo[key] = list(tasks(self.pipeline.program, wanted))
         return self._todo[key]
 
-    def _send(self, stage: int, rank: int, place: int, team: Team) -> float:
+    def _send(self, stage: int, rank: int, place: int, team: RankGroup) -> float:
         """When the message of a rank is with the next stage; what stays on the rank is there at once."""
         part, clock = self.pipeline.part(stage, place), self.clocks[rank]
         if not part.sends:

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 _EMPTY = {aten.empty, aten.empty_like, aten.new_empty}
 
 
-class Kind(Enum):
+class WorkKind(Enum):
     """How an operator spends its time."""
 
     PRODUCT = "products"
@@ -34,23 +34,23 @@ class Kind(Enum):
     CALL = "call"
 
 
-def kind_of(node: fx.Node) -> Kind:
+def kind_of(node: fx.Node) -> WorkKind:
     """Of an operator of a program."""
     if node.op != "call_function":
-        return Kind.VIEW
+        return WorkKind.VIEW
     if is_block_call(node):
-        return Kind.CALL
+        return WorkKind.CALL
     if ops.communicates(node.target) or node.target is ops.upload:
-        return Kind.EXCHANGE
+        return WorkKind.EXCHANGE
     if node.target in ops.ATTENTIONS or node.target is aten.scaled_dot_product_attention.default:
-        return Kind.ATTENTION
+        return WorkKind.ATTENTION
     if counts(node.target):
-        return Kind.PRODUCT
+        return WorkKind.PRODUCT
     if ops.is_view(node.target) or getattr(node.target, "overloadpacket", None) in _EMPTY:
-        return Kind.VIEW
+        return WorkKind.VIEW
     if projection(node) is not None:  # the product's kernel does it on the way
-        return Kind.VIEW
-    return Kind.MEMORY
+        return WorkKind.VIEW
+    return WorkKind.MEMORY
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Fusion:
     def __init__(self, graph: fx.Graph) -> None:
         nodes: list[fx.Node] = list(graph.nodes)
         self._depth = _depths(nodes)
-        self._leader = {node: node for node in nodes if kind_of(node) is Kind.MEMORY}
+        self._leader = {node: node for node in nodes if kind_of(node) is WorkKind.MEMORY}
         for node in self._leader:
             for source in map(behind_views, node.all_input_nodes):
                 if self._fuses(source, node):
@@ -77,7 +77,7 @@ class Fusion:
         self.moved = {node: self._moved(node, seen) for node in self._leader}
 
     def _fuses(self, source: fx.Node, node: fx.Node) -> bool:
-        return kind_of(source) is Kind.MEMORY and self._depth[source] == self._depth[node]
+        return kind_of(source) is WorkKind.MEMORY and self._depth[source] == self._depth[node]
 
     def _find(self, node: fx.Node) -> fx.Node:
         while self._leader[node] is not node:
@@ -100,7 +100,7 @@ def _depths(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
     """How many kernels of other kinds are before each node on any way; what only moves bytes is as late as it can be,
     beside those who use it."""
     depth: dict[fx.Node, int] = {}
-    late = (Kind.MEMORY, Kind.VIEW)
+    late = (WorkKind.MEMORY, WorkKind.VIEW)
     for node in nodes:
         behind = (depth[source] + (kind_of(source) not in late) for source in node.all_input_nodes)
         depth[node] = max(behind, default=0)
@@ -113,7 +113,7 @@ def _depths(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
 
 def behind_views(node: fx.Node) -> fx.Node:
     """Where the elements of a view are from."""
-    while node.op == "call_function" and kind_of(node) is Kind.VIEW:
+    while node.op == "call_function" and kind_of(node) is WorkKind.VIEW:
         sources = node.all_input_nodes
         if not sources:
             break
@@ -124,7 +124,7 @@ def behind_views(node: fx.Node) -> fx.Node:
 def _users(node: fx.Node) -> Iterator[fx.Node]:
     """Those that use its elements, also by way of views."""
     for user in node.users:
-        if user.op == "call_function" and kind_of(user) is Kind.VIEW:
+        if user.op == "call_function" and kind_of(user) is WorkKind.VIEW:
             yield from _users(user)
         else:
             yield user
@@ -133,7 +133,7 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
 def local_bytes(node: fx.Node, rank: int) -> int:
     """Bytes of a value on a rank; a view that repeats elements has no more than it was made from."""
     own = _size(node, rank)
-    if node.op == "call_function" and kind_of(node) is Kind.VIEW and node.all_input_nodes:
+    if node.op == "call_function" and kind_of(node) is WorkKind.VIEW and node.all_input_nodes:
         return min(own, local_bytes(node.all_input_nodes[0], rank))
     return own
 

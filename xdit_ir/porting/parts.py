@@ -22,7 +22,7 @@ from xdit_ir.sharding.machine import Machine
 
 
 @dataclass(frozen=True)
-class Parts:
+class PortedParts:
     """How they are made: divided over all ranks of `mesh` by rows or tokens, one kernel after the other, as they run
     once for an image or video. If `asked` for by name, what cannot be divided is an error, else it runs whole.
     """

@@ -20,7 +20,7 @@ from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
-from xdit_ir.porting.parts import Parts, not_portable
+from xdit_ir.porting.parts import PortedParts, not_portable
 from xdit_ir.porting.planned import Unplanned, saved_data, saved_degrees, unplanned_degrees
 from xdit_ir.porting.ported import Ported
 from xdit_ir.sharding.machine import H100, Machine, checked
@@ -115,7 +115,7 @@ def port(
         return division.ported(model, RunOptions(execution, loading, data))
     found, beside = split(model, components, denoisers)
     options = {name: RunOptions(execution, loading.component(name), data) for name in (*found, *beside)}
-    parts = Parts(division.mesh, division.schedule["machine"], options, asked=components is not None)
+    parts = PortedParts(division.mesh, division.schedule["machine"], options, asked=components is not None)
     methods, encoders = parts.methods(beside), parts.encoders(beside)
 
     def stand_in(name: str, module: nn.Module) -> Ported:

@@ -60,7 +60,7 @@ class Propagation:
         layouts, one after the other."""
         return self.attempt(seeds).program()
 
-    def attempt(self, seeds: Seeds | None = None) -> Attempt:
+    def attempt(self, seeds: Seeds | None = None) -> Assignment:
         """The same, to be priced before it is written down."""
         inputs = [
             node.meta.get(LAYOUT, Layout.whole(len(node.meta[SPEC].shape)))
@@ -69,7 +69,7 @@ class Propagation:
         ]
         draft = _GraphPropagation(self, inputs, seeds or {}, None, outer=True).write(self.program.graph)
         draft.sweep(lambda step: _push(step, self))
-        return Attempt(self, draft)
+        return Assignment(self, draft)
 
     def same(self, layout: Layout) -> Layout:
         """One object for equal layouts, which makes comparing them cheap."""
@@ -139,7 +139,7 @@ class Propagation:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Assignment:
     """A program whose layouts are decided but not written down."""
 
     run: Propagation

@@ -12,7 +12,7 @@ from torch import fx
 
 from xdit_ir.errors import ExecutionError, VerifyError
 from xdit_ir.ir.collective_ops import Communicate, Reduce, ReduceScatter, Reshuffle, Ring, add_up, pack, unpack
-from xdit_ir.ir.interpret import Frame, Interpreter, State, Steps
+from xdit_ir.ir.interpret import GraphRun, Interpreter, State, Steps
 from xdit_ir.ir.named_tensors import constants_on
 from xdit_ir.ir.program import CONSTANT, Program
 from xdit_ir.kernels.attention import RingMerge
@@ -56,7 +56,7 @@ class RankInterpreter(Interpreter):
         super().__init__(program, held, device, None if observe is None else functools.partial(observe, rank))
         self.rank = rank
 
-    def node(self, node: fx.Node, frame: Frame) -> Steps:
+    def node(self, node: fx.Node, frame: GraphRun) -> Steps:
         """The value of one node; what fails says where."""
         try:
             return (yield from super().node(node, frame))

@@ -62,11 +62,11 @@ def write(program: Program) -> Document:
     """The complete text of a program."""
     collected, types = Collected(), TypeWriter(program.mesh if program.seeding is None else program.seeding.mesh)
     over = "" if program.mesh is None else f" on {mesh_text(program.mesh)}"
-    outer = GraphWriter(program, program.graph, collected, types, [""])
+    outer = GraphText(program, program.graph, collected, types, [""])
     sections = [[f"program {program.name}{over} {{", *outer.inputs(), *outer.lines(), "}"]]
     for name, block in program.blocks.items():
         prefixes = [call_parts(node)[1] for node in program.calls if node.args[0] == name]
-        body = GraphWriter(program, block.graph, collected, types, prefixes)
+        body = GraphText(program, block.graph, collected, types, prefixes)
         sections.append([f"block {name}({body.parameters()}) {{", *body.lines(), "}"])
     sections += _tables(program, collected, types)
     return Document("\n\n".join("\n".join(lines) for lines in sections) + "\n", collected.found)
@@ -97,7 +97,7 @@ def _tables(program: Program, collected: Collected, types: TypeWriter) -> Iterat
         yield [f"seeds on {mesh_text(program.seeding.mesh)} {{", *_seed_lines(program, program.seeding, types), "}"]
 
     def graph(part: fx.Graph) -> list[str]:
-        writer = GraphWriter(program, part, collected, types, [])
+        writer = GraphText(program, part, collected, types, [])
         return [*writer.inputs(), *writer.lines()]
 
     if program.signature != no_signature():
@@ -141,7 +141,7 @@ def usual_name(target: str) -> str:
     return target.removeprefix(f"{CONSTANT}.").replace(".", "_")
 
 
-class GraphWriter:
+class GraphText:
     """One graph. References to parameters stand where they are used, unless there is more to say about them."""
 
     def __init__(
