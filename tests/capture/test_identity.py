@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,13 @@ X = torch.randn(2, 4)
 ONE: Any = None
 FACTORS: dict[Any, float] = {}
 MEMO: dict[Any, torch.Tensor] = {}
+
+
+class Mark:
+    """A plain object."""
+
+
+MARK = Mark()
 
 
 class Layer(nn.Module):
@@ -72,7 +80,21 @@ def in_attributes(model: nn.Sequential) -> nn.Sequential:
     return model
 
 
+def marked(factor: Callable[[Any], float]) -> nn.Sequential:
+    """Layers with marks, the second with the one that everybody knows."""
+    model = layers(lambda layer: factor(layer.mark))
+    for layer, mark in zip(model, (Mark(), MARK, Mark()), strict=True):
+        layer.mark = mark
+    FACTORS[MARK] = 2.0
+    return model
+
+
 WAYS = {
+    "a known object": lambda: marked(lambda mark: 2.0 if mark is MARK else 1.0),
+    "a known object as a key": lambda: marked(lambda mark: FACTORS.get(mark, 1.0)),
+    "the number of a known object": lambda: marked(
+        functools.partial(lambda known, x: known.get(id(x), 1), {id(MARK): 2})
+    ),
     "global": lambda: of_globals(layers(lambda layer: 2.0 if layer is ONE else 1.0)),
     "key of a global": lambda: of_globals(layers(lambda layer: FACTORS.get(layer, 1.0))),
     "closure": lambda: held(model := layers(), model[1], lambda one, module: 2.0 if module is one else 1.0),

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -282,7 +282,11 @@ def _raising_in_an_exchange(module: Any, model: Any) -> Iterator[None]:
     def bomb(*_: Any, **__: Any) -> None:
         raise ConnectionError("injected")
 
-    with mock.patch.object(collectives, "_wait", bomb), mock.patch.object(Channels, "send", bomb):
+    # Before anything is sent: with all that it waits for, the other would hear of it in its next call only.
+    places = ((collectives, "start"), (collectives, "_wait"), (Channels, "send"))
+    with ExitStack() as patched:
+        for place, name in places:
+            patched.enter_context(mock.patch.object(place, name, bomb))
         yield
 
 

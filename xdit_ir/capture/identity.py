@@ -1,4 +1,4 @@
-"""Who a module or weight is: what outside of the model refers to one refers to its copy while the copy is traced."""
+"""Who a module, weight or object is: what refers to one from outside of the model means its copy during a trace."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from xdit_ir.capture.parts import Part, is_atom
-from xdit_ir.capture.skeleton import LazyState, Skeleton
+from xdit_ir.capture.skeleton import LazyState, Skeleton, is_plain_object
 
-_NAMED = "_xdit_named"  # makes a copy equal to no other: code may ask whether it is a certain one
+NAMED = "_xdit_named"  # makes a copy equal to no other: code may ask whether it is a certain one
 
 
 class Identities:
-    """Entries of containers, closures and globals with copies in the place of a model's modules and weights: as values,
-    keys, owners of methods, behind weak references, and as the numbers that `id` gives."""
+    """Entries of containers, closures and globals with copies in the place of a model's modules, weights and plain
+    objects: as values, keys, owners of methods, behind weak references, and as the numbers that `id` gives."""
 
     def __init__(self, model: nn.Module, skeleton: Skeleton) -> None:
         self._skeleton = skeleton
@@ -32,6 +32,11 @@ class Identities:
             for tensor in (*dict.values(held["_parameters"]), *dict.values(held["_buffers"])):
                 if tensor is not None:
                     self._known.setdefault(id(tensor), (tensor, []))[1].append(module)
+
+        for item in skeleton.objects:
+            self._known.setdefault(id(item), (item, []))
+            self._own.add(id(vars(item)))
+        self._modules = list(model.modules())
 
     def exchanged(self, part: Part, held: Mapping[Any, Any]) -> dict[Any, Any] | None:
         """What a part has to hold; None if it refers to nothing of the model, or is the model's own."""
@@ -48,8 +53,10 @@ class Identities:
             return id(self._copy(item)) if item in self._known else item
         if is_atom(item):
             return item
+        if id(item) in self._known:
+            return self._copy(id(item))
         if isinstance(item, (nn.Module, torch.Tensor)):
-            return self._copy(id(item)) if id(item) in self._known else item
+            return item
         if kind in (tuple, frozenset) or (isinstance(item, tuple) and hasattr(kind, "_make")):
             inside = [self(entry) for entry in item]
             same = all(map(_is_same, inside, item))
@@ -69,10 +76,25 @@ class Identities:
 
     def _copy(self, identity: int) -> Any:
         item, owners = self._known[identity]
-        for owner in owners:
-            vars(self._skeleton.copy_of(owner)).setdefault(_NAMED, object())
+        for owner in owners or (module for module in self._modules if _holds(vars(module), item, set())):
+            vars(self._skeleton.copy_of(owner)).setdefault(NAMED, object())
         return self._skeleton.copy_of(item)
 
 
 def _is_same(now: Any, before: Any) -> bool:
     return now is before
+
+
+def _holds(held: Any, item: Any, seen: set[int]) -> bool:
+    """Whether an object is there, or in containers and plain objects that are; modules in it have their own."""
+    if held is item:
+        return True
+    if id(held) in seen or isinstance(held, (nn.Module, torch.Tensor)) or is_atom(held):
+        return False
+    seen.add(id(held))
+    if is_plain_object(type(held)):
+        held = getattr(held, "__dict__", {})
+    entries = (
+        held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple, set, frozenset)) else ()
+    )
+    return any(_holds(entry, item, seen) for entry in entries)

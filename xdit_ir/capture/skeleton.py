@@ -111,6 +111,11 @@ class Skeleton:
         self._paired = len(self._originals)
         return self._pairs
 
+    @property
+    def objects(self) -> list[Any]:
+        """Plain objects that were copied."""
+        return [item for item in self._originals if is_plain_object(type(item)) and self._copies[id(item)] is not item]
+
     def _remember(self, original: Any, copy: Any) -> None:
         self._copies[id(original)] = copy
         self._originals.append(original)

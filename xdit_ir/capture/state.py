@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_ir.capture.fingerprint import traced
+from xdit_ir.capture.identity import NAMED
 from xdit_ir.capture.parts import ATOMS, MISSING, Context, Part, Position, TensorContents, alike, same_entries
 from xdit_ir.capture.predicates import computed
 from xdit_ir.capture.reach import Reach
@@ -71,8 +72,8 @@ class StateWatch:
     def changes(self) -> Iterator[StateWrite]:
         """What is not as it was."""
         for part, before in self._before:
-            now = {key: item for key, item in part.read().items() if traced(item) is item}
-            before = {key: item for key, item in before.items() if key != "forward" or key in now}
+            now = {key: item for key, item in part.read().items() if traced(item) is item and key != NAMED}
+            before = {key: item for key, item in before.items() if key in now or key not in ("forward", NAMED)}
             if not same_entries(now, before):
                 yield StateWrite(part, before, now, exchanged=part in self._exchanged)
 

@@ -76,9 +76,10 @@ class RankTasks:
 
     @cached_property
     def latents(self) -> dict[str, PatchCut]:
-        """The inputs that are divided over patches like an output."""
-        virtual = self.pipeline.virtual
-        return {name: cut_like(one, virtual) for name, one in latents(self.pipeline.program, virtual).items()}
+        """The inputs that are divided over patches like an output; none where all outputs are had with the last one."""
+        program, virtual = self.pipeline.program, self.pipeline.virtual
+        found = latents(program, virtual) if any(cut is not None for cut in self.cuts) else {}
+        return {name: cut_like(one, virtual) for name, one in found.items()}
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
