@@ -31,7 +31,8 @@ def test_two_processes_give_what_one_gives(workers: Pools, task: str, request: p
                 r"is packed \(a ScriptObject\); give the model plain weights \(dequantised\)", found["said"]
             )
             continue
-        assert max(found["errors"]) <= 1e-4, found
+        # An image of a file has 256 levels.
+        assert max(found["errors"]) <= (1.01 / 255 if task == "memory" else 1e-4), found
         assert found["spread"] > 1e-2, found
 
 
