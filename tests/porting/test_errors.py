@@ -19,10 +19,15 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.table = nn.Linear(4, 4), {"silu": nn.functional.silu}
+        self.missing: Any = None
 
     def forward(self, x: torch.Tensor, act: str = "silu", by: int = 1) -> torch.Tensor:
         if x.shape[-1] != 4:
             raise ValueError(f"expected 4 features, got {x.shape[-1]}")
+        if act == "undefined":
+            x = x * undefined_factor  # type: ignore[name-defined]  # noqa: F821
+        if act == "none":
+            x = x * self.missing.scale
         if act == "own":
             raise OwnError("no such function") from KeyError(act)
         assert x.dim() == 2, "two dims"
@@ -51,6 +56,8 @@ X = torch.ones(2, 4)
         ((X,), {"act": "gelu"}, KeyError),
         ((torch.ones(2, 2, 4),), {}, AssertionError),
         ((X,), {"by": 0}, ZeroDivisionError),
+        ((X,), {"act": "undefined"}, NameError),
+        ((X,), {"act": "none"}, AttributeError),
     ],
 )
 @torch.no_grad()

@@ -46,14 +46,16 @@ def source_line() -> str:
 
 
 def is_raised_outside(error: BaseException) -> bool:
-    """Whether code that is neither torch's nor ours raised an error: by a `raise`, or looking up or dividing."""
+    """Whether code that is neither torch's nor ours raised an error: by a `raise`, looking up a name or an entry,
+    dividing, or asking None for an attribute."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     if traceback is None or traceback.tb_frame.f_code.co_filename.startswith(_SKIP):
         return False
     raises = traceback.tb_frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raises or isinstance(error, (LookupError, ArithmeticError))
+    of_none = isinstance(error, AttributeError) and error.obj is None
+    return raises or of_none or isinstance(error, (LookupError, ArithmeticError, NameError))
 
 
 def failing_line(error: BaseException) -> str:
