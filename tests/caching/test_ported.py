@@ -153,3 +153,14 @@ def test_a_region_of_other_blocks_is_refused() -> None:
     found = hooked_cache(model)
     with pytest.raises(xir.TraceError, match=said):
         assert found is not None and found.among({}, traced.analysed)
+
+
+def test_one_process_runs_a_model_whose_cache_finds_no_blocks(flux: tuple[Any, dict[str, Any]]) -> None:
+    """One layer of each kind is no block that repeats."""
+    model, example = flux
+    for layers in (model.transformer_blocks, model.single_transformer_blocks):
+        del layers[1:]
+    model.enable_cache(hooked())
+    module = xir.port(model)
+    with module.cache_context("cond"), pytest.warns(UserWarning, match="FirstBlockCache, which has nothing to reuse"):
+        denoised(module, example, 0)

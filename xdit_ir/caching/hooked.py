@@ -60,7 +60,10 @@ class HookedCache:
                 f"cache={schedule['cache']!r}, and enable_cache has given the model a {self.name}; expected one of "
                 "them, nearest legal: disable_cache()"
             )
-        region = find_region(program, CacheRule.parse(self.rule).watched)
+        try:
+            region = find_region(program, CacheRule.parse(self.rule).watched)
+        except ParallelizeError as error:
+            raise _refused(self.name, f"which has nothing to reuse here ({error})", "") from error
         if (why := _other_region(region, self)) is not None:
             raise _refused(self.name, why, self.rule)
         return {**schedule, "cache": self.rule}
