@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import diffusers
@@ -164,3 +165,17 @@ def test_one_process_runs_a_model_whose_cache_finds_no_blocks(flux: tuple[Any, d
     module = xir.port(model)
     with module.cache_context("cond"), pytest.warns(UserWarning, match="FirstBlockCache, which has nothing to reuse"):
         denoised(module, example, 0)
+
+
+def test_the_context_says_which_step_it_is(flux: tuple[Any, dict[str, Any]]) -> None:
+    """Latents that are no results of the step before: the hooks do not look at them."""
+    model, example = flux
+    found = []
+    for module in (model, xir.port(copy.deepcopy(model), ulysses=1)):
+        module.enable_cache(hooked(0.5))
+        with torch.no_grad(), module.cache_context("cond"):
+            steps = [example | {"timestep": example["timestep"] - step / 10} for step in range(3)]
+            found.append([tensors_of(module(**step))[0].clone() for step in steps])
+        module._reset_stateful_cache()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, torch.as_tensor(other), rtol=0, atol=1e-5)

@@ -21,6 +21,7 @@ from xdit_ir.ir.program import Program, call_parts, is_block_call, where_of
 
 _REGISTRY, _LIBRARY = "_diffusers_hook", "diffusers.hooks."
 _STATE = ("_context", "_state_cache")  # what calls leave in what several hooks share
+_MAGNITUDES, _ALONE = "MagCache", "inference"  # the second: what it calls a context that nobody has named
 _CARRIES = MOVES | COPIES | {aten.cat}
 # Of caches that mean no rule: their name, what they do, and the attribute of a hook that says how often.
 _OTHERS = {
@@ -42,11 +43,21 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class HookedCache:
-    """One called `name`, which means `rule`; `blocks` have its hooks, in the order in which it expects them to run."""
+    """One called `name`, which means `rule`; `blocks` have its hooks, in the order in which it expects them to run, and
+    `states` is what the hooks share: a state for each branch of guidance, by the name of its context."""
 
     name: str
     rule: str
     blocks: tuple[str, ...]
+    states: Any
+
+    def branch(self) -> tuple[str, object]:
+        """The name of the context that a call is made in, and its state, a new one for a new request: pipelines begin
+        one by `_reset_stateful_cache`. As the hooks do it, which raise `ValueError` where a context is missing."""
+        if self.name == _MAGNITUDES and self.states._context is None:
+            kept = self.states._state_cache
+            return _ALONE, kept.setdefault(_ALONE, self.states._state_cls())
+        return str(self.states.context.name), self.states.get_state()
 
     def among(self, schedule: Mapping[str, Any], program: Program) -> dict[str, Any]:
         """The options of `parallelize` for an analysed program, with the rule.
@@ -90,7 +101,8 @@ def hooked_cache(model: nn.Module) -> HookedCache | None:
         often = next((getattr(hook, interval) for hook in hooks if hasattr(hook, interval)), 0)
         raise _refused(name, f"which {what}", f"every:{often}" if often > 1 else "first-block:0.08")
     rule = _first_block(hooks) if kind == "first_block_cache" else _magnitudes(hooks)
-    return HookedCache("FirstBlockCache" if kind == "first_block_cache" else "MagCache", rule, tuple(places))
+    name = "FirstBlockCache" if kind == "first_block_cache" else _MAGNITUDES
+    return HookedCache(name, rule, tuple(places), next(_shared(hooks)))
 
 
 @contextmanager
@@ -125,8 +137,12 @@ def check_unhooked(model: nn.Module) -> None:
 def states_of(model: nn.Module) -> set[tuple[int, str]]:
     """What calls leave in the hooks of step caches, as keys of dicts that are told by their ids."""
     hooks = [hook for module in model.modules() for _, hook in _caches_of(module)]
-    shared = {id(item): item for hook in hooks for item in vars(hook).values() if hasattr(item, _STATE[1])}
-    return {(id(vars(item)), name) for item in shared.values() for name in _STATE}
+    return {(id(vars(item)), name) for item in _shared(hooks) for name in _STATE}
+
+
+def _shared(hooks: Iterable[Any]) -> Iterator[Any]:
+    """What hooks share that keeps states."""
+    yield from {id(item): item for hook in hooks for item in vars(hook).values() if hasattr(item, _STATE[1])}.values()
 
 
 def _caches_of(module: nn.Module) -> Iterator[tuple[str, Any]]:

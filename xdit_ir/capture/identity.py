@@ -25,18 +25,17 @@ class Identities:
         self._skeleton = skeleton
         self._known: dict[int, tuple[Any, list[nn.Module]]] = {}
         self._own: set[int] = set()
-        for module in model.modules():
+        self._modules = list(model.modules())
+        for module in self._modules:
             self._known[id(module)] = (module, [module])
             held = vars(module)
             self._own.update((id(held), *(id(item) for item in held.values() if isinstance(item, dict))))
             for tensor in (*dict.values(held["_parameters"]), *dict.values(held["_buffers"])):
                 if tensor is not None:
                     self._known.setdefault(id(tensor), (tensor, []))[1].append(module)
-
         for item in skeleton.objects:
-            self._known.setdefault(id(item), (item, []))
+            self._known[id(item)] = (item, [])
             self._own.add(id(vars(item)))
-        self._modules = list(model.modules())
 
     def exchanged(self, part: Part, held: Mapping[Any, Any]) -> dict[Any, Any] | None:
         """What a part has to hold; None if it refers to nothing of the model, or is the model's own."""

@@ -113,8 +113,9 @@ class Skeleton:
 
     @property
     def objects(self) -> list[Any]:
-        """Plain objects that were copied."""
-        return [item for item in self._originals if is_plain_object(type(item)) and self._copies[id(item)] is not item]
+        """Plain objects that were copied, without modules and tensors."""
+        found = [item for item in self._originals if not isinstance(item, (nn.Module, torch.Tensor))]
+        return [item for item in found if is_plain_object(type(item)) and self._copies[id(item)] is not item]
 
     def _remember(self, original: Any, copy: Any) -> None:
         self._copies[id(original)] = copy

@@ -286,6 +286,7 @@ class Specialisations:
 
         def make() -> ParallelProgram:
             cache = hooked_cache(self.model)
+            factory.branch = None if cache is None else cache.branch
             try:
                 with caches_away(self.model):
                     program = capture.trace(self.model, _example(signature, given), keep=True)

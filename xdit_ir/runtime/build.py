@@ -51,8 +51,11 @@ class RunnerFactory:
     """Makes runners, and has what those of one model share: the queue of a pipeline, calls that wait for another,
     and what ranks agree on.
 
-    `pairs`: programs of which parts of `cfg` run different calls pair them.
+    `pairs`: programs of which parts of `cfg` run different calls pair them. `branch`: who knows to which branch of
+    guidance a call of the next program belongs, for its step cache; None: that follows from its inputs.
     """
+
+    branch: Callable[[], tuple[str, object]] | None = None
 
     def __init__(self, context: RankContext, *, pairs: bool = False) -> None:
         self.context, self.pairs = context, pairs
@@ -106,7 +109,7 @@ class RunnerFactory:
     def _cached(self, program: Program, cached: CachedProgram, rule: CacheRule, *, paired: bool) -> _Part:
         def runner(facts: Facts) -> Runner:
             pairing = self.pairing if paired else None
-            return CachedRunner(self.context, program, cached, rule, facts, self.denoising, pairing)
+            return CachedRunner(self.context, program, cached, rule, facts, self.denoising, pairing, self.branch)
 
         return _Part(state_names(program)[0], program.stored, [program], runner)
 

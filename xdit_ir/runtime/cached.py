@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,8 @@ class CachedRunner(Runner):
     """Its results are `Deferred`, though they are there: what is made of them tells to which request a call belongs.
 
     `pairing`: parts of `cfg` run different calls, each with what it has kept itself. A call that all parts run computes
-    all blocks, as they may have kept different things.
+    all blocks, as they may have kept different things. `branch`: who else knows to which branch of which request a call
+    belongs, by a name and an object that lives as long as that.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class CachedRunner(Runner):
         facts: Facts,
         denoising: Denoising,
         pairing: Pairing | None,
+        branch: Callable[[], tuple[str, object]] | None = None,
     ) -> None:
         super().__init__(context, program, facts, cached.programs)
-        self._rule, self._denoising, self._pairing = rule, denoising, pairing
+        self._rule, self._denoising, self._pairing, self._branch = rule, denoising, pairing, branch
+        self._memories = weakref.WeakKeyDictionary[object, BranchMemory]()
         self._head = None if cached.head is None else self._runnables[0]
         self._computed, self._skipped = self._runnables[-2:]
         self._watched, self._given = cached.watched, cached.outputs
@@ -60,23 +64,39 @@ class CachedRunner(Runner):
 
     def told(self, inputs: Tensors) -> Facts:
         """What that is, besides arguments and program, for ranks that do not agree."""
-        return {"the place of the call": self._denoising.place(self._by_name(inputs))}
+        if self._branch is None:
+            return {"the place of the call": self._denoising.place(self._by_name(inputs))}
+        name, state = self._branch()
+        calls = self._memories[state].calls if state in self._memories else 0
+        return {"the place of the call": f"call {calls} in the context {name!r}"}
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result."""
         try:
-            memory = self._denoising.enter(self._by_name(inputs), self)
-            results = self._results(inputs, weights, memory)
+            results = self._results(inputs, weights, self._enter(inputs))
         except BaseException:
-            self._denoising.forget()
+            self._give_up()
             raise
-        noted = self._denoising.returned(results)
+        noted = self._denoising.returned(results) if self._branch is None else results
         return build_output(self.program.signature, without_gradients(noted, weights))
+
+    def _enter(self, inputs: Tensors) -> BranchMemory:
+        """Begin a call; what its branch remembers."""
+        if self._branch is None:
+            return self._denoising.enter(self._by_name(inputs), self)
+        memory = self._memories.setdefault(self._branch()[1], BranchMemory())
+        memory.calls += 1
+        return memory
+
+    def _give_up(self) -> None:
+        """What steps have left."""
+        self._denoising.forget()
+        self._memories.clear()
 
     def forget(self) -> None:
         """Free what was recorded, and what steps have left."""
         super().forget()
-        self._denoising.forget()
+        self._give_up()
 
     def _by_name(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         return dict(zip(self._inputs, inputs, strict=True))
