@@ -252,6 +252,6 @@ def timed(name: str, degrees: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     with mock.patch.object(capture, "trace", counted):
-        for part in contenders(pipe, call, parse(degrees)[0], 2, torch.device("cpu")):
+        for part in contenders(pipe, call, parse(degrees)[0], 2, torch.device("cpu"), 1e-3):
             found |= part
     return found | {"decoders": sum("decode" in name for name in traced)}

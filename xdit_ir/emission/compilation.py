@@ -26,14 +26,19 @@ def compile_body(
     fixed: bool = False,
     failed: Callable[[str], None] | None = None,
 ) -> None:
-    """Compile in place; one graph, and the order of operators as it is written.
+    """Compile in place; one graph, and the order of operators as it is written. Kernels that may be chosen by how long
+    they take are those only that all sum in the same order, so that ranks which run the same call get the same bits.
 
     Args:
         codes: those of other bodies, which may be used; None: for static shapes.
         fixed: some intermediate tensors lie in memory that others write to, so none may be used for something else.
         failed: told why it cannot be compiled, at the first call, and it stays as it is; None: that is an error.
     """
-    options: dict[str, Any] = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
+    options: dict[str, Any] = {
+        "reorder_for_peak_memory": False,
+        "reorder_for_locality": False,
+        "deterministic": True,
+    }
     if fixed:
         options |= {"allow_buffer_reuse": False, "inplace_buffers": False}
     plain = module.forward

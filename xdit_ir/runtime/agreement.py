@@ -15,14 +15,17 @@ from xdit_ir.transport.contents import Contents, Seen
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.handshake import WEIGHTS, Facts, agree, agree_contents
 
+# Of an output's norm: what kernels change that sum in another order, as a compiler may choose on another rank.
+HALF, SINGLE = 3e-2, 3e-4
 ROOM, MOST = 2**19, 64  # elements and number of weights that are read again in a call on the CPU; on GPUs one weight
 
 
 @dataclass(eq=False)
 class Agreement:
-    """That of one module; remembers which weights and inputs were looked at already."""
+    """That of one module, `compiled` or not; remembers which weights and inputs were looked at already."""
 
     communicator: Communicator
+    compiled: bool = False
     _inputs: dict[str, Seen] = field(default_factory=dict)
     _weights: dict[str, Seen] = field(default_factory=dict)
     _turn: int = 0
@@ -42,7 +45,8 @@ class Agreement:
         mine, later = runner.vote(inputs)
         told = {WEIGHTS: "changed since they were compared"} if changed else {WEIGHTS: "as compared"}
         again = {} if changed else self._some(names, tensors)
-        contents = Contents(runner.plain(inputs), self._inputs, again)
+        rounding = stamp.rounding if stamp is not None and self.compiled else 0.0
+        contents = Contents(runner.plain(inputs), self._inputs, again, rounding)
         later = later and not changed
 
         def facts() -> Facts:
@@ -78,6 +82,7 @@ class WeightStamp:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = [weakref.ref(x) for x in tensors]
+        self.rounding = HALF if any(x.is_floating_point() and x.itemsize < 4 for x in tensors) else SINGLE
         self._versions = _versions(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:

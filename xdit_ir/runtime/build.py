@@ -59,7 +59,7 @@ class RunnerFactory:
 
     def __init__(self, context: RankContext, *, pairs: bool = False) -> None:
         self.context, self.pairs = context, pairs
-        self.agreement, self.denoising = Agreement(context.communicator), Denoising()
+        self.agreement, self.denoising = Agreement(context.communicator, context.execution.compile), Denoising()
 
     @cached_property
     def queue(self) -> StepQueue:

@@ -37,7 +37,7 @@ class Contents:
     computed before, if it must.
 
     `seen` has what was computed for earlier ones, and gets what is computed now; not so for those that are `again`
-    looked at.
+    looked at. `rounding`: by so much of their norm large floats of `given` may differ where ranks computed them.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Contents:
         given: Mapping[str, torch.Tensor | Sequence[float]],
         seen: dict[str, Seen] | None = None,
         again: Mapping[str, torch.Tensor] | None = None,
+        rounding: float = 0.0,
     ) -> None:
         again = again or {}
         tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
@@ -52,6 +53,7 @@ class Contents:
         self.names = [*tensors, *again, *self._told]
         self._tolerances = [_tolerance(x) for x in (*tensors.values(), *again.values())]
         self._tolerances += [_tolerance_of(x) for x in given.values() if not isinstance(x, torch.Tensor)]
+        self._rounded = {name: rounding for name, x in tensors.items() if x.is_floating_point() and x.numel() > SMALL}
         self._event: Any = None
         with torch.inference_mode(False), torch.no_grad():
             found = [_remembered(name, x, {} if seen is None else seen) for name, x in tensors.items()]
@@ -85,10 +87,12 @@ class Contents:
             time.sleep(1e-3)
         return self.numbers()
 
-    def difference(self, everyone: Sequence[Sequence[Any]]) -> tuple[str, int] | None:
-        """The first name under which some rank holds other numbers than the first rank that has it, and that rank."""
+    def difference(self, everyone: Sequence[Sequence[Any]], *, rounded: bool = False) -> tuple[str, int] | None:
+        """The first name under which some rank holds other numbers than the first rank that has it, and that rank;
+        `rounded`: numbers that rounding does not explain."""
         tables = [dict(zip(names, rows, strict=True)) for names, rows in everyone]
-        for name, tolerance in zip(self.names, self._tolerances, strict=True):
+        for name, exact in zip(self.names, self._tolerances, strict=True):
+            tolerance = max(exact, self._rounded.get(name, 0.0)) if rounded else exact
             held = [(rank, table[name]) for rank, table in enumerate(tables) if name in table]
             for rank, row in held[1:]:
                 if not _close(row, held[0][1], tolerance):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from xdit_ir.transport.line import Line
 
 Facts = Mapping[str, str]
 ARGUMENTS, TRACE, WEIGHTS = "the arguments of forward", "the trace", "the weights"
+ROUNDED = "ranks differ by what compiled kernels round, and by what follows from it"
 SOON = 2.0  # seconds in which what devices compute of inputs is to be there, where calls differ
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -148,14 +150,16 @@ def _out_of_step(rank: int, number: int, votes: Sequence[Any]) -> str:
 
 
 def _compare_contents(line: Line, contents: Contents, everyone: Sequence[Any], *, agreed: bool) -> None:
-    if text := _other_contents(line.rank, contents, everyone):
+    if text := _other_contents(line.rank, contents, everyone, rounded=True):
         error = MismatchError(text)
         raise line.agreed(error) if agreed else error
+    if text := _other_contents(line.rank, contents, everyone):
+        warnings.warn(f"{ROUNDED}: {text}", stacklevel=2)
 
 
-def _other_contents(mine: int, contents: Contents, everyone: Sequence[Any]) -> str:
-    """Which of these some ranks hold other numbers of; empty if none."""
-    different = contents.difference([held or ((), ()) for held in everyone])
+def _other_contents(mine: int, contents: Contents, everyone: Sequence[Any], *, rounded: bool = False) -> str:
+    """Which of these some ranks hold other numbers of; empty if none, or (`rounded`) if rounding explains it."""
+    different = contents.difference([held or ((), ()) for held in everyone], rounded=rounded)
     if different is None:
         return ""
     name, other = different
