@@ -135,10 +135,11 @@ def _result(
             result["weights"] = _weights(forward)
             result["error"] = ((output - exact).norm() / exact.norm()).item()
             torch.cuda.reset_peak_memory_stats()
-            times = _times(forward, example, args.samples, args.burst)
+            calls = contender.sizes.get("cfg", 1)  # where they do not divide a batch, they divide calls
+            times = _times(forward, example, args.samples, args.burst, calls)
         result |= {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
         result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        result["communication_ms"] = _communication(forward, example)
+        result["communication_ms"] = _communication(forward, example, calls)
         if args.profile == str(contender) and dist.get_rank() == 0:
             _profile(forward, example, args.out.with_suffix(".trace.txt"))
         elif args.profile == str(contender):
@@ -158,11 +159,13 @@ def _weights(forward: Forward) -> float:
 
 
 @torch.no_grad()
-def _run(forward: Forward, example: dict[str, Any], count: int) -> None:
-    """One image in `count` steps: Euler's method on the latents, which are read at the end."""
+def _run(forward: Forward, example: dict[str, Any], count: int, calls: int = 1) -> None:
+    """One image in `count` steps of so many calls, as guidance makes them: Euler's method on the latents, which are
+    read at the end."""
     given = dict(example)
     for _ in range(count):
-        output = _first(forward(**given))
+        outputs = [_first(forward(**given)) for _ in range(calls)]
+        output = outputs[0] if calls == 1 else torch.stack(outputs).mean(0)
         name = _latents(example, output)
         if name is not None:
             given[name] = given[name] - output.chunk(output.shape[1] // given[name].shape[1], 1)[0] / count
@@ -183,28 +186,28 @@ def _latents(example: dict[str, Any], output: torch.Tensor) -> str | None:
     return next((name for name, value in example.items() if fits(value)), None)
 
 
-def _times(forward: Forward, example: dict[str, Any], samples: int, burst: int) -> list[float]:
-    """Milliseconds per forward, each sample over a burst of forwards as in a denoising loop."""
-    _run(forward, example, 2)
+def _times(forward: Forward, example: dict[str, Any], samples: int, burst: int, calls: int) -> list[float]:
+    """Milliseconds per forward, each sample over a burst of steps of so many forwards as in a denoising loop."""
+    _run(forward, example, 2, calls)
     times = []
     for _ in range(samples):
         dist.barrier()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        _run(forward, example, burst)
-        times.append((time.perf_counter() - start) * 1e3 / burst)
+        _run(forward, example, burst, calls)
+        times.append((time.perf_counter() - start) * 1e3 / (burst * calls))
     return times
 
 
-def _communication(forward: Forward, example: dict[str, Any]) -> float:
-    """Milliseconds of one forward in which kernels on this rank do nothing but move data to others or wait for it."""
+def _communication(forward: Forward, example: dict[str, Any], calls: int) -> float:
+    """Milliseconds of one forward, of so many in a step, in which kernels on this rank do nothing but move data to others or wait for it."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        _run(forward, example, 1)
+        _run(forward, example, 1, calls)
     words = ("nccl", "symmetric_memory")
     found = (event for event in recorded.key_averages() if any(word in event.key.lower() for word in words))
-    return float(sum(event.self_device_time_total for event in found)) / 1e3
+    return float(sum(event.self_device_time_total for event in found)) / (1e3 * calls)
 
 
 def _profile(forward: Forward, example: dict[str, Any], path: Path) -> None:
