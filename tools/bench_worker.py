@@ -200,7 +200,8 @@ def _times(forward: Forward, example: dict[str, Any], samples: int, burst: int, 
 
 
 def _communication(forward: Forward, example: dict[str, Any], calls: int) -> float:
-    """Milliseconds of one forward, of so many in a step, in which kernels on this rank do nothing but move data to others or wait for it."""
+    """Milliseconds of one forward, of so many in a step, in which kernels on this rank do nothing but move data to
+    others or wait for it."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
