@@ -34,7 +34,7 @@ def divide(
 ) -> Program:
     """Run the mesh passes over an analysed program: ranks can run the result."""
     check_degrees(program, mesh, batch=batch)
-    passes = mesh_passes(mesh, machine, batch=batch, keeping=keeping)
+    passes = mesh_passes(mesh, machine, batch=batch, keeping=keeping, before=frozenset(program.stored))
     return run_passes(program, passes, after, familiar=familiar)
 
 

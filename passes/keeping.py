@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,46 +10,73 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import BATCH, TIME, Mesh
 from xdit_ir.passes.split_batch import Batch
 
+UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "GB": 10**9, "MB": 10**6}
+AMOUNT = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})")
+
 
 @dataclass(frozen=True)
 class Keeping:
-    """`shard`: each rank has an equal part; `stream`: what a rank has lies in the host's memory, in equal parts too."""
+    """`shard`: each rank has an equal part; `stream`: what a rank has lies in the host's memory, in equal parts too,
+    but for `resident` bytes at most, which stay on its GPU."""
 
     shard: bool = False
     stream: bool = False
+    resident: int = 0
 
     @staticmethod
-    def of(mesh: Mesh, shard: object = False, stream: object = False, *, batch: Batch = Batch.DIVIDED) -> Keeping:
-        """From the options.
+    def of(shard: object = False, stream: object = False) -> Keeping:
+        """From the options; raises `ParallelizeError` for what is none."""
+        if not isinstance(shard, bool):
+            raise ParallelizeError(f"shard_weights={shard!r}: expected True or False")
+        return Keeping(shard, stream is not False, _bytes(stream))
 
-        Raises:
-            ParallelizeError: they are no options, stages have weights of their own, or no two ranks hold copies of
-                what one call needs.
-        """
-        for name, wanted in (("shard_weights", shard), ("stream_weights", stream)):
-            if not isinstance(wanted, bool):
-                raise ParallelizeError(f"{name}={wanted!r}: expected True or False")
+    def check(self, mesh: Mesh, *, batch: Batch = Batch.DIVIDED) -> None:
+        """Raise `ParallelizeError` where stages have weights of their own, or no two ranks hold copies of what one call
+        needs."""
+        for name, wanted in (("shard_weights", self.shard), ("stream_weights", self.stream)):
             if wanted and mesh.size((TIME,)) > 1:
                 raise ParallelizeError(
                     f"{name}=True with {TIME}={mesh.size((TIME,))}: stages have weights of their own already; expected "
                     f"{TIME}=1, nearest legal: {BATCH}, ulysses or ring instead of {TIME}, or {name}=False"
                 )
-        if shard and batch is Batch.CALLS and mesh.world_size == mesh.size((BATCH,)) > 1:
+        if self.shard and batch is Batch.CALLS and mesh.world_size == mesh.size((BATCH,)) > 1:
             raise ParallelizeError(
                 f"shard_weights=True with {BATCH}={mesh.size((BATCH,))} that divides calls, as here the batch cannot "
                 f"be divided: its ranks run different calls, so none can gather from the other; use ulysses=2"
             )
-        return Keeping(bool(shard), bool(stream))
+
+    def joined(self, other: Keeping) -> Keeping:
+        """What either asks for."""
+        return Keeping(self.shard or other.shard, self.stream or other.stream, self.resident or other.resident)
 
     @property
-    def options(self) -> Mapping[str, bool]:
+    def streamed(self) -> bool | int:
+        """The option `stream_weights`."""
+        return self.resident or self.stream
+
+    @property
+    def options(self) -> Mapping[str, bool | int]:
         """Those that are not as usual, by name."""
-        given = {"shard_weights": self.shard, "stream_weights": self.stream}
+        given = {"shard_weights": self.shard, "stream_weights": self.streamed}
         return {name: wanted for name, wanted in given.items() if wanted}
 
     def gives_up(self, mesh: Mesh) -> bool:
         """Whether ranks have copies of weights, so that a model is to give its own up."""
         return self.stream or (self.shard and mesh.world_size > 1)
+
+
+def _bytes(stream: object) -> int:
+    """What `stream_weights` lets stay on the GPU."""
+    if isinstance(stream, bool):
+        return 0
+    if isinstance(stream, str) and (found := AMOUNT.fullmatch(stream)):
+        return int(float(found[1]) * UNITS[found[2]])
+    if isinstance(stream, int) and stream > 0:
+        return stream
+    raise ParallelizeError(
+        f"stream_weights={stream!r}: expected True or False, or how much may stay on the GPU, such as "
+        f"stream_weights='20GiB' ({', '.join(UNITS)}, or a number of bytes)"
+    )
 
 
 ALL_HERE = Keeping()

@@ -81,14 +81,30 @@ def _split(mesh: Mesh, batch: Batch) -> list[Pass]:
     return [] if batch is Batch.CALLS else [SplitBatch(mesh, shared=batch is Batch.SHARED)]
 
 
-def mesh_passes(
-    mesh: Mesh, machine: Machine = H100, *, batch: Batch = Batch.DIVIDED, keeping: Keeping = ALL_HERE
+def weight_passes(
+    mesh: Mesh, machine: Machine, batch: Batch, keeping: Keeping, before: frozenset[str] = frozenset()
 ) -> list[Pass]:
-    """Passes that divide a program over a mesh; `rank_passes` follow, per rank."""
+    """Passes for weights that are not all on every rank's GPU; `before`: what earlier programs of the model store."""
+    if keeping == ALL_HERE:
+        return []
+    paired = batch is Batch.CALLS
+    return [
+        ShardWeights(
+            mesh, paired=paired, stream=keeping.stream, resident=keeping.resident, machine=machine, before=before
+        )
+    ]
+
+
+def mesh_passes(
+    mesh: Mesh,
+    machine: Machine = H100,
+    *,
+    batch: Batch = Batch.DIVIDED,
+    keeping: Keeping = ALL_HERE,
+    before: frozenset[str] = frozenset(),
+) -> list[Pass]:
+    """Passes that divide a program over a mesh; `rank_passes` follow, per rank. `before` as for `weight_passes`."""
     split = _split(mesh, batch)
-    weights: list[Pass] = []
-    if keeping != ALL_HERE:
-        weights.append(ShardWeights(mesh, paired=batch is Batch.CALLS, stream=keeping.stream))
     return [
         *split,
         *token_passes(mesh, machine),
@@ -100,7 +116,7 @@ def mesh_passes(
         SplitJoins(),
         Overlap(mesh, machine),
         KeepParts(mesh, paired=batch is Batch.CALLS),
-        *weights,
+        *weight_passes(mesh, machine, batch, keeping, before),
     ]
 
 

@@ -16,7 +16,10 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, Program, is_block_call
 from xdit_ir.ir.stored import is_packed, packed
+from xdit_ir.passes.residency import Brought, staying
 from xdit_ir.passes.stored_weights import cut_weights, fresh_name, part_layout, stored_node
+from xdit_ir.sharding.gathered_weights import local_most, work_seconds
+from xdit_ir.sharding.machine import H100, Machine
 
 Unit = Sequence[fx.Node]
 FEWEST = 8  # parts of a model without blocks, of which two are whole at a time
@@ -29,9 +32,10 @@ class ShardWeights:
     travel while that computes, and are let go of behind the call. Of a weight of which ranks compute with their own
     rows only, they hold these, and nothing is gathered. What an earlier program of the model has stored stays as it is.
 
-    `paired`: the parts of `cfg` run different calls, so nothing is divided between them. `stream`: whatever a rank
-    holds lies in the host's memory. It is uploaded before the call before begins, or, if it is then to be gathered, one
-    call earlier; one rank uploads all.
+    `paired`: the parts of `cfg` run different calls, so nothing is divided between them. `stream`: what a rank holds
+    lies in the host's memory, but for `resident` bytes at most, which are chosen by the speeds of `machine`. It is
+    uploaded before the last call before that streams begins, or, if it is then to be gathered, one call earlier; one
+    rank uploads all. `before`: names of what an earlier program has stored.
     """
 
     name: ClassVar[str] = "shard-weights"
@@ -41,6 +45,9 @@ class ShardWeights:
     mesh: Mesh
     paired: bool = False
     stream: bool = False
+    resident: int = 0
+    machine: Machine = H100
+    before: frozenset[str] = frozenset()
 
     def apply(self, program: Program) -> Program:
         """The program whose weights are divided over all ranks that run the same call, or lie with the host."""
@@ -49,27 +56,25 @@ class ShardWeights:
             return program
         program = cut_weights(program, self.mesh, dims)
         program = program.replace(graph=copy_graph(program.graph), stored=dict(program.stored))
-        _Writer(program, self.mesh, dims, self.stream).write()
+        _Writer(program, self, dims).write()
         return program
 
 
 @dataclass
 class _Writer:
-    """Rewrites the outer graph of a `program` whose graph and `stored` are its own. `own`: of what streams, parts of
-    which ranks use their own only."""
+    """Rewrites the outer graph of a `program` whose graph and `stored` are its own. `own`: parts of which ranks use
+    their own only, if these are to stream."""
 
     program: Program
-    mesh: Mesh
+    how: ShardWeights
     dims: tuple[str, ...]
-    stream: bool
     parts: dict[str, fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        held = self.program.graph.find_nodes(op="get_attr") if self.stream else ()
+        held = self.program.graph.find_nodes(op="get_attr") if self.how.stream else ()
         self.own = {str(node.target): node for node in held if node.target in self.program.stored}
         self.parts |= self.own
-        for name in self.own:
-            self.program.stored[name] = replace(self.program.stored[name], on_host=True)  # type: ignore[index]
+        self.ranks = self.how.mesh.size(self.dims)
 
     def write(self) -> None:
         """Store weights, bring them one unit ahead, and take them out where they are used."""
@@ -77,7 +82,9 @@ class _Writer:
         units = list(self._units())
         needed = self._store([self._weights(unit) for unit in units])
         begins = [unit[0] for unit in units]
-        wholes = [{name: self._brought(name, begins[: at + 1]) for name in names} for at, names in enumerate(needed)]
+        if self.how.stream:
+            self._choose_hosts(needed, begins)
+        wholes = [{name: self._brought(name, at, needed, begins) for name in names} for at, names in enumerate(needed)]
         for unit, whole in zip(units, wholes, strict=True):
             self._take_out(unit, whole)
         remove_dead(graph)
@@ -118,26 +125,62 @@ class _Writer:
             if name not in homes:
                 together.setdefault(tuple(units), []).append(name)
         for group in together.values():
-            stored = packed({name: self.program.state[name] for name in group}, self.mesh.size(self.dims))
             key = fresh_name(group, self.program.stored)
-            self.program.stored[key] = replace(stored, on_host=self.stream)  # type: ignore[index]
+            stored = packed({name: self.program.state[name] for name in group}, self.ranks)
+            self.program.stored[key] = stored  # type: ignore[index]
             homes |= dict.fromkeys(group, key)
         return [list(dict.fromkeys(homes[name] for name in names)) for names in used]
 
-    def _brought(self, name: str, begins: Sequence[fx.Node]) -> fx.Node:
-        """What is stored as the last of some units needs it: one unit ahead, and by upload and gather two."""
-        graph, size = self.program.graph, self.mesh.size(self.dims)
+    def _choose_hosts(self, needed: Sequence[Sequence[str]], begins: Sequence[fx.Node]) -> None:
+        """Note of what is new whether it lies with the host: where there is room on the GPU, some of it does not."""
+        users: dict[str, list[int]] = {}
+        for at, names in enumerate(needed):
+            for name in names:
+                users.setdefault(name, []).append(at)
+        sizes = {name: self._held(name) for name in users}
+        left = self.how.resident - sum(
+            sizes[name] for name in users if name in self.how.before and not self._streams(name)
+        )
+        new = {name: Brought(sizes[name], tuple(at)) for name, at in users.items() if name not in self.how.before}
+        times, end = self._times(begins)
+        stay = staying(new, times, end, left) if left > 0 else set()
+        for name in new:
+            self.program.stored[name] = replace(self.program.stored[name], on_host=name not in stay)  # type: ignore[index]
+
+    def _streams(self, name: str) -> bool:
+        return self.program.stored[name].on_host
+
+    def _held(self, name: str) -> int:
+        """Bytes of something stored on the rank that has most of it."""
+        return local_most(self.own[name], self.how.mesh) if name in self.own else self._size(name) // self.ranks
+
+    def _size(self, name: str) -> int:
+        return self.program.stored[name].spec.nbytes
+
+    def _times(self, begins: Sequence[fx.Node]) -> tuple[list[float], float]:
+        """Seconds of work before each of these nodes, and of all."""
+        seconds, now, found = work_seconds(self.program, self.how.mesh, self.how.machine), 0.0, dict[fx.Node, float]()
+        for node in self.program.graph.nodes:
+            found[node] = now
+            now += seconds(node)
+        return [found[node] for node in begins], now
+
+    def _brought(self, name: str, at: int, needed: Sequence[Sequence[str]], begins: Sequence[fx.Node]) -> fx.Node:
+        """What is stored as unit `at` needs it: gathered one unit ahead, and uploaded before the last unit before that
+        has uploads begins, or if these are to be gathered, when that is."""
+        graph, gathers = self.program.graph, self.ranks > 1 and name not in self.own
         if name not in self.parts:
             stored = self.program.stored[name]
-            layout = part_layout(stored.spec, self.mesh, self.dims)
+            layout = part_layout(stored.spec, self.how.mesh, self.dims)
             self.parts[name] = stored_node(graph, name, stored, layout)
-        value, steps = self.parts[name], [ops.gather] if size > 1 and name not in self.own else []
-        if self.stream:
-            steps.insert(0, ops.upload)
-        for ahead, step in zip(range(len(steps), 0, -1), steps, strict=True):
-            layout = Layout.whole(len(value.meta[SPEC].shape)) if step is ops.gather else value.meta[LAYOUT]
-            with graph.inserting_before(begins[max(len(begins) - 1 - ahead, 0)]):
-                value = write_relayout(graph, value, step, layout)
+        value = self.parts[name]
+        if self._streams(name):
+            last = next((one for one in reversed(range(at)) if any(map(self._streams, needed[one]))), 0)
+            with graph.inserting_before(begins[max(last - gathers, 0)]):
+                value = write_relayout(graph, value, ops.upload, value.meta[LAYOUT])
+        if gathers:
+            with graph.inserting_before(begins[max(at - 1, 0)]):
+                value = write_relayout(graph, value, ops.gather, Layout.whole(len(value.meta[SPEC].shape)))
         return value
 
     def _take_out(self, unit: Unit, whole: Mapping[str, fx.Node]) -> None:

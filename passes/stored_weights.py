@@ -54,7 +54,7 @@ def cut_outside(program: Program, dims: Collection[str]) -> Program:
             continue
         for count, (layout, uses) in enumerate(parts.items(), 1):
             key = f"{STORED}.{name}" if count == 1 else f"{STORED}.{name}-{count}"
-            stored[key] = Stored(weight.meta[SPEC], ((name, 0),))
+            stored.setdefault(key, Stored(weight.meta[SPEC], ((name, 0),)))  # else as an earlier program has it
             part = stored_node(graph, key, stored[key], layout)
             for use in uses:
                 use.replace_all_uses_with(part)
@@ -80,7 +80,7 @@ def cut_weights(program: Program, mesh: Mesh, dims: Collection[str]) -> Program:
                 name = str(weight.target)
                 if name not in rows:
                     key = f"{STORED}.{name}"
-                    stored[key] = Stored(weight.meta[SPEC], ((name, 0),))
+                    stored.setdefault(key, Stored(weight.meta[SPEC], ((name, 0),)))
                     rows[name] = stored_node(graph, key, stored[key], part_layout(weight.meta[SPEC], mesh, dims))
                 call.replace_input_with(weight, rows[name])
     return program.replace(graph=graph, blocks=blocks, stored=stored)

@@ -41,7 +41,14 @@ def add_parser(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="each rank holds a part of the weights (default: where whole ones do not fit)",
     )
-    parser.add_argument("--stream-weights", action="store_true", help="weights lie in the host's memory")
+    parser.add_argument(
+        "--stream-weights",
+        nargs="?",
+        const=True,
+        metavar="STAY",
+        help="weights lie in the host's memory, but for as much as may stay on the GPU, such as 20GiB (default: where "
+        "nothing else fits)",
+    )
     parser.add_argument("--data", type=int, metavar="N", help="share the GPUs out over this many replicas")
     for name in MESH_DIMS:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"keep this many ranks along {name}")

@@ -114,7 +114,7 @@ class TracedProgram:
         pair_calls: bool = False,
         share_samples: bool = False,
         shard_weights: bool = False,
-        stream_weights: bool = False,
+        stream_weights: bool | int | str = False,
         cache: str | None = None,
         machine: Machine = H100,
         after: After | None = None,
@@ -138,7 +138,8 @@ class TracedProgram:
             shard_weights: each rank holds an equal part of the weights; what a block needs is gathered while the one
                 before computes. Not with `pipefusion`.
             stream_weights: weights lie in the host's memory, each rank's part of them, if there are several; what a
-                block needs is uploaded while the one before computes. Not with `pipefusion`.
+                block needs is uploaded while the one before computes. "20GiB", or a number of bytes: so much of them
+                may stay on the GPU. Not with `pipefusion`.
             cache: when a step reuses what the blocks of an earlier one added: "first-block:0.08", "timestep:0.1",
                 "every:2" or "steps:0,1,2,5" (those that compute). Not with `pipefusion`. See docs/caching.md.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
@@ -151,7 +152,8 @@ class TracedProgram:
         mesh, machine = Mesh.of(**degrees), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED
-        keeping = Keeping.of(mesh, shard_weights, stream_weights, batch=batch)
+        keeping = Keeping.of(shard_weights, stream_weights)
+        keeping.check(mesh, batch=batch)
         rule = None if cache is None else CacheRule.parse(cache)
         traced = self if pipefusion == 1 else self._placed
         analysed = traced.analysed if rule is None else note_region(traced.analysed, rule, mesh, after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,20 +26,27 @@ from xdit_ir.transport.uploads import StartUpload
 
 LAYER = 4 * (4 * 16 * 16 + 4 * 16)  # bytes of one layer of `Stack`
 PADDING = 4 * 256
-DEGREES = ({}, {"ulysses": 2}, {"tensor": 2, "ulysses": 2})
+PACKED = 4608  # bytes of one, each weight from a multiple of 256 on
+ALL = {"stream_weights": True}
+DEGREES = ({**ALL}, {}, {"ulysses": 2}, {"tensor": 2, "ulysses": 2}, {"ulysses": 2, **ALL})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Two models alone; all of them, also over ranks, with `--zoo-all`."""
+    """One model alone, all of it and a half; all models, also over ranks, with `--zoo-all`."""
     if "degrees" in metafunc.fixturenames:
         every = metafunc.config.getoption("--zoo-all")
-        pairs = [(name, degrees) for name in MODELS for degrees in DEGREES] if every else [("flux.1-dev", {})]
+        pairs = (
+            [(name, degrees) for name in MODELS for degrees in DEGREES]
+            if every
+            else [("flux.1-dev", one) for one in DEGREES[:2]]
+        )
         metafunc.parametrize(("name", "degrees"), pairs, ids=[f"{name}-{'-'.join(d)}" for name, d in pairs])
 
 
-def test_every_rank_gives_the_models_output(name: str, degrees: dict[str, int]) -> None:
+def test_every_rank_gives_the_models_output(name: str, degrees: dict[str, Any]) -> None:
     model, example = models.load(f"{name}:tiny")
-    parallel = xir.trace(model, example).parallelize(**degrees, stream_weights=True)
+    half = sum(x.nbytes for x in model.parameters()) // 2
+    parallel = xir.trace(model, example).parallelize(**{"stream_weights": half, **degrees})
     with torch.no_grad():
         want = tensors_of(model(**example))
     for rank, output in enumerate(parallel.simulate(model, example)):
@@ -88,6 +96,37 @@ def test_a_port_uploads_block_by_block(
         port.load_state_dict(Stack(8).state_dict())
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_stays_and_what_streams_alternate(model: nn.Module, ranks: int) -> None:
+    """Half of eight layers and of two projections; uploads begin when the last one is used, or is to be gathered."""
+    room = 4 * PACKED + 2 * 1280
+    parallel = xir.trace(model, (X,)).parallelize(ulysses=ranks, stream_weights=room // ranks)
+    program, report = parallel.ir, parallel.report()
+    stays = [not program.stored[f"_stored.layers.{layer}"].on_host for layer in range(8)]
+    assert sum(stays) == 4 and not any(a == b == c for a, b, c in zip(stays, stays[1:], stays[2:], strict=False))
+    assert report.gathered.uploaded == 4 * PACKED // ranks
+    assert report.memory[0].host == 4 * PACKED // ranks
+    assert report.memory[0].weights <= room // ranks + 3 * PACKED
+    nodes = list(program.graph.nodes)
+    calls = [at for at, node in enumerate(nodes) if is_block_call(node)]
+    streamed = [layer for layer, stay in enumerate(stays) if not stay]
+    begun = {node.name: at for at, node in enumerate(nodes)}
+    for before, layer in itertools.pairwise(streamed):
+        first = before - (ranks > 1)
+        assert (calls[first - 1] if first else 0) < begun[f"_stored_layers_{layer}_upload"] < calls[first]
+    for output in parallel.simulate(model, (X,)):
+        torch.testing.assert_close(output, model(X))
+
+
+def test_a_port_keeps_to_what_stays(model: nn.Module, most_on_device: Callable[[], int]) -> None:
+    """Also for inputs that come later, which would choose otherwise; as much as all are is all of them."""
+    want = model(X), model(X, True)
+    port = xir.port(model, stream_weights="8KiB")
+    torch.testing.assert_close((port(X), port(X, True)), want)
+    assert LAYER < most_on_device() <= 2 * (LAYER + PADDING)
+    assert not xir.trace(Stack(8), (X,)).parallelize(stream_weights="1 GiB").report().gathered.uploaded
+
+
 def test_uploads_begin_before_the_call_before(model: nn.Module) -> None:
     """With several ranks each uploads its part one call earlier still, and the parts are gathered."""
     traced = xir.trace(model, (X,))
@@ -116,6 +155,12 @@ def test_the_report_says_what_is_hidden(model: nn.Module, a_layer_takes: float) 
     exposed = shortest if a_layer_takes < embed else found.seconds - 8 * layer - embed
     assert found.exposed == pytest.approx(exposed)
     assert f"of which {(found.seconds - exposed) * 1e3:.1f} are hidden" in str(report)
+    if a_layer_takes < embed:
+        assert not found.excess and "would have to stay" not in str(report)
+        return
+    assert found.excess == pytest.approx(found.uploaded - (8 * layer + 2 * embed) * machine.upload, abs=1)
+    told = xir.trace(model, (X,)).parallelize(stream_weights=found.excess + packed, machine=machine).report().gathered
+    assert told.exposed <= 0.05 * (8 * layer + 2 * embed), "as much is what it takes"
 
 
 def test_its_text_reads_back_and_a_wrong_one_is_caught(model: nn.Module) -> None:
@@ -137,5 +182,5 @@ def test_check_takes_it_and_stages_do_not(model: nn.Module) -> None:
     assert xir.check(model, (X,), ulysses=2, stream_weights=True).ok
     with pytest.raises(xir.ParallelizeError, match=r"stream_weights=True with pipefusion=2.*nearest legal"):
         xir.port(model, pipefusion=2, stream_weights=True)
-    with pytest.raises(xir.ParallelizeError, match=r"stream_weights='yes': expected True or False"):
+    with pytest.raises(xir.ParallelizeError, match=r"stream_weights='yes': expected True or False, or how much"):
         xir.port(model, stream_weights="yes")

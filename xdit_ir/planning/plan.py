@@ -31,9 +31,10 @@ WHOLE = "whole weights fit, and gathering parts takes no less"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to use the GPUs: as `data` replicas of `degrees`, with weights in parts if `shard_weights`; milliseconds
-    of a step (under PipeFusion of a displaced one) and their parts, GiB and GiB of weights of each rank of a replica;
-    the mesh dims `between` nodes. `why` it is not the best; empty for that.
+    """One way to use the GPUs: as `data` replicas of `degrees`, with weights in parts if `shard_weights`, or with the
+    host (`stream_weights`: True, or bytes that stay on the GPU); milliseconds of a step (under PipeFusion of a
+    displaced one) and their parts, GiB and GiB of weights of each rank of a replica; the mesh dims `between` nodes.
+    `why` it is not the best; empty for that.
 
     `parts` are there where the divided program was worked out; of the others, `ms` follows from that of one GPU.
     Neither is there where it is illegal.
@@ -48,12 +49,21 @@ class Candidate:
     data: int = 1
     shard_weights: bool = False
     between: tuple[str, ...] = ()
+    stream_weights: bool | int = False
 
     @property
     def name(self) -> str:
-        """In short, such as `u8`, `u8 sharded` and `2 x u4`."""
+        """In short, such as `u8`, `u8 sharded`, `u1 streamed but 20.0 GiB` and `2 x u4`."""
         degrees = f"{self.degrees} sharded" if self.shard_weights else str(self.degrees)
+        if self.stream_weights:
+            stays = self.keeping.resident
+            degrees = f"{degrees} streamed but {stays / 2**30:.1f} GiB" if stays else f"{degrees} streamed"
         return degrees if self.data == 1 else f"{self.data} x {degrees}"
+
+    @property
+    def keeping(self) -> Keeping:
+        """Where weights are."""
+        return Keeping.of(self.shard_weights, self.stream_weights)
 
     @property
     def exact(self) -> bool:
@@ -84,8 +94,7 @@ class Candidate:
 @dataclass(frozen=True)
 class Plan:
     """For a `model` (its class, and a digest of its weights' names and shapes) on `gpus` GPUs of a `machine`, by name;
-    candidates begin with the best. `memory`: GiB that a rank may use. `speeds`: those by which passes choose.
-    `stream_weights`: as for `parallelize`."""
+    candidates begin with the best. `memory`: GiB that a rank may use. `speeds`: those by which passes choose."""
 
     model: str
     weights: str
@@ -94,7 +103,6 @@ class Plan:
     memory: float
     candidates: tuple[Candidate, ...]
     speeds: Machine
-    stream_weights: bool = False
 
     @property
     def chosen(self) -> Candidate:
@@ -117,8 +125,11 @@ class Plan:
     def best(self) -> dict[str, Any]:
         """Keyword arguments for `port`; without replicas also for `parallelize`."""
         chosen = self.chosen
-        kept = Keeping(chosen.shard_weights, self.stream_weights).options
-        return {**chosen.degrees.as_dict(), **kept, **({"data": chosen.data} if chosen.data > 1 else {})}
+        return {
+            **chosen.degrees.as_dict(),
+            **chosen.keeping.options,
+            **({"data": chosen.data} if chosen.data > 1 else {}),
+        }
 
     def check(self, model: Module, processes: int | None) -> None:
         """Raise `ParallelizeError` if this was made for another model, or the job has another number of processes."""

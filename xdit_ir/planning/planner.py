@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,6 +13,7 @@ from xdit_ir.capture.methods import Module
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import BATCH, FEATURES, TIME, Mesh
+from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.candidates import Rough, attentions, degree_sets
 from xdit_ir.planning.estimate import Estimate, estimate
 from xdit_ir.planning.hardware import GIB, Hardware, hardware_of
@@ -36,7 +38,7 @@ def plan(
     exact: bool = True,
     flash: bool = False,
     shard_weights: bool | None = None,
-    stream_weights: bool = False,
+    stream_weights: bool | int | str | None = None,
     data: int | None = None,
     **given: int,
 ) -> Plan:
@@ -51,7 +53,7 @@ def plan(
         exact: only ways that compute what one GPU does; else also PipeFusion, whose later steps read older values.
         flash: attention by FlashAttention, installed where the model will run, instead of PyTorch's.
         shard_weights: as for `parallelize`, where there are several ranks; default: where whole weights do not fit.
-        stream_weights: as for `parallelize`.
+        stream_weights: as for `parallelize`; default: where nothing else fits, with as many weights on the GPU as do.
         data: so many replicas, over which the GPUs are shared out; default: one, and what several would do is told.
         given: degrees that are to be kept.
 
@@ -61,7 +63,10 @@ def plan(
     """
     hardware = hardware_of(machine)
     _check(gpus, given, data)
-    how = Options(memory, exact, flash, shard_weights, stream_weights, data=data)
+    streamed = (
+        None if stream_weights is None else Keeping.of(stream=stream_weights).options.get("stream_weights", False)
+    )
+    how = Options(memory, exact, flash, shard_weights, streamed, data=data)
     how.degree_sets(gpus // (data or 1), given)  # wrong ones are told before the model is traced
     traced = TracedProgram(trace(model, example).ir, familiar=True)  # `port` verifies what it makes
     return plan_traced(traced, model, gpus, hardware, given, how)
@@ -75,7 +80,7 @@ class Options:
     exact: bool = True
     flash: bool = False
     shard_weights: bool | None = None
-    stream_weights: bool = False
+    stream_weights: bool | int | None = None
     features: bool = True
     data: int | None = None
 
@@ -97,8 +102,7 @@ def plan_traced(
     planner = Planner(traced, hardware, limit, how, pairs=given.get(BATCH) == PAIR)
     named, weights = hardware.name or str(hardware), weights_key(model)
     found = planner.candidates(gpus, given)
-    speeds, streamed = hardware.machine, how.stream_weights
-    return Plan(model_name(model), weights, gpus, named, limit, found, speeds, streamed)
+    return Plan(model_name(model), weights, gpus, named, limit, found, hardware.machine)
 
 
 def _check(gpus: int, given: Mapping[str, int], data: int | None) -> None:
@@ -123,7 +127,10 @@ class Planner:
 
     def candidates(self, gpus: int, given: Mapping[str, int]) -> tuple[Candidate, ...]:
         """The best first, then those that fit by time, those that do not, more replicas, and what is illegal."""
-        found = self._considered(self._ways(gpus // (self.how.data or 1), given))
+        ways = self._ways(gpus // (self.how.data or 1), given)
+        found = self._considered(ways)
+        if self.how.stream_weights is None and all(map(self._excess, found)):
+            found += self._streamed(ways)
         ordered = self._ordered(found)
         if self.how.data is None and not ordered[0].why:
             legal = [one for one in ordered if one.legal]
@@ -151,9 +158,9 @@ class Planner:
             parted = degrees.ranks > 1 and degrees.mesh.degrees[TIME] == 1
             choices = (False, True) if sharded is None and parted else (bool(sharded) and degrees.ranks > 1,)
             between = self.hardware.between(degrees.mesh)
-            found += [
-                Candidate(degrees, "", data=self.how.data or 1, shard_weights=one, between=between) for one in choices
-            ]
+            way = Candidate(degrees, "", data=self.how.data or 1, between=between)
+            way = replace(way, stream_weights=self.how.stream_weights or False)
+            found += [replace(way, shard_weights=one) for one in choices]
         return sorted(found, key=self._guessed)
 
     def _guessed(self, way: Candidate) -> float:
@@ -180,6 +187,18 @@ class Planner:
             found[way.degrees, way.shard_weights] = one
         return list(found.values())
 
+    def _streamed(self, ways: Sequence[Candidate]) -> list[Candidate]:
+        """Of what is roughly the fastest, weights with the host, and on the GPU as many of them as there is room for
+        beside all else. It takes no less than weights in parts, so it is for where those do not fit."""
+        refusals = self._legality.refusals([way.degrees for way in ways])
+        legal = (way for way in ways if not refusals[way.degrees] and way.degrees.mesh.degrees[TIME] == 1)
+        found = []
+        for way in itertools.islice((one for one in legal if not one.shard_weights), FULL):
+            one = self._full(replace(way, stream_weights=True))
+            room = int((self.memory - max(one.gib, default=self.memory)) * GIB)
+            found.append(self._full(replace(way, stream_weights=room)) if room > 0 else one)
+        return found
+
     def _estimate(self, way: Candidate) -> Estimate:
         degrees = way.degrees
         pairs = self.pairs and degrees.mesh.degrees[BATCH] == PAIR and bool(self._legality.of_batch(PAIR))
@@ -187,8 +206,7 @@ class Planner:
             **degrees.as_dict(),
             machine=self.hardware.machine,
             pair_calls=pairs,
-            shard_weights=way.shard_weights,
-            stream_weights=self.how.stream_weights,
+            **way.keeping.options,
         )
         return estimate(parallel, self.hardware, flash=self.how.flash)
 
@@ -200,7 +218,7 @@ class Planner:
 
     def _weights(self, way: Candidate) -> float:
         """GiB of weights that a GPU has at least."""
-        if self.how.stream_weights:
+        if way.stream_weights:
             return 0.0
         mesh = way.degrees.mesh
         return self._alone.weights[0] / (mesh.world_size if way.shard_weights else mesh.size((TIME, *FEATURES)))

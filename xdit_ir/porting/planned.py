@@ -85,7 +85,8 @@ class Unplanned:
             traced = TracedProgram(capture.trace(model, example()), familiar=True)
             holds, keeping = options.loading.holds, self.keeping
             shard = keeping.shard or (None if holds else False)
-            how = Options(shard_weights=shard, stream_weights=keeping.stream, features=holds, data=1)
+            stream = keeping.streamed or (None if holds else False)
+            how = Options(shard_weights=shard, stream_weights=stream, features=holds, data=1)
             made = plan_traced(traced, model, len(hosts), hardware, self.given, how)
             _log(made, hosts)
             return {"degrees": made.best, "machine": vars(hardware.machine)}

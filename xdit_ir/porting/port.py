@@ -50,7 +50,7 @@ def port(
     data: int = 1,
     plan: Plan | None = None,
     shard_weights: bool = False,
-    stream_weights: bool = False,
+    stream_weights: bool | int | str = False,
     cache: str | None = None,
     machine: Machine | None = None,
     mode: str = "auto",
@@ -104,7 +104,7 @@ def port(
     """
     data = data if plan is None else saved_data(plan, data)
     named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **further}
-    keeping = Keeping(shard_weights, stream_weights)
+    keeping = Keeping.of(shard_weights, stream_weights)
     division = _Division.of(named, plan, patches, warmup_steps, machine, data, keeping=keeping, cache=cache)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     loading = Loading(weights, release or (weights is None and division.parts_weights))
@@ -156,14 +156,13 @@ class _Division:
         if plan is not None:
             degrees, machine = saved_degrees(plan, {**named, "patches": patches}, machine)
             patches, given = degrees.patches, dict(degrees.mesh.degrees)
-            shard = keeping.shard or plan.chosen.shard_weights
-            keeping = Keeping(shard, keeping.stream or plan.stream_weights)
+            keeping = keeping.joined(plan.chosen.keeping)
         known = None if machine is None else checked(machine)
         processes = processes_of_replica(checked_data(data))
         unplanned = unplanned_degrees(given, patches, known, processes, keeping)
         mesh = Mesh.of(**given) if unplanned is None else Mesh.of(ulysses=processes)
         check_world_size(mesh, data)
-        keeping = Keeping.of(mesh, keeping.shard, keeping.stream)
+        keeping.check(mesh)
         schedule: dict[str, Any] = {
             **mesh.degrees,
             **keeping.options,

@@ -3,7 +3,8 @@ uploads take, and what of that other work hides."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,22 +20,39 @@ from xdit_ir.sharding.machine import Machine
 @dataclass(frozen=True)
 class GatheredWeights:
     """Bytes that are gathered in a forward, bytes that the fullest rank uploads from the host's memory in one, and of
-    all these the most that are on a device at a time. By the machine's figures: seconds that uploads take, and seconds
-    of these in which a rank has nothing else to do."""
+    all these the most that are on a device at a time. By the machine's figures: seconds that uploads take,
+    seconds of these in which a rank has nothing else to do (`exposed`), and seconds in which it works."""
 
     total: int = 0
     most: int = 0
     uploaded: int = 0
     seconds: float = 0.0
     exposed: float = 0.0
+    worked: float = 0.0
+
+    @property
+    def excess(self) -> int:
+        """Bytes that would have to stay on the GPU besides, for work to hide all uploads, or nearly all."""
+        if not self.exposed:
+            return 0
+        return max(math.ceil(self.uploaded * (1 - self.worked / self.seconds)), 0)
 
     @property
     def upload_text(self) -> str:
-        """What uploads are, in a line."""
-        return (
+        """What uploads are, in a line or two."""
+        hidden = self.seconds - self.exposed
+        text = (
             f"weights lie in the host's memory: a rank uploads {self.uploaded / 2**20:.1f} MiB a forward, "
             f"{self.most / 2**20:.1f} MiB are on the device at a time; that takes {self.seconds * 1e3:.1f} ms, of "
-            f"which {(self.seconds - self.exposed) * 1e3:.1f} are hidden under computation (worked out, not measured)"
+            f"which {hidden * 1e3:.1f} are hidden under computation and {self.exposed * 1e3:.1f} are not (worked out, "
+            "not measured)"
+        )
+        if not self.excess:
+            return text
+        bus = self.uploaded / self.worked / 1e9 if self.worked else math.inf
+        return (
+            f"{text}\nto hide all of it, {self.excess / 2**30:.2f} GiB more of a rank's weights would have to stay on "
+            f"the GPU, or the bus would have to give {bus:.1f} GB/s"
         )
 
 
@@ -66,8 +84,10 @@ def gathered_weights(program: Program, machine: Machine) -> GatheredWeights:
         most = max(most, held)
     uploads = {node: size for node, size in brought.items() if node.target is ops.upload}
     total, uploaded = sum(brought.values()) - sum(uploads.values()), sum(uploads.values())
-    exposed = _exposed(program, mesh, machine, uploads) if uploads else 0.0
-    return GatheredWeights(total, most, uploaded, uploaded / machine.upload, exposed)
+    if not uploads:
+        return GatheredWeights(total, most)
+    exposed, worked = _exposed(program, mesh, machine, uploads)
+    return GatheredWeights(total, most, uploaded, uploaded / machine.upload, exposed, worked)
 
 
 def local_most(node: fx.Node, mesh: Mesh) -> int:
@@ -84,9 +104,9 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
             yield from user.users
 
 
-def _exposed(program: Program, mesh: Mesh, machine: Machine, uploads: dict[fx.Node, int]) -> float:
-    """Seconds in which the slowest rank waits for uploads: each begins when all before it in the program is done and
-    the one before has arrived. Exchanges take no time here."""
+def work_seconds(program: Program, mesh: Mesh, machine: Machine) -> Callable[[fx.Node], float]:
+    """Of nodes of the outer graph, what is inside blocks included: seconds of work of the slowest rank. Exchanges take
+    no time here."""
 
     @cache
     def inside(block: str) -> float:
@@ -97,6 +117,13 @@ def _exposed(program: Program, mesh: Mesh, machine: Machine, uploads: dict[fx.No
             return 0.0
         return inside(called_block(node)) if is_block_call(node) else max(machine.work_seconds(node, mesh))
 
+    return seconds
+
+
+def _exposed(program: Program, mesh: Mesh, machine: Machine, uploads: dict[fx.Node, int]) -> tuple[float, float]:
+    """Seconds in which the slowest rank waits for uploads, and in which it works: each upload begins when all before it
+    in the program is done and the one before has arrived."""
+    seconds = work_seconds(program, mesh, machine)
     now = bus = waited = 0.0
     arrival: dict[fx.Node, float] = {}
     for node in program.graph.nodes:
@@ -108,4 +135,4 @@ def _exposed(program: Program, mesh: Mesh, machine: Machine, uploads: dict[fx.No
             now = max(there, now) + work
         else:
             arrival[node] = there
-    return waited
+    return waited, now - waited
