@@ -6,6 +6,7 @@ Ulysses and with Ring over all ranks; prints the relative difference and eager t
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import sys
@@ -62,6 +63,21 @@ def timed(run: Callable[[], Any], repeats: int = 8) -> tuple[torch.Tensor, str]:
                 times.append((time.perf_counter() - start) * 1e3)
     text = f"median {statistics.median(times):.1f} ms, min {min(times):.1f}, max {max(times):.1f}"
     return pytree.tree_leaves(output)[0].float(), text
+
+
+def settled(port: Any, example: dict[str, Any], title: str) -> tuple[torch.Tensor, float, float]:
+    """The first output in fp32 of a port that has made its programs; then the peak of memory that calls take, and what
+    is kept between them, in GiB. Prints a line with the times."""
+    with torch.inference_mode():
+        for _ in range(2):
+            port(**example)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    output, text = timed(lambda: port(**example))
+    peak, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.memory_reserved() / 2**30
+    print(f"rank {dist.get_rank()} {title}: {text}; peak {peak:.2f} GiB, reserved {reserved:.2f} GiB", flush=True)
+    return output, peak, reserved
 
 
 def main() -> None:

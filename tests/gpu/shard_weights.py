@@ -26,16 +26,7 @@ ROUNDING = 2e-2  # bf16: kernels may sum in another order where weights lie else
 def measured(name: str, model: nn.Module, example: dict[str, Any], **options: Any) -> tuple[torch.Tensor, float]:
     """The output and the peak in GiB of a port in mode "auto"; prints a line."""
     port = xir.port(model, ulysses=dist.get_world_size(), **options)
-    with torch.inference_mode():
-        for _ in range(2):
-            port(**example)
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    output, text = parity.timed(lambda: port(**example))
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    reserved = torch.cuda.memory_reserved() / 2**30
-    print(f"rank {dist.get_rank()} {name}: {text}; peak {peak:.2f} GiB, reserved {reserved:.2f} GiB", flush=True)
+    output, peak, _ = parity.settled(port, example, name)
     if dist.get_rank() == 0:
         print(str(port.report()).splitlines()[0], str(port.report()).splitlines()[1], port.report().execution, sep="\n")
     port.reset()

@@ -208,3 +208,16 @@ def test_as_a_table(of_eight: Plan) -> None:
 def test_what_cannot_be_planned(given: dict[str, Any], said: str) -> None:
     with pytest.raises(xir.ParallelizeError, match=said):
         xir.plan(model(), example(), **given)
+
+
+def test_what_fits_no_other_way_streams_with_as_much_on_the_gpu_as_there_is_room_for() -> None:
+    deep, short = model(count=8), example(tokens=1024)
+    made = xir.plan(deep, short, gpus=1, memory=0.2)
+    first, *others = made.candidates
+    assert first.name == "u1 streamed but 0.1 GiB" and 0.15 < max(first.gib) <= 0.2
+    assert [one.name for one in others] == ["u1"] and "0.2 may be used" in others[0].why
+    assert Plan.from_json(made.to_json()) == made
+    assert xir.trace(deep, short).parallelize(**made.best).report().gathered.uploaded < 0.2 * 2**30
+    all_of_it = xir.plan(deep, short, gpus=1, memory=0.2, stream_weights=True).chosen
+    assert all_of_it.ms is not None and first.ms is not None and first.ms < all_of_it.ms
+    assert not any(one.stream_weights for one in xir.plan(deep, short, gpus=2, memory=0.2).candidates), "parts fit"
