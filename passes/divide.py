@@ -81,6 +81,7 @@ def make_pipeline(
     after: After | None = None,
     *,
     batch: Batch = Batch.DIVIDED,
+    keeping: Keeping = ALL_HERE,
 ) -> tuple[Program, Pipeline]:
     """The analysed program with its stages noted, and the pipeline made from it, verified."""
     check_degrees(program, mesh, batch=batch)
@@ -88,7 +89,8 @@ def make_pipeline(
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)
     if patches > (most := _most_tokens(program)):
         raise ParallelizeError(f"patches={patches} divide tokens, of which there are {most}; use at most {most}")
-    passes = time_passes(mesh.resized(TIME, patches), machine, batch=batch)
+    before = frozenset(program.stored)
+    passes = time_passes(mesh.resized(TIME, patches), machine, batch=batch, keeping=keeping, before=before)
     divided = run_passes(staged, passes, after)
     pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
     verify_pipeline(pipeline)

@@ -31,15 +31,15 @@ class Keeping:
         return Keeping(shard, stream is not False, _bytes(stream))
 
     def check(self, mesh: Mesh, *, batch: Batch = Batch.DIVIDED) -> None:
-        """Raise `ParallelizeError` where stages have weights of their own, or no two ranks hold copies of what one call
-        needs."""
-        for name, wanted in (("shard_weights", self.shard), ("stream_weights", self.stream)):
-            if wanted and mesh.size((TIME,)) > 1:
-                raise ParallelizeError(
-                    f"{name}=True with {TIME}={mesh.size((TIME,))}: stages have weights of their own already; expected "
-                    f"{TIME}=1, nearest legal: {BATCH}, ulysses or ring instead of {TIME}, or {name}=False"
-                )
-        if self.shard and batch is Batch.CALLS and mesh.world_size == mesh.size((BATCH,)) > 1:
+        """Raise `ParallelizeError` where no two ranks hold copies of what one call needs."""
+        if self.shard and mesh.world_size > 1 and mesh.size(mesh.dims_of_a_call(paired=False)) == 1:
+            stages = mesh.size((TIME,))
+            raise ParallelizeError(
+                f"shard_weights=True with {TIME}={stages} alone: each stage has weights of its own, of which no other "
+                f"rank has a copy; nearest legal: ulysses=2 beside it, or shard_weights=False"
+            )
+        alone = mesh.size((BATCH,)) > 1 == mesh.size(mesh.dims_of_a_call(paired=True))
+        if self.shard and batch is Batch.CALLS and alone:
             raise ParallelizeError(
                 f"shard_weights=True with {BATCH}={mesh.size((BATCH,))} that divides calls, as here the batch cannot "
                 f"be divided: its ranks run different calls, so none can gather from the other; use ulysses=2"
@@ -62,7 +62,7 @@ class Keeping:
 
     def gives_up(self, mesh: Mesh) -> bool:
         """Whether ranks have copies of weights, so that a model is to give its own up."""
-        return self.stream or (self.shard and mesh.world_size > 1)
+        return self.stream or (self.shard and mesh.size(mesh.dims_of_a_call(paired=False)) > 1)
 
 
 def _bytes(stream: object) -> int:

@@ -53,8 +53,8 @@ PASSES: tuple[type[Any], ...] = (
         SplitJoins,
         Overlap,
         KeepParts,
-        ShardWeights,
         SeparateTime,
+        ShardWeights,
     ),
     *(Specialize, SelectOnDevice, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
 )
@@ -120,10 +120,24 @@ def mesh_passes(
     ]
 
 
-def time_passes(mesh: Mesh, machine: Machine = H100, *, batch: Batch = Batch.DIVIDED) -> list[Pass]:
-    """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches."""
-    split = _split(mesh, batch)
-    return [*split, *token_passes(mesh, machine), LowerAttention(mesh, machine), SplitStatistics(), SeparateTime(mesh)]
+def time_passes(
+    mesh: Mesh,
+    machine: Machine = H100,
+    *,
+    batch: Batch = Batch.DIVIDED,
+    keeping: Keeping = ALL_HERE,
+    before: frozenset[str] = frozenset(),
+) -> list[Pass]:
+    """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches. `before` as for
+    `weight_passes`."""
+    return [
+        *_split(mesh, batch),
+        *token_passes(mesh, machine),
+        LowerAttention(mesh, machine),
+        SplitStatistics(),
+        SeparateTime(mesh),
+        *weight_passes(mesh, machine, batch, keeping, before),
+    ]
 
 
 def rank_passes(

@@ -15,14 +15,14 @@ class Brought:
 
 
 def staying(stored: Mapping[str, Brought], begins: Sequence[float], end: float, budget: int) -> set[str]:
-    """What stays, by name: `budget` bytes at most.
+    """What stays, by name: `budget` bytes at most; nothing if that is not positive.
 
     What several units need saves an upload for each, so it goes first. Of the rest, what streams is spread evenly over
     the time of a forward: each unit in turn streams if it is due by the seconds of work before it (`begins`; `end` of
     all), and stays else. So what nothing hides, which is the first unit and those that do little work for their bytes,
     stays first; residents and streamed ones alternate; and the bus is never idle for long.
     """
-    left, found = budget, set[str]()
+    left, found = max(budget, 0), set[str]()
     for name, one in sorted(stored.items(), key=lambda item: -len(item[1].units)):
         if len(one.units) > 1 and one.size <= left:
             found.add(name)

@@ -136,10 +136,10 @@ class TracedProgram:
             pair_calls: `cfg` divides nothing: its ranks run whole forwards of different calls (`port` pairs them).
             share_samples: a batch may be smaller than `cfg`, whose ranks then share samples.
             shard_weights: each rank holds an equal part of the weights; what a block needs is gathered while the one
-                before computes. Not with `pipefusion`.
+                before computes. Stages have weights of their own, which those who run the same one divide.
             stream_weights: weights lie in the host's memory, each rank's part of them, if there are several; what a
                 block needs is uploaded while the one before computes. "20GiB", or a number of bytes: so much of them
-                may stay on the GPU. Not with `pipefusion`.
+                may stay on the GPU.
             cache: when a step reuses what the blocks of an earlier one added: "first-block:0.08", "timestep:0.1",
                 "every:2" or "steps:0,1,2,5" (those that compute). Not with `pipefusion`. See docs/caching.md.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
@@ -157,19 +157,14 @@ class TracedProgram:
         rule = None if cache is None else CacheRule.parse(cache)
         traced = self if pipefusion == 1 else self._placed
         analysed = traced.analysed if rule is None else note_region(traced.analysed, rule, mesh, after)
+        stored = analysed.replace(stored=self.stored)
         if pipefusion == 1:
-            divided = divide(
-                analysed.replace(stored=self.stored),
-                mesh,
-                machine,
-                after,
-                batch=batch,
-                familiar=self.familiar,
-                keeping=keeping,
-            )
+            familiar = self.familiar
+            divided = divide(stored, mesh, machine, after, batch=batch, familiar=familiar, keeping=keeping)
             used = None if rule is None else CacheCount(rule)
             return ParallelProgram(self.ir, analysed, divided, mesh, pair_calls, machine, used)
-        staged, pipeline = make_pipeline(analysed, mesh, count, warmup_steps, stages, machine, after, batch=batch)
+        schedule = (count, warmup_steps, stages)
+        staged, pipeline = make_pipeline(stored, mesh, *schedule, machine, after, batch=batch, keeping=keeping)
         return PipelinedProgram(traced.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 
 
@@ -310,7 +305,7 @@ class PipelinedProgram(ParallelProgram):
 
     def report(self) -> Report:
         """As that of a program without stages; a forward is a displaced step."""
-        return pipeline_report(self.original, self.pipeline, self._forwards)
+        return pipeline_report(self.original, self.pipeline, self._forwards, self.machine)
 
     def rank(self, rank: int) -> Program:
         """Raises `ParallelizeError`: a rank has a program for each patch, see `pipeline.part`."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from xdit_ir.ir.mesh import MESH_DIMS
+
 Pools = Callable[[int], Any]
-Degrees = dict[str, int]
+Degrees = dict[str, Any]
 
 SMALL = "pixart-sigma"
 P2M4 = {"pipefusion": 2, "patches": 4}
@@ -149,6 +152,24 @@ def test_weights_of_other_stages_are_not_needed(workers: Pools) -> None:
     results = workers(2).run("only_its_stages", name=SMALL, degrees=P2M4)
     assert max(error for result in results for error in result["errors"]) <= 1e-5
     assert sum(result["share"] for result in results) <= 1.05
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {**P2M4, "stream_weights": "64KiB"},
+        {"pipefusion": 2, "ulysses": 2, "shard_weights": True},
+        {"pipefusion": 2, "cfg": 2, "stream_weights": True},
+    ],
+    ids=str,
+)
+def test_stages_divide_their_weights_or_have_them_with_the_host(
+    request: pytest.FixtureRequest, workers: Pools, degrees: Degrees
+) -> None:
+    count = math.prod(size for name, size in degrees.items() if name in MESH_DIMS)
+    if count > 2 and not request.config.getoption("--pipefusion-all"):
+        pytest.skip("four processes (--pipefusion-all)")
+    check_steps(workers, count, SMALL, [degrees])
 
 
 @pytest.mark.parametrize("how", ["dies", "sleeps"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_simulated import MODELS
@@ -123,9 +125,35 @@ def test_bits_and_scalars_of_every_type_travel() -> None:
         torch.testing.assert_close(output, odd(x))
 
 
+@pytest.mark.parametrize(
+    ("division", "keeping"),
+    [
+        ({"pipefusion": 2, "ulysses": 2}, {"shard_weights": True}),
+        ({"pipefusion": 2, "cfg": 2, "patches": 3}, {"shard_weights": True}),
+        ({"pipefusion": 2, "ring": 2}, {"stream_weights": True}),
+        ({"pipefusion": 2, "stages": (1, 2, 2, 1)}, {"stream_weights": "8KiB"}),
+    ],
+    ids=str,
+)
+def test_stages_divide_what_they_have(model: nn.Module, division: dict[str, Any], keeping: dict[str, Any]) -> None:
+    """Each over the ranks that compute it; what steps give is what they give with whole weights."""
+    steps, traced = [(X * (1 + step),) for step in range(3)], xir.trace(model, (X,))
+    whole, parts = (traced.parallelize(**division, **more) for more in ({}, keeping))
+    torch.testing.assert_close(parts.simulate_steps(model, steps), whole.simulate_steps(model, steps))
+    report, copies = parts.report(), parts.world_size // 2
+    held = [size / copies for size in whole.report().weight_bytes_per_rank]
+    assert all(got <= each + 9 * 256 for got, each in zip(report.weight_bytes_per_rank, held, strict=True))
+    assert report.gathered.most <= 3 * 4608
+    streams = "stream_weights" in keeping
+    assert bool(report.gathered.uploaded) == streams and all(bool(one.host) == streams for one in report.memory)
+    for rank in range(parts.world_size):
+        names = parts.pipeline.weights_of(rank)
+        assert names and {*names} == {*parts.pipeline.stored_of(rank)}
+
+
 def test_what_cannot_be_divided_is_refused(model: nn.Module) -> None:
     traced = xir.trace(model, (X,))
-    with pytest.raises(xir.ParallelizeError, match=r"shard_weights=True with pipefusion=2.*nearest legal"):
+    with pytest.raises(xir.ParallelizeError, match=r"shard_weights=True with pipefusion=2 alone.*nearest legal"):
         traced.parallelize(pipefusion=2, shard_weights=True)
     with pytest.raises(xir.ParallelizeError, match=r"shard_weights='all': expected True or False"):
         traced.parallelize(ulysses=2, shard_weights="all")  # type: ignore[arg-type]

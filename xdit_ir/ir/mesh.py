@@ -111,8 +111,9 @@ class Mesh:
         return tuple(name for name in self.names if name in dims)
 
     def dims_of_a_call(self, *, paired: bool) -> tuple[str, ...]:
-        """The mesh dims along which ranks run the same call; `paired`: the parts of `cfg` run different ones."""
-        return tuple(name for name in self.names if not (paired and name == BATCH))
+        """The mesh dims along which ranks run the same call; `paired`: the parts of `cfg` run different ones. Stages
+        run calls of their own."""
+        return tuple(name for name in self.names if name != TIME and not (paired and name == BATCH))
 
     @cached_property
     def _places(self) -> tuple[tuple[int, ...], ...]:

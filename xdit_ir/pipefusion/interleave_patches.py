@@ -11,7 +11,9 @@ import torch
 from torch import fx
 
 from xdit_ir.errors import VerifyError
+from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
+from xdit_ir.ir.collective_ops import AllGather
 from xdit_ir.ir.graphs import operands, results_of
 from xdit_ir.ir.program import CONSTANT, WEIGHT, Block, Program, call_block, call_parts, is_block_call
 
@@ -87,6 +89,7 @@ class _Weaver:
         self.written: list[set[str]] = [set() for _ in graphs]
         self.kept: dict[str, fx.Node] = {}
         self.state: dict[str, fx.Node] = {}
+        self.brought: dict[tuple[str, fx.Node], fx.Node] = {}
 
     def run(self, own: Collection[str] | None = None, parts: Collection[str] = ()) -> fx.Graph:
         """The graph of all; each patch has inputs called `own` (None: all) and weights called `parts` for itself."""
@@ -148,6 +151,11 @@ class _Weaver:
         if isinstance(node.target, Write):
             self.written[patch].add(node.target.slot)
         source = node.args[0] if node.args else None
+        if brings(node):  # weights, once for all patches
+            key = (node.name, thread.env[operands(node)[0]])
+            if key not in self.brought:
+                self.brought[key] = self.graph.node_copy(node, thread.env.__getitem__)
+            return self.brought[key]
         if node.target is operator.getitem and source in thread.first:
             assert isinstance(source, fx.Node) and isinstance(node.args[1], int)
             place = thread.first[source] + node.args[1]
@@ -200,6 +208,11 @@ class _Weaver:
             names = [self.names[patch] for patch in members]
             self.blocks[own] = Block(own, _Weaver(graphs, self.programs, names).run(parts=parts))
         return self.made[key]
+
+
+def brings(node: fx.Node) -> bool:
+    """Whether a node of a rank's program uploads or gathers weights, or takes one out of what was brought."""
+    return node.target in (ops.upload, ops.unpack) or isinstance(node.target, AllGather)
 
 
 def _differing(weights: Iterable[tuple[str, fx.Node]]) -> frozenset[str]:

@@ -13,7 +13,17 @@ from xdit_ir.errors import VerifyError
 from xdit_ir.ir.buffer_ops import Keep, Recall, Write
 from xdit_ir.ir.graphs import drop_unused_weights, fit_calls, operands, placeholders, remove_dead, results_of
 from xdit_ir.ir.mesh import TIME, Mesh
-from xdit_ir.ir.program import SPEC, Block, ComputeScope, Program, TensorSpec, called_block, is_block_call, scope_of
+from xdit_ir.ir.program import (
+    SPEC,
+    Block,
+    ComputeScope,
+    Program,
+    Stored,
+    TensorSpec,
+    called_block,
+    is_block_call,
+    scope_of,
+)
 from xdit_ir.pipefusion.stage_split import Stage, cut_stages
 from xdit_ir.sharding.specialize import Specialize
 
@@ -99,9 +109,20 @@ class Pipeline:
     def weights_of(self, rank: int) -> tuple[str, ...]:
         """Names of the parameters and buffers that a rank uses, in the order of their first use."""
         names: dict[str, None] = {}
-        for stage, patch in itertools.product(self.stages_of(rank), range(self.patches)):
-            names |= dict.fromkeys(_weights(self.part(stage, self.virtual_rank(rank, patch)).program))
+        for program in self._programs_of(rank):
+            names |= dict.fromkeys(_weights(program))
         return tuple(names)
+
+    def stored_of(self, rank: int) -> dict[str, Stored]:
+        """What a rank stores in parts, by name."""
+        found: dict[str, Stored] = {}
+        for program in self._programs_of(rank):
+            found |= {name: program.stored[name] for name in _weights(program) if name in program.stored}
+        return found
+
+    def _programs_of(self, rank: int) -> Iterator[Program]:
+        for stage, patch in itertools.product(self.stages_of(rank), range(self.patches)):
+            yield self.part(stage, self.virtual_rank(rank, patch)).program
 
     def issue_order(self, stage: int, step: int, patch: int) -> int:
         """When a stage computes a patch of a displaced step, in units of the time of one stage.
@@ -138,7 +159,7 @@ class Pipeline:
 
 def _weights(program: Program) -> Iterator[str]:
     names = (str(node.target) for node in program.graph.nodes if node.op == "get_attr")
-    return (name for name in names if name in program.state)
+    return (name for name in names if name in program.state or name in program.stored)
 
 
 def verify_pipeline(pipeline: Pipeline) -> None:
@@ -194,6 +215,7 @@ def _part(cut: Stage, program: Program, patch: int, patches: int) -> PatchStage:
     graph = _for_patch(program.graph, patch, patches, received=(*cut.receives, *cut.carried_in), outputs=kept)
     remove_dead(graph, partial(has_effect, program))
     fit_calls(graph, program.blocks)
+    remove_dead(graph, partial(has_effect, program))  # what brought weights that only the first patch uses
     return PatchStage(program.with_graph(graph), *wanted)
 
 

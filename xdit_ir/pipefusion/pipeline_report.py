@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch import fx
 
@@ -19,6 +19,8 @@ from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
 from xdit_ir.sharding.buffer_access import over_time
 from xdit_ir.sharding.cost import local_flops, program_flops
 from xdit_ir.sharding.fallbacks import find_fallbacks
+from xdit_ir.sharding.gathered_weights import GatheredWeights, gathered_weights
+from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.sharding.memory import Memory, peaks
 from xdit_ir.sharding.regions import block_region, find_idle, find_regions, region_flops, region_names
 from xdit_ir.sharding.report import Collective, Report, read_at_calls, traffic
@@ -41,14 +43,17 @@ class _RankCost:
         self.sent[key] = self.sent.get(key, 0) + nbytes
 
 
-def pipeline_report(original: Program, pipeline: Pipeline, forwards: int = 1) -> Report:
-    """The report of a pipeline, compared with the program that it was made from; `forwards` as for `make_report`."""
+def pipeline_report(original: Program, pipeline: Pipeline, forwards: int = 1, machine: Machine = H100) -> Report:
+    """The report of a pipeline, compared with the program that it was made from; `forwards` and `machine` as for
+    `make_report`."""
     tally = _Tally(pipeline)
     ranks = [tally.rank(rank) for rank in range(pipeline.mesh.world_size)]
     keys = sorted({key for rank in ranks for key in rank.counts})
     total, flops = program_flops(original, None)[0], [rank.flops.total() for rank in ranks]
     regions = region_flops(pipeline.program, tally.regions, None)
     weights, buffers = [sum(r.weights.values()) for r in ranks], [sum(r.buffers.values()) for r in ranks]
+    brought = [_brought(pipeline, stage, machine) for stage in range(pipeline.stages)]
+    each = [[brought[stage] for stage in pipeline.stages_of(rank)] for rank in range(len(ranks))]
     return Report(
         flops_total=total,
         flops_per_rank=flops,
@@ -60,23 +65,40 @@ def pipeline_report(original: Program, pipeline: Pipeline, forwards: int = 1) ->
         ],
         fallbacks=list(find_fallbacks(pipeline.program, pipeline.virtual)),
         buffer_bytes_per_rank=buffers,
-        memory=list(_memory(pipeline, weights, buffers)),
+        memory=list(_memory(pipeline, ranks, [max(one.most for one in mine) for mine in each])),
         reads=read_at_calls(original),
         regions=find_regions(regions, {name: [rank.flops[name] for rank in ranks] for name in regions}),
         idle=list(find_idle(flops, forwards / len(ranks), total)),
         forwards=forwards,
+        gathered=max(map(_together, each), key=lambda one: (one.seconds, one.total)),
     )
 
 
-def _memory(pipeline: Pipeline, weights: Sequence[int], buffers: Sequence[int]) -> Iterator[Memory]:
-    """That of each rank, by the largest patch of what all stages do, one of which it does."""
-    virtual = pipeline.virtual
+def _brought(pipeline: Pipeline, stage: int, machine: Machine) -> GatheredWeights:
+    """What a stage gathers and uploads in a displaced step, in which it computes patch by patch."""
+    one, times = gathered_weights(pipeline.cuts[stage].program, machine), pipeline.patches
+    seconds = (one.seconds * times, one.exposed * times, one.worked * times)
+    return GatheredWeights(one.total * times, one.most, one.uploaded * times, *seconds)
+
+
+def _together(stages: Sequence[GatheredWeights]) -> GatheredWeights:
+    """Of the stages of a rank, which computes one at a time."""
+    totals = {field.name: sum(getattr(one, field.name) for one in stages) for field in fields(GatheredWeights)}
+    return GatheredWeights(**totals | {"most": max(one.most for one in stages)})
+
+
+def _memory(pipeline: Pipeline, ranks: Sequence[_RankCost], brought: Sequence[int]) -> Iterator[Memory]:
+    """That of each rank, by the largest patch of what all stages do, one of which it does; `brought`: bytes of weights
+    that it gathers or uploads for the moment."""
+    virtual, stored = pipeline.virtual, pipeline.program.stored
     found = peaks(pipeline.program, virtual)
-    for rank, sizes in enumerate(zip(weights, buffers, strict=True)):
+    for rank, (cost, most) in enumerate(zip(ranks, brought, strict=True)):
+        host = sum(size for name, size in cost.weights.items() if name in stored and stored[name].on_host)
+        here, buffers = sum(cost.weights.values()) - host + most, sum(cost.buffers.values())
         places = virtual.group(pipeline.virtual_rank(rank, 0), (TIME,))
         each = (found.activations, found.exchanges, found.recordings)
         activations, exchanges, recordings = (max(one[place] for place in places) for one in each)
-        yield Memory(sizes[0], activations, exchanges, sizes[1], recordings)
+        yield Memory(here, activations, exchanges, buffers, recordings, host)
 
 
 class _Tally:
@@ -104,7 +126,7 @@ class _Tally:
         if node.op == "get_attr":
             weight = str(node.target)
             if not weight.startswith(CONSTANT + "."):
-                result.weights[weight] = self.pipeline.program.state[weight].nbytes
+                result.weights[weight] = node.meta[SPEC].nbytes
         elif isinstance(node.target, Write):
             spec = node.meta[SPEC]
             result.buffers[stage, qualified(prefix, node.target.slot)] = (

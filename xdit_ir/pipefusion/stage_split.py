@@ -54,7 +54,7 @@ def cut_stages(program: Program, coordinates: Sequence[int]) -> tuple[Stage, ...
     What has no stage of its own is repeated in every stage that wants it if that costs nothing, and is computed in the
     first one otherwise. Values go from neighbour to neighbour, or wait on a rank for a later stage of that rank.
     """
-    homes = _homes(program.graph, len(coordinates))
+    homes = stage_homes(program.graph, len(coordinates))
     routes = {node: _Route(coordinates, set(homes[node])) for node in program.graph.nodes}
     for node in program.graph.nodes:
         for source in operands(node):
@@ -98,7 +98,12 @@ class _Route:
         return min(costs) if stage > 0 else float("inf")
 
 
-def _homes(graph: fx.Graph, count: int) -> Homes:
+def _follows(node: fx.Node) -> bool:
+    """Whether whoever wants a value is to make it from its source."""
+    return ops.is_relayout(node.target) or node.target in (ops.upload, ops.unpack)
+
+
+def stage_homes(graph: fx.Graph, count: int) -> Homes:
     """The stages that compute each node; empty where nothing wants it."""
     free = _free(graph)
     every = frozenset(range(count))
@@ -111,7 +116,7 @@ def _homes(graph: fx.Graph, count: int) -> Homes:
             homes[node] = every
         elif STAGE in node.meta and users:
             homes[node] = frozenset({node.meta[STAGE]})
-        elif node.op == "get_attr" or node in free or ops.is_relayout(node.target) or not users:
+        elif node.op == "get_attr" or node in free or _follows(node) or not users:
             homes[node] = users
         else:
             homes[node] = frozenset({min(users)})

@@ -26,7 +26,7 @@ from xdit_ir.pipelined.requests import NEW, CallPosition
 from xdit_ir.pipelined.stage_code import RankCode
 from xdit_ir.pipelined.step_queue import StepQueue
 from xdit_ir.transport.contents import Contents
-from xdit_ir.transport.handshake import Facts, compare_later, digest
+from xdit_ir.transport.handshake import Facts, agree_contents, compare_later, digest
 
 
 class PipelineRunner:
@@ -45,7 +45,11 @@ class PipelineRunner:
         self._binder = InputBinder(context.parameters, self.program)
         self._outputs = [value.meta[SPEC] for value in results_of(self.program.graph)]
         self.weights = self.pipeline.weights_of(context.rank)
-        self._weights = context.store.take(self.weights, self.program.state)
+        stored = self.pipeline.stored_of(context.rank)
+        self._whole = [place for place, name in enumerate(self.weights) if name not in stored]
+        if stored and context.communicator.line is not None:
+            agree_contents(context.communicator, context.store.originals(self.weights, self.program.state, stored))
+        self._weights = context.store.take(self.weights, self.program.state, stored)
         self.places = self._weights.places
         store = context.store
         self._held = store.held(self.program.state) if isinstance(store, ModelWeights) else None
@@ -87,9 +91,9 @@ class PipelineRunner:
 
     def held(self, weights: Tensors) -> tuple[Sequence[str], Tensors]:
         """Names and tensors of all weights that are here: of one's own stages, and of those that others run, which may
-        not be another model's."""
+        not be another model's; not those of which each rank has another part."""
         if self._held is None:
-            return self.weights, weights
+            return [self.weights[place] for place in self._whole], [weights[place] for place in self._whole]
         try:
             found = zip(self._held.names, self._held.fetch(), strict=True)
         except MismatchError:  # those of other stages may be gone

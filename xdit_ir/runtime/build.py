@@ -128,7 +128,7 @@ class RunnerFactory:
         everyone = itertools.product(range(pipeline.stages), range(pipeline.virtual.world_size))
         return _Part(
             pipeline.weights_of(self.context.rank),
-            {},
+            pipeline.stored_of(self.context.rank),
             (pipeline.part(stage, virtual).program for stage, virtual in everyone),
             lambda facts: PipelineRunner(self.context, tasks, self.queue, facts, apart=apart),
         )
