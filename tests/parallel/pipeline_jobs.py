@@ -255,3 +255,24 @@ def timed(name: str, degrees: str) -> dict[str, Any]:
         for part in contenders(pipe, call, parse(degrees)[0], 2, torch.device("cpu"), 1e-3):
             found |= part
     return found | {"decoders": sum("decode" in name for name in traced)}
+
+
+def encoders_in_parts(names: list[str], degrees: Degrees) -> dict[str, Any]:
+    """A denoiser and encoders of texts, ported together: the error of each on this rank, and the part of its weights
+    that the rank holds; what parameters still have values."""
+    torch.set_num_threads(1)
+    pipe, calls = pipelines.with_encoders(names)
+    with torch.no_grad():
+        wants = {name: tensors_of(module(**calls[name])) for name, module in pipe.components.items()}
+        sizes = {name: sum(x.nbytes for x in module.state_dict().values()) for name, module in pipe.components.items()}
+        pipe, found = xir.port(pipe, **degrees), {}
+        for name, module in pipe.components.items():
+            got = tensors_of(_plain(module(**calls[name])))
+            [one] = module._xdit_specialisations.found
+            held = {x.data_ptr(): x.nbytes for x in one.runner._weights.fetch()}
+            found[name] = {
+                "error": max(error(mine, want) for mine, want in zip(got, wants[name], strict=True)),
+                "held": sum(held.values()) / sizes[name],
+                "resident": sum(not x.is_meta for x in module.parameters()),
+            }
+    return found

@@ -265,3 +265,24 @@ def with_autoencoder() -> Any:
         shift_factor=0.1,
     )
     return _assembled(diffusers.FluxPipeline, _transformer("flux.1-dev"), _flow(), vae=models.randomize(vae.eval()))
+
+
+class Bare:
+    """What `port` takes for a pipeline: modules by name, which are attributes too."""
+
+    def __init__(self, **modules: Any) -> None:
+        self.names = list(modules)
+        vars(self).update(modules)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in self.names}
+
+
+def with_encoders(names: list[str]) -> tuple[Bare, dict[str, dict[str, Any]]]:
+    """A denoiser and these encoders of the zoo, and arguments for each."""
+    transformer, example = models.load("pixart-sigma:tiny")
+    loaded = {name: models.load_part(name, "forward") for name in names}
+    modules = {name: method.__self__ for name, (method, _) in loaded.items()}  # type: ignore[attr-defined]
+    calls = {"transformer": example, **{name: given for name, (_, given) in loaded.items()}}
+    return Bare(transformer=transformer, **modules), calls

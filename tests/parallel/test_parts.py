@@ -13,6 +13,7 @@ import torch
 
 import xdit_ir as xir
 from xdit_ir.porting.methods import PortedMethod
+from xdit_ir.porting.ported import Ported
 
 Pools = Callable[[int], Any]
 
@@ -50,6 +51,53 @@ def test_a_pipeline_is_timed_by_phase_alone_and_ported(workers: Pools) -> None:
         assert [phase for phase in answer["ported"]["first"] if phase not in answer["alone"]["first"]] == ["port"]
         assert "saves at most" in answer["parts"]["vae.decode"]["whole"]
         assert answer["decoders"] == 1, "what does not pay is tried once, whatever it leaves in its attributes"
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"ulysses": 2, "shard_weights": True}, {"cfg": 2, "stream_weights": True}], ids=str
+)
+def test_encoders_of_texts_divide_their_weights_with_the_denoiser(
+    request: pytest.FixtureRequest, workers: Pools, degrees: dict[str, Any]
+) -> None:
+    """Each rank has a half of all; nothing is left in the modules."""
+    everything = request.config.getoption("--pipelines-all")
+    if "stream_weights" in degrees and not everything:
+        pytest.skip("as with parts on the GPU (--pipelines-all)")
+    names = ["clip-text", "t5", *(["umt5", "llama", "qwen2.5-vl", "qwen3", "gemma2"] if everything else [])]
+    for answer in workers(2).run("encoders_in_parts", names=names, degrees=degrees):
+        assert list(answer) == ["transformer", *names], answer
+        for name, found in answer.items():
+            assert found["error"] <= 1e-5 and found["held"] <= 0.54 and found["resident"] == 0, (name, found)
+
+
+def test_an_encoder_that_cannot_be_divided_runs_whole_and_says_so() -> None:
+    """As long as it has weights; once it has given them up, a call that cannot be divided is refused by name."""
+    pipe, calls = pipelines.with_encoders(["llama"])
+    encoder, given = pipe.llama, calls["llama"]
+    xir.port(pipe, stream_weights=True)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="runs whole, with all of its weights: forward returns a DynamicCache"):
+            whole = pipe.llama(**given | {"use_cache": True, "return_dict": True})
+        with pytest.raises(xir.ParallelizeError, match="the last call ran whole on every rank"):
+            pipe.llama.report()
+        assert not any(x.is_meta for x in encoder.parameters())
+        divided = pipe.llama(**given)
+        torch.testing.assert_close(divided[0], whole.last_hidden_state)
+        assert pipe.llama.report().gathered.uploaded and all(x.is_meta for x in encoder.parameters())
+        with pytest.raises(xir.XditError, match=r"cannot be divided, and weights are divided already: .*DynamicCache"):
+            pipe.llama(**given | {"use_cache": True, "return_dict": True})
+
+
+def test_only_encoders_of_texts_and_what_is_named_give_weights_up() -> None:
+    pipe, _ = pipelines.with_encoders(["clip-vision", "t5"])
+    image, text = pipe.components["clip-vision"], pipe.t5
+    xir.port(pipe, stream_weights="1MiB")
+    assert pipe.components["clip-vision"] is image and isinstance(pipe.t5, Ported)
+    assert pipe.t5._xdit_specialisations.schedule["stream_weights"] is True, "what stays is for the denoiser"
+    pipe, _ = pipelines.with_encoders(["t5"])
+    text = pipe.t5
+    xir.port(pipe, components=["transformer"], stream_weights=True)
+    assert pipe.t5 is text
 
 
 @pytest.fixture

@@ -206,7 +206,8 @@ class Planner:
             **degrees.as_dict(),
             machine=self.hardware.machine,
             pair_calls=pairs,
-            **way.keeping.options,
+            shard_weights=way.shard_weights,
+            stream_weights=way.stream_weights,
         )
         return estimate(parallel, self.hardware, flash=self.how.flash)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +27,14 @@ def coders(module: nn.Module) -> dict[str, types.MethodType]:
         if isinstance(method, StandIn):
             raise ParallelizeError(f"{method.original.__qualname__} is ported already")
     return {name: method for name, method in found.items() if isinstance(method, types.MethodType)}
+
+
+def takes_ids(module: nn.Module) -> bool:
+    """Whether forward takes a text as ids of its tokens, by the name that this has in the interface of transformers."""
+    try:
+        return "input_ids" in inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def ports(pipe: Any) -> dict[str, ProgramsOf]:

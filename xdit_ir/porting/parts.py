@@ -14,7 +14,8 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.state import hooked
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.porting.components import coders
+from xdit_ir.passes.keeping import Keeping
+from xdit_ir.porting.components import coders, takes_ids
 from xdit_ir.porting.methods import PortedMethod
 from xdit_ir.porting.ported import Ported
 from xdit_ir.porting.worth import may_pay
@@ -25,11 +26,14 @@ from xdit_ir.sharding.machine import Machine
 class PortedParts:
     """How they are made: divided over all ranks of `mesh` by rows or tokens, one kernel after the other, as they run
     once for an image or video. If `asked` for by name, what cannot be divided is an error, else it runs whole.
+    `keeping`: where encoders of texts, and others that are asked for, have their weights; what of them may stay on the
+    GPU is for denoisers, which run at every step.
     """
 
     mesh: Mesh
     machine: Machine
     options: Mapping[str, RunOptions]
+    keeping: Keeping
     asked: bool
 
     def methods(self, modules: Mapping[str, nn.Module]) -> list[PortedMethod]:
@@ -41,10 +45,24 @@ class PortedParts:
         return made
 
     def encoders(self, modules: Mapping[str, nn.Module]) -> dict[str, Ported]:
-        """Other modules that are asked for, or so large that dividing them may pay."""
-        found = {name: module for name, module in modules.items() if self._may(name, module) and not coders(module)}
-        chosen = {name: module for name, module in found.items() if self.asked or may_pay(module, self.machine)}
-        return {name: Ported(module, *self._how(name, module), pays=not self.asked) for name, module in chosen.items()}
+        """Other modules that are asked for, or so large that dividing them may pay, or whose weights are divided."""
+        made = {}
+        for name, module in modules.items():
+            kept = self._kept(module)
+            if not (kept or self._may(name, module)) or coders(module):
+                continue
+            if kept or self.asked or may_pay(module, self.machine):
+                made[name] = Ported(module, *self._how(name, module, kept=kept), pays=not self.asked)
+        return made
+
+    def _kept(self, module: nn.Module) -> bool:
+        """Whether an encoder's weights are divided over ranks, or lie with the host."""
+        wanted = (self.asked or takes_ids(module)) and self.keeping.gives_up(self._everyone)
+        return wanted and not_portable(module) is None
+
+    @property
+    def _everyone(self) -> Mesh:
+        return Mesh.of(ulysses=self.mesh.world_size)
 
     def _may(self, name: str, module: nn.Module) -> bool:
         """Whether a module can be ported; raises `ParallelizeError` if one that is asked for cannot."""
@@ -61,10 +79,12 @@ class PortedParts:
         spared = whole and not self.asked and not given.loading.release
         return replace(given, loading=Loading()) if spared else given
 
-    def _how(self, name: str, module: nn.Module) -> tuple[Mesh, dict[str, Any], RunOptions]:
-        mesh = Mesh.of(ulysses=self.mesh.world_size)
+    def _how(self, name: str, module: nn.Module, *, kept: bool = False) -> tuple[Mesh, dict[str, Any], RunOptions]:
+        mesh, given = self._everyone, self._options(name, module)
         schedule: dict[str, object] = {**mesh.degrees, "patches": None, "warmup_steps": 1, "machine": self.machine}
-        given = self._options(name, module)
+        if kept:
+            schedule |= replace(self.keeping, resident=0).options
+            given = given if given.loading.holds else replace(given, loading=Loading(release=True))
         mode = "eager" if given.execution.mode == "auto" else given.execution.mode
         return mesh, schedule, replace(given, execution=replace(given.execution, mode=mode))
 

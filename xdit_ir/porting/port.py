@@ -74,7 +74,8 @@ def port(
     Given a pipeline instead, its denoisers are replaced by their drop-ins, in place, and the pipeline is returned. A
     pipeline is any object with a mapping `components`; its denoisers are the modules there whose forward takes a
     timestep, or those that `denoisers` names. `encode` and `decode` of its autoencoders, and its text encoders, are
-    divided over all ranks where that pays; a call for which it does not, or which cannot be divided, runs whole.
+    divided over all ranks where that pays; a call for which it does not, or which cannot be divided, runs whole. With
+    `shard_weights` or `stream_weights` text encoders give their weights up too, all of them.
 
     Like torch.compile it does nothing until the first forward, which traces the model for the inputs it gets.
     Inputs of other structure, shapes, dtypes or guarded values get a specialisation of their own. Every process of
@@ -107,6 +108,7 @@ def port(
     keeping = Keeping.of(shard_weights, stream_weights)
     division = _Division.of(named, plan, patches, warmup_steps, machine, data, keeping=keeping, cache=cache)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
+    beside_loading = Loading(weights, release)  # parts of weights are copies, which a port holds itself
     loading = Loading(weights, release or (weights is None and division.parts_weights))
     if isinstance(model, nn.Module):
         for option, names in (("denoisers", denoisers), ("components", components)):
@@ -114,8 +116,11 @@ def port(
                 raise ParallelizeError(f"{option}={names!r} names components of a pipeline, but a module was given")
         return division.ported(model, RunOptions(execution, loading, data))
     found, beside = split(model, components, denoisers)
-    options = {name: RunOptions(execution, loading.component(name), data) for name in (*found, *beside)}
-    parts = PortedParts(division.mesh, division.schedule["machine"], options, asked=components is not None)
+    loadings = {name: loading.component(name) for name in found}
+    loadings |= {name: beside_loading.component(name) for name in beside}
+    options = {name: RunOptions(execution, one, data) for name, one in loadings.items()}
+    machine, keeping = division.schedule["machine"], division.keeping
+    parts = PortedParts(division.mesh, machine, options, keeping, asked=components is not None)
     methods, encoders = parts.methods(beside), parts.encoders(beside)
 
     def stand_in(name: str, module: nn.Module) -> Ported:

@@ -136,8 +136,10 @@ class Specialisations:
         pays: bool,
         unplanned: Unplanned | None = None,
     ) -> Specialisations:
-        """`pays`: calls are divided where that pays, and run whole where it does not or cannot be done."""
-        worth = Worth(model, schedule["machine"], traced=isinstance(model, Method)) if pays else None
+        """`pays`: calls are divided where that pays, or weights are divided, and run whole where it does not or cannot
+        be done."""
+        always = bool(schedule.get("shard_weights") or schedule.get("stream_weights"))
+        worth = Worth(model, schedule["machine"], isinstance(model, Method), always) if pays else None
         return Specialisations(model, mesh, schedule, options, worth, unplanned=unplanned)
 
     @property
@@ -180,11 +182,20 @@ class Specialisations:
             try:
                 return self._divided(given)
             except (TraceError, ParallelizeError, GradientError) as refusal:
+                if self._given_up:
+                    raise
                 self.whole = self.worth.refuse(given, refusal)
+        if self._given_up:
+            raise ParallelizeError(f"this call cannot be divided, and weights are divided already: {self.whole}")
         result = self.model(*given.args, **given.kwargs)
         if self.worth.last is not None:
             self.worth.last.settle(self.model)
         return result
+
+    @property
+    def _given_up(self) -> bool:
+        """Whether the model has no weights to run whole with."""
+        return self.options.loading.holds and any(x.is_meta for x in self.model.parameters())
 
     def _divided_or_alone(self, given: Arguments) -> Any:
         """Where one process has nobody to share with, a model that keeps a state is run as it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,11 +52,13 @@ class TooSmallError(ParallelizeError):
 @dataclass(eq=False)
 class Worth:
     """Decides for one `model` which calls are divided. `traced`: without a trace, calls with other tensors than ids are
-    not tried, since nothing is known of what they cost. `last`: what the last call was, if it runs whole."""
+    not tried, since nothing is known of what they cost. `always`: they are divided wherever they can be, as weights
+    are. `last`: what the last call was, if it runs whole."""
 
     model: nn.Module
     machine: Machine
     traced: bool
+    always: bool = False
     found: list[Whole] = field(default_factory=list)
     last: Whole | None = None
 
@@ -64,7 +67,7 @@ class Worth:
         self.last = next((one for one in self.found if one.covers(given)), None)
         if self.last is not None:
             return self.last.reason
-        if self.traced:
+        if self.traced or self.always:
             return ""
         tensors = list(_tensors(given))
         if any(x.is_floating_point() for x in tensors):
@@ -76,12 +79,16 @@ class Worth:
 
     def check(self, program: ParallelProgram) -> None:
         """Raise `TooSmallError` where a program saves too little."""
+        if self.always:
+            return
         saved = _saved(program.report(), self.machine)
         if saved < SAVED:
             raise TooSmallError(_too_small(saved))
 
     def refuse(self, given: Any, refusal: XditError) -> str:
         """Calls like this one run whole from now on; why."""
+        if self.always:
+            warnings.warn(f"{type(self.model).__name__} runs whole, with all of its weights: {refusal}", stacklevel=2)
         return self._note(given, str(refusal), small=isinstance(refusal, TooSmallError))
 
     def _note(self, given: Any, reason: str, *, small: bool) -> str:
