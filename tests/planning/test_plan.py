@@ -221,3 +221,13 @@ def test_what_fits_no_other_way_streams_with_as_much_on_the_gpu_as_there_is_room
     all_of_it = xir.plan(deep, short, gpus=1, memory=0.2, stream_weights=True).chosen
     assert all_of_it.ms is not None and first.ms is not None and first.ms < all_of_it.ms
     assert not any(one.stream_weights for one in xir.plan(deep, short, gpus=2, memory=0.2).candidates), "parts fit"
+
+
+def test_stages_divide_their_weights_too() -> None:
+    few = example(tokens=1024)
+    whole, parts = (
+        xir.plan(model(count=4), few, gpus=4, pipefusion=2, ulysses=2, shard_weights=given).chosen
+        for given in (False, True)
+    )
+    assert parts.name.endswith("sharded") and max(parts.weights) == pytest.approx(max(whole.weights) / 2, rel=0.02)
+    assert parts.ms is not None and whole.ms is not None and parts.ms >= whole.ms

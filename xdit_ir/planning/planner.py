@@ -155,8 +155,8 @@ class Planner:
         sharded = self.how.shard_weights
         found = []
         for degrees in self.how.degree_sets(gpus, given):
-            parted = degrees.ranks > 1 and degrees.mesh.degrees[TIME] == 1
-            choices = (False, True) if sharded is None and parted else (bool(sharded) and degrees.ranks > 1,)
+            parted = degrees.mesh.size(degrees.mesh.dims_of_a_call(paired=False)) > 1
+            choices = (False, True) if sharded is None and parted else (bool(sharded) and parted,)
             between = self.hardware.between(degrees.mesh)
             way = Candidate(degrees, "", data=self.how.data or 1, between=between)
             way = replace(way, stream_weights=self.how.stream_weights or False)
