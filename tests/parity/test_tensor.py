@@ -17,6 +17,27 @@ from xdit_ir.ir.program import LAYOUT, SPEC, call_parts
 DEGREES = ({"tensor": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 3}, {"tensor": 2, "ring": 2}, {"tensor": 2, "cfg": 2})
 SPREAD = (*MODELS, "sana-1600m", "cogview4-6b", "hidream-dense", "z-image")
 
+# Tiny models of which a rank has more of the weights of blocks, or of all work, than it should at tensor=2.
+ALIKE = "no two layers are alike, so that there are no blocks"
+OUTSIDE = "much of so small a model stands outside of its blocks"
+TABLES = "tables of labels, or of pixels, are whole"
+MISSED = {
+    "anyflow-far-joint": ALIKE,
+    "dit-xl-2-256": TABLES,
+    "easyanimate-5.1": OUTSIDE,
+    "fibo-2": OUTSIDE,
+    "hidream-i1": "experts are opaque, as numpy says which tokens each gets",
+    "hunyuanimage-2.1": OUTSIDE,
+    "hunyuanvideo-1.5": OUTSIDE,
+    "hunyuanvideo-1.5-i2v": OUTSIDE,
+    "plain-uvit": OUTSIDE,
+    "transformer-2d-patched": TABLES,
+    "transformer-2d-vectorized": TABLES,
+    "wan-animate-2": OUTSIDE,
+    "wan-animate-2-reference": ALIKE,
+    "wan2.2-animate-14b": TABLES,
+}
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every third model, under its set of degrees; all, and the zoo at tensor=2, with `--zoo-all`."""
@@ -51,6 +72,7 @@ def test_every_rank_gives_the_models_output(name: str, degrees: dict[str, int]) 
         want = tensors_of(model(**given))
     for rank, output in enumerate(parallel.simulate(model, example)):
         assert relative_error(tensors_of(output), want) <= 1e-5, f"rank {rank}"
-    if name in SPREAD and degrees["tensor"] == 2:
-        assert block_share(traced, parallel) <= 0.53
-        assert parallel.report().share <= 0.55 * 2 / parallel.world_size
+    if degrees["tensor"] == 2:
+        share = parallel.report().share
+        divided = block_share(traced, parallel) <= 0.53 and share <= 0.55 * 2 / parallel.world_size
+        assert divided == (name not in MISSED), share
