@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 import xdit_ir as xir
+from xdit_ir.planning.hardware import load
+from xdit_ir.porting import planned
 
 EXAMPLE = {"input": torch.ones(2, 8)}
 
@@ -22,6 +25,22 @@ def test_one_process_runs_the_model_as_before() -> None:
     ported = xir.port(model)
     assert torch.equal(ported(**EXAMPLE), model(**EXAMPLE))
     assert ported.program is not None and ported.program.world_size == 1
+
+
+def test_one_gpu_without_room_for_the_weights_has_some_of_them_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the port holds them itself; a model that keeps its weights is never asked to give them up."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(*(nn.Linear(64, 64) for _ in range(16))).requires_grad_(False)
+    x = torch.randn(2, 64)
+    small = replace(load("h100"), memory=16 * 64 * 65 * 4 * 0.8)
+    monkeypatch.setattr(planned, "hardware_here", lambda device: small)
+    want, kept = deep(x), xir.port(deep)
+    assert torch.equal(kept(x), want) and not kept.report().gathered.uploaded
+    ported = xir.port(deep, release=True)
+    torch.testing.assert_close(ported(x), want)
+    [told] = ported.report().memory
+    assert 0 < told.total <= small.memory and told.host > 0
+    assert all(parameter.is_meta for parameter in deep.parameters())
 
 
 def test_a_plan_for_this_model() -> None:

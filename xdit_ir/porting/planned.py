@@ -19,9 +19,9 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.ir.mesh import FEATURES, MESH_DIMS, TIME, Mesh
 from xdit_ir.passes.keeping import Keeping
-from xdit_ir.planning.hardware import hardware_here, hardware_of
+from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of
 from xdit_ir.planning.plan import Plan
-from xdit_ir.planning.planner import Options, plan_traced
+from xdit_ir.planning.planner import USABLE, Options, plan_traced
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.transport.distributed import processes_of_replica
 from xdit_ir.transport.spread import near, told
@@ -47,14 +47,14 @@ class Unplanned:
         self, model: nn.Module, example: Callable[[], Example], options: RunOptions, device: torch.device
     ) -> dict[str, Any]:
         """Degrees, patches and the machine for all processes of the job, equal on every rank; nothing where there is
-        one process. Ranks hold parts of weights only where that is given, or the port holds its weights itself.
-        Collective.
+        one process, and a GPU has room for the weights. Ranks hold parts of weights, or have them with the host, only
+        where that is given, or the port holds its weights itself. Collective.
 
         Raises:
             ParallelizeError: on every rank, if the model cannot be captured, or nothing fits.
         """
         count = processes_of_replica(options.data)
-        if count == 1:
+        if count == 1 and (not options.loading.holds or self._has_room(model, device)):
             return {}
         communicator = options.communicator(Mesh.of(ulysses=count), device)
         try:
@@ -69,6 +69,14 @@ class Unplanned:
         kept = {} if self.patches is None else {"patches": self.patches}
         return {**first["degrees"], **kept, "machine": Machine(**first["machine"])}
 
+    def _has_room(self, model: nn.Module, device: torch.device) -> bool:
+        """Whether the weights alone fit on a GPU."""
+        held = {id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}
+        return sum(held.values()) <= self._hardware(device).memory * USABLE
+
+    def _hardware(self, device: torch.device) -> Hardware:
+        return hardware_here(device) if self.machine is None else hardware_of(self.machine)
+
     def _planned(
         self,
         model: nn.Module,
@@ -79,7 +87,7 @@ class Unplanned:
     ) -> dict[str, Any]:
         """What rank 0 tells the others: degrees and speeds, or why there are none."""
         try:
-            hardware = hardware_here(device) if self.machine is None else hardware_of(self.machine)
+            hardware = self._hardware(device)
             if len(set(hosts)) > 1:
                 hardware = hardware.on_hosts(near(hosts))
             traced = TracedProgram(capture.trace(model, example()), familiar=True)
