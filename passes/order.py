@@ -21,6 +21,7 @@ from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
+from xdit_ir.passes.pack_exchanges import PackExchanges
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.propagate_layouts import PropagateLayouts
 from xdit_ir.passes.replicate_shared import ReplicateShared
@@ -56,7 +57,7 @@ PASSES: tuple[type[Any], ...] = (
         SeparateTime,
         ShardWeights,
     ),
-    *(Specialize, SelectOnDevice, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
+    *(Specialize, PackExchanges, SelectOnDevice, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
 )
 
 
@@ -147,6 +148,7 @@ def rank_passes(
     compiled: bool = False,
     recorded: bool = False,
     peers: bool = False,
+    packed: bool = False,
 ) -> list[Pass]:
     """Passes over the program of one rank, for the device that it runs on.
 
@@ -156,8 +158,10 @@ def rank_passes(
         compiled: each block becomes the code of a compiler.
         recorded: the program becomes part of a CUDA graph.
         peers: exchanges inside blocks go over symmetric memory where they can.
+        packed: exchanges that are ready at the same place become one.
     """
-    apart: list[Pass] = [SelectOnDevice(), CutBlocks()] if compiled or recorded else []
+    apart: list[Pass] = [PackExchanges()] if packed else []
+    apart += [SelectOnDevice(), CutBlocks()] if compiled or recorded else []
     if capability is None:
         return [*apart, WriteInPlace()]
     copies: list[Pass] = [UseCopyEngines()] if peers else []

@@ -27,6 +27,7 @@ from xdit_ir.emission.template import Template
 from xdit_ir.ir.program import SPEC, TensorSpec
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import Pass
+from xdit_ir.passes.pack_exchanges import PackExchanges
 from xdit_ir.passes.use_copy_engines import UseCopyEngines
 
 CPU = torch.device("cpu")
@@ -173,12 +174,13 @@ def test_one_form_of_inputs() -> None:
         assert one_form(kept) is kept, "what is repeated would grow, what is turned keeps its order"
 
 
-def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, peers: bool = False) -> Code:
+def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, how: str = "") -> Code:
     parallel = xir.trace(model, example).parallelize(**degrees)
     here = SimpleNamespace(mesh=parallel.mesh, rank=rank, timeout=timedelta(minutes=1), recordable=True)
     here.group = lambda dims, beside=False: SimpleNamespace(group_name="0")
-    copies: list[Pass] = [UseCopyEngines()] if peers else []
-    lowered = run_passes(fold_constants(parallel.rank(rank)), [*Execution(compile=True).passes(CPU), *copies])
+    first: list[Pass] = [PackExchanges()] if how == "packed" else []
+    last: list[Pass] = [UseCopyEngines()] if how == "peers" else []
+    lowered = run_passes(fold_constants(parallel.rank(rank)), [*first, *Execution(compile=True).passes(CPU), *last])
     return generate(lowered, here, CPU)  # type: ignore[arg-type]
 
 
@@ -196,17 +198,20 @@ def peer_operators() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("degrees", "peers"), [({"ulysses": 2}, False), ({"ring": 2}, False), ({"ulysses": 2}, True)])
+@pytest.mark.parametrize(
+    ("degrees", "how"),
+    [({"ulysses": 2}, ""), ({"ring": 2}, ""), ({"ulysses": 2}, "peers"), ({"ulysses": 2}, "packed")],
+)
 def test_a_rank_takes_any_part_of_tokens_from_the_others(
-    peer_operators: None, degrees: dict[str, int], peers: bool
+    peer_operators: None, degrees: dict[str, int], how: str
 ) -> None:
     """Exchanges are part of the structure: sizes of one's own part and those of each other rank are arguments."""
     model, example = models.load("plain-mmdit:tiny")
 
     def structures(height: int, text: int) -> list[Structure]:
         given = {**example, "x": torch.randn(2, 4, height, 44), "text": torch.randn(2, text, 32)}
-        bodies = code(model, given, 1, degrees, peers=peers).bodies
-        assert any(body.uses_mailbox for body in bodies.values()) == peers
+        bodies = code(model, given, 1, degrees, how=how).bodies
+        assert any(body.uses_mailbox for body in bodies.values()) == (how == "peers")
         found = [Structure.of(body.module) for body in bodies.values()]
         assert None not in found
         return [one for one in found if one is not None]

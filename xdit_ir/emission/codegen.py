@@ -16,14 +16,16 @@ from torch import fx, nn
 from xdit_ir.emission.slots import slot_call, slot_spec
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Slot
-from xdit_ir.ir.collective_ops import Communicate, PeerExchange
+from xdit_ir.ir.collective_ops import Communicate, PeerExchange, Reshuffle, Together
 from xdit_ir.ir.graphs import all_graphs, copy_node, operands, placeholders
 from xdit_ir.ir.named_tensors import constants_on
-from xdit_ir.ir.program import CONSTANT, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
+from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
 from xdit_ir.kernels.attention import Attention, KernelAttention
-from xdit_ir.transport.collectives import lower
+from xdit_ir.transport.collectives import Exchange, lower
+from xdit_ir.transport.direct import direct_halves
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
+from xdit_ir.transport.packing import PACKED
 from xdit_ir.transport.uploads import AwaitUpload, StartUpload, upload_stream
 
 
@@ -93,17 +95,20 @@ class Code:
         return frozenset(names[first : first + len(self.constants)] + names[end:])
 
 
-def generate(program: Program, communicator: Communicator, device: torch.device) -> Code:
-    """Code for one rank's program on `device`; the process groups that it needs exist already."""
+def generate(program: Program, communicator: Communicator, device: torch.device, *, direct: bool = False) -> Code:
+    """Code for one rank's program on `device`; the process groups that it needs exist already.
+
+    `direct`: it is run as it is, neither compiled nor recorded.
+    """
     bodies = {}
     mailbox = Mailbox.of(program, communicator)
     for name, block in program.blocks.items():
-        writer = _CodeWriter(name, program.device, device, communicator, mailbox)
+        writer = _CodeWriter(name, program.device, device, communicator, mailbox, direct)
         read = _state(block.graph)
         constants = writer.head(block.graph, list(read), read)
         slots = writer.buffers(list(_slot_specs(block.graph)))
         bodies[name] = EmittedBody(writer.write(block.graph, {}), constants, slots, bool(writer.shared))
-    writer = _CodeWriter(program.name, program.device, device, communicator, mailbox)
+    writer = _CodeWriter(program.name, program.device, device, communicator, mailbox, direct)
     (weights, state), held = state_names(program), slot_specs(program)
     writer.head(program.graph, weights + state, _program_state(program))
     writer.buffers(list(held))
@@ -167,9 +172,10 @@ class _CodeWriter:
         device: torch.device,
         communicator: Communicator,
         mailbox: Mailbox | None,
+        direct: bool,
     ) -> None:
         self.name, self.traced, self.device, self.communicator = name, traced, device, communicator
-        self.mailbox = mailbox
+        self.mailbox, self.direct = mailbox, direct
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.state: dict[str, fx.Node] = {}
@@ -251,7 +257,16 @@ class _CodeWriter:
         if isinstance(target, PeerExchange):
             assert self.mailbox is not None
             return self._put(node, args, *self.mailbox.modules(self.name, node, target))
-        return self._started(node, target.kind, lower(target, self.communicator), args, dict(kwargs))
+        return self._started(node, target.kind, self._halves(node, target), args, dict(kwargs))
+
+    def _halves(self, node: fx.Node, target: Communicate) -> Sequence[nn.Module]:
+        if self.direct and (type(target) is Reshuffle or isinstance(target, Together)) and len(target.group) > 1:
+            several = isinstance(target, Together)
+            if (node.meta[SPEC][0] if several else node.meta[SPEC]).dtype in PACKED:
+                exchanges = target.exchanges if isinstance(target, Together) else (target.exchange,)
+                group = self.communicator.group(target.mesh_dims)
+                return direct_halves(exchanges, target.group.index(self.communicator.rank), group, one=not several)
+        return lower(target, self.communicator)
 
     def _started(self, node: fx.Node, kind: str, halves: Sequence[nn.Module], args: Any, kwargs: Any) -> fx.Node:
         """A call of what does all of it, or of the first half; the second one is to be called with what that gives."""
@@ -283,10 +298,17 @@ class _CodeWriter:
                     assert isinstance(send, PeerSend)
                     args = (started, *self.shared, *self.custody.wait(started, send, module))
                 else:
-                    args = tuple(self.graph.call_function(operator.getitem, (started, place)) for place in range(2))
+                    args = self._handed(started, module)
                 self.env[source] = self._call(f"wait_{len(self.modules)}", module, args, {}, source.name)
                 if isinstance(module, PeerReceive):
                     self.custody.waited(self.env[source])
+
+    def _handed(self, started: fx.Node, second: nn.Module) -> tuple[fx.Node, ...]:
+        """What a second half is given of that what the first one gave."""
+        assert isinstance(second, Exchange)
+        if second.handed is None:
+            return (started,)
+        return tuple(self.graph.call_function(operator.getitem, (started, place)) for place in range(second.handed))
 
     def _call(self, place: str, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> fx.Node:
         self.modules[place] = module

@@ -24,6 +24,8 @@ from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.contract import Pass
+from xdit_ir.passes.pack_exchanges import PackExchanges, packs
 from xdit_ir.passes.use_copy_engines import UseCopyEngines, candidates
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.workspaces import Workspaces
@@ -115,22 +117,27 @@ class RankContext:
         """Of the model's forward."""
         return inspect.signature(self.model.forward)
 
-    def code(self, program: Program, *, peers: bool = False, shared: bool = False) -> Code:
+    def code(self, program: Program, *, peers: bool = False, packed: bool = False, shared: bool = False) -> Code:
         """A program as code, compiled if that is wanted.
 
         Args:
+            packed: exchanges may be packed, those that all ranks can pack; all ranks call this together then.
             peers: exchanges inside blocks may go over the GPU's peers, those that all ranks can do so; all ranks call
                 this together then.
             shared: the code of a block may serve other programs too.
         """
         with torch.no_grad():
             folded = fold_constants(program)
-        lowered = run_passes(folded, self.execution.passes(self.device))
+        joined: list[Pass] = []
+        if packed and (agreed := self.communicator.in_common(packs(folded))):
+            joined = [PackExchanges("/".join(agreed))]
+        lowered = run_passes(folded, [*joined, *self.execution.passes(self.device)])
         if peers:
             agreed = self.communicator.in_common(candidates(lowered))
             lowered = run_passes(lowered, [UseCopyEngines("+".join(agreed))] if agreed else [])
         with collector_paused():
-            code = generate(lowered, self.communicator, self.device)
+            direct = not (self.execution.compile or self.execution.cuda_graph)
+            code = generate(lowered, self.communicator, self.device, direct=direct)
         if self.execution.compile and code.mailbox is not None:
             code.mailbox.register()
         if self.execution.compile:

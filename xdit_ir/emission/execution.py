@@ -17,7 +17,7 @@ from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.order import rank_passes
 
 Tensors = list[torch.Tensor]
-TRANSPORTS = ("auto", "collective", "peer")
+TRANSPORTS = ("auto", "collective", "packed", "peer")
 MODES = ("auto", "eager", "compiled", "graph")
 
 
@@ -32,8 +32,9 @@ class Execution:
             between them, see `xdit_ir.emission.recording`. In a pipeline: graphs for each stage and patch of a rank,
             and for each stage of a synchronous step.
         transport: how exchanges inside blocks travel. "peer": by the GPUs' copy engines over symmetric memory, where
-            all ranks are GPUs of one host that reach each other, else by collectives; "collective": by collectives;
-            "auto": "peer" in a CUDA graph, where starting copies costs no time on the host.
+            all ranks are GPUs of one host that reach each other, else by collectives; "collective": each by a
+            collective of its own; "packed": those that are ready at the same place (q, k and v) by one; "auto": "peer"
+            in a CUDA graph, where starting copies costs no time on the host, else "packed".
         attention: the kernel for attention: "auto", by device and shape; "sdpa", what PyTorch chooses; or one of
             `xdit_ir.kernels.backends.BACKENDS`, for every attention that it can do.
         handshake: before every forward, make sure that all ranks make the same call, and raise on all if not; under
@@ -102,6 +103,11 @@ class Execution:
     def uses_peers(self) -> bool:
         """Whether exchanges shall go over symmetric memory where they can."""
         return self.transport == "peer" or (self.transport == "auto" and self.cuda_graph)
+
+    @property
+    def packs(self) -> bool:
+        """Whether exchanges that are ready at the same place shall be one."""
+        return self.transport == "packed" or (self.transport == "auto" and not self.cuda_graph)
 
     def check(self, device: torch.device) -> None:
         """Raise `ParallelizeError` for what does not exist, or `device` cannot do."""

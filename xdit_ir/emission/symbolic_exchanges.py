@@ -12,7 +12,7 @@ import torch
 
 from xdit_ir.emission.sizes import Named, Size, Sizes, hint, is_symbolic, runs_along
 from xdit_ir.ir.collective_ops import PlainAssembly, Takes, cut
-from xdit_ir.transport.collectives import AddUp, Rearrange, Receive, RingAttention, Send
+from xdit_ir.transport.collectives import AddUp, PackedReceive, PackedSend, Rearrange, Receive, RingAttention, Send
 from xdit_ir.transport.mailbox import PeerReceive, PeerSend
 
 Operands = tuple[Any, ...]
@@ -62,6 +62,30 @@ def _receive(given: Operands, fixed: Named, sizes: Sizes) -> Named:
     if not fixed["direct"]:
         pieces[fixed["at"]] = tuple(own.shape)
     return {"shapes": tuple(shapes), "assembly": _assembly(fixed["assembly"], pieces, sizes, fixed["at"])}
+
+
+def _packed_send(given: Operands, fixed: Named, sizes: Sizes) -> Named:
+    found = [
+        _send((x,), {"takes": takes, "shapes": shapes, "at": fixed["at"]}, sizes)
+        for x, takes, shapes in zip(given, fixed["takes"], fixed["shapes"], strict=True)
+    ]
+    return {key: tuple(one[key] for one in found) for key in ("takes", "shapes")}
+
+
+def _packed_receive(given: Operands, fixed: Named, sizes: Sizes) -> Named:
+    _, *own = given
+    found = [
+        _receive(
+            (None, own[place] if own else None),
+            {**fixed, "shapes": shapes, "assembly": assembly},
+            sizes,
+        )
+        for place, (shapes, assembly) in enumerate(zip(fixed["shapes"], fixed["assemblies"], strict=True))
+    ]
+    return {
+        "shapes": tuple(one["shapes"] for one in found),
+        "assemblies": tuple(one["assembly"] for one in found),
+    }
 
 
 def _add_up(given: Operands, fixed: Named, sizes: Sizes) -> Named:
@@ -125,6 +149,8 @@ def _landed(given: Operands, fixed: Named, sizes: Sizes) -> Named:
 EXCHANGES: dict[Any, Callable[[Operands, Named, Sizes], Named]] = {
     Send.function: _send,
     Receive.function: _receive,
+    PackedSend.function: _packed_send,
+    PackedReceive.function: _packed_receive,
     AddUp.function: _add_up,
     Rearrange.function: _rearrange,
     RingAttention.function: _ring,

@@ -63,6 +63,17 @@ class PeerExchange(Reshuffle):
 
 
 @dataclass(frozen=True)
+class Together(Communicate):
+    """Several changes of layout of one kind as one exchange: of as many values, of one type, into as many results."""
+
+    exchanges: tuple[RankExchange, ...]
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.kind}_together"
+
+
+@dataclass(frozen=True)
 class Reduce(Communicate):
     """Sum over the group."""
 

@@ -30,7 +30,8 @@ class Runnable:
     def __init__(self, context: RankContext, program: Program) -> None:
         execution = context.execution
         peers = execution.uses_peers and peers_reachable(context.communicator)
-        self.code = context.code(program, peers=peers, shared=True)
+        packed = execution.packs and context.communicator.mesh.world_size > 1
+        self.code = context.code(program, peers=peers, packed=packed, shared=True)
         self._places: Sequence[int] | None = None  # of its weights, where those that it is given are more than these
         self._constants = self.code.constant_tensors(context.device)
         if self.code.mailbox is not None:

@@ -11,8 +11,19 @@ import torch
 from torch import fx
 
 from xdit_ir.errors import ExecutionError, VerifyError
-from xdit_ir.ir.collective_ops import Communicate, Reduce, ReduceScatter, Reshuffle, Ring, add_up, pack, unpack
+from xdit_ir.ir.collective_ops import (
+    Communicate,
+    Reduce,
+    ReduceScatter,
+    Reshuffle,
+    Ring,
+    Together,
+    add_up,
+    pack,
+    unpack,
+)
 from xdit_ir.ir.interpret import GraphRun, Interpreter, State, Steps
+from xdit_ir.ir.layout import RankExchange
 from xdit_ir.ir.named_tensors import constants_on
 from xdit_ir.ir.program import CONSTANT, Program
 from xdit_ir.kernels.attention import RingMerge
@@ -152,10 +163,20 @@ def _meet(group: tuple[int, ...], meetings: Sequence[_Meeting]) -> list[Any]:
         return [add_up([pieces[i] for pieces in summands]) for i in range(len(group))]
     if isinstance(target, Reshuffle):
         exchanges = [meeting.target.exchange for meeting in meetings if isinstance(meeting.target, Reshuffle)]
-        sent = [pack(m.args[0], exchange) for m, exchange in zip(meetings, exchanges, strict=True)]
-        return [unpack([pieces[i] for pieces in sent], exchange) for i, exchange in enumerate(exchanges)]
+        return _exchanged([meeting.args[0] for meeting in meetings], exchanges)
+    if isinstance(target, Together):
+        all_of = [meeting.target.exchanges for meeting in meetings if isinstance(meeting.target, Together)]
+        values = zip(*(meeting.args for meeting in meetings), strict=True)
+        found = [_exchanged(each, plans) for each, plans in zip(values, zip(*all_of, strict=True), strict=True)]
+        return list(zip(*found, strict=True))
     assert isinstance(target, Ring)
     return [_ring(at, meetings, target) for at in range(len(group))]
+
+
+def _exchanged(values: Sequence[torch.Tensor], exchanges: Sequence[RankExchange]) -> list[torch.Tensor]:
+    """What each member of a group has after an exchange of their values."""
+    sent = [pack(value, exchange) for value, exchange in zip(values, exchanges, strict=True)]
+    return [unpack([pieces[i] for pieces in sent], exchange) for i, exchange in enumerate(exchanges)]
 
 
 def _ring(at: int, meetings: Sequence[_Meeting], target: Ring) -> torch.Tensor:

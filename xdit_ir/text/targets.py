@@ -11,7 +11,7 @@ import torch
 from xdit_ir.errors import ParseError
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
-from xdit_ir.ir.collective_ops import AllGather, PeerExchange, Reduce, ReduceScatter, Reshuffle, Ring
+from xdit_ir.ir.collective_ops import AllGather, PeerExchange, Reduce, ReduceScatter, Reshuffle, Ring, Together
 from xdit_ir.ir.layout import Landing, Piece, RankExchange
 from xdit_ir.ir.printer import target_name
 from xdit_ir.kernels.attention import KernelAttention
@@ -25,7 +25,7 @@ OURS = {
 } | {function.__name__: function for function in (linear_gelu, write_slice)}
 # Targets of a rank's program, and their parts: written as `Name{field: value, ...}`.
 _TARGETS: tuple[type[Any], ...] = (
-    *(Reshuffle, AllGather, PeerExchange, Reduce, ReduceScatter, Ring, KernelAttention),
+    *(Reshuffle, AllGather, PeerExchange, Together, Reduce, ReduceScatter, Ring, KernelAttention),
     *(Read, Write, Keep, Recall),
 )
 RECORDS = {one.__name__: one for one in (*_TARGETS, RankExchange, Piece, Landing)}

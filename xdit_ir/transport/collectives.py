@@ -22,6 +22,7 @@ from xdit_ir.ir.collective_ops import (
     Reshuffle,
     Ring,
     Takes,
+    Together,
     add_up,
     cut,
     join,
@@ -32,10 +33,16 @@ from xdit_ir.ir.layout import RankExchange
 from xdit_ir.kernels.attention import RingMerge
 from xdit_ir.kernels.backends import BACKENDS
 from xdit_ir.transport.distributed import Communicator
-
-Shapes = tuple[tuple[int, ...], ...]
-# Types that both NCCL and gloo move; all others travel as bytes.
-_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8)
+from xdit_ir.transport.packing import (
+    PACKED,
+    Packing,
+    Rows,
+    Shapes,
+    chunk_messages,
+    coming_sizes,
+    message_of,
+    results_of_messages,
+)
 
 
 def lower(target: Communicate, communicator: Communicator) -> tuple[Exchange, ...]:
@@ -50,9 +57,13 @@ def lower(target: Communicate, communicator: Communicator) -> tuple[Exchange, ..
 
 
 class Exchange(FixedCall):
-    """A communication or a half of one; `by_host`: the host takes part in it, so no CUDA graph can hold it."""
+    """A communication or a half of one; `by_host`: the host takes part in it, so no CUDA graph can hold it.
+
+    A second half takes as many values as the first one gives: `handed`, or all in one if that is None.
+    """
 
     by_host = False
+    handed: int | None = 2
 
 
 def _lowered(target: Communicate, communicator: Communicator) -> tuple[Exchange, ...]:
@@ -63,6 +74,9 @@ def _lowered(target: Communicate, communicator: Communicator) -> tuple[Exchange,
     if isinstance(target, ReduceScatter):
         shapes = target.exchange.shapes
         return Send(target.exchange, at, shapes, name, direct=True), AddUp(shapes)
+    if isinstance(target, Together):
+        packing = Packing.of(target.exchanges, at)
+        return PackedSend(packing, name), PackedReceive(packing)
     if isinstance(target, Reshuffle) and not name:
         return (Rearrange(target),)
     if isinstance(target, AllGather):
@@ -146,6 +160,58 @@ class Receive(Exchange):
         pieces = finish(pending, shapes, own.dtype)
         pieces[at] = own
         return join(pieces, *assembly)
+
+
+class PackedSend(Exchange):
+    """The first half of several changes of layout at once: start the one all-to-all."""
+
+    def __init__(self, packing: Packing, group: str) -> None:
+        super().__init__()
+        self.fixed = {"takes": packing.takes, "shapes": packing.shapes, "leaving": packing.leaving}
+        self.fixed |= {"chunks": packing.chunks, "at": packing.at, "direct": packing.direct, "group": group}
+
+    @staticmethod
+    def function(
+        *xs: torch.Tensor,
+        takes: tuple[Takes, ...],
+        shapes: tuple[Shapes, ...],
+        leaving: tuple[Rows, ...],
+        chunks: Rows,
+        at: int,
+        direct: bool,
+        group: str,
+    ) -> tuple[torch.Tensor, ...]:
+        """`xs`, this rank's parts in the old layouts -> what is on its way, and the pieces that stay here."""
+        own: list[torch.Tensor] = []
+        if chunks:
+            table = chunk_messages(xs, chunks, leaving[0], len(leaving))
+            flat, sizes = table.view(-1), [table.shape[1] * table.shape[2]] * len(leaving)
+        else:
+            flat, sizes, own = message_of(xs, takes, leaving, at, direct)
+        return torch.ops._c10d_functional.all_to_all_single(flat, coming_sizes(shapes), sizes, group), *own
+
+
+class PackedReceive(Exchange):
+    """The second half: wait for the messages and take them apart."""
+
+    def __init__(self, packing: Packing) -> None:
+        super().__init__()
+        self.handed = 1 if packing.direct else 1 + len(packing.takes)
+        self.fixed = {"shapes": packing.shapes, "assemblies": packing.assemblies, "coming": packing.coming}
+        self.fixed |= {"at": packing.at, "direct": packing.direct}
+
+    @staticmethod
+    def function(
+        pending: torch.Tensor,
+        *own: torch.Tensor,
+        shapes: tuple[Shapes, ...],
+        assemblies: tuple[PlainAssembly, ...],
+        coming: tuple[Rows, ...],
+        at: int,
+        direct: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """What `PackedSend` gave -> this rank's parts in the new layouts."""
+        return tuple(results_of_messages(_wait(pending), own, shapes, assemblies, coming, at, direct))
 
 
 class SendParts(Exchange):
@@ -283,14 +349,14 @@ def _wire(x: torch.Tensor) -> torch.Tensor:
     if x.is_complex():
         return torch.view_as_real(x.resolve_conj()).reshape(-1)
     flat = x.reshape(-1)
-    return flat if x.dtype in _PLAIN else flat.contiguous().view(torch.uint8)
+    return flat if x.dtype in PACKED else flat.contiguous().view(torch.uint8)
 
 
 def _width(dtype: torch.dtype) -> int:
     """Elements on the wire per element."""
     if dtype.is_complex:
         return 2
-    return 1 if dtype in _PLAIN else dtype.itemsize
+    return 1 if dtype in PACKED else dtype.itemsize
 
 
 def _wait(pending: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,102 @@
+"""What several values' pieces become as messages, and again as results, on all ranks in one process."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xdit_ir.ir.layout import Layout, plan
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.transport.packing import Packing, chunk_messages, coming_sizes, message_of, results_of_messages
+
+MESHES = [Mesh.of(ulysses=2), Mesh.of(ulysses=3), Mesh.of(ring=2, ulysses=2)]
+
+
+@st.composite
+def partitions(draw: st.DrawFn, mesh: Mesh, size: int) -> Partition | None:
+    """Whole, even, or any disjoint cover of the dimension, in any order."""
+    kind = draw(st.sampled_from(["whole", "even", "even", "any"]))
+    if kind == "whole":
+        return None
+    if kind == "even":
+        return mesh.divide(size, ("ring", "ulysses"))
+    order = draw(st.permutations(range(size)))
+    cuts = sorted(draw(st.integers(0, size)) for _ in range(mesh.world_size - 1))
+    bounds = [0, *cuts, size]
+    parts = [np.array(order[a:b], dtype=np.int64) for a, b in itertools.pairwise(bounds)]
+    return Partition(size, tuple(Indices.of_array(part) for part in parts))
+
+
+def local(value: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor:
+    for dim, partition in enumerate(layout.dims):
+        if partition is not None:
+            value = value.index_select(dim, torch.from_numpy(partition.parts[rank].array))
+    return value
+
+
+def exchanged(packings: Sequence[Packing], xs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    """The results of all members, which give `xs`."""
+    sent, own = [], []
+    for packing, given_here in zip(packings, xs, strict=True):
+        flat, sizes, kept = message_of(given_here, packing.takes, packing.leaving, packing.at, packing.direct)
+        if packing.chunks:
+            table = chunk_messages(given_here, packing.chunks, packing.leaving[0], len(packings))
+            assert torch.equal(table.view(-1), flat), "one copy or several, the messages are the same"
+        sent.append(torch.split(flat, sizes))
+        own.append(kept)
+    results = []
+    for at, packing in enumerate(packings):
+        assert coming_sizes(packing.shapes) == [messages[at].numel() for messages in sent]
+        flat = torch.cat([messages[at] for messages in sent])
+        results.append(
+            results_of_messages(flat, own[at], packing.shapes, packing.assemblies, packing.coming, at, packing.direct)
+        )
+    return results
+
+
+@given(st.data(), st.sampled_from(MESHES), st.tuples(st.integers(1, 2), *[st.integers(1, 5)] * 2), st.integers(1, 3))
+def test_several_values_travel_as_if_each_did_alone(
+    data: st.DataObject, mesh: Mesh, shape: tuple[int, int, int], values: int
+) -> None:
+    dims = data.draw(st.tuples(*[st.integers(0, 2)] * 2))
+    source = Layout.whole(3).with_dims({dims[0]: data.draw(partitions(mesh, shape[dims[0]]))})
+    target = Layout.whole(3).with_dims({dims[1]: data.draw(partitions(mesh, shape[dims[1]]))})
+    widths = [data.draw(st.integers(1, 3)) for _ in range(values)]
+    shapes = [(*shape, width) for width in widths]
+    have, want = (Layout((*layout.dims, None)) for layout in (source, target))
+    steps = [plan(mesh, one, have, want) for one in shapes]
+    xs = [torch.arange(math.prod(one)).reshape(one) for one in shapes]
+    group = steps[0].ranks[0].group  # some of the ranks, or all
+    packings = [Packing.of([step.ranks[rank] for step in steps], at) for at, rank in enumerate(group)]
+    found = exchanged(packings, [[local(x, have, rank) for x in xs] for rank in group])
+    for rank, results in zip(group, found, strict=True):
+        for x, result in zip(xs, results, strict=True):
+            assert torch.equal(result, local(x, want, rank))
+
+
+@pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (4, 3), (2, 3)])
+def test_heads_for_tokens_need_no_copy_where_they_arrive(heads: int, ranks: int) -> None:
+    mesh = Mesh.of(ulysses=ranks)
+    shape = (1, 7, heads, 2)
+    tokens, parts = mesh.divide(7, ("ulysses",)), mesh.divide(heads, ("ulysses",))
+    have, want = Layout((None, tokens, None, None)), Layout((None, None, parts, None))
+    step = plan(mesh, shape, have, want)
+    packings = [Packing.of([step.ranks[rank]] * 3, rank) for rank in range(ranks)]
+    assert all(packing.direct for packing in packings if math.prod(step.ranks[packing.at].shape))
+    assert all(bool(packing.chunks) == (heads % ranks == 0) for packing in packings)
+    x = torch.arange(math.prod(shape)).reshape(shape)
+    for rank, results in enumerate(
+        exchanged(packings, [[local(x + i, have, rank) for i in range(3)] for rank in range(ranks)])
+    ):
+        for i, result in enumerate(results):
+            assert torch.equal(result, local(x + i, want, rank))
+        if packings[rank].direct:
+            assert len({result.untyped_storage().data_ptr() for result in results}) == 1
