@@ -18,11 +18,15 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import degrees as degree_sets
+from xdit_ir.emission.execution import TRANSPORTS
 from xdit_ir.errors import XditError
 from xdit_ir.kernels.backends import NAMES
 
 MODES = ("eager", "compiled", "graph", "collective")
-FORM = re.compile(r"(?:(?P<library>[a-z]+)-)?(?P<degrees>[a-z0-9]+):(?P<mode>[a-z]+)(?:@(?P<attention>[a-z0-9-]+))?")
+FORM = re.compile(
+    r"(?:(?P<library>[a-z]+)-)?(?P<degrees>[a-z0-9]+):(?P<mode>[a-z]+)(?:/(?P<transport>[a-z]+))?"
+    r"(?:@(?P<attention>[a-z0-9-]+))?"
+)
 Forward = Callable[..., Any]
 
 
@@ -31,16 +35,18 @@ class Contender:
     """`library` (ours: empty) with these degrees in one of `MODES`; the original model alone has degrees `alone`.
 
     `graph` is compiled and recorded as one CUDA graph; `collective` the same without exchanges by copy engines.
-    `attention` is the kernel for attention, as in `port` (ours only).
+    `attention` is the kernel for attention, `transport` how exchanges travel, as in `port` (ours only).
     """
 
     library: str
     degrees: str
     mode: str
     attention: str = "auto"
+    transport: str = "auto"
 
     def __str__(self) -> str:
-        chosen = "" if self.attention == "auto" else f"@{self.attention}"
+        chosen = "" if self.transport == "auto" else f"/{self.transport}"
+        chosen += "" if self.attention == "auto" else f"@{self.attention}"
         return f"{self.library}-{self.degrees}:{self.mode}{chosen}".lstrip("-")
 
     @staticmethod
@@ -54,15 +60,18 @@ class Contender:
         if found is None or found["mode"] not in MODES or (found["library"] or "") not in PREPARE:
             known = ", ".join(name for name in PREPARE if name)
             raise XditError(
-                f"{text!r} is no contender: write [LIBRARY-]DEGREES:MODE[@ATTENTION] with LIBRARY one of {known} "
-                f"(nothing: xdit-ir), DEGREES `alone` or like u2 or c2u2, and MODE one of {', '.join(MODES)}"
+                f"{text!r} is no contender: write [LIBRARY-]DEGREES:MODE[/TRANSPORT][@ATTENTION] with LIBRARY one of "
+                f"{known} (nothing: xdit-ir), DEGREES `alone` or like u2 or c2u2, and MODE one of {', '.join(MODES)}"
             )
         if found["degrees"] != "alone":
             degree_sets.parse(found["degrees"])
         attention = found["attention"] or "auto"
         if attention != "auto" and (found["library"] or found["degrees"] == "alone" or attention not in NAMES):
             raise XditError(f"{text!r}: @ names a kernel for attention of xdit-ir, one of {', '.join(NAMES)}")
-        return Contender(found["library"] or "", found["degrees"], found["mode"], attention)
+        transport = found["transport"] or "auto"
+        if transport not in TRANSPORTS or (transport != "auto" and (found["library"] or found["degrees"] == "alone")):
+            raise XditError(f"{text!r}: / names how exchanges of xdit-ir travel, one of {', '.join(TRANSPORTS)}")
+        return Contender(found["library"] or "", found["degrees"], found["mode"], attention, transport)
 
     def prepare(self, model: nn.Module, example: Mapping[str, Any]) -> Forward:
         """A forward of the model for inputs like `example`; the model itself may be changed."""
@@ -80,7 +89,7 @@ def _ours(model: nn.Module, example: Mapping[str, Any], contender: Contender) ->
             _compile_layers(model)
         return model
     graph = contender.mode in ("graph", "collective")
-    transport = "collective" if contender.mode == "collective" else "auto"
+    transport = "collective" if contender.mode == "collective" else contender.transport
     return xir.port(
         model,
         **contender.sizes,

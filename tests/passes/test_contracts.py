@@ -78,7 +78,7 @@ def test_a_pass_that_runs_too_early_names_those_that_must_come_before(kind: type
 def test_lists_are_in_the_order_of_the_list_of_all_passes() -> None:
     places = {kind: place for place, kind in enumerate(PASSES)}
     patched = Mesh.of(pipefusion=2)
-    rank = [Specialize(0), *rank_passes((9, 0), recorded=True, peers=True)]
+    rank = [Specialize(0), *rank_passes((9, 0), recorded=True, peers=True, packed=True)]
     divided = [*cache_passes(Watched.FIRST_BLOCK), *mesh_passes(MESH, keeping=Keeping(shard=True))]
     for run in ([*analysis_passes(), *divided, *rank], [*analysis_passes(), *time_passes(patched)]):
         order = [places[type(one)] for one in run]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from xdit_ir.ir.layout import Layout, plan
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.transport.direct import DirectReceive
 from xdit_ir.transport.packing import Packing, chunk_messages, coming_sizes, message_of, results_of_messages
 
 MESHES = [Mesh.of(ulysses=2), Mesh.of(ulysses=3), Mesh.of(ring=2, ulysses=2)]
@@ -47,8 +48,8 @@ def exchanged(packings: Sequence[Packing], xs: Sequence[Sequence[torch.Tensor]])
     sent, own = [], []
     for packing, given_here in zip(packings, xs, strict=True):
         flat, sizes, kept = message_of(given_here, packing.takes, packing.leaving, packing.at, packing.direct)
-        if packing.chunks:
-            table = chunk_messages(given_here, packing.chunks, packing.leaving[0], len(packings))
+        if packing.chunked:
+            table = chunk_messages(given_here, packing.leaving[0], len(packings))
             assert torch.equal(table.view(-1), flat), "one copy or several, the messages are the same"
         sent.append(torch.split(flat, sizes))
         own.append(kept)
@@ -56,9 +57,10 @@ def exchanged(packings: Sequence[Packing], xs: Sequence[Sequence[torch.Tensor]])
     for at, packing in enumerate(packings):
         assert coming_sizes(packing.shapes) == [messages[at].numel() for messages in sent]
         flat = torch.cat([messages[at] for messages in sent])
-        results.append(
-            results_of_messages(flat, own[at], packing.shapes, packing.assemblies, packing.coming, at, packing.direct)
-        )
+        prepared = DirectReceive(packing, one=False)((flat, flat, own[at], None))
+        given = packing.shapes, packing.assemblies, packing.coming, at, packing.direct
+        results.append(results_of_messages(flat, own[at], *given))
+        assert all(map(torch.equal, prepared, results[-1])) and len(prepared) == len(results[-1])
     return results
 
 
@@ -91,7 +93,7 @@ def test_heads_for_tokens_need_no_copy_where_they_arrive(heads: int, ranks: int)
     step = plan(mesh, shape, have, want)
     packings = [Packing.of([step.ranks[rank]] * 3, rank) for rank in range(ranks)]
     assert all(packing.direct for packing in packings if math.prod(step.ranks[packing.at].shape))
-    assert all(bool(packing.chunks) == (heads % ranks == 0) for packing in packings)
+    assert all(packing.chunked == (heads % ranks == 0) for packing in packings)
     x = torch.arange(math.prod(shape)).reshape(shape)
     for rank, results in enumerate(
         exchanged(packings, [[local(x + i, have, rank) for i in range(3)] for rank in range(ranks)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,20 @@ from torch._dynamo.mutation_guard import install_generation_tagging_init
 from xdit_ir.emission.execution import first_line, is_watched
 from xdit_ir.emission.shared import SharedCodes
 
+_NAMED = frozenset(
+    ("BUILTIN_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "MODULE_MATCH", "CLASS_MATCH", "TYPE_MATCH", "ID_MATCH")
+)
+
 
 def prepare() -> None:
     """Change in `nn.Module` what the compiler changes when it is first used: a model looked at now stays as it is."""
     install_generation_tagging_init()
+
+
+def not_of_globals(guards: Sequence[Any]) -> list[bool]:
+    """Which of the compiler's guards are looked at in a call: those of what a body is given, and of modes. Most of the
+    others are of names, of operators and of functions of ours, which mean the same in every call."""
+    return [not guard.is_global or guard.guard_type not in _NAMED for guard in guards]
 
 
 def compile_body(
@@ -38,6 +48,7 @@ def compile_body(
         "reorder_for_peak_memory": False,
         "reorder_for_locality": False,
         "deterministic": True,
+        "guard_filter_fn": not_of_globals,
     }
     if fixed:
         options |= {"allow_buffer_reuse": False, "inplace_buffers": False}
@@ -45,7 +56,7 @@ def compile_body(
     compiled: Callable[..., Any] | None = None
     if codes is not None and isinstance(module, fx.GraphModule):
         compiled = codes.of(module, options)
-    compiled = compiled or torch.compile(plain, fullgraph=True, dynamic=False, options=options)
+    compiled = compiled or torch.compile(plain, fullgraph=True, dynamic=False, options=dict(options))
 
     def forward(*tensors: torch.Tensor) -> Any:
         if is_watched():

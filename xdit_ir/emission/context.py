@@ -136,8 +136,7 @@ class RankContext:
             agreed = self.communicator.in_common(candidates(lowered))
             lowered = run_passes(lowered, [UseCopyEngines("+".join(agreed))] if agreed else [])
         with collector_paused():
-            direct = not (self.execution.compile or self.execution.cuda_graph)
-            code = generate(lowered, self.communicator, self.device, direct=direct)
+            code = generate(lowered, self.communicator, self.device, direct=self.execution.calls_directly)
         if self.execution.compile and code.mailbox is not None:
             code.mailbox.register()
         if self.execution.compile:

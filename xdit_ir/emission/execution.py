@@ -33,8 +33,9 @@ class Execution:
             and for each stage of a synchronous step.
         transport: how exchanges inside blocks travel. "peer": by the GPUs' copy engines over symmetric memory, where
             all ranks are GPUs of one host that reach each other, else by collectives; "collective": each by a
-            collective of its own; "packed": those that are ready at the same place (q, k and v) by one; "auto": "peer"
-            in a CUDA graph, where starting copies costs no time on the host, else "packed".
+            functional collective of its own; "packed": those that are ready at the same place (q, k and v) by one,
+            which eager code starts without PyTorch's functional layer; "auto": "peer" in a CUDA graph, where starting
+            copies costs no time on the host, else "packed".
         attention: the kernel for attention: "auto", by device and shape; "sdpa", what PyTorch chooses; or one of
             `xdit_ir.kernels.backends.BACKENDS`, for every attention that it can do.
         handshake: before every forward, make sure that all ranks make the same call, and raise on all if not; under
@@ -108,6 +109,11 @@ class Execution:
     def packs(self) -> bool:
         """Whether exchanges that are ready at the same place shall be one."""
         return self.transport == "packed" or (self.transport == "auto" and not self.cuda_graph)
+
+    @property
+    def calls_directly(self) -> bool:
+        """Whether code calls the process group itself, as what is neither compiled nor recorded can."""
+        return self.packs and not (self.compile or self.cuda_graph)
 
     def check(self, device: torch.device) -> None:
         """Raise `ParallelizeError` for what does not exist, or `device` cannot do."""

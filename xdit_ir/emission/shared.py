@@ -60,6 +60,7 @@ class Shape:
     def __init__(self, structure: Structure, options: Mapping[str, Any], codes: Codes) -> None:
         self._structure, self._options, self._codes = structure, options, codes
         self._values = [place for place, node in enumerate(placeholders(structure.graph)) if is_value(node)]
+        self._turned: dict[Any, list[int]] = {}  # by strides of values: those that are brought into another form
         self._seen: set[Any] = set()
 
     def use(self, code: SharedCode) -> None:
@@ -72,13 +73,19 @@ class Shape:
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """The body's results."""
         given = [*tensors, *self._carriers]
-        for place in self._values:
-            given[place] = one_form(given[place])
-        form = tuple(given[place].stride() for place in self._values)
-        if form in self._seen:
+        strides = tuple([given[place].stride() for place in self._values])
+        turned = self._turned.get(strides)
+        if turned is None:
+            turned = [place for place in self._values if one_form(given[place]) is not given[place]]
+            self._turned[strides] = turned
+        if turned:
+            for place in turned:
+                given[place] = one_form(given[place])
+            strides = tuple([given[place].stride() for place in self._values])
+        if strides in self._seen:
             return self._run(*given)
         result = self._first(given)
-        self._seen.add(form)
+        self._seen.add(strides)
         return result
 
     def _first(self, given: Sequence[torch.Tensor]) -> Any:

@@ -168,7 +168,7 @@ class PackedSend(Exchange):
     def __init__(self, packing: Packing, group: str) -> None:
         super().__init__()
         self.fixed = {"takes": packing.takes, "shapes": packing.shapes, "leaving": packing.leaving}
-        self.fixed |= {"chunks": packing.chunks, "at": packing.at, "direct": packing.direct, "group": group}
+        self.fixed |= {"chunked": packing.chunked, "at": packing.at, "direct": packing.direct, "group": group}
 
     @staticmethod
     def function(
@@ -176,15 +176,15 @@ class PackedSend(Exchange):
         takes: tuple[Takes, ...],
         shapes: tuple[Shapes, ...],
         leaving: tuple[Rows, ...],
-        chunks: Rows,
+        chunked: bool,
         at: int,
         direct: bool,
         group: str,
     ) -> tuple[torch.Tensor, ...]:
         """`xs`, this rank's parts in the old layouts -> what is on its way, and the pieces that stay here."""
         own: list[torch.Tensor] = []
-        if chunks:
-            table = chunk_messages(xs, chunks, leaving[0], len(leaving))
+        if chunked:
+            table = chunk_messages(xs, leaving[0], len(leaving))
             flat, sizes = table.view(-1), [table.shape[1] * table.shape[2]] * len(leaving)
         else:
             flat, sizes, own = message_of(xs, takes, leaving, at, direct)

@@ -1,13 +1,15 @@
 """Exchanges of eager code: the process group is called as it is, with all prepared that can be.
 
-On a GPU a collective is begun by the host on the stream that computes, so that nothing has to wait for another stream:
-beside the kernels of other work it would hardly run anyway. The backend of CPUs goes on by itself until the result is
-needed. Compiled code and CUDA graphs take the functional collectives of `collectives` instead, which can be traced; so
-do these modules where somebody compiles them.
+On a GPU the collective runs on the stream that computes, so that nothing waits for another stream: beside the kernels
+of other work it would hardly run anyway. The backend of CPUs goes on by itself until the result is needed. Compiled
+code and CUDA graphs take the functional collectives of `collectives` instead, which can be traced; so do these modules
+where somebody compiles them.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +17,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllToAllOptions
 
+from xdit_ir.ir.collective_ops import PlainAssembly, join
 from xdit_ir.ir.layout import RankExchange
 from xdit_ir.transport.collectives import Exchange
-from xdit_ir.transport.packing import Packing, chunk_messages, coming_sizes, message_of, results_of_messages
+from xdit_ir.transport.packing import Packing, Rows, Shape, chunk_messages, coming_sizes, message_of
 
 Sent = tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], Any]
 """Room for what comes; what leaves, which must stay until then; the pieces that stay here; what is to be waited for."""
+View = tuple[Shape, Shape, int]
+"""Shape, strides and offset of what lies in that room."""
 
 
 class DirectSend(Exchange):
@@ -28,20 +33,19 @@ class DirectSend(Exchange):
 
     def __init__(self, packing: Packing, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self._packing, self._group = packing, group
+        self._packing, self._group, self._name = packing, group, group.group_name
         self._coming = coming_sizes(packing.shapes)
         self._total = sum(self._coming)
-        self._name = group.group_name
         self._options = AllToAllOptions()
         self._options.asyncOp = False
 
     def forward(self, *xs: torch.Tensor) -> Sent:
         """`xs`, this rank's parts in the old layouts -> what `DirectReceive` takes."""
-        packing = self._packing
+        packing, members = self._packing, len(self._coming)
         own: list[torch.Tensor] = []
-        if packing.chunks:
-            flat = chunk_messages(xs, packing.chunks, packing.leaving[0], len(self._coming)).view(-1)
-            sizes = [flat.numel() // len(self._coming)] * len(self._coming)
+        if packing.chunked:
+            flat = chunk_messages(xs, packing.leaving[0], members).view(-1)
+            sizes = [flat.numel() // members] * members
         else:
             flat, sizes, own = message_of(xs, packing.takes, packing.leaving, packing.at, packing.direct)
         if torch.compiler.is_compiling():
@@ -58,8 +62,10 @@ class DirectReceive(Exchange):
 
     def __init__(self, packing: Packing, *, one: bool) -> None:
         super().__init__()
-        self._one = one
-        self._given = packing.shapes, packing.assemblies, packing.coming, packing.at, packing.direct
+        self._one, self._at, self._joins = one, packing.at, [_Join(each) for each in packing.assemblies]
+        messages = _messages(packing)
+        self._pieces = [[each[place] for each in messages] for place in range(len(packing.assemblies))]
+        self._results = _columns(packing, messages) if packing.direct else []
 
     def forward(self, sent: Sent) -> Any:
         """What `DirectSend` gave -> this rank's parts in the new layouts."""
@@ -68,8 +74,30 @@ class DirectReceive(Exchange):
             work.wait()
         elif torch.compiler.is_compiling():
             room = torch.ops._c10d_functional.wait_tensor(room)
-        found = results_of_messages(room, own, *self._given)
+        if self._results:
+            found = [room.as_strided(*view) for view in self._results]
+        else:
+            found = [
+                joined([kept if member == self._at else room.as_strided(*view) for member, view in enumerate(views)])
+                for kept, views, joined in zip(own, self._pieces, self._joins, strict=True)
+            ]
         return found[0] if self._one else found
+
+
+class _Join:
+    """How pieces become a result: in the order in which whole ones follow each other along a dimension, or as `join`
+    does it."""
+
+    def __init__(self, assembly: PlainAssembly) -> None:
+        self._assembly = assembly
+        _, self._dim, sections, _ = assembly
+        members = [member for member, _, _ in sections]
+        self._order = members if self._dim is not None and len(set(members)) == len(members) else []
+
+    def __call__(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self._order:
+            return torch.cat([pieces[member] for member in self._order], self._dim or 0)
+        return join(pieces, *self._assembly)
 
 
 def direct_halves(
@@ -78,3 +106,39 @@ def direct_halves(
     """Both halves for member `at` of a group."""
     packing = Packing.of(exchanges, at)
     return DirectSend(packing, group), DirectReceive(packing, one=one)
+
+
+def _messages(packing: Packing) -> list[list[View]]:
+    """For each member where the pieces that come from it lie."""
+    starts = itertools.accumulate(coming_sizes(packing.shapes), initial=0)
+    return [
+        _pieces([each[member] for each in packing.shapes], rows, start)
+        for member, (rows, start) in enumerate(zip(packing.coming, starts, strict=False))
+    ]
+
+
+def _pieces(shapes: Sequence[Shape], rows: Rows, start: int) -> list[View]:
+    """As `packing` lays out one message."""
+    sizes = [math.prod(shape) for shape in shapes]
+    if not rows or len(shapes) == 1:
+        starts = itertools.accumulate(sizes, initial=start)
+        return [(shape, _dense(shape), first) for shape, first in zip(shapes, starts, strict=False)]
+    widths = [math.prod(shape[row + 1 :]) if len(shape) > row else 0 for shape, row in zip(shapes, rows, strict=True)]
+    places = itertools.accumulate(widths, initial=start)
+    return [
+        (shape, (*_dense(shape)[:row], sum(widths), *_dense(shape)[row + 1 :]), first)
+        for shape, row, first in zip(shapes, rows, places, strict=False)
+    ]
+
+
+def _columns(packing: Packing, messages: Sequence[Sequence[View]]) -> list[View]:
+    """Where the results lie, if messages one behind the other are these."""
+    first = next((each for each, rows in zip(messages, packing.coming, strict=True) if rows), messages[0])
+    if len(packing.assemblies) == 1:
+        return [(packing.assemblies[0][0], _dense(packing.assemblies[0][0]), 0)]
+    base = first[0][2]
+    return [(result[0], strides, at - base) for result, (_, strides, at) in zip(packing.assemblies, first, strict=True)]
+
+
+def _dense(shape: Shape) -> Shape:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

@@ -31,9 +31,9 @@ class Packing:
     """A rank's part in an exchange of several values, as numbers.
 
     `takes`, `shapes` and `assemblies` are per value, see `RankExchange`; `shapes[value][member]` of what comes.
-    `leaving` and `coming` say how messages to and from each member are laid out. `chunks`: per value the dimension that
-    is cut in equal parts, one for each member, if all is cut so. `direct`: what comes is the results; otherwise the
-    pieces that stay here do not travel.
+    `leaving` and `coming` say how messages to and from each member are laid out. `chunked`: each member gets an equal
+    part of the columns of all tables. `direct`: what comes is the results; otherwise the pieces that stay here do not
+    travel.
     """
 
     at: int
@@ -42,7 +42,7 @@ class Packing:
     assemblies: tuple[PlainAssembly, ...]
     leaving: tuple[Rows, ...]
     coming: tuple[Rows, ...]
-    chunks: tuple[int, ...]
+    chunked: bool
     direct: bool
 
     @staticmethod
@@ -68,7 +68,7 @@ class Packing:
         shapes = tuple(tuple(s if i in travels else (0,) for i, s in enumerate(one.shapes)) for one in exchanges)
         takes = tuple(map(takes_of, exchanges))
         alike = direct and leaving[0] and len(set(leaving)) == 1
-        chunks = tuple(_chunked(one) for one in exchanges) if alike else ()
+        chunked = alike and all(_is_chunked(one, row) for one, row in zip(exchanges, leaving[0], strict=True))
         return Packing(
             at,
             takes,
@@ -76,7 +76,7 @@ class Packing:
             tuple(one.plain for one in assemblies),
             leaving,
             coming,
-            chunks if all(dim >= 0 for dim in chunks) else (),
+            bool(chunked),
             direct,
         )
 
@@ -92,15 +92,13 @@ def _rows(pieces: Sequence[tuple[Shape, tuple[Runs | None, ...], Shape]]) -> Row
     return tuple(dims) if len({shape[dim] for (shape, _, _), dim in zip(pieces, dims, strict=True)}) == 1 else ()
 
 
-def _chunked(exchange: RankExchange) -> int:
-    """The dimension of which each member is sent an equal part, in order; -1 if there is none such."""
+def _is_chunked(exchange: RankExchange, row: int) -> bool:
+    """Whether each member is sent an equal part, in order, of the dimension behind that which counts rows."""
     dims = {d for piece in exchange.sends for d, runs in enumerate(piece.take) if runs is not None}
-    if len(dims) != 1:
-        return -1
-    (dim,) = dims
-    size, rest = divmod(exchange.held[dim], len(exchange.sends))
-    equal = all(piece.take[dim] == ((i * size, size),) for i, piece in enumerate(exchange.sends))
-    return dim if equal and size and not rest else -1
+    if dims != {row + 1}:
+        return False
+    size, rest = divmod(exchange.held[row + 1], len(exchange.sends))
+    return not rest and all(piece.take[row + 1] == ((i * size, size),) for i, piece in enumerate(exchange.sends))
 
 
 def message_of(
@@ -116,12 +114,12 @@ def message_of(
     return flat, sizes, [] if direct else [each[at] for each in pieces]
 
 
-def chunk_messages(xs: Sequence[torch.Tensor], chunks: Rows, rows: Rows, members: int) -> torch.Tensor:
-    """The same, `[members, rows, columns]` in one copy, where each gets as much."""
-    tables = []
-    for x, dim, row in zip(xs, chunks, rows, strict=True):
-        parts = x.unflatten(dim, (members, -1)).movedim(dim, 0)
-        tables.append(parts.reshape(members, parts.shape[row + 1], math.prod(parts.shape[row + 2 :])))
+def chunk_messages(xs: Sequence[torch.Tensor], rows: Rows, members: int) -> torch.Tensor:
+    """The same, `[members, rows, columns]` in one copy, where each member gets an equal part of the columns."""
+    tables = [
+        x.reshape(x.shape[row], members, math.prod(x.shape[row + 1 :]) // members).transpose(0, 1)
+        for x, row in zip(xs, rows, strict=True)
+    ]
     return torch.cat(tables, 2) if len(tables) > 1 else tables[0].contiguous()
 
 
