@@ -33,14 +33,26 @@ DOCUMENT = {
 
 
 @pytest.mark.parametrize(
-    "text", ["alone:compiled", "u2:graph", "c2u2:collective", "diffusers-u2:compiled", "xdit-u2:eager", "r2:eager/peer@sdpa"]
+    "text",
+    ["alone:compiled", "u2:graph", "c2u2:collective", "diffusers-u2:compiled", "xdit-u2:eager", "r2:eager/peer@sdpa"],
 )
 def test_a_contender_prints_as_it_was_written(text: str) -> None:
     assert str(Contender.parse(text)) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["u2", "u2:fast", "other-u2:eager", "q2:eager", "", "u2:eager@fast", "xdit-u2:eager@cudnn", "u2:eager/fast", "alone:eager/peer"]
+    "text",
+    [
+        "u2",
+        "u2:fast",
+        "other-u2:eager",
+        "q2:eager",
+        "",
+        "u2:eager@fast",
+        "xdit-u2:eager@cudnn",
+        "u2:eager/fast",
+        "alone:eager/peer",
+    ],
 )
 def test_what_is_no_contender_is_refused(text: str) -> None:
     with pytest.raises(XditError):

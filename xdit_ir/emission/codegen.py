@@ -21,7 +21,7 @@ from xdit_ir.ir.graphs import all_graphs, copy_node, operands, placeholders
 from xdit_ir.ir.named_tensors import constants_on
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
 from xdit_ir.kernels.attention import Attention, KernelAttention
-from xdit_ir.transport.collectives import Exchange, lower
+from xdit_ir.transport.collectives import Exchange, can_be_at_once, lower
 from xdit_ir.transport.direct import direct_halves
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
@@ -95,15 +95,24 @@ class Code:
         return frozenset(names[first : first + len(self.constants)] + names[end:])
 
 
-def generate(program: Program, communicator: Communicator, device: torch.device, *, direct: bool = False) -> Code:
+def generate(
+    program: Program,
+    communicator: Communicator,
+    device: torch.device,
+    *,
+    direct: bool = False,
+    at_once: bool = False,
+) -> Code:
     """Code for one rank's program on `device`; the process groups that it needs exist already.
 
-    `direct`: it is run as it is, neither compiled nor recorded.
+    `direct`: it is run as it is, neither compiled nor recorded. `at_once`: blocks are compiled, and wait for exchanges
+    where they start them, as far as they can.
     """
     bodies = {}
     mailbox = Mailbox.of(program, communicator)
     for name, block in program.blocks.items():
         writer = _CodeWriter(name, program.device, device, communicator, mailbox, direct)
+        writer.at_once = at_once and _only_at_once(block.graph)
         read = _state(block.graph)
         constants = writer.head(block.graph, list(read), read)
         slots = writer.buffers(list(_slot_specs(block.graph)))
@@ -123,6 +132,12 @@ def communications(program: Program) -> Iterator[Communicate]:
         for node in graph.nodes:
             if isinstance(node.target, Communicate):
                 yield node.target
+
+
+def _only_at_once(graph: fx.Graph) -> bool:
+    """Whether ranks talk in this graph in one way only; PyTorch's compiler keeps the order of its own collectives."""
+    targets = [node.target for node in graph.nodes if isinstance(node.target, Communicate)]
+    return all(can_be_at_once(target) for target in targets if len(target.group) > 1)
 
 
 def state_names(program: Program) -> tuple[list[str], list[str]]:
@@ -175,7 +190,8 @@ class _CodeWriter:
         direct: bool,
     ) -> None:
         self.name, self.traced, self.device, self.communicator = name, traced, device, communicator
-        self.mailbox, self.direct = mailbox, direct
+        self.mailbox, self.direct, self.at_once = mailbox, direct, False
+        self.previous: list[fx.Node] = []  # what the latest exchange has given, if they are at once
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.state: dict[str, fx.Node] = {}
@@ -257,7 +273,12 @@ class _CodeWriter:
         if isinstance(target, PeerExchange):
             assert self.mailbox is not None
             return self._put(node, args, *self.mailbox.modules(self.name, node, target))
-        return self._started(node, target.kind, self._halves(node, target), args, dict(kwargs))
+        at_once = self.at_once and len(target.group) > 1
+        given = (*args, *self.previous) if at_once else args
+        new = self._started(node, target.kind, self._halves(node, target), given, dict(kwargs))
+        if at_once:
+            self.previous = [self.graph.call_function(operator.getitem, (new, 0))]
+        return new
 
     def _halves(self, node: fx.Node, target: Communicate) -> Sequence[nn.Module]:
         if self.direct and (type(target) is Reshuffle or isinstance(target, Together)) and len(target.group) > 1:
@@ -266,7 +287,7 @@ class _CodeWriter:
                 exchanges = target.exchanges if isinstance(target, Together) else (target.exchange,)
                 group = self.communicator.group(target.mesh_dims)
                 return direct_halves(exchanges, target.group.index(self.communicator.rank), group, one=not several)
-        return lower(target, self.communicator)
+        return lower(target, self.communicator, at_once=self.at_once)
 
     def _started(self, node: fx.Node, kind: str, halves: Sequence[nn.Module], args: Any, kwargs: Any) -> fx.Node:
         """A call of what does all of it, or of the first half; the second one is to be called with what that gives."""

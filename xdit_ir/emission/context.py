@@ -121,7 +121,8 @@ class RankContext:
         """A program as code, compiled if that is wanted.
 
         Args:
-            packed: exchanges may be packed, those that all ranks can pack; all ranks call this together then.
+            packed: exchanges may be packed, those that all ranks can pack, and started without PyTorch's functional
+                layer; all ranks call this together then.
             peers: exchanges inside blocks may go over the GPU's peers, those that all ranks can do so; all ranks call
                 this together then.
             shared: the code of a block may serve other programs too.
@@ -136,7 +137,7 @@ class RankContext:
             agreed = self.communicator.in_common(candidates(lowered))
             lowered = run_passes(lowered, [UseCopyEngines("+".join(agreed))] if agreed else [])
         with collector_paused():
-            code = generate(lowered, self.communicator, self.device, direct=self.execution.calls_directly)
+            code = self._generated(lowered, packed=packed)
         if self.execution.compile and code.mailbox is not None:
             code.mailbox.register()
         if self.execution.compile:
@@ -145,3 +146,10 @@ class RankContext:
                 codes = self.shared_codes if shared else None
                 compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed)
         return code
+
+    def _generated(self, program: Program, *, packed: bool) -> Code:
+        at_once = packed and self.execution.exchanges_at_once
+        if at_once:
+            import xdit_ir.transport.exchange_op  # noqa: F401  # registers an operator
+        direct = packed and self.execution.calls_directly
+        return generate(program, self.communicator, self.device, direct=direct, at_once=at_once)

@@ -115,6 +115,11 @@ class Execution:
         """Whether code calls the process group itself, as what is neither compiled nor recorded can."""
         return self.packs and not (self.compile or self.cuda_graph)
 
+    @property
+    def exchanges_at_once(self) -> bool:
+        """Whether compiled code waits for an exchange where it starts it: without a graph that costs the host less."""
+        return self.packs and self.compile and not self.cuda_graph
+
     def check(self, device: torch.device) -> None:
         """Raise `ParallelizeError` for what does not exist, or `device` cannot do."""
         if self.transport not in TRANSPORTS:

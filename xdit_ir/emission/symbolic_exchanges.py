@@ -20,7 +20,7 @@ Shapes = Sequence[Sequence[Size]]
 
 
 def _send(given: Operands, fixed: Named, sizes: Sizes) -> Named:
-    [x], at = given, fixed["at"]
+    x, at = given[0], fixed["at"]
     takes = _takes(x, fixed["takes"], sizes, at)
     is_cut = [any(wanted[dim] is not None for wanted in fixed["takes"]) for dim in range(x.dim())]
     shapes = tuple(
@@ -67,7 +67,7 @@ def _receive(given: Operands, fixed: Named, sizes: Sizes) -> Named:
 def _packed_send(given: Operands, fixed: Named, sizes: Sizes) -> Named:
     found = [
         _send((x,), {"takes": takes, "shapes": shapes, "at": fixed["at"]}, sizes)
-        for x, takes, shapes in zip(given, fixed["takes"], fixed["shapes"], strict=True)
+        for x, takes, shapes in zip(given, fixed["takes"], fixed["shapes"], strict=False)  # and what was before
     ]
     return {key: tuple(one[key] for one in found) for key in ("takes", "shapes")}
 

@@ -45,15 +45,22 @@ from xdit_ir.transport.packing import (
 )
 
 
-def lower(target: Communicate, communicator: Communicator) -> tuple[Exchange, ...]:
+def lower(target: Communicate, communicator: Communicator, *, at_once: bool = False) -> tuple[Exchange, ...]:
     """The modules that execute a communication on this process's rank; its process group exists already.
 
-    One that does all of it, or one that starts it and one that, given what the first returned, waits for it.
+    One that does all of it, or one that starts it and one that, given what the first returned, waits for it. `at_once`:
+    nothing is done meanwhile. The first one is then also given what that of the exchange before has returned, which is
+    the first of the values; only for `can_be_at_once`.
     """
-    modules = _lowered(target, communicator)
+    modules = _lowered(target, communicator, at_once)
     for module in modules:
         module.by_host = not communicator.recordable
     return modules
+
+
+def can_be_at_once(target: object) -> bool:
+    """Whether a communication is an all-to-all of its own."""
+    return type(target) in (Reshuffle, Together)
 
 
 class Exchange(FixedCall):
@@ -66,7 +73,7 @@ class Exchange(FixedCall):
     handed: int | None = 2
 
 
-def _lowered(target: Communicate, communicator: Communicator) -> tuple[Exchange, ...]:
+def _lowered(target: Communicate, communicator: Communicator, at_once: bool) -> tuple[Exchange, ...]:
     at, beside = target.group.index(communicator.rank), isinstance(target, AllGather)
     name = communicator.group(target.mesh_dims, beside=beside).group_name if len(target.group) > 1 else ""
     if isinstance(target, Reduce):
@@ -76,7 +83,7 @@ def _lowered(target: Communicate, communicator: Communicator) -> tuple[Exchange,
         return Send(target.exchange, at, shapes, name, direct=True), AddUp(shapes)
     if isinstance(target, Together):
         packing = Packing.of(target.exchanges, at)
-        return PackedSend(packing, name), PackedReceive(packing)
+        return PackedSend(packing, name, at_once=at_once), PackedReceive(packing, at_once=at_once)
     if isinstance(target, Reshuffle) and not name:
         return (Rearrange(target),)
     if isinstance(target, AllGather):
@@ -85,7 +92,10 @@ def _lowered(target: Communicate, communicator: Communicator) -> tuple[Exchange,
         assembly = Assembly.of(target.exchange)
         direct = assembly.is_contiguous
         shapes = tuple(shape if direct or i != at else (0,) for i, shape in enumerate(target.exchange.shapes))
-        return Send(target.exchange, at, shapes, name, direct=direct), Receive(assembly, at, shapes, direct=direct)
+        return (
+            Send(target.exchange, at, shapes, name, direct=direct, at_once=at_once),
+            Receive(assembly, at, shapes, direct=direct, at_once=at_once),
+        )
     assert isinstance(target, Ring)
     return (RingAttention(target, at, name),)
 
@@ -127,37 +137,56 @@ class Send(Exchange):
     piece travels too, which saves a copy.
     """
 
-    def __init__(self, exchange: RankExchange, at: int, shapes: Shapes, group: str, *, direct: bool) -> None:
+    def __init__(
+        self, exchange: RankExchange, at: int, shapes: Shapes, group: str, *, direct: bool, at_once: bool = False
+    ) -> None:
         super().__init__()
         self.fixed = {"takes": takes_of(exchange), "at": at, "shapes": shapes, "group": group, "direct": direct}
+        self.fixed["at_once"] = at_once
 
     @staticmethod
     def function(
-        x: torch.Tensor, *, takes: Takes, at: int, shapes: Shapes, group: str, direct: bool
+        x: torch.Tensor,
+        *after: torch.Tensor,
+        takes: Takes,
+        at: int,
+        shapes: Shapes,
+        group: str,
+        direct: bool,
+        at_once: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here."""
+        """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here; `after`: what
+        the exchange before has given, see `lower`."""
         pieces = cut(x, takes)
         own = x.new_empty(0)
         if not direct:
             own, pieces[at] = pieces[at], own
-        return start(pieces, shapes, group), own
+        return start(pieces, shapes, group, after if at_once else None), own
 
 
 class Receive(Exchange):
     """The second half: wait for the pieces and put them together; `direct` as for `Send`."""
 
-    def __init__(self, assembly: Assembly, at: int, shapes: Shapes, *, direct: bool) -> None:
+    def __init__(self, assembly: Assembly, at: int, shapes: Shapes, *, direct: bool, at_once: bool = False) -> None:
         super().__init__()
-        self.fixed = {"assembly": assembly.plain, "at": at, "shapes": shapes, "direct": direct}
+        self.fixed = {"assembly": assembly.plain, "at": at, "shapes": shapes, "direct": direct, "at_once": at_once}
 
     @staticmethod
     def function(
-        pending: torch.Tensor, own: torch.Tensor, *, assembly: PlainAssembly, at: int, shapes: Shapes, direct: bool
+        pending: torch.Tensor,
+        own: torch.Tensor,
+        *,
+        assembly: PlainAssembly,
+        at: int,
+        shapes: Shapes,
+        direct: bool,
+        at_once: bool,
     ) -> torch.Tensor:
         """What `Send` gave -> this rank's part in the new layout."""
+        there = pending if at_once else _wait(pending)
         if direct:
-            return _typed(_wait(pending), assembly[0], own.dtype)
-        pieces = finish(pending, shapes, own.dtype)
+            return _typed(there, assembly[0], own.dtype)
+        pieces = _apart(there, shapes, own.dtype)
         pieces[at] = own
         return join(pieces, *assembly)
 
@@ -165,14 +194,15 @@ class Receive(Exchange):
 class PackedSend(Exchange):
     """The first half of several changes of layout at once: start the one all-to-all."""
 
-    def __init__(self, packing: Packing, group: str) -> None:
+    def __init__(self, packing: Packing, group: str, *, at_once: bool = False) -> None:
         super().__init__()
         self.fixed = {"takes": packing.takes, "shapes": packing.shapes, "leaving": packing.leaving}
+        self.fixed |= {"at_once": at_once}
         self.fixed |= {"chunked": packing.chunked, "at": packing.at, "direct": packing.direct, "group": group}
 
     @staticmethod
     def function(
-        *xs: torch.Tensor,
+        *given: torch.Tensor,
         takes: tuple[Takes, ...],
         shapes: tuple[Shapes, ...],
         leaving: tuple[Rows, ...],
@@ -180,25 +210,28 @@ class PackedSend(Exchange):
         at: int,
         direct: bool,
         group: str,
+        at_once: bool,
     ) -> tuple[torch.Tensor, ...]:
-        """`xs`, this rank's parts in the old layouts -> what is on its way, and the pieces that stay here."""
+        """This rank's parts in the old layouts -> what is on its way, and the pieces that stay here; behind the parts:
+        what the exchange before has given, see `lower`."""
+        xs, after = given[: len(takes)], given[len(takes) :]
         own: list[torch.Tensor] = []
         if chunked:
             table = chunk_messages(xs, leaving[0], len(leaving))
             flat, sizes = table.view(-1), [table.shape[1] * table.shape[2]] * len(leaving)
         else:
             flat, sizes, own = message_of(xs, takes, leaving, at, direct)
-        return torch.ops._c10d_functional.all_to_all_single(flat, coming_sizes(shapes), sizes, group), *own
+        return _begin(flat, coming_sizes(shapes), sizes, group, after if at_once else None), *own
 
 
 class PackedReceive(Exchange):
     """The second half: wait for the messages and take them apart."""
 
-    def __init__(self, packing: Packing) -> None:
+    def __init__(self, packing: Packing, *, at_once: bool = False) -> None:
         super().__init__()
         self.handed = 1 if packing.direct else 1 + len(packing.takes)
         self.fixed = {"shapes": packing.shapes, "assemblies": packing.assemblies, "coming": packing.coming}
-        self.fixed |= {"at": packing.at, "direct": packing.direct}
+        self.fixed |= {"at": packing.at, "direct": packing.direct, "at_once": at_once}
 
     @staticmethod
     def function(
@@ -209,9 +242,11 @@ class PackedReceive(Exchange):
         coming: tuple[Rows, ...],
         at: int,
         direct: bool,
+        at_once: bool,
     ) -> tuple[torch.Tensor, ...]:
         """What `PackedSend` gave -> this rank's parts in the new layouts."""
-        return tuple(results_of_messages(_wait(pending), own, shapes, assemblies, coming, at, direct))
+        there = pending if at_once else _wait(pending)
+        return tuple(results_of_messages(there, own, shapes, assemblies, coming, at, direct))
 
 
 class SendParts(Exchange):
@@ -316,8 +351,14 @@ def _resized(x: torch.Tensor, keys: int) -> tuple[int, ...]:
     return (*x.shape[:-2], keys, x.shape[-1])
 
 
-def start(pieces: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], group: str) -> torch.Tensor:
-    """Start an all-to-all: `pieces[i]` goes to member `i`, a tensor of `shapes[i]` comes from it; see `finish`.
+def start(
+    pieces: Sequence[torch.Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    group: str,
+    after: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Start an all-to-all: `pieces[i]` goes to member `i`, a tensor of `shapes[i]` comes from it; see `finish`. If it
+    is done at once, `after` what was before, nothing waits for it.
 
     All members of the group must call it; any piece may be empty.
     """
@@ -326,14 +367,27 @@ def start(pieces: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], gro
     flat = torch.cat(full) if len(full) > 1 else full[0].contiguous() if full else _wire(pieces[0])
     arriving = [math.prod(shape) * width for shape in shapes]
     leaving = [piece.numel() * width for piece in pieces]
-    pending: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(flat, arriving, leaving, group)
-    return pending
+    return _begin(flat, arriving, leaving, group, after)
+
+
+def _begin(
+    flat: torch.Tensor, coming: list[int], leaving: list[int], group: str, after: Sequence[torch.Tensor] | None
+) -> torch.Tensor:
+    if after is None:
+        pending: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(flat, coming, leaving, group)
+        return pending
+    done: torch.Tensor = torch.ops.xdit_ir.exchange(flat, list(after), coming, leaving, group)
+    return done
 
 
 def finish(pending: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
     """The pieces that `start` fetches, once they are there."""
+    return _apart(_wait(pending), shapes, dtype)
+
+
+def _apart(there: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
     width = _width(dtype)
-    parts = torch.split_with_sizes(_wait(pending), [math.prod(shape) * width for shape in shapes])
+    parts = torch.split_with_sizes(there, [math.prod(shape) * width for shape in shapes])
     return [_typed(part, shape, dtype) for part, shape in zip(parts, shapes, strict=True)]
 
 
