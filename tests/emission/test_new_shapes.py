@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import xdit_ir as xir
+import xdit_ir.transport.exchange_op  # registers an operator
 from xdit_ir import models
 from xdit_ir.emission import trial
 from xdit_ir.emission.codegen import Code, generate
@@ -181,7 +183,7 @@ def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, 
     first: list[Pass] = [PackExchanges()] if how == "packed" else []
     last: list[Pass] = [UseCopyEngines()] if how == "peers" else []
     lowered = run_passes(fold_constants(parallel.rank(rank)), [*first, *Execution(compile=True).passes(CPU), *last])
-    return generate(lowered, here, CPU)  # type: ignore[arg-type]
+    return generate(lowered, here, CPU, at_once=how == "packed")  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -254,6 +256,17 @@ def test_a_trial_looks_into_blocks_of_each_structure_once(model: Model, monkeypa
         looked.append(len(tried))
         assert kinds[0] == kinds[1]
     assert looked == [1, 1]
+
+
+def test_compiled_exchanges_have_one_order_on_all_ranks() -> None:
+    """A compiler may turn round what does not depend on each other: each takes what the one before has given."""
+    model, example = models.load("plain-mmdit:tiny")
+    bodies = code(model, example, 0, {"ulysses": 2}, how="packed").bodies.values()
+    for graph in (body.module.graph for body in bodies):
+        starts = [node for node in graph.nodes if node.name.endswith("_start")]
+        assert starts
+        for before, after in itertools.pairwise(starts):
+            assert any(source.args == (before, 0) for source in after.all_input_nodes if source.op == "call_function")
 
 
 def test_a_body_that_is_given_several_values_as_one_is_compiled_for_itself() -> None:

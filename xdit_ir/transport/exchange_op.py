@@ -8,13 +8,15 @@ order of such calls, which must be the same on all ranks: so each takes what the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import AllToAllOptions, _resolve_process_group
+from torch._C import _distributed_c10d as c10d
 
-_LIBRARY = torch.library.Library("xdit_ir", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("xdit_ir", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("exchange(Tensor x, Tensor[] after, SymInt[] coming, SymInt[] leaving, str group) -> Tensor")
-_OPTIONS = AllToAllOptions()
+_RESOLVE: Any = c10d._resolve_process_group
+_OPTIONS = c10d.AllToAllOptions()
 _OPTIONS.asyncOp = False
 
 
@@ -23,7 +25,7 @@ def _exchange(
 ) -> torch.Tensor:
     """`x [elements]`, of which `leaving` go to each member -> what comes from all, of `coming` elements."""
     room = x.new_empty(sum(coming))
-    work = _resolve_process_group(group).alltoall_base(room, x, coming, leaving, _OPTIONS)
+    work = _RESOLVE(group).alltoall_base(room, x, coming, leaving, _OPTIONS)
     if work is not None:  # the backends of CPUs go on by themselves
         work.wait()
     return room
