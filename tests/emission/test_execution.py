@@ -38,7 +38,7 @@ EXAMPLE = (torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0)),)
     ("options", "says"),
     [
         ({"cuda_graph": True}, "cuda_graph=True needs a model on a CUDA device, this one is on cpu"),
-        ({"transport": "pigeon"}, "transport='pigeon'; there are auto, collective, peer"),
+        ({"transport": "pigeon"}, "transport='pigeon'; there are auto, collective, packed, peer"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, object], says: str, model: nn.Sequential) -> None:

@@ -11,7 +11,7 @@ import jobs  # type: ignore[import-not-found]
 import torch
 
 import xdit_ir as xir
-from xdit_ir.transport import collectives
+from xdit_ir.transport import collectives, packing
 
 # What is broken, on rank 1, the model that shows it, and its degrees.
 RUNTIMES = {
@@ -22,7 +22,7 @@ RUNTIMES = {
 
 @contextmanager
 def _broken(how: str) -> Iterator[None]:
-    cut = collectives.cut
+    cut = packing.cut
 
     def reverse(x: torch.Tensor, takes: Any) -> list[torch.Tensor]:
         return cut(x, takes)[::-1]
@@ -33,7 +33,7 @@ def _broken(how: str) -> Iterator[None]:
         return x + 0 * total
 
     target: Any = {
-        "pieces to the wrong ranks": (collectives, "cut", reverse),
+        "pieces to the wrong ranks": (packing, "cut", reverse),
         "own summand only": (collectives.AllReduce, "function", staticmethod(own)),
     }[how]
     with patch.object(*target):

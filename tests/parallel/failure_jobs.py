@@ -22,6 +22,7 @@ from xdit_ir.deferral.deferred import materialize
 from xdit_ir.pipelined.channels import Channels
 from xdit_ir.runtime.agreement import Agreement
 from xdit_ir.transport import collectives
+from xdit_ir.transport.direct import DirectSend
 
 Example = dict[str, Any]
 Around = Callable[[Any, Any], AbstractContextManager[Any]]
@@ -283,7 +284,7 @@ def _raising_in_an_exchange(module: Any, model: Any) -> Iterator[None]:
         raise ConnectionError("injected")
 
     # Before anything is sent: with all that it waits for, the other would hear of it in its next call only.
-    places = ((collectives, "start"), (collectives, "_wait"), (Channels, "send"))
+    places = ((collectives, "start"), (collectives, "_wait"), (DirectSend, "forward"), (Channels, "send"))
     with ExitStack() as patched:
         for place, name in places:
             patched.enter_context(mock.patch.object(place, name, bomb))
