@@ -47,7 +47,7 @@ class UseCopyEngines:
         for name in self.agreed.split("+") if self.agreed else able:
             node = able[name]
             if places.has_room(node):
-                node.target = places.lowered(node, len(set(slot_sequence(calls[name.partition(".")[0]]))))
+                node.target = places.lowered(node, len(set(slot_sequence(calls[name.rpartition(".")[0]]))))
         return program.replace(blocks=blocks)
 
 

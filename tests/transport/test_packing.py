@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdit_ir.ir.layout import Layout, plan
@@ -64,6 +64,7 @@ def exchanged(packings: Sequence[Packing], xs: Sequence[Sequence[torch.Tensor]])
     return results
 
 
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from(MESHES), st.tuples(st.integers(1, 2), *[st.integers(1, 5)] * 2), st.integers(1, 3))
 def test_several_values_travel_as_if_each_did_alone(
     data: st.DataObject, mesh: Mesh, shape: tuple[int, int, int], values: int
