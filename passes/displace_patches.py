@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from xdit_ir.errors import ParallelizeError
@@ -16,6 +16,7 @@ from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
 from xdit_ir.passes.find_tokens import parts_outside, units_of
 from xdit_ir.pipefusion.latents import inputs_of, output_seeds
 from xdit_ir.pipefusion.patch_plan import UNLIKE, PatchPlan, evaluate
+from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Propagation, Seeds
 
 NEAREST = 4  # smaller numbers of patches that are tried where one is refused
@@ -36,6 +37,7 @@ class DisplacePatches:
     invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.ATTENTION, Fact.RUNNABLE})
 
     mesh: Mesh
+    machine: Machine = field(default_factory=Machine)
 
     def apply(self, program: Program) -> Program:
         """The program with the division over `pipefusion` (patches), `ring` and `ulysses` noted as seeds."""
@@ -103,13 +105,13 @@ class DisplacePatches:
     def _plan(self, trial: Propagation, axis: TokenAxis, seeds: Seeds) -> tuple[PatchPlan, Seeds]:
         """The division that these seeds give, and they; where it is refused, the one that comes of cutting the latents
         like the output instead, for what is computed from the latents before the stream begins."""
-        plan = evaluate(trial.run(seeds), self.mesh)
+        plan = evaluate(trial.run(seeds), self.mesh, self.machine)
         inputs = output_seeds(plan.program, self.mesh) if plan.refusal else {}
         if not inputs:
             return plan, seeds
         others = {name: layouts for name, layouts in seeds.items() if name != axis.value}
         wanted = {name: (layout,) for name, layout in inputs.items()} | others
-        again = evaluate(trial.run(wanted), self.mesh)
+        again = evaluate(trial.run(wanted), self.mesh, self.machine)
         return (plan, seeds) if again.refusal else (again, wanted)
 
     def _first(self, trial: Propagation, axis: TokenAxis) -> list[TokenAxis]:
@@ -120,13 +122,13 @@ class DisplacePatches:
         partition = next(self._partitions(program, axis, 0), None)
         if partition is None:
             return []
-        best = evaluate(trial.run(self._seeds(program, axis, partition, [])), self.mesh)
+        best = evaluate(trial.run(self._seeds(program, axis, partition, [])), self.mesh, self.machine)
         for other in program.tokens:
             source = inputs_of(program, other.value)
             taken = other.is_context or other.value in (axis.value, *(one.value for one in chosen))
             if taken or not source or source & latents:
                 continue
-            plan = evaluate(trial.run(self._seeds(program, axis, partition, [*chosen, other])), self.mesh)
+            plan = evaluate(trial.run(self._seeds(program, axis, partition, [*chosen, other])), self.mesh, self.machine)
             cheaper = (plan.price.work, plan.price.bytes) <= (best.price.work, best.price.bytes)
             if cheaper and (best.refusal or not plan.refusal):
                 best = plan

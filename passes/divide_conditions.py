@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -102,14 +103,15 @@ class DivideConditions:
         weights: int = sum(weight.meta[SPEC].nbytes for weight in operands(node)[1:])
         flops, whole = max(local_flops(node, self.mesh)), max(local_flops(node, None))
         count, out = self.mesh.size(self.dims), node.meta[SPEC].nbytes
-        now = max(flops / self.machine.flops, weights / self.machine.memory)
-        then = max(whole / count / self.machine.flops, weights / count / self.machine.memory)
-        return now - then - self.machine.seconds(0, out / count)
+        made, dtype = math.prod(node.meta[SPEC].shape), node.meta[SPEC].dtype
+        now = self.machine.projection_seconds(flops, made, weights, dtype)
+        then = self.machine.projection_seconds(whole / count, made / count, weights / count, dtype)
+        return now - then - self.machine.sending(self.mesh, self.dims, [out / count] * self.mesh.world_size)
 
     def _saved(self, projections: Projections, called: Sequence[str]) -> float:
         """Seconds, after one exchange of all results and one of each condition."""
         total = sum(self._gain(node) for name in called for node in projections[name])
-        return total - 2 * self.machine.latency
+        return total - 2 * self.machine.start(self.mesh, self.dims)
 
 
 def is_condition(node: fx.Node) -> bool:

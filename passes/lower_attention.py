@@ -101,7 +101,12 @@ class LowerAttention:
         share = math.ceil(count / degree) / count
         exchange = (2 * q / degree + (k + v) / min(degree, heads)) * away
         gathering = (k + v) * away
-        return self.machine.seconds(flops * share, exchange) <= self.machine.seconds(flops / degree, gathering)
+        turned, whole = (
+            self.machine.attention_seconds(work, call.specs[0].shape[-1], call.out.dtype)
+            + self.machine.sending(self.mesh, (ULYSSES,), [sent] * self.mesh.world_size)
+            for work, sent in ((flops * share, exchange), (flops / degree, gathering))
+        )
+        return turned <= whole
 
     def _causal(self, call: OpCall, sharding: OpSharding) -> OpSharding:
         """Causality needs keys in natural order: divide heads over every sequence mesh dim, or gather the keys and

@@ -74,8 +74,8 @@ def cache_passes(watched: Watched) -> list[Pass]:
 def token_passes(mesh: Mesh, machine: Machine = H100) -> list[Pass]:
     """Passes that divide the token streams, in place or over patches in time, and write layouts."""
     if mesh.size((TIME,)) > 1:
-        return [DisplacePatches(mesh), PropagateLayouts()]
-    return [ShardTokens(mesh), ReplicateShared(machine), PropagateLayouts()]
+        return [DisplacePatches(mesh, machine), PropagateLayouts()]
+    return [ShardTokens(mesh, machine), ReplicateShared(machine), PropagateLayouts()]
 
 
 def _split(mesh: Mesh, batch: Batch) -> list[Pass]:

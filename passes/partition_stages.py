@@ -31,7 +31,7 @@ Choice = tuple[tuple[int, ...], list[int]]
 
 @dataclass(frozen=True)
 class PartitionStages:
-    """Cut the operators, in their order, into `count` runs of equal FLOPs, or into twice as many, of which the rank of
+    """Cut the operators, in their order, into `count` runs of equal work, or into twice as many, of which the rank of
     the first one also has the last one (folded); note the stage of every outer node that follows the token stream. A
     cut lies between blocks, or inside one where about as few bytes are alive as around it.
 
@@ -53,7 +53,7 @@ class PartitionStages:
         if self.count == 1:
             return program
         sources = [axis.value for axis in program.tokens[:1]] or [node.name for node in placeholders(program.graph)]
-        found = liveness(program, sources)
+        found = liveness(program, sources, self.machine)
         coordinates, cuts = (
             _balanced(found, self.count, self.machine)
             if self.stages is None
@@ -85,11 +85,11 @@ def _crossed(found: Liveness, place: int) -> ProgramValue | None:
 
 
 def _candidates(found: Liveness) -> list[int]:
-    """Places for cuts: the fewest bytes for every sum of FLOPs before, and no more than at the blocks around."""
+    """Places for cuts: the fewest bytes for every sum of work before, and no more than at the blocks around."""
     edges = [place for place, _ in boundaries(found)]
     around = [int(found.alive[place]) for place in edges] or [int(found.alive[1:-1].max(initial=0))]
     best: dict[int, tuple[int, int]] = {}
-    before = [0, *itertools.accumulate(found.flops.tolist())]
+    before = [0, *itertools.accumulate(found.work.tolist())]
     for place in range(len(found.entries)):
         last = bisect.bisect_right(edges, place) - 1
         allowed = max(around[max(last, 0)], around[min(last + 1, len(around) - 1)])
@@ -113,7 +113,7 @@ def _balanced(found: Liveness, count: int, machine: Machine) -> Choice:
     assert straight is not None
 
     def seconds(plan: StagePlan) -> float:
-        return machine.seconds(plan.slowest, plan.bytes)
+        return plan.slowest * machine.tick + machine.relay(plan.bytes)
 
     for bound in WEIGHTS:
         best = min(_options(marks, count, bound), key=seconds, default=None)
@@ -139,8 +139,8 @@ def _marks(found: Liveness, places: Sequence[int]) -> CutPoints:
             following = uses[bisect.bisect_left(uses, edges[mark])]
             sent[mark, bisect.bisect_right(edges, following) :] += nbytes
             sent[:first, mark] += nbytes
-    flops, weights = (np.concatenate([[0], np.cumsum(each)])[edges] for each in (found.flops, found.weights))
-    return CutPoints(flops, weights, sent)
+    work, weights = (np.concatenate([[0], np.cumsum(each)])[edges] for each in (found.work, found.weights))
+    return CutPoints(work, weights, sent)
 
 
 def _given(found: Liveness, count: int, stages: Sequence[int]) -> Choice:

@@ -23,7 +23,7 @@ from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import After, run_passes
 from xdit_ir.passes.contract import Pass, contract_of
 from xdit_ir.passes.order import PASSES
-from xdit_ir.sharding.machine import H100, Machine
+from xdit_ir.sharding.machine import H100, SPEEDS, Machine
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _options(kind: type[Any]) -> Iterator[tuple[str, tuple[str, Any], Any]]:
         if hint is Mesh:
             yield from ((dim, (one.name, Mesh), Mesh) for dim in MESH_DIMS)
         elif hint is Machine:
-            yield from ((speed.name, (one.name, Machine), speed.default) for speed in dataclasses.fields(Machine))
+            yield from ((name, (one.name, Machine), default) for name, default in SPEEDS.items())
         else:
             made = one.default_factory() if one.default_factory is not dataclasses.MISSING else one.default
             yield one.name, (one.name, hint), made

@@ -61,8 +61,7 @@ class ReplicateShared:
         return seeds
 
     def _seconds(self, attempt: Assignment) -> float:
-        waited = self.machine.latency * attempt.exchanges()
-        return waited + self.machine.seconds(max(attempt.flops()), attempt.moved_bytes())
+        return max(attempt.work(self.machine)) * self.machine.tick + attempt.exchange_seconds(self.machine)
 
 
 def _candidates(program: Program, mesh: Mesh, attempt: Assignment, seeds: Seeds) -> Iterator[Seeds]:

@@ -24,12 +24,12 @@ WORTH = 0.002
 
 @dataclass(frozen=True)
 class _Choice:
-    """Seeds in a block and what it costs with them: bytes of the fullest rank, FLOPs of the slowest, seconds sent."""
+    """Seeds in a block and what it costs with them: bytes of the fullest rank, ticks of the slowest, seconds sent."""
 
     seeds: Seeds
     draft: LayoutGraph
     weights: int
-    flops: int
+    work: int
     seconds: float
 
 
@@ -84,9 +84,9 @@ class ShardFeatures:
     def _tried(self, run: Propagation, name: str, seeds: Seeds) -> _Choice:
         layouts = tuple(given.meta[LAYOUT] for given in placeholders(run.program.blocks[name].graph))
         draft = run.drafted(name, layouts, None, seeds)
-        seconds = self.machine.latency * draft.exchanges() + self.machine.seconds(0, draft.moved_bytes())
+        seconds = self.machine.exchange_seconds(self.mesh, draft.traffic())
         weights = sum(self._held(step) for step in draft.steps if WEIGHT in step.node.meta and not step.relayout)
-        return _Choice(seeds, draft, weights, max(draft.flops()), seconds)
+        return _Choice(seeds, draft, weights, max(draft.work(self.machine)), seconds)
 
     def _held(self, weight: LayoutNode) -> int:
         """Bytes of a weight that the fullest rank needs."""
@@ -97,9 +97,9 @@ class ShardFeatures:
     def _gain(self, one: _Choice, before: _Choice, whole: _Choice) -> float:
         """The parts of a block's weights and work that are saved; nothing where either gets more, or weights not less:
         such a cut is not one of features."""
-        if one.weights >= before.weights or one.flops > before.flops:
+        if one.weights >= before.weights or one.work > before.work:
             return 0.0
-        work = (before.flops - one.flops) / max(whole.flops, 1)
+        work = (before.work - one.work) / max(whole.work, 1)
         return (before.weights - one.weights) / whole.weights + work
 
     def _cost(self, one: _Choice, before: _Choice) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import fx
@@ -17,6 +17,7 @@ from xdit_ir.passes.find_tokens import divides
 from xdit_ir.passes.undivided import undivided_values
 from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.layout_graph import Layouts
+from xdit_ir.sharding.machine import Machine, program_work
 from xdit_ir.sharding.propagate import Assignment, Propagation, Seeds
 
 # The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
@@ -29,10 +30,11 @@ UNEVEN = 11_000
 
 @dataclass(frozen=True, order=True)
 class ShardPrice:
-    """What a partition costs: work of the slowest rank (in 1/10000 of one device), then bytes between ranks."""
+    """What a partition costs: the slowest rank's time of work (in 1/10000 of one device's), then seconds of exchanges.
+    In this order, as degrees are given for the work to be divided."""
 
     work: int
-    bytes: int
+    exchanges: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class ShardTokens:
     invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.LAYOUTS, Fact.ATTENTION, Fact.RUNNABLE})
 
     mesh: Mesh
+    machine: Machine = field(default_factory=Machine)
 
     def apply(self, program: Program) -> Program:
         """The program with what to divide noted as seeds."""
@@ -113,8 +116,9 @@ class ShardTokens:
         return choice.price.work <= (WORTH if exchanged else 1) * best.price.work
 
     def _priced(self, program: Program, tried: Assignment, seeds: Seeds) -> _Choice:
-        slowest, total = max(tried.flops()), max(program_flops(program, None)[0], 1)
-        return _Choice(ShardPrice(round(10_000 * slowest / total), tried.moved_bytes()), tried, seeds)
+        slowest, total = max(tried.work(self.machine)), max(program_work(program, self.machine), 1)
+        price = ShardPrice(round(10_000 * slowest / total), tried.exchange_seconds(self.machine))
+        return _Choice(price, tried, seeds)
 
     def _proposals(self, program: Program, axis: TokenAxis) -> Iterator[Layouts]:
         have = _layout(program, axis)

@@ -22,6 +22,7 @@ from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.order import analysis_passes
 from xdit_ir.planning.hardware import parse as machine
+from xdit_ir.sharding.machine import H100
 from xdit_ir.text import save
 from xdit_ir.tools import targets
 from xdit_ir.tools.terminal import working, write_text
@@ -48,7 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=targets.HELP)
     for name in MESH_DIMS:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"ranks along {name} (default 1)")
-    parser.add_argument("--machine", type=machine, default=machine("h100"), metavar="M", help=targets.MACHINE)
+    parser.add_argument("--machine", type=machine, metavar="M", help=targets.MACHINE)
     parser.add_argument("--bodies", action="store_true", help="print every operator, not only the block level")
     parser.add_argument("--block", metavar="NAME", help="print only this block, with every operator")
     parser.add_argument("--passes", action="store_true", help="print the program after each pass")
@@ -109,7 +110,7 @@ def _draw(args: argparse.Namespace, traced: TracedProgram, given: dict[str, Any]
     wanted = {name: getattr(args, name) for name in DRAWINGS if getattr(args, name) is not None}
     if wanted:
         with working("gathering what each pass changed"):
-            inspection = inspect(traced, args.model, args.machine, **given)
+            inspection = inspect(traced, args.model, args.machine or H100, **given)
     for name, path in wanted.items():
         text = WRITERS[name](inspection)
         _write(path, text)
@@ -131,7 +132,7 @@ def _sections(args: argparse.Namespace, traced: TracedProgram, given: dict[str, 
         def note(one: Pass, program: Program) -> None:
             steps.append(_after(one, program, view))
 
-        parallel = traced.parallelize(**given, machine=args.machine.machine, after=note)
+        parallel = traced.parallelize(**given, machine=args.machine.prices if args.machine else H100, after=note)
         if args.passes:
             lower_rank(parallel, 0, args.gpu, note)
         report = f"# report: {args.model}, {named}\n{str(parallel.report()).rstrip()}"

@@ -121,7 +121,7 @@ def _read(path: Path, hardware: Hardware) -> list[DegreesEstimate]:
 
 def _row(gpus: int, degrees: Degrees, traced: TracedProgram, hardware: Hardware) -> DegreesEstimate:
     try:
-        parallel = traced.parallelize(**degrees.as_dict(), machine=hardware.machine)
+        parallel = traced.parallelize(**degrees.as_dict(), machine=hardware.prices)
     except ParallelizeError as error:
         return DegreesEstimate(gpus, str(degrees), refusal=str(error))
     found, sent = estimate(parallel, hardware), dict[str, float]()

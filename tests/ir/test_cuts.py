@@ -15,18 +15,18 @@ TASKS = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=4, 
 
 
 def marks_of(tasks: Tasks, sent: int) -> CutPoints:
-    """A mark between any two tasks, given by FLOPs and weights; the bytes differ from mark to mark."""
+    """A mark between any two tasks, given by work and weights; the bytes differ from mark to mark."""
     flops, weights = (np.concatenate([[0], np.cumsum(amounts)]) for amounts in zip(*tasks, strict=True))
     places = np.arange(len(flops))
     return CutPoints(flops, weights, (places[:, None] * sent + places[None, :]) % 7)
 
 
 def every(marks: CutPoints, count: int, runs: int, bound: float) -> list[tuple[int, int]]:
-    """FLOPs of the slowest rank and bytes over all boundaries, for every legal cut into `runs` runs."""
+    """Work of the slowest rank and bytes over all boundaries, for every legal cut into `runs` runs."""
     found = []
     for inner in itertools.combinations(range(1, marks.end), runs - 1):
         edges = [0, *inner, marks.end]
-        work, weights = (np.diff(sums[edges]) for sums in (marks.flops, marks.weights))
+        work, weights = (np.diff(sums[edges]) for sums in (marks.work, marks.weights))
         if runs > count:
             work, weights = work + work[::-1], weights + weights[::-1]
         pairs = zip(inner[: count - 1], inner[: count - 1 : -1] if runs > count else [marks.end] * count, strict=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
 from typing import Any
@@ -13,10 +15,13 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import Machine
+from xdit_ir.ir.program import SPEC, STAGE
 from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.registry import parse_passes
+from xdit_ir.planning.hardware import hardware_of, load, names
 from xdit_ir.planning.schedule import timeline
+from xdit_ir.sharding.speeds import Kernels, Link, Links
 
 FAST, SLOW = Machine(bytes=1e18, latency=0.0), Machine(bytes=1e6)
 TOKENS = {"x": torch.zeros(1, 16, 24)}
@@ -68,9 +73,15 @@ def test_a_slow_link_keeps_stages_contiguous() -> None:
 @pytest.mark.parametrize(
     ("degrees", "priced"),
     [
-        ({"ulysses": 2}, {"shard-features", "replicate-shared", "lower-attention", "divide-conditions", "overlap"}),
-        ({"pipefusion": 2}, {"partition-stages", "lower-attention"}),
-        ({"pipefusion": 2, "patches": 1, "ulysses": 2}, {"partition-stages", "replicate-shared", "lower-attention"}),
+        (
+            {"ulysses": 2},
+            {"shard-tokens", "shard-features", "replicate-shared", "lower-attention", "divide-conditions", "overlap"},
+        ),
+        ({"pipefusion": 2}, {"partition-stages", "displace-patches", "lower-attention"}),
+        (
+            {"pipefusion": 2, "patches": 1, "ulysses": 2},
+            {"partition-stages", "shard-tokens", "replicate-shared", "lower-attention"},
+        ),
     ],
 )
 def test_every_pass_that_prices_gets_the_machine(degrees: dict[str, int], priced: set[str]) -> None:
@@ -81,6 +92,42 @@ def test_every_pass_that_prices_gets_the_machine(degrees: dict[str, int], priced
     assert {one.name for one in passes if hasattr(one, "machine")} == priced
     assert parallel.machine == SLOW, "schedules are worked out for it"
     assert timeline(parallel).total > timeline(parallel, FAST).total
+
+
+KERNELS = Kernels(products=1e15, single=1e15, attention=1e15, flash=1e15, memory=1e15, fused=1e15)
+
+
+def known(*links: Link, **figures: float) -> Machine:
+    """One of which more is known than averages."""
+    return Machine(kernels=dataclasses.replace(KERNELS, **figures), links=Links(links))
+
+
+@pytest.mark.parametrize(("near", "turned"), [(4, False), (2, True)])
+def test_what_an_exchange_costs_depends_on_where_ranks_are(near: int, turned: bool) -> None:
+    """Four ranks cannot share six heads evenly: within a node, keys are gathered; between slow nodes, heads turned."""
+    machine = known(Link(near, 1e18, 0.0), Link(1024, 1e6, 0.0))
+    found = xir.trace(Attention(), TOKENS).parallelize(ulysses=4, ring=2, machine=machine).report().collectives
+    assert ("all_to_all" in {one.kind for one in found}) == turned
+
+
+def test_stages_are_even_in_time_rather_than_in_flops() -> None:
+    """Nearly all FLOPs are of the last two products; where every kernel takes as long, both halves have two of them."""
+    model = nn.Sequential(Attention(), nn.Linear(24, 960, bias=False), nn.Linear(960, 24, bias=False))
+    program, link = xir.trace(model, {"input": TOKENS["x"]}).ir, Link(8, 1e3, 0.0)  # too slow to be passed often
+    ends = []
+    for machine in (known(link), known(link, gap=1.0)):
+        made = PartitionStages(2, machine=machine).apply(program)
+        (*_, last) = (node for node in made.graph.nodes if node.meta.get(STAGE) == 0)
+        ends.append(last.meta[SPEC].shape[-1])
+        assert made.coordinates == (0, 1)
+    assert ends == [960, 24]
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_is_known_of_a_machine_goes_from_rank_to_rank(name: str) -> None:
+    prices = load(name).prices
+    assert Machine.of(json.loads(json.dumps(dataclasses.asdict(prices)))) == prices
+    assert load(name).kernels == hardware_of(prices).kernels and load(name).links == hardware_of(prices).links
 
 
 def test_port_hands_it_on() -> None:

@@ -181,7 +181,7 @@ def test_what_exchanges_most_stays_inside_a_node() -> None:
 
 
 def test_it_goes_through_json(of_eight: Plan) -> None:
-    assert Plan.from_json(of_eight.to_json()) == of_eight and of_eight.speeds == load("h100").machine
+    assert Plan.from_json(of_eight.to_json()) == of_eight and of_eight.speeds == load("h100").prices
     slow = xir.plan(model(), example(), gpus=2, machine=xir.Machine(bytes=1e9), tensor=1)
     assert Plan.from_json(slow.to_json()).speeds.bytes == 1e9, "what is ported by it is divided as it was planned"
     with pytest.raises(xir.ParallelizeError, match=r"this is no plan as Plan\.to_json writes it"):

@@ -37,7 +37,8 @@ def inspect(traced: TracedProgram, model: str, machine: str | Machine | Hardware
         before = view(traced.ir)
         return Inspection(traced.ir.name, model, named, {}, before, None, history.steps, list(history.lines))
     hardware = hardware_of(machine)
-    parallel = traced.parallelize(**degrees, machine=hardware.machine, after=history.after)
+    prices = machine if isinstance(machine, Machine) else hardware.prices
+    parallel = traced.parallelize(**degrees, machine=prices, after=history.after)
     report, stages = parallel.report(), _stages_of(parallel.pipeline)
     schedule = timeline(parallel, hardware)
     wide = {name: size for name, size in parallel.mesh.degrees.items() if size > 1}

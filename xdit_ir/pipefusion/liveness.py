@@ -1,4 +1,4 @@
-"""The operators of a program in their order, block calls expanded: FLOPs, weights, and bytes alive between any two."""
+"""The operators of a program in their order, block calls expanded: work, weights, and bytes alive between any two."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import numpy as np
 from torch import fx
 
 from xdit_ir.ir.dataflow import Expanded, ProgramValue
-from xdit_ir.ir.flops import is_counted, node_flops
 from xdit_ir.ir.partition import IntArray
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
+from xdit_ir.sharding.machine import H100, Machine
 
 
 @dataclass
 class Liveness:
     """What a division of the operators into stages is judged by.
 
-    `followed`: the values that depend on the sources. `place`: which operator makes a value. `flops[i]` and
-    `weights[i]` (bytes): what operator i needs; what is not followed counts where a followed operator first needs it.
-    `uses`: the operators that use a followed value. `alive[i]`: bytes of followed values that are made before operator
-    i and used from there on.
+    `followed`: the values that depend on the sources. `place`: which operator makes a value. `work[i]` (ticks of a
+    machine) and `weights[i]` (bytes): what operator i needs; what is not followed counts where a followed operator
+    first needs it. `uses`: the operators that use a followed value. `alive[i]`: bytes of followed values that are made
+    before operator i and used from there on.
     """
 
     entries: list[ProgramValue] = field(default_factory=list)
     place: dict[ProgramValue, int] = field(default_factory=dict)
     followed: set[ProgramValue] = field(default_factory=set)
     uses: dict[ProgramValue, list[int]] = field(default_factory=dict)
-    flops: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    work: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     weights: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     alive: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
@@ -42,13 +42,14 @@ class Liveness:
                 yield self.place[value], uses, spec.nbytes
 
 
-def liveness(program: Program, sources: Sequence[str]) -> Liveness:
+def liveness(program: Program, sources: Sequence[str], machine: Machine = H100) -> Liveness:
     """Profile a program before any division; what depends on the outer values `sources` is followed."""
-    return _Walk(program, frozenset(sources)).run()
+    return _Walk(program, frozenset(sources), machine).run()
 
 
 class _Walk:
-    def __init__(self, program: Program, sources: frozenset[str]) -> None:
+    def __init__(self, program: Program, sources: frozenset[str], machine: Machine) -> None:
+        self.machine = machine
         self.program, self.expanded, self.sources = program, Expanded(program), sources
         self.result = Liveness()
 
@@ -71,22 +72,21 @@ class _Walk:
             self.result.uses.setdefault(source, []).append(here)
 
     def _due(self) -> None:
-        """Sum up FLOPs and weights where they are first needed."""
-        flops, weights = (np.zeros(len(self.result.entries), dtype=np.int64) for _ in range(2))
+        """Sum up work and weights where they are first needed."""
+        work, weights = (np.zeros(len(self.result.entries), dtype=np.int64) for _ in range(2))
         due: dict[ProgramValue, int] = {}
         first: dict[str, int] = {}
         for place, value in reversed(list(enumerate(self.result.entries))):
             at = place if value in self.result.followed else due.get(value, place)
             for source in self.expanded.sources(value):
                 due[source] = min(at, due.get(source, at))
-            if is_counted(value.node):
-                flops[at] += node_flops(value.node)
-            elif value.node.op == "get_attr":
+            work[at] += self.machine.node_work(value.node, None)[0]
+            if value.node.op == "get_attr":
                 name = str(value.node.target)
                 first[name] = min(at, first.get(name, at))
         for name, at in first.items():
             weights[at] += self.program.state[name].nbytes if name in self.program.state else 0
-        self.result.flops, self.result.weights = flops, weights
+        self.result.work, self.result.weights = work, weights
 
     def _liveness(self) -> None:
         change = np.zeros(len(self.result.entries) + 1, dtype=np.int64)

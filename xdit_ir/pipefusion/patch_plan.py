@@ -9,7 +9,7 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.dataflow import Nodes, reach
-from xdit_ir.ir.flops import is_counted, node_flops
+from xdit_ir.ir.flops import is_counted
 from xdit_ir.ir.graphs import OUTER, all_graphs, operands, placeholders, results_of
 from xdit_ir.ir.hoist import ancestors
 from xdit_ir.ir.layout import Layout
@@ -18,7 +18,7 @@ from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, Program, is_block_call, is_w
 from xdit_ir.pipefusion.latents import latents
 from xdit_ir.rules.norms import divided_statistics
 from xdit_ir.sharding.buffer_access import is_divided_over_time, over_time
-from xdit_ir.sharding.cost import local_flops
+from xdit_ir.sharding.machine import Machine, program_work
 
 aten = torch.ops.aten
 COVERAGE = 0.9
@@ -45,17 +45,17 @@ class PatchPlan:
     refusal: str
 
 
-def evaluate(program: Program, mesh: Mesh) -> PatchPlan:
-    """Price a division over time, and refuse it with a reason where it would not be PipeFusion."""
+def evaluate(program: Program, mesh: Mesh, machine: Machine) -> PatchPlan:
+    """Price a division over time for a machine, and refuse it with a reason where it would not be PipeFusion."""
     found = latents(program, mesh)
     seeds = {OUTER: {node for node in placeholders(program.graph) if node.name in found}}
     dependent = reach(program, seeds)
-    covered, price = _work(program, mesh, dependent)
+    covered, price = _work(program, mesh, machine, dependent)
     refusal = ""
     if not found:
         refusal = f"{UNLIKE} ({_line(_end_of_division(program, mesh))})"
     elif covered < COVERAGE:
-        refusal = f"only {covered:.0%} of the FLOPs that depend on the latents are divided"
+        refusal = f"only {covered:.0%} of the work that depends on the latents are divided"
     else:
         refusal = _stale(program, mesh, dependent)
     return PatchPlan(program, price, refusal)
@@ -73,8 +73,8 @@ def _line(node: fx.Node) -> str:
     return getattr(node.meta.get(WHERE), "source", "") or "outer graph"
 
 
-def _work(program: Program, mesh: Mesh, dependent: Nodes) -> tuple[float, PatchPrice]:
-    """The share of latent-dependent FLOPs that is divided, and the price of the division."""
+def _work(program: Program, mesh: Mesh, machine: Machine, dependent: Nodes) -> tuple[float, PatchPrice]:
+    """The share of latent-dependent work that is divided, and the price of the division."""
     tail = _tail(program, mesh)
     patches, space = mesh.size((TIME,)), mesh.world_size // mesh.size((TIME,))
     total = split = work = published = 0
@@ -85,27 +85,23 @@ def _work(program: Program, mesh: Mesh, dependent: Nodes) -> tuple[float, PatchP
                 published += count * node.meta[SPEC].nbytes
             if not is_counted(node):
                 continue
-            flops = [count * amount for amount in local_flops(node, mesh)]
+            each = [count * amount for amount in machine.node_work(node, mesh)]
             divided = is_divided_over_time(node, mesh) or any(
                 is_divided_over_time(source, mesh) for source in operands(node)
             )
             once = not divided and (node not in dependent[name] or (name == OUTER and node in tail))
-            cost = sum(flops) // patches if once else sum(flops)
+            cost = sum(each) // patches if once else sum(each)
             work += cost
             if not once:
-                per_rank = [a + b for a, b in zip(per_rank, flops, strict=True)]
+                per_rank = [a + b for a, b in zip(per_rank, each, strict=True)]
             if node in dependent[name]:
                 whole = cost if divided or once else cost // patches
                 total += whole
                 split += whole if divided or once else 0
     scale = 1000 / max(work, 1)
     slowest = max(per_rank) * space
-    whole_work = max(1, _single(program))
+    whole_work = max(1, program_work(program, machine))
     return split / max(total, 1), PatchPrice(round(1000 * work / whole_work), published, round(scale * slowest))
-
-
-def _single(program: Program) -> int:
-    return sum(count * sum(map(node_flops, graph.nodes)) for _, graph, count in all_graphs(program))
 
 
 def _needs_patches(node: fx.Node, mesh: Mesh) -> bool:

@@ -40,23 +40,24 @@ def folded(ranks: int) -> tuple[int, ...]:
 class CutPoints:
     """Where one may cut: the begin, places in between, and the end.
 
-    `flops` and `weights` (bytes) are the sums before each. `sent[i, j]`: bytes that go over the marks i and j if what
-    lies before i and what lies from j on are on the same ranks; with j the end: all that goes over i.
+    `work` (ticks of a machine) and `weights` (bytes) are the sums before each. `sent[i, j]`: bytes that go over the
+    marks i and j if what lies before i and what lies from j on are on the same ranks; with j the end: all that goes
+    over i.
     """
 
-    flops: IntArray
+    work: IntArray
     weights: IntArray
     sent: IntArray
 
     @property
     def end(self) -> int:
         """The last mark."""
-        return len(self.flops) - 1
+        return len(self.work) - 1
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Coordinates of the stages, the inner marks at which they begin, FLOPs of the slowest rank, and bytes that go over
+    """Coordinates of the stages, the inner marks at which they begin, work of the slowest rank, and bytes that go over
     the busiest boundary between ranks."""
 
     coordinates: tuple[int, ...]
@@ -69,43 +70,43 @@ def cut_straight(marks: CutPoints, count: int, weights: float) -> StagePlan | No
     """Cuts into `count` runs with at most so many bytes of weights each; None if there are none."""
     if marks.end < count:
         return None
-    low, high = int(marks.flops[-1]) // count, int(marks.flops[-1])
+    low, high = int(marks.work[-1]) // count, int(marks.work[-1])
     if not _reaches(marks, count, high, weights):
         return None
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if _reaches(marks, count, middle, weights) else (middle + 1, high)
     found = _cheapest(marks, count, low * SLACK, weights)
-    work = np.diff(marks.flops[[0, *found, marks.end]])
+    work = np.diff(marks.work[[0, *found, marks.end]])
     sent = [int(marks.sent[mark, marks.end]) for mark in found]
     return StagePlan(contiguous(count), tuple(found), int(work.max()), max(sent, default=0))
 
 
-def _stop(marks: CutPoints, start: int, flops: float, weights: float) -> int:
+def _stop(marks: CutPoints, start: int, work: float, weights: float) -> int:
     """The last mark that a run from `start` may end at."""
-    ends = (bisect_right(sums, sums[start] + most) for sums, most in ((marks.flops, flops), (marks.weights, weights)))
+    ends = (bisect_right(sums, sums[start] + most) for sums, most in ((marks.work, work), (marks.weights, weights)))
     return min(ends) - 1
 
 
-def _reaches(marks: CutPoints, count: int, flops: float, weights: float) -> bool:
+def _reaches(marks: CutPoints, count: int, work: float, weights: float) -> bool:
     at = 0
     for _ in range(count):
-        at = _stop(marks, at, flops, weights)
+        at = _stop(marks, at, work, weights)
     return at == marks.end
 
 
-def _cheapest(marks: CutPoints, count: int, flops: float, weights: float) -> list[int]:
+def _cheapest(marks: CutPoints, count: int, work: float, weights: float) -> list[int]:
     """Inner marks such that no run exceeds the limits: fewest bytes, then least sum of squares."""
     best: dict[int, tuple[int, float, list[int]]] = {0: (0, 0.0, [])}
     for stage in range(count):
         reached: dict[int, tuple[int, float, list[int]]] = {}
         for start, (cost, squares, cuts) in best.items():
-            for stop in range(start + 1, _stop(marks, start, flops, weights) + 1):
+            for stop in range(start + 1, _stop(marks, start, work, weights) + 1):
                 if (stop == marks.end) != (stage == count - 1):
                     continue
                 own = 0 if stop == marks.end else int(marks.sent[stop, marks.end])
-                work = float(marks.flops[stop] - marks.flops[start])
-                option = (cost + own, squares + work**2, [*cuts, stop])
+                taken = float(marks.work[stop] - marks.work[start])
+                option = (cost + own, squares + taken**2, [*cuts, stop])
                 if stop not in reached or option[:2] < reached[stop][:2]:
                     reached[stop] = option
         best = reached
@@ -116,14 +117,14 @@ def cut_folded(marks: CutPoints, count: int, weights: float) -> StagePlan | None
     """Cuts into `2 * count` runs, of which rank r has r and `2 * count - 1 - r`; None if there are none."""
     if marks.end < 2 * count:
         return None
-    mean = int(marks.flops[-1]) / count
+    mean = int(marks.work[-1]) / count
     for excess in EXCESS:
-        found = _Fold(marks, count, min(mean * (1 + excess), float(marks.flops[-1])), weights, _slowest_first).search()
+        found = _Fold(marks, count, min(mean * (1 + excess), float(marks.work[-1])), weights, _slowest_first).search()
         if found is not None:
             break
     else:
         return None
-    price = partial(_bytes_first, 1 / (count * max(float(marks.flops[-1]), 1.0) ** 2))
+    price = partial(_bytes_first, 1 / (count * max(float(marks.work[-1]), 1.0) ** 2))
     best = _Fold(marks, count, _slowest(marks, found) * SLACK, weights, price).search()
     assert best is not None
     pairs = zip(best[: count - 1], best[: count - 1 : -1], strict=True)
@@ -132,7 +133,7 @@ def cut_folded(marks: CutPoints, count: int, weights: float) -> StagePlan | None
 
 
 def _slowest(marks: CutPoints, found: list[int]) -> int:
-    work = np.diff(marks.flops[[0, *found, marks.end]])
+    work = np.diff(marks.work[[0, *found, marks.end]])
     return int((work + work[::-1]).max())
 
 
@@ -151,10 +152,10 @@ class _Fold:
     what is from mark j on."""
 
     def __init__(
-        self, marks: CutPoints, count: int, flops: float, weights: float, price: Callable[[float, Any, Any, Any], Any]
+        self, marks: CutPoints, count: int, work: float, weights: float, price: Callable[[float, Any, Any, Any], Any]
     ) -> None:
-        self.marks, self.count, self.limit, self.bound, self.price = marks, count, flops, weights, price
-        self.flops, self.weights = (sums.astype(np.float64) for sums in (marks.flops, marks.weights))
+        self.marks, self.count, self.limit, self.bound, self.price = marks, count, work, weights, price
+        self.work, self.weights = (sums.astype(np.float64) for sums in (marks.work, marks.weights))
 
     def search(self) -> list[int] | None:
         """The inner marks of the least price within the limits."""
@@ -189,29 +190,29 @@ class _Fold:
 
     def _middle(self, i: int, j: int) -> int:
         """The mark that halves the last rank's work best."""
-        half = (self.flops[i] + self.flops[j]) / 2
-        return i + 1 + int(np.abs(self.flops[i + 1 : j] - half).argmin())
+        half = (self.work[i] + self.work[j]) / 2
+        return i + 1 + int(np.abs(self.work[i + 1 : j] - half).argmin())
 
     def _last(self, state: State, value: float) -> float:
         """The price where the last rank does all that is left; infinite where that is too much."""
         i, j = state
-        work = self.flops[j] - self.flops[i]
+        work = self.work[j] - self.work[i]
         if j - i < 2 or work > self.limit or self.weights[j] - self.weights[i] > self.bound:
             return np.inf
-        middle = self.flops[self._middle(i, j)]
-        return float(self.price(value, middle - self.flops[i], self.flops[j] - middle, 0))
+        middle = self.work[self._middle(i, j)]
+        return float(self.price(value, middle - self.work[i], self.work[j] - middle, 0))
 
     def _next(self, state: State, value: float, left: int) -> tuple[slice, slice, Floats]:
         """Up to which marks the next rank may do, and at which price, such that the `left` ranks after it can do the
         rest; infinite where that does not fit."""
         i, j = state
-        flops, weights = self.flops, self.weights
-        rows = slice(i + 1, bisect_right(flops, flops[i] + self.limit))
-        columns = slice(max(bisect_left(flops, flops[j] - self.limit), i + 2), j)
-        front, back = flops[rows, None] - flops[i], flops[j] - flops[None, columns]
+        work, weights = self.work, self.weights
+        rows = slice(i + 1, bisect_right(work, work[i] + self.limit))
+        columns = slice(max(bisect_left(work, work[j] - self.limit), i + 2), j)
+        front, back = work[rows, None] - work[i], work[j] - work[None, columns]
         taken = weights[rows, None] - weights[i] + weights[j] - weights[None, columns]
         fits = (front + back <= self.limit) & (taken <= self.bound)
-        fits &= flops[None, columns] - flops[rows, None] <= left * self.limit
+        fits &= work[None, columns] - work[rows, None] <= left * self.limit
         fits &= weights[None, columns] - weights[rows, None] <= left * self.bound
         prices = self.price(value, front, back, self.marks.sent[rows, columns]) if fits.any() else np.inf
         return rows, columns, np.where(fits, prices, np.inf)

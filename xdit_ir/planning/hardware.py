@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -18,78 +17,18 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.planning import measured
 from xdit_ir.sharding.machine import H100, Machine, checked
+from xdit_ir.sharding.speeds import Kernels, Link, Links
 
 GIB = 2**30
-HALF = (torch.float16, torch.bfloat16)
 CPU, BETWEEN = "cpu", "h100-infiniband"
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """FLOP/s of large matrix products in half and single precision, and of attention by the kernel that PyTorch takes
-    and by FlashAttention where installed; bytes/s at which products read and write, and at which what a compiler fuses
-    does; seconds between two kernels.
-
-    Smaller products are slower: `fill` elements of a result keep the GPU busy once, `depth` of the contracted size are
-    lost at the begin of each. Heads of width `w`, made a multiple of `widths`, reach `w / (w + width)` of the speed
-    of attention.
-    """
-
-    products: float
-    single: float
-    attention: float
-    flash: float
-    memory: float
-    fused: float
-    gap: float = 0.0
-    fill: float = 0.0
-    depth: float = 0.0
-    width: float = 0.0
-    widths: int = 1
-
-    def product_seconds(self, flops: float, results: float, moved: float, dtype: torch.dtype) -> float:
-        """Time of a matrix product with so many elements in its result that moves so many bytes."""
-        if not flops:
-            return 0.0
-        contracted = flops / (2 * max(results, 1))
-        speed = self.products if dtype in HALF else self.single
-        busy = flops * (1 + self.fill / max(results, 1)) * (1 + self.depth / max(contracted, 1)) / speed
-        return max(busy, moved / self.memory) + self.gap
-
-    def attention_seconds(self, flops: float, width: int, dtype: torch.dtype, *, flash: bool) -> float:
-        """Time of an attention with heads of this width."""
-        if not flops:
-            return 0.0
-        speed = self.single if dtype not in HALF else self.flash if flash else self.attention
-        whole = -(-max(width, 1) // self.widths) * self.widths
-        return flops * whole / max(width, 1) * (1 + self.width / whole) / speed + self.gap
-
-    def memory_seconds(self, moved: float) -> float:
-        """Time in which an operator that only does that reads and writes so many bytes."""
-        return moved / self.fused
-
-
-@dataclass(frozen=True)
-class Link:
-    """What connects up to `ranks` GPUs: bytes/s that one of them sends, and seconds before the first byte arrives.
-    `hidden`: copy engines move the data while the GPU computes; else kernels do, which take its place."""
-
-    ranks: int
-    bytes: float
-    latency: float
-    hidden: bool = True
-
-    def seconds(self, sent: float) -> float:
-        """Time of one exchange in which a rank sends so many bytes."""
-        return self.latency + sent / self.bytes if sent else 0.0
 
 
 @dataclass(frozen=True)
 class Hardware:
     """A machine: `memory` bytes of a GPU; `links` from the fastest to the widest; `host`: seconds in which the host
     starts one kernel, and `host_exchange` an exchange, where no CUDA graph does; `graphs`: whether there are such.
-    `machine`: the speeds by which passes choose. `devices`: parts of the names by which PyTorch calls the GPU.
-    `sources`: where each figure is from."""
+    `machine`: averages over whole forwards, for what is priced without sizes. `devices`: parts of the names by which
+    PyTorch calls the GPU. `sources`: where each figure is from."""
 
     name: str
     title: str
@@ -106,12 +45,14 @@ class Hardware:
     def __str__(self) -> str:
         return self.title
 
+    @property
+    def prices(self) -> Machine:
+        """By which passes choose: the same figures that a plan is worked out with."""
+        return replace(self.machine, kernels=self.kernels, links=Links(self.links))
+
     def link(self, ranks: Sequence[int]) -> Link:
         """What connects these ranks: the first link that reaches from the first of them to the last."""
-        for link in self.links[:-1]:
-            if min(ranks) // link.ranks == max(ranks) // link.ranks:
-                return link
-        return self.links[-1]
+        return Links(self.links).between(ranks)
 
     def on_hosts(self, near: int) -> Hardware:
         """The same in hosts of `near` GPUs each. Copy engines reach one host only; between hosts is what its widest
@@ -124,13 +65,9 @@ class Hardware:
         return replace(self, name=f"{self.name or self.title} in hosts of {near}", links=(inside, between))
 
     def seconds(self, rank: int, group: Sequence[int], sent: float) -> float:
-        """Time of an exchange in which `rank` sends so many bytes, as many to each other of a group; each link takes
-        what is for those that it reaches, all at the same time."""
-        if not sent or len(group) < 2:
-            return 0.0
-        reached = Counter(self.link((rank, other)) for other in group if other != rank)
-        slowest = max(count / link.bytes for link, count in reached.items())
-        return self.link(group).latency + sent * slowest / (len(group) - 1)
+        """Time of an exchange in which `rank` sends so many bytes, as many to each other of a group."""
+        sending = Links(self.links).sending(rank, group, sent)
+        return self.link(group).latency + sending if sending else 0.0
 
     def between(self, mesh: Mesh) -> tuple[str, ...]:
         """The mesh dims along which ranks are not within reach of the fastest link."""
@@ -140,11 +77,12 @@ class Hardware:
 
     @staticmethod
     def plain(machine: Machine) -> Hardware:
-        """One that has the same speeds for all sizes, and as much memory as is needed."""
+        """One with what is known of a machine (else the same speeds for all sizes), and as much memory as is needed."""
         flops, memory = machine.flops, machine.memory
-        kernels = Kernels(flops, flops, flops, flops, memory, memory)
-        link = Link(1 << 20, machine.bytes, machine.latency)
-        return Hardware("", str(machine), float("inf"), kernels, (link,), machine)
+        kernels = machine.kernels or Kernels(flops, flops, flops, flops, memory, memory)
+        links = machine.links or Links((Link(1 << 20, machine.bytes, machine.latency),))
+        averages = replace(machine, kernels=None, links=None)
+        return Hardware("", str(machine), float("inf"), kernels, links.each, averages)
 
 
 def names() -> list[str]:
@@ -203,7 +141,10 @@ def hardware_of(machine: str | Machine | Hardware | None) -> Hardware:
         return hardware_here(torch.device("cuda")) if torch.cuda.is_available() else _kept("h100")
     if isinstance(machine, str):
         return load(machine)
-    return load("h100") if machine == H100 else Hardware.plain(checked(machine))
+    if machine == H100:
+        return load("h100")
+    known = (_kept(name) for name in names()) if checked(machine).kernels is not None else ()
+    return next((one for one in known if one.prices == machine), None) or Hardware.plain(machine)
 
 
 def parse(text: str) -> Hardware:

@@ -186,7 +186,7 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            candidates, speeds = tuple(map(_candidate, data["candidates"])), Machine(**data["speeds"])
+            candidates, speeds = tuple(map(_candidate, data["candidates"])), Machine.of(data["speeds"])
             return Plan(**{**data, "candidates": candidates, "speeds": speeds})
         except (ValueError, TypeError, LookupError) as error:
             raise ParallelizeError(f"this is no plan as Plan.to_json writes it: {error}") from None

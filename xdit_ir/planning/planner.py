@@ -102,7 +102,7 @@ def plan_traced(
     planner = Planner(traced, hardware, limit, how, pairs=given.get(BATCH) == PAIR)
     named, weights = hardware.name or str(hardware), weights_key(model)
     found = planner.candidates(gpus, given)
-    return Plan(model_name(model), weights, gpus, named, limit, found, hardware.machine)
+    return Plan(model_name(model), weights, gpus, named, limit, found, hardware.prices)
 
 
 def _check(gpus: int, given: Mapping[str, int], data: int | None) -> None:
@@ -204,7 +204,7 @@ class Planner:
         pairs = self.pairs and degrees.mesh.degrees[BATCH] == PAIR and bool(self._legality.of_batch(PAIR))
         parallel = self.traced.parallelize(
             **degrees.as_dict(),
-            machine=self.hardware.machine,
+            machine=self.hardware.prices,
             pair_calls=pairs,
             shard_weights=way.shard_weights,
             stream_weights=way.stream_weights,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ class Unplanned:
         finally:
             communicator.close()
         kept = {} if self.patches is None else {"patches": self.patches}
-        return {**first["degrees"], **kept, "machine": Machine(**first["machine"])}
+        return {**first["degrees"], **kept, "machine": Machine.of(first["machine"])}
 
     def _has_room(self, model: nn.Module, device: torch.device) -> bool:
         """Whether the weights alone fit on a GPU."""
@@ -97,7 +98,7 @@ class Unplanned:
             how = Options(shard_weights=shard, stream_weights=stream, features=holds, data=1)
             made = plan_traced(traced, model, len(hosts), hardware, self.given, how)
             _log(made, hosts)
-            return {"degrees": made.best, "machine": vars(hardware.machine)}
+            return {"degrees": made.best, "machine": dataclasses.asdict(hardware.prices)}
         except RaisedByForward as failure:
             return {"refused": f"degrees cannot be planned, as forward raises {failure.error!r}"}
         except XditError as error:

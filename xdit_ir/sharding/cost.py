@@ -11,7 +11,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.flops import counts, first_of, flops_as, is_counted, node_flops
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, key_gather_dims, plan, scatter_plan
+from xdit_ir.ir.layout import Layout, key_gather_dims, kind, plan, scatter_plan
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, called_block
 
@@ -71,6 +71,16 @@ def program_flops(program: Program, mesh: Mesh | None) -> list[int]:
 def relayout_bytes(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
     """Bytes that each rank sends in one change of layout."""
     return relayout_sent(node.target, node.meta[SPEC], operands(node)[0].meta[LAYOUT], node.meta[LAYOUT], mesh)
+
+
+def talking_dims(node: fx.Node, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh dims along which ranks talk in one change of layout."""
+    return relayout_dims(node.target, operands(node)[0].meta[LAYOUT], node.meta[LAYOUT], mesh)
+
+
+def relayout_dims(target: Any, have: Layout, want: Layout, mesh: Mesh) -> tuple[str, ...]:
+    """The same by layouts."""
+    return mesh.ordered(have.partial - want.partial) if target in ops.SUMS else kind(mesh, have, want)[1]
 
 
 def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mesh: Mesh) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Most partitions that are tried are dropped again, so that what they cost is aske
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,8 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC
 from xdit_ir.rules.convolutions import space_of
 from xdit_ir.rules.norms import divided_statistics
-from xdit_ir.sharding.cost import relayout_sent, step_flops
+from xdit_ir.sharding.cost import relayout_dims, relayout_sent, step_flops
+from xdit_ir.sharding.machine import Machine, Traffic
 
 FALLBACK = "fallback"
 Layouts = tuple[Layout, ...]
@@ -89,6 +91,8 @@ class LayoutGraph:
         self.steps: list[LayoutNode] = []
         self.outputs: Layouts = ()
         self._flops: list[int] | None = None
+        self._work: dict[Machine, list[int]] = {}
+        self._traffic: Traffic | None = None
 
     def add(self, step: LayoutNode) -> LayoutNode:
         """Append a step."""
@@ -123,25 +127,47 @@ class LayoutGraph:
             self._flops = total
         return self._flops
 
+    def work(self, machine: Machine) -> list[int]:
+        """Ticks of a machine per rank, block calls aside."""
+        if machine.kernels is None:
+            return self.flops()
+        if machine not in self._work:
+            total = [0] * self.mesh.world_size
+            for step in filter(lambda step: step.is_operator, self.steps):
+                sources = [(source.spec, source.layout) for source in step.sources]
+                taken = machine.work(step.node, step.target, sources, (step.spec, step.layout), self.mesh)
+                total = [a + b for a, b in zip(total, taken, strict=True)] if taken else total
+            self._work[machine] = total
+        return self._work[machine]
+
+    def traffic(self) -> Traffic:
+        """What ranks send each other in changes of layout, block calls aside. Attentions that pass their keys around a
+        ring, beside the work, and norms whose statistics are divided count as exchanges of nothing."""
+        if self._traffic is None:
+            self._traffic = Counter(filter(None, map(self._exchanged, self.steps)))
+        return self._traffic
+
+    def _exchanged(self, step: LayoutNode) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
+        none = (0,) * self.mesh.world_size
+        if step.relayout and step.target is not ops.shard:
+            have, want = step.sources[0].layout, step.layout
+            dims = relayout_dims(step.target, have, want, self.mesh)
+            return dims, relayout_sent(step.target, step.spec, have, want, self.mesh)
+        if step.target is ops.ring_attention:
+            q, k, *_ = (source.layout for source in step.sources)
+            return self.mesh.ordered(key_gather_dims(self.mesh, q, k)), none
+        if dims := self._statistics(step):
+            return self.mesh.ordered(dims), none
+        return None
+
     def moved_bytes(self) -> int:
         """Bytes that the busiest rank of each sends in changes of layout."""
-        return sum(
-            max(relayout_sent(step.target, step.spec, step.sources[0].layout, step.layout, self.mesh))
-            for step in self.steps
-            if step.relayout and step.target is not ops.shard
-        )
-
-    def exchanges(self) -> int:
-        """How many changes of layout send anything, attentions that pass their keys around a ring, and
-        norms whose statistics are divided."""
-        sent = (step.relayout and step.target is not ops.shard for step in self.steps)
-        rings = (step.target is ops.ring_attention for step in self.steps)
-        return sum(sent) + sum(rings) + sum(map(self._adds_statistics, self.steps))
+        return sum(times * max(sent) for (_, sent), times in self.traffic().items())
 
     def sums_up(self) -> bool:
         """Whether ranks hold summands that are added up."""
         reduced = (step.relayout and step.target in ops.SUMS for step in self.steps)
-        return any(reduced) or any(map(self._adds_statistics, self.steps))
+        return any(reduced) or any(map(self._statistics, self.steps))
 
     def divides_space(self) -> bool:
         """Whether windows of some convolution move along what is divided."""
@@ -156,11 +182,11 @@ class LayoutGraph:
         dims = space_of(step.target, len(x.layout.dims), weight.spec.shape)
         return any(x.layout.dims[dim] is not None for dim in dims)
 
-    def _adds_statistics(self, step: LayoutNode) -> bool:
-        """Whether a norm, once it is lowered, adds up statistics of all ranks."""
-        return step.is_operator and bool(
-            step.sources and divided_statistics(step.node, step.sources[0].layout, self.mesh)
-        )
+    def _statistics(self, step: LayoutNode) -> frozenset[str]:
+        """The mesh dims over which a norm, once it is lowered, adds up statistics."""
+        if not step.is_operator or not step.sources:
+            return frozenset()
+        return divided_statistics(step.node, step.sources[0].layout, self.mesh)
 
     def attention_mesh_dims(self, part: str) -> frozenset[str]:
         """The mesh dims that divide the `queries`, the `keys` or the `batch` (and heads) of some attention."""

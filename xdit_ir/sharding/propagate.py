@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ from xdit_ir.rules.base import OpCall, OpSharding, as_layouts
 from xdit_ir.rules.views import RULES as VIEWS
 from xdit_ir.sharding.layout_graph import FALLBACK as FALLBACK
 from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode, Layouts
+from xdit_ir.sharding.machine import Machine
 
 Infer = Callable[[OpCall], OpSharding]
 Seeds = Mapping[str, Layouts]
@@ -160,13 +162,19 @@ class Assignment:
             total = [a + b for a, b in zip(total, body.flops(), strict=True)]
         return total
 
-    def moved_bytes(self) -> int:
-        """Bytes that the busiest rank sends in changes of layout."""
-        return self.draft.moved_bytes() + sum(body.moved_bytes() for body in self.bodies())
+    def work(self, machine: Machine) -> list[int]:
+        """Ticks of a machine per rank."""
+        total = self.draft.work(machine)
+        for body in self.bodies():
+            total = [a + b for a, b in zip(total, body.work(machine), strict=True)]
+        return total
 
-    def exchanges(self) -> int:
-        """How often ranks exchange anything in a forward."""
-        return self.draft.exchanges() + sum(body.exchanges() for body in self.bodies())
+    def exchange_seconds(self, machine: Machine) -> float:
+        """Time of all exchanges of a forward, none of them hidden."""
+        total = Counter(self.draft.traffic())
+        for body in self.bodies():
+            total.update(body.traffic())
+        return machine.exchange_seconds(self.draft.mesh, total)
 
     def attention_mesh_dims(self, *parts: str) -> frozenset[str]:
         """The mesh dims that divide the `queries`, `keys` or `batch` (and heads) of some attention."""

@@ -12,12 +12,11 @@ from rich.table import Table
 from torch import fx
 
 from xdit_ir.ir import ops
-from xdit_ir.ir.graphs import all_graphs, operands
-from xdit_ir.ir.layout import kind
+from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
-from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, ring_dims
+from xdit_ir.sharding.cost import program_flops, relayout_bytes, ring_bytes, ring_dims, talking_dims
 from xdit_ir.sharding.fallbacks import Fallback, find_fallbacks
 from xdit_ir.sharding.gathered_weights import NONE_GATHERED, GatheredWeights, gathered_weights, gathers_weights
 from xdit_ir.sharding.machine import H100, Machine
@@ -231,7 +230,6 @@ def traffic(node: fx.Node, mesh: Mesh) -> tuple[tuple[str, str], tuple[int, ...]
         return ("ring_attention", "*".join(ring_dims(node, mesh))), ring_bytes(node, mesh)
     if not ops.communicates(node.target):
         return None
-    have, want = operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]
-    dims = mesh.ordered(have.partial - want.partial) if node.target in ops.SUMS else kind(mesh, have, want)[1]
+    dims = talking_dims(node, mesh)
     name = "gather of weights" if gathers_weights(node) else target_name(node.target)
     return (name, "*".join(dims)), relayout_bytes(node, mesh)
