@@ -23,8 +23,9 @@ from xdit_ir.errors import XditError
 from xdit_ir.kernels.backends import NAMES
 
 MODES = ("eager", "compiled", "graph", "collective")
+SHARDED = "+sharded"
 FORM = re.compile(
-    r"(?:(?P<library>[a-z]+)-)?(?P<degrees>[a-z0-9]+):(?P<mode>[a-z]+)(?:/(?P<transport>[a-z]+))?"
+    r"(?:(?P<library>[a-z]+)-)?(?P<degrees>[a-z0-9]+)(?P<sharded>\+sharded)?:(?P<mode>[a-z]+)(?:/(?P<transport>[a-z]+))?"
     r"(?:@(?P<attention>[a-z0-9-]+))?"
 )
 Forward = Callable[..., Any]
@@ -35,7 +36,8 @@ class Contender:
     """`library` (ours: empty) with these degrees in one of `MODES`; the original model alone has degrees `alone`.
 
     `graph` is compiled and recorded as one CUDA graph; `collective` the same without exchanges by copy engines.
-    `attention` is the kernel for attention, `transport` how exchanges travel, as in `port` (ours only).
+    `attention` is the kernel for attention, `transport` how exchanges travel, as in `port`, `sharded` means weights over
+    ranks (ours only).
     """
 
     library: str
@@ -43,11 +45,12 @@ class Contender:
     mode: str
     attention: str = "auto"
     transport: str = "auto"
+    sharded: bool = False
 
     def __str__(self) -> str:
         chosen = "" if self.transport == "auto" else f"/{self.transport}"
         chosen += "" if self.attention == "auto" else f"@{self.attention}"
-        return f"{self.library}-{self.degrees}:{self.mode}{chosen}".lstrip("-")
+        return f"{self.library}-{self.degrees}{SHARDED if self.sharded else ''}:{self.mode}{chosen}".lstrip("-")
 
     @staticmethod
     def parse(text: str) -> Contender:
@@ -60,18 +63,21 @@ class Contender:
         if found is None or found["mode"] not in MODES or (found["library"] or "") not in PREPARE:
             known = ", ".join(name for name in PREPARE if name)
             raise XditError(
-                f"{text!r} is no contender: write [LIBRARY-]DEGREES:MODE[/TRANSPORT][@ATTENTION] with LIBRARY one of "
-                f"{known} (nothing: xdit-ir), DEGREES `alone` or like u2 or c2u2, and MODE one of {', '.join(MODES)}"
+                f"{text!r} is no contender: write [LIBRARY-]DEGREES[{SHARDED}]:MODE[/TRANSPORT][@ATTENTION] with LIBRARY "
+                f"one of {known} (nothing: xdit-ir), DEGREES `alone` or like u2 or c2u2, and MODE one of {', '.join(MODES)}"
             )
         if found["degrees"] != "alone":
             degree_sets.parse(found["degrees"])
         attention = found["attention"] or "auto"
         if attention != "auto" and (found["library"] or found["degrees"] == "alone" or attention not in NAMES):
             raise XditError(f"{text!r}: @ names a kernel for attention of xdit-ir, one of {', '.join(NAMES)}")
-        transport = found["transport"] or "auto"
-        if transport not in TRANSPORTS or (transport != "auto" and (found["library"] or found["degrees"] == "alone")):
+        transport, alone = found["transport"] or "auto", bool(found["library"]) or found["degrees"] == "alone"
+        if transport not in TRANSPORTS or (transport != "auto" and alone):
             raise XditError(f"{text!r}: / names how exchanges of xdit-ir travel, one of {', '.join(TRANSPORTS)}")
-        return Contender(found["library"] or "", found["degrees"], found["mode"], attention, transport)
+        if found["sharded"] and alone:
+            raise XditError(f"{text!r}: {SHARDED} is for degrees of xdit-ir, such as u2{SHARDED}:graph")
+        sharded = bool(found["sharded"])
+        return Contender(found["library"] or "", found["degrees"], found["mode"], attention, transport, sharded)
 
     def prepare(self, model: nn.Module, example: Mapping[str, Any]) -> Forward:
         """A forward of the model for inputs like `example`; the model itself may be changed."""
@@ -97,6 +103,7 @@ def _ours(model: nn.Module, example: Mapping[str, Any], contender: Contender) ->
         cuda_graph=graph,
         transport=transport,
         attention=contender.attention,
+        **({"shard_weights": True} if contender.sharded else {}),
     )
 
 

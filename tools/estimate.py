@@ -15,6 +15,7 @@ from xdit_ir import models
 from xdit_ir.api import TracedProgram
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError, XditError
+from xdit_ir.ir.mesh import TIME
 from xdit_ir.planning.estimate import estimate
 from xdit_ir.planning.hardware import Hardware
 from xdit_ir.tools.bench_report import markdown_table
@@ -78,6 +79,11 @@ def families(gpus: int) -> dict[str, Degrees]:
     }
 
 
+def exact_families(gpus: int) -> dict[str, Degrees]:
+    """Those of them that compute what one GPU does."""
+    return {name: one for name, one in families(gpus).items() if one.mesh.degrees[TIME] == 1}
+
+
 def counts(gpus: int) -> list[int]:
     """Powers of two from `FEWEST` up to `gpus`."""
     found = [1 << power for power in range(2, gpus.bit_length())]
@@ -91,7 +97,9 @@ def worked_out(name: str, gpus: int, hardware: Hardware, folder: Path | None = N
     out again, and each new one is written at once."""
     path = None if folder is None else folder / f"{name.replace(':', '-')}.json"
     rows = {(row.gpus, row.degrees): row for row in ([] if path is None else _read(path, hardware))}
-    wanted = [(1, Degrees())] + [(count, one) for count in counts(gpus) for one in families(count).values()]
+    halves = [FEWEST // 2] if CALLS.get(name, 1) > 1 else []
+    wanted = [(1, Degrees())] + [(count, one) for count in halves for one in exact_families(count).values()]
+    wanted += [(count, one) for count in counts(gpus) for one in families(count).values()]
     missing = [(count, one) for count, one in wanted if (count, str(one)) not in rows]
     if missing:
         model, example = models.load(name, device="meta", dtype=torch.bfloat16)
@@ -138,10 +146,10 @@ def summary(rows: Sequence[DegreesEstimate], calls: int) -> tuple[tuple[str, ...
     alone = calls * ms[1, str(Degrees())]
     names = (*families(FEWEST), *(("cfg first",) if calls > 1 else ()))
     lines = []
-    for gpus in sorted({row.gpus for row in rows} - {1}):
+    for gpus in sorted({row.gpus for row in rows if row.gpus >= FEWEST}):
         taken = {name: calls * ms[gpus, str(one)] for name, one in families(gpus).items() if (gpus, str(one)) in ms}
-        halves = families(gpus // calls).items() if calls > 1 else ()
-        half = [ms.get((gpus // calls, str(one)), 0.0) for name, one in halves if name != "pipefusion"]
+        halves = exact_families(gpus // calls).values() if calls > 1 else ()
+        half = [ms.get((gpus // calls, str(one)), 0.0) for one in halves]
         taken |= {"cfg first": min(half)} if half and all(half) else {}
         least = min(taken, key=lambda name: taken[name])
         cells = (f"{taken[name]:.1f}" if name in taken else "" for name in names)

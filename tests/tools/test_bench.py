@@ -34,7 +34,15 @@ DOCUMENT = {
 
 @pytest.mark.parametrize(
     "text",
-    ["alone:compiled", "u2:graph", "c2u2:collective", "diffusers-u2:compiled", "xdit-u2:eager", "r2:eager/peer@sdpa"],
+    [
+        "alone:compiled",
+        "u2:graph",
+        "c2u2:collective",
+        "diffusers-u2:compiled",
+        "xdit-u2:eager",
+        "r2:eager/peer@sdpa",
+        "u2+sharded:graph@sdpa",
+    ],
 )
 def test_a_contender_prints_as_it_was_written(text: str) -> None:
     assert str(Contender.parse(text)) == text
@@ -52,6 +60,7 @@ def test_a_contender_prints_as_it_was_written(text: str) -> None:
         "xdit-u2:eager@cudnn",
         "u2:eager/fast",
         "alone:eager/peer",
+        "alone+sharded:eager",
     ],
 )
 def test_what_is_no_contender_is_refused(text: str) -> None:
