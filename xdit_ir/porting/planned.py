@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import USABLE, Options, plan_traced
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.transport.distributed import processes_of_replica
-from xdit_ir.transport.spread import near, told
+from xdit_ir.transport.spread import host, near, told
 
 LOG = logging.getLogger("xdit_ir")
 
@@ -60,7 +59,7 @@ class Unplanned:
         communicator = options.communicator(Mesh.of(ulysses=count), device)
         try:
             with communicator.working():
-                hosts = communicator.of_all(platform.node())
+                hosts = communicator.of_all(host())
                 mine = self._planned(model, example, hosts, options, device) if communicator.rank == 0 else {}
                 first, *_ = communicator.of_all(mine)
                 if "refused" in first:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import platform
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from xdit_ir.errors import LostError, ParallelizeError
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.transport import spread
 from xdit_ir.transport.groups import DEFAULT_TIMEOUT, Groups, Leaving, configured_timeout, losing
 from xdit_ir.transport.line import AnyError, Line, line_of
 from xdit_ir.transport.release import Release
@@ -306,7 +306,7 @@ def peers_reachable(communicator: Communicator) -> bool:
     others = [index for index in range(torch.cuda.device_count()) if index != here]
     reaches = all(torch.cuda.can_device_access_peer(here, other) for other in others)
     able = reaches and importlib.util.find_spec("cuda.bindings") is not None
-    facts = communicator.of_all([able, platform.node(), here])
+    facts = communicator.of_all([able, spread.host(), here])
     hosts, gpus = {host for _, host, _ in facts}, {gpu for _, _, gpu in facts}
     apart = len(gpus) == len(facts) or os.environ.get(SHARED) == "1"
     return all(fact[0] for fact in facts) and len(hosts) == 1 and apart

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import secrets
 import socket
 import struct
@@ -15,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from xdit_ir.errors import LostError
+from xdit_ir.transport import spread
 
 KEY = "xdit_ir/line"
 SEND_LIMIT = 20.0  # seconds: messages are small, so that one that cannot be sent has no receiver
@@ -32,7 +32,7 @@ def connect_all(store: Any, rank: int, world: int, timeout: timedelta) -> dict[i
     token = secrets.token_hex(16)
     with listening() as server:
         turn = store.add(f"{KEY}/{rank}", 1)
-        mine = {"token": token, "port": server.getsockname()[1], "hosts": _addresses(store), "node": platform.node()}
+        mine = {"token": token, "port": server.getsockname()[1], "hosts": _addresses(store), "node": spread.host()}
         store.set(f"{KEY}/{rank}/{turn}", json.dumps(mine))
         found = {}
         for other in range(rank):
@@ -102,7 +102,7 @@ def _looked_up(store: Any, key: str, rank: int, timeout: timedelta) -> dict[str,
 
 def _call(there: dict[str, Any], rank: int, other: int) -> socket.socket:
     """Connected to another rank, which has said that it is the right one."""
-    near = ["127.0.0.1"] if there["node"] == platform.node() else []
+    near = ["127.0.0.1"] if there["node"] == spread.host() else []
     reason = "it has no address"
     for host in (*near, *there["hosts"]):
         try:

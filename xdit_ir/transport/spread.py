@@ -14,9 +14,15 @@ from xdit_ir.ir.mesh import RING, ULYSSES, Mesh
 KEY = "xdit_ir/host"
 
 
+def host() -> str:
+    """By what this process tells its host from others: the name that the system gives it, which every container or UTS
+    namespace has of its own (`unshare --uts`, then `hostname NAME`)."""
+    return platform.node()
+
+
 def exchanged(store: Any, rank: int, world: int) -> tuple[str, ...]:
     """The host of every process of a job. Collective."""
-    store.set(f"{KEY}/{rank}", platform.node())
+    store.set(f"{KEY}/{rank}", host())
     return tuple(store.get(f"{KEY}/{other}").decode() for other in range(world))
 
 
