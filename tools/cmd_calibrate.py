@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < gpus <= (there if device == "cuda" else 64):
         raise XditError(f"--gpus {gpus}: there are {there} on {device}; give at least 1, and at most that")
     output = args.output or measured.folder() / measured.file_name(measured.device_name(torch.device(device)))
+    if args.output is not None and not output.parent.is_dir():
+        raise XditError(f"--output {output}: there is no folder {output.parent}")
     before = output.stat().st_mtime_ns if output.exists() else 0
     worker = ["-m", "xdit_ir.tools.calibrate_worker", "--device", device, "--output", str(output)]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []

@@ -36,8 +36,8 @@ class Contender:
     """`library` (ours: empty) with these degrees in one of `MODES`; the original model alone has degrees `alone`.
 
     `graph` is compiled and recorded as one CUDA graph; `collective` the same without exchanges by copy engines.
-    `attention` is the kernel for attention, `transport` how exchanges travel, as in `port`, `sharded` means weights over
-    ranks (ours only).
+    `attention` is the kernel for attention, `transport` how exchanges travel, as in `port`; `sharded`: weights are
+    divided over ranks (all three ours only).
     """
 
     library: str
@@ -63,8 +63,9 @@ class Contender:
         if found is None or found["mode"] not in MODES or (found["library"] or "") not in PREPARE:
             known = ", ".join(name for name in PREPARE if name)
             raise XditError(
-                f"{text!r} is no contender: write [LIBRARY-]DEGREES[{SHARDED}]:MODE[/TRANSPORT][@ATTENTION] with LIBRARY "
-                f"one of {known} (nothing: xdit-ir), DEGREES `alone` or like u2 or c2u2, and MODE one of {', '.join(MODES)}"
+                f"{text!r} is no contender: write [LIBRARY-]DEGREES[{SHARDED}]:MODE[/TRANSPORT][@ATTENTION] with "
+                f"LIBRARY one of {known} (nothing: xdit-ir), DEGREES `alone` or like u2 or c2u2, and MODE one of "
+                f"{', '.join(MODES)}"
             )
         if found["degrees"] != "alone":
             degree_sets.parse(found["degrees"])

@@ -202,6 +202,11 @@ def test_as_a_table(of_eight: Plan) -> None:
         ({"gpus": 4, "ulysses": 3}, "ulysses=3 does not divide 4 GPUs; a product of 2 does"),
         ({"gpus": 4, "data": 3}, "data=3 does not divide 4 GPUs; nearest legal: data=2"),
         ({"gpus": 4, "ulises": 2}, "did you mean ulysses=2"),
+        ({"gpus": 2000}, "gpus=2000: plans go up to 1024"),
+        ({"memory": -1}, "memory=-1: expected GiB that a GPU may use, such as 80"),
+        ({"memory": "80"}, "memory='80': expected GiB"),
+        ({"exact": "no"}, "exact='no': expected True or False"),
+        ({"shard_weights": "yes"}, "shard_weights='yes': expected True or False"),
         ({"machine": "h10"}, "machine='h10' is none that is kept; did you mean 'h100'"),
     ],
 )

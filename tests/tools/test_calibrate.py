@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import tomllib
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,22 @@ def test_a_file_that_is_no_machine(tmp_path: Path) -> None:
     for name in ("here.toml", "none.toml"):
         with pytest.raises(xir.ParallelizeError, match=f"{name} is no machine as `xdit-ir calibrate` writes it"):
             load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("figure", "other"), [("products = 740e12", "products = 0"), ("latency = 15e-6", "latency = -1"), ("gap", "gaps")]
+)
+def test_a_figure_that_no_machine_has(tmp_path: Path, figure: str, other: str) -> None:
+    kept = resources.files("xdit_ir.planning").joinpath("machines/h100.toml").read_text("utf-8")
+    assert figure in kept
+    (tmp_path / "here.toml").write_text(kept.replace(figure, other, 1))
+    with pytest.raises(xir.ParallelizeError, match="is no machine as `xdit-ir calibrate` writes it"):
+        load(str(tmp_path / "here.toml"))
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--device", "cpu", "--gpus", "1", "--output", "/no/such/here.toml"]) == 2
+    assert "--output /no/such/here.toml: there is no folder /no/such" in capsys.readouterr().err
 
 
 def test_more_gpus_than_there_are(capsys: pytest.CaptureFixture[str]) -> None:

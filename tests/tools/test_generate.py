@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import xdit_ir as xir
 from xdit_ir.generation import files
-from xdit_ir.generation.folder import Checkpoint, load
+from xdit_ir.generation.folder import Checkpoint, checked_dtypes, load
 from xdit_ir.generation.job import check_distinct
 from xdit_ir.generation.request import dealt, parse_size, read_embeddings
 from xdit_ir.ir.mesh import Mesh
@@ -84,6 +84,14 @@ def test_a_given_pipeline_is_ported_once(pipeline_folder: Path) -> None:
     assert len(pipe.transformer.programs) == 1 and pipe.vae.decode == decode
     with pytest.raises(xir.ParallelizeError, match="ported already"):
         xir.generate(pipe, PROMPT, ulysses=1, **OPTIONS)
+
+
+def test_what_is_no_dtype(pipeline_folder: Path) -> None:
+    assert checked_dtypes("bf16") is torch.bfloat16 and checked_dtypes(None) is None
+    assert checked_dtypes("bf16,vae=fp32") == {"default": torch.bfloat16, "vae": torch.float32}
+    for given in ("int8", torch.int8, 3, {"vae": "bf16"}):
+        with pytest.raises(xir.GenerationError, match=r"dtype.*: expected .*bf16"):
+            xir.generate(pipeline_folder, PROMPT, dtype=given, **OPTIONS)
 
 
 def test_dtypes(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -129,6 +129,21 @@ def parse_dtypes(text: str) -> Dtypes:
     return found if set(found) != {"default"} else found["default"]
 
 
+def checked_dtypes(given: Any) -> Dtypes:
+    """What was given for `dtype`: also the text of the command line.
+
+    Raises:
+        GenerationError: it is no dtype that components may have.
+    """
+    if isinstance(given, str):
+        return parse_dtypes(given)
+    each = list(given.values()) if isinstance(given, Mapping) else [] if given is None else [given]
+    for one in each:
+        if one not in DTYPES.values():
+            raise GenerationError(f"dtype={one!r}: expected torch.bfloat16, torch.float16, torch.float32, or 'bf16'")
+    return given  # type: ignore[no-any-return]
+
+
 def _dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype of most of a module's numbers; some layers stay in float32 on purpose."""
     sizes: dict[torch.dtype, int] = {}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from xdit_ir.errors import GenerationError, XditError
 from xdit_ir.generation import files
-from xdit_ir.generation.folder import Dtypes
+from xdit_ir.generation.folder import Dtypes, checked_dtypes
 from xdit_ir.generation.job import Job
 from xdit_ir.generation.meter import Meter, summary, watching
 from xdit_ir.generation.request import Request, UnfitRequest, check_numbers, check_seed, dealt, read_embeddings
@@ -64,7 +64,7 @@ def generate(
     seed: int = 0,
     arguments: Mapping[str, Any] | None = None,
     lora: Sequence[str] = (),
-    dtype: Dtypes = None,
+    dtype: Dtypes | str = None,
     device: str | None = None,
     whole: bool = False,
     offload: bool = False,
@@ -83,7 +83,8 @@ def generate(
         image: a file or a `PIL.Image` to start from.
         arguments: further arguments of the pipeline's call.
         lora: adapters, each a path or a hub name, with `:SCALE` if it is not 1.
-        dtype: of all components, or by component (`default` for the others); also casts those of a given pipeline.
+        dtype: of all components, or by component (`default` for the others), or text such as 'bf16,vae=fp32'; also
+            casts those of a given pipeline.
         device: "cuda" (LOCAL_RANK picks which; the default where there is one) or "cpu".
         whole: load denoisers with the pipeline instead of reading what each rank uses.
         offload: components wait in host memory while others run.
@@ -103,7 +104,7 @@ def generate(
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
     check_numbers(width=width, height=height, frames=frames, steps=steps, fps=fps, benchmark=benchmark or None)
     check_seed(seed)
-    setup = Setup(pipe, parallel, dtype, lora, whole, offload, data)
+    setup = Setup(pipe, parallel, checked_dtypes(dtype), lora, whole, offload, data)
     job = setup.start(prompts, device)
     if output is not None and job.leads:
         files.check_writable(Path(output))

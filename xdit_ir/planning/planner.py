@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from xdit_ir.api import Example, TracedProgram, trace
 from xdit_ir.capture.methods import Module
@@ -24,6 +25,8 @@ from xdit_ir.transport.replicas import checked_data
 
 # So many candidates are worked out in full: those that are roughly the fastest.
 FULL = 3
+# GPUs that a machine's links reach.
+MOST = 1024
 # The part of a GPU's memory that a plan uses: what else there is needs some.
 USABLE = 0.92
 
@@ -63,6 +66,7 @@ def plan(
     """
     hardware = hardware_of(machine)
     _check(gpus, given, data)
+    _check_options(memory, exact=exact, flash=flash, shard_weights=shard_weights)
     streamed = (
         None if stream_weights is None else Keeping.of(stream=stream_weights).options.get("stream_weights", False)
     )
@@ -109,9 +113,20 @@ def _check(gpus: int, given: Mapping[str, int], data: int | None) -> None:
     Mesh.of(**given)
     if not isinstance(gpus, int) or isinstance(gpus, bool) or gpus < 1:
         raise ParallelizeError(f"gpus={gpus!r}: expected a positive number, such as 8")
+    if gpus > MOST:
+        raise ParallelizeError(f"gpus={gpus}: plans go up to {MOST}; divide requests over replicas, and plan for one")
     if data is not None and gpus % checked_data(data):
         near = max(size for size in range(1, gpus + 1) if gpus % size == 0 and size <= data)
         raise ParallelizeError(f"data={data} does not divide {gpus} GPUs; nearest legal: data={near}")
+
+
+def _check_options(memory: Any, **flags: Any) -> None:
+    number = isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory > 0
+    if memory is not None and not number:
+        raise ParallelizeError(f"memory={memory!r}: expected GiB that a GPU may use, such as 80")
+    for name, value in flags.items():
+        if not isinstance(value, bool) and not (value is None and name == "shard_weights"):
+            raise ParallelizeError(f"{name}={value!r}: expected True or False")
 
 
 @dataclass(frozen=True)

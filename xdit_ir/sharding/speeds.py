@@ -34,6 +34,9 @@ class Kernels:
     width: float = 0.0
     widths: int = 1
 
+    def __post_init__(self) -> None:
+        _check(self, none=("gap", "fill", "depth", "width"))
+
     def product_seconds(self, flops: float, results: float, moved: float, dtype: torch.dtype) -> float:
         """Time of a matrix product with so many elements in its result that moves so many bytes."""
         if not flops:
@@ -66,9 +69,20 @@ class Link:
     latency: float
     hidden: bool = True
 
+    def __post_init__(self) -> None:
+        _check(self, none=("latency", "hidden"))
+
     def seconds(self, sent: float) -> float:
         """Time of one exchange in which a rank sends so many bytes."""
         return self.latency + sent / self.bytes if sent else 0.0
+
+
+def _check(figures: Kernels | Link, none: Sequence[str]) -> None:
+    """Raise `ValueError` for a figure that is no positive number; those in `none` may be 0."""
+    for name, value in vars(figures).items():
+        known = isinstance(value, (int, float))
+        if not known or not (value > 0 or (value == 0 and name in none)):
+            raise ValueError(f"{name} = {value!r}: expected a positive number")
 
 
 @dataclass(frozen=True)
