@@ -156,8 +156,8 @@ class LayoutGraph:
         if step.target is ops.ring_attention:
             q, k, *_ = (source.layout for source in step.sources)
             return self.mesh.ordered(key_gather_dims(self.mesh, q, k)), none
-        if dims := self._statistics(step):
-            return self.mesh.ordered(dims), none
+        if divided := self._statistics(step):
+            return self.mesh.ordered(divided), none
         return None
 
     def moved_bytes(self) -> int:

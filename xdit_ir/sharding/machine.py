@@ -65,7 +65,7 @@ class Machine:
         Raises:
             ParallelizeError: a machine has no such speed, or it is no number of the right sign.
         """
-        given = dict[str, float]()
+        given = dict[str, Any]()
         for item in text.split(","):
             name, _, value = item.strip().partition("=")
             try:
@@ -85,7 +85,7 @@ class Machine:
         Raises:
             TypeError, LookupError: they are none of a machine.
         """
-        kernels, links = data["kernels"], data["links"]
+        kernels, links = data.get("kernels"), data.get("links")
         known = None if kernels is None else Kernels(**kernels)
         reach = None if links is None else Links(tuple(Link(**link) for link in links["each"]))
         return Machine(**{**data, "kernels": known, "links": reach})
