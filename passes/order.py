@@ -6,6 +6,7 @@ from typing import Any
 
 from xdit_ir.caching.rule import Watched
 from xdit_ir.ir.mesh import TIME, Mesh
+from xdit_ir.passes.align_samples import AlignSamples
 from xdit_ir.passes.canonicalize import Canonicalize
 from xdit_ir.passes.choose_kernels import ChooseKernels
 from xdit_ir.passes.compose_attention import ComposeAttention
@@ -43,7 +44,7 @@ from xdit_ir.sharding.specialize import Specialize
 # Every pass that can run between `trace` and the code of a rank, in that order. `displace-patches` stands in for
 # `shard-tokens` under PipeFusion, which skips what is about exchanges.
 PASSES: tuple[type[Any], ...] = (
-    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, FindTokens, ReuseRegion),
+    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, AlignSamples, FindTokens, ReuseRegion),
     *(PartitionStages, SplitBatch, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
     *(
         ShardFeatures,

@@ -62,7 +62,5 @@ def refused_in_time() -> dict[str, str]:
     """The zoo's models that cannot be divided over patches in time, and why not."""
     return {
         "kandinsky-2.2-prior": "output is not divided",
-        "lumina-2": "stale rows",
         "nucleus-image": "stale rows",
-        "z-image-omni": "stale rows",
     }

@@ -27,9 +27,10 @@ from xdit_ir.ir.interpret import Interpreter, model_state
 from xdit_ir.ir.mesh import BATCH, Mesh
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program, Stored
+from xdit_ir.passes.align_samples import AlignSamples
 from xdit_ir.passes.base import After, run_passes
 from xdit_ir.passes.divide import check_schedule, divide, make_pipeline, note_region
-from xdit_ir.passes.find_tokens import Dims
+from xdit_ir.passes.find_tokens import Dims, FindTokens
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.passes.order import analysis_passes
 from xdit_ir.passes.split_batch import Batch
@@ -101,6 +102,14 @@ class TracedProgram:
         guarded = guard_places(self.ir)
         return self if guarded is self.ir else replace(self, ir=guarded)
 
+    @cached_property
+    def _aligned(self) -> Program:
+        """The canonical program whose samples have the same rows at the same places, see `align-samples`."""
+        align = AlignSamples()
+        if align.apply(self.analysed) is self.analysed:
+            return self.analysed
+        return run_passes(self.analysed, [align, FindTokens()])
+
     def parallelize(
         self,
         cfg: int = 1,
@@ -156,7 +165,8 @@ class TracedProgram:
         keeping.check(mesh, batch=batch)
         rule = None if cache is None else CacheRule.parse(cache)
         traced = self if pipefusion == 1 else self._placed
-        analysed = traced.analysed if rule is None else note_region(traced.analysed, rule, mesh, after)
+        analysed = traced.analysed if pipefusion == 1 else traced._aligned
+        analysed = analysed if rule is None else note_region(analysed, rule, mesh, after)
         stored = analysed.replace(stored=self.stored)
         if pipefusion == 1:
             familiar = self.familiar

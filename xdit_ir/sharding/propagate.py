@@ -64,14 +64,18 @@ class Propagation:
 
     def attempt(self, seeds: Seeds | None = None) -> Assignment:
         """The same, to be priced before it is written down."""
+        draft = self.forward(seeds or {})
+        draft.sweep(lambda step: _push(step, self))
+        return Assignment(self, draft)
+
+    def forward(self, seeds: Seeds) -> LayoutGraph:
+        """What follows from the seeds along the data flow, no cut moved before what it cuts."""
         inputs = [
             node.meta.get(LAYOUT, Layout.whole(len(node.meta[SPEC].shape)))
             for node in self.program.graph.nodes
             if node.op == "placeholder"
         ]
-        draft = _GraphPropagation(self, inputs, seeds or {}, None, outer=True).write(self.program.graph)
-        draft.sweep(lambda step: _push(step, self))
-        return Assignment(self, draft)
+        return _GraphPropagation(self, inputs, seeds, None, outer=True).write(self.program.graph)
 
     def same(self, layout: Layout) -> Layout:
         """One object for equal layouts, which makes comparing them cheap."""
