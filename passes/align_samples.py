@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from xdit_ir.sharding.propagate import Propagation
 
 aten = torch.ops.aten
 Orders = tuple[Indices, ...]
+FAR = 6  # operators that are compared
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,15 @@ class AlignSamples:
 
     def apply(self, program: Program) -> Program:
         """The program with its streams in order; the same object where they are."""
-        for root, orders in _unaligned(program):
+        touched: set[str] = set()
+        for name, orders in [(root.name, orders) for root, orders in _unaligned(program)]:
+            root = next((node for node in program.graph.nodes if node.name == name), None)
+            if root is None or name in touched:
+                continue
             region = _region(program, root, orders)
             if any(is_block_call(node) or node.target in ops.ATTENTIONS for node in region):
-                return self.apply(_aligned(program, region, orders))
+                touched |= {value.name for node in region for value in (node, *operands(node))}
+                program = _aligned(program, region, orders)
         return program
 
 
@@ -69,12 +76,13 @@ def _unaligned(program: Program) -> Iterator[tuple[fx.Node, Orders]]:
 
 
 def _orders(samples: Sequence[Rows]) -> Orders | None:
-    """For each sample the order in which the rows that all have lie where the first sample has them, and the others in
-    between as they come; None where they lie so, or all have none."""
+    """For each sample the order in which the rows that all have lie where the one with the least padding has them, and
+    the others in between as they come; None where they lie so, or all have none."""
     places = [_places(rows) for rows in samples]
-    shared = [row for row in places[0] if all(row in other for other in places[1:])]
-    wanted = {places[0][row]: row for row in shared}
-    if all(other[row] == places[0][row] for other in places[1:] for row in shared):
+    first = max(places, key=len)
+    shared = [row for row in first if all(row in other for other in places)]
+    wanted = {first[row]: row for row in shared}
+    if all(other[row] == first[row] for other in places for row in shared):
         return None
     size, orders = sum(run.length for run in samples[0]), []
     for mine in places:
@@ -85,15 +93,28 @@ def _orders(samples: Sequence[Rows]) -> Orders | None:
     return tuple(orders)
 
 
-def _places(rows: Rows) -> dict[tuple[fx.Node, bool, int], int]:
-    """Where each row lies that is no padding: a row of a value, or of this sample of it."""
-    found: dict[tuple[fx.Node, bool, int], int] = {}
+Row = tuple[Any, int, int]  # of what, which, and of how many such in this sample
+
+
+def _places(rows: Rows) -> dict[Row, int]:
+    """Where each row lies that is no padding: a row of a value of all samples, or of one that is computed alike. What
+    rows are taken for equal only decides about the order."""
+    found: dict[Row, int] = {}
     place = 0
     for run in rows:
         if run.source is not None:
-            found |= {(run.source, run.sample is not None, run.start + i): place + i for i in range(run.length)}
+            of = run.source if run.sample is not None else _form(run.source, FAR)
+            again = next(i for i in itertools.count() if (of, run.start, i) not in found)
+            found |= {(of, run.start + i, again): place + i for i in range(run.length)}
         place += run.length
     return found
+
+
+def _form(node: fx.Node, far: int) -> Any:
+    """How a value is computed, from inputs of which types, as far back."""
+    if node.op != "call_function" or not far:
+        return node.target if node.op == "get_attr" else node.meta.get(SPEC)
+    return node.target, node.meta.get(SPEC), tuple(_form(source, far - 1) for source in operands(node))
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ KINDS = {
         "places:ImagesInText", ids=Integers((2, 64), 100), image=Normal((2, 48, 4)), where=Values(_PLACES, "bool")),
     "kind-interleaved": _kind("places:Interleaved", left=TOKENS, right=TOKENS),
     "kind-by-modality": _kind("places:ByModality", x=TOKENS, kind=Integers((64,), 2)),
+    "kind-texts-of-lengths": _kind(
+        "places:TextsOfLengths", x=TOKENS, text=Normal((2, 16, 32)), mask=Mask(16, (9, 16))),
+    "kind-pieces-of-samples": _kind(
+        "places:PiecesOfSamples", x=[Normal((64, 4)), Normal((64, 4))], text=[Normal((16, 32)), Normal((11, 32))]),
     "kind-scanned": _kind("places:Scanned", x=IMAGE),
     "kind-local-keys": _kind("windows:LocalKeys", x=TOKENS),
     "kind-shifted-windows": _kind("windows:ShiftedWindows", x=IMAGE),

@@ -80,3 +80,49 @@ class Scanned(nn.Module):
         for number, block in enumerate(self.blocks):
             tokens = block(tokens[:, order])[:, back] if number % 2 else block(tokens)
         return self.head(tokens).mT.unflatten(2, (rows, columns))
+
+
+class TextsOfLengths(nn.Module):
+    """Behind texts of different lengths images begin at different places of the joint stream."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4], words [batch, words, width] and how many of them count, as a mask."""
+        lengths, n = mask.sum(1).tolist(), x.shape[1]
+        joint = torch.zeros(len(x), max(lengths) + n, text.shape[2], device=x.device, dtype=x.dtype)
+        keep = torch.zeros(joint.shape[:2], device=x.device, dtype=torch.bool)
+        for sample, length in enumerate(lengths):
+            joint[sample, :length] = text[sample, :length]
+            joint[sample, length : length + n] = self.embed(x[sample])
+            keep[sample, : length + n] = True
+        for block in self.blocks:
+            joint = block(joint, keep[:, None, None])
+        joint = self.head(joint)
+        return torch.stack([joint[sample, length : length + n] for sample, length in enumerate(lengths)])
+
+
+class PiecesOfSamples(nn.Module):
+    """A list of images of one size, each behind its own text, joined sample by sample and padded."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.head, self.before = nn.Linear(4, width), nn.Linear(width, 4), blocks(width, 1)
+        self.place, self.blocks = nn.Embedding(200, width), blocks(width)
+
+    def forward(self, x: list[torch.Tensor], text: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Tokens [tokens, 4] and words [words, width] of each sample."""
+        images = torch.stack([self.embed(one) for one in x])
+        for block in self.before:
+            images = block(images)
+        pairs = list(zip(text, images.unbind(0), strict=True))
+        pad = torch.nn.utils.rnn.pad_sequence
+        joint = pad([torch.cat([words, tokens]) for words, tokens in pairs], batch_first=True)
+        places = [self.place(torch.arange(len(words) + len(tokens), device=words.device)) for words, tokens in pairs]
+        kept = [torch.ones(len(own), device=own.device, dtype=torch.bool) for own in places]
+        joint, keep = joint + pad(places, batch_first=True), pad(kept, batch_first=True)
+        for block in self.blocks:
+            joint = block(joint, keep[:, None, None])
+        return [self.head(one[len(words) : len(words) + len(x[0])]) for one, words in zip(joint, text, strict=True)]

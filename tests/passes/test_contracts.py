@@ -84,7 +84,9 @@ def test_lists_are_in_the_order_of_the_list_of_all_passes() -> None:
         order = [places[type(one)] for one in run]
         assert order == sorted(order)
     used = {type(one) for one in (*analysis_passes(), *divided, *time_passes(patched), *rank)}
-    assert {kind.name for kind in set(PASSES) - used} == {"align-samples", "partition-stages"}, "PipeFusion's, given apart"
+    assert {kind.name for kind in set(PASSES) - used} == {"align-samples", "partition-stages"}, (
+        "PipeFusion's, given apart"
+    )
 
 
 @pytest.mark.parametrize(
