@@ -74,7 +74,9 @@ class SplitBatch:
         inputs = [node for node in program.graph.nodes if node in values and node.op == "placeholder"]
         whole = program_flops(program, None)[0]
         tried: list[_Choice] = []
-        for group in (inputs, [node for node in batched_inputs(program) if node not in inputs]):
+        further = [node for node in batched_inputs(program) if node not in inputs]
+        joined = [node for node in values if node not in inputs and node.meta[SPEC].shape[0] >= degree]
+        for group in (inputs, further, joined):
             tried += [choice for node in group if (choice := self._tried(trial, node, {})) is not None]
             best = min(tried, key=lambda one: one.work, default=None)
             if best is not None and best.work <= WORTH * whole:
