@@ -18,6 +18,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.rules.norms import divided_statistics
+from xdit_ir.rules.running import lengths_of_runs
 
 aten = torch.ops.aten
 
@@ -26,7 +27,7 @@ aten = torch.ops.aten
 class SplitStatistics:
     """Write norms that are taken over a divided dim with sums, which ranks exchange once: a part's sum or mean of
     squares, or its mean and variance, of which those of the whole are made in double precision. Norms over what every
-    rank holds stay one operator.
+    rank holds stay one operator. Sums that run along a divided dim go on from those of the parts before, likewise.
     """
 
     name: ClassVar[str] = "split-statistics"
@@ -112,10 +113,23 @@ def _rms_norm(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
     return emitter.cast(x, dtype)
 
 
+def _cumsum(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
+    """Each rank's own, which goes on from the sums of the parts before."""
+    x: fx.Node = given["self"]
+    layout, shape = x.meta[LAYOUT], x.meta[SPEC].shape
+    dim, dtype = given["dim"] % len(shape), emitter.node.meta[SPEC].dtype
+    assert emitter.mesh is not None
+    lengths = lengths_of_runs(emitter.mesh, layout.dims[dim])
+    parts = emitter.emit(ops.run_sums, x, dim, lengths, dtype)
+    total = emitter.relayout(parts, parts.meta[LAYOUT].with_dims({dim: None}))
+    return emitter.emit(ops.running_sum, x, total, dim, lengths, dtype)
+
+
 WRITERS: dict[Any, Callable[[Emitter, dict[str, Any]], fx.Node]] = {
     aten.group_norm.default: _group_norm,
     aten.instance_norm.default: _instance_norm,
     aten.linalg_vector_norm.default: _euclidean,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
+    aten.cumsum.default: _cumsum,
 }

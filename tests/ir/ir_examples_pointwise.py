@@ -298,6 +298,26 @@ def moments(d, packet):
     return Sample(packet, (d.tensor(*shape), math.prod(shape[2:])))
 
 
+def _runs(d):
+    """A tensor, a dim of it, and lengths of its runs along that."""
+    shape = d.shape(d.int(1, 3))
+    dim = d.int(0, len(shape) - 1)
+    first = d.int(0, shape[dim])
+    return d.tensor(*shape), dim, tuple(length for length in (first, shape[dim] - first) if length)
+
+
+@example(ops.run_sums)
+def run_sums(d, packet):
+    x, dim, lengths = _runs(d)
+    return Sample(packet, (x, dim, lengths, torch.float32))
+
+
+@example(ops.running_sum)
+def running_sum(d, packet):
+    x, dim, lengths = _runs(d)
+    return Sample(packet, (x, ops.run_sums(x, dim, lengths, torch.float32), dim, lengths, torch.float32))
+
+
 @example(ops.normalize)
 def normalize(d, packet):
     shape = d.shape(d.int(3, 5))

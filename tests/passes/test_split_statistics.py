@@ -116,3 +116,24 @@ def test_a_norm_that_lacks_statistics_is_no_program_that_ranks_can_run() -> None
 def test_a_program_without_divided_norms_is_handed_on() -> None:
     program = divided(Norms(), sample(2, 4, 6), Mesh.of(ulysses=2), 0)
     assert SplitStatistics().apply(program) is program
+
+
+class Running(nn.Module):
+    """A gated recurrence by sums that run along the tokens, there and back again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.sigmoid().log().cumsum(1)
+        return (total.exp() * (x * (-total).exp()).cumsum(-2)).flip(1).cumsum(1)
+
+
+@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"ring": 2, "ulysses": 2}, {"ulysses": 8}])
+def test_sums_that_run_go_on_from_those_of_other_ranks(degrees: dict[str, int]) -> None:
+    program = rewritten(Running(), sample(2, 7, 3), Mesh.of(**degrees), 1)
+    sent = [node for node in program.graph.nodes if ops.communicates(node.target)]
+    parts = [node for node in sent if node.args[0].target is ops.run_sums]
+    assert len(parts) == 3 and len(sent) == 4, "three rows of sums, and the output"
+
+
+def test_sums_of_samples_stay_one_operator() -> None:
+    program = divided(Running(), torch.randn(2, 6, 3), Mesh.of(ulysses=2), 0)
+    assert SplitStatistics().apply(program) is program

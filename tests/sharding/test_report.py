@@ -17,7 +17,7 @@ WIDTH, HEADS = 32, 4
 
 
 class Layer(nn.Module):
-    """Attention and a projection; `summed` adds sums over all tokens before."""
+    """Attention and a projection; `summed` adds products over all tokens before."""
 
     def __init__(self, *, summed: bool = False) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         y = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + (self.out(y.cumsum(1)) if self.summed else y)
+        return x + (self.out(y.cumprod(1)) if self.summed else y)
 
 
 class Model(nn.Module):
@@ -89,7 +89,7 @@ def test_a_gather_in_a_block_that_is_called_once() -> None:
 def test_a_gather_in_every_call_of_a_block() -> None:
     report = report_of(Model(True, True), ulysses=2)
     [found] = report.fallbacks
-    assert found.op.startswith("cumsum") and found.place.startswith("Layer ")
+    assert found.op.startswith("cumprod") and found.place.startswith("Layer ")
     assert found.reason == "needs the dimension whole"
     assert found.bytes == 2 * 2 * 12 * WIDTH * 4  # calls, samples, tokens of a rank, features, bytes of each
 

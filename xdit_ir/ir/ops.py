@@ -178,6 +178,19 @@ def normalize(
     return scaled.to(x.dtype)
 
 
+def run_sums(x: torch.Tensor, dim: int, lengths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Sums of consecutive runs of these lengths of one dimension: `x [..., sum(lengths), ...]` to `[..., runs, ...]`."""
+    return torch.cat([run.sum(dim, keepdim=True, dtype=dtype) for run in x.split(list(lengths), dim)], dim)
+
+
+def running_sum(
+    x: torch.Tensor, sums: torch.Tensor, dim: int, lengths: Sequence[int], dtype: torch.dtype, before: int = 0
+) -> torch.Tensor:
+    """`cumsum` of `x` along a dimension, going on from the `sums` of the first `before` runs (see `run_sums`)."""
+    own = x.cumsum(dim, dtype=dtype)
+    return own + sums.narrow(dim, 0, before).sum(dim, keepdim=True) if before else own
+
+
 def _accumulated(x: torch.Tensor) -> torch.dtype:
     """What kernels accumulate statistics in."""
     return torch.promote_types(x.dtype, torch.float32)

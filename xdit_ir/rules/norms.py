@@ -93,12 +93,18 @@ def _euclidean_dims(given: dict[str, Any]) -> list[int]:
     return [dim % ndim for dim in dims] if dims else list(range(ndim))
 
 
+def _run(given: dict[str, Any]) -> list[int]:
+    """The dim along which a sum runs, which goes on from the sums of other parts."""
+    return [given["dim"]] if given["self"].meta[SPEC].shape else []
+
+
 STATISTICS: dict[Any, Callable[[dict[str, Any]], Any]] = {
     aten.group_norm.default: _space,
     aten.instance_norm.default: _space,
     aten.linalg_vector_norm.default: _euclidean_dims,
     aten.layer_norm.default: _features,
     aten.rms_norm.default: _features,
+    aten.cumsum.default: _run,
 }
 
 

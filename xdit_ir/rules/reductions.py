@@ -23,7 +23,7 @@ def _dims(call: OpCall, operand: int = 0) -> list[int]:
 
 
 def _along(call: OpCall) -> Labels:
-    """Operators that mix along `dim` and keep the others: softmax, cumsum, sort, topk, ..."""
+    """Operators that mix along `dim` and keep the others: softmax, cumprod, sort, topk, ..."""
     dims = _dims(call)
     names = plain(call.specs[0], dims)
     return by_argument(call, *(names for _ in call.results), self=names, prepend=names, append=names)
@@ -114,7 +114,6 @@ RULES = {
         aten._safe_softmax,
         aten.log_softmax,
         aten._log_softmax,
-        aten.cumsum,
         aten.cumprod,
         aten.cummax,
         aten.cummin,

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from xdit_ir.ir import ops
@@ -165,9 +166,10 @@ class LayoutGraph:
         return sum(times * max(sent) for (_, sent), times in self.traffic().items())
 
     def sums_up(self) -> bool:
-        """Whether ranks hold summands that are added up."""
+        """Whether ranks hold summands that are added up: all of them, not those before a place."""
         reduced = (step.relayout and step.target in ops.SUMS for step in self.steps)
-        return any(reduced) or any(map(self._statistics, self.steps))
+        norms = (step for step in self.steps if step.target is not torch.ops.aten.cumsum.default)
+        return any(reduced) or any(map(self._statistics, norms))
 
     def divides_space(self) -> bool:
         """Whether windows of some convolution move along what is divided."""
