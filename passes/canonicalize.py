@@ -15,6 +15,7 @@ from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.given_back import is_needed
+from xdit_ir.passes.unbound import unbind_selected
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
 
 aten = torch.ops.aten
@@ -30,7 +31,8 @@ COPIES = (
 @dataclass(frozen=True)
 class Canonicalize:
     """Drop copies, no-op casts and factors of 1, collapse view chains, write convolutions that make tokens of patches,
-    or patches of tokens, as matrix products, and attention as one `attention` operator.
+    or patches of tokens, as matrix products, and attention as one `attention` operator. What loops take apart row by row
+    is taken apart at once.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -60,6 +62,7 @@ def _canonicalize(graph: fx.Graph) -> None:
         ):
             if rewrite(graph, node):
                 break
+    unbind_selected(graph)
     remove_dead(graph)
 
 
