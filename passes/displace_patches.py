@@ -19,6 +19,7 @@ from xdit_ir.pipefusion.patch_plan import UNLIKE, PatchPlan, evaluate
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Propagation, Seeds
 
+MANY = 3  # streams beside that of the latents
 NEAREST = 4  # smaller numbers of patches that are tried where one is refused
 
 
@@ -123,16 +124,19 @@ class DisplacePatches:
         if partition is None:
             return []
         best = evaluate(trial.run(self._seeds(program, axis, partition, [])), self.mesh, self.machine)
-        for other in program.tokens:
-            source = inputs_of(program, other.value)
-            taken = other.is_context or other.value in (axis.value, *(one.value for one in chosen))
-            if taken or not source or source & latents:
+        others = [other for other in program.tokens if not other.is_context and other.value != axis.value]
+        others = [other for other in others if (source := inputs_of(program, other.value)) and not source & latents]
+        together = [others] if len(others) > MANY else []  # many short texts: tried one by one only if they must be
+        for more in (*together, *([other] for other in others)):
+            if any(other in chosen for other in more):
                 continue
-            plan = evaluate(trial.run(self._seeds(program, axis, partition, [*chosen, other])), self.mesh, self.machine)
+            plan = evaluate(
+                trial.run(self._seeds(program, axis, partition, [*chosen, *more])), self.mesh, self.machine
+            )
             cheaper = (plan.price.work, plan.price.bytes) <= (best.price.work, best.price.bytes)
             if cheaper and (best.refusal or not plan.refusal):
                 best = plan
-                chosen.append(other)
+                chosen += more
         return chosen
 
     def _seeds(self, program: Program, axis: TokenAxis, partition: Partition, first: Sequence[TokenAxis]) -> Seeds:
