@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,23 +12,15 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
-from xdit_ir.ir.graphs import bound_arguments, copy_graph, operands, placeholders, remove_dead, with_operands
-from xdit_ir.ir.hoist import descendants
-from xdit_ir.ir.layout import Layout
-from xdit_ir.ir.mesh import BATCH, Mesh
-from xdit_ir.ir.partition import Indices, IntArray, Partition
+from xdit_ir.ir.graphs import bound_arguments, copy_graph, operands, remove_dead, with_operands
+from xdit_ir.ir.partition import Indices, IntArray
 from xdit_ir.ir.program import SPEC, Program, is_block_call
 from xdit_ir.passes.emit import Emitter
-from xdit_ir.passes.row_sources import RowRun, Rows, rows_at, rows_of, sample_taken, samples_of
-from xdit_ir.passes.views import VIEWS
-from xdit_ir.rules import infer
-from xdit_ir.rules.base import OpCall, as_layouts, same_call
-from xdit_ir.sharding.layout_graph import LayoutNode
-from xdit_ir.sharding.propagate import Propagation
+from xdit_ir.passes.row_sources import RowRun, rows_at, rows_of, sample_taken, samples_of
+from xdit_ir.passes.sample_orders import Orders, unaligned
+from xdit_ir.passes.sample_region import Region, RowDims, region_of
 
 aten = torch.ops.aten
-Orders = tuple[Indices, ...]
-FAR = 6  # operators that are compared
 
 
 @dataclass(frozen=True)
@@ -50,177 +41,15 @@ class AlignSamples:
     def apply(self, program: Program) -> Program:
         """The program with its streams in order; the same object where they are."""
         touched: set[str] = set()
-        for name, orders in [(root.name, orders) for root, orders in _unaligned(program)]:
+        for name, orders in [(root.name, orders) for root, orders in unaligned(program)]:
             root = next((node for node in program.graph.nodes if node.name == name), None)
             if root is None or name in touched:
                 continue
-            region = _region(program, root, orders)
+            region = region_of(program, root, orders)
             if any(is_block_call(node) or node.target in ops.ATTENTIONS for node in region):
                 touched |= {value.name for node in region for value in (node, *operands(node))}
                 program = _aligned(program, region, orders)
         return program
-
-
-def _unaligned(program: Program) -> Iterator[tuple[fx.Node, Orders]]:
-    """Values put together from samples of which some have the same rows at other places, and orders that mend it."""
-    floating = descendants(node for node in placeholders(program.graph) if node.meta[SPEC].dtype.is_floating_point)
-    for node in program.graph.nodes:
-        samples = samples_of(node) if node in floating else None
-        if not samples or len(samples) < 2 or len(node.meta[SPEC].shape) < 3:
-            continue
-        if all(user.target is aten.select_scatter.default for user in node.users):
-            continue  # not yet complete
-        orders = _orders([rows_of(one, 0, node.meta[SPEC].shape[1]) for one in samples])
-        if orders is not None:
-            yield node, orders
-
-
-def _orders(samples: Sequence[Rows]) -> Orders | None:
-    """For each sample the order in which the rows that all have lie where the one with the least padding has them, and
-    the others in between as they come; None where they lie so, or all have none."""
-    places = [_places(rows) for rows in samples]
-    first = max(places, key=len)
-    shared = [row for row in first if all(row in other for other in places)]
-    wanted = {first[row]: row for row in shared}
-    if all(other[row] == first[row] for other in places for row in shared):
-        return None
-    size, orders = sum(run.length for run in samples[0]), []
-    for mine in places:
-        taken = {mine[row] for row in shared}
-        rest = (place for place in range(size) if place not in taken)
-        order = [mine[wanted[place]] if place in wanted else next(rest) for place in range(size)]
-        orders.append(Indices.of_runs((place, 1) for place in order))
-    return tuple(orders)
-
-
-Row = tuple[Any, int, int]  # of what, which, and of how many such in this sample
-
-
-def _places(rows: Rows) -> dict[Row, int]:
-    """Where each row lies that is no padding: a row of a value of all samples, or of one that is computed alike. What
-    rows are taken for equal only decides about the order."""
-    found: dict[Row, int] = {}
-    place = 0
-    for run in rows:
-        if run.source is not None:
-            of = run.source if run.sample is not None else _form(run.source, FAR)
-            again = next(i for i in itertools.count() if (of, run.start, i) not in found)
-            found |= {(of, run.start + i, again): place + i for i in range(run.length)}
-        place += run.length
-    return found
-
-
-def _form(node: fx.Node, far: int) -> Any:
-    """How a value is computed, from inputs of which types, as far back."""
-    if node.op != "call_function" or not far:
-        return node.target if node.op == "get_attr" else node.meta.get(SPEC)
-    return node.target, node.meta.get(SPEC), tuple(_form(source, far - 1) for source in operands(node))
-
-
-@dataclass(frozen=True)
-class _Dims:
-    """Which dims of a value are samples and rows."""
-
-    samples: int
-    rows: int
-
-
-# Of each operand, the result's last; None for an operand without rows.
-Region = dict[fx.Node, tuple[_Dims | None, ...]]
-
-
-def _region(program: Program, root: fx.Node, orders: Orders) -> Region:
-    """What is made of a value such that its samples stay apart and its rows may be in any order."""
-    shape = root.meta[SPEC].shape
-    apart, whole = Mesh.of(**{BATCH: shape[0]}), Layout.whole(len(shape))
-    by_samples = _Run.of(program, apart, root, whole.with_dims({0: apart.divide(shape[0], (BATCH,))}))
-    by_rows = [
-        _Run.of(program, Mesh.of(), root, whole.with_dims({1: Partition(shape[1], (order,))}))
-        for order in dict.fromkeys(orders)
-        if not order.is_whole(shape[1])
-    ]
-    region: Region = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and any(source is root or source in region for source in operands(node)):
-            dims = _dims(by_samples.moved(node), [run.moved(node) for run in by_rows])
-            if dims is not None:
-                region[node] = dims
-    return region
-
-
-Moved = tuple[int | None, ...] | None
-
-
-def _dims(by_samples: Moved, by_rows: Sequence[Moved]) -> tuple[_Dims | None, ...] | None:
-    first = by_rows[0]
-    if by_samples is None or first is None or first[-1] is None or any(one != first for one in by_rows):
-        return None
-    pairs = list(zip(by_samples, first, strict=True))
-    if any(rows is not None and samples in (None, rows) for samples, rows in pairs):
-        return None
-    return tuple(None if rows is None or samples is None else _Dims(samples, rows) for samples, rows in pairs)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """How a value in one layout, along one of its dims, goes through the program."""
-
-    propagation: Propagation
-    wanted: Partition
-    steps: dict[fx.Node, LayoutNode]
-
-    @staticmethod
-    def of(program: Program, mesh: Mesh, root: fx.Node, layout: Layout) -> _Run:
-        propagation = Propagation(program, mesh)
-        steps = {step.node: step for step in propagation.forward({root.name: (layout,)}).steps if not step.relayout}
-        return _Run(propagation, next(dim for dim in layout.dims if dim is not None), steps)
-
-    def moved(self, node: fx.Node) -> Moved:
-        """The dim of each operand and (last) of the result along which they are in that layout; None where one is in
-        another, or something has to be changed for it."""
-        step = self.steps[node]
-        if not self._is_unchanged(step):
-            return None
-        found = [self._dim(layout) for layout in (*(source.layout for source in step.sources), step.layout)]
-        return None if -1 in found else tuple(found)
-
-    def _dim(self, layout: Any) -> int | None:
-        """-1: in another layout."""
-        found = {self._dim_of(one) for one in as_layouts(layout)}
-        return found.pop() if len(found) == 1 else -1
-
-    def _dim_of(self, layout: Layout) -> int | None:
-        divided = [dim for dim, part in enumerate(layout.dims) if part is not None]
-        if not divided and not layout.partial:
-            return None
-        same = len(divided) == 1 and layout.dims[divided[0]] == self.wanted and not layout.partial
-        return divided[0] if same else -1
-
-    def _is_unchanged(self, step: LayoutNode) -> bool:
-        """Whether it is computed by the operators that stand there, none of which is told where its rows are."""
-        if step.body is not None:
-            return all(map(self._is_unchanged, self.propagation.bodies[step.body].draft.steps))
-        if step.relayout:
-            return _is_repeated(step)
-        if step.fallback:
-            return False
-        if not step.is_operator or self.propagation.mesh.world_size > 1:
-            return True
-        call = OpCall(step.node, self.propagation.mesh, tuple(source.layout for source in step.sources))
-        local = infer(call).local
-        same = [same_call(call), (step.node.target, step.node.args, step.node.kwargs)]
-        if step.node.target in VIEWS:
-            same.append((aten.reshape.default, (step.node.args[0], list(call.out.shape)), {}))
-        return local is None or local(0) in same
-
-
-def _is_repeated(step: LayoutNode) -> bool:
-    """Whether a change of layout puts equal rows in another order."""
-    if step.node.target is not aten.expand.default or step.sources[0].relayout:
-        return False
-    [source] = operands(step.node)
-    lengths = (*[1] * (len(step.spec.shape) - len(source.meta[SPEC].shape)), *source.meta[SPEC].shape)
-    return all(lengths[dim] == 1 for dim, part in enumerate(step.layout.dims) if part is not None)
 
 
 def _aligned(program: Program, region: Region, orders: Orders) -> Program:
@@ -228,20 +57,20 @@ def _aligned(program: Program, region: Region, orders: Orders) -> Program:
     graph = copy_graph(program.graph)
     copies = dict(zip(program.graph.nodes, graph.nodes, strict=True))
     back = tuple(Indices.range(0, order.size).map(_inverse(order)) for order in orders)
-    made: dict[tuple[fx.Node, _Dims], fx.Node] = {}
+    made: dict[tuple[fx.Node, RowDims], fx.Node] = {}
     for node in program.graph.nodes:
-        inside, sources = region.get(node, ()), operands(node)
-        if inside:
-            wanted = [None if source in region else dims for source, dims in zip(sources, inside, strict=False)]
-        else:
-            wanted = [region[source][-1] if source in region else None for source in sources]
-        if not any(wanted):
+        sources = operands(node)
+        have = [region[source][-1] if source in region else None for source in sources]
+        want = region[node][:-1] if node in region else [None] * len(sources)
+        if list(want) == have:
             continue
         emitter, new = Emitter(graph, copies[node]), [copies[source] for source in sources]
-        for place, (source, dims) in enumerate(zip(sources, wanted, strict=True)):
-            if dims is not None and (source, dims) not in made:
-                made[source, dims] = _reordered(emitter, copies[source], dims, orders if inside else back)
-            new[place] = new[place] if dims is None else made[source, dims]
+        for place, (source, here, there) in enumerate(zip(sources, have, want, strict=True)):
+            if (dims := there or here) is None or here == there:
+                continue
+            if (source, dims) not in made:
+                made[source, dims] = _reordered(emitter, copies[source], dims, orders if there else back)
+            new[place] = made[source, dims]
         copies[node].args, copies[node].kwargs = with_operands(copies[node], new)
     remove_dead(graph)
     for node in list(graph.nodes):
@@ -254,7 +83,7 @@ def _inverse(order: Indices) -> Callable[[IntArray], IntArray]:
     return lambda places: np.argsort(order.array)[places]
 
 
-def _reordered(emitter: Emitter, value: fx.Node, dims: _Dims, orders: Orders) -> fx.Node:
+def _reordered(emitter: Emitter, value: fx.Node, dims: RowDims, orders: Orders) -> fx.Node:
     """The value whose samples have their rows in these orders."""
     known = samples_of(value) if dims.samples == 0 else None
     parts = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -19,9 +21,9 @@ KINDS = ("kind-texts-of-lengths", "kind-pieces-of-samples")
 class Joined(nn.Module):
     """Text of `lengths` words in front of each sample's tokens, then layers that may or may not know their places."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([layer])
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         lengths, n = mask.sum(1).tolist(), x.shape[1]
@@ -58,16 +60,30 @@ class Averaged(Attention):
         return super().forward(x - x.mean(0, keepdim=True))
 
 
-def aligned(layer: nn.Module) -> tuple[Program, Program, nn.Module, tuple[torch.Tensor, ...]]:
-    model = Joined(layer)
+class Looking(Attention):
+    """Rows that are looked up by where they are, between layers that do not care."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        x = super().forward(x)
+        places = x.argmax(-1, keepdim=True).expand_as(x)
+        return x + x.gather(1, places) * torch.arange(x.shape[1])[:, None]
+
+
+def aligned(layer: nn.Module, *, block: bool = True) -> tuple[Program, Program, nn.Module, tuple[torch.Tensor, ...]]:
+    model = Joined([layer, copy.deepcopy(layer)] if block else [layer])  # one alone is no block
     example = (torch.randn(2, 6, 8), torch.randn(2, 4, 8), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))
     program = xir.trace(model, example).analysed
     return program, AlignSamples().apply(program), model, example
 
 
-def test_equal_to_the_model() -> None:
-    before, after, model, example = aligned(Attention(8, 2))
-    assert after is not before and AlignSamples().apply(after) is after
+@pytest.mark.parametrize("layer", [Attention(8, 2), Looking()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("block", [True, False])
+def test_equal_to_the_model(layer: nn.Module, block: bool) -> None:
+    before, after, model, example = aligned(layer, block=block)
+    assert (after is before) == (block and isinstance(layer, Looking))
     with torch.no_grad():
         [got] = Interpreter(after, model_state(after, model), torch.device("cpu")).run(example)
         torch.testing.assert_close(got, model(*example))
