@@ -39,7 +39,7 @@ def samples_of(node: fx.Node) -> list[fx.Node] | None:
     that was filled so. None where it is not put together from samples."""
     if node.target is aten.stack.default and (len(node.args) < 2 or node.args[1] == 0):
         return list(operands(node))
-    if node.target in FILLED:
+    if _filled_with(node) is not None:
         return [node] * node.meta[SPEC].shape[0] if node.meta[SPEC].shape else None
     if node.target is aten.select_scatter.default and node.args[2] == 0:
         base, source, _, place = node.args
@@ -51,8 +51,8 @@ def samples_of(node: fx.Node) -> list[fx.Node] | None:
 
 def rows_of(node: fx.Node, dim: int, size: int) -> Rows:
     """Where the `size` rows of a value, or of a sample of it, along a dim come from."""
-    if node.target in FILLED:
-        return (RowRun(None, 0, size, fill=_filled_with(node)),)
+    if (fill := _filled_with(node)) is not None:
+        return (RowRun(None, 0, size, fill=fill),)
     found = _followed(node, dim)
     return (RowRun(node, 0, size),) if found is None else tuple(run for run in found if run.length)
 
@@ -68,9 +68,12 @@ def rows_at(rows: Rows, places: Iterable[tuple[int, int]]) -> Iterator[RowRun]:
             place += run.length
 
 
-def _filled_with(node: fx.Node) -> float:
-    given = bound_arguments(node).get("fill_value", float(node.target is aten.ones.default))
-    return float(given)
+def _filled_with(node: fx.Node) -> float | None:
+    """The number that a value is full of, if it is."""
+    if node.target not in FILLED:
+        return None
+    number = bound_arguments(node).get("fill_value", float(node.target is aten.ones.default))
+    return float(number) if isinstance(number, (bool, int, float)) else None
 
 
 def _followed(node: fx.Node, dim: int) -> Iterable[RowRun] | None:
@@ -83,18 +86,20 @@ def _followed(node: fx.Node, dim: int) -> Iterable[RowRun] | None:
     if node.op != "call_function":
         return None
     packet = getattr(node.target, "overloadpacket", None)
-    if packet in JOINS and not node.kwargs and joined_dim(node) % len(node.meta[SPEC].shape) == dim:
+    ndim = len(node.meta[SPEC].shape) if packet in JOINS else 0
+    if ndim and not node.kwargs and joined_dim(node) % ndim == dim:
+        if any(len(part.meta[SPEC].shape) != ndim for part in operands(node)):
+            return None
         return itertools.chain.from_iterable(_all(part, dim) for part in operands(node))
     if node.target is aten.slice.Tensor or node.target is aten.slice_scatter.default:
         return _slice(node, dim)
     if node.target in PADS:
         return _pad(node, dim)
-    if node.target is ops.take and node.args[1] == dim:
-        source, _, runs = node.args
-        return rows_at(_all(source, dim), runs)
-    if node.target is ops.put and node.args[2] == dim:
-        base, source, _, runs = node.args
-        return _written(_all(base, dim), _all(source, dim), tuple(runs))
+    args: Any = node.args
+    if node.target is ops.take and args[1] == dim:
+        return rows_at(_all(args[0], dim), args[2])
+    if node.target is ops.put and args[2] == dim:
+        return _written(_all(args[0], dim), _all(args[1], dim), args[3])
     return None
 
 
@@ -115,7 +120,7 @@ def _written(base: Rows, source: Rows, runs: Sequence[tuple[int, int]]) -> Itera
 
 def _slice(node: fx.Node, dim: int) -> Iterable[RowRun] | None:
     given = bound_arguments(node)
-    base = given.get("input", given.get("self"))
+    base: Any = given.get("input", given.get("self"))
     rank = len(base.meta[SPEC].shape)
     if given["dim"] % rank != dim or given["step"] != 1:
         return None
@@ -127,12 +132,17 @@ def _slice(node: fx.Node, dim: int) -> Iterable[RowRun] | None:
 
 
 def _pad(node: fx.Node, dim: int) -> Iterable[RowRun] | None:
-    [source] = operands(node)
+    [source], given = operands(node), bound_arguments(node)
     widths: list[Any] = list(node.args[1])  # type: ignore[arg-type]
     at = 2 * (len(node.meta[SPEC].shape) - 1 - dim)
-    if at >= len(widths) or min(widths) < 0 or any(w for i, w in enumerate(widths) if i not in (at, at + 1)):
+    if (
+        given.get("mode", "constant") != "constant"
+        or at >= len(widths)
+        or min(widths) < 0
+        or any(w for i, w in enumerate(widths) if i not in (at, at + 1))
+    ):
         return None
-    fill = float(bound_arguments(node).get("value") or 0)
+    fill = float(given.get("value") or 0)
     around = [RowRun(None, 0, width, fill=fill) for width in widths[at : at + 2]]
     return (*around[:1], *_all(source, dim), *around[1:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,10 +20,10 @@ def unbind_selected(graph: fx.Graph) -> None:
     taken: dict[tuple[fx.Node, int], dict[int, list[fx.Node]]] = {}
     for node in graph.nodes:
         if node.target is aten.select.int:
-            source, dim, place = node.args
-            shape = source.meta[SPEC].shape  # type: ignore[union-attr]
-            key = source, dim % len(shape)  # type: ignore[operator]
-            taken.setdefault(key, {}).setdefault(place % shape[dim], []).append(node)  # type: ignore[arg-type,operator,index]
+            args: Any = node.args
+            source, dim, place = args
+            shape = source.meta[SPEC].shape
+            taken.setdefault((source, dim % len(shape)), {}).setdefault(place % shape[dim], []).append(node)
     for (source, dim), places in taken.items():
         size = source.meta[SPEC].shape[dim]
         if len(places) < max(FEWEST, size / 2):

@@ -180,7 +180,7 @@ def normalize(
 
 def run_sums(x: torch.Tensor, dim: int, lengths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Sums of consecutive runs of these lengths of a dimension: `x [..., sum(lengths), ...]` to `[..., runs, ...]`."""
-    return torch.cat([run.sum(dim, keepdim=True, dtype=dtype) for run in x.split(list(lengths), dim)], dim)
+    return torch.cat([run.sum(dim, keepdim=True, dtype=dtype) for run in torch.split(x, list(lengths), dim)], dim)
 
 
 def running_sum(
