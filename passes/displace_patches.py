@@ -14,7 +14,7 @@ from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
 from xdit_ir.passes.find_tokens import parts_outside, units_of
-from xdit_ir.pipefusion.latents import inputs_of, may_be_latents, output_seeds
+from xdit_ir.pipefusion.latents import inputs_of, output_seeds
 from xdit_ir.pipefusion.patch_plan import UNLIKE, PatchPlan, evaluate
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Propagation, Seeds
@@ -74,7 +74,7 @@ class DisplacePatches:
         """All proposals, stream by stream."""
         trial = Propagation(program, self.mesh)
         for axis in program.tokens:
-            if axis.is_context or not may_be_latents(program, inputs_of(program, axis.value)):
+            if axis.is_context or not inputs_of(program, axis.value):
                 continue
             first = self._first(trial, axis)
             load, tried, accepted = sum(other.size for other in first), set[Partition](), False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,17 +82,6 @@ def latents(program: Program, mesh: Mesh) -> dict[str, PatchedDim]:
                 if shift is not None:
                     more[node.name] = mine._replace(shift=shift)
     return same or more or codes
-
-
-def may_be_latents(program: Program, names: Collection[str]) -> bool:
-    """Whether the shape of one of these inputs allows that it is divided like an output, see `latents`."""
-    shapes = [value.meta[SPEC].shape for value in results_of(program.graph)]
-    given = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    return any(not node.meta[SPEC].dtype.is_floating_point for node in given) or any(
-        a == b or without(node.meta[SPEC].shape, dim) == without(shape, dim)
-        for node, shape in itertools.product(given, shapes)
-        for dim, (a, b) in enumerate(zip(node.meta[SPEC].shape, shape, strict=False))
-    )
 
 
 def _later(mesh: Mesh) -> list[int]:
