@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +14,7 @@ from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.given_back import is_needed
+from xdit_ir.passes.patches import patches_of_convolution, patches_of_fold, patches_of_transposed, patches_of_unfold
 from xdit_ir.passes.unbound import unbind_selected
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
 
@@ -54,8 +54,10 @@ def _canonicalize(graph: fx.Graph) -> None:
             _dense,
             _empty_parts,
             _padded,
-            _patches,
-            _unpatches,
+            patches_of_convolution,
+            patches_of_transposed,
+            patches_of_unfold,
+            patches_of_fold,
             _attention,
             _collapse_views,
             _reshape,
@@ -182,64 +184,4 @@ def _reshape(graph: fx.Graph, node: fx.Node) -> bool:
     if node.target not in (aten.view.default, aten._unsafe_view.default):
         return False
     node.target = aten.reshape.default
-    return True
-
-
-def _patches(graph: fx.Graph, node: fx.Node) -> bool:
-    """A convolution whose windows do not overlap, as a matrix product of patches: tokens can then be divided anyhow."""
-    if getattr(node.target, "overloadpacket", None) not in (aten.conv1d, aten.conv2d, aten.conv3d):
-        return False
-    given = bound_arguments(node)
-    x, weight = given["input"], given["weight"]
-    batch, *_ = shape = x.meta[SPEC].shape
-    out_channels, in_channels, *kernel = weight.meta[SPEC].shape
-    count = len(kernel)
-    plain = given["groups"] == 1 and list(given["stride"]) in (kernel, kernel[:1]) and max(kernel) > 1
-    if isinstance(given["padding"], str) or any(given["padding"]) or set(given["dilation"]) != {1} or not plain:
-        return False
-    if len(shape) != count + 2 or any(size % k for size, k in zip(shape[2:], kernel, strict=True)):
-        return False
-    grid = [size // k for size, k in zip(shape[2:], kernel, strict=True)]
-    if list(given["stride"]) != kernel and len(set(kernel)) > 1:
-        return False
-    features, tokens = in_channels * math.prod(kernel), math.prod(grid)
-    emitter = Emitter(graph, node)
-    split = [batch, in_channels, *(n for pair in zip(grid, kernel, strict=True) for n in pair)]
-    y = emitter.reshape(x, split)
-    y = emitter.permute(y, [0, *range(2, 2 + 2 * count, 2), 1, *range(3, 3 + 2 * count, 2)])
-    y = emitter.reshape(y, [batch, tokens, features])
-    matrix = emitter.reshape(weight, [out_channels, features])
-    y = emitter.emit(aten.linear.default, y, matrix, given["bias"])
-    y = emitter.reshape(y, [batch, *grid, out_channels])
-    node.replace_all_uses_with(emitter.permute(y, [0, count + 1, *range(1, count + 1)]))
-    return True
-
-
-def _unpatches(graph: fx.Graph, node: fx.Node) -> bool:
-    """A transposed convolution whose windows do not overlap, as a matrix product that makes each token's patch."""
-    transposed = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
-    if getattr(node.target, "overloadpacket", None) not in transposed:
-        return False
-    given = bound_arguments(node)
-    x, weight, bias = given["input"], given["weight"], given["bias"]
-    batch, *_ = shape = x.meta[SPEC].shape
-    in_channels, out_channels, *kernel = weight.meta[SPEC].shape
-    count = len(kernel)
-    stride = list(given["stride"]) * (count if len(given["stride"]) == 1 else 1)
-    if len(shape) != count + 2 or given["groups"] != 1 or stride != kernel or set(given["dilation"]) != {1}:
-        return False
-    if any(given["padding"]) or any(given["output_padding"]):
-        return False
-    grid, features = shape[2:], out_channels * math.prod(kernel)
-    emitter = Emitter(graph, node)
-    y = emitter.permute(x, [0, *range(2, 2 + count), 1])
-    matrix = emitter.permute(emitter.reshape(weight, [in_channels, features]), [1, 0])
-    y = emitter.emit(aten.linear.default, y, matrix)
-    y = emitter.reshape(y, [batch, *grid, out_channels, *kernel])
-    pairs = (dim for d in range(count) for dim in (1 + d, 2 + count + d))
-    y = emitter.reshape(emitter.permute(y, [0, count + 1, *pairs]), node.meta[SPEC].shape)
-    if bias is not None:
-        column = emitter.reshape(bias, [out_channels, *[1] * count])
-        y = emitter.emit(aten.add.Tensor, y, column)
-    node.replace_all_uses_with(y)
     return True

@@ -14,7 +14,7 @@ from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_pieces
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
 from xdit_ir.passes.find_tokens import parts_outside, units_of
-from xdit_ir.pipefusion.latents import inputs_of, output_seeds
+from xdit_ir.pipefusion.latents import inputs_of, output_seeds, where_latents_join
 from xdit_ir.pipefusion.patch_plan import UNLIKE, PatchPlan, evaluate
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Propagation, Seeds
@@ -73,9 +73,10 @@ class DisplacePatches:
     def _plans(self, program: Program) -> Iterator[tuple[TokenAxis, PatchPlan, Seeds]]:
         """All proposals, stream by stream."""
         trial = Propagation(program, self.mesh)
-        for axis in program.tokens:
-            if axis.is_context or not inputs_of(program, axis.value):
-                continue
+        queries = [axis for axis in program.tokens if not axis.is_context]
+        streams = [axis for axis in queries if inputs_of(program, axis.value)]
+        joined = (where_latents_join(program, axis) for axis in queries if not streams)
+        for axis in (*streams, *(axis for axis in joined if axis is not None)):
             first = self._first(trial, axis)
             load, tried, accepted = sum(other.size for other in first), set[Partition](), False
             outside = replace(axis, segments=tuple(sorted(parts_outside(program, axis.size))))
@@ -130,9 +131,7 @@ class DisplacePatches:
         for more in (*together, *([other] for other in others)):
             if any(other in chosen for other in more):
                 continue
-            plan = evaluate(
-                trial.run(self._seeds(program, axis, partition, [*chosen, *more])), self.mesh, self.machine
-            )
+            plan = evaluate(trial.run(self._seeds(program, axis, partition, [*chosen, *more])), self.mesh, self.machine)
             cheaper = (plan.price.work, plan.price.bytes) <= (best.price.work, best.price.bytes)
             if cheaper and (best.refusal or not plan.refusal):
                 best = plan

@@ -122,3 +122,21 @@ class PackedJoint(nn.Module):
             x = x + packed(q, k, v, lengths, lengths).reshape(x.shape)
             x = x + net(F.layer_norm(x, x.shape[-1:]))
         return self.head(x[:, :tokens])
+
+
+class MaskThroughExpand(nn.Module):
+    """Atoms that there are not; rows of the mask that allow nothing are opened, by a write to an expanded tensor."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head, self.heads = nn.Linear(4, width), blocks(width), nn.Linear(width, 4), heads
+
+    def forward(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """Atoms [batch, atoms, 4], which of them there are [batch, atoms]."""
+        n = x.shape[1]
+        x = self.embed(x)
+        for block in self.blocks:
+            mask = (there[:, None, :, None] & there[:, None, None, :]).expand(-1, self.heads, n, n)
+            mask[mask.sum(-1) == 0] = True
+            x = block(x, mask)
+        return self.head(x) * there[..., None]

@@ -37,8 +37,10 @@ KINDS = {
         "batches:PackedLengths", x=Normal((64, 4)), lengths=Values([30, 34], "int64"), t=Values([0.75, 0.25])),
     "kind-packed-text": _kind("batches:PackedText", **_PACKED),
     "kind-packed-joint": _kind("batches:PackedJoint", **_PACKED),
+    "kind-mask-through-expand": _kind("batches:MaskThroughExpand", x=TOKENS, there=Mask(64, (60, 49), "bool")),
     "kind-casts-itself": _kind("fills:CastsItself", x=TOKENS, t=Values([0.75, 0.25])),
     "kind-fills-table": _kind("fills:FillsTable", x=TOKENS),
+    "kind-fills-from-weights": _kind("fills:FillsFromWeights", x=TOKENS),
     "kind-fills-every-time": _kind("fills:FillsEveryTime", x=TOKENS),
     "kind-images-in-text": _kind(
         "places:ImagesInText", ids=Integers((2, 64), 100), image=Normal((2, 48, 4)), where=Values(_PLACES, "bool")),

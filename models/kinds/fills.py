@@ -65,3 +65,33 @@ class FillsEveryTime(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+class FillsFromWeights(nn.Module):
+    """A rotary table made of a frozen parameter at the first call, and a buffer that says how far; layers share it."""
+
+    cached: torch.Tensor
+    length: torch.Tensor
+
+    def __init__(self, width: int = 32, longest: int = 128) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Linear(4, width), blocks(width), nn.Linear(width, 4)
+        self.freqs = nn.Parameter(100 ** -torch.linspace(0, 1, width), requires_grad=False)
+        self.register_buffer("cached", torch.zeros(longest, width), persistent=False)
+        self.register_buffer("length", torch.tensor(0), persistent=False)
+
+    def table(self, n: int) -> torch.Tensor:
+        """Angles of n tokens."""
+        if n <= self.length.item():
+            return self.cached[:n].detach()
+        angles = torch.arange(n, device=self.freqs.device).type(self.freqs.dtype)[:, None] * self.freqs
+        self.cached[:n] = angles.detach()
+        self.length.copy_(torch.tensor(n))
+        return angles
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4]."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x + self.table(x.shape[1]).sin())
+        return self.head(x)

@@ -85,7 +85,17 @@ def inputs(x: torch.Tensor, y: torch.Tensor) -> Any:
     return (z + y).add_(x).view(-1)
 
 
-FUNCTIONS = [rotary, aliases, mixed, shapes, out_variants, inputs]
+def expanded_masks(x: torch.Tensor, y: torch.Tensor) -> Any:
+    wide = (x > 0).expand(3, 4, 4)
+    wide[1, 0] = True  # of one of three that are the same
+    some = (x[:, :1] > 0).expand(-1, 4)
+    some[y > 1] = True
+    shut = (y[:1] > -2).expand(2, 4, 4)
+    shut[0].masked_fill_(x > 1, False)
+    return wide, some, shut, shut.sum()
+
+
+FUNCTIONS = [rotary, aliases, mixed, shapes, out_variants, inputs, expanded_masks]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: str(function.__name__))

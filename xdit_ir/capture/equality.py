@@ -17,6 +17,7 @@ from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.program import CONSTANT, Program, call_parts, is_block_call
 
 _CPU = torch.device("cpu")
+_SMALL = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +27,17 @@ class _Constant:
     make: Callable[[], Any]
 
 
-def compute_same(left: Program, right: Program, model: nn.Module, empty: frozenset[int] = frozenset()) -> bool:
+def compute_same(
+    left: Program, right: Program, model: nn.Module, empty: frozenset[int] = frozenset(), *, weights: bool = False
+) -> bool:
     """Whether two programs do the same to the same inputs, operator by operator, but for what can be known before, and
-    where the masks `empty` select nothing."""
-    buffers = {name: item for name, item in model.named_buffers(remove_duplicate=False) if not item.is_meta}
-    found = [_Meaning(one, buffers, empty) for one in (left, right)]
+    where the masks `empty` select nothing. With `weights`, small weights are known too: tables are made of them."""
+    known = dict(model.named_buffers(remove_duplicate=False))
+    if weights:
+        small = model.named_parameters(remove_duplicate=False)
+        known |= {name: item.detach() for name, item in small if item.numel() <= _SMALL}
+    known = {name: item for name, item in known.items() if not item.is_meta}
+    found = [_Meaning(one, known, empty) for one in (left, right)]
     return bool(found[0].key() == found[1].key() and found[0].draws() == found[1].draws())
 
 

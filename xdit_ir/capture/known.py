@@ -20,7 +20,7 @@ from xdit_ir.capture.assertions import only_answer
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.operators import aten, facts
 from xdit_ir.capture.parts import is_library
-from xdit_ir.capture.predicates import predicate, weighed
+from xdit_ir.capture.predicates import made_of_state, of_state, predicate, weighed
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.selections import answer as answer_of
 from xdit_ir.capture.selections import asked_mask, is_selecting, measured, select
@@ -68,6 +68,23 @@ def _ready(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, Any] | None
     return args, kwargs
 
 
+def _ready_of_state(recorder: Recorder, args: Any, kwargs: Any, owner: str) -> tuple[Any, Any] | None:
+    """As `_ready`, for what depends on no input; where it is made of weights, these are asked as they are now."""
+    tensors = tensors_in((args, kwargs))
+    if not of_state(frozenset(expand(recorder.roots(tensors)))):
+        return None
+    ready = _ready(recorder, args, kwargs)
+    if ready is not None:
+        return ready
+    if recorder.frame.parent is not None:
+        raise Unshareable(f"fills {owner!r} with what is made of weights")
+    values = [recorder.value(tensor) for tensor in tensors]
+    known = {id(value.fake): made_of_state(recorder, value) if value.known is None else value.known for value in values}
+    if any(contents is None for contents in known.values()):
+        return None
+    return map_tensors((args, kwargs), lambda tensor: known[id(recorder.value(tensor).fake)])  # type: ignore[no-any-return]
+
+
 def compute(recorder: Recorder, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
     """The contents of an operator's result, if they follow from known contents and are small enough."""
     if facts(func).random or any(item.numel() > KNOWN_NUMEL for item in tensors_in(result)):
@@ -108,17 +125,18 @@ def write_known(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: T
 
 
 def fill(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: TracedValue) -> bool:
-    """Do an in-place operator on a table of the model's own, if all is known and depends on no input.
+    """Do an in-place operator on a table of the model's own, if it depends on no input.
 
     What a write leaves as it is was none; what it changes is noted, so that the model is traced again with that.
     """
     owner = target.storage.owner
-    ready, (base, real) = _ready(recorder, args, kwargs), recorder.tables.get(owner, (None, None))
-    sources = expand(recorder.roots(tensors_in((args, kwargs))))
-    constant = all(root is Origin.CONSTANT or isinstance(root, FromBuffer) for root in sources)
-    if ready is None or base is None or real is None or base.known is None or not constant or facts(func).random:
+    base, real = recorder.tables.get(owner, (None, None))
+    if base is None or real is None or base.known is None or facts(func).random:
         return False
     if target.known is None or storage_id(target.known) != storage_id(base.known):
+        return False
+    ready = _ready_of_state(recorder, args, kwargs, owner)
+    if ready is None:
         return False
     before = base.known.clone()
     func(*ready[0], **ready[1])

@@ -12,7 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import KNOWN_NUMEL, FromBuffer, Origin, TracedValue
+from xdit_ir.capture.values import KNOWN_NUMEL, FromBuffer, Origin, Roots, TracedValue
 from xdit_ir.ir.program import CONSTANT, Predicate
 
 _SUMMARY = 64
@@ -54,11 +54,37 @@ def computed(recorder: Recorder, value: TracedValue) -> torch.Tensor | None:
 
 def weighed(recorder: Recorder, value: TracedValue, what: str) -> torch.Tensor | None:
     """A number or flag that follows from the model's weights alone, which are guarded then; None of others."""
-    state = (Origin.PARAMETER, Origin.CONSTANT)
-    if value.fake.numel() > _SUMMARY or not all(root in state or isinstance(root, FromBuffer) for root in value.roots):
+    if value.fake.numel() > _SUMMARY or not of_state(value.roots):
         return None
     if recorder.frame.parent is not None:
         raise Unshareable("reads the contents of a parameter")
+    held = _held(recorder, value)
+    if held is None:
+        return None
+    graph, contents = held
+    for name in contents.keys() - {f"{CONSTANT}.{name}" for name in recorder.constants}:
+        recorder.buffers.setdefault(name, contents[name].detach().cpu().clone())
+        recorder.read_buffers.setdefault(name, f"{source_line()} ({what})")
+    with torch.no_grad():
+        return evaluate(Predicate(graph, (), contents, torch.empty(0)), {}).cpu()
+
+
+def made_of_state(recorder: Recorder, value: TracedValue) -> torch.Tensor | None:
+    """Contents, however many, of what follows from weights, buffers and constants alone, now and with no guard."""
+    held = _held(recorder, value) if of_state(value.roots) and recorder.frame.parent is None else None
+    if held is None:
+        return None
+    with torch.no_grad():
+        return evaluate(Predicate(held[0], (), held[1], torch.empty(0)), {}).cpu()
+
+
+def of_state(roots: Roots) -> bool:
+    """Whether nothing but the model's own tensors and constants is behind a value."""
+    return all(root in (Origin.PARAMETER, Origin.CONSTANT) or isinstance(root, FromBuffer) for root in roots)
+
+
+def _held(recorder: Recorder, value: TracedValue) -> tuple[fx.Graph, dict[str, torch.Tensor]] | None:
+    """How a value follows from the model's own tensors, and those; None where one of them is not at hand."""
     graph, _ = _cone(recorder, recorder.node(value.fake))
     names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     held = {f"{CONSTANT}.{name}": constant for name, constant in recorder.constants.items()}
@@ -66,11 +92,7 @@ def weighed(recorder: Recorder, value: TracedValue, what: str) -> torch.Tensor |
     contents = {name: known[name] for name in names if name in known}
     if len(contents) < len(names) or any(contents[name].numel() > KNOWN_NUMEL for name in names):
         return None
-    for name in contents.keys() - held.keys():
-        recorder.buffers.setdefault(name, contents[name].detach().cpu().clone())
-        recorder.read_buffers.setdefault(name, f"{source_line()} ({what})")
-    with torch.no_grad():
-        return evaluate(Predicate(graph, (), contents, torch.empty(0)), {}).cpu()
+    return graph, contents
 
 
 def _cone(recorder: Recorder, result: fx.Node) -> tuple[fx.Graph, tuple[str, ...]]:

@@ -16,14 +16,13 @@ from xdit_ir.capture.inputs import bind_example
 from xdit_ir.capture.ladder import FAILURES, Rung
 from xdit_ir.capture.leaves import Wanted
 from xdit_ir.capture.overwrites import trials
+from xdit_ir.capture.parts import TensorContents
 from xdit_ir.capture.plain import odd_weight
 from xdit_ir.capture.reach import GLOBAL_HOOKS, foreign_hooks, watchers_away
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.state import StateWrite, left, refusal
 from xdit_ir.errors import TraceError, XditError
-from xdit_ir.ir.program import (
-    Program,
-)
+from xdit_ir.ir.program import STATE, Program
 
 # A trace puts other functions in the place of PyTorch's, for the process.
 _TURN = threading.RLock()
@@ -80,11 +79,11 @@ class _Capture:
             again, more = self._settled()
             if more:
                 raise refusal(more)
-            if not compute_same(program, again, self.model):
+            if not compute_same(program, again, self.model, weights=True):
                 raise refusal(writes, ", after which it computes something else")
             if self.keep:
                 kept()
-        return again if self.keep else program
+        return again if self.keep else _before_and_after(program, writes)
 
     def _settled(self) -> tuple[Program, list[StateWrite]]:
         """A program, and what forward leaves in Python objects outside of its arguments."""
@@ -129,3 +128,10 @@ class _Capture:
         except (*FAILURES, XditError):
             return False
         return compute_same(program, other, self.model, empty)
+
+
+def _before_and_after(program: Program, writes: Iterable[StateWrite]) -> Program:
+    """A program that was found to be right before these writes and after them: it does not ask what they fill."""
+    filled = {f"{STATE}{write.part.label}" for write in writes if isinstance(write.part, TensorContents)}
+    guards = tuple(guard for guard in program.signature.guards if guard.path not in filled)
+    return replace(program, signature=replace(program.signature, guards=guards)) if filled else program

@@ -19,6 +19,16 @@ from xdit_ir.capture.views import scatter
 from xdit_ir.errors import StateError, TraceError
 from xdit_ir.ir.program import TensorSpec
 
+# Operators that may write one value, and the position of that.
+_FILLS = {
+    aten.index_put_.default: 2,
+    aten.masked_fill_.Scalar: 2,
+    aten.masked_fill_.Tensor: 2,
+    aten.fill_.Scalar: 1,
+    aten.fill_.Tensor: 1,
+    aten.copy_.default: 1,
+}
+
 
 def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """Record an operator that writes to one of its arguments; returns that argument."""
@@ -38,7 +48,7 @@ def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     node = _copied(recorder, args) if func is aten.copy_.default else _computed(recorder, twin, args, kept, target)
     write_known(recorder, func, args, kwargs, value)
     roots = recorder.roots(tensors_in((args, kwargs)))
-    _store(recorder, value, node)
+    _store(recorder, value, node, _filling(recorder, func, args))
     for member in value.storage.members:
         member.roots |= roots
     return target
@@ -76,22 +86,47 @@ def _computed(recorder: Recorder, twin: Any, args: Any, kwargs: Any, target: tor
     return recorder.call(aten._to_copy.default, (node,), {"dtype": target.dtype}, spec_of(target))
 
 
-def _store(recorder: Recorder, value: TracedValue, node: fx.Node) -> None:
-    """Make `node` the contents of a tensor, and so of the storage that it is a view of."""
+def _filling(recorder: Recorder, func: Any, args: Any) -> bool | None:
+    """The one flag that is written wherever anything is, if it is known."""
+    if func not in _FILLS or args[0].dtype != torch.bool:
+        return None
+    given = args[_FILLS[func]]
+    flag = recorder.value(given).known if isinstance(given, torch.Tensor) else torch.tensor(given)
+    return bool(flag) if flag is not None and flag.numel() == 1 else None
+
+
+def _folded(recorder: Recorder, view: View, written: fx.Node, filling: bool) -> fx.Node:
+    """What `expand` was made of, after `filling` was written to some of the elements that share its memory."""
+    shape, more = tuple(view.source.shape), view.result.dim() - view.source.dim()
+    kept = (1,) * more + shape
+    shared = [dim for dim, size in enumerate(kept) if dim < more or size != view.result.shape[dim]]
+    func = aten.any.dims if filling else aten.all.dims
+    if shared:
+        written = recorder.call(func, (written, shared, True), {}, TensorSpec(kept, torch.bool))
+    return recorder.call(aten.reshape.default, (written, list(shape)), {}, spec_of(view.source)) if more else written
+
+
+def _store(recorder: Recorder, value: TracedValue, node: fx.Node, filling: bool | None = None) -> None:
+    """Make `node` the contents of a tensor, and so of the storage that it is a view of; `filling`: see `_filling`."""
     storage = value.storage
     assert storage.node is not None
     bases = [storage.node]
     for view in value.chain[:-1]:
         bases.append(recorder.view_node(bases[-1], view))
     written: fx.Node | None = node
+    folds = False
     for view, base in zip(reversed(value.chain), reversed(bases), strict=False):
         assert written is not None
+        if view.func is aten.expand.default and filling is not None:
+            written, folds = _folded(recorder, view, written, filling), True
+            continue
         written = scatter(view, base, written, partial(_call, recorder, spec_of(view.source)))
         if written is None:
             raise TraceError(f"{source_line()}: cannot write through a view made by {view.func}")
     storage.node = written
     storage.version += 1
-    value.node, value.version = node, storage.version
+    if not folds:  # else more of it has changed than what was written to
+        value.node, value.version = node, storage.version
 
 
 def _call(recorder: Recorder, spec: TensorSpec, func: Any, *args: Any) -> fx.Node:

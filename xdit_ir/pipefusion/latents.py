@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from xdit_ir.ir.graphs import operands, results_of
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition
-from xdit_ir.ir.program import LAYOUT, SPEC, Program
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis, is_weight
 from xdit_ir.sharding.buffer_access import is_divided_over_time
 
 aten = torch.ops.aten
@@ -42,11 +43,30 @@ def inputs_of(program: Program, value: str) -> frozenset[str]:
     return floating or frozenset(node.name for node in inputs if _is_code(node))
 
 
+def where_latents_join(program: Program, axis: TokenAxis) -> TokenAxis | None:
+    """A stream that begins without latents (a text, of which there is a token for each of theirs), where they have come
+    to it: the first value behind its own that has its tokens in the same dim and is made of floating-point inputs."""
+    behind: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name == axis.value or any(source in behind for source in operands(node)):
+            behind.add(node)
+            shape = getattr(node.meta.get(SPEC), "shape", ())
+            if shape[axis.dim : axis.dim + 1] == (axis.size,) and inputs_of(program, node.name):
+                return replace(axis, value=node.name)
+    return None
+
+
 def _is_code(node: fx.Node) -> bool:
-    """Whether an input is integers that are only looked up in tables: discrete latents, or a text."""
+    """Whether an input is integers that are looked up in a table: discrete latents, or a text."""
     looked_up = (user for user in _users(node) if user.target is not ops.shard)
-    found = {getattr(user.target, "overloadpacket", None) for user in looked_up}
-    return not node.meta[SPEC].dtype.is_floating_point and found == {aten.embedding}
+    return not node.meta[SPEC].dtype.is_floating_point and any(map(_looks_up, looked_up))
+
+
+def _looks_up(user: fx.Node) -> bool:
+    """Whether it is an `embedding`, or a weight indexed by numbers."""
+    if getattr(user.target, "overloadpacket", None) is aten.index:
+        return is_weight(user.args[0]) and len(user.args[1]) == 1  # type: ignore[arg-type]
+    return getattr(user.target, "overloadpacket", None) is aten.embedding
 
 
 def _users(node: fx.Node) -> Iterator[fx.Node]:
