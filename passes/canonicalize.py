@@ -31,8 +31,8 @@ COPIES = (
 @dataclass(frozen=True)
 class Canonicalize:
     """Drop copies, no-op casts and factors of 1, collapse view chains, write convolutions that make tokens of patches,
-    or patches of tokens, as matrix products, and attention as one `attention` operator. What loops take apart row by
-    row is taken apart at once.
+    or patches of tokens, as matrix products, `unfold` and `fold` of windows side by side as views, and attention as one
+    `attention` operator. What loops take apart row by row is taken apart at once.
     """
 
     name: ClassVar[str] = "canonicalize"

@@ -131,6 +131,9 @@ def _print(rows: list[Row], args: argparse.Namespace) -> None:
             print(f"{row.degrees}: {row.explanation}")
         elif row.error is not None:
             print(f"xdit-ir: {row.degrees}: {row.error}", file=sys.stderr)
+    equal = [row.result for row in rows if row.verdict == "equal" and row.result is not None]
+    for note in dict.fromkeys(note for result in equal for note in result.notes):
+        print(f"note: {note}")
 
 
 def _cells(row: Row) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ def _check_module(parallel: ParallelProgram, model: nn.Module, example: Example,
     if not expected:
         note = "nothing was compared: no tensor was found in what the module returns, or leaves in its arguments"
         return CheckResult(False, float("inf"), tolerance, parallel.world_size, None, (note,))
-    notes = []
+    notes = list(_told_by_nothing(expected))
     alone = _results(model, example, lambda given: [run_single(parallel.original, model, given)])[0]
     captured = relative_error(alone, expected)
     if captured > tolerance:
@@ -105,6 +105,14 @@ def _check_module(parallel: ParallelProgram, model: nn.Module, example: Example,
             notes.append("the module differs from itself when it is called again: it keeps a state, or draws")
             ok, found = False, unrepeatable(model, example, tolerance)
     return CheckResult(ok, worst, tolerance, parallel.world_size, found, tuple(notes))
+
+
+def _told_by_nothing(expected: list[torch.Tensor]) -> Iterator[str]:
+    """Why equal outputs say little, if they do."""
+    if not any(tensor.any() for tensor in expected):
+        yield "the model gives nothing but zeros, as where weights begin at zero: what is before them was not compared"
+    if not any(tensor.isfinite().any() for tensor in expected):
+        yield "no number that the model gives is finite: only where they are was compared"
 
 
 def _errors(run: Callable[[], list[list[list[torch.Tensor]]]], expected: list[torch.Tensor]) -> list[float]:
