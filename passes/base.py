@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from xdit_ir.errors import PassError
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.garbage import collector_paused
+from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.contract import Contract, Pass, contract_of
 from xdit_ir.passes.order import PASSES
@@ -28,13 +29,25 @@ def run_passes(
         VerifyError: a pass made a wrong program.
     """
     inferred: Inferred = {}
+    given = set(_graphs(program))
     with collector_paused() if after is None else nullcontext():  # once for all, as each end of a pause collects
         for left, one in zip(reversed(range(len(passes))), passes, strict=True):
             with collector_paused():
+                program = program.replace(spare=after is None and _all_new(program, given))
                 program = _applied(one, program, None if familiar and left else inferred)
             if after is not None:
                 after(one, program)
-    return program
+    return program.replace(spare=False)
+
+
+def _all_new(program: Program, given: set[int]) -> bool:
+    """Whether all graphs are others than these, each with one place."""
+    graphs = _graphs(program)
+    return given.isdisjoint(graphs) and len(set(graphs)) == len(graphs)
+
+
+def _graphs(program: Program) -> list[int]:
+    return [id(graph) for _, graph, _ in all_graphs(program)]
 
 
 def _applied(one: Pass, program: Program, inferred: Inferred | None) -> Program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -22,7 +23,6 @@ from xdit_ir.sharding.propagate import Assignment, Propagation
 
 PROBE = Mesh.of(ulysses=2)
 aten = torch.ops.aten
-Dims = frozenset[tuple[int, int, int]]  # places among leading values, dims of these, sizes
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 JOINS = (aten.cat, aten.concat, aten.concatenate)
 
@@ -33,8 +33,8 @@ class FindTokens:
 
     Candidates are the dimensions of what flows from the prologue into block calls, and those of the inputs that no
     such stream divides. The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come streams
-    that reach no query, but whose work can be divided nevertheless. A dim that is `barren` (see `barren_dims`) is no
-    candidate.
+    that reach no query, but whose work can be divided nevertheless. Where streams are `known`, of a program that is the
+    same but for sizes, they are taken over if the best of them is one here too.
     """
 
     name: ClassVar[str] = "find-tokens"
@@ -42,41 +42,68 @@ class FindTokens:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS})
 
-    barren: Dims = field(default=frozenset(), repr=False)
+    known: Streams | None = field(default=None, repr=False)
 
     def apply(self, program: Program) -> Program:
         """The program with `tokens` filled in."""
-        probe = Propagation(program, PROBE)
-        whole = program_flops(program, None)[0]
+        search = _Search(program)
+        axes = search.among(self.known) if self.known is not None else []
+        return program.replace(tokens=tuple(_detailed(program, axis) for axis in axes or search.all()))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The token streams of a program, for others that are the same but for sizes: the best first, by the place of the
+    value among the leading ones, the dim, and whether it is a context; `short` are dims too short to be divided."""
+
+    axes: tuple[tuple[int, int, bool], ...]
+    short: frozenset[tuple[int, int]]
+
+    @staticmethod
+    def of(analysed: Program) -> Streams:
+        """Those that were found."""
+        leading = leading_values(analysed.graph)
+        places = {node.name: place for place, node in enumerate(leading)}
+        axes = ((places[axis.value], axis.dim, axis.is_context) for axis in analysed.tokens)
+        return Streams(tuple(axes), _short(leading))
+
+
+def _short(leading: Sequence[fx.Node]) -> frozenset[tuple[int, int]]:
+    shapes = enumerate(node.meta[SPEC].shape for node in leading)
+    return frozenset((place, dim) for place, shape in shapes for dim, size in enumerate(shape) if size < 2)
+
+
+class _Search:
+    """For the streams of one program."""
+
+    def __init__(self, program: Program) -> None:
+        self._leading = leading_values(program.graph)
+        self._probe, self._whole = Propagation(program, PROBE), program_flops(program, None)[0]
+
+    def all(self) -> list[TokenAxis]:
+        """Every one, the best first."""
         found: list[tuple[bool, int, int, TokenAxis]] = []
         reaching: list[Assignment] = []
-        for place, node in enumerate(leading_values(program.graph)):
+        for node in self._leading:
             if node.op == "placeholder" and any(_has_divided(one, node) for one in reaching):
                 continue
             for dim, size in enumerate(node.meta[SPEC].shape):
-                if size < 2 or (place, dim, size) in self.barren:
-                    continue
-                axis, tried = _probed(probe, node, dim)
-                if tried is None or max(tried.flops()) >= whole:
+                axis, tried = _probed(self._probe, node, dim) if size > 1 else (None, None)
+                if axis is None or tried is None or max(tried.flops()) >= self._whole:
                     continue
                 found.append((axis.is_context, max(tried.flops()), len(found), axis))
                 if not axis.is_context:
                     reaching.append(tried)
-        axes = [_detailed(program, axis) for *_, axis in sorted(found)]
-        return program.replace(tokens=tuple(axes))
+        return [axis for *_, axis in sorted(found)]
 
-
-def barren_dims(analysed: Program) -> Dims:
-    """The dims of values that were tried and are no stream: of a program that is the same but for sizes, those of the
-    same size are none either. Inputs are left out, as not all of them are tried."""
-    streams = {(axis.value, axis.dim) for axis in analysed.tokens}
-    tried = ((place, node) for place, node in enumerate(leading_values(analysed.graph)) if node.op != "placeholder")
-    return frozenset(
-        (place, dim, size)
-        for place, node in tried
-        for dim, size in enumerate(node.meta[SPEC].shape)
-        if (node.name, dim) not in streams
-    )
+    def among(self, known: Streams) -> list[TokenAxis]:
+        """The known ones; none of them if the best is no stream here, or other dims are short."""
+        if not known.axes or known.short != _short(self._leading):
+            return []
+        found = [(self._leading[place], dim, is_context) for place, dim, is_context in known.axes]
+        axes = [TokenAxis(node.name, dim, node.meta[SPEC].shape[dim], is_context=late) for node, dim, late in found]
+        axis, tried = _probed(self._probe, *found[0][:2])
+        return axes if axis == axes[0] and tried is not None and max(tried.flops()) < self._whole else []
 
 
 def _probed(probe: Propagation, node: fx.Node, dim: int) -> tuple[TokenAxis, Assignment | None]:

@@ -14,7 +14,7 @@ from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.cut_blocks import CutBlocks
 from xdit_ir.passes.displace_patches import DisplacePatches
 from xdit_ir.passes.divide_conditions import DivideConditions
-from xdit_ir.passes.find_tokens import Dims, FindTokens
+from xdit_ir.passes.find_tokens import FindTokens, Streams
 from xdit_ir.passes.fuse_gelu import FuseGelu
 from xdit_ir.passes.group_keys import GroupKeys
 from xdit_ir.passes.keep_parts import KeepParts
@@ -62,9 +62,9 @@ PASSES: tuple[type[Any], ...] = (
 )
 
 
-def analysis_passes(barren: Dims = frozenset()) -> list[Pass]:
-    """Passes that do not depend on the mesh; see `FindTokens` for `barren`."""
-    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), FindTokens(barren)]
+def analysis_passes(known: Streams | None = None) -> list[Pass]:
+    """Passes that do not depend on the mesh; see `FindTokens` for `known`."""
+    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), FindTokens(known)]
 
 
 def cache_passes(watched: Watched) -> list[Pass]:

@@ -30,7 +30,7 @@ from xdit_ir.ir.program import Program, Stored
 from xdit_ir.passes.align_samples import AlignSamples
 from xdit_ir.passes.base import After, run_passes
 from xdit_ir.passes.divide import check_schedule, divide, make_pipeline, note_region
-from xdit_ir.passes.find_tokens import Dims, FindTokens
+from xdit_ir.passes.find_tokens import FindTokens, Streams
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.passes.order import analysis_passes
 from xdit_ir.passes.split_batch import Batch
@@ -75,14 +75,13 @@ class TracedProgram:
     """A captured model; `str()` is its block-level text, `ir` the program itself.
 
     `familiar`: one that differs in sizes only was divided and verified after every pass; see `run_passes`. `stored`:
-    how ranks store weights for an earlier program of the model. `barren`: what that other program says of this one, see
-    `barren_dims`.
+    how ranks store weights for an earlier program of the model. `streams`: those of that other program.
     """
 
     ir: Program
     familiar: bool = False
     stored: Mapping[str, Stored] = field(default_factory=dict)
-    barren: Dims = frozenset()
+    streams: Streams | None = None
 
     def __str__(self) -> str:
         return program_text(self.ir)
@@ -94,7 +93,7 @@ class TracedProgram:
     @cached_property
     def analysed(self) -> Program:
         """The canonical program with its token streams found: what every mesh starts from."""
-        return run_passes(self.ir, analysis_passes(self.barren), familiar=self.familiar)
+        return run_passes(self.ir, analysis_passes(self.streams), familiar=self.familiar)
 
     @cached_property
     def _placed(self) -> TracedProgram:

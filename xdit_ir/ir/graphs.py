@@ -112,13 +112,14 @@ def copy_node(graph: fx.Graph, node: fx.Node, operand: Callable[[fx.Node], Any])
 
 
 def map_graphs(program: Program, rewrite: Callable[[fx.Graph], None]) -> Program:
-    """Apply an in-place rewrite to copies of the outer graph and every block body; weights that a body no longer uses
-    are no longer given to it."""
-    outer = copy_graph(program.graph)
+    """Apply an in-place rewrite to copies of the outer graph and every block body (of a `spare` program to these
+    themselves); weights that a body no longer uses are no longer given to it."""
+    editable = (lambda graph: graph) if program.spare else copy_graph
+    outer = editable(program.graph)
     rewrite(outer)
     blocks = {}
     for name, block in program.blocks.items():
-        body = copy_graph(block.graph)
+        body = editable(block.graph)
         rewrite(body)
         drop_unused_weights(body)
         blocks[name] = replace(block, graph=body)

@@ -34,7 +34,7 @@ from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, State
 from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.mesh import BATCH, MESH_DIMS, Mesh
 from xdit_ir.ir.program import Program, Stored, TensorSpec
-from xdit_ir.passes.find_tokens import Dims, barren_dims
+from xdit_ir.passes.find_tokens import Streams
 from xdit_ir.passes.split_batch import LARGE
 from xdit_ir.porting.planned import Unplanned
 from xdit_ir.porting.settings import ModelSettings
@@ -105,7 +105,7 @@ class Specialisation:
 @dataclass(eq=False)
 class Specialisations:
     """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
-    `verified`: the structures of programs that were verified after every pass, and their `barren_dims`. `stored`: how
+    `verified`: the structures of programs that were verified after every pass, and their `Streams`. `stored`: how
     ranks hold parts of weights already (of these `types`), which later programs use, as nobody has all of a weight any
     more. `unplanned`: until the first call, where it is to choose `mesh` and `schedule`. `whole`: why the last call ran
     whole; `alone`: why all do until `clear`."""
@@ -117,7 +117,7 @@ class Specialisations:
     worth: Worth | None = None
     factory: RunnerFactory | None = None
     found: list[Specialisation] = field(default_factory=list)
-    verified: dict[Hashable, Dims] = field(default_factory=dict)
+    verified: dict[Hashable, Streams] = field(default_factory=dict)
     stored: dict[str, Stored] = field(default_factory=dict)
     types: dict[str, TensorSpec] = field(default_factory=dict)
     tracing: bool = False
@@ -305,12 +305,12 @@ class Specialisations:
                 raise failure.error from None
             self._check_types(program)
             key = program_key(program)
-            familiar, barren = key in self.verified, self.verified.get(key, frozenset())
-            traced = TracedProgram(program, familiar, self.stored, barren)
+            familiar = key in self.verified
+            traced = TracedProgram(program, familiar, self.stored, self.verified.get(key))
             schedule = self.schedule if cache is None else cache.among(self.schedule, traced.analysed)
             made = _parallelized(traced, schedule)
             if key is not None and not familiar:
-                self.verified[key] = barren_dims(made.analysed)
+                self.verified[key] = Streams.of(made.analysed)
             if self.worth is not None:
                 self.worth.check(made)
             return made
