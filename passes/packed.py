@@ -34,6 +34,9 @@ def told_apart(program: Program) -> Program | None:
 
 
 def _rewritten(source: fx.Graph, known: Known) -> fx.Graph | None:
+    masks = (bound_arguments(node)["mask"] for node in source.nodes if node.target is ops.attention)
+    if not any(mask in known for mask in masks):
+        return None
     graph, changed = copy_graph(source), False
     for old, node in zip(list(source.nodes), list(graph.nodes), strict=True):
         mask = bound_arguments(old)["mask"] if old.target is ops.attention else None

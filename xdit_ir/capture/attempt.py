@@ -129,7 +129,9 @@ class Attempt:
             originals = skeleton.originals
             writes = [beside(write, originals.get(id(write.part.item), write.part.item), made) for write in found]
             left_there = writes_of(writes, skeleton, recorder)
-        return _program(type(model).__name__, device, recorder, blocks, signature), left_there, made
+        program = _program(type(model).__name__, device, recorder, blocks, signature)
+        skeleton.let_go()
+        return program, left_there, made
 
 
 @contextmanager

@@ -99,6 +99,15 @@ class Skeleton:
         """A copy of an object that may refer to the model; unknown kinds of objects are themselves."""
         return self._copy(item)
 
+    def let_go(self) -> None:
+        """Take apart what refers to itself, once the trace is done: thousands of modules, for which Python's garbage
+        collector would otherwise look through everything."""
+        for copy in self.modules.values():
+            held = copy.__dict__
+            for name in [name for name, item in held.items() if type(item) is types.FunctionType]:
+                del held[name]
+        del self.model, self.modules, self._copies, self._originals, self._pairs
+
     @property
     def originals(self) -> dict[int, Any]:
         """What was copied, by the id of its copy; fakes stand for tensors. What is its own copy is not there."""

@@ -19,12 +19,16 @@ from xdit_ir.ir.named_tensors import way_to
 from xdit_ir.ir.program import TensorSpec
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ModelWeights:
-    """The weights of a model on `device`, which its programs use by reference; stands where `WeightStore` does."""
+    """The weights of a model on `device`, which its programs use by reference; stands where `WeightStore` does.
+
+    `last`: what was taken last, which programs of other shapes take too.
+    """
 
     model: nn.Module
     device: torch.device
+    last: WeightReferences | None = None
 
     def check(self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING) -> None:
         """Raise `MismatchError` unless `take` can give all of these."""
@@ -39,7 +43,9 @@ class ModelWeights:
                 f"{parts[0]} is a part of weights, and the model has all of each: parts are no references; expected "
                 "release=True or weights=, as with shard_weights=True"
             )
-        return WeightReferences(self.model, names, specs, self.device)
+        if self.last is None or not self.last.are(names, specs):
+            self.last = WeightReferences(self.model, names, specs, self.device)
+        return self.last
 
     def originals(
         self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored
@@ -87,6 +93,16 @@ class WeightReferences:
         self._types = TensorTypes(self._tensors)
         for name, tensor in zip(names, self.fetch(), strict=True):
             _check_device(name, tensor, device)
+
+    def are(self, names: Sequence[str], specs: Mapping[str, TensorSpec]) -> bool:
+        """Whether these are the tensors of such names and types, still."""
+        if self.names != list(names) or self._specs != [specs[name] for name in names]:
+            return False
+        try:
+            self.fetch()
+        except MismatchError:
+            return False
+        return True
 
     def fetch(self) -> list[torch.Tensor]:
         """The tensors, in the order of their names; raises `MismatchError` if the program no longer fits them."""

@@ -113,7 +113,8 @@ class ModelSettings:
         unread: Set[tuple[int, Any]] = frozenset(),
         places: Versions | None = None,
     ) -> None:
-        code = Reach(("an argument", item) for item in given).code
+        code = _code(given)
+        self._asked = model, [item for _, item in code], unread, places
         self._reach = reach = Reach([("", model), *code], unread)
         modules = [module for _, module in reach.modules]
         typed = [*modules, *reach.objects]
@@ -147,6 +148,20 @@ class ModelSettings:
         self._versioned, self._versions = constants, list(map(_VERSION, constants))
         self._contents = [(tensor, tensor.detach().clone()) for tensor in constants if tensor.device.type == "cpu"]
 
+    @staticmethod
+    def like(
+        earlier: Iterable[ModelSettings],
+        model: nn.Module,
+        given: Iterable[Any] = (),
+        unread: Set[tuple[int, Any]] = frozenset(),
+        places: Versions | None = None,
+    ) -> ModelSettings:
+        """One that is there already and says what a new one would, or a new one."""
+        given = list(given)
+        asked = model, [item for _, item in _code(given)], unread, places
+        found = (one for one in earlier if _same_request(one._asked, asked) and one.unchanged())
+        return next(found, None) or ModelSettings(model, given, unread, places)
+
     def unchanged(self) -> bool:
         """Whether everything is as it was when this was made."""
         try:
@@ -160,6 +175,17 @@ class ModelSettings:
             )
         except (LookupError, AttributeError, ValueError):  # something was removed
             return False
+
+
+def _code(given: Iterable[Any]) -> list[tuple[str, Any]]:
+    """Classes, functions and Python modules of what forward gets."""
+    return Reach(("an argument", item) for item in given).code
+
+
+def _same_request(one: Any, other: Any) -> bool:
+    (model, code, unread, places), (its_model, its_code, its_unread, its_places) = one, other
+    same_code = len(code) == len(its_code) and all(map(is_, code, its_code))
+    return model is its_model and places is its_places and unread == its_unread and same_code
 
 
 def _split(

@@ -330,7 +330,8 @@ class Specialisations:
         objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
         same = same_tensors(runner.bind(given.args, given.kwargs)[0])
         unread = overwritten(self.model, program.original.signature.effects) | states_of(self.model)
-        settings = ModelSettings(self.model, objects, unread, runner.places)
+        earlier = (one.settings for one in self.found)
+        settings = ModelSettings.like(earlier, self.model, objects, unread, runner.places)
         made = Specialisation(mode, given.shapes, same, settings, guards, program, runner)
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]
