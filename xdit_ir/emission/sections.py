@@ -118,12 +118,14 @@ def _section(run: fx.GraphModule, kind: RunBy, nodes: Sequence[fx.Node]) -> Sect
 def insert_moves(
     run: fx.GraphModule, moved: Iterable[tuple[fx.Node, fx.Node]], device: torch.device
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
-    """A copy of a forward in which for each `(node, operand)` the node gets the operand on `device`.
+    """A copy of a forward (itself, if nothing is to be moved) in which for each `(node, operand)` the node gets the operand on `device`.
 
     Returns:
         The copy, its node for every node, and the operand (a node of the copy) of every node that moves one.
     """
     wanted, graph, env = set(moved), fx.Graph(), dict[fx.Node, fx.Node]()
+    if not wanted:
+        return run, {node: node for node in run.graph.nodes}, {}
     copies: dict[fx.Node, fx.Node] = {}
     for node in run.graph.nodes:
 
