@@ -43,19 +43,34 @@ def main() -> None:
     torch._dynamo.config.cache_size_limit = 64
     model, example = models.load(args.model, device=str(device), dtype=torch.bfloat16)
     exact = _in_float32(model, example)
-    results = []
+    results: list[dict[str, Any]] = []
+    _write(args, results)
     for text in args.contenders.split(","):
         contender = Contender.parse(text)
-        results.append(_result(contender, model, example, exact, args))
-        if dist.get_rank() == 0:
-            print(json.dumps(results[-1]), flush=True)
-            args.out.write_text(json.dumps(_document(args, results), indent=1))
+        results.append(_of_all_ranks(_result(contender, model, example, exact, args)))
+        _write(args, results)
+        if "failure" in results[-1]:  # nobody knows what it has left behind: a new process goes on
+            break
         release(model)
         if any(parameter.is_meta for parameter in model.parameters()):  # held in parts by that contender
             model, example = models.load(args.model, device=str(device), dtype=torch.bfloat16)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # communicators that CUDA graphs recorded would wait for each other when they are destroyed
+
+
+def _of_all_ranks(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the failure of any rank."""
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, result.get("failure"))
+    found = next((failure for failure in failures if failure is not None), None)
+    return result if found is None else result | {"failure": found}
+
+
+def _write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    if dist.get_rank() == 0:
+        print(json.dumps(results[-1:]), flush=True)
+        args.out.write_text(json.dumps(_document(args, results), indent=1))
 
 
 def _document(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from xdit_ir.tools import bench_report, estimate, scale, targets
 from xdit_ir.tools.contenders import Contender
 from xdit_ir.tools.terminal import write
 
-PEERS = ("diffusers", "xdit")
+PEERS = ("diffusers", "xdit", "cachedit")
 SCALE_OUT = "scaling"
 HEAD = """# Performance
 
@@ -29,7 +30,8 @@ relative to the same model computed in float32 on one GPU; that of `alone` is bf
 kernels spend on nothing but moving data to other GPUs or waiting for it (of a pipeline: in one synchronous step, which
 does not overlap with others); weights are the part of the model's that the fullest rank needs (the bench itself keeps
 the whole model). `graph` is compiled, recorded as one CUDA graph, with exchanges by copy engines; `collective` the same
-with NCCL; `@` names a kernel for attention (default: by device and shape, FlashAttention 4 if installed).
+with NCCL; `reduced` compiled blocks with torch.compile's own CUDA graphs (its mode "reduce-overhead"); `@` names a
+kernel for attention (default: by device and shape, FlashAttention 4 if installed).
 
 ![medians](performance.svg)
 """
@@ -48,6 +50,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--samples", type=int, default=8, help="bursts to time (default 8)")
     parser.add_argument("--burst", type=int, default=4, help="forwards per burst (default 4)")
     parser.add_argument("--out", type=Path, default=None, help="JSON to write (default MODEL.json)")
+    parser.add_argument(
+        "--patience", type=float, default=400, help="seconds without a result after which a contender has failed"
+    )
     parser.add_argument("--profile", default="", metavar="CONTENDER", help="also write a trace of this one")
     parser.add_argument(
         "--scale", action="store_true", help=f"2, 4, ... N GPUs, all ways to use them; --out is a folder ({SCALE_OUT})"
@@ -90,27 +95,50 @@ def _file(model: str) -> str:
 
 
 def _measure(args: argparse.Namespace, model: str, gpus: int, contenders: Sequence[Contender], out: Path) -> int:
-    """Start one worker for each GPU and show what they wrote; their exit status."""
-    listed = ",".join(map(str, contenders))
-    worker = [
-        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"),
-        *("-m", "xdit_ir.tools.bench_worker", model, "--contenders", listed),
-        *("--out", str(out), "--samples", str(args.samples), "--burst", str(args.burst)),
-        *(("--profile", args.profile) if args.profile else ()),
-        *("--command", f"xdit-ir bench {model} --gpus {gpus} --contenders {listed} --burst {args.burst}"),
-    ]
-    status, document = _started(worker, out)
-    _show(document)
-    return status
+    """Start one worker for each GPU, anew behind every contender that fails, and show what they wrote; 0 if there is a
+    result of each, a failure too."""
+    listed = [str(one) for one in contenders]
+    command = f"xdit-ir bench {model} --gpus {gpus} --contenders {','.join(listed)} --burst {args.burst}"
+    results: list[dict[str, Any]] = []
+    while len(results) < len(listed):
+        left = listed[len(results) :]
+        worker = [
+            *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"),
+            *("-m", "xdit_ir.tools.bench_worker", model, "--contenders", ",".join(left)),
+            *("--out", str(out), "--samples", str(args.samples), "--burst", str(args.burst)),
+            *(("--profile", args.profile) if args.profile in left else ()),
+            *("--command", command),
+        ]
+        status, document = _started(worker, out, args.patience)
+        results += completed(document["results"], left, status)
+        document["results"] = results
+        out.write_text(json.dumps(document, indent=1))
+        _show(document)
+    return 0
 
 
-def _started(worker: Sequence[str], out: Path) -> tuple[int, dict[str, Any]]:
-    """The exit status of the ranks, and what they wrote."""
+def completed(found: list[dict[str, Any]], left: Sequence[str], status: int) -> list[dict[str, Any]]:
+    """What a group of workers wrote of the contenders that were `left`, and a failure of the one in which it ended."""
+    if len(found) == len(left) or (found and "failure" in found[-1]):
+        return found
+    return [*found, {"contender": left[len(found)], "failure": f"no result: the ranks ended with status {status}"}]
+
+
+def _started(worker: Sequence[str], out: Path, patience: float | None = None) -> tuple[int, dict[str, Any]]:
+    """The exit status of the ranks, and what they wrote; they are ended after `patience` seconds without a result."""
     out.unlink(missing_ok=True)
-    status = subprocess.run([sys.executable, *worker], check=False).returncode
+    ranks = subprocess.Popen([sys.executable, *worker])
+    since, written = time.monotonic(), 0
+    while ranks.poll() is None:
+        time.sleep(0.2)
+        now = out.stat().st_mtime_ns if out.exists() else 0
+        since, written = (time.monotonic(), now) if now != written else (since, written)
+        if patience is not None and time.monotonic() - since > patience:
+            ranks.terminate()
+            ranks.wait()
     if not out.exists():
-        raise XditError(f"the ranks wrote no result (exit status {status}); see their output above")
-    return status, json.loads(out.read_text())
+        raise XditError(f"the ranks wrote no result (exit status {ranks.returncode}); see their output above")
+    return ranks.returncode, json.loads(out.read_text())
 
 
 def _pipeline(args: argparse.Namespace, name: str, out: Path) -> int:
@@ -170,7 +198,8 @@ def _contenders(args: argparse.Namespace) -> list[Contender]:
     degrees = (args.degrees or f"u{args.gpus},r{args.gpus}").split(",")
     texts += [f"{degree}:{mode}" for degree in degrees for mode in ("eager", "compiled", "graph")]
     # Last, since they change the model.
-    texts += [f"{peer}-u{args.gpus}:compiled" for peer in reversed(PEERS) if peer in args.peers.split(",")]
+    wanted = [peer for peer in reversed(PEERS) if peer in args.peers.split(",")]
+    texts += [f"{peer}-u{args.gpus}:{mode}" for peer in wanted for mode in ("compiled", "reduced")]
     return [Contender.parse(text) for text in texts]
 
 

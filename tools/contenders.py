@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,8 @@ from xdit_ir.emission.execution import TRANSPORTS
 from xdit_ir.errors import XditError
 from xdit_ir.kernels.backends import NAMES
 
-MODES = ("eager", "compiled", "graph", "collective")
+MODES = ("eager", "compiled", "reduced", "graph", "collective")
+REDUCED = "reduce-overhead"  # torch.compile's own CUDA graphs
 SHARDED = "+sharded"
 FORM = re.compile(
     r"(?:(?P<library>[a-z]+)-)?(?P<degrees>[a-z0-9]+)(?P<sharded>\+sharded)?:(?P<mode>[a-z]+)(?:/(?P<transport>[a-z]+))?"
@@ -35,7 +37,8 @@ Forward = Callable[..., Any]
 class Contender:
     """`library` (ours: empty) with these degrees in one of `MODES`; the original model alone has degrees `alone`.
 
-    `graph` is compiled and recorded as one CUDA graph; `collective` the same without exchanges by copy engines.
+    `graph` is compiled and recorded as one CUDA graph; `collective` the same without exchanges by copy engines. Of what
+    is not ours, `reduced` is compiled with torch.compile's mode "reduce-overhead", block by block as `compiled` is.
     `attention` is the kernel for attention, `transport` how exchanges travel, as in `port`; `sharded`: weights are
     divided over ranks (all three ours only).
     """
@@ -69,6 +72,8 @@ class Contender:
             )
         if found["degrees"] != "alone":
             degree_sets.parse(found["degrees"])
+            if found["mode"] == "reduced" and not found["library"]:
+                raise XditError(f"{text!r}: ours has its own CUDA graphs; write {found['degrees']}:graph")
         attention = found["attention"] or "auto"
         if attention != "auto" and (found["library"] or found["degrees"] == "alone" or attention not in NAMES):
             raise XditError(f"{text!r}: @ names a kernel for attention of xdit-ir, one of {', '.join(NAMES)}")
@@ -92,9 +97,7 @@ class Contender:
 
 def _ours(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
     if contender.degrees == "alone":
-        if contender.mode != "eager":
-            _compile_layers(model)
-        return model
+        return _compiled(model, contender, fullgraph=True)
     graph = contender.mode in ("graph", "collective")
     transport = "collective" if contender.mode == "collective" else contender.transport
     return xir.port(
@@ -108,13 +111,27 @@ def _ours(model: nn.Module, example: Mapping[str, Any], contender: Contender) ->
     )
 
 
-def _compile_layers(model: nn.Module, *, fullgraph: bool = True) -> None:
-    """Compile repeated blocks one by one, as diffusers' `compile_repeated_blocks` does."""
+def _compiled(model: nn.Module, contender: Contender, *, fullgraph: bool = False) -> Forward:
+    """With repeated blocks compiled one by one, as diffusers' `compile_repeated_blocks` does, in its mode."""
+    if contender.mode == "eager":
+        return model
+    reduced = contender.mode == "reduced"
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
                 if type(block).__name__ in (getattr(model, "_repeated_blocks", None) or [type(block).__name__]):
-                    block.compile(fullgraph=fullgraph)
+                    block.compile(fullgraph=fullgraph, mode=REDUCED if reduced else None)
+    return _in_steps(model) if reduced else model
+
+
+def _in_steps(model: nn.Module) -> Forward:
+    """Calls of which each is a step to PyTorch's CUDA graphs: what one has given, the next one may overwrite."""
+
+    def forward(**given: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return model(**given)
+
+    return forward
 
 
 def _diffusers(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
@@ -126,9 +143,28 @@ def _diffusers(model: nn.Module, example: Mapping[str, Any], contender: Contende
     theirs: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     theirs.set_attention_backend("_native_cudnn")
     theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=sizes["ulysses"], ring_degree=sizes["ring"]))
-    if contender.mode != "eager":
-        _compile_layers(theirs, fullgraph=False)
-    return theirs  # type: ignore[no-any-return]
+    return _compiled(theirs, contender)
+
+
+def _cachedit(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
+    """cache-dit's context parallel, without its cache, on a copy that has the same weights."""
+    import cache_dit
+
+    sizes = contender.sizes
+    enable = _found("enable_parallelism", "cache_dit", "cache_dit.distributed", "cache_dit.parallelism")
+    theirs: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    degrees = {f"{name}_size": sizes[name] for name in ("ulysses", "ring") if sizes[name] > 1}
+    theirs = enable(theirs, cache_dit.ParallelismConfig(**degrees))
+    theirs.set_attention_backend("_native_cudnn")
+    return _compiled(theirs, contender)
+
+
+def _found(name: str, *places: str) -> Any:
+    """What is called so in the first of these modules that has it; its place differs between releases."""
+    for place in places:
+        with suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(place), name)
+    raise XditError(f"{places[0]} has no {name}; looked in {', '.join(places)}")
 
 
 def _xdit(model: nn.Module, example: Mapping[str, Any], contender: Contender) -> Forward:
@@ -156,9 +192,7 @@ def _xdit(model: nn.Module, example: Mapping[str, Any], contender: Contender) ->
     with torch.device("meta"):
         theirs = cls(**{name: value for name, value in dict(model.config).items() if name in names})  # type: ignore[arg-type]
     theirs.load_state_dict(model.state_dict(), assign=True)
-    if contender.mode != "eager":
-        _compile_layers(theirs, fullgraph=False)
-    return theirs.eval()
+    return _compiled(theirs.eval(), contender)
 
 
 def _xdit_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -180,6 +214,7 @@ PREPARE: dict[str, Callable[[nn.Module, Mapping[str, Any], Contender], Forward]]
     "": _ours,
     "diffusers": _diffusers,
     "xdit": _xdit,
+    "cachedit": _cachedit,
 }
 
 

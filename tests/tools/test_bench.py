@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from xdit_ir.errors import XditError
 from xdit_ir.planning.hardware import load
-from xdit_ir.tools import bench_report, estimate, scale
+from xdit_ir.tools import bench_report, cmd_bench, estimate, scale
 from xdit_ir.tools.cli import main
 from xdit_ir.tools.contenders import Contender
 
@@ -39,9 +41,11 @@ DOCUMENT = {
         "u2:graph",
         "c2u2:collective",
         "diffusers-u2:compiled",
-        "xdit-u2:eager",
+        "xdit-u2:reduced",
         "r2:eager/peer@sdpa",
         "u2+sharded:graph@sdpa",
+        "alone:reduced",
+        "cachedit-u2:reduced",
     ],
 )
 def test_a_contender_prints_as_it_was_written(text: str) -> None:
@@ -53,6 +57,7 @@ def test_a_contender_prints_as_it_was_written(text: str) -> None:
     [
         "u2",
         "u2:fast",
+        "u2:reduced",
         "other-u2:eager",
         "q2:eager",
         "",
@@ -73,6 +78,50 @@ def test_speed_up_is_over_one_compiled_gpu_and_failures_are_shown() -> None:
     assert rows[1][:4] == ("u2:graph", "50.0", "49.0 to 51.0", "2.00")
     assert rows[2][1] == "failed: Unsupported: two lines"
     assert all(len(row) == len(bench_report.HEADER) for row in rows)
+
+
+def test_a_contender_in_which_the_ranks_end_has_failed_and_the_others_are_left() -> None:
+    good, bad = {"contender": "a", "median_ms": 1.0}, {"contender": "b", "failure": "Error: no"}
+    assert cmd_bench.completed([good, bad], ["a", "b", "c"], 0) == [good, bad]
+    assert cmd_bench.completed([good], ["a", "b", "c"], -9) == [
+        good,
+        {"contender": "b", "failure": "no result: the ranks ended with status -9"},
+    ]
+    assert cmd_bench.completed([good], ["a"], 1) == [good]
+
+
+WORKER = """
+import json, os, sys, time
+left, out = sys.argv[1].split(","), sys.argv[2]
+results = []
+for one in left:
+    if one == "hangs":
+        time.sleep(60)
+    if one == "dies":
+        os._exit(7)
+    results.append({"contender": one} | ({"failure": "Error: bad"} if one == "raises" else {"median_ms": 1.0}))
+    with open(out, "w") as file:
+        json.dump({"results": results}, file)
+    if one == "raises":
+        break
+"""
+
+
+def test_a_run_goes_on_behind_contenders_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they raise, end or hang."""
+    real, out = cmd_bench._started, tmp_path / "out.json"
+
+    def started(worker: list[str], out: Path, patience: float) -> tuple[int, dict[str, Any]]:
+        left = worker[worker.index("--contenders") + 1].replace(":eager", "").replace("-u2", "")
+        return real(["-c", WORKER.replace('"hangs"', '"u3"').replace('"dies"', '"u4"'), left, str(out)], out, 1.0)
+
+    monkeypatch.setattr(cmd_bench, "_started", started)
+    monkeypatch.setattr(cmd_bench, "_show", lambda document: None)
+    wanted = [Contender.parse(text) for text in ("u2:eager", "u3:eager", "u2:eager", "u4:eager", "r2:eager")]
+    args = Namespace(samples=1, burst=1, profile="", patience=1.0)
+    assert cmd_bench._measure(args, "model", 2, wanted, out) == 0
+    failed = ["failure" in one for one in json.loads(out.read_text())["results"]]
+    assert failed == [False, True, False, True, False]
 
 
 def test_the_page_is_made_from_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

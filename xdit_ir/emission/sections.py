@@ -118,7 +118,8 @@ def _section(run: fx.GraphModule, kind: RunBy, nodes: Sequence[fx.Node]) -> Sect
 def insert_moves(
     run: fx.GraphModule, moved: Iterable[tuple[fx.Node, fx.Node]], device: torch.device
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
-    """A copy of a forward (itself, if nothing is to be moved) in which for each `(node, operand)` the node gets the operand on `device`.
+    """A copy of a forward in which for each `(node, operand)` the node gets the operand on `device`; itself, where
+    nothing is to be moved.
 
     Returns:
         The copy, its node for every node, and the operand (a node of the copy) of every node that moves one.

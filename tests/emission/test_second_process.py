@@ -1,0 +1,54 @@
+"""What one process has compiled, another finds on disk: no name, number or object of a process is part of the code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHILD = """
+import json, sys
+import torch, torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import xdit_ir as xir
+from xdit_ir import models
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+model, example = models.load("plain-mmdit:tiny", seed=0)
+height, width, text = map(int, sys.argv[1:])
+example = {**example, "x": torch.randn(2, 4, height, width), "text": torch.randn(2, text, 32)}
+with torch.no_grad():
+    xir.port(model.eval(), ulysses=2, mode="compiled", handshake=False)(**example)
+print(json.dumps({name: dict(counters[name]) for name in ("stats", "inductor", "aot_autograd")}))
+"""
+
+
+def compiled_in_a_process(folder: Path, *sizes: int) -> dict[str, dict[str, Any]]:
+    """Counters of a process whose cache on disk is in `folder`."""
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, *map(str, sizes)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_second_process_compiles_nothing(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Blocks with exchanges inside, u2: neither for the shape that the first process had, nor for another one."""
+    if not request.config.getoption("--large"):
+        pytest.skip("three processes, of which one compiles for a quarter of a minute (--large)")
+    first = compiled_in_a_process(tmp_path, 16, 16, 24)
+    graphs = first["stats"]["unique_graphs"]
+    assert first["inductor"]["fxgraph_cache_miss"] == first["aot_autograd"]["autograd_cache_miss"] == graphs > 0
+    for sizes in ((16, 16, 24), (26, 44, 31)):
+        again = compiled_in_a_process(tmp_path, *sizes)
+        assert again["stats"]["unique_graphs"] == graphs
+        assert again["inductor"]["fxgraph_cache_hit"] == again["aot_autograd"]["autograd_cache_hit"] == graphs
+        counted = {**again["inductor"], **again["aot_autograd"]}
+        assert not [key for key in counted if key.endswith(("cache_miss", "cache_bypass"))], counted
