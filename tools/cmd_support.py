@@ -34,6 +34,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time (default: 1)")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep results in FILE, as lines of JSON")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead")
+    parser.add_argument(
+        "--gpu", type=Path, metavar="FILE", help="a column of what tests/gpu/zoo.py has written to FILE (its --output)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -42,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise XditError(f"--jobs {args.jobs} is not a positive number; the nearest legal one is 1")
     names = _names(args.models)
+    on_gpus = [] if args.gpu is None else _on_gpus(args.gpu)
     cached = _read(args.cache) if args.cache else {}
     missing = [name for name in names if name not in cached]
     with progress_bar() as progress:
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             if args.cache:
                 with args.cache.open("a") as stream:
                     stream.write(json.dumps({"digest": digest(), **one.as_json()}) + "\n")
-    text = page([cached[name] for name in names])
+    text = page([cached[name] for name in names], on_gpus)
     if args.output is None:
         print(text)
         return 0
@@ -68,6 +72,18 @@ def _names(given: Sequence[str]) -> list[str]:
     except models.UnknownModelError as error:
         raise XditError(str(error)) from None
     return sorted({name.partition(":")[0] for name in given}) or [*models.names(), *models.part_calls()]
+
+
+def _on_gpus(path: Path) -> list[dict[str, Any]]:
+    """The results in a file."""
+    try:
+        found = json.loads(path.read_text())
+        missing = [one for one in found if not {"model", "degrees", "status"} <= one.keys()]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise XditError(f"--gpu {path} cannot be read ({error}); expected the --output of tests/gpu/zoo.py") from None
+    if missing:
+        raise XditError(f"--gpu {path}: {missing[0]} is no result; expected the --output of tests/gpu/zoo.py")
+    return list(found)
 
 
 def _read(path: Path) -> dict[str, Survey]:

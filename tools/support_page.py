@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from xdit_ir import models
 from xdit_ir.tools.survey import TOLERANCE, Outcome, Survey
@@ -27,19 +28,29 @@ weigh more than in the real ones.
 """
 
 
-def page(everything: Sequence[Survey]) -> str:
-    """Markdown: a summary, the table, and every reason behind a number that is not what one would like."""
+ON_GPUS = """
+*On GPUs*: under which degrees the tiny model, ported in the default mode, has given on real GPUs what it gives alone,
+as `tests/gpu/zoo.py` says.
+"""
+
+
+def page(everything: Sequence[Survey], on_gpus: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Markdown: a summary, the table, and every reason behind a number that is not what one would like.
+
+    `on_gpus`: what `tests/gpu/zoo.py` has written, which is a column of its own.
+    """
     surveys, parts = ([one for one in everything if (" " in one.name) == part] for part in (False, True))
     captured = [one for one in surveys if not one.not_captured]
     degrees = ", ".join(outcome.degrees for outcome in captured[0].outcomes) if captured else "no degrees"
     return "\n".join(
         [
-            HEAD.format(degrees=degrees, widest=WIDEST),
+            HEAD.format(degrees=degrees, widest=WIDEST) + (ON_GPUS if on_gpus else ""),
             *_summary(surveys),
+            *([_gpu_summary(on_gpus)] if on_gpus else []),
             "",
-            f"| model | class | exact | gathers in blocks | {' | '.join(SHOWN)} |",
-            "|---" * (4 + len(SHOWN)) + "|",
-            *(_row(one) for one in surveys),
+            f"| model | class | exact | {'on GPUs | ' if on_gpus else ''}gathers in blocks | {' | '.join(SHOWN)} |",
+            "|---" * (4 + len(SHOWN) + bool(on_gpus)) + "|",
+            *(_row(one, on_gpus) for one in surveys),
             *_reasons("Not captured", "Each is a `TraceError` that says:", _not_captured(surveys)),
             *_reasons("Refused", "Each is a `ParallelizeError` that says:", _refused(captured)),
             *_reasons(f"Slowest rank above {BALANCED:.2f} at {WIDEST}", "Slowest rank, all ranks:", _uneven(captured)),
@@ -52,9 +63,36 @@ def page(everything: Sequence[Survey]) -> str:
             *_reasons(
                 "No denoisers", "In the zoo because diffusers exports them as transformers:", _no_denoisers(surveys)
             ),
+            *_reasons("Refused on GPUs, or not as alone", "As the run says:", _gpu_reasons(on_gpus)),
             *_of_parts(parts),
         ]
     )
+
+
+def _gpu_summary(on_gpus: Sequence[Mapping[str, Any]]) -> str:
+    ran = [one for one in on_gpus if one["status"] != "refused"]
+    equal = sum(one["status"] == "equal" for one in ran)
+    return f"* {equal} of {len(ran)} runs on GPUs equal to the model alone; {len(on_gpus) - len(ran)} refused."
+
+
+def _on_gpus(name: str, on_gpus: Sequence[Mapping[str, Any]]) -> str:
+    """The degrees by what became of them."""
+    found: dict[str, list[str]] = {}
+    for one in sorted(on_gpus, key=lambda one: str(one["degrees"])):
+        if one["model"] == name:
+            found.setdefault(one["status"], []).append(one["degrees"])
+    good = " ".join(found.pop("equal", []))
+    rest = (
+        f"{' '.join(which)} {'refused' if status == 'refused' else f'**{status}**'}" for status, which in found.items()
+    )
+    return ", ".join(filter(None, (good, *rest))) or "-"
+
+
+def _gpu_reasons(on_gpus: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for one in on_gpus:
+        if one["status"] != "equal":
+            why = one.get("reason") or f"differs by {one['error']:.1e}"
+            yield f"* {one['model']}, {one['degrees']}: {_line(why)}"
 
 
 def _of_parts(parts: Sequence[Survey]) -> list[str]:
@@ -107,11 +145,12 @@ def _summary(surveys: Sequence[Survey]) -> Iterator[str]:
     yield f"* {keys} of {len(surveys)} models: {what} at {WIDEST}."
 
 
-def _row(one: Survey) -> str:
+def _row(one: Survey, on_gpus: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         one.name,
         f"`{models.entry(one.name).cls.rpartition(':')[2]}`",
         _exactness(one),
+        *([_on_gpus(one.name, on_gpus)] if on_gpus else []),
         _gathers(_found(one, WIDEST)),
     ]
     return f"| {' | '.join([*cells, *(_cell(_found(one, degrees)) for degrees in SHOWN)])} |"

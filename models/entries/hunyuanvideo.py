@@ -15,6 +15,7 @@ ENTRIES = {
             hidden_states=Normal((1, 16, 33, 90, 160)), timestep=Values([750.0]),
             encoder_hidden_states=Normal((1, 256, 4096)), encoder_attention_mask=Mask(256, (100,)),
             pooled_projections=Normal((1, 768)), guidance=Values([6000.0]), return_dict=False),
+        sizes={"540p": dict(hidden_states=Normal((1, 16, 16, 68, 120)))},  # 960 x 544, 61 frames
         tiny=dict(in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=16, num_layers=2,
                   num_single_layers=2, num_refiner_layers=2, guidance_embeds=True, text_embed_dim=32,
                   pooled_projection_dim=24, rope_axes_dim=(4, 6, 6)),

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,25 @@ def degrees_of(text: str) -> dict[str, int]:
     return {DEGREES[part[0]]: int(part[1:]) for part in parts}
 
 
+class Record:
+    """All results, in a file of JSON after each of them, if there is one; to `resume`, with those of an earlier run."""
+
+    def __init__(self, path: Path | None, *, resume: bool = False) -> None:
+        self._path, self._turn = path, threading.Lock()
+        earlier: list[Result] = json.loads(path.read_text()) if resume and path is not None and path.exists() else []
+        self.results = [one for one in earlier if one["status"] != "failed"]
+        self.done: set[Task] = {(one["model"], one["degrees"]) for one in self.results}
+
+    def add(self, results: Sequence[Result]) -> None:
+        """Print some, and keep them."""
+        with self._turn:
+            for one in results:
+                print(line_of(one), flush=True)
+            self.results = sorted((*self.results, *results), key=lambda one: (one["model"], one["degrees"]))
+            if self._path is not None and results:
+                self._path.write_text(json.dumps(self.results, indent=1) + "\n")
+
+
 @dataclass(frozen=True)
 class Lane:
     """A group of processes, one per GPU of `gpus`, that works through `tasks`."""
@@ -45,6 +65,7 @@ class Lane:
     gpus: Sequence[int]
     options: argparse.Namespace
     tasks: Sequence[Task]
+    record: Record
 
     def run(self) -> list[Result]:
         """What came of every task."""
@@ -62,7 +83,7 @@ class Lane:
             results, since = list[Result](), time.monotonic()
             while any(one.poll() is None for one in ranks):
                 time.sleep(0.2)
-                if more := _read(said, after=results):
+                if more := self._read(said, after=results):
                     results, since = results + more, time.monotonic()
                 if time.monotonic() - since > self.options.timeout or any(one.poll() for one in ranks):
                     time.sleep(1)
@@ -71,11 +92,17 @@ class Lane:
             for one in ranks:
                 one.kill()
                 one.wait()
-            results += _read(said, after=results)
+            results += self._read(said, after=results)
             if len(results) < len(tasks) and all(map(is_good, results)):
                 results.append(self._failed(tasks[len(results)], codes, Path(folder)))
-                print(line_of(results[-1]), flush=True)
+                self.record.add(results[-1:])
             return results
+
+    def _read(self, said: Path, after: Sequence[Result]) -> list[Result]:
+        """What has been written since."""
+        more: list[Result] = [json.loads(line) for line in said.read_text().splitlines()[len(after) :]]
+        self.record.add(more)
+        return more
 
     def _start(self, rank: int, tasks: Sequence[Task], said: Path, port: int, folder: Path) -> subprocess.Popen[bytes]:
         env = {
@@ -106,14 +133,6 @@ def _free_port() -> int:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]
     return port
-
-
-def _read(said: Path, after: Sequence[Result]) -> list[Result]:
-    """What has been written since, which is printed."""
-    more = [json.loads(line) for line in said.read_text().splitlines()[len(after) :]]
-    for one in more:
-        print(line_of(one), flush=True)
-    return more
 
 
 def is_good(one: Result) -> bool:
@@ -159,7 +178,8 @@ def arguments(description: str | None, *, degrees: str, lanes: int) -> argparse.
     parser.add_argument("--lanes", type=int, default=lanes)
     parser.add_argument("--timeout", type=float, default=150, help="seconds without a result after which a group ends")
     parser.add_argument("--logs", help="a folder for what groups that failed have written")
-    parser.add_argument("--output", help="where the results are written as JSON")
+    parser.add_argument("--output", type=Path, help="where results are written as JSON, after each of them")
+    parser.add_argument("--resume", action="store_true", help="leave out what --output has already, unless it failed")
     return parser
 
 
@@ -170,18 +190,20 @@ def share_out(options: argparse.Namespace, names: Sequence[str]) -> int:
     """
     import torch
 
-    tasks = [tuple(f"{name}@{degrees}".split("@")[:2]) for degrees in options.degrees.split(",") for name in names]
-    tasks, gpus = list(dict.fromkeys(tasks)), torch.cuda.device_count()
+    pairs = (f"{name}@{degrees}".split("@") for degrees in options.degrees.split(",") for name in names)
+    tasks: list[Task] = list(dict.fromkeys((name, degrees) for name, degrees, *_ in pairs))
+    gpus = torch.cuda.device_count()
     places = max(1, gpus // options.ranks)
     first = [number % places * options.ranks for number in range(options.lanes)]
+    record = Record(options.output, resume=options.resume)
+    tasks = [task for task in tasks if task not in record.done]
     lanes = [
-        Lane(range(gpus)[start : start + options.ranks], options, tasks[number :: options.lanes])
+        Lane(range(gpus)[start : start + options.ranks], options, tasks[number :: options.lanes], record)
         for number, start in enumerate(first)
     ]
     with ThreadPoolExecutor(len(lanes)) as pool:
-        results = sorted((one for found in pool.map(Lane.run, lanes) for one in found), key=lambda one: one["model"])
-    if options.output:
-        Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
+        list(pool.map(Lane.run, lanes))
+    results = record.results
     bad = [one for one in results if not is_good(one)]
     counts = {status: sum(one["status"] == status for one in results) for status in ("equal", "refused")}
     print(f"{counts['equal']} equal, {counts['refused']} refused, {len(bad)} failed or different", flush=True)

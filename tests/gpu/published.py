@@ -1,9 +1,11 @@
 """Models of published size in bf16 over real GPUs: `python tests/gpu/published.py --ranks 2 flux.1-dev wan2.1-t2v-14b`.
 
 Each model, with equal random weights on every rank, runs alone on one GPU with its repeated blocks compiled, and then
-ported in the default mode; the outputs are compared, and both are timed. `MODEL@auto` leaves the degrees to the
-planner. Goes on behind a failure in a new process and ends by itself; status 1 if anything failed, differed or was
-slower than one GPU.
+ported in the default mode; the outputs are compared, and both are timed. Without names: those of
+`xdit_ir.models.published`, each under u2 and, where its example has a batch that can be divided, c2. `MODEL@auto`
+leaves the degrees to the planner. With `--output FILE --resume` what an earlier run has written there is left out. Goes
+on behind a failure in a new process and ends by itself; status 1 if anything failed, differed or was slower than one
+GPU.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ def range_of(times: list[float]) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         lanes.work(tried, *json.loads(sys.argv[2]))
-    from xdit_ir import models
+    from xdit_ir.models.published import PUBLISHED
 
     given = lanes.arguments(__doc__, degrees="u2", lanes=1).parse_args()
-    sys.exit(lanes.share_out(given, given.names or sorted(models.names())))
+    sys.exit(
+        lanes.share_out(given, given.names or [f"{name}@{one}" for one, names in PUBLISHED.items() for name in names])
+    )

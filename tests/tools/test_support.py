@@ -131,3 +131,26 @@ def test_the_page_is_of_this_zoo() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][1:]
     named = [row.split(" | ")[0].removeprefix("| ") for row in rows]
     assert named == [*models.names(), "part", *models.part_calls()]
+
+
+def test_a_column_of_what_ran_on_gpus(packed: Survey, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Degrees by what became of them; of a model that was not run, nothing."""
+    ran = [
+        {"model": packed.name, "degrees": "u2", "status": "equal", "error": 1e-6, "seconds": 2.0},
+        {"model": packed.name, "degrees": "c2", "status": "equal", "error": 1e-6, "seconds": 2.0},
+        {"model": packed.name, "degrees": "p2", "status": "refused", "reason": "samples | begin elsewhere"},
+        {"model": packed.name, "degrees": "r2", "status": "different", "error": 0.5, "seconds": 2.0},
+    ]
+    text = page([packed, replace(packed, name="dit-xl-2-256")], ran)
+    header, _, row, other = [line for line in text.splitlines() if line.startswith("|")][:4]
+    columns = [cell.strip() for cell in header.split("|")]
+    cells, others = ([cell.strip() for cell in line.split("|")] for line in (row, other))
+    assert len(cells) == len(columns) and cells[columns.index("on GPUs")] == "c2 u2, p2 refused, r2 **different**"
+    assert others[columns.index("on GPUs")] == "-"
+    assert "* 2 of 3 runs on GPUs equal to the model alone; 1 refused." in text
+    assert f"* {packed.name}, p2: `samples / begin elsewhere`" in text and "differs by 5.0e-01" in text
+    assert "on GPUs" not in page([packed])
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text(json.dumps([{"contender": "u2"}]))
+    assert main(["support", packed.name, "--gpu", str(wrong)]) == 2
+    assert "tests/gpu/zoo.py" in capsys.readouterr().err
