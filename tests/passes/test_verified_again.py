@@ -14,8 +14,9 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import TracedProgram
 from xdit_ir.errors import VerifyError
-from xdit_ir.ir.graphs import map_graphs
+from xdit_ir.ir.graphs import all_graphs, map_graphs
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import LAYOUT, Program
 from xdit_ir.passes import find_tokens
 from xdit_ir.passes.base import run_passes
@@ -107,3 +108,16 @@ def test_streams_of_a_program_that_differs_in_sizes_are_not_searched_anew(
     tried.clear()
     assert TracedProgram(further, streams=known).analysed.tokens == want
     assert len(tried) == (anew if tries is None else tries)
+
+
+def test_passes_edit_what_they_have_made_and_nothing_else(analysed: Program) -> None:
+    """Whether somebody looks at every program in between or not, the last one is the same."""
+    before, seen = program_text(analysed, bodies=True), list[Program]()
+    edited = run_passes(analysed, mesh_passes(MESH))
+    assert program_text(analysed, bodies=True) == before and not edited.spare
+    watched = run_passes(analysed, mesh_passes(MESH), lambda _, program: seen.append(program))
+    texts = [program_text(program, bodies=True) for program in seen]
+    assert program_text(watched, bodies=True) == program_text(edited, bodies=True) == texts[-1]
+    assert not any(program.spare for program in seen)
+    graphs = [{id(graph) for _, graph, _ in all_graphs(program)} for program in (analysed, edited)]
+    assert graphs[0].isdisjoint(graphs[1])

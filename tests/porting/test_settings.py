@@ -77,6 +77,19 @@ def test_a_change_is_noticed(change: str) -> None:
     assert ModelSettings(model).unchanged()
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_earlier_settings_stand_for_new_ones_until_something_changes(change: str) -> None:
+    """Also what is asked for: of the same model, with the same code among the arguments, and all of it read."""
+    model, act = Model(), nn.ReLU()
+    earlier = [ModelSettings(model)]
+    assert ModelSettings.like(earlier, model, [3, None, "text"]) is earlier[0]
+    assert ModelSettings.like(earlier, model, [act.forward]) is not earlier[0]
+    assert ModelSettings.like(earlier, model, unread={(id(vars(model.last)), "scale")}) is not earlier[0]
+    assert ModelSettings.like(earlier, Model()) is not earlier[0]
+    CHANGES[change](model)
+    assert ModelSettings.like(earlier, model) is not earlier[0]
+
+
 def test_weights_are_not_part_of_it() -> None:
     model = Model()
     settings = ModelSettings(model)
