@@ -128,7 +128,7 @@ def _in_steps(model: nn.Module) -> Forward:
     """Calls of which each is a step to PyTorch's CUDA graphs: what one has given, the next one may overwrite."""
 
     def forward(**given: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return model(**given)
 
     return forward
