@@ -41,6 +41,7 @@ from xdit_ir.capture.values import (
     tensors_in,
 )
 from xdit_ir.errors import TraceError
+from xdit_ir.ir.wrappers import is_wrapper, parts_inside
 
 _ACCELERATORS = ("cuda", "xpu")
 _TABLE = 2
@@ -259,7 +260,9 @@ def _name(func: Any) -> str:
 
 def _is_traced(tensor: torch.Tensor) -> bool:
     """Whether a tensor is one of the trace, or wraps one in a transform of `torch.func`, below which it is seen."""
-    return isinstance(tensor, FakeTensor) or is_functorch_wrapped_tensor(tensor)
+    if isinstance(tensor, FakeTensor) or is_functorch_wrapped_tensor(tensor):
+        return True
+    return is_wrapper(tensor) and all(_is_traced(part) for _, part in parts_inside("", tensor))
 
 
 def check_lent(recorder: Recorder) -> None:
@@ -305,7 +308,7 @@ class PythonReads(TorchFunctionMode):
                 size = measured(self._recorder, func, args, kwargs)
             if size is not None:
                 return size
-        handler = self._handlers.get(func)
+        handler = self._handlers.get(func) if not (args and is_wrapper(args[0])) else None
         return func(*args, **kwargs) if handler is None else handler(func, args, kwargs)
 
     def _to_fake(self, tensor: torch.Tensor) -> torch.Tensor:

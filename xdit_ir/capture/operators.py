@@ -14,6 +14,7 @@ DEVICE = torch.ops.prim.device.default
 IDENTITY = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default})
 RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 MAYBE_WHOLE = frozenset({aten.slice.Tensor, aten.expand.default, aten.reshape.default})
+OWN = frozenset({"aten", "prims"})  # namespaces whose composite operators there are rules for
 READS = frozenset({aten.item.default, aten._local_scalar_dense.default, aten.is_nonzero.default})
 COMPARES = frozenset({aten.equal.default, aten.allclose.default})
 _SHAPE_ONLY = frozenset(

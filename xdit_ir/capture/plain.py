@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from xdit_ir.errors import TraceError
+from xdit_ir.ir.wrappers import parts_inside
 
 PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})  # classes of tensors that are what they look like
 _WRAPPERS = (DataParallel, DistributedDataParallel)
@@ -91,9 +92,18 @@ def _odd(model: nn.Module) -> Iterator[str]:
         yield from _hooks(where, module)
         for holder in (module._parameters, module._buffers, vars(module)):
             for name, tensor in dict.items(holder):
-                if isinstance(tensor, torch.Tensor) and (why := odd_tensor(f"{path}.{name}" if path else name, tensor)):
-                    yield why
+                if isinstance(tensor, torch.Tensor):
+                    yield from _odd_inside(f"{path}.{name}" if path else name, tensor)
         yield from _cast(where, module)
+
+
+def _odd_inside(name: str, tensor: torch.Tensor) -> Iterator[str]:
+    """What of a tensor, or of those that it is made of, cannot be traced."""
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or not isinstance(tensor, tensors.DTensor):
+        yield from (why for part, inner in parts_inside(name, tensor) if (why := odd_tensor(part, inner)))
+    elif (why := odd_tensor(name, tensor)) is not None:
+        yield why
 
 
 def _wrapper(where: str, module: nn.Module) -> Iterator[str]:

@@ -31,6 +31,7 @@ from xdit_ir.capture.values import (
 from xdit_ir.capture.writer import GraphWriter
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import CONSTANT, SPEC, Predicate, Where
+from xdit_ir.ir.wrappers import is_wrapper, with_parts
 
 
 class Recorder(GraphWriter):
@@ -134,8 +135,11 @@ class Recorder(GraphWriter):
     def state(self, names: list[str], real: torch.Tensor, origin: Origin) -> torch.Tensor:
         """The fake that stands for a parameter or another tensor of a module.
 
-        Its `get_attr` is written at its first use in a frame.
+        Its `get_attr` is written at its first use in a frame. A wrapper is one of fakes for its parts.
         """
+        if is_wrapper(real):
+            with self.recording(False):
+                return with_parts(real, lambda part, inner: self.state([f"{x}.{part}" for x in names], inner, origin))
         with self.recording(False):
             fake = self.blank(real, self.device if self.hollow else None)  # where its weights will be, so will be this
             carried = origin is not Origin.PARAMETER and real.device.type != "meta"

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from xdit_ir.capture.flex import attend, is_flex
 from xdit_ir.capture.kernels import KERNELS, attend_by
@@ -27,6 +27,7 @@ from xdit_ir.capture.operators import (
     DEVICE,
     IDENTITY,
     MAYBE_WHOLE,
+    OWN,
     READS,
     RESHAPES,
     aten,
@@ -69,6 +70,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._again(loop, self.recorder, *args, **kwargs)
         if isinstance(func, HigherOrderOperator):
             raise self.recorder.opaque(f"{source_line()}: the higher-order operator {func} cannot be captured")
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # what it does with its parts comes here next
         if func is DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         with self.recorder.recording(False):
@@ -88,7 +91,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.recorder.selections is not None and func in PUTS and is_selecting(self.recorder, func, args):
             return put(self.recorder, func, args, kwargs, self._again)
         about = facts(func)
-        if about.composite and (about.writes or about.aliases) and func not in RESHAPES:
+        opened = about.writes or about.aliases or func.namespace not in OWN
+        if about.composite and opened and func not in RESHAPES:
             return self._again(func.decompose, *args, **kwargs)
         return write(self.recorder, func, args, kwargs) if about.writes else self._record(func, args, kwargs)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.program import CONSTANT, Program
+from xdit_ir.ir.wrappers import is_wrapper
 
 Place = tuple[Any, Any]
 """A dict or list, and the key of an entry."""
@@ -46,6 +47,8 @@ def _at(place: Place) -> Any:
 
 
 def _place(container: Any, part: str) -> Place:
+    if is_wrapper(container):
+        return vars(container), part
     if isinstance(container, nn.Module):
         holders = (container._parameters, container._buffers, container._modules, container.__dict__)
         return next((holder for holder in holders if holder.get(part) is not None), container.__dict__), part

@@ -1,0 +1,58 @@
+"""Tensors that are made of several: quantised weights with their scales, which PyTorch calls traceable wrapper subclasses.
+
+A program has the plain tensors inside, each called by the name of the whole and that of the part
+(`proj.weight.scale`), and the operators that the wrapper runs on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
+
+
+def is_wrapper(item: Any) -> bool:
+    """Whether it is a tensor made of several, which lie in its attributes."""
+    if not isinstance(item, torch.Tensor) or not is_traceable_wrapper_subclass_type(type(item)):
+        return False
+    names, _ = _flat(item)
+    return all(name in vars(item) for name in names)
+
+
+def parts_inside(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The plain tensors inside, with their names; a tensor that is no wrapper is its own part."""
+    if not is_wrapper(tensor):
+        yield name, tensor
+        return
+    for part in _flat(tensor)[0]:
+        yield from parts_inside(f"{name}.{part}", vars(tensor)[part])
+
+
+def with_parts(tensor: torch.Tensor, made: Callable[[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A wrapper like `tensor` of what is `made` of each of its parts, by name."""
+    names, options = _flat(tensor)
+    parts = {name: made(name, vars(tensor)[name]) for name in names}
+    unflatten: Any = type(tensor).__tensor_unflatten__  # type: ignore[attr-defined]
+    with torch._C.DisableTorchFunction():
+        wrapped: torch.Tensor = unflatten(parts, options, tensor.shape, tensor.stride())
+    if isinstance(tensor, nn.Parameter):
+        wrapped._is_param = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def form_of(tensor: torch.Tensor) -> Any:
+    """What a wrapper computes with besides its parts: its class and options, and those of wrappers inside."""
+    if not is_wrapper(tensor):
+        return None
+    names, options = _flat(tensor)
+    return type(tensor), tuple(tensor.shape), options, [form_of(vars(tensor)[name]) for name in names]
+
+
+def _flat(tensor: Any) -> tuple[list[str], Any]:
+    """The names of a wrapper's parts and its options, as it says; not noticed by a trace."""
+    with torch._C.DisableTorchFunction():
+        flat: tuple[list[str], Any] = tensor.__tensor_flatten__()
+    return flat
