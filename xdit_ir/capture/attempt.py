@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from xdit_ir.capture.asked import asked_guards, noted
 from xdit_ir.capture.blocks import Blocks
 from xdit_ir.capture.caches import clean_caches
 from xdit_ir.capture.derivatives import recorded_derivatives
+from xdit_ir.capture.dressed import dressed, dressing
 from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unshareable
 from xdit_ir.capture.fingerprint import fingerprint
@@ -105,7 +107,7 @@ class Attempt:
             args |= {path: args[first.setdefault(id(x), path)] for path, x in leaves if path in values}
         with (
             noted(recorder.asked, model, as_called=self.keep),
-            _watched(model, Skeleton(model, recorder.state, functions), args, in_spec) as (skeleton, given, watch),
+            _watched(model, Skeleton(model, recorder.state, functions, partial(dressed, recorder)), args, in_spec) as (skeleton, given, watch),
         ):
             recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
             chosen = {(path, "forward") for path in rung.blocks} | rung.repeated
@@ -197,7 +199,7 @@ def _watch_module(module: nn.Module | None, owner: str, names: set[str], recorde
 def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str, Any]) -> Any:
     recorder.entry = _run.__code__
     try:
-        with uncompiled(), recorded_derivatives(), Tracer(recorder), PythonReads(recorder):
+        with uncompiled(), recorded_derivatives(), dressing(recorder), Tracer(recorder), PythonReads(recorder):
             output = model(*args, **kwargs)
             uncast(recorder.casts)
             return output

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from xdit_ir.capture.assertions import only_answer
+from xdit_ir.capture.dressed import as_class
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.operators import aten, facts
 from xdit_ir.capture.parts import is_library
@@ -286,6 +287,7 @@ class PythonReads(TorchFunctionMode):
         layouts = (torch.Tensor.stride, torch.Tensor.is_contiguous)
         self._handlers = {**dict.fromkeys(reads, self._read), **dict.fromkeys(makers, self._make)}
         self._handlers |= dict.fromkeys(layouts, self._note_layout)
+        self._handlers[torch.Tensor.as_subclass] = self._as_class
         self._handlers |= dict.fromkeys((torch.Tensor.storage_offset, torch.Tensor.data_ptr), self._refuse_offset)
         self._handlers[torch.Tensor.new_tensor] = self._make_like
 
@@ -336,6 +338,10 @@ class PythonReads(TorchFunctionMode):
             if any(root is not Origin.CONSTANT for root in expand(self._recorder.value(args[0]).roots)):
                 self._recorder.read_layouts = f"{source_line()} ({func.__name__})"
             return func(*args, **kwargs)
+
+    def _as_class(self, func: Any, args: Any, kwargs: Any) -> Any:
+        is_fake = isinstance(args[0], FakeTensor)
+        return as_class(self._recorder, *args, **kwargs) if is_fake else func(*args, **kwargs)
 
     def _refuse_offset(self, func: Any, args: Any, kwargs: Any) -> Any:
         raise TraceError(f"{source_line()}: {func.__name__}() is of the caller's memory, and not traced")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.wrappers import parts_inside
+from xdit_ir.ir.wrappers import is_dressed, parts_inside
 
 PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})  # classes of tensors that are what they look like
 _WRAPPERS = (DataParallel, DistributedDataParallel)
@@ -22,7 +22,6 @@ _FSDP = "torch.distributed.fsdp"
 # What the hooks do that diffusers keeps in these modules.
 _HOOKS = {
     "diffusers.hooks.group_offloading": "offloads weights (enable_group_offload)",
-    "diffusers.hooks.layerwise_casting": "casts weights around each layer (enable_layerwise_casting)",
     "diffusers.hooks.context_parallel": "divides the model already (enable_parallelism)",
     "diffusers.hooks.tensor_parallel": "divides the model already (enable_parallelism)",
 }
@@ -36,7 +35,7 @@ def odd_weight(model: nn.Module) -> str | None:
 def odd_tensor(name: str, tensor: torch.Tensor) -> str | None:
     """Why a tensor is not what its shape and dtype say; None if it is."""
     kind = type(tensor)
-    if kind not in PLAIN:
+    if kind not in PLAIN and not is_dressed(tensor):
         return (
             f"{name} is a {kind.__module__}.{kind.__qualname__}, which is no plain tensor: its operators are its own; "
             "give the model plain weights (dequantised, gathered, initialised)"
@@ -94,7 +93,6 @@ def _odd(model: nn.Module) -> Iterator[str]:
             for name, tensor in dict.items(holder):
                 if isinstance(tensor, torch.Tensor):
                     yield from _odd_inside(f"{path}.{name}" if path else name, tensor)
-        yield from _cast(where, module)
 
 
 def _odd_inside(name: str, tensor: torch.Tensor) -> Iterator[str]:
@@ -120,20 +118,3 @@ def _hooks(where: str, module: nn.Module) -> Iterator[str]:
         if (what := _HOOKS.get(type(hook).__module__)) is not None:
             kind = type(hook).__name__
             yield f"{where} has a hook of diffusers, {kind}, which {what}; port the model without it"
-
-
-def _is_stored(dtype: torch.dtype) -> bool:
-    """Whether it is a type of which PyTorch stores numbers, and does not compute with them."""
-    return dtype.is_floating_point and dtype.itemsize == 1
-
-
-def _cast(where: str, module: nn.Module) -> Iterator[str]:
-    """Weights in a type that nothing computes with, and something around forward."""
-    around = "forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks
-    weights = ((name, weight) for name, weight in dict.items(module._parameters) if weight is not None)
-    for name, dtype in ((name, weight.dtype) for name, weight in weights if _is_stored(weight.dtype)):
-        if around:
-            yield (
-                f"{where}.{name} is stored as {dtype}, and a hook around {where} casts it; give the model weights of "
-                "the dtype in which it computes"
-            )

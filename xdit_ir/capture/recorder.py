@@ -66,6 +66,7 @@ class Recorder(GraphWriter):
         self.predicates: list[Predicate] = []
         self.lent: list[tuple[Any, Any, torch.Tensor, int | None]] = []  # arrays, what they held, of which tensors
         self._values: dict[int, TracedValue] = {}
+        self._twins: list[torch.Tensor] = []  # so that their ids stay theirs
         self._state_names: dict[int, list[str]] = {}
         self.outside: dict[int, str] = {}
         self.state_of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
@@ -161,6 +162,13 @@ class Recorder(GraphWriter):
             self.tables[names[0]] = value, real
         self._state_names[id(fake)] = names
         return fake
+
+    def twin(self, fake: torch.Tensor) -> torch.Tensor:
+        """Another fake tensor for the same value."""
+        made = self.blank(fake, fake.device)
+        self._twins.append(made)
+        self._values[id(made)] = self.value(fake)
+        return made
 
     def keep(self, real: torch.Tensor, name: str = "literal") -> str:
         """A name for a tensor constant of the program."""

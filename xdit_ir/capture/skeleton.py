@@ -15,8 +15,10 @@ from xdit_ir.capture.methods import StandIn
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Origin
 from xdit_ir.errors import StateError
+from xdit_ir.ir.wrappers import is_dressed
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
+Dress = Callable[[torch.Tensor, type, dict[str, Any]], torch.Tensor]
 _ATOMS = (
     str,
     bytes,
@@ -35,6 +37,10 @@ _HEAP_TYPE = 1 << 9
 _SKIPPED = ("_parameters", "_buffers", "_modules")
 _COMPILED = "_compiled_call_impl"  # of module.compile(): bound to the original
 _DEPTH = 3
+
+
+def _undressed(fake: torch.Tensor, kind: type, held: dict[str, Any]) -> torch.Tensor:
+    return fake
 
 
 class LazyState(dict[str, Any]):
@@ -80,14 +86,18 @@ class Skeleton:
     """
 
     def __init__(
-        self, model: nn.Module, make_state: MakeState, functions: Mapping[int, Callable[..., Any]] | None = None
+        self,
+        model: nn.Module,
+        make_state: MakeState,
+        functions: Mapping[int, Callable[..., Any]] | None = None,
+        dress: Dress = _undressed,
     ) -> None:
         self._copies: dict[int, Any] = {}
         self._functions = functions or {}
         self._originals: list[Any] = []
         self._pairs: dict[int, Any] = {}  # of as many originals as are `_paired`
         self._paired = 0
-        self._make_state = make_state
+        self._make_state, self._dress = make_state, dress
         self._names, self._registered = _state_names(model)
         self.model = self._module(model)
         self.modules = {path: self._module(module) for path, module in model.named_modules()}
@@ -154,6 +164,8 @@ class Skeleton:
         if id(tensor) not in self._copies:
             origin = Origin.PARAMETER if isinstance(tensor, nn.Parameter) else Origin.BUFFER
             fake = self._make_state(self._names[id(tensor)], tensor, origin)
+            if is_dressed(tensor):
+                fake = self._dress(fake, type(tensor), {name: self._copy(held) for name, held in vars(tensor).items()})
             if origin is Origin.PARAMETER:
                 fake._is_param = True
             self._remember(tensor, fake)

@@ -10,7 +10,7 @@ from torch import nn
 
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.program import CONSTANT, Program
-from xdit_ir.ir.wrappers import is_wrapper
+from xdit_ir.ir.wrappers import bare, is_wrapper
 
 Place = tuple[Any, Any]
 """A dict or list, and the key of an entry."""
@@ -36,9 +36,8 @@ def way_to(model: nn.Module, name: str) -> list[Place]:
 
 
 def find_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """The tensor of this name; raises as `way_to`."""
-    found: torch.Tensor = _at(way_to(model, name)[-1])
-    return found
+    """The tensor of this name, without what its class adds in Python; raises as `way_to`."""
+    return bare(_at(way_to(model, name)[-1]))
 
 
 def _at(place: Place) -> Any:

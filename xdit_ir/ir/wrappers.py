@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
+
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})
 
 
 def is_wrapper(item: Any) -> bool:
@@ -49,6 +53,21 @@ def form_of(tensor: torch.Tensor) -> Any:
         return None
     names, options = _flat(tensor)
     return type(tensor), tuple(tensor.shape), options, [form_of(vars(tensor)[name]) for name in names]
+
+
+def is_dressed(tensor: torch.Tensor) -> bool:
+    """Whether it holds plain numbers, to which its class adds nothing but Python."""
+    kind = type(tensor)
+    plain = kind in _PLAIN or isinstance(tensor, UninitializedTensorMixin)
+    return not plain and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def bare(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor of a dressed one, in the same memory; any other is itself."""
+    if not is_dressed(tensor):
+        return tensor
+    with torch._C.DisableTorchFunction():
+        return tensor.as_subclass(torch.Tensor)
 
 
 def _flat(tensor: Any) -> tuple[list[str], Any]:
