@@ -13,6 +13,7 @@ from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
+from xdit_ir.passes.extremes import extreme_of_rows
 from xdit_ir.passes.given_back import is_needed
 from xdit_ir.passes.patches import patches_of_convolution, patches_of_fold, patches_of_transposed, patches_of_unfold
 from xdit_ir.passes.unbound import unbind_selected
@@ -31,8 +32,9 @@ COPIES = (
 @dataclass(frozen=True)
 class Canonicalize:
     """Drop copies, no-op casts and factors of 1, collapse view chains, write convolutions that make tokens of patches,
-    or patches of tokens, as matrix products, `unfold` and `fold` of windows side by side as views, and attention as one
-    `attention` operator. What loops take apart row by row is taken apart at once.
+    or patches of tokens, as matrix products, `unfold` and `fold` of windows side by side as views, attention as one
+    `attention` operator, and the largest element of a tensor as that of its rows. What loops take apart row by row is
+    taken apart at once.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -61,6 +63,7 @@ def _canonicalize(graph: fx.Graph) -> None:
             _attention,
             _collapse_views,
             _reshape,
+            extreme_of_rows,
         ):
             if rewrite(graph, node):
                 break

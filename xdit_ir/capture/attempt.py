@@ -107,7 +107,11 @@ class Attempt:
             args |= {path: args[first.setdefault(id(x), path)] for path, x in leaves if path in values}
         with (
             noted(recorder.asked, model, as_called=self.keep),
-            _watched(model, Skeleton(model, recorder.state, functions, partial(dressed, recorder)), args, in_spec) as (skeleton, given, watch),
+            _watched(model, Skeleton(model, recorder.state, functions, partial(dressed, recorder)), args, in_spec) as (
+                skeleton,
+                given,
+                watch,
+            ),
         ):
             recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
             chosen = {(path, "forward") for path in rung.blocks} | rung.repeated

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import fx
 
+from xdit_ir.ir.program import SPEC
 from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, Rule, as_layouts, rules_of
 from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, plain, unary
 from xdit_ir.rules.pointwise import POINTWISE
@@ -65,6 +67,11 @@ def _share_of_mean(call: OpCall, sharding: OpSharding) -> Localize | None:
 SUM = labelled(_reduce, sums=True)
 MEAN = labelled(_reduce, _share_of_mean, sums=True)
 REDUCE = labelled(_reduce)
+
+
+def is_extreme(node: fx.Node) -> bool:
+    """Whether it is the one largest or smallest element of a tensor."""
+    return node.target in (aten.amax.default, aten.amin.default) and math.prod(node.meta[SPEC].shape) == 1
 
 
 def _cosine(call: OpCall) -> Labels:

@@ -3,8 +3,9 @@
 A pass may gather a value long before the operator that needs it: before a block, or once for all its calls. So each
 gathered value is followed as if it had stayed divided, through the operators whose rules accept that, to those that do
 not. No fallbacks are keys of attentions, conditions that are broadcast to a stream (divided or not), and what is only
-put in place, to be divided again or as an output of the model; nor is an operator whose work is divided by another
-dim instead (a projection of which each rank makes some features).
+put in place, to be divided again or as an output of the model; the one largest or smallest element, for which a number
+a row is gathered; nor is an operator whose work is divided by another dim instead (a projection of which each rank makes
+some features).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from xdit_ir.ir.program import LAYOUT, SPEC, Program, called_block, is_block_cal
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, as_layouts, dividing_dims_of
 from xdit_ir.rules.pointwise import is_pointwise
+from xdit_ir.rules.reductions import is_extreme
 from xdit_ir.sharding.cost import local_flops, relayout_bytes
 from xdit_ir.sharding.propagate import FALLBACK
 
@@ -115,7 +117,8 @@ def _chosen(gathers: Sequence[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
     users = [(user, gather) for gather in gathers for user in gather.users if user.target not in ops.ATTENTIONS]
     found: dict[fx.Node, frozenset[fx.Node]] = {}
     for user, gather in users:
-        if not ops.is_relayout(user.target) and not _is_broadcast(gather, user):
+        skipped = ops.is_relayout(user.target) or is_extreme(user)
+        if not skipped and not _is_broadcast(gather, user):
             found[user] = found.get(user, frozenset()) | {gather}
     return found
 
@@ -197,7 +200,7 @@ class _Walk:
         together = frozenset[fx.Node]().union(*needed)
         along = frozenset[str]().union(*(_dims_of(gather, self.mesh) for gather in together))
         shared = along <= dividing_dims_of(node, self.mesh)  # its work is divided by another dim instead
-        if together and not shared and node.target not in ops.ATTENTIONS:
+        if together and not shared and node.target not in ops.ATTENTIONS and not is_extreme(node):
             self.needs[node] = self.needs.get(node, frozenset()) | together
         return _as_it_is(node)
 
