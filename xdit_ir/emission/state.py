@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_not
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from xdit_ir.capture.tensor_types import TensorTypes
 from xdit_ir.capture.versions import Versions
 from xdit_ir.emission.parts import NOTHING, AllStored
 from xdit_ir.errors import MismatchError
-from xdit_ir.ir.named_tensors import way_to
+from xdit_ir.ir.named_tensors import Place, way_to
 from xdit_ir.ir.program import TensorSpec
+from xdit_ir.ir.wrappers import bare, form_of, is_wrapper
 
 
 @dataclass(eq=False)
@@ -81,14 +83,15 @@ class WeightReferences:
         self, model: nn.Module, names: Sequence[str], specs: Mapping[str, TensorSpec], device: torch.device
     ) -> None:
         self.names, self._device = list(names), device
-        ways = [way_to(model, name) for name in names]
-        self._places = [way[-1] for way in ways]
-        self._above = list({(id(holder), key): (holder, key) for way in ways for holder, key in way[:-1]}.values())
-        self._owners = [holder[key] for holder, key in self._above]
         self._specs = [specs[name] for name in names]
-        holders = list({id(holder): holder for way in ways for holder, _ in way}.values())
-        self.places = Versions([holder for holder in holders if type(holder) is dict])
-        self._counted = all(type(holder) is dict for holder in holders)
+        ways = self._find(model)
+        self._model = model if self._wrappers else None
+        self._forms = self._forms_now()
+        above = {(id(holder), key): (holder, key) for way in ways for holder, key in way[:-1]}.values()
+        self._above = [(holder, key) for holder, key in above if not isinstance(holder[key], torch.Tensor)]
+        self._owners = [holder[key] for holder, key in self._above]
+        self.places = Versions(self._counted)
+        self._plain: dict[int, torch.Tensor] = {}
         self._tensors = self._read()
         self._types = TensorTypes(self._tensors)
         for name, tensor in zip(names, self.fetch(), strict=True):
@@ -104,9 +107,25 @@ class WeightReferences:
             return False
         return True
 
+    def _find(self, model: nn.Module) -> list[list[Place]]:
+        """Where the tensors are now: the ways to them."""
+        ways = [way_to(model, name) for name in self.names]
+        self._places = [way[-1] for way in ways]
+        wrappers = {id(holder[key]): (holder, key) for way in ways for holder, key in way if is_wrapper(holder[key])}
+        self._wrappers = list(wrappers.values())
+        self._parts = [vars(holder[key]) for holder, key in self._wrappers]
+        holders = list({id(holder): holder for way in ways for holder, _ in way}.values())
+        self._counted = [holder for holder in holders if type(holder) is dict]
+        self._all_counted = len(self._counted) == len(holders)
+        return ways
+
+    def _forms_now(self) -> list[Any]:
+        return [form_of(holder[key]) for holder, key in self._wrappers]
+
     def fetch(self) -> list[torch.Tensor]:
         """The tensors, in the order of their names; raises `MismatchError` if the program no longer fits them."""
-        if self.places.changed() or not self._counted:
+        changed = self.places.changed() or not self._all_counted or self._plain
+        if changed or any(vars(holder[key]) is not held for (holder, key), held in self._opened()):
             self._tensors = self._read()
             self.places.accept()
         tensors = self._tensors
@@ -125,6 +144,11 @@ class WeightReferences:
             replaced = True
         if replaced:
             raise MismatchError("modules of the model were replaced since it was traced")
+        if self._model is not None:
+            self._find(self._model)
+            self.places.held = self._counted
+            if self._forms_now() != self._forms:
+                raise MismatchError("weights of the model were quantised in another way since it was traced")
         try:
             tensors = [holder[key] for holder, key in self._places]
         except LookupError as error:
@@ -133,7 +157,21 @@ class WeightReferences:
             if not isinstance(tensor, torch.Tensor):
                 raise MismatchError(f"parameter or buffer {name!r} of the model was removed: it is {tensor!r}")
             check_type(name, tensor, spec)
-        return tensors
+        return [self._undressed(place, tensor) for place, tensor in enumerate(tensors)]
+
+    def _opened(self) -> Iterator[tuple[Place, dict[str, Any]]]:
+        """Tensors of several, and what lay in their attributes."""
+        return zip(self._wrappers, self._parts, strict=True)
+
+    def _undressed(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
+        """The plain tensor in a dressed one: the same object as long as it lies in the same memory."""
+        plain = bare(tensor)
+        if plain is tensor:
+            return tensor
+        before = self._plain.get(place)
+        if before is None or before.data_ptr() != plain.data_ptr() or before.device != plain.device:
+            before = self._plain[place] = plain
+        return before
 
 
 def check_type(name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
