@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_ir.capture.parts import Members, Part, is_opaque, parts_of
 from xdit_ir.capture.values import contents
-from xdit_ir.ir.wrappers import form_of, is_dressed
+from xdit_ir.ir.wrappers import form_of
 
 _SKIPPED = frozenset({"_parameters", "_buffers", "_modules"})
 TRACED = "_xdit_traced_forward"  # marks the tracer's own wrapper of a forward, and is what it wraps
@@ -113,11 +113,7 @@ class _Printer:
         if tensor is None:
             return None
         first = self._seen.setdefault(id(tensor), len(self._seen))
-        return (first, _form(tensor), self.describe(form_of(tensor)), self._dress(tensor))
-
-    def _dress(self, tensor: torch.Tensor) -> Any:
-        """What a class that adds Python to a tensor keeps with it."""
-        return tuple((name, self.describe(held)) for name, held in vars(tensor).items()) if is_dressed(tensor) else ()
+        return (first, _form(tensor), self.describe(form_of(tensor)))
 
     def describe(self, item: Any) -> Any:
         if isinstance(item, _VALUES) and (isinstance(item, type) or not getattr(item, "__dict__", None)):

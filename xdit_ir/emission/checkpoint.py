@@ -23,6 +23,7 @@ from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import find_tensor
 from xdit_ir.ir.program import TensorSpec
 from xdit_ir.ir.stored import Filling, bytes_of
+from xdit_ir.ir.wrappers import hollow_like, parts_inside
 from xdit_ir.transport.uploads import room_beside
 
 INDEX, SHARD = ".safetensors.index.json", ".safetensors"
@@ -244,12 +245,12 @@ class WeightStore:
         parts = Filling(self._parts.lacking(names, stored), specs, room_beside(self.device))
         if self.release:
             gc.collect()  # cycles that a trace left behind hold the model's tensors, which would pile up below
-        places = {name: (holder, leaf) for name, holder, leaf in _tensors_of(self.model)} if self.release else {}
-        for name, (holder, leaf) in places.items():
-            if not self._saved(name):
-                if name in wanted:
-                    self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
-                parts.fill(name, partial(self._bytes, name, specs))
+        for path, holder, leaf in _tensors_of(self.model) if self.release else ():
+            for name, _ in parts_inside(path, holder[leaf]):
+                if not self._saved(name):
+                    if name in wanted:
+                        self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
+                    parts.fill(name, partial(self._bytes, name, specs))
             _drop(holder, leaf)
         for name in parts.wanted:
             parts.fill(name, partial(self._bytes, name, specs))
@@ -363,5 +364,5 @@ def _drop(holder: dict[str, Any], leaf: str) -> None:
     tensor = holder[leaf]
     if tensor is None or tensor.is_meta:
         return
-    meta = torch.empty_like(tensor, device="meta")
-    holder[leaf] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    holder[leaf] = hollow = hollow_like(tensor)
+    hollow.requires_grad_(tensor.requires_grad)

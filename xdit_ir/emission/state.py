@@ -18,7 +18,7 @@ from xdit_ir.emission.parts import NOTHING, AllStored
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import Place, way_to
 from xdit_ir.ir.program import TensorSpec
-from xdit_ir.ir.wrappers import bare, form_of, is_wrapper
+from xdit_ir.ir.wrappers import bare, form_of, is_dressed, is_wrapper
 
 
 @dataclass(eq=False)
@@ -111,10 +111,11 @@ class WeightReferences:
         """Where the tensors are now: the ways to them."""
         ways = [way_to(model, name) for name in self.names]
         self._places = [way[-1] for way in ways]
-        wrappers = {id(holder[key]): (holder, key) for way in ways for holder, key in way if is_wrapper(holder[key])}
-        self._wrappers = list(wrappers.values())
+        tensors = ((place, place[0][place[1]]) for way in ways for place in way)
+        odd = {id(tensor): place for place, tensor in tensors if is_wrapper(tensor) or is_dressed(tensor)}
+        self._wrappers = list(odd.values())
         self._parts = [vars(holder[key]) for holder, key in self._wrappers]
-        holders = list({id(holder): holder for way in ways for holder, _ in way}.values())
+        holders = list({id(one): one for one in (*(holder for way in ways for holder, _ in way), *self._parts)}.values())
         self._counted = [holder for holder in holders if type(holder) is dict]
         self._all_counted = len(self._counted) == len(holders)
         return ways

@@ -48,7 +48,10 @@ def with_parts(tensor: torch.Tensor, made: Callable[[str, torch.Tensor], torch.T
 
 
 def form_of(tensor: torch.Tensor) -> Any:
-    """What a wrapper computes with besides its parts: its class and options, and those of wrappers inside."""
+    """What a wrapper computes with besides its parts: its class and options, and those of wrappers inside; or what the
+    class of a dressed tensor keeps with it. None for others."""
+    if is_dressed(tensor):
+        return type(tensor), dict(vars(tensor))
     if not is_wrapper(tensor):
         return None
     names, options = _flat(tensor)
@@ -68,6 +71,19 @@ def bare(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     with torch._C.DisableTorchFunction():
         return tensor.as_subclass(torch.Tensor)
+
+
+def hollow_like(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the meta device: without contents, and of the same kind."""
+    if is_wrapper(tensor):
+        return with_parts(tensor, lambda name, part: hollow_like(part))
+    with torch._C.DisableTorchFunction():
+        meta = torch.empty_like(tensor.detach(), device="meta")
+        if not is_dressed(tensor):
+            return nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+        made: torch.Tensor = torch.Tensor._make_subclass(type(tensor), meta, False)
+    vars(made).update(vars(tensor))
+    return made
 
 
 def _flat(tensor: Any) -> tuple[list[str], Any]:
