@@ -112,9 +112,16 @@ class Checkpoint:
         for name in names:
             self._file(name)
 
+    def called(self, name: str) -> str:
+        """What the files call a tensor: a part of a quantised weight (`to_q.weight.scale`) may be `to_q._weight_scale`
+        there, as torchao flattens state dicts."""
+        *path, leaf, part = ("", *name.split("."))
+        flat = ".".join([*path[1:], f"_{leaf}_{part}"])
+        return flat if name not in self.files and flat in self.files else name
+
     def check(self, name: str, spec: TensorSpec) -> None:
         """Raise unless the tensor is there and fits; reads headers only."""
-        path = self._file(name)
+        path, name = self._file(name), self.called(name)
         with _opened(path, name) as file:
             if name not in file.keys():  # noqa: SIM118
                 raise MismatchError(f"{path} has no tensor {name!r}, though {self.source.name} says so")
@@ -134,7 +141,7 @@ class Checkpoint:
         self.check(name, spec)
         result = torch.empty(spec.shape, dtype=spec.dtype, device=device)
         with self._reading(name) as file:
-            result.copy_(file.get_tensor(name))
+            result.copy_(file.get_tensor(self.called(name)))
         return result
 
     def read_bytes(self, name: str, spec: TensorSpec, start: int, length: int) -> torch.Tensor:
@@ -145,7 +152,7 @@ class Checkpoint:
         row = spec.nbytes // spec.shape[0]
         first, last = start // row, -(-(start + length) // row)
         with self._reading(name) as file:
-            rows = file.get_slice(name)[first:last]
+            rows = file.get_slice(self.called(name))[first:last]
             return bytes_of(rows.to(spec.dtype)).narrow(0, start - first * row, length).clone()
 
     @contextmanager
@@ -159,6 +166,7 @@ class Checkpoint:
                 raise MismatchError(f"{path}: tensor {name!r} cannot be read: {error}") from error
 
     def _file(self, name: str) -> Path:
+        name = self.called(name)
         if name not in self.files:
             near = difflib.get_close_matches(name, self.files, n=1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
@@ -282,7 +290,9 @@ class WeightStore:
 
     def _saved(self, name: str) -> bool:
         """Whether the checkpoint has to have it: it does, or the model has nothing either."""
-        return self.checkpoint is not None and (name in self.checkpoint.files or self._find(name) is None)
+        return self.checkpoint is not None and (
+            self.checkpoint.called(name) in self.checkpoint.files or self._find(name) is None
+        )
 
     def _find(self, name: str) -> torch.Tensor | None:
         found = find_tensor(self.model, name)
