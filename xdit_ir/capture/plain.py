@@ -17,7 +17,8 @@ from xdit_ir.ir.wrappers import is_dressed, parts_inside
 
 PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})  # classes of tensors that are what they look like
 _WRAPPERS = (DataParallel, DistributedDataParallel)
-Casts = list[tuple[dict[str, Any], str, Any]]
+Casts = dict[tuple[int, str], tuple[dict[str, Any], Any, torch.dtype]]
+"""By holder and name: the dict that holds a weight, the weight before it was cast, and its dtype."""
 _FSDP = "torch.distributed.fsdp"
 # What the hooks do that diffusers keeps in these modules.
 _HOOKS = {
@@ -48,7 +49,8 @@ def odd_tensor(name: str, tensor: torch.Tensor) -> str | None:
 
 def applied(path: str, module: nn.Module, casts: Casts) -> Callable[..., nn.Module]:
     """What `to` and the like do to a copied module while it is traced: weights are cast at every call, by operators, as
-    long as forward runs, and noted in `casts`; moving them is refused."""
+    long as forward runs, and noted in `casts`; moving them is refused. Cast back from a type that has all numbers of
+    the one before, they are what they were."""
 
     def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         for child in module.modules() if recurse else (module,):
@@ -62,9 +64,14 @@ def applied(path: str, module: nn.Module, casts: Casts) -> Callable[..., nn.Modu
                             f"{path or 'the model'}: forward, or a hook around it, moves its {name} ({tensor.device}) "
                             f"to {made.device}; move weights before"
                         )
-                    if made.dtype != tensor.dtype:
-                        casts.append((held, name, dict.__getitem__(held, name)))
-                        dict.__setitem__(held, name, made)
+                    if made.dtype == tensor.dtype:
+                        continue
+                    key = id(held), name
+                    _, before, dtype = casts.setdefault(key, (held, dict.__getitem__(held, name), tensor.dtype))
+                    if made.dtype == dtype and _has_all(tensor.dtype, dtype):
+                        made = before
+                        del casts[key]
+                    dict.__setitem__(held, name, made)
         return module
 
     return apply
@@ -72,9 +79,18 @@ def applied(path: str, module: nn.Module, casts: Casts) -> Callable[..., nn.Modu
 
 def uncast(casts: Casts) -> None:
     """Give copied modules the weights back that they had."""
-    while casts:
-        holder, name, before = casts.pop()
+    for (_, name), (holder, before, _) in casts.items():
         dict.__setitem__(holder, name, before)
+    casts.clear()
+
+
+def _has_all(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of one floating-point type is one of another."""
+    if not (wide.is_floating_point and narrow.is_floating_point):
+        return False
+    one, other = torch.finfo(wide), torch.finfo(narrow)
+    least = one.smallest_normal * one.eps <= other.smallest_normal * other.eps
+    return least and one.eps <= other.eps and one.max >= other.max
 
 
 def _odd(model: nn.Module) -> Iterator[str]:

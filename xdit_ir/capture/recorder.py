@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xdit_ir.capture.failures import Unshareable
-from xdit_ir.capture.plain import odd_tensor
+from xdit_ir.capture.plain import Casts, odd_tensor
 from xdit_ir.capture.quick import quick_shape
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.source import source_line
@@ -61,7 +61,7 @@ class Recorder(GraphWriter):
         self.buffers: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.tables: dict[str, tuple[TracedValue, torch.Tensor]] = {}
-        self.casts: list[tuple[dict[str, Any], str, Any]] = []
+        self.casts: Casts = {}
         self.filled: dict[str, torch.Tensor] = {}
         self.predicates: list[Predicate] = []
         self.lent: list[tuple[Any, Any, torch.Tensor, int | None]] = []  # arrays, what they held, of which tensors
