@@ -90,7 +90,8 @@ class Attempt:
 
     def run(self, selections: Selections | None) -> Captured:
         """What is captured; raises one of `FAILURES` where it cannot be done on this rung."""
-        functions, model = replacements(), self.rung.model
+        model = self.rung.model
+        functions = replacements(model)
         with collector_paused(), clean_caches(model), replaced(functions, model.modules()):
             return copy_context().run(self._recorded, functions, selections)  # a context variable cannot be unset
 

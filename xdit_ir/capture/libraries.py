@@ -1,4 +1,5 @@
-"""Calls of attention libraries (flash-attn 2 and 3, xformers, SageAttention), captured as PyTorch's own attention.
+"""Calls of attention libraries (flash-attn 2 and 3, xformers, SageAttention), captured as PyTorch's own attention; and
+of torchao's product of integers, which looks at how a tensor is printed.
 
 Their kernels do not run on fake tensors, and the libraries need not be installed where a model is traced: it is
 enough that its code holds functions of these names. What a call computes follows from its arguments, as the libraries
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from xdit_ir.capture.packed_attention import PackedAttention
 from xdit_ir.capture.source import source_line
@@ -170,6 +172,24 @@ _SAGE = {
     "sageattn": "q k v tensor_layout is_causal sm_scale return_lse",
     "sageattn_varlen": f"q k v {_VARLEN} is_causal sm_scale smooth_k",
 }
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """torchao: a product of int8 matrices, summed up in int32."""
+
+    def replacing(self, name: str, original: Any) -> Callable[..., Any]:
+        """What takes the place of the library's function."""
+
+        def product(input: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
+            rows, inner, columns = *input.shape, mat2.shape[1]
+            fits = input.device.type == "cpu" or (rows > _FEW_ROWS and inner % 8 == 0 and columns % 8 == 0)
+            return torch._int_mm(input, mat2) if fits else (input.double() @ mat2.double()).to(torch.int32)
+
+        return product
+
+
+_FEW_ROWS = 16  # as many, or fewer, no kernel of CUDA takes
 # By the package that a function is from, the top-level name of its module.
 _LIBRARIES: dict[str, dict[str, _Function]] = {
     "flash_attn": _flashes(_FLASH_2),
@@ -179,13 +199,18 @@ _LIBRARIES: dict[str, dict[str, _Function]] = {
     },
     "sageattention": {name: _Function(text, _sage) for name, text in _SAGE.items()},
 }
+_WEIGHTS = {"torchao": {"safe_int_mm": _Integers()}}
 
 
-def replacements() -> dict[int, Callable[..., Any]]:
-    """What takes the place of the libraries' functions, by the id of theirs, in modules imported under their names."""
+def replacements(model: nn.Module) -> dict[int, Callable[..., Any]]:
+    """What takes the place of the libraries' functions, by the id of theirs, in modules imported under their names; of
+    those for weights of their own, if the model has such."""
     found: dict[int, Callable[..., Any]] = {}
+    packages = {type(weight).__module__.partition(".")[0] for weight in model.parameters()}
     for module_name, module in list(sys.modules.items()):
-        for name, function in _LIBRARIES.get(module_name.partition(".")[0], {}).items():
+        package = module_name.partition(".")[0]
+        known = _WEIGHTS.get(package, {}) if package in packages else _LIBRARIES.get(package, {})
+        for name, function in known.items():
             original = getattr(module, "__dict__", {}).get(name)
             if callable(original) and id(original) not in found:
                 found[id(original)] = function.replacing(name, original)
