@@ -6,7 +6,17 @@ from collections import Counter
 
 import torch
 
-from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, Rule, as_layouts, rules_of, same_call
+from xdit_ir.rules.base import (
+    LocalCall,
+    Localize,
+    OpCall,
+    OpSharding,
+    Rule,
+    as_layouts,
+    rules_of,
+    same_call,
+    verified,
+)
 from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, plain
 
 aten = torch.ops.aten
@@ -91,17 +101,46 @@ def _einsum(call: OpCall) -> Labels | str:
 
 
 def _scaled(call: OpCall) -> Labels:
-    """A product of few bits: rows are free, and their scales; kernels ask for columns in multiples of 16."""
+    """A product of few bits: rows and columns are free, and their scales; kernels ask for columns in multiples of 16."""
     shapes = {name: spec.shape for name, spec in zip(call.slots, call.specs, strict=True)}
-    scales = shapes.get("scale_a", ())
-    of_rows = (ROWS, None) if len(scales) == 2 and scales[0] == shapes["self"][0] > 1 else None
-    return by_argument(call, (ROWS, None), self=(ROWS, None), **({"scale_a": of_rows} if of_rows else {}))
+    columns = _in_multiples(call, 16)
+    scales: dict[str, Names] = {"bias": (columns,)} if "bias" in shapes else {}
+    if len(of_rows := shapes.get("scale_a", ())) == 2 and of_rows[0] == shapes["self"][0] > 1:
+        scales["scale_a"] = (ROWS, None)
+    if len(of_columns := shapes.get("scale_b", ())) == 2 and of_columns[1] == shapes["mat2"][1] > 1:
+        scales["scale_b"] = (None, columns)
+    return by_argument(call, (ROWS, columns), self=(ROWS, None), mat2=(None, columns), **scales)
 
 
 def _of_integers(call: OpCall) -> Labels:
-    """Rows are free, of which CUDA wants more than 16."""
-    rows = ROWS if call.specs[0].shape[0] > _FEW_ROWS * call.mesh.world_size else None
-    return by_argument(call, (rows, None), self=(rows, None))
+    """Rows and columns are free, of which kernels want multiples of 8."""
+    columns = _in_multiples(call, 8)
+    return by_argument(call, (ROWS, columns), self=(ROWS, None), mat2=(None, columns))
+
+
+def _in_multiples(call: OpCall, count: int) -> str | None:
+    """Columns, if they would be divided in multiples of this; else they stay whole."""
+    operands = zip(call.slots, call.layouts, strict=True)
+    parts = [one.dims[-1] for name, one in operands if name in ("mat2", "scale_b", "bias") and one.dims]
+    sizes = (size for part in parts if part is not None for size in part.sizes)
+    return None if any(size % count for size in sizes) else COLUMNS
+
+
+def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`torch._int_mm`, of which CUDA wants more than 16 rows, of any number of rows."""
+    rows = left.shape[0]
+    if rows > _FEW_ROWS:
+        return torch._int_mm(left, right)
+    return torch._int_mm(torch.nn.functional.pad(left, (0, 0, 0, _FEW_ROWS + 1 - rows)), right)[:rows]
+
+
+def _padded(call: OpCall, sharding: OpSharding) -> Localize | None:
+    """A rank's few rows are filled up, where all together are enough."""
+    parts = [as_layouts(sharding.outputs)[0].local_shape(call.out.shape, rank) for rank in range(call.mesh.world_size)]
+    if call.out.shape[0] <= _FEW_ROWS or min(rows for rows, _ in parts) > _FEW_ROWS:
+        return None
+    given = call.arguments["self"], call.arguments["mat2"]
+    return lambda rank: (integer_product, given, {})
 
 
 def _grouped(call: OpCall) -> Labels:
@@ -169,8 +208,8 @@ RULES = {
     **rules_of(_contraction(_linear, _once("bias", None)), aten.linear),
     **rules_of(_contraction(_added, _once("beta", 0)), aten.addmm, aten.baddbmm, aten.addmv, aten.addbmm),
     **rules_of(_contraction(_einsum), aten.einsum),
-    **rules_of(labelled(_scaled), aten._scaled_mm),
-    **rules_of(labelled(_of_integers), aten._int_mm),
+    **rules_of(verified(labelled(_scaled)), aten._scaled_mm),
+    **rules_of(verified(labelled(_of_integers, _padded)), aten._int_mm),
     **rules_of(labelled(_grouped), aten._grouped_mm),
     **rules_of(_contraction(_outer), aten.outer, aten.ger),
     **rules_of(_contraction(_vecdot), aten.linalg_vecdot),
