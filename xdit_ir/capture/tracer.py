@@ -114,6 +114,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = tensors_in(result)
         if not tensors:
             return result
+        if isinstance(result, tuple) and any(item is None for item in result):
+            raise TraceError(f"{source_line()}: {func} returns None among its results, which no program has")
         follow(self.recorder, func, args, kwargs, result)
         shares = not about.aliases and about.composite and share_memory(result, (args, kwargs))
         if shares and func not in RESHAPES:

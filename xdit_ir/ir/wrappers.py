@@ -58,11 +58,12 @@ def form_of(tensor: torch.Tensor) -> Any:
     return type(tensor), tuple(tensor.shape), options, [form_of(vars(tensor)[name]) for name in names]
 
 
-def is_dressed(tensor: torch.Tensor) -> bool:
-    """Whether it holds plain numbers, to which its class adds nothing but Python."""
-    kind = type(tensor)
-    plain = kind in _PLAIN or isinstance(tensor, UninitializedTensorMixin)
-    return not plain and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+def is_dressed(item: Any) -> bool:
+    """Whether it is a tensor of plain numbers, to which its class adds nothing but Python."""
+    kind = type(item)
+    if kind in _PLAIN or not isinstance(item, torch.Tensor) or isinstance(item, UninitializedTensorMixin):
+        return False
+    return kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def bare(tensor: torch.Tensor) -> torch.Tensor:
