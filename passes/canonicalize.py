@@ -113,12 +113,16 @@ def _type_as(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _dense(graph: fx.Graph, node: fx.Node) -> bool:
-    """Operators that read memory as another type need dense strides, which no other operator promises."""
-    if node.target not in (aten.view_as_complex.default, aten.view.dtype):
+    """Operators that read memory as another type, and products of few bits, need dense strides, which no other operator
+    promises."""
+    if node.target not in (aten.view_as_complex.default, aten.view.dtype, aten._scaled_mm.default):
         return False
-    source = node.args[0]
+    source, emitter = node.args[0], Emitter(graph, node)
     assert isinstance(source, fx.Node)
-    dense = Emitter(graph, node).emit(aten.clone.default, source, memory_format=torch.contiguous_format)
+    if node.target is aten._scaled_mm.default:
+        dense = emitter.emit(aten.contiguous.default, source)
+    else:
+        dense = emitter.emit(aten.clone.default, source, memory_format=torch.contiguous_format)
     node.replace_input_with(source, dense)
     return True
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
@@ -197,7 +196,9 @@ def test_parts_are_read_from_a_checkpoint(flat: bool, tmp_path: Path) -> None:
     opened(module)
     want, saved = module(X), {}
     for name, tensor in module.state_dict().items():
-        parts = {f".{part}": getattr(tensor, part) for part in ("q", "scale")} if name.endswith("weight") else {"": tensor}
+        parts = (
+            {f".{part}": getattr(tensor, part) for part in ("q", "scale")} if name.endswith("weight") else {"": tensor}
+        )
         for part, inner in parts.items():
             path, _, leaf = f"{name}{part}".replace("weight.", "_weight_" if flat else "weight.").rpartition(".")
             saved[f"{path}.{leaf}"] = inner.contiguous()

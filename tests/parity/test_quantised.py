@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantised import DYNAMIC, WAYS
+from quantisation import DYNAMIC, WAYS
 from torch import nn
 
 import xdit_ir as xir
@@ -83,7 +83,9 @@ def limit(model: nn.Module, example: dict[str, Any], way: str) -> float:
         return 1e-5
     key = next(iter(example))
     noise = torch.randn(example[key].shape, generator=torch.Generator().manual_seed(1))
-    return max(1e-5, 2 * relative_error(run(model, {**example, key: example[key] * (1 + 1e-6 * noise)}), run(model, example)))
+    return max(
+        1e-5, 2 * relative_error(run(model, {**example, key: example[key] * (1 + 1e-6 * noise)}), run(model, example))
+    )
 
 
 def test_every_rank_gives_the_quantised_models_output(name: str, way: str, degrees: str) -> None:
@@ -95,7 +97,9 @@ def test_every_rank_gives_the_quantised_models_output(name: str, way: str, degre
     if degrees != "t2":
         assert parallel.report().fallbacks == []
     if degrees == "u2-sharded":
-        assert parallel.report().weight_share <= (0.6 if name == "small" else 0.52), "from a multiple of 256 bytes on each"
+        assert parallel.report().weight_share <= (0.6 if name == "small" else 0.52), (
+            "from a multiple of 256 bytes on each"
+        )
 
 
 def test_pipefusion_is_exact_while_it_is_synchronous(way: str) -> None:

@@ -82,6 +82,7 @@ class _Printer:
         self._held, self._closures = held, closures
         self.scalars: dict[tuple[str, str], Any] = {}
         self._seen: dict[int, int] = {}
+        self._forms: list[Any] = []  # so that no other object gets the ids of what they are made of
 
     def module(self, module: nn.Module, path: str) -> Any:
         """The structure of a module; its scalars are collected."""
@@ -113,7 +114,8 @@ class _Printer:
         if tensor is None:
             return None
         first = self._seen.setdefault(id(tensor), len(self._seen))
-        return (first, _form(tensor), self.describe(form_of(tensor)))
+        self._forms.append(form_of(tensor))
+        return (first, _form(tensor), self.describe(self._forms[-1]))
 
     def describe(self, item: Any) -> Any:
         if isinstance(item, _VALUES) and (isinstance(item, type) or not getattr(item, "__dict__", None)):

@@ -115,7 +115,9 @@ class WeightReferences:
         odd = {id(tensor): place for place, tensor in tensors if is_wrapper(tensor) or is_dressed(tensor)}
         self._wrappers = list(odd.values())
         self._parts = [vars(holder[key]) for holder, key in self._wrappers]
-        holders = list({id(one): one for one in (*(holder for way in ways for holder, _ in way), *self._parts)}.values())
+        holders = list(
+            {id(one): one for one in (*(holder for way in ways for holder, _ in way), *self._parts)}.values()
+        )
         self._counted = [holder for holder in holders if type(holder) is dict]
         self._all_counted = len(self._counted) == len(holders)
         return ways
