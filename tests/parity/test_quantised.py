@@ -32,6 +32,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     names = ("small", "flux.1-dev", "sd3.5-large", "wan2.1-t2v-1.3b") if everything else ("small",)
     tries = [(name, way, degrees) for name in names for way in WAYS for degrees in DEGREES]
+    # Wan's own code takes the dtype of a packed weight for that of its numbers.
+    tries = [one for one in tries if one[:2] != ("wan2.1-t2v-1.3b", "gguf")]
     if not everything:
         tries = [one for place, one in enumerate(tries) if place // len(DEGREES) % len(DEGREES) == place % len(DEGREES)]
     metafunc.parametrize(("name", "way", "degrees"), tries, ids=map("-".join, tries))

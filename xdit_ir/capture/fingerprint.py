@@ -127,7 +127,9 @@ class _Printer:
         if isinstance(item, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
             return _Only(item)
         if isinstance(item, types.MethodType):
-            return ("method", _Only(item.__func__), self.describe(item.__self__))
+            function: Any = item.__func__
+            partial = type(function) is functools.partial  # which PyTorch's own code binds, too
+            return ("method", self.describe(function) if partial else _Only(function), self.describe(item.__self__))
         if isinstance(item, nn.Module):
             return self.module(item, f"<{len(self._seen)}>")
         if id(item) in self._seen:

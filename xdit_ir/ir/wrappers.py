@@ -1,4 +1,4 @@
-"""Tensors that are made of several: quantised weights with their scales, which PyTorch calls traceable wrapper subclasses.
+"""Tensors that are made of several (PyTorch: traceable wrapper subclasses), as quantised weights with their scales.
 
 A program has the plain tensors inside, each called by the name of the whole and that of the part
 (`proj.weight.scale`), and the operators that the wrapper runs on them.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})
@@ -43,7 +43,7 @@ def with_parts(tensor: torch.Tensor, made: Callable[[str, torch.Tensor], torch.T
     with torch._C.DisableTorchFunction():
         wrapped: torch.Tensor = unflatten(parts, options, tensor.shape, tensor.stride())
     if isinstance(tensor, nn.Parameter):
-        wrapped._is_param = True  # type: ignore[attr-defined]
+        wrapped._is_param = True
     return wrapped
 
 
@@ -61,7 +61,7 @@ def form_of(tensor: torch.Tensor) -> Any:
 def is_dressed(item: Any) -> bool:
     """Whether it is a tensor of plain numbers, to which its class adds nothing but Python."""
     kind = type(item)
-    if kind in _PLAIN or not isinstance(item, torch.Tensor) or isinstance(item, UninitializedTensorMixin):
+    if kind in _PLAIN or not isinstance(item, torch.Tensor) or is_lazy(item):
         return False
     return kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 

@@ -101,7 +101,7 @@ def _einsum(call: OpCall) -> Labels | str:
 
 
 def _scaled(call: OpCall) -> Labels:
-    """A product of few bits: rows and columns are free, and their scales; kernels ask for columns in multiples of 16."""
+    """A product of few bits: rows and columns are free, and their scales; kernels want columns in multiples of 16."""
     shapes = {name: spec.shape for name, spec in zip(call.slots, call.specs, strict=True)}
     columns = _in_multiples(call, 16)
     scales: dict[str, Names] = {"bias": (columns,)} if "bias" in shapes else {}

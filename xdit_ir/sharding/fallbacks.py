@@ -4,8 +4,8 @@ A pass may gather a value long before the operator that needs it: before a block
 gathered value is followed as if it had stayed divided, through the operators whose rules accept that, to those that do
 not. No fallbacks are keys of attentions, conditions that are broadcast to a stream (divided or not), and what is only
 put in place, to be divided again or as an output of the model; the one largest or smallest element, for which a number
-a row is gathered; nor is an operator whose work is divided by another dim instead (a projection of which each rank makes
-some features).
+a row is gathered; nor is an operator whose work is divided by another dim instead (a projection of which each rank
+makes some features).
 """
 
 from __future__ import annotations
