@@ -2,10 +2,10 @@
 
 Every rank fills the published configuration with the same random bf16 weights and quantises copies of it by torchao:
 int8 weights, and float8 weights with float8 activations, scaled by rows and by whole tensors. Each copy runs alone,
-eagerly, and ported with Ulysses over all ranks, in mode "auto"; so does the bf16 model. Printed are relative differences of
-outputs: of the port and its model alone (`port`), of the quantised model alone when its input changes in the third
-digit, as bf16 does (`own`), and to bf16 (`quantised`); then milliseconds of all ports, timed in turns. Ends with status
-1 if a port differs by more than its model's own error, and with 2 if none of float8 is faster than bf16.
+eagerly, and ported with Ulysses over all ranks, in mode "auto"; so does the bf16 model. Printed are relative
+differences of outputs: of the port and its model alone (`port`), of the quantised model alone when its input changes in
+the third digit, as bf16 does (`own`), and to bf16 (`quantised`); then milliseconds of all ports, timed in turns. Ends
+with status 1 if a port differs by more than its model's own error, and with 2 if none of float8 is faster than bf16.
 """
 
 from __future__ import annotations

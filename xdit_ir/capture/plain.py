@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.wrappers import is_dressed, parts_inside
+from xdit_ir.ir.wrappers import bare, parts_inside
 
 PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})  # classes of tensors that are what they look like
 _WRAPPERS = (DataParallel, DistributedDataParallel)
@@ -33,10 +33,15 @@ def odd_weight(model: nn.Module) -> str | None:
     return next(_odd(model), None)
 
 
+def odd_weight_tensor(name: str, tensor: torch.Tensor) -> str | None:
+    """As `odd_tensor`, for a parameter or buffer, of which a trace sees what its class adds in Python."""
+    return odd_tensor(name, bare(tensor))
+
+
 def odd_tensor(name: str, tensor: torch.Tensor) -> str | None:
     """Why a tensor is not what its shape and dtype say; None if it is."""
     kind = type(tensor)
-    if kind not in PLAIN and not is_dressed(tensor):
+    if kind not in PLAIN:
         return (
             f"{name} is a {kind.__module__}.{kind.__qualname__}, which is no plain tensor: its operators are its own; "
             "give the model plain weights (dequantised, gathered, initialised)"
@@ -106,16 +111,17 @@ def _odd(model: nn.Module) -> Iterator[str]:
                 yield f"{where}.{name} is packed (a {type(item).__name__}); give the model plain weights (dequantised)"
         yield from _hooks(where, module)
         for holder in (module._parameters, module._buffers, vars(module)):
+            check = odd_tensor if holder is vars(module) else odd_weight_tensor
             for name, tensor in dict.items(holder):
                 if isinstance(tensor, torch.Tensor):
-                    yield from _odd_inside(f"{path}.{name}" if path else name, tensor)
+                    yield from _odd_inside(f"{path}.{name}" if path else name, tensor, check)
 
 
-def _odd_inside(name: str, tensor: torch.Tensor) -> Iterator[str]:
+def _odd_inside(name: str, tensor: torch.Tensor, check: Callable[[str, torch.Tensor], str | None]) -> Iterator[str]:
     """What of a tensor, or of those that it is made of, cannot be traced."""
     tensors: Any = sys.modules.get("torch.distributed.tensor")
     if tensors is None or not isinstance(tensor, tensors.DTensor):
-        yield from (why for part, inner in parts_inside(name, tensor) if (why := odd_tensor(part, inner)))
+        yield from (why for part, inner in parts_inside(name, tensor) if (why := check(part, inner)))
     elif (why := odd_tensor(name, tensor)) is not None:
         yield why
 

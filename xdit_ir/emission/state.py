@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.plain import odd_tensor
+from xdit_ir.capture.plain import odd_weight_tensor
 from xdit_ir.capture.tensor_types import TensorTypes
 from xdit_ir.capture.versions import Versions
 from xdit_ir.emission.parts import NOTHING, AllStored
@@ -179,7 +179,7 @@ class WeightReferences:
 
 def check_type(name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
     """Raise `MismatchError` unless a tensor of the model has the shape and dtype that a program needs."""
-    if (why := odd_tensor(f"parameter {name}", tensor)) is not None:
+    if (why := odd_weight_tensor(f"parameter {name}", tensor)) is not None:
         raise MismatchError(why)
     if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype):
         raise MismatchError(
