@@ -18,6 +18,7 @@ from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.program import SPEC, Program, TokenAxis
 from xdit_ir.passes.streams import leading_values
 from xdit_ir.rules.views import groups
+from xdit_ir.sharding.branches import Branches
 from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.propagate import Assignment, Propagation
 
@@ -34,7 +35,8 @@ class FindTokens:
     Candidates are the dimensions of what flows from the prologue into block calls, and those of the inputs that no
     such stream divides. The best is first: the one that leaves the slowest rank the fewest FLOPs. Last come streams
     that reach no query, but whose work can be divided nevertheless. Where streams are `known`, of a program that is the
-    same but for sizes, they are taken over if the best of them is one here too.
+    same but for sizes, they are taken over if the best of them is one here too. Nothing is looked for in a program of
+    many small parts, which are shared out (`share-branches`).
     """
 
     name: ClassVar[str] = "find-tokens"
@@ -46,6 +48,8 @@ class FindTokens:
 
     def apply(self, program: Program) -> Program:
         """The program with `tokens` filled in."""
+        if Branches.of(program).are_fine:
+            return program.replace(tokens=())
         search = _Search(program)
         axes = search.among(self.known) if self.known is not None else []
         return program.replace(tokens=tuple(_detailed(program, axis) for axis in axes or search.all()))

@@ -32,6 +32,7 @@ from xdit_ir.passes.separate_time import SeparateTime
 from xdit_ir.passes.shard_features import ShardFeatures
 from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.passes.shard_weights import ShardWeights
+from xdit_ir.passes.share_branches import ShareBranches
 from xdit_ir.passes.split_batch import Batch, SplitBatch
 from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
@@ -45,7 +46,7 @@ from xdit_ir.sharding.specialize import Specialize
 # `shard-tokens` under PipeFusion, which skips what is about exchanges.
 PASSES: tuple[type[Any], ...] = (
     *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, AlignSamples, FindTokens, ReuseRegion),
-    *(PartitionStages, SplitBatch, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
+    *(PartitionStages, SplitBatch, ShareBranches, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
     *(
         ShardFeatures,
         LowerAttention,
@@ -109,6 +110,7 @@ def mesh_passes(
     split = _split(mesh, batch)
     return [
         *split,
+        ShareBranches(mesh, machine),
         *token_passes(mesh, machine),
         ShardFeatures(mesh, machine),
         LowerAttention(mesh, machine),

@@ -66,7 +66,9 @@ class ShardTokens:
     machine: Machine = field(default_factory=Machine)
 
     def apply(self, program: Program) -> Program:
-        """The program with what to divide noted as seeds."""
+        """The program with what to divide noted as seeds, unless that has been decided."""
+        if program.seeding is not None:
+            return program
         best = self._best(program) if self.mesh.size(SEQUENCE) > 1 else None
         return program.replace(seeding=Seeding(self.mesh, best.seeds if best is not None else {}))
 

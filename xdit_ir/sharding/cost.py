@@ -14,6 +14,7 @@ from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout, key_gather_dims, kind, plan, scatter_plan
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, called_block
+from xdit_ir.sharding.shared_out import ranks_needing
 
 Placed = tuple[TensorSpec, Layout]
 Results = tuple[Any, Any]
@@ -59,7 +60,11 @@ def outer_flops(program: Program, mesh: Mesh | None) -> dict[fx.Node, list[int]]
     """FLOPs per rank (one entry without a mesh) of every block call, and of all else in the outer graph that counts."""
     bodies = {name: graph_flops(block.graph, mesh) for name, block in program.blocks.items()}
     others = {node: local_flops(node, mesh) for node in program.graph.nodes if is_counted(node)}
-    return {call: bodies[called_block(call)] for call in program.calls} | others
+    found = {call: bodies[called_block(call)] for call in program.calls} | others
+    needing = {} if mesh is None else ranks_needing(program, mesh)
+    for node in found.keys() & needing.keys():
+        found[node] = [flops if needed else 0 for flops, needed in zip(found[node], needing[node], strict=True)]
+    return found
 
 
 def program_flops(program: Program, mesh: Mesh | None) -> list[int]:

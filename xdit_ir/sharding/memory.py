@@ -18,6 +18,7 @@ from xdit_ir.ir.partition import IntArray
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, called_block, is_block_call
 from xdit_ir.kernels.write_slice import writes_into_fresh
 from xdit_ir.sharding.gathered_weights import GatheredWeights, brings_weights
+from xdit_ir.sharding.shared_out import ranks_needing
 
 Sized = Callable[[fx.Node], IntArray]
 
@@ -83,7 +84,8 @@ def memory_per_rank(program: Program, mesh: Mesh, gathered: GatheredWeights) -> 
 
 def peaks(program: Program, mesh: Mesh) -> Peaks:
     """Those of a program on the mesh of its layouts."""
-    values, pieces = _Walk(mesh, _values(mesh)), _Walk(mesh, _pieces(mesh), first_use=True)
+    needing = {node: np.array(ranks, dtype=np.int64) for node, ranks in ranks_needing(program, mesh).items()}
+    values, pieces = _Walk(mesh, _values(mesh, needing)), _Walk(mesh, _pieces(mesh), first_use=True)
     given = sum((_local_bytes(x, mesh) for x in placeholders(program.graph)), np.zeros(mesh.world_size, dtype=np.int64))
     copies = sum((_local_bytes(x, mesh) for x in results_of(program.graph)), given)
     return Peaks((values.most(program) + given).tolist(), pieces.most(program).tolist(), np.asarray(copies).tolist())
@@ -127,13 +129,14 @@ class _Walk:
         return most
 
 
-def _values(mesh: Mesh) -> Sized:
-    """Results of operators; views of others have no memory of their own, and weights are counted as such."""
+def _values(mesh: Mesh, needing: Mapping[fx.Node, IntArray]) -> Sized:
+    """Results of operators; views of others have no memory of their own, and weights are counted as such. `needing`:
+    one for each rank that computes a node, if not all do."""
     none = np.zeros(mesh.world_size, dtype=np.int64)
 
     def made(node: fx.Node) -> IntArray:
         own = node.op == "call_function" and behind_views(node) is node and not brings_weights(node)
-        return _local_bytes(node, mesh) if own else none
+        return _local_bytes(node, mesh) * needing.get(node, 1) if own else none
 
     return made
 

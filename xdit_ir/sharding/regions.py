@@ -11,9 +11,12 @@ from xdit_ir.ir.flops import is_counted
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program, called_block, is_block_call, where_of
 from xdit_ir.sharding.cost import outer_flops
+from xdit_ir.sharding.shared_out import ranks_needing
 
 # Modules are told apart as far down as that gives no more regions than these.
 READABLE = 12
+# What ranks share out whole, each other parts of it.
+SHARED_OUT = "shared out"
 # A region of less than this part of all FLOPs is not worth a word.
 NOTABLE = 0.01
 
@@ -54,11 +57,14 @@ def block_region(block: str) -> str:
 
 
 def region_names(program: Program) -> dict[fx.Node, str]:
-    """The region of every block call and, where FLOPs are counted, operator of the outer graph, in their order."""
+    """The region of every block call and, where FLOPs are counted, operator of the outer graph, in their order; what
+    is shared out is a region of its own."""
     calls = {call: block_region(called_block(call)) for call in program.calls}
     flops = outer_flops(program, None)
     mostly_blocks = 2 * sum(flops[call][0] for call in calls) >= sum(one for (one,) in flops.values())
     found = calls | (_by_place if mostly_blocks else _by_module)(program)
+    if (mesh := program.layout_mesh) is not None:
+        found |= {node: SHARED_OUT for node in ranks_needing(program, mesh) if node in found}
     return {node: found[node] for node in program.graph.nodes if node in found}
 
 

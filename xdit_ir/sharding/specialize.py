@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.buffer_access import buffer_layout, read_of, write_of
 from xdit_ir.sharding.cost import ring_dims
+from xdit_ir.sharding.shared_out import STACK, is_shared_out, kept, ranks_needing
 
 aten = torch.ops.aten
 # Fewer are copied one by one.
@@ -45,7 +47,8 @@ class Specialize:
     def apply(self, program: Program) -> Program:
         """The rank's program; a node keeps the name of the node that it was made from."""
         assert program.mesh is not None
-        graph = _localize(program.graph, program.mesh, self.rank)
+        others = {node for node, ranks in ranks_needing(program, program.mesh).items() if not ranks[self.rank]}
+        graph = _localize(program.graph, program.mesh, self.rank, others)
         blocks = {
             name: replace(block, graph=_localize(block.graph, program.mesh, self.rank))
             for name, block in program.blocks.items()
@@ -62,7 +65,8 @@ class Specialize:
         for node in program.graph.find_nodes(op="get_attr"):
             if (name := str(node.target)) in stored:
                 stored[name] = held_by(stored[name], node.meta[LAYOUT], self.rank)
-        return program.replace(graph=graph, blocks=blocks, facts=facts, constants=constants, stored=stored)
+        made = program.replace(graph=graph, blocks=blocks, facts=facts, constants=constants, stored=stored)
+        return made.with_graph(graph) if others else made
 
 
 def _index_scattered(graph: fx.Graph, constants: dict[str, torch.Tensor], device: torch.device) -> None:
@@ -86,10 +90,13 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
 
 
-def _localize(graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Graph:
+def _localize(graph: fx.Graph, mesh: Mesh, rank: int, others: Collection[fx.Node] = ()) -> fx.Graph:
+    """What a rank does of a graph, in which `others` are what other ranks do."""
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
+        if node in others:
+            continue
         env[node] = new = _node(node, env, result, mesh, rank)
         new.meta.clear()
         new.meta.update((key, node.meta[key]) for key in (WHERE, WEIGHT, SCOPE) if key in node.meta)
@@ -113,6 +120,8 @@ def local_spec(node: fx.Node, rank: int) -> Any:
 def _node(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
     if node.op != "call_function" or node.target is operator.getitem or is_block_call(node):
         return copy_node(graph, node, env.__getitem__)
+    if is_shared_out(node, mesh):
+        return _stacked(node, [env[value] for value in kept(node, rank)], graph, rank)
     if ops.is_relayout(node.target):
         return _relayout(node, env[operands(node)[0]], graph, mesh, rank)
     if node.target is ops.ring_attention:
@@ -124,6 +133,15 @@ def _node(node: fx.Node, env: dict[fx.Node, fx.Node], graph: fx.Graph, mesh: Mes
         target, args, kwargs = sharding.local(rank)
     args, kwargs = fx.map_arg((args, kwargs), env.__getitem__)
     return add_node(graph, "call_function", target, args, kwargs, node.name)
+
+
+def _stacked(node: fx.Node, values: list[fx.Node], graph: fx.Graph, rank: int) -> fx.Node:
+    """What a rank keeps of the values that are shared out; it may be none of them."""
+    if values:
+        return add_node(graph, "call_function", STACK, (values, 0), {}, node.name)
+    spec, some = local_spec(node, rank), next(iter(graph.find_nodes(op="placeholder")))
+    made = (some, list(spec.shape)), {"dtype": spec.dtype}
+    return add_node(graph, "call_function", aten.new_empty.default, *made, node.name)
 
 
 def _relayout(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: int) -> fx.Node:
