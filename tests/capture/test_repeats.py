@@ -92,6 +92,79 @@ def test_a_method_that_reads_what_changes_is_traced_for_each_of_its_values(check
     check(Grows(), (torch.randn(1, 3, 8, 5),))
 
 
+class Frames(nn.Module):
+    """Frames one after the other, as video decoders of diffusers take them: each call leaves features in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Frame()
+        self.kept: list[Any] = []
+
+    def kept_for(self, frame: int) -> dict[str, Any]:
+        return {"kept": self.kept, "at": [0]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = [None] * 4
+        found = [self.decoder(x[:, :, i], **self.kept_for(i)) for i in range(x.shape[2])]
+        self.kept = []
+        return torch.stack(found, 2)
+
+
+class Frame(nn.Module):
+    """Each of four layers adds what it had of the frame before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, kept: list[Any], at: list[int]) -> torch.Tensor:
+        for layer in self.layers:
+            new = layer(x).tanh()
+            before = kept[at[0]]
+            kept[at[0]] = "first" if before is None and at[0] == 0 else x.clone()
+            at[0] += 1
+            x = new + before.sin() if isinstance(before, torch.Tensor) else new
+        return x
+
+
+def test_calls_that_leave_features_in_lists_are_one_block_for_each_kind_of_step(check: Check) -> None:
+    program = check(Frames(), (torch.randn(1, 3, 6, 8, 5),))
+    assert names(program) == ["Frame", "Frame_1", *["Frame_2"] * 4]
+
+
+def test_a_list_that_is_given_twice_is_followed_too(check: Check) -> None:
+    class Twice(Frames):
+        def kept_for(self, frame: int) -> dict[str, Any]:
+            return {"kept": self.kept, "at": self.kept if frame < 0 else [0]} | {"again": self.kept}
+
+    model = Twice()
+    model.decoder.forward = lambda x, kept, at, again: Frame.forward(model.decoder, x, kept, at) + (again[1] is kept[1])
+    check(model, (torch.randn(1, 3, 5, 8, 5),))
+
+
+def test_a_list_that_the_module_holds_itself_is_followed_too(check: Check) -> None:
+    class Held(Frame):
+        def forward(self, x: torch.Tensor, kept: list[Any], at: list[int]) -> torch.Tensor:
+            return super().forward(x, kept, at) + len([one for one in self.mine if one is not None])
+
+    class Holds(Frames):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = Held()
+            self.decoder.mine = []
+
+        def kept_for(self, frame: int) -> dict[str, Any]:
+            self.decoder.mine = self.kept
+            return super().kept_for(frame)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made = super().forward(x)
+            self.decoder.mine = []
+            return made
+
+    check(Holds(), (torch.randn(1, 3, 5, 8, 5),))
+
+
 LOOPS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "of sums": lambda a, b: [b[:, i].copy_(a[:, i + 1] + b[:, i]) for i in range(3)],
     "of the row before": lambda a, b: [b[:, i + 1].copy_(b[:, i] * 0.5) for i in range(3)],

@@ -73,3 +73,10 @@ def test_it_is_divided_by_rows(name: str, ranks: int) -> None:
         want = tensors_of(module(*example))
         for outputs in parallel.simulate(module, example):
             assert relative_error(tensors_of(outputs), want) <= 1e-5
+
+
+def test_frames_that_are_decoded_one_by_one_are_a_block_for_each_kind_of_step() -> None:
+    """The first frame, the second, which finds caches of one frame, and all others, which find caches of two."""
+    traced = xir.trace(wan().eval().decode, {"z": torch.randn(1, 4, 5, 6, 4)})
+    assert len(traced.ir.blocks) == 3
+    assert len(list(traced.ir.calls)) == 5

@@ -11,11 +11,12 @@ from torch import nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.calls import SubmoduleCall, changed, describe_call
+from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import Restart, Spot, Unshareable
 from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
 from xdit_ir.capture.finish import prune
 from xdit_ir.capture.known import note_read
+from xdit_ir.capture.left import holders, left_behind
 from xdit_ir.capture.objects import ClassMark, restore_objects
 from xdit_ir.capture.operators import aten
 from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_output
@@ -33,6 +34,9 @@ class Argument:
     index: int
 
 
+Item = int | Argument | Literal
+
+
 @dataclass(frozen=True, eq=False)
 class CapturedBody:
     """A traced body: when it fits a call, and what its results are to the caller.
@@ -40,7 +44,8 @@ class CapturedBody:
     `known` are the contents of the arguments at the first call, `compare` those that must be the same at
     another one, `used` the arguments that it needs, `written` those that it leaves other contents in, which are
     its last results. `outputs` holds for every output leaf the index of a
-    result, an `Argument` or a `Literal`; `shared` are results that alias something.
+    result, an `Argument` or a `Literal`; `left` the same for entries of lists among the arguments that it replaces, by
+    place; `shared` are results that alias something.
     """
 
     name: str
@@ -55,8 +60,9 @@ class CapturedBody:
     results: list[TracedValue]
     written: list[int]
     shared: set[int]
-    outputs: list[int | Argument | Literal]
+    outputs: list[Item]
     out_spec: pytree.TreeSpec
+    left: dict[int, Item]
 
 
 class Blocks:
@@ -86,7 +92,11 @@ class Blocks:
                 if body is None:
                     body = self._trace(module, spot, forward, print_, call)
                     self.bodies.append(body)
-                return self._emit(body, spot, call)
+                left = holders((args, kwargs), body.left, module) if body.left else {}
+                output, entries = self._emit(body, spot, call)
+                for place, (held, index) in left.items():
+                    held[index] = entries[place]
+                return output
             except Unshareable as error:
                 raise Restart(spot) from error
 
@@ -125,27 +135,30 @@ class Blocks:
             before = _described(leaves)
             with recorder.recording(True):
                 output = forward(*args, **kwargs)
-            if (
-                changed(leaves, (args, kwargs))
-                or _described(leaves) != before
-                or fingerprint(module, self.recorder.held) != print_
-            ):
+            left = left_behind(leaves, call.spec, (args, kwargs))
+            if _described(leaves) != before or fingerprint(module, self.recorder.held) != print_:
                 raise Unshareable("writes to its attributes, or to objects that it is given")
             kind = type(module).__name__
-            return self._finish((kind, method), print_, call, inner, output)
+            return self._finish((kind, method), print_, call, inner, output, left)
         finally:
             recorder.path.pop()
             recorder.frame = outer
 
     def _finish(
-        self, kind: Spot, print_: Fingerprint, call: SubmoduleCall, inner: list[TracedValue], output: Any
+        self,
+        kind: Spot,
+        print_: Fingerprint,
+        call: SubmoduleCall,
+        inner: list[TracedValue],
+        output: Any,
+        left: dict[int, Any],
     ) -> CapturedBody:
         recorder, frame = self.recorder, self.recorder.frame
         leaves, out_spec = flatten_output(output)
         arguments = {id(value): index for index, value in enumerate(inner)}
         results: dict[int, TracedValue] = {}
-        outputs: list[int | Argument | Literal] = []
-        for leaf in leaves:
+        outputs: list[Item] = []
+        for leaf in (*leaves, *left.values()):
             if not isinstance(leaf, torch.Tensor):
                 outputs.append(_plain(leaf))
                 continue
@@ -163,15 +176,18 @@ class Blocks:
         nodes = tuple(recorder.node(value.fake) for value in made)
         specs = tuple(spec_of(value.fake) for value in made)
         recorder.emit("output", "output", (nodes,), {}, specs, Where())
+        outputs, replaced = outputs[: len(leaves)], dict(zip(left, outputs[len(leaves) :], strict=True))
         known = [value.known for value in call.values]
         carried = any(value.known is not None for value in made)
         compare = {index for index, item in enumerate(known) if carried and item is not None}
         name, used = f"body{len(self.bodies)}", prune(frame)
         return CapturedBody(
-            *(name, *kind, frame, print_, call, known, compare, used, made, list(written), shared, outputs, out_spec)
+            *(name, *kind, frame, print_, call, known, compare, used, made, list(written), shared, outputs, out_spec),
+            left=replaced,
         )
 
-    def _emit(self, body: CapturedBody, spot: Spot, call: SubmoduleCall) -> Any:
+    def _emit(self, body: CapturedBody, spot: Spot, call: SubmoduleCall) -> tuple[Any, dict[int, Any]]:
+        """Emit the call; its output, and the new entries of lists by place."""
         recorder, (path, method) = self.recorder, spot
         for index in body.frame.reads:
             note_read(recorder, call.values[index].roots, "inside a block")
@@ -193,7 +209,8 @@ class Blocks:
             for value in call.values:
                 value.storage.shared = True
         leaves = [_leaf(item, made, call.tensors) for item in body.outputs]
-        return unflatten_output(leaves, body.out_spec)
+        left = {place: _leaf(item, made, call.tensors) for place, item in body.left.items()}
+        return unflatten_output(leaves, body.out_spec), left
 
 
 def _write_back(recorder: Recorder, call: SubmoduleCall, index: int, contents: torch.Tensor) -> None:
@@ -204,7 +221,7 @@ def _write_back(recorder: Recorder, call: SubmoduleCall, index: int, contents: t
     write(recorder, aten.copy_.default, (call.tensors[index], contents), {})
 
 
-def _leaf(item: int | Argument | Literal, made: list[torch.Tensor], arguments: list[torch.Tensor]) -> Any:
+def _leaf(item: Item, made: list[torch.Tensor], arguments: list[torch.Tensor]) -> Any:
     if isinstance(item, Literal):
         return item.value
     return arguments[item.index] if isinstance(item, Argument) else made[item]

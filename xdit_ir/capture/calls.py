@@ -59,16 +59,6 @@ def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwarg
     return SubmoduleCall(tensors, values, names, tuple(key), strides, [leaf for _, leaf in paths], spec)
 
 
-def changed(leaves: list[Any], arguments: Any) -> bool:
-    """Whether containers among the arguments of a call hold something else than they held before it."""
-    after = pytree.tree_leaves(expand_objects(arguments))
-    return len(after) != len(leaves) or not all(_same_leaf(new, old) for new, old in zip(after, leaves, strict=True))
-
-
-def _same_leaf(new: Any, old: Any) -> bool:
-    return new is old or (isinstance(new, ClassMark) and new == old)
-
-
 def _steps(tensor: torch.Tensor) -> tuple[int, ...]:
     """The strides that mean something: those of a dim of one index may tell the format of images apart, no more."""
     if tensor.ndim in (4, 5):

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from xdit_ir.capture.blocks import Blocks
-from xdit_ir.capture.calls import changed, describe_call
+from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import Repeated, Spot, Unshareable
+from xdit_ir.capture.left import left_behind
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.ir.program import called_block, is_block_call
 
@@ -44,7 +45,7 @@ class Repeats:
             raise Repeated(spot)
         nodes, blocks = len(recorder.frame.graph.nodes), self.blocks
         output = forward(*args, **kwargs)
-        if self._length(nodes) >= LONG and blocks == self.blocks and not changed(call.leaves, (args, kwargs)):
+        if self._length(nodes) >= LONG and blocks == self.blocks and _leaves_in_lists(call, args, kwargs):
             self._seen.add((spot, call.key))
         else:
             self._not.add(spot)
@@ -56,6 +57,15 @@ class Repeats:
         sizes = {body.name: len(body.frame.graph.nodes) for body in self._bodies}
         new = islice(reversed(graph.nodes), len(graph.nodes) - before)
         return sum(sizes[called_block(node)] if is_block_call(node) else 1 for node in new)
+
+
+def _leaves_in_lists(call: SubmoduleCall, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call has left nothing in what it was given, but in lists."""
+    try:
+        left_behind(call.leaves, call.spec, (args, dict(kwargs)))
+    except Unshareable:
+        return False
+    return True
 
 
 def methods_of(module: nn.Module) -> dict[str, MethodType]:

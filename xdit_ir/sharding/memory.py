@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,12 +131,13 @@ class _Walk:
 
 
 def _values(mesh: Mesh, needing: Mapping[fx.Node, IntArray]) -> Sized:
-    """Results of operators; views of others have no memory of their own, and weights are counted as such. `needing`:
-    one for each rank that computes a node, if not all do."""
+    """Results of operators, those of block calls one by one; views of others have no memory of their own, and weights
+    are counted as such. `needing`: one for each rank that computes a node, if not all do."""
     none = np.zeros(mesh.world_size, dtype=np.int64)
 
     def made(node: fx.Node) -> IntArray:
         own = node.op == "call_function" and behind_views(node) is node and not brings_weights(node)
+        own = own and not is_block_call(node)
         return _local_bytes(node, mesh) * needing.get(node, 1) if own else none
 
     return made
@@ -158,10 +160,16 @@ def _pieces(mesh: Mesh) -> Sized:
 
 
 def behind_views(node: fx.Node) -> fx.Node:
-    """What has the memory of a value."""
+    """What has the memory of a value; the results of a block call have their own."""
     while (ops.is_view(node.target) or writes_into_fresh(node)) and (sources := node.all_input_nodes):
+        if _is_result(node):
+            break
         node = sources[0]
     return node
+
+
+def _is_result(node: fx.Node) -> bool:
+    return node.target is operator.getitem and is_block_call(node.all_input_nodes[0])
 
 
 def _local_bytes(node: fx.Node, mesh: Mesh, dtype: torch.dtype | None = None) -> IntArray:
