@@ -75,6 +75,15 @@ def test_it_is_divided_by_rows(name: str, ranks: int) -> None:
             assert relative_error(tensors_of(outputs), want) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["kl decoder", "tiny decoder", "dc encoder"])
+def test_one_of_two_ranks_needs_six_tenths_of_the_memory(name: str) -> None:
+    """Values that are there at a time; of an image of more rows, so that halos are few."""
+    make, part, (*sizes, rows, columns) = CASES[name]
+    traced = xir.trace(getattr(make(), part).eval(), (torch.randn(*sizes, 4 * rows, columns),))
+    alone, divided = (traced.parallelize(ulysses=ranks).report().memory for ranks in (1, 2))
+    assert max(one.activations for one in divided) <= 0.6 * alone[0].activations, divided
+
+
 def test_frames_that_are_decoded_one_by_one_are_a_block_for_each_kind_of_step() -> None:
     """The first frame, the second, which finds caches of one frame, and all others, which find caches of two."""
     traced = xir.trace(wan().eval().decode, {"z": torch.randn(1, 4, 5, 6, 4)})

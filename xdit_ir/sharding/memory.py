@@ -18,6 +18,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import IntArray
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, called_block, is_block_call
 from xdit_ir.kernels.write_slice import writes_into_fresh
+from xdit_ir.sharding.cost import relayout_bytes
 from xdit_ir.sharding.gathered_weights import GatheredWeights, brings_weights
 from xdit_ir.sharding.shared_out import ranks_needing
 
@@ -154,6 +155,8 @@ def _pieces(mesh: Mesh) -> Sized:
             return 2 * (_local_bytes(k, mesh) + _local_bytes(v, mesh)) + 2 * _local_bytes(node, mesh, torch.float32)
         if not ops.communicates(node.target) or node.target is ops.all_reduce or brings_weights(node):
             return none
+        if node.target is ops.halo_exchange:  # the piece that stays is what the rank had
+            return np.array(relayout_bytes(node, mesh), dtype=np.int64)
         return _local_bytes(operands(node)[0], mesh)
 
     return made
