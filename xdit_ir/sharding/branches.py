@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,9 @@ from xdit_ir.sharding.cost import outer_flops
 
 # The part of the work that every rank may repeat, as several branches need it.
 REPEATED = 0.02
-# Branches of less than this part of the work can be shared out evenly over as many ranks as there ever are.
-FINE = 1 / 32
+# What can be shared out over so many ranks, such that the slowest does at most so many times a fair share, need not be
+# divided otherwise.
+MANY, EVEN = 8, 1.25
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,8 @@ class Branches:
     @property
     def are_fine(self) -> bool:
         """Whether the work falls apart so far that nothing else need be divided."""
-        many = len(self.ends) >= 1 / FINE
-        found = self.shared(math.ceil(1 / FINE)) if many else None
-        return found is not None and found.slowest <= 2 * FINE * self.total
+        found = self.shared(MANY) if len(self.ends) >= MANY else None
+        return found is not None and found.slowest * MANY <= EVEN * self.total
 
     def shared(self, ranks: int) -> Sharing | None:
         """The ends shared out so that the slowest of so many ranks has least to do, what several need being done by one
