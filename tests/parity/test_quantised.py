@@ -99,7 +99,7 @@ def test_every_rank_gives_the_quantised_models_output(name: str, way: str, degre
     if degrees != "t2":
         assert parallel.report().fallbacks == []
     if degrees == "u2-sharded":
-        assert parallel.report().weight_share <= (0.6 if name == "small" else 0.52), (
+        assert parallel.report().weight_share <= (0.61 if name == "small" else 0.53), (
             "from a multiple of 256 bytes on each"
         )
 
