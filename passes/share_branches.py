@@ -22,13 +22,15 @@ from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.shared_out import STACK
 
 aten = torch.ops.aten
+UNEVEN = 1.5  # times an even part of the work: where the slowest rank has more, the parts are too few
 Shared = dict[TensorSpec, list[tuple[fx.Node, int]]]
 
 
 @dataclass(frozen=True)
 class ShareBranches:
     """Where the work falls apart into parts of which none needs another's results (tiles, samples decoded one by one,
-    networks side by side), and dividing each over all ranks would take longer, each rank computes whole parts.
+    networks side by side), there are enough of them for all ranks, and dividing each over all ranks would take longer,
+    each rank computes whole parts.
 
     What they give is stacked, and the stack divided by seeds, then gathered; all that follows is done by every rank.
     That a rank computes nothing else follows from data flow: it is given no part of the stack that it does not keep.
@@ -49,7 +51,9 @@ class ShareBranches:
             return program
         branches = Branches.of(program)
         sharing = branches.shared(count)
-        if sharing is None or self._seconds(sharing) > self._divided_seconds(program, branches):
+        if sharing is None or sharing.slowest * count > UNEVEN * branches.total:
+            return program
+        if self._seconds(sharing) > self._divided_seconds(program, branches):
             return program
         return self._written(program, branches, sharing)
 
