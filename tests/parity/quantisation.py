@@ -26,6 +26,11 @@ def float8_weights(model: nn.Module) -> None:
 
 
 def float8_by_rows(model: nn.Module) -> None:
+    try:
+        one = torch.ones(16, 16).to(torch.float8_e4m3fn)
+        torch._scaled_mm(one, one.t(), torch.ones(16, 1), torch.ones(1, 16))
+    except RuntimeError:
+        pytest.skip("PyTorch before 2.13 has no product with scales by rows on CPUs")
     _float8_dynamic(model, "PerRow")
 
 
