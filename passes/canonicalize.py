@@ -18,6 +18,7 @@ from xdit_ir.passes.given_back import is_needed
 from xdit_ir.passes.patches import patches_of_convolution, patches_of_fold, patches_of_transposed, patches_of_unfold
 from xdit_ir.passes.unbound import unbind_selected
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
+from xdit_ir.passes.written import joined_from_pieces
 
 aten = torch.ops.aten
 COPIES = (
@@ -34,7 +35,7 @@ class Canonicalize:
     """Drop copies, no-op casts and factors of 1, collapse view chains, write convolutions that make tokens of patches,
     or patches of tokens, as matrix products, `unfold` and `fold` of windows side by side as views, attention as one
     `attention` operator, and the largest element of a tensor as that of its rows. What loops take apart row by row is
-    taken apart at once.
+    taken apart at once, and what is written piece by piece until it is full is joined from the pieces.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -64,6 +65,7 @@ def _canonicalize(graph: fx.Graph) -> None:
             _collapse_views,
             _reshape,
             extreme_of_rows,
+            joined_from_pieces,
         ):
             if rewrite(graph, node):
                 break

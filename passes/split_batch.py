@@ -28,6 +28,7 @@ WORTH = 0.9
 # More cuts are looked for where the work exceeds a fair share by more than this, and kept where they save so much.
 BALANCED, FURTHER = 1.01, 0.995
 LARGE = 8  # samples, or calls of a step; more are seldom
+PARTS = ("queries", "keys")  # of attention: both are divided where a sequence of several samples is cut between them
 TRIALS = 8  # of cuts between packed samples
 
 
@@ -101,12 +102,12 @@ class SplitBatch:
         return _behind_cuts(best.attempt.program().replace(mesh=self.mesh))
 
     def _tried(self, trial: Propagation, node: fx.Node, seeds: Seeds) -> _Choice | None:
-        """The choice to cut this value too, unless that divides queries or keys."""
+        """The choice to cut this value too, unless that divides queries or keys other than between samples."""
         shape = node.meta[SPEC].shape
         layout = Layout.whole(len(shape)).with_dims({0: self._samples(shape[0])})
         seeds = {**seeds, node.name: (layout,)}
         result = trial.attempt(seeds)
-        if BATCH in result.attention_mesh_dims("queries", "keys"):
+        if BATCH in result.key_gather_dims() or len({BATCH in result.attention_mesh_dims(p) for p in PARTS}) > 1:
             return None
         return _Choice(max(result.flops()), shape[0], seeds, result)
 

@@ -140,3 +140,27 @@ class MaskThroughExpand(nn.Module):
             mask[mask.sum(-1) == 0] = True
             x = block(x, mask)
         return self.head(x) * there[..., None]
+
+
+class PackedBatch(nn.Module):
+    """A batch as one sequence while it attends: of each sample its image and what it has of text, and the rest of text
+    by itself."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.embed, self.text, self.head = nn.Linear(4, width), nn.Linear(32, width), nn.Linear(width, 4)
+        self.qkv, self.heads = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(3)), heads
+        self.mlps, self.time = nn.ModuleList(mlp(width) for _ in range(3)), Timestep(width)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Image [batch, tokens, 4], timesteps [batch], text [batch, words, 32], which words there are."""
+        tokens, words = x.shape[1], text.shape[1]
+        lengths = [length for there in mask.sum(dim=1).tolist() for length in (tokens + there, words - there)]
+        x = torch.cat([self.embed(x), self.text(text)], dim=1) + self.time(t)[:, None]
+        for qkv, layer in zip(self.qkv, self.mlps, strict=True):
+            parts = qkv(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1)).unbind(1)
+            samples = zip(*(part.split(lengths) for part in parts), strict=True)
+            out = [F.scaled_dot_product_attention(*(p.transpose(0, 1)[None] for p in one))[0] for one in samples]
+            x = x + torch.cat(out, dim=1).transpose(0, 1).flatten(1).view_as(x)
+            x = x + layer(x)
+        return self.head(x[:, :tokens])

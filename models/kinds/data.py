@@ -25,6 +25,7 @@ KINDS = {
     "kind-extra-for-noisy": _kind("reads:ExtraForNoisy", x=TOKENS, t=Normal((2, 64))),
     "kind-noisy-and-clean": _kind("reads:NoisyAndClean", x=TOKENS, t=Normal((2, 64))),
     "kind-routed": _kind("reads:Routed", x=TOKENS),
+    "kind-chunked-layers": _kind("reads:ChunkedLayers", x=TOKENS),
     "kind-object-leaves": _kind("leaves:ObjectLeaves", x=TOKENS),
     "kind-few-rows": _kind("leaves:FewRows", x=Normal((1, 66, 4)), cameras=Normal((1, 3, 4)), t=Values([0.75])),
     "kind-masked-tokens": _kind("batches:MaskedTokens", ids=Integers((2, 64), 100)),
@@ -35,6 +36,7 @@ KINDS = {
         "batches:PackedSamples", x=Normal((64, 4)), sample=Values(_SAMPLES, "int64"), t=Values([0.75, 0.25])),
     "kind-packed-lengths": _kind(
         "batches:PackedLengths", x=Normal((64, 4)), lengths=Values([30, 34], "int64"), t=Values([0.75, 0.25])),
+    "kind-packed-batch": _kind("batches:PackedBatch", **_PACKED),
     "kind-packed-text": _kind("batches:PackedText", **_PACKED),
     "kind-packed-joint": _kind("batches:PackedJoint", **_PACKED),
     "kind-mask-through-expand": _kind("batches:MaskThroughExpand", x=TOKENS, there=Mask(64, (60, 49), "bool")),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -134,3 +137,35 @@ class Routed(nn.Module):
         for block, expert in zip(self.blocks, self.experts, strict=True):
             x = x + expert(block(x))
         return self.head(x)
+
+
+class ChunkedLayers(nn.Module):
+    """Layers called chunk by chunk, on a tree of arguments that is told apart by the exact types in it."""
+
+    def __init__(self, width: int = 32, rows: int = 48) -> None:
+        super().__init__()
+        self.embed, self.head, self.rows = nn.Linear(4, width), nn.Linear(width, 4), rows
+        self.blocks, self.mlps = blocks(width), nn.ModuleList(mlp(width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4]."""
+        x = self.embed(x)
+        for block, layer in zip(self.blocks, self.mlps, strict=True):
+            x = block(x)
+            flat = {"x": x.flatten(0, 1), "scales": [x.new_ones(x.shape[0] * x.shape[1], 1)]}
+            out = torch.zeros_like(flat["x"])
+            for start in range(0, len(out), self.rows):
+                chunk = self.mapped(lambda part, start=start: part[start : start + self.rows], flat)
+                out[start : start + self.rows] = layer(chunk["x"]) * chunk["scales"][0]
+            x = x + out.view_as(x)
+        return self.head(x)
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+        """The function of each tensor in a tree."""
+        if type(tree) is dict:
+            return {key: self.mapped(function, entry) for key, entry in tree.items()}
+        if type(tree) is list:
+            return [self.mapped(function, entry) for entry in tree]
+        if type(tree) is torch.Tensor:
+            return function(tree)
+        raise ValueError(f"{type(tree)} is not supported")

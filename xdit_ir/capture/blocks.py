@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import Restart, Spot, Unshareable
+from xdit_ir.capture.fakes import device_of
 from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
 from xdit_ir.capture.finish import prune
 from xdit_ir.capture.known import note_read
@@ -126,7 +127,7 @@ class Blocks:
         recorder.path.append("")
         try:
             inner = [
-                recorder.input(name, value.fake, value.fake.device, value.known, FromArgument(frame, index))
+                recorder.input(name, value.fake, device_of(value.fake), value.known, FromArgument(frame, index))
                 for index, (name, value) in enumerate(zip(call.names, call.values, strict=True))
             ]
             fakes = {id(tensor): value.fake for tensor, value in zip(call.tensors, inner, strict=True)}

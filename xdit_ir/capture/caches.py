@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+
+from xdit_ir.capture.fakes import is_fake
 
 _CACHED = type(functools.lru_cache(lambda: None))
 
@@ -35,9 +36,9 @@ def clean_caches(model: nn.Module) -> Iterator[None]:
 
 
 def _holds_fakes(entry: Any) -> bool:
-    if isinstance(entry, FakeTensor):
+    if is_fake(entry):
         return True
-    return type(entry) in (tuple, list, dict) and any(isinstance(x, FakeTensor) for x in pytree.tree_leaves(entry))
+    return type(entry) in (tuple, list, dict) and any(map(is_fake, pytree.tree_leaves(entry)))
 
 
 def _reachable(model: nn.Module) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.failures import Unshareable
+from xdit_ir.capture.fakes import device_of
 from xdit_ir.capture.fingerprint import describe
 from xdit_ir.capture.inputs import path_name
 from xdit_ir.capture.objects import ClassMark, expand_objects
@@ -53,7 +54,7 @@ def describe_call(recorder: Recorder, forward: Any, args: tuple[Any, ...], kwarg
             places[id(leaf)] = len(tensors)
             tensors.append(leaf)
             names.append(_unlike(_name(path, parameters), names))
-        key.append((places[id(leaf)], tuple(leaf.shape), _steps(leaf), leaf.dtype, str(leaf.device)))
+        key.append((places[id(leaf)], tuple(leaf.shape), _steps(leaf), leaf.dtype, str(device_of(leaf))))
     values = [recorder.value(tensor) for tensor in tensors]
     strides = [tensor.stride() for tensor in tensors]
     return SubmoduleCall(tensors, values, names, tuple(key), strides, [leaf for _, leaf in paths], spec)

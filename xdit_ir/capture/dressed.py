@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_ir.capture.fakes import is_fake
 from xdit_ir.capture.recorder import Recorder
 
 _MAKE: Any = torch.Tensor._make_subclass
@@ -31,7 +32,7 @@ def dressing(recorder: Recorder) -> Iterator[None]:
     kinds: Any = torch.Tensor
 
     def make(kind: type, data: torch.Tensor, requires_grad: bool = False, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not isinstance(data, FakeTensor):
+        if not is_fake(data):
             made: torch.Tensor = _MAKE(kind, data, requires_grad, *args, **kwargs)
             return made
         return as_class(recorder, data, kind)

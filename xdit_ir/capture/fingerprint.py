@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.parts import Members, Part, is_opaque, parts_of
 from xdit_ir.capture.values import contents
 from xdit_ir.ir.wrappers import form_of
@@ -179,12 +179,12 @@ def _exact(item: Any) -> Any:
 
 
 def _form(tensor: torch.Tensor) -> Any:
-    return (type(tensor), tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.stride())
+    return (type(tensor), tuple(tensor.shape), tensor.dtype, str(device_of(tensor)), tensor.stride())
 
 
 def _tensor(tensor: torch.Tensor) -> Any:
     meta = _form(tensor)
-    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+    if is_fake(tensor) or tensor.device.type == "meta":
         return ("tensor", meta)
     if tensor.numel() > _DIGESTED_NUMEL:
         return ("tensor", meta, _Only(tensor))

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from xdit_ir.capture.assertions import only_answer
 from xdit_ir.capture.dressed import as_class
 from xdit_ir.capture.failures import Unshareable
+from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.operators import aten, facts
 from xdit_ir.capture.parts import is_library
 from xdit_ir.capture.predicates import made_of_state, of_state, predicate, weighed
@@ -224,7 +224,7 @@ def resolve(recorder: Recorder, func: Any, args: Any, kwargs: Any, record: Calla
 
     `record(func, *args)` runs and records an operator.
     """
-    device = next((tensor.device for tensor in tensors_in(args)), recorder.device)
+    device = next((device_of(tensor) for tensor in tensors_in(args)), recorder.device)
 
     def held(real: torch.Tensor, name: str) -> torch.Tensor:
         return recorder.constant(real.clone(), name, device).fake
@@ -261,7 +261,7 @@ def _name(func: Any) -> str:
 
 def _is_traced(tensor: torch.Tensor) -> bool:
     """Whether a tensor is one of the trace, or wraps one in a transform of `torch.func`, below which it is seen."""
-    if isinstance(tensor, FakeTensor) or is_functorch_wrapped_tensor(tensor):
+    if is_fake(tensor) or is_functorch_wrapped_tensor(tensor):
         return True
     return is_wrapper(tensor) and all(_is_traced(part) for _, part in parts_inside("", tensor))
 
@@ -340,8 +340,8 @@ class PythonReads(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _as_class(self, func: Any, args: Any, kwargs: Any) -> Any:
-        is_fake = isinstance(args[0], FakeTensor)
-        return as_class(self._recorder, *args, **kwargs) if is_fake else func(*args, **kwargs)
+        traced = is_fake(args[0])
+        return as_class(self._recorder, *args, **kwargs) if traced else func(*args, **kwargs)
 
     def _refuse_offset(self, func: Any, args: Any, kwargs: Any) -> Any:
         raise TraceError(f"{source_line()}: {func.__name__}() is of the caller's memory, and not traced")

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from xdit_ir.capture.fakes import is_fake
 from xdit_ir.capture.parts import ATOMS
 from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.skeleton import is_plain_object
@@ -116,7 +117,7 @@ def literal(leaf: Any, originals: Mapping[int, Any] | None = None) -> Literal:
     if hasattr(type(leaf), "__next__"):
         raise TraceError(f"forward returns a {kind}, which can be read only once; return a list")
     reach = Reach([("", leaf)])
-    if any(isinstance(tensor, FakeTensor) for _, tensor in reach.tensors):
+    if any(is_fake(tensor) for _, tensor in reach.tensors):
         raise TraceError(f"forward returns a {kind}, whose tensors cannot be followed; return a tuple or a dict")
     if any(id(module) in originals for _, module in reach.modules):
         raise TraceError(f"forward returns a {kind} that refers to modules of the model; return tensors")

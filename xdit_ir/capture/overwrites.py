@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.effects import Path, walk
+from xdit_ir.capture.fakes import device_of
 from xdit_ir.capture.objects import expand_objects
 from xdit_ir.capture.outputs import literal
 from xdit_ir.capture.parts import ATOMS, MISSING, Entries, alike, same_entries
@@ -124,7 +124,7 @@ def _computed(recorder: Recorder, item: Any) -> bool:
 
 
 def _unread(more: tuple[int, ...], tensor: torch.Tensor) -> torch.Tensor:
-    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    device = device_of(tensor)
     return torch.zeros((), dtype=tensor.dtype, device=device).expand(*more, *tensor.shape).as_subclass(_Unread)
 
 

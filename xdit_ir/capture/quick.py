@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.operators import aten
 
 Shape = tuple[int, ...]
@@ -20,7 +20,7 @@ def quick_shape(func: Any, args: Any, kwargs: Any) -> Shape | None:
         return None
     x = args[0]
     given = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    like = all(isinstance(one, FakeTensor) and one.dtype == x.dtype and one.device == x.device for one in given)
+    like = all(is_fake(one) and one.dtype == x.dtype and device_of(one) == device_of(x) for one in given)
     certain = like and x.dtype.is_floating_point and x.is_contiguous() and x.numel() > 0
     return tell(x, *args[1:]) if certain else None
 

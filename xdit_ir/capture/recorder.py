@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xdit_ir.capture.failures import Unshareable
+from xdit_ir.capture.fakes import as_plain, device_of, is_fake, run_on_fakes
 from xdit_ir.capture.plain import Casts, odd_tensor
 from xdit_ir.capture.quick import quick_shape
 from xdit_ir.capture.selected import Selections
@@ -84,25 +85,25 @@ class Recorder(GraphWriter):
         """A fake tensor for the value of a node of the current frame."""
         spec = node.meta[SPEC]
         with self.recording(False), torch.inference_mode(), self.fake_mode:
-            fake = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+            fake = as_plain(torch.empty(spec.shape, dtype=spec.dtype, device=self.device))
         self.bind(fake, node, None, roots)
         return fake
 
     def blank(self, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """A new fake tensor with the size, strides and dtype of `like`."""
-        device = device or (self.device if like.device.type == "meta" else like.device)
+        device = device or (self.device if device_of(like).type == "meta" else device_of(like))
         with torch._C._DisableFuncTorch(), torch.inference_mode():  # first asked for under a transform
             plain = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-            return FakeTensor(self.fake_mode, plain, device)  # ten times as fast as to ask the mode for it
+            return as_plain(FakeTensor(self.fake_mode, plain, device))  # ten times as fast as to ask the mode for it
 
     def fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on fake tensors, unrecorded."""
         if (shape := quick_shape(func, args, kwargs)) is not None:
             with torch.inference_mode():
                 plain = torch.empty(shape, dtype=args[0].dtype, device="meta")
-                return FakeTensor(self.fake_mode, plain, args[0].fake_device)
+                return as_plain(FakeTensor(self.fake_mode, plain, device_of(args[0])))
         with self.fake_mode:
-            return func(*args, **kwargs)
+            return run_on_fakes(func, args, kwargs)
 
     def fake_uncached(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The same, past the cache of results, which forgets that a composite operator gave a view."""
@@ -165,7 +166,7 @@ class Recorder(GraphWriter):
 
     def twin(self, fake: torch.Tensor) -> torch.Tensor:
         """Another fake tensor for the same value."""
-        made = self.blank(fake, fake.device)
+        made = self.blank(fake, device_of(fake))
         self._twins.append(made)
         self._values[id(made)] = self.value(fake)
         return made
@@ -197,7 +198,7 @@ class Recorder(GraphWriter):
             raise TraceError(f"{source_line()}: {odd}")
         name = self.keep(real, name)
         fake = self.blank(real, None if device is None or device.type == "meta" else device)
-        self.placed[name] = fake.device
+        self.placed[name] = device_of(fake)
         node = self.emit("get_attr", f"{CONSTANT}.{name}", (), {}, spec_of(fake), self.where(), name)
         known = contents(real) if real.numel() <= KNOWN_NUMEL else None
         self.frame.constants[id(real)] = value = self.bind(fake, node, known, NO_ROOTS)
@@ -208,7 +209,7 @@ class Recorder(GraphWriter):
         found = self._values.get(id(tensor))
         if found is not None:
             return found
-        if isinstance(tensor, FakeTensor):
+        if is_fake(tensor):
             raise Unshareable("a tensor from outside the trace")
         fake = self.state_of(tensor)
         if fake is not tensor:
@@ -247,7 +248,7 @@ class Recorder(GraphWriter):
 
     def _filled_node(self, value: TracedValue, known: torch.Tensor) -> fx.Node:
         """A table that forward has just filled, as a constant; the next trace finds it filled."""
-        node = self.constant(known.clone(), value.storage.owner, value.fake.device).node
+        node = self.constant(known.clone(), value.storage.owner, device_of(value.fake)).node
         assert node is not None
         return node
 

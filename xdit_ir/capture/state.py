@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.fingerprint import traced
 from xdit_ir.capture.identity import NAMED
 from xdit_ir.capture.parts import ATOMS, MISSING, Context, Part, Position, TensorContents, alike, same_entries
@@ -258,7 +259,7 @@ class _Real:
         return self._made[id(item)]
 
     def _convert(self, item: Any) -> Any:
-        if isinstance(item, FakeTensor):
+        if is_fake(item):
             return self._contents(item)
         if isinstance(item, (nn.Parameter, nn.Module)):
             raise _Unreal(f"is a new {type(item).__name__}")
@@ -271,11 +272,11 @@ class _Real:
                 dict.__setitem__(item, key, self(entry))
         elif is_plain_object(type(item)) and hasattr(item, "__dict__"):
             vars(item).update({key: self(entry) for key, entry in vars(item).items()})
-        elif any(isinstance(entry, FakeTensor) for _, entry in Reach([("", item)]).tensors):
+        elif any(is_fake(entry) for _, entry in Reach([("", item)]).tensors):
             raise _Unreal(f"is a {type(item).__qualname__} with tensors inside")
         return item
 
-    def _contents(self, fake: FakeTensor) -> torch.Tensor:
+    def _contents(self, fake: torch.Tensor) -> torch.Tensor:
         value = self._recorder.found(fake)
         if value is None:
             raise _Unreal("is a tensor that the trace did not see")
@@ -288,4 +289,4 @@ class _Real:
         known = value.known if value.known is not None else computed(self._recorder, value)
         if known is None:
             raise _Unmade
-        return ordinary(known).to(fake.device)
+        return ordinary(known).to(device_of(fake))

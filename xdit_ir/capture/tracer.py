@@ -14,10 +14,10 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
+from xdit_ir.capture.fakes import device_of
 from xdit_ir.capture.flex import attend, is_flex
 from xdit_ir.capture.kernels import KERNELS, attend_by
 from xdit_ir.capture.known import compute, read, resolve, separate
@@ -62,6 +62,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is DEVICE:
+            return device_of(args[0])
         if not self.recorder.active:
             return func(*args, **kwargs)
         if isinstance(func, HigherOrderOperator) and is_flex(func):
@@ -72,8 +74,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise self.recorder.opaque(f"{source_line()}: the higher-order operator {func} cannot be captured")
         if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # what it does with its parts comes here next
-        if func is DEVICE:
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         with self.recorder.recording(False):
             return self._dispatch(func, args, kwargs)
 

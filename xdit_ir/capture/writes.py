@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from xdit_ir.capture.failures import Unshareable
+from xdit_ir.capture.fakes import device_of
 from xdit_ir.capture.known import fill, write_known
 from xdit_ir.capture.operators import argument, aten, facts, functional_twin
 from xdit_ir.capture.recorder import Recorder
@@ -65,11 +66,11 @@ def _copied(recorder: Recorder, args: Any) -> fx.Node:
     """`copy_` as a conversion of its source."""
     target, source = args[0], args[1]
     node, spec = recorder.node(source), spec_of(source)
-    if spec.dtype != target.dtype or source.device != target.device:
+    if spec.dtype != target.dtype or device_of(source) != device_of(target):
         spec = TensorSpec(spec.shape, target.dtype)
         changes = {"dtype": target.dtype} if source.dtype != target.dtype else {}
-        if source.device != target.device:
-            changes["device"] = target.device
+        if device_of(source) != device_of(target):
+            changes["device"] = device_of(target)
         node = recorder.call(aten._to_copy.default, (node,), changes, spec)
     if spec.shape != tuple(target.shape):
         node = recorder.call(aten.expand.default, (node, list(target.shape)), {}, spec_of(target))
