@@ -54,6 +54,7 @@ KINDS = {
         "places:PiecesOfSamples", x=[Normal((64, 4)), Normal((64, 4))], text=[Normal((16, 32)), Normal((11, 32))]),
     "kind-scanned": _kind("places:Scanned", x=IMAGE),
     "kind-local-keys": _kind("windows:LocalKeys", x=TOKENS),
+    "kind-keys-of-halves": _kind("windows:KeysOfHalves", x=Normal((2, 96, 4))),
     "kind-shifted-windows": _kind("windows:ShiftedWindows", x=IMAGE),
     "kind-neighbourhood": _kind("windows:Neighbourhood", x=IMAGE),
     "kind-relative-shift": _kind("windows:RelativeShift", x=TOKENS),

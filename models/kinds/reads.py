@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,20 +151,20 @@ class ChunkedLayers(nn.Module):
         x = self.embed(x)
         for block, layer in zip(self.blocks, self.mlps, strict=True):
             x = block(x)
-            flat = {"x": x.flatten(0, 1), "scales": [x.new_ones(x.shape[0] * x.shape[1], 1)]}
-            out = torch.zeros_like(flat["x"])
+            flat = x.flatten(0, 1)
+            given, out = {"x": flat, "scales": [flat.new_ones(len(flat), 1)]}, torch.zeros_like(flat)
             for start in range(0, len(out), self.rows):
-                chunk = self.mapped(lambda part, start=start: part[start : start + self.rows], flat)
+                chunk = self.mapped(given, slice(start, start + self.rows))
                 out[start : start + self.rows] = layer(chunk["x"]) * chunk["scales"][0]
             x = x + out.view_as(x)
         return self.head(x)
 
-    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
-        """The function of each tensor in a tree."""
+    def mapped(self, tree: Any, rows: slice) -> Any:
+        """These rows of each tensor in a tree."""
         if type(tree) is dict:
-            return {key: self.mapped(function, entry) for key, entry in tree.items()}
+            return {key: self.mapped(entry, rows) for key, entry in tree.items()}
         if type(tree) is list:
-            return [self.mapped(function, entry) for entry in tree]
+            return [self.mapped(entry, rows) for entry in tree]
         if type(tree) is torch.Tensor:
-            return function(tree)
+            return tree[rows]
         raise ValueError(f"{type(tree)} is not supported")

@@ -122,3 +122,29 @@ class PaddedShift(nn.Module):
             bias = F.pad(far, (1, 0)).view(b, self.heads, n + 1, n)[:, :, 1:]
             x = block(x, bias.tril())
         return self.head(x)
+
+
+class KeysOfHalves(nn.Module):
+    """Windows of all samples in one batch: each attends to itself and half of its neighbours, which a table of zeros
+    and ones brings to it from the halves of all windows of its sample."""
+
+    def __init__(self, width: int = 32, window: int = 8) -> None:
+        super().__init__()
+        self.embed, self.head, self.window = nn.Linear(4, width), nn.Linear(width, 4), window
+        self.q, self.kv = (nn.ModuleList(nn.Linear(width, n * width) for _ in range(2)) for n in (1, 2))
+        self.mlps = nn.ModuleList(mlp(width) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, tokens, 4]."""
+        batch, tokens, half = x.shape[0], x.shape[1], self.window // 2
+        halves = torch.arange(tokens // half, device=x.device)
+        places = (halves[None, :] - halves[::2, None] + 1).clamp(-1, 4) + 1  # of halves, for each window
+        table = F.one_hot(places, 6)[..., 1:5].permute(1, 0, 2).flatten(1).to(x.dtype)
+        x = self.embed(x).unflatten(1, (-1, self.window)).flatten(0, 1)
+        for q, kv, layer in zip(self.q, self.kv, self.mlps, strict=True):
+            near = torch.einsum("bjid,jk->bkid", x.view(batch, -1, half, x.shape[-1]), table)
+            k, v = kv(near.reshape(len(x), 4 * half, -1)).unflatten(-1, (2, 4, -1)).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q(x).unflatten(-1, (4, -1)).transpose(1, 2), k, v)
+            x = x + out.transpose(1, 2).flatten(2)
+            x = x + layer(x)
+        return self.head(x).view(batch, tokens, -1)

@@ -146,18 +146,23 @@ def _divide(mesh: Mesh, ins: tuple[int, ...], dims: Dims, outs: tuple[int, ...])
 
 
 def _divide_anew(mesh: Mesh, ins: tuple[int, ...], dims: Dims, outs: tuple[int, ...]) -> tuple[Dims, Dims] | None:
-    """Where ranks hold no product: an even division of a dim of the result, to which the operand is brought."""
+    """Where ranks hold no product: an even division of a dim of the result, to which the operand is brought; of the
+    outermost that has something for every rank."""
     talk = frozenset[str]().union(*(mesh.dividing_dims(dim) for dim in dims))
+    scarce: tuple[Dims, Dims] | None = None
     for d, size in enumerate(outs):
         for many in itertools.accumulate(ins[:-1], operator.mul, initial=1):
             if size % many or size // many < 2:
                 continue
             segments = (size // many,) * many
-            split = tuple(mesh.divide(size, talk, 1, segments) if at == d else None for at in range(len(outs)))
+            partition = mesh.divide(size, talk, 1, segments)
+            split = tuple(partition if at == d else None for at in range(len(outs)))
             kept = _unflatten(_flatten(outs, split), ins)
             if kept is not None and _orthogonal(mesh, kept):
-                return kept, split
-    return None
+                if all(partition.sizes):
+                    return kept, split
+                scarce = scarce or (kept, split)
+    return scarce
 
 
 def _orthogonal(mesh: Mesh, dims: Dims) -> bool:
