@@ -147,11 +147,11 @@ def _most_tokens(program: Program) -> int:
 
 def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stages: Sequence[int] | None) -> int:
     """The number of patches; raises `ParallelizeError` for settings that mean nothing."""
-    if pipefusion == 1:
-        if patches not in (None, 1) or stages is not None:
-            raise ParallelizeError(f"patches={patches}, stages={stages} need pipefusion > 1; leave them out")
-        return 1
-    for name, value in (("patches", pipefusion if patches is None else patches), ("warmup_steps", warmup_steps)):
+    for name, value in (("patches", 1 if patches is None else patches), ("warmup_steps", warmup_steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ParallelizeError(f"{name}={value!r} is not a positive integer; the nearest legal one is {name}=1")
+    if pipefusion == 1 and (patches not in (None, 1) or stages is not None):
+        given = {"patches": patches, "stages": stages}
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        raise ParallelizeError(f"{told} needs pipefusion of 2 or more; nearest legal: leave it out")
     return pipefusion if patches is None else patches

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xdit_ir import models
 from xdit_ir.errors import XditError
 from xdit_ir.planning.hardware import parse as machine
@@ -81,13 +83,28 @@ def run(args: argparse.Namespace) -> int:
     if args.page is not None:
         return _page(args)
     if args.scale:
+        check_gpus(args.gpus)
         return _scale(args)
     if len(args.what) != 1:
         raise XditError(f"one MODEL at a time; got {' '.join(args.what) or 'none'}")
     out = args.out or Path(f"{_file(args.what[0])}.json")
     if args.pipeline:
         return _pipeline(args, args.what[0], out)
-    return _measure(args, args.what[0], args.gpus, _contenders(args), out)
+    contenders = _contenders(args)
+    try:
+        models.entry(args.what[0])
+    except models.UnknownModelError as error:
+        raise XditError(str(error)) from None
+    check_gpus(args.gpus)
+    return _measure(args, args.what[0], args.gpus, contenders, out)
+
+
+def check_gpus(wanted: int) -> None:
+    """Raise `XditError` unless this machine has as many GPUs."""
+    there = torch.cuda.device_count()
+    if wanted < 1 or there < wanted:
+        nearest = f"--gpus {max(1, min(wanted, there))}" if there else "`xdit-ir plan`, which needs none"
+        raise XditError(f"--gpus {wanted}: this machine has {there}; nearest legal: {nearest}")
 
 
 def _file(model: str) -> str:

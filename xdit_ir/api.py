@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.interpret import Interpreter, model_state
-from xdit_ir.ir.mesh import BATCH, Mesh
+from xdit_ir.ir.mesh import BATCH, Mesh, check_degree_names
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program, Stored
 from xdit_ir.passes.align_samples import AlignSamples
@@ -156,7 +157,8 @@ class TracedProgram:
         Raises:
             ParallelizeError: a degree is illegal for this model and input; names the nearest legal choice.
         """
-        degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor, **further}
+        check_degree_names(further, inspect.signature(TracedProgram.parallelize).parameters)
+        degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor}
         mesh, machine = Mesh.of(**degrees), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED

@@ -37,8 +37,14 @@ EXAMPLE = (torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0)),)
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"cuda_graph": True}, "cuda_graph=True needs a model on a CUDA device, this one is on cpu"),
-        ({"transport": "pigeon"}, "transport='pigeon'; there are auto, collective, packed, peer"),
+        (
+            {"cuda_graph": True},
+            "needs a model on a CUDA device, this one is on cpu; nearest legal: compile=True",
+        ),
+        ({"transport": "pear"}, "transport='pear'; there are auto, collective, packed, peer; did you mean 'peer'"),
+        ({"attention": "cudn"}, "attention='cudn'; there are auto, .*; did you mean 'cudnn'"),
+        ({"timeout": "5"}, "timeout='5': expected a positive number of seconds, or None"),
+        ({"handshake": "no"}, "handshake='no': expected True or False"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, object], says: str, model: nn.Sequential) -> None:
@@ -47,6 +53,29 @@ def test_what_cannot_be_is_refused(options: dict[str, object], says: str, model:
         parallel.emit(model, **options)  # type: ignore[arg-type]
     with pytest.raises(xir.XditError, match=says):
         xir.port(model, **options)(*EXAMPLE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"transport": "pear"}, {"attention": "cudn"}, {"timeout": -1.0}])
+def test_what_exists_nowhere_is_refused_before_the_first_forward(options: dict[str, object], model: nn.Module) -> None:
+    with pytest.raises(xir.ParallelizeError):
+        xir.port(model, **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"stream_weight": "1GiB"}, "stream_weight='1GiB' is no .*option; did you mean stream_weights='1GiB'"),
+        ({"warmup": 2}, "warmup=2 is no .*; did you mean warmup_steps=2"),
+        ({"ulyses": 2}, "did you mean ulysses=2"),
+        ({"warmup_steps": 0}, "warmup_steps=0 is not a positive integer"),
+        ({"patches": 4}, "^patches=4 needs pipefusion of 2 or more"),
+    ],
+)
+def test_options_that_do_not_exist_name_the_nearest(options: dict[str, object], says: str, model: nn.Module) -> None:
+    with pytest.raises(xir.ParallelizeError, match=says):
+        xir.port(model, **options)(*EXAMPLE)  # type: ignore[call-overload]
+    with pytest.raises(xir.ParallelizeError, match=says):
+        xir.trace(model, EXAMPLE).parallelize(**options)  # type: ignore[arg-type]
 
 
 def test_one_rank_without_a_process_group_is_the_model(model: nn.Sequential) -> None:

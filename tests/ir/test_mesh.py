@@ -62,6 +62,8 @@ def test_as_text() -> None:
     [
         (("ring", "cfg", "ring"), (2, 1, 2), "ring, cfg, ring name ring twice; each may stand there once"),
         (("ring",), (0,), "ring=0 is not a positive integer; the nearest legal one is ring=1"),
+        (("ring",), ("2",), "ring='2' is not a positive integer; the nearest legal one is ring=2"),
+        (("ring",), (3.0,), "the nearest legal one is ring=3"),
         (("ring",), (True,), "ring=True is not a positive integer"),
         (("ring",), (2, 3), "a size for each of its dims; got the dims ('ring',) and the sizes (2, 3)"),
         (("2 d",), (2,), "'2 d' is no name of a mesh dim; legal are letters, digits and _"),

@@ -142,6 +142,8 @@ def test_the_page_in_docs_is_that_of_the_stored_results() -> None:
 def test_wrong_usage_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "flux.1-dev", "--peers", "foo"]) == 2
     assert "diffusers, xdit" in capsys.readouterr().err
+    assert main(["bench", "flux1-dev"]) == 2
+    assert "nearest: flux.1-dev" in capsys.readouterr().err
 
 
 def test_scaling_tries_every_way_to_use_the_gpus() -> None:
@@ -201,3 +203,12 @@ def test_what_planning_says_of_scaling() -> None:
     )
     assert ms["flux.2", "p2u8m4"] > ms["flux.2", "r2u8"] and ms["flux.2", "p4u8m4"] < 0.8 * ms["flux.2", "u32"]
     assert ms["qwen", "u16"] < ms["qwen", "p4u8m4"] * 2 and ms["wan2.1", "u8"] < 2 * ms["wan2.1", "r2u8"]
+
+
+def test_more_gpus_than_there_are_is_told_before_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(XditError, match="--gpus 2: this machine has 1; nearest legal: --gpus 1"):
+        cmd_bench.check_gpus(2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(XditError, match="--gpus 2: this machine has 0; nearest legal: `xdit-ir plan`"):
+        cmd_bench.check_gpus(2)

@@ -69,17 +69,17 @@ class Execution:
         """From the options of `port`: `compile` and `cuda_graph`, where one of them is given, else `mode`.
 
         Raises:
-            ParallelizeError: there is no such mode, or both are given.
+            ParallelizeError: there is no such mode, transport, kernel or timeout, or `mode` is given beside the others.
         """
         if mode not in MODES:
             near = difflib.get_close_matches(str(mode), MODES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ParallelizeError(f"mode={mode!r}; there are {', '.join(MODES)}{hint}")
         if compile is None and cuda_graph is None:
-            return Execution(False, False, transport, attention, handshake, mode, timeout)
+            return Execution(False, False, transport, attention, handshake, mode, timeout).checked()
         if mode != "auto":
             raise ParallelizeError(f"mode={mode!r} says what compile= and cuda_graph= say; give one or the other")
-        return Execution(bool(compile), bool(cuda_graph), transport, attention, handshake, None, timeout)
+        return Execution(bool(compile), bool(cuda_graph), transport, attention, handshake, None, timeout).checked()
 
     def on(self, device: torch.device) -> Execution:
         """The same with `compile` and `cuda_graph` as `mode` means them on a device."""
@@ -120,16 +120,28 @@ class Execution:
         """Whether compiled code waits for an exchange where it starts it: without a graph that costs the host less."""
         return self.packs and self.compile and not self.cuda_graph
 
+    def checked(self) -> Execution:
+        """This; raises `ParallelizeError` for what exists on no device."""
+        if self.transport not in TRANSPORTS:
+            near = difflib.get_close_matches(str(self.transport), TRANSPORTS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ParallelizeError(f"transport={self.transport!r}; there are {', '.join(TRANSPORTS)}{hint}")
+        check_name(self.attention)
+        if not isinstance(self.handshake, bool):
+            raise ParallelizeError(f"handshake={self.handshake!r}: expected True or False")
+        if self.timeout is not None and not (isinstance(self.timeout, int | float) and self.timeout > 0):
+            raise ParallelizeError(f"timeout={self.timeout!r}: expected a positive number of seconds, or None")
+        return self
+
     def check(self, device: torch.device) -> None:
         """Raise `ParallelizeError` for what does not exist, or `device` cannot do."""
-        if self.transport not in TRANSPORTS:
-            raise ParallelizeError(f"transport={self.transport!r}; there are {', '.join(TRANSPORTS)}")
-        check_name(self.attention)
-        if self.timeout is not None and not self.timeout > 0:
-            raise ParallelizeError(f"timeout={self.timeout!r}: expected a positive number of seconds, or None")
+        self.checked()
         if self.cuda_graph and device.type != "cuda":
             option = "cuda_graph=True" if self.mode is None else f"mode={self.mode!r}"
-            raise ParallelizeError(f"{option} needs a model on a CUDA device, this one is on {device}")
+            there = "compile=True" if self.mode is None else "mode='compiled'"
+            raise ParallelizeError(
+                f"{option} needs a model on a CUDA device, this one is on {device}; nearest legal: {there}"
+            )
 
     def passes(self, device: torch.device) -> list[Pass]:
         """What is done to a rank's program for `device`, before exchanges are given to copy engines."""

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -78,12 +78,7 @@ class Mesh:
         Raises:
             ParallelizeError: there is no such degree, or it is no positive integer; names the nearest legal one.
         """
-        for name, degree in degrees.items():
-            if name not in MESH_DIMS:
-                near = difflib.get_close_matches(name, MESH_DIMS, n=1)
-                hint = f"did you mean {near[0]}={degree!r}? " if near else ""
-                there = ", ".join(MESH_DIMS)
-                raise ParallelizeError(f"{name}={degree!r} is no parallel degree; {hint}there are {there}")
+        check_degree_names(degrees)
         return Mesh(MESH_DIMS, tuple(degrees.get(name, 1) for name in MESH_DIMS))
 
     @cached_property
@@ -184,6 +179,25 @@ class Mesh:
         return _gathered(self, partition, frozenset(dims))
 
 
+def check_degree_names(given: Mapping[str, object], options: Iterable[str] = ()) -> None:
+    """Raise `ParallelizeError` for a name that is no degree; names the nearest of them, and of the `options` that a
+    call takes besides."""
+    for name, value in given.items():
+        if name not in MESH_DIMS:
+            near = difflib.get_close_matches(name, [*MESH_DIMS, *options], n=1)
+            hint = f"did you mean {near[0]}={value!r}? " if near else ""
+            what = "parallel degree, nor another option" if options else "parallel degree"
+            raise ParallelizeError(f"{name}={value!r} is no {what}; {hint}there are {', '.join(MESH_DIMS)}")
+
+
+def _nearest(size: object) -> int:
+    """The positive integer that is meant by a size of another kind, such as '2' or 2.0; 1 where none is."""
+    try:
+        return max(1, int(float(size)))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return 1
+
+
 def _check(names: Sequence[str], sizes: Sequence[int]) -> None:
     if len(names) != len(sizes):
         raise ParallelizeError(f"a mesh has a size for each of its dims; got the dims {names} and the sizes {sizes}")
@@ -191,7 +205,8 @@ def _check(names: Sequence[str], sizes: Sequence[int]) -> None:
         if not isinstance(name, str) or not name.isidentifier():
             raise ParallelizeError(f"{name!r} is no name of a mesh dim; legal are letters, digits and _, as in 'ring'")
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ParallelizeError(f"{name}={size!r} is not a positive integer; the nearest legal one is {name}=1")
+            nearest = f"the nearest legal one is {name}={_nearest(size)}"
+            raise ParallelizeError(f"{name}={size!r} is not a positive integer; {nearest}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ParallelizeError(f"the mesh dims {', '.join(names)} name {twice[0]} twice; each may stand there once")
 

@@ -6,6 +6,7 @@ FlashAttention 2, 3 and 4 (arXiv 2307.08691, 2407.08608; the last in CuTe DSL) a
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -135,7 +136,9 @@ def choose(name: str, problem: Problem, *, lse: bool = False) -> Backend | None:
 def check_name(name: str) -> None:
     """Raise `ParallelizeError` for a backend that does not exist or is not installed."""
     if name not in NAMES:
-        raise ParallelizeError(f"attention={name!r}; there are {', '.join(NAMES)}")
+        near = difflib.get_close_matches(str(name), NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ParallelizeError(f"attention={name!r}; there are {', '.join(NAMES)}{hint}")
     if name in BACKENDS and not _importable(BACKENDS[name].module):
         raise ParallelizeError(f"attention={name!r} needs {BACKENDS[name].module}, which is not installed; use 'auto'")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import FEATURES, Mesh
+from xdit_ir.ir.mesh import FEATURES, Mesh, check_degree_names
 from xdit_ir.passes.divide import check_cache
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.plan import Plan
@@ -45,6 +46,7 @@ def port(
     ulysses: int | None = None,
     ring: int | None = None,
     pipefusion: int | None = None,
+    tensor: int | None = None,
     patches: int | None = None,
     warmup_steps: int = 1,
     data: int = 1,
@@ -66,7 +68,7 @@ def port(
     components: Sequence[str] | None = None,
     **further: int,
 ) -> Any:
-    """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses` processes.
+    """A drop-in for `model` whose forward runs on `cfg * pipefusion * ring * ulysses * tensor` processes.
 
     Without degrees it runs on all processes of the job: rank 0 works out at the first call which degrees are the
     fastest, of those that compute what one process would, and logs what it took (see `xdit_ir.plan`).
@@ -82,9 +84,9 @@ def port(
     the job (torchrun) does the same, with the same inputs: give all of them the same seed.
 
     Args:
-        cfg, ulysses, ring, pipefusion, patches, warmup_steps, shard_weights, stream_weights, cache, machine: as in
-            `TracedProgram.parallelize`; with `shard_weights` or `stream_weights` a model gives its weights up, as with
-            `release`. Where the batch cannot be divided, `cfg` divides the calls of a step, see
+        cfg, ulysses, ring, pipefusion, tensor, patches, warmup_steps, shard_weights, stream_weights, cache, machine: as
+            in `TracedProgram.parallelize`; with `shard_weights` or `stream_weights` a model gives its weights up, as
+            with `release`. Where the batch cannot be divided, `cfg` divides the calls of a step, see
             `xdit_ir.runtime.pairing`. Degrees that are left out are planned if none is given, or if those above 1 leave
             processes over; else they are 1.
         data: as many replicas of all that, over as many times the processes. Each makes what it is asked for: the
@@ -104,7 +106,8 @@ def port(
             pipeline has no denoiser; at the first forward, also if a degree is illegal for the model and its inputs.
     """
     data = data if plan is None else saved_data(plan, data)
-    named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, **further}
+    check_degree_names(further, inspect.signature(port).parameters)
+    named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor}
     keeping = Keeping.of(shard_weights, stream_weights)
     division = _Division.of(named, plan, patches, warmup_steps, machine, data, keeping=keeping, cache=cache)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
