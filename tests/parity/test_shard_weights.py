@@ -186,6 +186,11 @@ def test_what_cannot_be_divided_is_refused(model: nn.Module) -> None:
     assert not traced.parallelize(shard_weights=True).ir.stored, "one rank has all"
 
 
+@pytest.mark.parametrize("options", [{"shard_weights": True}, {"stream_weights": True}, {"stream_weights": "2KiB"}])
+def test_weights_that_are_gathered_are_no_fallbacks(options: dict[str, Any], model: nn.Module) -> None:
+    assert xir.trace(model, (X,)).parallelize(ulysses=2, **options).report().fallbacks == []
+
+
 def test_halves_that_run_different_calls_share_nothing(model: nn.Module) -> None:
     parallel = xir.trace(model, (X,)).parallelize(cfg=2, ulysses=2, pair_calls=True, shard_weights=True)
     gathers = [one.mesh_dim for one in parallel.report().collectives if one.kind == "gather of weights"]

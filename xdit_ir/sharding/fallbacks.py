@@ -30,6 +30,7 @@ from xdit_ir.rules.base import OpCall, as_layouts, dividing_dims_of
 from xdit_ir.rules.pointwise import is_pointwise
 from xdit_ir.rules.reductions import is_extreme
 from xdit_ir.sharding.cost import local_flops, relayout_bytes
+from xdit_ir.sharding.gathered_weights import gathers_weights
 from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.sharding.shared_out import is_shared_out
 
@@ -168,7 +169,7 @@ class _Walk:
         """The value or values of a change of layout or an operator; notes what it needs and what it costs."""
         gathers = frozenset[fx.Node]().union(*(source.gathers for source in sources))
         behind = frozenset[fx.Node]().union(*(source.behind for source in sources))
-        if node.target is ops.gather and not self._is_meant(operands(node)[0]):
+        if node.target is ops.gather and not self._is_meant(node):
             return (replace(sources[0], gathers=gathers | {node}),)
         if not gathers and not behind:
             return _as_it_is(node)
@@ -183,9 +184,10 @@ class _Walk:
             repeated[cause] += max(local_flops(node, self.mesh))
         return tuple(replace(value, behind=behind) for value in found)
 
-    def _is_meant(self, divided: fx.Node) -> bool:
-        """Whether a value is divided only to be gathered: a weight, or what is shared out."""
-        return is_weight(divided) or is_shared_out(divided, self.mesh)
+    def _is_meant(self, gather: fx.Node) -> bool:
+        """Whether a value is divided only to be gathered: a weight, also one from the host, or what is shared out."""
+        divided = operands(gather)[0]
+        return is_weight(divided) or gathers_weights(gather) or is_shared_out(divided, self.mesh)
 
     def _inferred(self, node: fx.Node, sources: list[_Value]) -> _Values:
         """What the rules make of operands of which some stayed divided."""
