@@ -153,5 +153,5 @@ def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stag
     if pipefusion == 1 and (patches not in (None, 1) or stages is not None):
         given = {"patches": patches, "stages": stages}
         told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-        raise ParallelizeError(f"{told} needs pipefusion of 2 or more; nearest legal: leave it out")
+        raise ParallelizeError(f"{told} needs pipefusion > 1; nearest legal: leave it out")
     return pipefusion if patches is None else patches

@@ -158,7 +158,7 @@ class TracedProgram:
             ParallelizeError: a degree is illegal for this model and input; names the nearest legal choice.
         """
         check_degree_names(further, inspect.signature(TracedProgram.parallelize).parameters)
-        degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor}
+        degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor, **further}
         mesh, machine = Mesh.of(**degrees), checked(machine)
         count = check_schedule(pipefusion, patches, warmup_steps, stages)
         batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED

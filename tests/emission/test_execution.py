@@ -68,7 +68,7 @@ def test_what_exists_nowhere_is_refused_before_the_first_forward(options: dict[s
         ({"warmup": 2}, "warmup=2 is no .*; did you mean warmup_steps=2"),
         ({"ulyses": 2}, "did you mean ulysses=2"),
         ({"warmup_steps": 0}, "warmup_steps=0 is not a positive integer"),
-        ({"patches": 4}, "^patches=4 needs pipefusion of 2 or more"),
+        ({"patches": 4}, "^patches=4 needs pipefusion > 1"),
     ],
 )
 def test_options_that_do_not_exist_name_the_nearest(options: dict[str, object], says: str, model: nn.Module) -> None:

@@ -193,9 +193,10 @@ def check_degree_names(given: Mapping[str, object], options: Iterable[str] = ())
 def _nearest(size: object) -> int:
     """The positive integer that is meant by a size of another kind, such as '2' or 2.0; 1 where none is."""
     try:
-        return max(1, int(float(size)))  # type: ignore[arg-type]
+        number = float(size)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return 1
+    return max(1, int(number)) if number.is_integer() else 1
 
 
 def _check(names: Sequence[str], sizes: Sequence[int]) -> None:

@@ -107,7 +107,7 @@ def port(
     """
     data = data if plan is None else saved_data(plan, data)
     check_degree_names(further, inspect.signature(port).parameters)
-    named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor}
+    named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor, **further}
     keeping = Keeping.of(shard_weights, stream_weights)
     division = _Division.of(named, plan, patches, warmup_steps, machine, data, keeping=keeping, cache=cache)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
