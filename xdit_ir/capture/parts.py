@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from xdit_ir.capture.fakes import is_fake
 from xdit_ir.capture.hidden import HIDING, hidden_state, hides, put_hidden_state
 
 ATOMS = (
@@ -70,7 +71,7 @@ class Part:
 
     def name(self, key: Any) -> str:
         """An entry, for messages."""
-        return f"{self.label}[{key!r}]"
+        return f"{self.label}[{_text(key)}]"
 
 
 class Single(Part):
@@ -207,7 +208,7 @@ class Members(Part):
         self.item.update(held)
 
     def name(self, key: Any) -> str:
-        return f"{self.label} ({key!r})"
+        return f"{self.label} ({_text(key)})"
 
 
 class Cell(Single):
@@ -431,3 +432,7 @@ def is_opaque(kind: type) -> bool:
         return False
     package = module.partition(".")[0]
     return package in _OF_THE_PROCESS or (package == "torch" and not module.startswith(_OF_MODELS))
+
+
+def _text(key: Any) -> str:
+    return "a tensor of the trace" if is_fake(key) else repr(key)
