@@ -18,7 +18,7 @@ KINDS = models.kinds()
 # What runs without `--zoo-all`: one of every group.
 FEW = (
     *("kind-finite-only", "kind-object-leaves", "kind-masked-tokens", "kind-fills-table", "kind-by-modality"),
-    *("kind-shifted-windows", "kind-padded-stream", "kind-state-space", "kind-scan-operator"),
+    *("kind-shifted-windows", "kind-padded-stream", "kind-state-space", "kind-scan-operator", "kind-vectorised"),
 )
 # What it says where a kind cannot be divided so.
 REFUSED = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xdit_ir.capture.failures import Unshareable
@@ -209,8 +210,8 @@ class Recorder(GraphWriter):
         found = self._values.get(id(tensor))
         if found is not None:
             return found
-        if is_fake(tensor):
-            raise Unshareable("a tensor from outside the trace")
+        if is_fake(tensor) or is_functorch_wrapped_tensor(tensor):
+            raise Unshareable("a tensor from outside the trace, or one that a transform of torch.func follows")
         fake = self.state_of(tensor)
         if fake is not tensor:
             return self._values[id(fake)]
