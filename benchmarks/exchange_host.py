@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from timing import quartiles
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -74,17 +74,6 @@ def ways(
     }
 
 
-def microseconds(call: Callable[[], object], calls: int) -> tuple[float, float, float]:
-    """Quartiles and median: lower, median, upper."""
-    times = []
-    for _ in range(calls):
-        start = time.thread_time_ns()
-        call()
-        times.append((time.thread_time_ns() - start) / 1e3)
-    lower_, median, upper = statistics.quantiles(times, n=4)
-    return lower_, median, upper
-
-
 def device_of_job() -> torch.device:
     """That of this process of a job of two GPUs, or the CPU, with a process group that does nothing."""
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
@@ -128,7 +117,7 @@ def main() -> None:
                 after(y)
 
             in_all(attention) if device.type == "cuda" else attention()
-            lower_, median, upper = microseconds(attention, calls)
+            lower_, median, upper = quartiles(attention, calls, 1e3)
             count = 4 if "one by one" in name else 2
             said = f", {in_all(attention):.0f} us in all" if device.type == "cuda" else ""
             if rank == 0:

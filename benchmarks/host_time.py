@@ -9,28 +9,16 @@ milliseconds of one thread, and what the parts take.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import quartiles
 
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.models.build import build
 from xdit_ir.porting.specialisations import Arguments
-
-
-def milliseconds(call: Callable[[], Any], calls: int) -> tuple[float, float, float]:
-    """Quartiles and median: lower, median, upper."""
-    times = []
-    for _ in range(calls):
-        start = time.thread_time_ns()
-        call()
-        times.append((time.thread_time_ns() - start) / 1e6)
-    lower, median, upper = statistics.quantiles(times, n=4)
-    return lower, median, upper
 
 
 def main() -> None:
@@ -55,7 +43,7 @@ def main() -> None:
             "  the search": lambda: made._find(one.mode, Arguments((), example)),
         }
         for name, call in parts.items():
-            lower, median, upper = milliseconds(call, calls)
+            lower, median, upper = quartiles(call, calls, 1e6)
             print(f"{name:26s} {median:6.3f} ms ({lower:.3f} .. {upper:.3f})")
 
 

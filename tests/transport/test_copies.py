@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import torch
+from divided import MESHES, local, partitions
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xdit_ir.ir.layout import Layout, plan
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.transport.copies import copies
-
-MESHES = [Mesh.of(ulysses=2), Mesh.of(ulysses=3), Mesh.of(ring=2, ulysses=2)]
-
-
-@st.composite
-def partitions(draw: st.DrawFn, mesh: Mesh, size: int) -> Partition | None:
-    """Whole, even, or any disjoint cover of the dimension, in any order."""
-    kind = draw(st.sampled_from(["whole", "even", "any"]))
-    if kind == "whole":
-        return None
-    if kind == "even":
-        return mesh.divide(size, ("ring", "ulysses"))
-    order = draw(st.permutations(range(size)))
-    cuts = sorted(draw(st.integers(0, size)) for _ in range(mesh.world_size - 1))
-    bounds = [0, *cuts, size]
-    parts = [np.array(order[a:b], dtype=np.int64) for a, b in itertools.pairwise(bounds)]
-    return Partition(size, tuple(Indices.of_array(part) for part in parts))
-
-
-def local(value: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor:
-    for dim, partition in enumerate(layout.dims):
-        if partition is not None:
-            value = value.index_select(dim, torch.from_numpy(partition.parts[rank].array))
-    return value.contiguous()
 
 
 def as_bytes(x: torch.Tensor) -> np.ndarray:
@@ -52,14 +26,14 @@ def test_copies_are_the_exchange(data: st.DataObject, mesh: Mesh, shape: tuple[i
     steps = plan(mesh, shape, source, target)
     results = [np.full(2 * int(np.prod(x.shape)), 255, np.uint8) for x in steps.ranks]
     for rank, exchange in enumerate(steps.ranks):
-        held = as_bytes(local(value, source, rank))
+        held = as_bytes(local(value, source, rank).contiguous())
         for member, peer in enumerate(exchange.group):
             for copy in copies(exchange, member, 2):
                 for row in range(copy.height):
                     here, there = copy.source + row * copy.source_pitch, copy.target + row * copy.target_pitch
                     results[peer][there : there + copy.width] = held[here : here + copy.width]
     for rank in range(mesh.world_size):
-        assert np.array_equal(results[rank], as_bytes(local(value, target, rank)))
+        assert np.array_equal(results[rank], as_bytes(local(value, target, rank).contiguous()))
 
 
 def test_heads_for_tokens_is_one_copy_per_batch_entry() -> None:

@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
+from divided import MESHES, local, partitions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdit_ir.ir.layout import Layout, plan
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.transport.direct import DirectReceive
 from xdit_ir.transport.packing import Packing, chunk_messages, coming_sizes, message_of, results_of_messages
 
-MESHES = [Mesh.of(ulysses=2), Mesh.of(ulysses=3), Mesh.of(ring=2, ulysses=2)]
-
-
-@st.composite
-def partitions(draw: st.DrawFn, mesh: Mesh, size: int) -> Partition | None:
-    """Whole, even, or any disjoint cover of the dimension, in any order."""
-    kind = draw(st.sampled_from(["whole", "even", "even", "any"]))
-    if kind == "whole":
-        return None
-    if kind == "even":
-        return mesh.divide(size, ("ring", "ulysses"))
-    order = draw(st.permutations(range(size)))
-    cuts = sorted(draw(st.integers(0, size)) for _ in range(mesh.world_size - 1))
-    bounds = [0, *cuts, size]
-    parts = [np.array(order[a:b], dtype=np.int64) for a, b in itertools.pairwise(bounds)]
-    return Partition(size, tuple(Indices.of_array(part) for part in parts))
-
-
-def local(value: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor:
-    for dim, partition in enumerate(layout.dims):
-        if partition is not None:
-            value = value.index_select(dim, torch.from_numpy(partition.parts[rank].array))
-    return value
+KINDS = ("whole", "even", "even", "any")
 
 
 def exchanged(packings: Sequence[Packing], xs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
@@ -70,8 +46,8 @@ def test_several_values_travel_as_if_each_did_alone(
     data: st.DataObject, mesh: Mesh, shape: tuple[int, int, int], values: int
 ) -> None:
     dims = data.draw(st.tuples(*[st.integers(0, 2)] * 2))
-    source = Layout.whole(3).with_dims({dims[0]: data.draw(partitions(mesh, shape[dims[0]]))})
-    target = Layout.whole(3).with_dims({dims[1]: data.draw(partitions(mesh, shape[dims[1]]))})
+    source = Layout.whole(3).with_dims({dims[0]: data.draw(partitions(mesh, shape[dims[0]], KINDS))})
+    target = Layout.whole(3).with_dims({dims[1]: data.draw(partitions(mesh, shape[dims[1]], KINDS))})
     widths = [data.draw(st.integers(1, 3)) for _ in range(values)]
     shapes = [(*shape, width) for width in widths]
     have, want = (Layout((*layout.dims, None)) for layout in (source, target))

@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.objects import Snapshot, expand_objects, snapshot
 from xdit_ir.capture.outputs import attributes_of
 from xdit_ir.capture.parts import ATOMS, alike
-from xdit_ir.capture.plain import PLAIN
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.ir.named_tensors import find_tensor
 from xdit_ir.ir.program import STATE, STRIDES, Guard, Program, TensorSpec
+from xdit_ir.ir.wrappers import PLAIN
 
 _LEAVES = PLAIN | {bool, int, float, str, type(None)}
 

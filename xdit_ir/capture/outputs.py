@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -19,6 +18,7 @@ from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import Literal, Signature
+from xdit_ir.ir.wrappers import PLAIN
 
 _BUILT_IN = (dict, list, tuple, set, str, int, float)  # of which a subclass is not made anew without its constructor
 
@@ -48,7 +48,7 @@ def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
 
 def attributes_of(tensor: torch.Tensor) -> list[str]:
     """What somebody's code has put on a tensor, beside what it is."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter, FakeTensor):
+    if type(tensor) not in PLAIN:
         return []
     return [name for name in vars(tensor) if not name.startswith("_") and name not in _FAKE]
 

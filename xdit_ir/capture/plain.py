@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.wrappers import bare, parts_inside
+from xdit_ir.ir.wrappers import PLAIN, bare, parts_inside
 
-PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})  # classes of tensors that are what they look like
 _WRAPPERS = (DataParallel, DistributedDataParallel)
 Casts = dict[tuple[int, str], tuple[dict[str, Any], Any, torch.dtype]]
 """By holder and name: the dict that holds a weight, the weight before it was cast, and its dtype."""

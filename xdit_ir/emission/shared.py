@@ -14,6 +14,7 @@ from xdit_ir.emission.lifting import lift
 from xdit_ir.emission.structure import STRUCTURE, Structure, is_value
 from xdit_ir.emission.template import ArgumentGraph, Template
 from xdit_ir.ir.graphs import placeholders
+from xdit_ir.ir.program import dense_strides
 
 
 class SharedCode:
@@ -137,18 +138,10 @@ class SharedCodes:
 def one_form(x: torch.Tensor) -> torch.Tensor:
     """A tensor as compiled code wants it: dense, so that there is one form of it; a part of a dense one is copied, one
     that is repeated or has its dimensions in another order is left."""
-    strides, dense = x.stride(), _dense(x.shape)
+    strides, dense = x.stride(), dense_strides(x.shape)
     if strides == dense:
         return x
     if x.is_contiguous():  # it differs where dimensions have one index
         return x.as_strided(x.shape, dense)
     wide = [stride for size, stride in zip(x.shape, strides, strict=True) if size > 1]
     return x.contiguous() if 0 not in wide and sorted(wide, reverse=True) == wide and x.numel() else x
-
-
-def _dense(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, stride = [], 1
-    for size in reversed(shape):
-        strides.append(stride)
-        stride *= max(size, 1)
-    return tuple(reversed(strides))

@@ -17,7 +17,7 @@ Both levels are `torch.fx.Graph`s of functional ATen operators. Conventions, che
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
@@ -58,6 +58,15 @@ class ComputeScope(Enum):
     def is_once(self) -> bool:
         """Whether the first patch alone computes it."""
         return self is not ComputeScope.EACH_PATCH
+
+
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor whose elements lie one behind the other, in elements."""
+    strides, stride = [], 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
-_PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})
+PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})  # classes of tensors that are what they look like
 
 
 def is_wrapper(item: Any) -> bool:
@@ -61,7 +61,7 @@ def form_of(tensor: torch.Tensor) -> Any:
 def is_dressed(item: Any) -> bool:
     """Whether it is a tensor of plain numbers, to which its class adds nothing but Python."""
     kind = type(item)
-    if kind in _PLAIN or not isinstance(item, torch.Tensor) or is_lazy(item):
+    if kind in PLAIN or not isinstance(item, torch.Tensor) or is_lazy(item):
         return False
     return kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 

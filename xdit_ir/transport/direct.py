@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import AllToAllOptions
 
 from xdit_ir.ir.collective_ops import PlainAssembly, join
 from xdit_ir.ir.layout import RankExchange
+from xdit_ir.ir.program import dense_strides
 from xdit_ir.transport.collectives import Exchange
 from xdit_ir.transport.packing import Packing, Rows, Shape, chunk_messages, coming_sizes, message_of
 
@@ -122,11 +123,11 @@ def _pieces(shapes: Sequence[Shape], rows: Rows, start: int) -> list[View]:
     sizes = [math.prod(shape) for shape in shapes]
     if not rows or len(shapes) == 1:
         starts = itertools.accumulate(sizes, initial=start)
-        return [(shape, _dense(shape), first) for shape, first in zip(shapes, starts, strict=False)]
+        return [(shape, dense_strides(shape), first) for shape, first in zip(shapes, starts, strict=False)]
     widths = [math.prod(shape[row + 1 :]) if len(shape) > row else 0 for shape, row in zip(shapes, rows, strict=True)]
     places = itertools.accumulate(widths, initial=start)
     return [
-        (shape, (*_dense(shape)[:row], sum(widths), *_dense(shape)[row + 1 :]), first)
+        (shape, (*dense_strides(shape)[:row], sum(widths), *dense_strides(shape)[row + 1 :]), first)
         for shape, row, first in zip(shapes, rows, places, strict=False)
     ]
 
@@ -135,10 +136,6 @@ def _columns(packing: Packing, messages: Sequence[Sequence[View]]) -> list[View]
     """Where the results lie, if messages one behind the other are these."""
     first = next((each for each, rows in zip(messages, packing.coming, strict=True) if rows), messages[0])
     if len(packing.assemblies) == 1:
-        return [(packing.assemblies[0][0], _dense(packing.assemblies[0][0]), 0)]
+        return [(packing.assemblies[0][0], dense_strides(packing.assemblies[0][0]), 0)]
     base = first[0][2]
     return [(result[0], strides, at - base) for result, (_, strides, at) in zip(packing.assemblies, first, strict=True)]
-
-
-def _dense(shape: Shape) -> Shape:
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

@@ -150,11 +150,12 @@ def _out_of_step(rank: int, number: int, votes: Sequence[Any]) -> str:
 
 
 def _compare_contents(line: Line, contents: Contents, everyone: Sequence[Any], *, agreed: bool) -> None:
-    if text := _other_contents(line.rank, contents, everyone, rounded=True):
-        error = MismatchError(text)
+    if not (text := _other_contents(line.rank, contents, everyone)):
+        return
+    if beyond := _other_contents(line.rank, contents, everyone, rounded=True):
+        error = MismatchError(beyond)
         raise line.agreed(error) if agreed else error
-    if text := _other_contents(line.rank, contents, everyone):
-        warnings.warn(f"{ROUNDED}: {text}", stacklevel=2)
+    warnings.warn(f"{ROUNDED}: {text}", stacklevel=2)
 
 
 def _other_contents(mine: int, contents: Contents, everyone: Sequence[Any], *, rounded: bool = False) -> str:
