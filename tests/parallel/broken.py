@@ -11,7 +11,7 @@ import jobs  # type: ignore[import-not-found]
 import torch
 
 import xdit_ir as xir
-from xdit_ir.transport import collectives, packing
+from xdit_ir.transport import collectives, packing, wire
 
 # What is broken, on rank 1, the model that shows it, and its degrees.
 RUNTIMES = {
@@ -29,7 +29,7 @@ def _broken(how: str) -> Iterator[None]:
 
     def own(x: torch.Tensor, *, group: str) -> torch.Tensor:
         """Takes part, so that the other ranks do not wait for ever."""
-        total = collectives._wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+        total = wire.wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
         return x + 0 * total
 
     target: Any = {

@@ -21,7 +21,7 @@ from xdit_ir import models
 from xdit_ir.deferral.deferred import materialize
 from xdit_ir.pipelined.channels import Channels
 from xdit_ir.runtime.agreement import Agreement
-from xdit_ir.transport import collectives
+from xdit_ir.transport import collectives, wire
 from xdit_ir.transport.direct import DirectSend
 
 Example = dict[str, Any]
@@ -284,7 +284,13 @@ def _raising_in_an_exchange(module: Any, model: Any) -> Iterator[None]:
         raise ConnectionError("injected")
 
     # Before anything is sent: with all that it waits for, the other would hear of it in its next call only.
-    places = ((collectives, "start"), (collectives, "_wait"), (DirectSend, "forward"), (Channels, "send"))
+    places = (
+        (collectives, "start"),
+        (collectives, "wait"),
+        (wire, "wait"),
+        (DirectSend, "forward"),
+        (Channels, "send"),
+    )
     with ExitStack() as patched:
         for place, name in places:
             patched.enter_context(mock.patch.object(place, name, bomb))

@@ -7,7 +7,6 @@ traced by torch.compile just so and spares the eager path a tensor subclass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.distributed._functional_collectives
@@ -34,7 +33,6 @@ from xdit_ir.kernels.attention import RingMerge
 from xdit_ir.kernels.backends import BACKENDS
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.packing import (
-    PACKED,
     Packing,
     Rows,
     Shapes,
@@ -43,6 +41,7 @@ from xdit_ir.transport.packing import (
     message_of,
     results_of_messages,
 )
+from xdit_ir.transport.wire import apart, begin, finish, on_wire, start, typed, wait
 
 
 def lower(target: Communicate, communicator: Communicator, *, at_once: bool = False) -> tuple[Exchange, ...]:
@@ -113,7 +112,7 @@ class AllReduce(Exchange):
         if not group or not x.numel():
             return x
         real = torch.view_as_real(x) if x.is_complex() else x
-        total = _wait(torch.ops._c10d_functional.all_reduce(real.contiguous(), "sum", group))
+        total = wait(torch.ops._c10d_functional.all_reduce(real.contiguous(), "sum", group))
         return torch.view_as_complex(total) if x.is_complex() else total
 
 
@@ -183,10 +182,10 @@ class Receive(Exchange):
         at_once: bool,
     ) -> torch.Tensor:
         """What `Send` gave -> this rank's part in the new layout."""
-        there = pending if at_once else _wait(pending)
+        there = pending if at_once else wait(pending)
         if direct:
-            return _typed(there, assembly[0], own.dtype)
-        pieces = _apart(there, shapes, own.dtype)
+            return typed(there, assembly[0], own.dtype)
+        pieces = apart(there, shapes, own.dtype)
         pieces[at] = own
         return join(pieces, *assembly)
 
@@ -221,7 +220,7 @@ class PackedSend(Exchange):
             flat, sizes = table.view(-1), [table.shape[1] * table.shape[2]] * len(leaving)
         else:
             flat, sizes, own = message_of(xs, takes, leaving, at, direct)
-        return _begin(flat, coming_sizes(shapes), sizes, group, after if at_once else None), *own
+        return begin(flat, coming_sizes(shapes), sizes, group, after if at_once else None), *own
 
 
 class PackedReceive(Exchange):
@@ -245,7 +244,7 @@ class PackedReceive(Exchange):
         at_once: bool,
     ) -> tuple[torch.Tensor, ...]:
         """What `PackedSend` gave -> this rank's parts in the new layouts."""
-        there = pending if at_once else _wait(pending)
+        there = pending if at_once else wait(pending)
         return tuple(results_of_messages(there, own, shapes, assemblies, coming, at, direct))
 
 
@@ -259,7 +258,7 @@ class SendParts(Exchange):
     @staticmethod
     def function(x: torch.Tensor, *, count: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`x`, this rank's part -> all parts, which are on their way, and nothing of the type that they have."""
-        flat = _wire(x).contiguous()
+        flat = on_wire(x).contiguous()
         return torch.ops._c10d_functional.all_gather_into_tensor(flat, count, group), x.new_empty(0)
 
 
@@ -273,7 +272,7 @@ class ReceiveParts(Exchange):
     @staticmethod
     def function(pending: torch.Tensor, own: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
         """What `SendParts` gave -> the whole."""
-        return _typed(_wait(pending), shape, own.dtype)
+        return typed(wait(pending), shape, own.dtype)
 
 
 class AddUp(Exchange):
@@ -349,70 +348,3 @@ def _arriving(k: torch.Tensor, v: torch.Tensor, keys: int, at: int, members: int
 
 def _resized(x: torch.Tensor, keys: int) -> tuple[int, ...]:
     return (*x.shape[:-2], keys, x.shape[-1])
-
-
-def start(
-    pieces: Sequence[torch.Tensor],
-    shapes: Sequence[tuple[int, ...]],
-    group: str,
-    after: Sequence[torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Start an all-to-all: `pieces[i]` goes to member `i`, a tensor of `shapes[i]` comes from it; see `finish`. If it
-    is done at once, `after` what was before, nothing waits for it.
-
-    All members of the group must call it; any piece may be empty.
-    """
-    width = _width(pieces[0].dtype)
-    full = [_wire(piece) for piece in pieces if piece.numel()]
-    flat = torch.cat(full) if len(full) > 1 else full[0].contiguous() if full else _wire(pieces[0])
-    arriving = [math.prod(shape) * width for shape in shapes]
-    leaving = [piece.numel() * width for piece in pieces]
-    return _begin(flat, arriving, leaving, group, after)
-
-
-def _begin(
-    flat: torch.Tensor, coming: list[int], leaving: list[int], group: str, after: Sequence[torch.Tensor] | None
-) -> torch.Tensor:
-    if after is None:
-        pending: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(flat, coming, leaving, group)
-        return pending
-    done: torch.Tensor = torch.ops.xdit_ir.exchange(flat, list(after), coming, leaving, group)
-    return done
-
-
-def finish(pending: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The pieces that `start` fetches, once they are there."""
-    return _apart(_wait(pending), shapes, dtype)
-
-
-def _apart(there: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
-    width = _width(dtype)
-    parts = torch.split_with_sizes(there, [math.prod(shape) * width for shape in shapes])
-    return [_typed(part, shape, dtype) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _typed(flat: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Flat elements as they travelled, as a tensor."""
-    if dtype.is_complex:
-        return torch.view_as_complex(flat.view(*shape, 2))
-    return flat.view(dtype).view(shape)
-
-
-def _wire(x: torch.Tensor) -> torch.Tensor:
-    """The elements as a flat tensor of a type that every backend can move."""
-    if x.is_complex():
-        return torch.view_as_real(x.resolve_conj()).reshape(-1)
-    flat = x.reshape(-1)
-    return flat if x.dtype in PACKED else flat.contiguous().view(torch.uint8)
-
-
-def _width(dtype: torch.dtype) -> int:
-    """Elements on the wire per element."""
-    if dtype.is_complex:
-        return 2
-    return 1 if dtype in PACKED else dtype.itemsize
-
-
-def _wait(pending: torch.Tensor) -> torch.Tensor:
-    arrived: torch.Tensor = torch.ops._c10d_functional.wait_tensor(pending)
-    return arrived
