@@ -3,7 +3,7 @@
 FLUX.1-dev of published size (or the model that is named) under `ulysses` over all ranks, by each mode and each way in
 which exchanges can travel. Prints for each how long a call takes to return, which is the host's part, and how long with
 the GPU's; medians of all ranks' slowest. `--profile` prints instead where the host of the last rank
-spends its time, by functions of Python.
+spends its time, by functions of Python; `--trace FOLDER` writes what each rank's host and GPU do, for Chrome.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,11 +61,21 @@ def profile(call: Callable[[], object], calls: int = 10) -> None:
     pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(40)
 
 
+def trace(call: Callable[[], object], path: Path, calls: int = 3) -> None:
+    """Write what host and GPU do in some calls."""
+    with torch.profiler.profile() as profiler:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(path))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="flux.1-dev")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--trace", type=Path)
     given = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
@@ -82,7 +93,9 @@ def main() -> None:
             for _ in range(4):
                 call()
             torch.cuda.synchronize()
-            if given.profile and dist.get_rank() == dist.get_world_size() - 1:
+            if given.trace:
+                trace(call, given.trace / f"{mode}_{transport}_{dist.get_rank()}.json.gz")
+            elif given.profile and dist.get_rank() == dist.get_world_size() - 1:
                 profile(call)
             elif given.profile:
                 for _ in range(10):
