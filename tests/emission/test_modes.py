@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import xdit_ir as xir
-from xdit_ir.emission.compilation import compile_body
+from xdit_ir.emission.compilation import can_fuse, compile_body
 from xdit_ir.emission.execution import Execution
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -85,3 +88,17 @@ def test_the_report_of_a_port_says_how_it_runs() -> None:
         port.report()
     port(torch.ones(1, 2))
     assert port.report().execution == "eagerly" and "runs eagerly" in str(port.report())
+
+
+@pytest.mark.parametrize(
+    ("body", "fuses"),
+    [
+        (lambda x, w: F.linear(F.silu(x), w).split(2, -1), False),
+        (lambda x, w: F.linear(F.silu(x) * 2, w), True),
+        (lambda x, w: F.linear(F.silu(x), w) + 1, False),
+        (lambda x, w: F.linear(F.layer_norm(x, (4,)), w), True),
+    ],
+)
+def test_a_block_is_compiled_where_several_operators_may_become_one_kernel(body: Any, fuses: bool) -> None:
+    graph = make_fx(body)(torch.randn(2, 4), torch.randn(4, 4)).graph
+    assert can_fuse(graph) is fuses

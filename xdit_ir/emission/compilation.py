@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch._dynamo.mutation_guard import install_generation_tagging_init
 
 from xdit_ir.emission.execution import first_line, is_watched
 from xdit_ir.emission.shared import SharedCodes
+from xdit_ir.ir import ops
+from xdit_ir.ir.flops import counts
 
 _NAMED = frozenset(
     ("BUILTIN_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "MODULE_MATCH", "CLASS_MATCH", "TYPE_MATCH", "ID_MATCH")
@@ -21,6 +23,30 @@ _NAMED = frozenset(
 def prepare() -> None:
     """Change in `nn.Module` what the compiler changes when it is first used: a model looked at now stays as it is."""
     install_generation_tagging_init()
+
+
+def can_fuse(graph: fx.Graph) -> bool:
+    """Whether a compiler could make one kernel of several operators. Of products, and operators on single elements that
+    only products take, it makes the kernels that there are already, behind more work for the host."""
+    return any(_may_be_fused(node) for node in graph.nodes if node.op in ("call_function", "call_module"))
+
+
+def _may_be_fused(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return True
+    if ops.is_view(node.target) or counts(node.target):
+        return False
+    single = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return not single or not all(user.op == "output" or counts(user.target) for user in _takers(node))
+
+
+def _takers(node: fx.Node) -> Iterator[fx.Node]:
+    """What takes a value, also by way of views."""
+    for user in node.users:
+        if user.op == "call_function" and ops.is_view(user.target):
+            yield from _takers(user)
+        else:
+            yield user
 
 
 def not_of_globals(guards: Sequence[Any]) -> list[bool]:

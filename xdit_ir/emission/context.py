@@ -13,7 +13,7 @@ from torch import nn
 
 from xdit_ir.emission.checkpoint import Loading, WeightStore
 from xdit_ir.emission.codegen import Code, generate
-from xdit_ir.emission.compilation import compile_body, prepare
+from xdit_ir.emission.compilation import can_fuse, compile_body, prepare
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
 from xdit_ir.emission.graph_pool import GraphPool
@@ -141,7 +141,7 @@ class RankContext:
         if self.execution.compile and code.mailbox is not None:
             code.mailbox.register()
         if self.execution.compile:
-            for body in code.bodies.values():
+            for body in (body for body in code.bodies.values() if can_fuse(body.module.graph)):
                 failed = None if self.execution.forced else code.note
                 codes = self.shared_codes if shared else None
                 compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed)

@@ -36,12 +36,12 @@ from xdit_ir.transport.packing import (
     Packing,
     Rows,
     Shapes,
-    chunk_messages,
     coming_sizes,
     message_of,
     results_of_messages,
+    tables_of,
 )
-from xdit_ir.transport.wire import apart, begin, finish, on_wire, start, typed, wait
+from xdit_ir.transport.wire import apart, begin, begin_tables, finish, on_wire, start, typed, wait
 
 
 def lower(target: Communicate, communicator: Communicator, *, at_once: bool = False) -> tuple[Exchange, ...]:
@@ -214,13 +214,11 @@ class PackedSend(Exchange):
         """This rank's parts in the old layouts -> what is on its way, and the pieces that stay here; behind the parts:
         what the exchange before has given, see `lower`."""
         xs, after = given[: len(takes)], given[len(takes) :]
-        own: list[torch.Tensor] = []
+        coming, before = coming_sizes(shapes), after if at_once else None
         if chunked:
-            table = chunk_messages(xs, leaving[0], len(leaving))
-            flat, sizes = table.view(-1), [table.shape[1] * table.shape[2]] * len(leaving)
-        else:
-            flat, sizes, own = message_of(xs, takes, leaving, at, direct)
-        return begin(flat, coming_sizes(shapes), sizes, group, after if at_once else None), *own
+            return (begin_tables(tables_of(xs, leaving[0]), coming, group, before),)
+        flat, sizes, own = message_of(xs, takes, leaving, at, direct)
+        return begin(flat, coming, sizes, group, before), *own
 
 
 class PackedReceive(Exchange):

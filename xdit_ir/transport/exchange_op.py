@@ -1,8 +1,11 @@
-"""An operator that exchanges at once, for compiled code; importing registers it.
+"""Operators that exchange at once, for compiled code; importing registers them.
 
 PyTorch's functional collective is two operators, each behind a function of Python for gradients, and runs on another
-stream than the code around it. This is one, and calls the process group. A compiler keeps it as it is, but knows no
-order of such calls, which must be the same on all ranks: so each takes what the one before gave.
+stream than the code around it. These are one, and call the process group. A compiler keeps them as they are, but knows
+no order of such calls, which must be the same on all ranks: so each takes what the one before gave.
+
+Tables are put together as messages outside of the compiled code: inside, the number of rows is a symbol, and a kernel
+that writes messages in their order would divide by it for each element of each table.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from typing import Any
 import torch
 from torch._C import _distributed_c10d as c10d
 
+from xdit_ir.transport.packing import chunk_messages
+
 _LIBRARY: Any = torch.library.Library("xdit_ir", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("exchange(Tensor x, Tensor[] after, SymInt[] coming, SymInt[] leaving, str group) -> Tensor")
+_LIBRARY.define("exchange_tables(Tensor[] tables, Tensor[] after, SymInt[] coming, str group) -> Tensor")
 _RESOLVE: Any = c10d._resolve_process_group
 _OPTIONS = c10d.AllToAllOptions()
 _OPTIONS.asyncOp = False
@@ -37,5 +43,21 @@ def _typed(
     return x.new_empty(sum(coming))
 
 
+def _exchange_tables(
+    tables: Sequence[torch.Tensor], after: Sequence[torch.Tensor], coming: list[int], group: str
+) -> torch.Tensor:
+    """`tables`, each `[rows, columns]`, of whose columns each member gets an equal part -> as of `_exchange`."""
+    messages = chunk_messages(tables, len(coming)).view(-1)
+    return _exchange(messages, after, coming, [len(messages) // len(coming)] * len(coming), group)
+
+
+def _typed_tables(
+    tables: Sequence[torch.Tensor], after: Sequence[torch.Tensor], coming: Sequence[int], group: str
+) -> torch.Tensor:
+    return tables[0].new_empty(sum(coming))
+
+
 _LIBRARY.impl("exchange", _exchange, "CompositeExplicitAutograd")
 torch.library.register_fake("xdit_ir::exchange", _typed, lib=_LIBRARY)
+_LIBRARY.impl("exchange_tables", _exchange_tables, "CompositeExplicitAutograd")
+torch.library.register_fake("xdit_ir::exchange_tables", _typed_tables, lib=_LIBRARY)

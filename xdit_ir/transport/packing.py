@@ -114,22 +114,20 @@ def message_of(
     return flat, sizes, [] if direct else [each[at] for each in pieces]
 
 
-def chunk_messages(xs: Sequence[torch.Tensor], rows: Rows, members: int) -> torch.Tensor:
-    """The same, `[members, rows, columns]` in one copy, where each member gets an equal part of the columns."""
-    tables = [
-        x.reshape(x.shape[row], members, math.prod(x.shape[row + 1 :]) // members).transpose(0, 1)
-        for x, row in zip(xs, rows, strict=True)
-    ]
-    return torch.cat(tables, 2) if len(tables) > 1 else tables[0].contiguous()
+def tables_of(xs: Sequence[torch.Tensor], rows: Rows) -> list[torch.Tensor]:
+    """Values as tables `[rows, columns]`."""
+    return [x.reshape(x.shape[row], math.prod(x.shape[row + 1 :])) for x, row in zip(xs, rows, strict=True)]
+
+
+def chunk_messages(tables: Sequence[torch.Tensor], members: int) -> torch.Tensor:
+    """The same, `[members, rows, columns]` in one copy, where each member gets an equal part of all tables' columns."""
+    parts = [x.reshape(len(x), members, x.shape[1] // members).transpose(0, 1) for x in tables]
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0].contiguous()
 
 
 def _message(pieces: Sequence[torch.Tensor], rows: Rows) -> list[torch.Tensor]:
     if rows and len(pieces) > 1:
-        tables = [
-            piece.reshape(piece.shape[dim], math.prod(piece.shape[dim + 1 :]))
-            for piece, dim in zip(pieces, rows, strict=True)
-        ]
-        return [torch.cat(tables, 1).reshape(-1)]
+        return [torch.cat(tables_of(pieces, rows), 1).reshape(-1)]
     return [piece.reshape(-1) for piece in pieces]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from xdit_ir.transport.packing import PACKED
+from xdit_ir.transport.packing import PACKED, chunk_messages
 
 
 def start(
@@ -38,6 +38,18 @@ def begin(
         return pending
     done: torch.Tensor = torch.ops.xdit_ir.exchange(flat, list(after), coming, leaving, group)
     return done
+
+
+def begin_tables(
+    tables: Sequence[torch.Tensor], coming: list[int], group: str, after: Sequence[torch.Tensor] | None
+) -> torch.Tensor:
+    """The same for tables `[rows, columns]`, of whose columns each member gets an equal part."""
+    if after is not None:
+        done: torch.Tensor = torch.ops.xdit_ir.exchange_tables(list(tables), list(after), coming, group)
+        return done
+    messages = chunk_messages(tables, len(coming))
+    sizes = [messages.shape[1] * messages.shape[2]] * len(coming)
+    return begin(messages.view(-1), coming, sizes, group, None)
 
 
 def finish(pending: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
