@@ -33,8 +33,7 @@ def peer_put(
     place: int,
     tell_self: bool,
 ) -> torch.Tensor:
-    """Start copies of pieces of `x` (dense) into the members' workspaces, and tell each when its piece is there. The
-    piece that stays here is copied beside what follows, too.
+    """Start copies of pieces of `x` (dense) into the members' workspaces, and tell each when its piece is there.
 
     Args:
         after: what was started or awaited before, for the order only.
@@ -49,11 +48,12 @@ def peer_put(
     number, offset, plan = read_letter(letter, place)
     main = torch.cuda.current_stream(x.device)
     wires = _wires(x.device, handle.world_size)
-    for wire in wires:
-        wire.wait_stream(main)
+    for member in _others(handle):
+        wires[member].wait_stream(main)
     for member, source, source_pitch, target, target_pitch, width, height in _rows(plan):
+        stream = main if member == handle.rank else wires[member]
         there = handle.buffer_ptrs[member] + offset + target
-        _copy(there, target_pitch, x.data_ptr() + source, source_pitch, width, height, wires[member])
+        _copy(there, target_pitch, x.data_ptr() + source, source_pitch, width, height, stream)
     for member in _others(handle):
         raise_flag(handle, member, number, handle.rank, wires[member])
         if tell_self:
@@ -91,8 +91,6 @@ def peer_wait(
     """
     handle = symmetric(workspace, group)
     number, offset, _ = read_letter(letter, place)
-    device = workspace.device
-    torch.cuda.current_stream(device).wait_stream(_wires(device, handle.world_size)[handle.rank])
     for member in _others(handle):
         handle.wait_signal(member, number, patience)
         if sent:
@@ -109,9 +107,11 @@ def _(held: list[torch.Tensor], *rest: Any) -> torch.Tensor:
 
 def join(workspace: torch.Tensor, group: str) -> None:
     """Make the current stream wait for everything that was started: at the end of a forward, or of its recording."""
+    handle = symmetric(workspace, group)
     main = torch.cuda.current_stream(workspace.device)
-    for wire in _wires(workspace.device, symmetric(workspace, group).world_size):
-        main.wait_stream(wire)
+    wires = _wires(workspace.device, handle.world_size)
+    for member in _others(handle):
+        main.wait_stream(wires[member])
 
 
 def open_workspace(nbytes: int, device: torch.device, group: str) -> torch.Tensor:
