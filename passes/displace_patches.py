@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from xdit_ir.errors import ParallelizeError
+from xdit_ir.errors import PatchesError
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
@@ -48,9 +48,9 @@ class DisplacePatches:
     def _best(self, program: Program) -> Seeds:
         best, reason = self._search(program)
         if best is None:
-            raise ParallelizeError(
-                f"patches={self.mesh.size((TIME,))} cannot divide the latents in time: {reason}; "
-                f"use patches={self._nearest(program)}"
+            nearest, patches = self._nearest(program), self.mesh.size((TIME,))
+            raise PatchesError(
+                f"patches={patches} cannot divide the latents in time: {reason}; use patches={nearest}", nearest
             )
         return best[1]
 

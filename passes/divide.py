@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 from xdit_ir.caching.cut import cut_cached
 from xdit_ir.caching.rule import CacheRule
-from xdit_ir.errors import ParallelizeError
+from xdit_ir.errors import ParallelizeError, PatchesError
 from xdit_ir.ir.mesh import BATCH, FEATURES, SEQUENCE, TIME, Mesh
 from xdit_ir.ir.program import SPEC, Program, call_parts
 from xdit_ir.passes.base import After, run_passes
@@ -74,7 +75,7 @@ def note_region(program: Program, rule: CacheRule, mesh: Mesh, after: After | No
 def make_pipeline(
     program: Program,
     mesh: Mesh,
-    patches: int,
+    patches: int | None = None,
     warmup_steps: int = 1,
     stages: Sequence[int] | None = None,
     machine: Machine = H100,
@@ -83,18 +84,43 @@ def make_pipeline(
     batch: Batch = Batch.DIVIDED,
     keeping: Keeping = ALL_HERE,
 ) -> tuple[Program, Pipeline]:
-    """The analysed program with its stages noted, and the pipeline made from it, verified."""
+    """The analysed program with its stages noted, and the pipeline made from it, verified; `patches`: None for as many
+    as there are stages, or the nearest smaller number that is legal, with a warning."""
     check_degrees(program, mesh, batch=batch)
     given = None if stages is None else tuple(stages)
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)
-    if patches > (most := _most_tokens(program)):
-        raise ParallelizeError(f"patches={patches} divide tokens, of which there are {most}; use at most {most}")
-    before = frozenset(program.stored)
-    passes = time_passes(mesh.resized(TIME, patches), machine, batch=batch, keeping=keeping, before=before)
-    divided = run_passes(staged, passes, after)
+
+    def pipeline(count: int) -> Pipeline:
+        return _pipeline(staged, mesh.resized(TIME, count), warmup_steps, machine, after, batch, keeping)
+
+    if patches is not None:
+        return staged, pipeline(patches)
+    try:
+        return staged, pipeline(mesh.size((TIME,)))
+    except PatchesError as refusal:
+        slower = "; with one patch, stages divide the weights and not the time" if refusal.nearest == 1 else ""
+        warnings.warn(f"none were given: {refusal}, which is taken{slower}", stacklevel=3)
+        return staged, pipeline(refusal.nearest)
+
+
+def _pipeline(
+    staged: Program,
+    mesh: Mesh,
+    warmup_steps: int,
+    machine: Machine,
+    after: After | None,
+    batch: Batch,
+    keeping: Keeping,
+) -> Pipeline:
+    """Of a program with stages, over a mesh whose dim `pipefusion` counts patches."""
+    patches = mesh.size((TIME,))
+    if patches > (most := _most_tokens(staged)):
+        raise PatchesError(f"patches={patches} divide tokens, of which there are {most}; use at most {most}", most)
+    before = frozenset(staged.stored)
+    divided = run_passes(staged, time_passes(mesh, machine, batch=batch, keeping=keeping, before=before), after)
     pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
     verify_pipeline(pipeline)
-    return staged, pipeline
+    return pipeline
 
 
 def check_degrees(program: Program, mesh: Mesh, *, batch: Batch = Batch.DIVIDED) -> None:
@@ -145,8 +171,8 @@ def _most_tokens(program: Program) -> int:
     return max(found, default=1)
 
 
-def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stages: Sequence[int] | None) -> int:
-    """The number of patches; raises `ParallelizeError` for settings that mean nothing."""
+def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stages: Sequence[int] | None) -> None:
+    """Raise `ParallelizeError` for settings that mean nothing."""
     for name, value in (("patches", 1 if patches is None else patches), ("warmup_steps", warmup_steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ParallelizeError(f"{name}={value!r} is not a positive integer; the nearest legal one is {name}=1")
@@ -154,4 +180,3 @@ def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stag
         given = {"patches": patches, "stages": stages}
         told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
         raise ParallelizeError(f"{told} needs pipefusion > 1; nearest legal: leave it out")
-    return pipefusion if patches is None else patches

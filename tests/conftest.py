@@ -58,8 +58,8 @@ def pipeline_folder(pipeline_builders: dict[str, Any], tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="session")
-def refused_in_time() -> dict[str, str]:
-    """The zoo's models that cannot be divided over patches in time, and why not."""
+def of_one_patch() -> dict[str, str]:
+    """The zoo's models whose latents cannot be divided into patches, and why not: stages take them whole."""
     return {
         "kandinsky-2.2-prior": "output is not divided",
         "nucleus-image": "stale rows",

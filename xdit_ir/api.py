@@ -138,7 +138,8 @@ class TracedProgram:
             pipefusion: stages of a pipeline through which patches of the latents pass (arXiv 2405.14430).
             tensor: ranks that divide heads and hidden features of blocks, and hold their parts of the weights (arXiv
                 1909.08053). Not with `pipefusion`.
-            patches: their number; default: as many as stages.
+            patches: their number; default: as many as stages, or the nearest smaller number that is legal, with a
+                warning.
             warmup_steps: synchronous steps with which a request begins, at least 1.
             stages: how many of the model's blocks each of the `pipefusion` stages gets, or of twice as many, which
                 go there and back again; default: what balances work and weights best, also cut inside blocks.
@@ -160,7 +161,7 @@ class TracedProgram:
         check_degree_names(further, inspect.signature(TracedProgram.parallelize).parameters)
         degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor, **further}
         mesh, machine = Mesh.of(**degrees), checked(machine)
-        count = check_schedule(pipefusion, patches, warmup_steps, stages)
+        check_schedule(pipefusion, patches, warmup_steps, stages)
         batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED
         keeping = Keeping.of(shard_weights, stream_weights)
         keeping.check(mesh, batch=batch)
@@ -174,7 +175,7 @@ class TracedProgram:
             divided = divide(stored, mesh, machine, after, batch=batch, familiar=familiar, keeping=keeping)
             used = None if rule is None else CacheCount(rule)
             return ParallelProgram(self.ir, analysed, divided, mesh, pair_calls, machine, used)
-        schedule = (count, warmup_steps, stages)
+        schedule = (patches, warmup_steps, stages)
         staged, pipeline = make_pipeline(stored, mesh, *schedule, machine, after, batch=batch, keeping=keeping)
         return PipelinedProgram(traced.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 

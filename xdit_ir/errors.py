@@ -19,6 +19,14 @@ class ParallelizeError(XditError):
     """A parallel degree is unknown or illegal for this program; names the nearest legal one."""
 
 
+class PatchesError(ParallelizeError):
+    """The latents cannot be divided into so many patches; into `nearest` they can."""
+
+    def __init__(self, reason: str, nearest: int) -> None:
+        super().__init__(reason)
+        self.nearest = nearest
+
+
 class PassError(XditError):
     """A pass cannot run yet; names what the program lacks and the passes that provide it."""
 

@@ -34,13 +34,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", models.names() if metafunc.config.getoption("--zoo-all") else QUICK)
 
 
-def test_calls_of_two_processes_are_the_models(workers: Pools, name: str, refused_in_time: dict[str, str]) -> None:
+def test_calls_of_two_processes_are_the_models(workers: Pools, name: str, of_one_patch: dict[str, str]) -> None:
     results = workers(2).run("fixed_point", name=name)
-    why = (refused_in_time | WRITES).get(name)
+    why = WRITES.get(name)
     if why is not None:
         assert {result["error"] for result in results} == {"ParallelizeError"}, results
         assert len({result["message"] for result in results}) == 1 and why in results[0]["message"], results
         return
     for result in results:
         assert max(result.get("errors", [1])) <= 1e-4, result
-        assert result["displaced"] == result["steps"] == (0 if name in CODES else 2), result
+        put_off = 0 if name in CODES or name in of_one_patch else 2
+        assert result["steps"] == put_off and (result["displaced"] == put_off or name in of_one_patch), result
