@@ -62,15 +62,20 @@ def replica_of_process(mesh: Mesh, data: int) -> Replica:
 
 def check_world_size(mesh: Mesh, data: int = 1) -> None:
     """Raise `ParallelizeError` if the running job is known to have another number of processes than the meshes."""
-    if data > 1 or (mesh.world_size > 1 and dist.is_available() and dist.is_initialized()):
-        check_processes(mesh, processes_of_job(), data)
+    known = _processes()
+    if data > 1 or (mesh.world_size > 1 and known is not None):
+        check_processes(mesh, known or 1, data)
 
 
 def processes_of_job() -> int:
     """Those of the default process group, or that torchrun has started; 1 without either."""
+    return _processes() or 1
+
+
+def _processes() -> int | None:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN) else 1
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN) else None
 
 
 def processes_of_replica(data: int) -> int:
