@@ -52,9 +52,11 @@ def add_parser(commands: Any) -> None:
 
 def add_how(parser: argparse.ArgumentParser, data: str) -> Any:
     """The options that say how a pipeline runs; `data` says what replicas do."""
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group(
+        "how", "degrees that are not given: 1, or planned where torchrun has started more processes"
+    )
     for dim in DIMS:
-        how.add_argument(f"--{dim.name}", type=int, default=1, metavar="N", help=f"processes that divide {dim.says}")
+        how.add_argument(f"--{dim.name}", type=int, metavar="N", help=f"processes that divide {dim.says}")
     how.add_argument("--patches", type=int, metavar="N", help="of the latents, with --pipefusion")
     how.add_argument("--warmup", type=int, metavar="N", help="synchronous steps, with --pipefusion")
     how.add_argument("--cache", metavar="RULE", help="steps reuse blocks of earlier ones, e.g. first-block:0.08")
@@ -151,7 +153,8 @@ def _show(generation: Generation, folder: Path) -> None:
     from rich.table import Table
 
     report = generation.report
-    table = Table(title=f"{report['pipeline']}, {report['processes']} x {report['device']}")
+    degrees = "".join(f", {name}={report['options'][name]}" for name in MESH_DIMS if report["options"][name] > 1)
+    table = Table(title=f"{report['pipeline']}, {report['processes']} x {report['device']}{degrees}")
     for heading in ("phase", "seconds", "host GiB", "device GiB"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
     for phase, usage in report["phases"].items():

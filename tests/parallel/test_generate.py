@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xdit_ir.ir.mesh import MESH_DIMS
 from xdit_ir.tools.cli import main
 
 Pools = Callable[[int], Any]
@@ -58,11 +60,20 @@ def test_two_processes_write_the_files_of_one(
         assert "ranks do 0.5" in first["out"] and "vae.decode: whole" in first["out"]
 
 
+def test_without_degrees_they_are_planned(workers: Pools, pipeline_folder: Path, alone: Path, tmp_path: Path) -> None:
+    arguments = [str(pipeline_folder), *PROMPTS, *CALL, "--output", str(tmp_path)]
+    first, second = workers(2).run("generate_files", arguments=arguments)
+    assert (first["status"], second["status"]) == (0, 0), (first, second)
+    same_images(alone, tmp_path)
+    options = json.loads((tmp_path / "generate.json").read_text())["options"]
+    assert math.prod(options[name] for name in MESH_DIMS) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--cfg", "3"], r"cfg=3 needs 3 processes, this job has 2; nearest legal: cfg=2"),
-        ([], r"ulysses=1 needs 1 process, this job has 2; nearest legal: ulysses=2"),
+        (["--ulysses", "1"], r"ulysses=1 needs 1 process, this job has 2; nearest legal: ulysses=2"),
         (["--ulysses", "2", "--device", "cuda"], "sees no GPU"),
     ],
 )

@@ -92,7 +92,7 @@ def generate(
         benchmark: generate the first prompt once to warm up, and so many times for `report["benchmark"]`.
         output: the folder for files, written by the first process of each replica, and for the report, by the first.
         fps: frames per second of videos.
-        parallel: degrees and other options of `port`.
+        parallel: degrees and other options of `port`, which plans the degrees that are not given.
 
     Raises:
         XditError: of the kinds that `load`, `start`, `port` and `Request` name, before anything is generated where
@@ -176,12 +176,13 @@ def _report(setup: Setup, generation: Generation, meter: Meter) -> dict[str, Any
     job, device = generation.job, generation.job.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     ported = [one for one in ports(generation.pipe).values() if isinstance(one, Ported)]
-    spread = told(Mesh.of(**setup.degrees), job.hosts)
+    mesh = ported[0]._xdit_specialisations.mesh if ported else Mesh.of(**setup.degrees)
+    spread = told(mesh, job.hosts)
     caches = [vars(used) for one in ported if (used := one._xdit_specialisations.cache) is not None]
     return {
         "pipeline": type(generation.pipe).__name__,
         "source": str(setup.source) if setup.is_folder else None,
-        "options": {**setup.degrees, **{key: one for key, one in setup.options.items() if one not in (None, False)}},
+        "options": {**{key: one for key, one in setup.options.items() if one not in (None, False)}, **mesh.degrees},
         "data": job.replica.count,
         "processes": job.replica.size * job.replica.count,
         "device": name,

@@ -42,7 +42,14 @@ class Job:
         return self.leads and self.replica.index == 0
 
 
-def start(mesh: Mesh, data: int = 1, device: str | None = None, timeout: timedelta | None = None) -> Job:
+def start(
+    mesh: Mesh,
+    data: int = 1,
+    device: str | None = None,
+    timeout: timedelta | None = None,
+    *,
+    planned: bool = False,
+) -> Job:
     """Check the degrees, choose LOCAL_RANK's device and, for several processes, initialise torch.distributed.
 
     Nothing is loaded yet, so what is wrong is said within seconds, and on every process.
@@ -51,6 +58,7 @@ def start(mesh: Mesh, data: int = 1, device: str | None = None, timeout: timedel
         mesh: of one replica.
         data: the number of replicas.
         timeout: of the process group.
+        planned: only the size of the mesh is known yet.
 
     Raises:
         ParallelizeError: the job has another number of processes, or a process has no GPU of its own.
@@ -69,7 +77,7 @@ def start(mesh: Mesh, data: int = 1, device: str | None = None, timeout: timedel
     if dist.is_initialized():
         hosts = exchanged(dist.distributed_c10d._get_default_store(), dist.get_rank(), world)
     job = Job(chosen, replica_of_process(mesh, data), hosts)
-    if job.reports and (text := told(mesh, hosts)):
+    if job.reports and not planned and (text := told(mesh, hosts)):
         LOG.info(text)
     return job
 

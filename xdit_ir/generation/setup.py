@@ -15,9 +15,10 @@ from xdit_ir.generation.folder import Dtypes, check_dtypes, load
 from xdit_ir.generation.job import Job, choose_device, start
 from xdit_ir.generation.meter import Meter
 from xdit_ir.generation.request import dealt
-from xdit_ir.ir.mesh import MESH_DIMS, Mesh
+from xdit_ir.ir.mesh import MESH_DIMS
 from xdit_ir.porting.components import ports
 from xdit_ir.porting.denoisers import components
+from xdit_ir.porting.planned import mesh_of_job
 from xdit_ir.porting.port import port
 from xdit_ir.porting.replicas import replica
 
@@ -41,9 +42,9 @@ class Setup:
         return isinstance(self.source, (str, Path))
 
     @property
-    def degrees(self) -> dict[str, Any]:
-        """All of them."""
-        return {name: self.options.get(name, 1) for name in MESH_DIMS}
+    def degrees(self) -> dict[str, int]:
+        """Those that are given."""
+        return {name: self.options[name] for name in MESH_DIMS if name in self.options}
 
     def start(self, prompts: Sequence[str], device: str | None) -> Job:
         """The job of this process; raises where its size, the degrees or the number of prompts do not fit."""
@@ -54,7 +55,8 @@ class Setup:
                 raise ParallelizeError(f"data={self.data}, but the pipeline was ported with data={job.replica.count}")
         else:
             limit = Execution(timeout=self.options.get("timeout")).limit
-            job = start(Mesh.of(**self.degrees), self.data, device, limit)
+            mesh, planned = mesh_of_job(self.degrees, self.data)
+            job = start(mesh, self.data, device, limit, planned=planned)
         if not job.reports:
             _quieten()
         return job

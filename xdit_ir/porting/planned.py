@@ -18,7 +18,7 @@ from xdit_ir.degrees import Degrees
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.ir.mesh import FEATURES, MESH_DIMS, TIME, Mesh
-from xdit_ir.passes.keeping import Keeping
+from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of
 from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import USABLE, Options, plan_traced
@@ -113,6 +113,14 @@ def unplanned_degrees(
     left, odd = divmod(processes, known)
     more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME, *FEATURES} - set(given)
     return Unplanned(given, patches, machine, keeping) if more or not given else None
+
+
+def mesh_of_job(given: Mapping[str, int], data: int) -> tuple[Mesh, bool]:
+    """The mesh of each of `data` replicas for the degrees that are given to `port`, and whether others are planned, so
+    that only its size is known."""
+    processes = processes_of_replica(data)
+    planned = unplanned_degrees(given, None, None, processes, ALL_HERE) is not None
+    return (Mesh.of(ulysses=processes) if planned else Mesh.of(**given)), planned
 
 
 def saved_data(plan: Plan, data: int) -> int:

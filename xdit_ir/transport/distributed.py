@@ -85,7 +85,7 @@ def processes_of_replica(data: int) -> int:
         legal = max(count for count in range(1, data) if processes % count == 0)
         raise ParallelizeError(
             f"data={data} divides the processes into replicas of equal size, and this job has {processes}; nearest "
-            f"legal: data={legal}"
+            f"legal: data={legal}, or start {-(-processes // data) * data} processes"
         )
     return processes // data
 
