@@ -13,8 +13,9 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.collective_ops import Ring
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import map_graphs
+from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.program import SPEC, Program
-from xdit_ir.kernels.attention import KernelAttention
+from xdit_ir.kernels.attention import KernelAttention, KernelPartialAttention
 from xdit_ir.kernels.backends import Problem, choose
 
 
@@ -43,6 +44,11 @@ class ChooseKernels:
                 backend = choose(self.attention, self._problem(node))
                 if backend is not None:
                     node.target = KernelAttention(backend.name)
+            elif node.target is partial_attention:
+                problem = self._problem(node)
+                backend = choose(self.attention, _all_heads(problem, problem.k[-2]), lse=True)
+                if backend is not None:
+                    node.target = KernelPartialAttention(backend.name)
             elif isinstance(node.target, Ring):
                 node.target = replace(node.target, kernels=tuple(self._ring(node, node.target)))
 
@@ -50,13 +56,18 @@ class ChooseKernels:
         """A kernel for the keys of each member, which come with as many heads as queries have."""
         problem = self._problem(node)
         for count in target.keys:
-            part = (*problem.q[:-2], count)
-            one = replace(problem, k=(*part, problem.k[-1]), v=(*part, problem.v[-1]))
-            backend = choose(self.attention, one, lse=True)
+            backend = choose(self.attention, _all_heads(problem, count), lse=True)
             yield "" if backend is None else backend.name
 
     def _problem(self, node: fx.Node) -> Problem:
-        given = inspect.signature(ops.attention).bind(*node.args, **node.kwargs).arguments
+        function = partial_attention if node.target is partial_attention else ops.attention
+        given = inspect.signature(function).bind(*node.args, **node.kwargs).arguments
         q, k, v = (given[name].meta[SPEC] for name in ("q", "k", "v"))
         masked, causal = given.get("mask") is not None, bool(given.get("is_causal"))
         return Problem(q.shape, k.shape, v.shape, q.dtype, self.capability, masked, causal, self.recorded)
+
+
+def _all_heads(problem: Problem, keys: int) -> Problem:
+    """The same for so many keys, with as many heads of them as of queries."""
+    part = (*problem.q[:-2], keys)
+    return replace(problem, k=(*part, problem.k[-1]), v=(*part, problem.v[-1]))

@@ -36,15 +36,17 @@ class Emitter:
     mesh: Mesh | None = None
     before: fx.Node | None = None
 
-    def emit(self, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
-        """One operator, called with these arguments.
+    def emit(
+        self, target: Any, *args: Any, name: str | None = None, spec: TensorSpec | None = None, **kwargs: Any
+    ) -> fx.Node:
+        """One operator, called with these arguments; `spec`: its type, where finding that out takes long.
 
         Raises:
             VerifyError: it cannot take an operand in the layout that this has.
         """
         with self._here():
             new = self.graph.create_node("call_function", target, args, kwargs, name=name)
-        new.meta = {SPEC: _type_of(new)}
+        new.meta = {SPEC: spec or _type_of(new)}
         new.meta |= {key: self.node.meta[key] for key in (WHERE, STAGE) if key in self.node.meta}
         if self.mesh is not None:
             new.meta[LAYOUT] = layout_of(new, self.mesh)

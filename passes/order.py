@@ -37,6 +37,7 @@ from xdit_ir.passes.split_batch import Batch, SplitBatch
 from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.passes.take_known import TakeKnown
+from xdit_ir.passes.tile_attention import TileAttention
 from xdit_ir.passes.use_copy_engines import UseCopyEngines
 from xdit_ir.passes.write_in_place import WriteInPlace
 from xdit_ir.sharding.machine import H100, Machine
@@ -50,6 +51,7 @@ PASSES: tuple[type[Any], ...] = (
     *(
         ShardFeatures,
         LowerAttention,
+        TileAttention,
         SplitStatistics,
         DivideConditions,
         OrderExchanges,
@@ -114,6 +116,7 @@ def mesh_passes(
         *token_passes(mesh, machine),
         ShardFeatures(mesh, machine),
         LowerAttention(mesh, machine),
+        TileAttention(machine),
         SplitStatistics(),
         DivideConditions(mesh, machine, paired=batch is Batch.CALLS),
         OrderExchanges(),

@@ -14,7 +14,7 @@ from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import map_graphs
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program
-from xdit_ir.sharding.cost import relayout_bytes, talking_dims
+from xdit_ir.sharding.cost import partners, relayout_bytes
 from xdit_ir.sharding.machine import Machine
 
 Seconds = dict[fx.Node, float]
@@ -50,10 +50,7 @@ class Overlap:
 
     def _seconds(self, node: fx.Node) -> float:
         if ops.communicates(node.target):
-            dims = talking_dims(node, self.mesh)
-            return self.machine.start(self.mesh, dims) + self.machine.sending(
-                self.mesh, dims, relayout_bytes(node, self.mesh)
-            )
+            return self.machine.among(partners(node, self.mesh), relayout_bytes(node, self.mesh))
         return max(self.machine.work_seconds(node, self.mesh))
 
 

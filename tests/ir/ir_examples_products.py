@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from ir_examples import Sample, aten, example, named
 
+from xdit_ir.ir.partial_attention import merge_partials, partial_attention
 from xdit_ir.rules.spectral import NAMES as TRANSFORMS
 
 
@@ -333,3 +334,20 @@ def factory(d, packet):
 def like(d, packet):
     extra = {aten.new_full: (0.5,), aten.new_empty_strided: ([3, 1],)}.get(packet, ())
     return Sample(packet.default, (d.tensor(*d.sized()), [2, 3], *extra), contents="empty" not in str(packet))
+
+
+@example(partial_attention)
+def in_parts(d, packet):
+    heads, queries, keys, width = d.shape(4)
+    group, first = d.pick(1, 2), d.int(0, keys)
+    parts = d.pick(None, [((0, first),), ((first, keys - first),)], [((first, keys - first), (0, first))])
+    q, k, v = d.tensor(2, group * heads, queries, width), *(d.tensor(2, heads, keys, width) for _ in range(2))
+    shape = (*d.broadcast((2, group * heads)), d.pick(1, queries), d.pick(1, keys))
+    mask = d.pick(None, d.tensor(*shape), d.mask(*shape))
+    return Sample(packet, (q, k, v, mask), {"enable_gqa": group > 1, "parts": parts})
+
+
+@example(merge_partials)
+def merged(d, packet):
+    parts, queries = d.int(1, 3), d.int(1, 4)
+    return Sample(packet, (d.tensor(*d.shape(2), parts * queries, d.int(2, 4)), parts))

@@ -17,7 +17,7 @@ from xdit_ir import models
 from xdit_ir.api import ParallelProgram
 from xdit_ir.checking.check import check_parallel
 from xdit_ir.ir import buffer_ops as buffers
-from xdit_ir.ir import ops
+from xdit_ir.ir import ops, partial_attention
 from xdit_ir.ir.buffer_ops import Recall
 from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
 from xdit_ir.kernels import attention
@@ -78,13 +78,13 @@ def merged_with_the_larger(patch: pytest.MonkeyPatch) -> None:
 
 
 def lse_of_scaled_twice(patch: pytest.MonkeyPatch) -> None:
-    right = attention._reference
+    right = partial_attention._reference
 
     def reference(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
         out, lse = right(q, k, v, mask, scale)
         return out, lse * 2
 
-    patch.setattr(attention, "_reference", reference)
+    patch.setattr(partial_attention, "_reference", reference)
 
 
 def last_hop_left_out(patch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_a_slow_link_keeps_stages_contiguous() -> None:
             {"ulysses": 2},
             {
                 *("share-branches", "shard-tokens", "shard-features", "replicate-shared"),
-                *("lower-attention", "divide-conditions", "overlap"),
+                *("lower-attention", "tile-attention", "divide-conditions", "overlap"),
             },
         ),
         ({"pipefusion": 2}, {"partition-stages", "displace-patches", "lower-attention"}),
@@ -109,7 +109,7 @@ def known(*links: Link, **figures: float) -> Machine:
 def test_what_an_exchange_costs_depends_on_where_ranks_are(near: int, turned: bool) -> None:
     """Four ranks cannot share six heads evenly: within a node, keys are gathered; between slow nodes, heads turned."""
     machine = known(Link(near, 1e18, 0.0), Link(1024, 1e6, 0.0))
-    found = xir.trace(Attention(), TOKENS).parallelize(ulysses=4, ring=2, machine=machine).report().collectives
+    found = xir.trace(Attention(), TOKENS).parallelize(ulysses=4, machine=machine).report().collectives
     assert ("all_to_all" in {one.kind for one in found}) == turned
 
 

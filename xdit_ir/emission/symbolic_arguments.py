@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.emission.sizes import START, Named, Size, Sizes, hint, is_symbolic, place_along, runs_along
 from xdit_ir.emission.symbolic_exchanges import EXCHANGES
 from xdit_ir.ir import ops
+from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.kernels.write_slice import write_slice
 
 aten = torch.ops.aten
@@ -143,6 +144,14 @@ def _rows(given: Named, sizes: Sizes) -> Named:
     return {"rows": runs_along(given["rows"], size, sizes)} if is_symbolic(size) else {}
 
 
+def _columns(given: Named, sizes: Sizes) -> Named:
+    """The mask's columns; a dim of all keys is not of the size that one's own part has."""
+    columns, mask = given.get("columns"), given.get("mask")
+    if columns is None or mask is None or not is_symbolic(mask.shape[-1]):
+        return {}
+    return {"columns": runs_along(columns, mask.shape[-1], sizes)}
+
+
 _FACTORIES = frozenset(
     (
         *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
@@ -158,4 +167,5 @@ _RULES: dict[Any, Callable[[Named, Sizes], Named]] = {
     **dict.fromkeys((ops.take, ops.take_each, ops.put), _take),
     aten.expand.default: _expand,
     ops.attention_of_rows: _rows,
+    partial_attention: _columns,
 }

@@ -13,6 +13,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.declared import declaration_of
 from xdit_ir.ir.graphs import bound_arguments, operands
 from xdit_ir.ir.leaf import Leaf
+from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.program import SPEC
 
 aten = torch.ops.aten
@@ -50,6 +51,11 @@ def _attention(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + out[-1])
 
 
+def _partial(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
+    q, k, v = shapes[:3]
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
 def _einsum(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> int:
     terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
     sizes = {c: size for term, shape in zip(terms, shapes, strict=False) for c, size in zip(term, shape, strict=False)}
@@ -82,6 +88,7 @@ FORMULAS: dict[Any, Formula] = {
     aten.einsum: _einsum,
     ops.attention: _attention,
     ops.ring_attention: _attention,
+    partial_attention: _partial,
     aten.scaled_dot_product_attention: _attention,
 }
 

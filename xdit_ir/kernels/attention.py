@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from xdit_ir.ir import partial_attention
 from xdit_ir.ir.fixed_call import FixedCall
+from xdit_ir.ir.partial_attention import beside, with_all_heads
 from xdit_ir.kernels.backends import BACKENDS, Backend
-
-MOST_SCORES = 2**28
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,58 @@ class Attention(FixedCall):
         return BACKENDS[backend].run(q, k, v, scale, is_causal)[0]
 
 
+@dataclass(frozen=True)
+class KernelPartialAttention:
+    """Target of a node that is `partial_attention` over all keys by one of `BACKENDS`."""
+
+    backend: str
+
+    @property
+    def __name__(self) -> str:
+        return f"partial_attention[{self.backend}]"
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        parts: None = None,
+        columns: None = None,
+    ) -> torch.Tensor:
+        """As `xdit_ir.ir.partial_attention.partial_attention`."""
+        return PartialAttention.function(q, k, v, mask, scale, enable_gqa, parts, columns, backend=self.backend)
+
+
+class PartialAttention(FixedCall):
+    """A `KernelPartialAttention` in code."""
+
+    def __init__(self, target: KernelPartialAttention) -> None:
+        super().__init__()
+        self.fixed = {"backend": target.backend}
+
+    @staticmethod
+    def function(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        parts: None = None,
+        columns: None = None,
+        *,
+        backend: str,
+    ) -> torch.Tensor:
+        """As `xdit_ir.ir.partial_attention.partial_attention`."""
+        if enable_gqa:
+            k, v = with_all_heads(q, k, v)
+        out, lse = BACKENDS[backend].run(q, k, v, scale, False)
+        return beside(out, lse.unsqueeze(-1), q.dtype)
+
+
 def attention_with_lse(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -69,41 +121,12 @@ def attention_with_lse(
     scale: float | None,
     kernel: Backend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`softmax(q k^T scale + mask) v` and the log-sum-exp of each row, both fp32 (fp64 for fp64 inputs).
-
-    By a kernel that was chosen for this shape and takes no mask, else by matrix products over blocks of queries.
-
-    Args:
-        q: `[..., queries, dim]`; k: `[..., keys, dim]`; v: `[..., keys, dim_v]`.
-        mask: broadcastable to `[..., queries, keys]`; bool (True: attend) or additive.
-
-    Returns:
-        `[..., queries, dim_v]` and `[..., queries, 1]`; rows without any key give 0 and -inf.
-    """
-    if kernel is not None:
-        out, lse = kernel.run(q, k, v, scale, False)
-        return out.float(), lse.unsqueeze(-1)
-    rows = max(1, MOST_SCORES // max(1, math.prod(q.shape[:-2]) * k.shape[-2]))
-    if q.shape[-2] <= rows:
-        return _reference(q, k, v, mask, scale)
-    blocks = []
-    for start in range(0, q.shape[-2], rows):
-        part = mask[..., start : start + rows, :] if mask is not None and mask.shape[-2] > 1 else mask
-        blocks.append(_reference(q[..., start : start + rows, :], k, v, part, scale))
-    return torch.cat([out for out, _ in blocks], -2), torch.cat([lse for _, lse in blocks], -2)
-
-
-def _reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = torch.matmul(q, k.transpose(-1, -2)).to(wide) * factor
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    lse = torch.logsumexp(scores, -1, keepdim=True)
-    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0))
-    return torch.matmul(weights.to(v.dtype), v).to(wide), lse
+    """As `xdit_ir.ir.partial_attention.attention_with_lse`; by a kernel that was chosen for this shape and takes no
+    mask, if there is one."""
+    if kernel is None:
+        return partial_attention.attention_with_lse(q, k, v, mask, scale)
+    out, lse = kernel.run(q, k, v, scale, False)
+    return out.float(), lse.unsqueeze(-1)
 
 
 def merge(
@@ -137,9 +160,8 @@ class RingMerge:
         """Attend to the keys and values of one member of the ring."""
         if not k.shape[-2]:
             return
-        if self.gqa and k.shape[-3] != self.q.shape[-3]:
-            group = self.q.shape[-3] // k.shape[-3]
-            k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
+        if self.gqa:
+            k, v = with_all_heads(self.q, k, v)
         mask = self.mask
         if mask is not None and mask.shape[-1] != 1:
             mask = mask.narrow(-1, sum(self.keys[:member]), self.keys[member])

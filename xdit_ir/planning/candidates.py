@@ -129,8 +129,7 @@ class Rough:
             return 0.0
         hop = self.hardware.link(range(0, inner * around, inner)).seconds(one.keys / share)
         each = attention / 1e3 / max(sum(other.times for other in self.attentions), 1)
-        kernels = self.hardware.kernels
-        joined = 3 * kernels.gap + 6 * kernels.memory_seconds(one.queries / share)
+        joined = self.hardware.kernels.joining_seconds(one.queries / share)
         return max(hop * (around - 1) - each, 0.0) + (around - 1) * joined
 
     def _seconds(self, sent: float, ranks: int, apart: int, *, times: int = 1) -> float:

@@ -14,11 +14,8 @@ from xdit_ir.ir.program import SPEC
 from xdit_ir.planning.hardware import Hardware
 from xdit_ir.planning.work import Fusion, WorkKind, kind_of, local_bytes, product_bytes, results
 from xdit_ir.sharding.buffer_access import over_time
-from xdit_ir.sharding.cost import local_flops
+from xdit_ir.sharding.cost import local_flops, partners
 from xdit_ir.sharding.report import traffic
-
-# Values that joining two partial attentions reads and writes.
-MERGED = 3
 
 
 @dataclass(frozen=True)
@@ -70,22 +67,22 @@ class Durations:
         groups = [self.mesh.group(rank, dims) for rank in range(self.mesh.world_size)]
         links = [self.hardware.link(group) for group in groups]
         if node.target is ops.ring_attention:  # each hop waits for the slowest
-            seconds = tuple(link.seconds(amount) for link, amount in zip(links, sent, strict=True))
-            merged = self._merged(node, len(self.mesh.group(0, dims)) - 1)
+            hops = len(groups[0]) - 1
+            seconds = tuple(hops * link.seconds(each / hops) for link, each in zip(links, sent, strict=True))
+            merged = self._merged(node, hops)
             worked = tuple(max(a, b) + c for a, b, c in zip(self._worked(node), seconds, merged, strict=True))
             return Cost(worked, sent, WorkKind.ATTENTION, kind, around=seconds)
         hidden = all(link.hidden for link in links)
-        seconds = tuple(self.hardware.seconds(rank, groups[rank], amount) for rank, amount in enumerate(sent))
+        peers = partners(node, self.mesh)
+        seconds = tuple(self.hardware.seconds(rank, peers[rank], amount) for rank, amount in enumerate(sent))
         return Cost(
             seconds, sent, WorkKind.EXCHANGE, kind, dims, travels=True, hidden=hidden, kept=self._kept(node, sent)
         )
 
     def _merged(self, node: fx.Node, hops: int) -> tuple[float, ...]:
-        """Time of attention kernels that begin anew at each hop of a ring, and of joining partial results: two are read
-        and one is written, in twice the precision."""
-        kernels, passes = self.hardware.kernels, 2 * MERGED
+        """Time of attention kernels that begin anew at each hop of a ring, and of joining partial results."""
         sizes = (local_bytes(node, rank) for rank in range(self.mesh.world_size))
-        return tuple(hops * (MERGED * kernels.gap + kernels.memory_seconds(passes * size)) for size in sizes)
+        return tuple(hops * self.hardware.kernels.joining_seconds(size) for size in sizes)
 
     def _kept(self, node: fx.Node, sent: tuple[int, ...]) -> tuple[float, ...]:
         """Time of copying to its new place what a rank does not send."""

@@ -15,6 +15,7 @@ from xdit_ir.ir.flops import counts, first_of
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.program import LAYOUT, SPEC, TensorSpec, is_block_call
 from xdit_ir.passes.fuse_gelu import projection
 
@@ -42,7 +43,7 @@ def kind_of(node: fx.Node) -> WorkKind:
         return WorkKind.CALL
     if ops.communicates(node.target) or node.target is ops.upload:
         return WorkKind.EXCHANGE
-    if node.target in ops.ATTENTIONS or node.target is aten.scaled_dot_product_attention.default:
+    if node.target in (*ops.ATTENTIONS, partial_attention) or node.target is aten.scaled_dot_product_attention.default:
         return WorkKind.ATTENTION
     if counts(node.target):
         return WorkKind.PRODUCT

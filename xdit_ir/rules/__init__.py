@@ -18,6 +18,7 @@ from xdit_ir.rules import (
     norms,
     packs,
     padding,
+    partials,
     pointwise,
     pooling,
     recurrent,
@@ -54,6 +55,7 @@ RULES: MappingProxyType[Any, Rule] = MappingProxyType(
         **spectral.RULES,
         **factories.RULES,
         **attentions.RULES,
+        **partials.RULES,
         **packs.RULES,
     }
 )

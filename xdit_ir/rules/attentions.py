@@ -21,13 +21,18 @@ def _grouped(call: OpCall) -> int:
 
 def _attention(call: OpCall) -> OpSharding:
     """Batch and head dims agree; queries may be divided; keys and values agree in any division of their own."""
-    chosen = choose(call.mesh, _candidates(call))
-    taken = frozenset[str]().union(*(call.dividing_dims(partition) for partition in chosen.values()))
+    head = batch_and_heads(call)
+    taken = frozenset[str]().union(*(call.dividing_dims(partition) for partition in head))
     q, k, v = call.layouts[:3]
     queries = _free(call, q.dims[-2], taken)
     keys = _free(call, k.dims[-2], taken, exact=True) or _free(call, v.dims[-2], taken, exact=True)
-    ndim = len(call.out.shape)
-    return _sharding(call, tuple(chosen.get(d - ndim) for d in range(ndim - 2)), queries, keys)
+    return _sharding(call, head, queries, keys)
+
+
+def batch_and_heads(call: OpCall) -> Dims:
+    """How the dims of the result before queries are divided: as operands have them."""
+    chosen, ndim = choose(call.mesh, _candidates(call)), len(call.out.shape)
+    return tuple(chosen.get(d - ndim) for d in range(ndim - 2))
 
 
 def _candidates(call: OpCall) -> Iterator[tuple[int, Partition]]:
@@ -80,8 +85,8 @@ def _free(call: OpCall, partition: Partition | None, taken: frozenset[str], *, e
 
 
 def _sharding(call: OpCall, head: Dims, queries: Partition | None, keys: Partition | None) -> OpSharding:
-    q = Layout((*_fit(call, 0, head), queries, None))
-    k, v = (Layout((*_fit(call, operand, head), keys, None)) for operand in (1, 2))
+    q = Layout((*head_dims(call, 0, head), queries, None))
+    k, v = (Layout((*head_dims(call, operand, head), keys, None)) for operand in (1, 2))
     output = Layout((*head, queries, None))
     masks = tuple(_mask_layout(call, operand, output, keys) for operand in range(3, len(call.specs)))
     return OpSharding((q, k, v, *masks), output, _rows(call, queries))
@@ -97,8 +102,8 @@ def _rows(call: OpCall, queries: Partition | None) -> Localize | None:
     return lambda rank: (attention_of_rows, (*tensors, queries.parts[rank].runs), options)
 
 
-def _fit(call: OpCall, operand: int, head: Dims) -> Dims:
-    """The dims before queries or keys of an operand that broadcasts, or has fewer heads."""
+def head_dims(call: OpCall, operand: int, head: Dims) -> Dims:
+    """The dims before queries or keys of an operand that broadcasts, or has fewer heads; `head`: of the result."""
     shape, ndim = call.specs[operand].shape, len(call.out.shape)
     dims: list[Partition | None] = []
     for d in range(-len(shape), -2):

@@ -98,6 +98,17 @@ def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mes
     return found(mesh, spec.shape, have, want).sent(spec.dtype.itemsize)
 
 
+def partners(node: fx.Node, mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+    """Of every rank those that it sends something to in a change of layout, and itself; all that talk, in a sum."""
+    if node.target in ops.SUMS:
+        return tuple(mesh.group(rank, talking_dims(node, mesh)) for rank in range(mesh.world_size))
+    exchanges = plan(mesh, node.meta[SPEC].shape, operands(node)[0].meta[LAYOUT], node.meta[LAYOUT]).ranks
+    return tuple(
+        tuple(peer for peer, piece in zip(one.group, one.sends, strict=True) if peer == rank or piece.numel)
+        for rank, one in enumerate(exchanges)
+    )
+
+
 def ring_dims(node: fx.Node, mesh: Mesh) -> tuple[str, ...]:
     """The mesh dims around which a ring attention passes its keys and values, outer to inner."""
     return mesh.ordered(key_gather_dims(mesh, *(source.meta[LAYOUT] for source in operands(node)[:2])))

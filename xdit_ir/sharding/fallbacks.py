@@ -23,6 +23,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import all_graphs, operands, placeholders, results_of
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
+from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, called_block, is_block_call, is_weight, where_of
 from xdit_ir.rules import infer
@@ -35,6 +36,8 @@ from xdit_ir.sharding.propagate import FALLBACK
 from xdit_ir.sharding.shared_out import is_shared_out
 
 aten = torch.ops.aten
+# Where queries meet keys, which are gathered as is best.
+_MEETINGS = (*ops.ATTENTIONS, partial_attention)
 UNDIVIDED = "no stream of tokens can be divided: along ulysses and ring every rank computes the same"
 # Operators beside views that only put elements elsewhere.
 _MOVES = {
@@ -116,7 +119,7 @@ def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
 
 def _chosen(gathers: Sequence[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
     """The operators that get gathered what they would take divided; conditions aside, and keys of attentions."""
-    users = [(user, gather) for gather in gathers for user in gather.users if user.target not in ops.ATTENTIONS]
+    users = [(user, gather) for gather in gathers for user in gather.users if user.target not in _MEETINGS]
     found: dict[fx.Node, frozenset[fx.Node]] = {}
     for user, gather in users:
         skipped = ops.is_relayout(user.target) or is_extreme(user)
@@ -191,7 +194,7 @@ class _Walk:
 
     def _inferred(self, node: fx.Node, sources: list[_Value]) -> _Values:
         """What the rules make of operands of which some stayed divided."""
-        if node.target in ops.ATTENTIONS:  # keys may always be gathered; the result follows the queries
+        if node.target in _MEETINGS:  # keys may always be gathered; the result follows the queries
             others = [_Value(operand.meta[LAYOUT]) for operand in operands(node)[1:]]
             sources = [sources[0], *others]
         ruling = infer(OpCall(node, self.mesh, tuple(source.layout for source in sources)))
@@ -207,7 +210,7 @@ class _Walk:
         together = frozenset[fx.Node]().union(*needed)
         along = frozenset[str]().union(*(_dims_of(gather, self.mesh) for gather in together))
         shared = along <= dividing_dims_of(node, self.mesh)  # its work is divided by another dim instead
-        if together and not shared and node.target not in ops.ATTENTIONS and not is_extreme(node):
+        if together and not shared and node.target not in _MEETINGS and not is_extreme(node):
             self.needs[node] = self.needs.get(node, frozenset()) | together
         return _as_it_is(node)
 

@@ -16,9 +16,10 @@ from xdit_ir.ir.flops import first_of, is_counted
 from xdit_ir.ir.graphs import all_graphs, operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.sharding.cost import Placed, Results, local_flops, step_flops, written_bytes
-from xdit_ir.sharding.speeds import Kernels, Link, Links
+from xdit_ir.sharding.speeds import JOINED, Kernels, Link, Links
 
 # How often ranks send so many bytes (of each rank) along which mesh dims.
 Traffic = Counter[tuple[tuple[str, ...], tuple[int, ...]]]
@@ -116,7 +117,7 @@ class Machine:
     def _by_size(self, target: Any, flops: list[int], sources: Sequence[Placed], out: Results) -> list[int]:
         assert self.kernels is not None
         spec, layout = map(first_of, out)
-        if target in ops.ATTENTIONS:
+        if target in (*ops.ATTENTIONS, partial_attention):
             width = sources[0][0].shape[-1]
             seconds = [self.kernels.attention_seconds(each, width, spec.dtype) for each in flops]
         else:
@@ -155,15 +156,35 @@ class Machine:
 
     def start(self, mesh: Mesh, dims: Collection[str]) -> float:
         """Seconds before the first byte arrives along these mesh dims."""
-        if self.links is None:
-            return self.latency
-        return max(self.links.between(group).latency for group in _groups(mesh, dims))
+        return self._start(_groups(mesh, dims))
 
     def sending(self, mesh: Mesh, dims: Collection[str], sent: Sequence[float]) -> float:
         """Seconds in which every rank sends so many bytes along these mesh dims, of the slowest rank, behind that."""
+        return self._sending(_groups(mesh, dims), sent)
+
+    def among(self, groups: Sequence[Sequence[int]], sent: Sequence[float]) -> float:
+        """Seconds of an exchange in which every rank sends so many bytes, as many to each other of its group."""
+        return self._start(groups) + self._sending(groups, sent) if any(sent) else 0.0
+
+    def around(self, mesh: Mesh, dims: Collection[str], sent: Sequence[float]) -> float:
+        """Seconds in which every rank passes so many bytes on around a ring along these mesh dims; what comes in a hop
+        leaves in the next one."""
+        hops, groups = mesh.size(dims) - 1, _groups(mesh, dims)
+        speeds = [self.bytes if self.links is None else self.links.between(group).bytes for group in groups]
+        return hops * self._start(groups) + max(amount / speed for amount, speed in zip(sent, speeds, strict=True))
+
+    def joining(self, size: float) -> float:
+        """Seconds in which partial results of an attention of so many bytes are joined, of the last hop of a ring, and
+        in which its kernels begin anew."""
+        return JOINED * size / self.memory if self.kernels is None else self.kernels.joining_seconds(size)
+
+    def _start(self, groups: Sequence[Sequence[int]]) -> float:
+        return self.latency if self.links is None else max(self.links.between(group).latency for group in groups)
+
+    def _sending(self, groups: Sequence[Sequence[int]], sent: Sequence[float]) -> float:
         if self.links is None:
             return max(sent) / self.bytes
-        each = zip(_groups(mesh, dims), sent, strict=True)
+        each = zip(groups, sent, strict=True)
         return max(self.links.sending(rank, group, amount) for rank, (group, amount) in enumerate(each))
 
     def relay(self, sent: float) -> float:

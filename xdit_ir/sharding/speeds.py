@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 HALF = (torch.float16, torch.bfloat16)
+# Values that joining two partial attentions reads and writes.
+JOINED = 3
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Kernels:
         speed = self.single if dtype not in HALF else self.flash if flash else self.attention
         whole = -(-max(width, 1) // self.widths) * self.widths
         return flops * whole / max(width, 1) * (1 + self.width / whole) / speed + self.gap
+
+    def joining_seconds(self, result: float) -> float:
+        """Time in which a hop of a ring begins attention anew and joins partial results: two are read and one is
+        written, in twice the precision of the result, which has so many bytes."""
+        return JOINED * self.gap + self.memory_seconds(2 * JOINED * result)
 
     def memory_seconds(self, moved: float) -> float:
         """Time in which an operator that only does that reads and writes so many bytes."""
