@@ -53,13 +53,11 @@ class TileAttention:
 
     def _best(self, node: fx.Node, mesh: Mesh) -> tuple[Untiled, Grid] | None:
         """The fastest way to compute it in tiles; None where as it is, it is as fast."""
-        found, least = None, float("inf")
-        for attention in attentions(node, mesh):
-            least = min(least, seconds_as_it_is(attention, mesh, self.machine))
-            for grid in grids(attention, mesh):
-                if (seconds := seconds_in_tiles(attention, grid, mesh, self.machine)) < least:
-                    found, least = (attention, grid), seconds
-        return found
+        pairs = [(attention, grid) for attention in attentions(node, mesh) for grid in grids(attention, mesh)]
+        seconds = [seconds_in_tiles(*pair, mesh, self.machine) for pair in pairs]
+        if not pairs or min(seconds) >= seconds_as_it_is(node, mesh, self.machine):
+            return None
+        return pairs[seconds.index(min(seconds))]
 
 
 def attentions(node: fx.Node, mesh: Mesh) -> Iterator[Untiled]:

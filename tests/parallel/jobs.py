@@ -18,6 +18,8 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.objects import expand_objects
+from xdit_ir.ir.graphs import all_graphs
+from xdit_ir.ir.partial_attention import merge_partials
 from xdit_ir.tools import calibrate_worker
 
 Degrees = dict[str, int]
@@ -65,6 +67,15 @@ def equal_outputs(name: str, degree_sets: list[Degrees]) -> dict[str, Any]:
         errors.append(relative_error(got, want))
         kinds.append(type(got) is type(want))
     return {"errors": errors, "kinds": kinds}
+
+
+def tiled(name: str, degrees: Degrees) -> dict[str, Any]:
+    """The same where links are slow; also how many attentions of a layer are in tiles."""
+    model, example, want = _load(name)
+    parallel = xir.trace(model, example).parallelize(**degrees, machine=xir.Machine(bytes=1e6, latency=0.0))
+    tiles = [node for _, graph, _ in all_graphs(parallel.ir) for node in graph.nodes if node.target is merge_partials]
+    with torch.no_grad():
+        return {"error": relative_error(parallel.emit(model)(**example), want), "tiles": len(tiles)}
 
 
 def left_behind(name: str, degrees: Degrees) -> dict[str, Any]:

@@ -162,3 +162,11 @@ def test_a_ported_pipeline_makes_the_same_image(workers: Pools) -> None:
         assert result["error"] < 1e-4
         assert result["spread"] > 1e-3
         assert result["programs"] == 1
+
+
+def test_tiles_of_attention_on_four_ranks(workers: Pools, request: pytest.FixtureRequest) -> None:
+    """Links so slow that queries and keys travel rather than keys alone."""
+    if not request.config.getoption("--large"):
+        pytest.skip("needs --large: four processes")
+    for result in workers(4).run("tiled", name="flux.1-dev", degrees={"ring": 4}):
+        assert result["error"] < 1e-5 and result["tiles"] == 2, result
