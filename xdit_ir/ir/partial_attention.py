@@ -53,7 +53,7 @@ def merge_partials(x: torch.Tensor, parts: int) -> torch.Tensor:
     """Attention over all keys from what `partial_attention` gave for so many parts of them, by online softmax (arXiv
     1805.02867): `[..., parts * queries, dim_v + lse_columns]` to `[..., queries, dim_v]`. Rows without keys give 0."""
     wide, columns = _wide(x.dtype), lse_columns(x.dtype)
-    x = x.unflatten(-2, (parts, x.shape[-2] // parts))
+    x = x.reshape(*x.shape[:-2], parts, x.shape[-2] // parts, x.shape[-1])
     lse = x[..., -columns:].to(wide).sum(-1, keepdim=True)
     most = lse.amax(-3, keepdim=True)
     weights = torch.exp(lse - most.masked_fill(most == -math.inf, 0))

@@ -113,6 +113,13 @@ class PartialAttention(FixedCall):
         return beside(out, lse.unsqueeze(-1), q.dtype)
 
 
+def kernel_call(target: object) -> FixedCall | None:
+    """The target of a node in code, if a kernel was chosen for it."""
+    if isinstance(target, KernelAttention):
+        return Attention(target)
+    return PartialAttention(target) if isinstance(target, KernelPartialAttention) else None
+
+
 def attention_with_lse(
     q: torch.Tensor,
     k: torch.Tensor,

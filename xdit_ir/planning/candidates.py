@@ -124,13 +124,20 @@ class Rough:
         return one.times * (first + summed + self._passed(one, share, around, along * features, attention))
 
     def _passed(self, one: Exchanged, share: int, around: int, inner: int, attention: float) -> float:
-        """Seconds by which an attention takes longer for keys that travel `around` so many ranks."""
+        """Seconds by which an attention takes longer for keys that travel `around` so many ranks, or in tiles of them
+        (two exchanges of queries and results, two of keys and values)."""
         if around == 1:
             return 0.0
-        hop = self.hardware.link(range(0, inner * around, inner)).seconds(one.keys / share)
+        link = self.hardware.link(range(0, inner * around, inner))
+        hop = link.seconds(one.keys / share)
         each = attention / 1e3 / max(sum(other.times for other in self.attentions), 1)
         joined = self.hardware.kernels.joining_seconds(one.queries / share)
-        return max(hop * (around - 1) - each, 0.0) + (around - 1) * joined
+        ring = max(hop * (around - 1) - each, 0.0) + (around - 1) * joined
+        sent = ((rows - 1, around // rows - 1) for rows in range(2, around // 2 + 1) if around % rows == 0)
+        tiles = (
+            2 * link.seconds(a * one.queries / share) + 2 * link.seconds(b * one.keys / share / 2) for a, b in sent
+        )
+        return min([ring, *tiles])
 
     def _seconds(self, sent: float, ranks: int, apart: int, *, times: int = 1) -> float:
         """Of exchanges, `times` as many, in which each of so many ranks, so far apart, sends so many bytes in all."""
