@@ -18,6 +18,7 @@ from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.registry import parse_passes
 from xdit_ir.planning.hardware import load
+from xdit_ir.sharding.cost import partners
 from xdit_ir.sharding.specialize import Specialize
 from xdit_ir.text import difference, parse, write
 
@@ -81,6 +82,11 @@ def test_the_report_has_the_exchanges() -> None:
     assert sent["halo_exchange"] == (3, part * (4 + 4 + 4))
     assert sent["all_to_all"] == (1, part * 4 // 8 * (8 + 1)), "results, and a log-sum-exp for each row"
     assert report.share == 0.25 and not report.fallbacks
+    halos = [
+        node for _, graph, _ in all_graphs(parallel.ir) for node in graph.nodes if node.target is ops.halo_exchange
+    ]
+    found = sorted(partners(node, parallel.mesh)[0] for node in halos)
+    assert found == [(0, 1), (0, 1), (0, 2)], "keys and values from its row, queries from its column"
 
 
 def test_the_program_of_a_rank_survives_the_text() -> None:

@@ -113,6 +113,13 @@ def test_what_an_exchange_costs_depends_on_where_ranks_are(near: int, turned: bo
     assert ("all_to_all" in {one.kind for one in found}) == turned
 
 
+@pytest.mark.parametrize("ring", [2, 3])
+def test_each_hop_of_a_ring_begins_anew(ring: int) -> None:
+    """A second before the first byte arrives: of each hop, and of the gather of the result."""
+    parallel = xir.trace(Attention(), TOKENS).parallelize(ring=ring, machine=known(Link(1024, 1e18, 1.0)))
+    assert timeline(parallel).total == pytest.approx(ring * 1e6, rel=1e-3)
+
+
 def test_stages_are_even_in_time_rather_than_in_flops() -> None:
     """Nearly all FLOPs are of the last two products; where every kernel takes as long, both halves have two of them."""
     model = nn.Sequential(Attention(), nn.Linear(24, 960, bias=False), nn.Linear(960, 24, bias=False))
