@@ -165,7 +165,8 @@ def _sizes(x: fx.Node) -> Sequence[int]:
 def _row_bytes(node: fx.Node, rank: int) -> int:
     """Bytes that a rank has of the result of one query, and of its log-sum-exp, of all batches and heads."""
     spec: TensorSpec = node.meta[SPEC]
-    *lead, _, width = node.meta[LAYOUT].local_shape(spec.shape, rank)
+    layout: Layout = node.meta[LAYOUT]
+    *lead, _, width = layout.local_shape(spec.shape, rank)
     return math.prod(lead) * (width + lse_columns(spec.dtype)) * spec.dtype.itemsize
 
 
