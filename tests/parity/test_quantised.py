@@ -126,4 +126,4 @@ def test_the_scale_of_a_whole_tensor_is_that_of_all_ranks() -> None:
     assert gathers.count <= scales + 1, "and of the result"
     assert gathers.bytes_per_rank <= (4 * rows * scales + 4 * rows * 32) / 2
     with pytest.raises(xir.ParallelizeError, match="would read stale rows"):
-        traced.parallelize(pipefusion=2)
+        traced.parallelize(pipefusion=2, patches=2)

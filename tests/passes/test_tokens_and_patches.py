@@ -96,4 +96,4 @@ def test_codes_without_scores_are_no_latents() -> None:
     result = xir.check(Classified(pooled=False), example, pipefusion=2)
     assert result.ok, str(result)
     with pytest.raises(xir.ParallelizeError, match="output is not divided"):
-        xir.trace(Classified(pooled=True), example).parallelize(pipefusion=2)
+        xir.trace(Classified(pooled=True), example).parallelize(pipefusion=2, patches=2)
