@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from xdit_ir.caching.cut import cut_cached
+from xdit_ir.caching.decision import REGION
 from xdit_ir.caching.rule import CacheRule
 from xdit_ir.errors import ParallelizeError, PatchesError
 from xdit_ir.ir.mesh import BATCH, FEATURES, SEQUENCE, TIME, Mesh
@@ -39,8 +40,14 @@ def divide(
     return run_passes(program, passes, after, familiar=familiar)
 
 
-def check_cache(rule: CacheRule, mesh: Mesh) -> None:
+def check_cache(rule: CacheRule, mesh: Mesh, *, batch: Batch = Batch.DIVIDED) -> None:
     """Raise `ParallelizeError` where a step cache means nothing."""
+    if rule.branchless and batch is Batch.CALLS:
+        raise ParallelizeError(
+            f"cache={rule.text!r}: a call reuses what the one before it gave, also for another branch of guidance, and "
+            f"{BATCH}={mesh.size((BATCH,))} runs them on different ranks; expected {BATCH}=1, or a batch that it "
+            f"divides; nearest legal: ulysses={mesh.size((BATCH,))}"
+        )
     if (stages := mesh.size((TIME,))) > 1:
         raise ParallelizeError(
             f"cache={rule.text!r} with {TIME}={stages}: patches read what the last step left for them, also of the "
@@ -48,21 +55,25 @@ def check_cache(rule: CacheRule, mesh: Mesh) -> None:
         )
 
 
-def note_region(program: Program, rule: CacheRule, mesh: Mesh, after: After | None = None) -> Program:
-    """An analysed program in which the region that a step cache leaves out is noted.
+def note_region(
+    program: Program, rule: CacheRule, mesh: Mesh, after: After | None = None, *, batch: Batch = Batch.DIVIDED
+) -> Program:
+    """An analysed program in which the region that a step cache leaves out is noted, if it is not marked already.
 
     Raises:
         ParallelizeError: the model has none that is worth it, or steps leave something for others already.
     """
-    check_cache(rule, mesh)
+    check_cache(rule, mesh, batch=batch)
     if program.signature.effects:
         raise ParallelizeError(
             f"cache={rule.text!r}: forward writes into what it is given (a cache of its own), which a step that leaves "
             "blocks out would not; expected a forward that only returns values, nearest legal: no cache"
         )
+    if rule.groups:
+        return program
     noted = run_passes(program, cache_passes(rule.watched), after)
     cut = cut_cached(noted)
-    left = sum(program_flops(one, None)[0] for one in (cut.head, cut.skipped) if one is not None)
+    left = sum(program_flops(one, None)[0] for one in (cut.head, cut.rest[REGION]) if one is not None)
     share = left / max(program_flops(program, None)[0], 1)
     if share > WORTH:
         raise ParallelizeError(

@@ -124,7 +124,7 @@ class TracedProgram:
         share_samples: bool = False,
         shard_weights: bool = False,
         stream_weights: bool | int | str = False,
-        cache: str | None = None,
+        cache: str | CacheRule | None = None,
         machine: Machine = H100,
         after: After | None = None,
         **further: int,
@@ -168,7 +168,7 @@ class TracedProgram:
         rule = None if cache is None else CacheRule.parse(cache)
         traced = self if pipefusion == 1 else self._placed
         analysed = traced.analysed if pipefusion == 1 else traced._aligned
-        analysed = analysed if rule is None else note_region(analysed, rule, mesh, after)
+        analysed = analysed if rule is None else note_region(analysed, rule, mesh, after, batch=batch)
         stored = analysed.replace(stored=self.stored)
         if pipefusion == 1:
             familiar = self.familiar
@@ -234,14 +234,12 @@ class ParallelProgram:
     @cached_property
     def cached(self) -> CachedProgram:
         """The programs of a step with a cache."""
-        return cut_cached(self.ir)
+        assert self.cache is not None, "there is a rule"
+        return cut_cached(self.ir, self.cache.rule.variants)
 
     def cached_rank(self, rank: int) -> CachedProgram:
         """Those of one rank."""
-        cut, local = self.cached, [Specialize(rank)]
-        head = None if cut.head is None else run_passes(cut.head, local)
-        computed, skipped = (run_passes(one, local) for one in (cut.computed, cut.skipped))
-        return dataclasses.replace(cut, head=head, computed=computed, skipped=skipped)
+        return self.cached.each(lambda one: run_passes(one, [Specialize(rank)]))
 
     def simulate(self, model: Module, example: Example, observe: RankObserver | None = None) -> list[Any]:
         """Run every rank in this thread, in lockstep; what forward writes into caches is written into `example`.

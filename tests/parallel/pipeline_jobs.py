@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -101,13 +102,58 @@ def hooked_pipelines(name: str, degrees: Degrees, threshold: float, steps: int) 
     return [*found, {"error without": error(run(pipe, call, steps), exact)}]
 
 
+def hooked_modules(
+    name: str, degrees: Degrees, caches: list[str], more: dict[str, Any], steps: int
+) -> list[dict[str, Any]]:
+    """`hooked_pipelines` for caches of single modules, with `more` arguments of the pipeline; "guidance" stands for
+    those of a second prompt."""
+    torch.set_num_threads(1)
+    pipe, call = pipelines.BUILDERS[name]()
+    if more.pop("guidance", False):
+        call |= {f"negative_{key}": -x for key, x in call.items() if key.endswith("prompt_embeds")}
+    exact, wanted, got = run(pipe, call := call | more, steps), [], (0, 0)
+    for cache in caches:
+        pipe.transformer.enable_cache(module_cache(cache, pipe))
+        with calls_of_blocks(pipe.transformer, ATTENTIONS) as counted, calls_of_blocks(pipe.transformer, "") as all_of:
+            wanted.append((run(pipe, call, steps), sum(all_of.values()), min(counted.values())))
+        pipe.transformer.disable_cache()
+    xir.port(pipe, denoisers=["transformer"], **degrees)
+    found: list[dict[str, Any]] = []
+    for cache, (want, calls, computed) in zip(caches, wanted, strict=True):
+        pipe.transformer.enable_cache(module_cache(cache, pipe))
+        errors = [error(run(pipe, call, steps), want) for _ in range(2)]
+        used = pipe.transformer.report().cache
+        now, got = [used.calls - got[0], used.skipped - got[1]], (used.calls, used.skipped)
+        found.append({"errors": errors, "reused": error(exact, want), "want": [calls, calls - computed], "got": now})
+        pipe.transformer.disable_cache()
+    return [*found, {"error without": error(run(pipe, call, steps), exact)}]
+
+
+ATTENTIONS = r".*\.attn\d?"
+
+
+def module_cache(kind: str, pipe: Any) -> Any:
+    """A configuration of diffusers for a cache that reuses what single modules gave."""
+    taylor = {"cache_interval": 3, "disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32}
+    if kind == "broadcast":
+        return diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            cross_attention_block_skip_range=4,
+            spatial_attention_timestep_skip_range=(100, 950),
+            cross_attention_timestep_skip_range=(100, 950),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    options = {"use_lite_mode": True} if kind == "lite" else {"cache_identifiers": [ATTENTIONS], "max_order": 2}
+    return diffusers.hooks.TaylorSeerCacheConfig(**taylor, **options)
+
+
 @contextlib.contextmanager
-def calls_of_blocks(transformer: Any) -> Iterator[dict[str, int]]:
+def calls_of_blocks(transformer: Any, chosen: str = r"\w+\.\d+") -> Iterator[dict[str, int]]:
     """How often the weights of each block are used: those of blocks that a cache leaves out are not."""
     counted: dict[str, int] = {}
     handles = []
     for name, module in transformer.named_modules():
-        if name.rpartition(".")[2].isdigit() and name.count(".") == 1:
+        if re.fullmatch(chosen, name):
             linear = next(one for one in module.modules() if isinstance(one, torch.nn.Linear))
             counted[name] = 0
 

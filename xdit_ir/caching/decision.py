@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from xdit_ir.caching.history import History
 from xdit_ir.caching.rule import CacheRule, Watched
 from xdit_ir.sharding.report import CacheUse
 
+REGION = frozenset({0})  # the group of what leaves a region
 Change = tuple[float, float, float]
 """Whether there is nothing to compare with (1, else 0); by how much a rank's part has changed, and how much it was."""
 
@@ -22,10 +25,10 @@ class BranchMemory:
     step: int = 0
     summed: float = 0.0
     watched: Sequence[torch.Tensor] | None = None
-    kept: Sequence[torch.Tensor] | None = None
+    kept: Sequence[History] | None = None
 
     def catch_up(self, step: int) -> None:
-        """Before a step: what is kept is of no use where other ranks have run the one before."""
+        """Before a step: what is kept is of no use where others have run the one before: ranks, or another program."""
         if self.step != step:
             self.step, self.kept = step, None
 
@@ -38,28 +41,42 @@ class BranchMemory:
         was = [_size(last.float()) for last in before]
         return torch.stack([torch.zeros_like(moved[0]), torch.stack(moved).sum(), torch.stack(was).sum()])
 
-    def skips(self, rule: CacheRule, watched: Sequence[torch.Tensor], changes: Iterable[Change]) -> bool:
-        """Begin the next step: whether it reuses what is kept, by the changes of all ranks that run the call."""
-        reuses = self._reuses(rule, list(changes))
+    def reused(self, rule: CacheRule, watched: Sequence[torch.Tensor], changes: Iterable[Change]) -> frozenset[int]:
+        """Begin the next step: the groups that it reuses, by the changes of all ranks that run the call."""
+        found = self._reused(rule, list(changes))
         self.step += 1
-        if rule.watched is Watched.TIMESTEP or not reuses:
+        if rule.watched is Watched.TIMESTEP or not found:
             self.watched = list(watched)
-        if not reuses:
+        if not found:
             self.summed = 0.0
-        return reuses
+        return found
 
-    def _reuses(self, rule: CacheRule, changes: Sequence[Change]) -> bool:
+    def recall(self, points: Sequence[int], reused: frozenset[int]) -> list[torch.Tensor]:
+        """What the step that has begun takes for the values of these groups; `points` has the group of each value."""
+        kept = zip(self.kept or (), points, strict=bool(reused))
+        return [one.reuse(self.step - 1) for one, group in kept if group in reused]
+
+    def remember(
+        self, rule: CacheRule, points: Sequence[int], reused: frozenset[int], computed: Iterable[torch.Tensor]
+    ) -> None:
+        """Keep the values that the step has computed, those of all other groups."""
+        self.kept = self.kept or [rule.history(group) for group in points]
+        made = (one for one, group in zip(self.kept, points, strict=True) if group not in reused)
+        for one, x in zip(made, computed, strict=True):
+            one.keep(x, self.step - 1)
+
+    def _reused(self, rule: CacheRule, changes: Sequence[Change]) -> frozenset[int]:
         if self.kept is None:
-            return False
+            return frozenset()
         if rule.watched is Watched.NOTHING:
-            return not rule.computes(self.step)
+            return rule.reused(self.step)
         new, moved, before = map(sum, zip(*changes, strict=True))
-        if new or not before > 0:
-            return False
+        if new:
+            return frozenset()
         if rule.watched is Watched.FIRST_BLOCK:
-            return 0 < moved / before <= rule.threshold  # what never changes says nothing of the latents
-        self.summed += moved / before
-        return self.summed < rule.threshold
+            return frozenset() if moved > rule.threshold * before else REGION
+        self.summed += moved / before if before > 0 else math.inf
+        return REGION if self.summed < rule.threshold else frozenset()
 
 
 @dataclass(eq=False)

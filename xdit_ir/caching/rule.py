@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from xdit_ir.caching.history import History, Latest
 from xdit_ir.errors import ParallelizeError
 
 FORMS = ("first-block:0.08", "timestep:0.1", "every:2", "steps:0,1,2,5")
@@ -22,9 +25,20 @@ class Watched(Enum):
 
 
 @dataclass(frozen=True)
+class Group:
+    """Values that the same steps reuse, and what is kept of each of them."""
+
+    reused: Callable[[int], bool]
+    history: Callable[[], History] = Latest
+
+
+@dataclass(frozen=True)
 class CacheRule:
     """`text` is what was given. A region is reused up to the relative change `threshold`; where nothing is watched, in
-    the steps that are neither in `computed` nor a multiple of `every`; behind `period` steps they count anew."""
+    the steps that are neither in `computed` nor a multiple of `every`; behind `period` steps they count anew.
+
+    With `groups` there is no region: values are marked in the program, each with its place among them. `branchless`:
+    all calls of a step count, each as a step of its own, whichever branch of guidance it is for."""
 
     text: str
     watched: Watched
@@ -32,10 +46,14 @@ class CacheRule:
     every: int = 0
     computed: frozenset[int] = frozenset()
     period: int = 0
+    groups: tuple[Group, ...] = ()
+    branchless: bool = False
 
     @staticmethod
     def parse(text: object) -> CacheRule:
         """Raises `ParallelizeError` for what is no rule."""
+        if isinstance(text, CacheRule):
+            return text
         if not isinstance(text, str):
             raise ParallelizeError(f"cache={text!r:.60}: {EXPECTED}")
         kind, _, value = text.partition(":")
@@ -48,10 +66,27 @@ class CacheRule:
         except ValueError:
             raise ParallelizeError(f"cache={text!r}: {value!r} is no legal value of {kind!r}; {EXPECTED}") from None
 
-    def computes(self, step: int) -> bool:
-        """Whether a step, by its number in its request, computes the region, where nothing is watched."""
+    @property
+    def variants(self) -> tuple[frozenset[int], ...]:
+        """The groups that a step may reuse together, none first."""
+        together: dict[Callable[[int], bool], set[int]] = {}
+        for place, group in enumerate(self.groups):
+            together.setdefault(group.reused, set()).add(place)
+        sets = list(together.values()) or [{0}]
+        chosen = (some for count in range(len(sets) + 1) for some in itertools.combinations(sets, count))
+        return tuple(frozenset().union(*some) for some in chosen)
+
+    def reused(self, step: int) -> frozenset[int]:
+        """The groups that a step, by its number in its request, reuses where nothing is watched; a region is one."""
+        if self.groups:
+            return frozenset(place for place, group in enumerate(self.groups) if group.reused(step))
         step = step % self.period if self.period else step
-        return step in self.computed or bool(self.every and step % self.every == 0)
+        computes = step in self.computed or bool(self.every and step % self.every == 0)
+        return frozenset() if computes else frozenset({0})
+
+    def history(self, group: int) -> History:
+        """For a value of a group."""
+        return self.groups[group].history() if self.groups else Latest()
 
 
 def _made(text: str, kind: str, value: str) -> CacheRule:

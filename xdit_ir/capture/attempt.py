@@ -40,6 +40,7 @@ from xdit_ir.capture.known import PythonReads, check_lent, readable
 from xdit_ir.capture.ladder import Rung
 from xdit_ir.capture.leaves import Leaves
 from xdit_ir.capture.libraries import replacements
+from xdit_ir.capture.marks import Marks
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import attributes_of, flatten_output, literal
 from xdit_ir.capture.overwrites import Overwrite, beside, overwrites
@@ -80,13 +81,14 @@ Captured = tuple[Program, Writes, Sequence[Overwrite]]
 class Attempt:
     """A capture of forward for arguments that are `named`, or given by their places; the `rung` has the model, its
     blocks and its leaves. `keep`: forward is told of the caller's mode. `overwrite`: what it leaves in the model
-    without having read it becomes effects."""
+    without having read it becomes effects. `marked`: as for `trace`."""
 
     rung: Rung
     named: dict[str, Any]
     by_name: bool
     keep: bool
     overwrite: bool
+    marked: Mapping[str, int]
 
     def run(self, selections: Selections | None) -> Captured:
         """What is captured; raises one of `FAILURES` where it cannot be done on this rung."""
@@ -118,8 +120,10 @@ class Attempt:
             chosen = {(path, "forward") for path in rung.blocks} | rung.repeated
             blocks = Blocks(recorder, chosen, _watch(skeleton, rung.blocks, recorder))
             called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
-            blocks.leaves_below = called_whole.below
-            calls = Calls(recorder, blocks, called_whole, Repeats(recorder, blocks, rung.repeated, rung.never))
+            marks = Marks(recorder, self.marked)
+            blocks.chosen_below = lambda path: (called_whole.below(path), marks.below(path))
+            repeats = Repeats(recorder, blocks, rung.repeated, rung.never)
+            calls = Calls(recorder, blocks, called_whole, repeats, marks)
             instrument(skeleton, calls)
             call = call_arguments(inspect.signature(model.forward), given.named, self.by_name)
             output = _run(skeleton.model, recorder, *call)

@@ -75,7 +75,7 @@ class Blocks:
     def __init__(self, recorder: Recorder, chosen: Set[Spot], watched: dict[str, set[tuple[str, str]]]) -> None:
         self.recorder, self.chosen, self.watched = recorder, chosen, watched
         self.bodies: list[CapturedBody] = []
-        self.leaves_below: Callable[[str], frozenset[str]] = lambda path: frozenset()
+        self.chosen_below: Callable[[str], Any] = lambda path: None  # what else is done with the modules of one
 
     def wants(self, spot: Spot) -> bool:
         """Whether a call should become a block call; under `torch.func` its operators are recorded."""
@@ -109,7 +109,7 @@ class Blocks:
                 continue
             if body.frame.strides and body.call.strides != call.strides:
                 continue
-            if self.leaves_below(path) != self.leaves_below(body.frame.prefix):
+            if self.chosen_below(path) != self.chosen_below(body.frame.prefix):
                 continue
             if not print_.differs_from(body.print) <= ignored - body.frame.attributes:
                 continue

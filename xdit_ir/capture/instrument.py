@@ -13,6 +13,7 @@ from xdit_ir.capture.blocks import Blocks
 from xdit_ir.capture.failures import Spot
 from xdit_ir.capture.fingerprint import TRACED, traced
 from xdit_ir.capture.leaves import Leaves
+from xdit_ir.capture.marks import Marks
 from xdit_ir.capture.plain import applied
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.repeats import Repeats, methods_of
@@ -27,6 +28,7 @@ class Calls:
     blocks: Blocks
     leaves: Leaves
     repeats: Repeats
+    marks: Marks
 
     def forward(self, module: nn.Module, path: str, names: list[str], forward: Any) -> Any:
         """A copied module's forward, watched."""
@@ -42,7 +44,9 @@ class Calls:
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if not self.leaves.wants(path):
-                return self._call(module, (path, "forward"), forward, recorded, args, kwargs)
+                output = self._call(module, (path, "forward"), forward, recorded, args, kwargs)
+                return self.marks.on(path, output)
+            self.marks.check_whole(path)
             if self._selected(args, kwargs):
                 raise recorder.opaque(f"{path} is called whole, with rows that a mask selects")
             return self.leaves.call(path, module, args, kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,7 @@ def trace(
     leaf: Sequence[Wanted] = (),
     *,
     keep: bool = False,
+    marked: Mapping[str, int] = MappingProxyType({}),
 ) -> Program:
     """Capture a module's forward for one input signature as a `Program`.
 
@@ -44,6 +46,8 @@ def trace(
 
     Tables that forward fills once are left in the model if `keep`. Then the program is that of the calls to come, in
     the mode (gradients, inference) of the caller; otherwise forward is told that there is none.
+
+    What the modules of `marked`, by path, return becomes `reuse` of the group that is given there.
 
     Raises:
         TraceError: forward cannot be captured, or keeps a state between calls: what it leaves in Python objects is
@@ -58,7 +62,7 @@ def trace(
             "register them on the modules that they are for"
         )
     with _TURN, _disable_current_modes(), watchers_away():  # of counters and profilers around the call
-        return _Capture(model, example, leaf, keep).program()
+        return _Capture(model, example, leaf, keep, marked).program()
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class _Capture:
     example: Example
     leaf: Sequence[Wanted]
     keep: bool
+    marked: Mapping[str, int]
 
     def program(self) -> Program:
         """That of forward, once what it fills is filled."""
@@ -111,7 +116,7 @@ class _Capture:
         rung = Rung.top(self.model, self.leaf)
         while True:
             selections = Selections() if rung.selects else None
-            attempt = Attempt(rung, named, by_name, self.keep, overwrite)
+            attempt = Attempt(rung, named, by_name, self.keep, overwrite, self.marked)
             try:
                 found = attempt.run(selections)
             except FAILURES as failure:

@@ -49,7 +49,7 @@ def hoist(program: Program, chosen: Chosen, suffix: str) -> tuple[Program, Hoist
         if node not in late:
             env[node] = copy_node(graph, node, env.__getitem__)
     early = {name: _early_part(program.blocks[name], nodes, suffix) for name, nodes in chosen.items()}
-    rest = {name: _rest(program.blocks[name], nodes) for name, nodes in chosen.items()}
+    rest = {name: with_given(program.blocks[name], nodes) for name, nodes in chosen.items()}
     for call in program.calls:
         if called_block(call) in chosen:
             made[call] = _call_early(graph, call, early[called_block(call)], env, program)
@@ -57,7 +57,7 @@ def hoist(program: Program, chosen: Chosen, suffix: str) -> tuple[Program, Hoist
         if node in late:
             env[node] = copy_node(graph, node, env.__getitem__)
             if node in made:
-                env[node].args = _call_rest(env[node], program.blocks[called_block(node)], made[node], rest)
+                env[node].args = call_with_given(env[node], program.blocks[called_block(node)], made[node], rest)
     blocks = {name: rest.get(name, block) for name, block in program.blocks.items()}
     blocks |= {block.name: block for block in early.values()}
     return program.replace(graph=graph, blocks=blocks), {parts[0].all_input_nodes[0]: parts for parts in made.values()}
@@ -101,7 +101,7 @@ def _early_part(block: Block, nodes: Sequence[fx.Node], suffix: str) -> Block:
     return Block(f"{block.name}_{suffix}", graph)
 
 
-def _rest(block: Block, nodes: Sequence[fx.Node]) -> Block:
+def with_given(block: Block, nodes: Sequence[fx.Node]) -> Block:
     """The block that is given these values, and no input that only they needed."""
     graph = copy_graph(block.graph)
     copies = {node.name: node for node in graph.nodes}
@@ -142,7 +142,8 @@ def _types(results: Sequence[fx.Node]) -> dict[str, Any]:
     return {key: tuple(node.meta[key] for node in results) for key in every}
 
 
-def _call_rest(call: fx.Node, block: Block, made: Sequence[fx.Node], rest: Mapping[str, Block]) -> Any:
+def call_with_given(call: fx.Node, block: Block, made: Sequence[fx.Node], rest: Mapping[str, Block]) -> Any:
+    """The arguments of a call of `block` for its form in `rest`, `with_given` these values."""
     name, prefix, values, weights = call_parts(call)
     left = {node.name for node in placeholders(rest[name].graph)}
     kept = [value for node, value in zip(arguments_of(block.graph), values, strict=True) if node.name in left]

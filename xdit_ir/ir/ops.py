@@ -290,6 +290,7 @@ def watch(x: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
     return x
 
 
-def reuse(y: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
-    """`y`; where a step reuses it: `x` and what was added to it when `y` was computed last, or what `y` was then."""
+def reuse(y: torch.Tensor, x: torch.Tensor | None = None, group: int = 0) -> torch.Tensor:
+    """`y`; where a step reuses it: `x` and what was added to it when `y` was computed last, or what follows from what
+    `y` was then. A step reuses all of a `group`, or none."""
     return y

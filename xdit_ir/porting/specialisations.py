@@ -300,7 +300,8 @@ class Specialisations:
             factory.branch = None if cache is None else cache.branch
             try:
                 with caches_away(self.model):
-                    program = capture.trace(self.model, _example(signature, given), keep=True)
+                    marked = {} if cache is None else cache.meaning.groups
+                    program = capture.trace(self.model, _example(signature, given), keep=True, marked=marked)
             except RaisedByForward as failure:
                 raise failure.error from None
             self._check_types(program)

@@ -47,8 +47,8 @@ class CachedRunner(Runner):
         self._rule, self._denoising, self._pairing, self._branch = rule, denoising, pairing, branch
         self._memories = weakref.WeakKeyDictionary[object, BranchMemory]()
         self._head = None if cached.head is None else self._runnables[0]
-        self._computed, self._skipped = self._runnables[-2:]
-        self._watched, self._given = cached.watched, cached.outputs
+        self._rest = dict(zip(cached.rest, self._runnables[-len(cached.rest) :], strict=True))
+        self._watched, self._given, self._points = cached.watched, cached.outputs, cached.points
         self._communicator = context.communicator
         self._dims = context.communicator.mesh.dims_of_a_call(paired=pairing is not None)
         context.communicator.prepare([self._dims])
@@ -67,8 +67,9 @@ class CachedRunner(Runner):
         if self._branch is None:
             return {"the place of the call": self._denoising.place(self._by_name(inputs))}
         name, state = self._branch()
-        calls = self._memories[state].calls if state in self._memories else 0
-        return {"the place of the call": f"call {calls} in the context {name!r}"}
+        calls = self._denoising.contexts.get(state, 0)
+        reused = f", which reuses {sorted(self._rule.reused(calls))}" if self._rule.groups else ""
+        return {"the place of the call": f"call {calls} in the context {name!r}{reused}"}
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result."""
@@ -84,8 +85,9 @@ class CachedRunner(Runner):
         """Begin a call; what its branch remembers."""
         if self._branch is None:
             return self._denoising.enter(self._by_name(inputs), self)
-        memory = self._memories.setdefault(self._branch()[1], BranchMemory())
-        memory.calls += 1
+        state = self._branch()[1]
+        memory, counts = self._memories.setdefault(state, BranchMemory()), self._denoising.contexts
+        memory.calls = counts[state] = counts.get(state, 0) + 1
         return memory
 
     def _give_up(self) -> None:
@@ -103,6 +105,7 @@ class CachedRunner(Runner):
 
     def _results(self, inputs: Tensors, weights: Tensors, memory: BranchMemory) -> Sequence[torch.Tensor]:
         if self._pairing is None:
+            memory.catch_up(memory.calls - 1)
             return self._step(inputs, weights, memory)
         given, step = copied(inputs), memory.calls - 1
 
@@ -120,13 +123,11 @@ class CachedRunner(Runner):
             if self._head is not None:
                 found = list(self._head(given, weights))
                 watched, given = found[: self._watched], [*given, *found[self._watched :]]
-            skipped = memory.skips(self._rule, watched, self._changes(memory, watched))
+            reused = memory.reused(self._rule, watched, self._changes(memory, watched))
             self._denoising.calls += 1
-            self._denoising.skipped += skipped
-            if skipped:
-                return self._skipped([*given, *(memory.kept or ())], weights)
-            results = self._computed(given, weights)
-            memory.kept = results[self._given :]
+            self._denoising.skipped += bool(reused)
+            results = self._rest[reused]([*given, *memory.recall(self._points, reused)], weights)
+            memory.remember(self._rule, self._points, reused, results[self._given :])
             return results[: self._given]
 
     def _changes(self, memory: BranchMemory, watched: Tensors) -> list[Change]:

@@ -52,12 +52,14 @@ class Branch:
 class Denoising:
     """The request that a module works on. It is what makes its outputs, as their lineage says.
 
-    `calls` were run by this rank since it was made, and `skipped` of them reused a region of blocks.
+    `calls` were run by this rank since it was made, and `skipped` of them reused something; `contexts` has how many
+    there were in each context, where others know that.
     """
 
     number: int = 0
     calls: int = 0
     skipped: int = 0
+    contexts: weakref.WeakKeyDictionary[object, int] = field(default_factory=weakref.WeakKeyDictionary)
     _kind: str = NEW
     _step: int = 0
     _latest: int | None = None

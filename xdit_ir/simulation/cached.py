@@ -27,16 +27,15 @@ class CachedSimulation:
         watched, given = self._decisive(inputs, observe)
         together = list(zip(self.memories, watched, strict=True))
         changes = [(*map(float, memory.change(mine).tolist()),) for memory, mine in together if mine]
-        reuses = [memory.skips(self.count.rule, mine, changes) for memory, mine in together]  # type: ignore[arg-type]
-        self.count.add(skipped=reuses[0])
-        if reuses[0]:
-            kept = [memory.kept or () for memory in self.memories]
-            full = [[*mine, *before] for mine, before in zip(given, kept, strict=True)]
-            return self._run([one.skipped for one in self.ranks], full, observe)
-        found = self._run([one.computed for one in self.ranks], given, observe)
+        rule, points = self.count.rule, self.ranks[0].points
+        [reused] = {memory.reused(rule, mine, changes) for memory, mine in together}  # type: ignore[arg-type]
+        self.count.add(skipped=bool(reused))
+        kept = [memory.recall(points, reused) for memory in self.memories]
+        full = [[*mine, *before] for mine, before in zip(given, kept, strict=True)]
+        found = self._run([one.rest[reused] for one in self.ranks], full, observe)
         count = self.ranks[0].outputs
         for memory, values in zip(self.memories, found, strict=True):
-            memory.kept = values[count:]
+            memory.remember(rule, points, reused, values[count:])
         return [values[:count] for values in found]
 
     def _decisive(
