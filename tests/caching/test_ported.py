@@ -31,12 +31,16 @@ MODELS += ("ltx-video", "mochi-1", "qwen-image", "wan2.1-t2v-1.3b", "wan2.1-t2v-
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One model with one cache; with `--zoo-all` both, in all whose output is like their latents."""
+    """One model with one cache of each kind; with `--zoo-all` all, in all whose output is like their latents."""
     if "name" in metafunc.fixturenames:
+        further = [series(max_order=2, disable_cache_after_step=4), series(use_lite_mode=True)]
+        further += [series(cache_identifiers=[r".*blocks\.\d+"]), faster(is_guidance_distilled=True)]
         cases = [
-            (name, config) for name in MODELS for config in (magnitudes(1, 0.99, 0.97, threshold=0.025), hooked(1))
+            (name, config)
+            for name in MODELS
+            for config in (magnitudes(1, 0.99, 0.97, threshold=0.025), hooked(1), broadcast(), *further)
         ]
-        some = cases if metafunc.config.getoption("--zoo-all") else cases[:1]
+        some = cases if metafunc.config.getoption("--zoo-all") else [cases[0], cases[2]]
         metafunc.parametrize(
             ("name", "config"), some, ids=lambda one: one if isinstance(one, str) else type(one).__name__
         )
@@ -67,8 +71,17 @@ def magnitudes(*ratios: float, **options: Any) -> Any:
 
 def broadcast() -> Any:
     return diffusers.PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 500
+        spatial_attention_block_skip_range=3, cross_attention_block_skip_range=2, current_timestep_callback=lambda: 500
     )
+
+
+def faster(**options: Any) -> Any:
+    return FasterCacheConfig(current_timestep_callback=lambda: 500, **options)
+
+
+def series(**options: Any) -> Any:
+    given = {"cache_identifiers": [r".*\.attn\d?"], "taylor_factors_dtype": torch.float32} | options
+    return TaylorSeerCacheConfig(cache_interval=2, **{"disable_cache_before_step": 2} | given)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +97,7 @@ def test_what_caches_in_hooks_mean(flux: tuple[Any, dict[str, Any]], config: Any
     model, _ = flux
     model.enable_cache(config)
     found = hooked_cache(model)
-    assert found is not None and found.rule == rule
+    assert found is not None and found.rule.text == rule
     assert found.blocks[::3] == ("transformer_blocks.0", "single_transformer_blocks.1")
 
 
@@ -109,9 +122,13 @@ def test_caches_in_hooks_are_taken_over(name: str, config: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (TaylorSeerCacheConfig(), r"TaylorSeerCache, which extrapolates.*cache='every:5'"),
-        (broadcast(), r"PyramidAttentionBroadcast, which reuses.*cache='every:3'"),
-        (FasterCacheConfig(current_timestep_callback=lambda: 500), r"FasterCache, which extrapolates.*cache='every:2'"),
+        (series(disable_cache_before_step=0), r"TaylorSeerCache, which predicts before .*disable_cache"),
+        (
+            series(cache_identifiers=[r"transformer_blocks\.\d+(\.attn)?"]),
+            r"hook on transformer_blocks.0.attn does not see the steps that leave transformer_blocks.0 out.*disable_",
+        ),
+        (broadcast(), r"PyramidAttentionBroadcast, which `trace` cannot take over; use `port`, which does"),
+        (faster(), r"FasterCache, which makes up half of the batch .*cache='every:2'"),
         (MagCacheConfig(num_inference_steps=4, calibrate=True), r"MagCache, which looks at.*disable_cache"),
         (hooked(0.0), r"FirstBlockCache, whose threshold 0.0 leaves no block out.*disable_cache"),
         (hooked(0.1), r"FirstBlockCache, which `trace` cannot take over.*cache='first-block:0.1'"),

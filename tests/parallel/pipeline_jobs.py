@@ -143,6 +143,13 @@ def module_cache(kind: str, pipe: Any) -> Any:
             cross_attention_timestep_skip_range=(100, 950),
             current_timestep_callback=lambda: pipe.current_timestep,
         )
+    if kind == "faster":
+        return diffusers.FasterCacheConfig(
+            spatial_attention_timestep_skip_range=(-1, 950),
+            attention_weight_callback=lambda module: pipe.current_timestep / 2000,
+            current_timestep_callback=lambda: pipe.current_timestep,
+            is_guidance_distilled=True,
+        )
     options = {"use_lite_mode": True} if kind == "lite" else {"cache_identifiers": [ATTENTIONS], "max_order": 2}
     return diffusers.hooks.TaylorSeerCacheConfig(**taylor, **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,4 +69,24 @@ class Taylor:
         found = torch.zeros_like(self.factors[0], dtype=self.type)
         for order, factor in enumerate(self.factors):
             found = found + factor.to(self.type) * ((step - self.last) ** order / math.factorial(order))
+        return found
+
+
+@dataclass(eq=False)
+class Trend:
+    """The line through the last two values, whether they were computed or reused, `weight` steps on (FasterCache, arXiv
+    2410.19355)."""
+
+    weight: Callable[[], float]
+    values: list[torch.Tensor] = field(default_factory=list)
+
+    def keep(self, x: torch.Tensor, step: int) -> None:
+        """See `History`."""
+        self.values = [self.values[-1] if self.values else x, x]
+
+    def reuse(self, step: int) -> torch.Tensor:
+        """See `History`."""
+        before, last = self.values
+        found = last + (last - before) * self.weight()
+        self.values = [last, found]
         return found

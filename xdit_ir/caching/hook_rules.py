@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-from xdit_ir.caching.history import Blank, History, Latest, Taylor
+from xdit_ir.caching.history import Blank, History, Latest, Taylor, Trend
 from xdit_ir.caching.rule import CacheRule, Group, Watched
 from xdit_ir.errors import StateError
 
-MAGNITUDES = "MagCache"
+MAGNITUDES, _INTERVAL = "MagCache", "block_skip_range"
 _NAMES = {
     "first_block_cache": "FirstBlockCache",
     "mag_cache": MAGNITUDES,
     "taylorseer_cache": "TaylorSeerCache",
     "pyramid_attention_broadcast": "PyramidAttentionBroadcast",
+    "faster_cache": "FasterCache",
 }
-# Of caches that mean no rule: their name, what they do, and the attribute of a hook that says how often.
+# Of caches that mean no rule: their name, and what they do.
 _OTHERS = {
-    "faster_cache": (
-        "FasterCache",
-        "extrapolates what single attentions gave in earlier steps, and half of the batch",
-        "block_skip_range",
-    ),
-    "sea_cache": ("SeaCache", "decides by spectra of the latents, and extrapolates what blocks added", ""),
-    "text_kv_cache": ("TextKVCache", "keeps keys and values of the text, without a change of results", ""),
+    "sea_cache": ("SeaCache", "decides by spectra of the latents, and extrapolates what blocks added"),
+    "text_kv_cache": ("TextKVCache", "keeps keys and values of the text, without a change of results"),
 }
 KINDS = frozenset({*_NAMES, *_OTHERS})  # the library's modules that hooks of caches come from
 
@@ -41,24 +39,30 @@ class Meaning:
     groups: Mapping[str, int] = field(default_factory=dict)
 
 
-def meaning_of(kind: str, hooks: Mapping[str, Sequence[Any]]) -> Meaning:
-    """That of a cache's hooks by the paths of their modules.
+def meaning_of(kind: str, hooks: Mapping[str, Sequence[Any]], model: nn.Module) -> Meaning:
+    """That of a cache's hooks by the paths of their modules in a model.
 
     Raises:
         StateError: it means no rule; names the nearest one.
     """
-    everyone = [hook for found in hooks.values() for hook in found]
     if kind in _OTHERS:
-        name, what, interval = _OTHERS[kind]
-        often = next((getattr(hook, interval) for hook in everyone if hasattr(hook, interval)), 0)
-        raise refused(name, f"which {what}", f"every:{often}" if often > 1 else "first-block:0.08")
-    name = _NAMES[kind]
+        name, what = _OTHERS[kind]
+        raise refused(name, f"which {what}", "first-block:0.08")
+    name, everyone = _NAMES[kind], [hook for found in hooks.values() for hook in found]
     if kind == "first_block_cache":
         return Meaning(name, CacheRule.parse(_first_block(everyone)))
     if kind == "mag_cache":
         return Meaning(name, CacheRule.parse(_magnitudes(everyone)))
-    read = _taylor if kind == "taylorseer_cache" else _broadcast
-    return _of_modules(name, {path: read(hook) for path, [hook] in hooks.items()}, branchless=read is _broadcast)
+    if kind == "taylorseer_cache":
+        return _of_modules(name, {path: _taylor(hook) for path, [hook] in hooks.items()}, branchless=False)
+    if kind == "pyramid_attention_broadcast":
+        return _of_modules(name, {path: _broadcast(hook) for path, [hook] in hooks.items()}, branchless=True)
+    blocks = {path: hook for path, [hook] in hooks.items() if hasattr(hook, _INTERVAL)}  # without the denoiser's
+    if not all(hook.is_guidance_distilled for hook in everyone):
+        often = next((getattr(hook, _INTERVAL) for hook in blocks.values()), 2)
+        raise refused(name, "which makes up half of the batch out of the other half's spectrum", f"every:{often}")
+    groups = {path: _trend(hook, model.get_submodule(path)) for path, hook in blocks.items()}
+    return _of_modules(name, groups, branchless=True)
 
 
 def refused(name: str, why: str, nearest: str) -> StateError:
@@ -88,7 +92,7 @@ class _Predicted:
 
 @dataclass(frozen=True)
 class _Broadcast:
-    """The calls that Pyramid Attention Broadcast leaves out, inside a range of timesteps."""
+    """The calls that Pyramid Attention Broadcast and FasterCache leave out, inside a range of timesteps."""
 
     interval: int
     timesteps: tuple[float, float]
@@ -99,6 +103,17 @@ class _Broadcast:
 
     def __str__(self) -> str:
         return f"computed in 1 of {self.interval} calls where {self.timesteps[0]} < timestep < {self.timesteps[1]}"
+
+
+@dataclass(frozen=True)
+class _Same:
+    """What is kept of modules that are reused as they were."""
+
+    def __call__(self) -> History:
+        return Latest()
+
+    def __str__(self) -> str:
+        return "as they were"
 
 
 @dataclass(frozen=True)
@@ -115,15 +130,30 @@ class _Series:
         return "left out" if self.order is None else f"order {self.order} in {self.dtype}"
 
 
+@dataclass(frozen=True)
+class _Trend:
+    """What is kept of a module that FasterCache extrapolates, by a weight that it asks for each time."""
+
+    weight: Callable[[nn.Module], float]
+    module: nn.Module
+
+    def __call__(self) -> History:
+        return Trend(lambda: self.weight(self.module))
+
+    def __str__(self) -> str:
+        return "on a line"
+
+
 def _of_modules(name: str, places: Mapping[str, Group], *, branchless: bool) -> Meaning:
     """That of hooks on single modules."""
+    if not places:
+        raise refused(name, "which is on no module of the model", "")
     for path in places:
         if inner := next((other for other in places if other.startswith(f"{path}.")), None):
             raise refused(name, f"whose hook on {inner} does not see the steps that leave {path} out", "")
     groups = list(dict.fromkeys(places.values()))
-    said = (f"{list(places.values()).count(group)} modules {group.reused}" for group in groups)
-    kept = (f" ({group.history})" if isinstance(group.history, _Series) else "" for group in groups)
-    text = f"{name}: {'; '.join(map(''.join, zip(said, kept, strict=True)))}"
+    said = Counter(f"{group.reused}, {group.history}" for group in places.values())
+    text = f"{name}: {'; '.join(f'{count} modules {how}' for how, count in said.items())}"
     rule = CacheRule(text, Watched.NOTHING, groups=tuple(groups), branchless=branchless)
     return Meaning(name, rule, {path: groups.index(group) for path, group in places.items()})
 
@@ -139,7 +169,11 @@ def _taylor(hook: Any) -> Group:
 
 def _broadcast(hook: Any) -> Group:
     low, high = hook.timestep_skip_range
-    return Group(_Broadcast(hook.block_skip_range, (low, high), hook.current_timestep_callback), Latest)
+    return Group(_Broadcast(hook.block_skip_range, (low, high), hook.current_timestep_callback), _Same())
+
+
+def _trend(hook: Any, module: nn.Module) -> Group:
+    return Group(_broadcast(hook).reused, _Trend(hook.weight_callback, module))
 
 
 def _first_block(hooks: Sequence[Any]) -> str:

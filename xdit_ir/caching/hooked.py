@@ -24,7 +24,7 @@ from xdit_ir.ir.program import Program, call_parts, called_block, is_block_call,
 _REGISTRY, _LIBRARY = "_diffusers_hook", "diffusers.hooks."
 _STATE = ("_context", "_state_cache")  # what calls leave in what several hooks share
 _ALONE = "inference"  # what MagCache calls a context that nobody has named
-_ASKED, _LISTED, _CONFIG = "current_timestep_callback", "_child_registries_cache", "_cache_config"
+_ASKED, _LISTED, _CONFIG = "_callback", "_child_registries_cache", "_cache_config"
 _CALL, _CARRIES = "call_function", MOVES | COPIES | {aten.cat}
 
 
@@ -99,8 +99,9 @@ def hooked_cache(model: nn.Module) -> HookedCache | None:
     (kind, places), *more = kinds.items()
     if more:
         raise refused(" and ".join(sorted(kinds)), "of which one would see what the other leaves out", "")
-    meaning, hooks = meaning_of(kind, places), [hook for found in places.values() for hook in found]
-    states = hooks[0].state if meaning.rule.branchless else next(_shared(hooks))
+    meaning, hooks = meaning_of(kind, places, model), [hook for found in places.values() for hook in found]
+    single = [places[path][0] for path in meaning.groups]
+    states = single[0].state if meaning.rule.branchless else next(_shared(hooks))
     return HookedCache(meaning, tuple(places), states)
 
 
@@ -150,7 +151,7 @@ def states_of(model: nn.Module) -> set[tuple[int, str]]:
     return {
         *((id(vars(item)), name) for item in _shared(hooks) for name in _STATE),
         *((id(vars(state)), name) for state in states for name in vars(state)),
-        *((id(vars(one)), _ASKED) for one in (*hooks, *configs) if one is not None),
+        *((id(vars(one)), name) for one in (*hooks, *configs) if one for name in vars(one) if name.endswith(_ASKED)),
     }
 
 

@@ -48,7 +48,7 @@ class CacheUse:
     skipped: int
 
     def __str__(self) -> str:
-        return f"cache {self.rule}: {self.skipped} of {self.calls} calls reused the blocks of an earlier one"
+        return f"cache {self.rule}: {self.skipped} of {self.calls} calls reused what an earlier one has computed"
 
 
 @dataclass(frozen=True)
