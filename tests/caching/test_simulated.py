@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 import xdit_ir as xir
-from xdit_ir import models
-from xdit_ir.api import ParallelProgram
+from xdit_ir import capture, models
+from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.caching.cut import cut_cached
+from xdit_ir.caching.history import Taylor
+from xdit_ir.caching.rule import CacheRule, Group, Watched
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.difference import tensors_of
 from xdit_ir.ir.program import Program
+from xdit_ir.sharding.cost import program_flops
+from xdit_ir.sharding.report import CacheUse
 
 STEPS = 4
 CASES = [
@@ -74,6 +80,32 @@ def test_blocks_of_the_region_are_in_one_program_only(cache: str, run: tuple[int
     model, example = models.load("flux.1-dev:tiny", device="meta")
     cut = cut_cached(xir.trace(model, example).parallelize(cache=cache).ir)
     assert (calls(cut.head), *map(calls, cut.rest.values())) == run
+
+
+def odd(step: int) -> bool:
+    return step % 2 == 1
+
+
+def from_second(step: int) -> bool:
+    return step >= 2
+
+
+def test_values_inside_blocks_are_reused_by_groups_of_steps() -> None:
+    """What is not reused is computed, and what only reused values need is not."""
+    model, example = models.load("flux.1-dev:tiny")
+    marked = {name: int(name.startswith("single")) for name, _ in model.named_modules() if name.endswith("attn")}
+    traced = TracedProgram(capture.trace(model, example, marked=marked))
+    rule = CacheRule("modules", Watched.NOTHING, groups=(Group(odd), Group(from_second, partial(Taylor, 1))))
+    alone, parallel = traced.parallelize(cache=rule), traced.parallelize(ulysses=2, cache=rule)
+    flops = [program_flops(one, None)[0] for one in alone.cached.rest.values()]
+    assert flops[0] > max(flops[1:3]) and flops[3] == flops[1] + flops[2] - flops[0]
+    assert len(alone.cached.points) == 6, "two values of each layer of two streams, one of the others"
+    want = ran(alone, model, steps(example))
+    for got, one in zip(ran(parallel, model, steps(example)), want, strict=True):
+        torch.testing.assert_close(got, one.expand_as(got), rtol=0, atol=1e-4 * float(one.abs().max()))
+    assert parallel.report().cache == CacheUse("modules", STEPS, 3)
+    with pytest.raises(ParallelizeError, match=r"cache='modules'.*also for another branch.*nearest legal: ulysses=2"):
+        traced.parallelize(cfg=2, pair_calls=True, cache=replace(rule, branchless=True))
 
 
 def test_with_pipefusion_it_is_refused() -> None:
