@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xdit_ir.caching.decision import BranchMemory
-from xdit_ir.caching.history import Taylor
+from xdit_ir.caching.kept import Taylor
 from xdit_ir.caching.rule import CacheRule, Group, Watched
 from xdit_ir.errors import ParallelizeError
 

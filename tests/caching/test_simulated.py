@@ -13,7 +13,7 @@ import xdit_ir as xir
 from xdit_ir import capture, models
 from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.caching.cut import cut_cached
-from xdit_ir.caching.history import Taylor
+from xdit_ir.caching.kept import Taylor
 from xdit_ir.caching.rule import CacheRule, Group, Watched
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.difference import tensors_of

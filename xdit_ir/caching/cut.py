@@ -169,7 +169,7 @@ class _Cut:
             given = [_sum(graph, "reused", made.given[place], []) for place in places if place in made.given]
         name = called_block(call)
         copy.args = call_with_given(copy, self.program.blocks[name], given, {name: cut.block})
-        copy.meta = copy.meta | cut.types(call)
+        copy.meta |= cut.types(call)
         offset = len(call.meta[SPEC])
         for place, value in zip(places, cut.values, strict=True):
             if place not in made.given:

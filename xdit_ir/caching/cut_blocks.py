@@ -48,7 +48,7 @@ def cut_block(block: Block, reused: frozenset[int]) -> CutBlock:
 
 def group_of(node: fx.Node) -> int:
     """The group of a `reuse`."""
-    return int(node.kwargs.get("group", 0))  # type: ignore[call-overload,no-any-return]
+    return int(node.kwargs.get("group", 0))  # type: ignore[arg-type]
 
 
 def _kept(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xdit_ir.caching.history import History
+from xdit_ir.caching.kept import PastValue
 from xdit_ir.caching.rule import CacheRule, Watched
 from xdit_ir.sharding.report import CacheUse
 
@@ -25,7 +25,7 @@ class BranchMemory:
     step: int = 0
     summed: float = 0.0
     watched: Sequence[torch.Tensor] | None = None
-    kept: Sequence[History] | None = None
+    kept: Sequence[PastValue] | None = None
 
     def catch_up(self, step: int) -> None:
         """Before a step: what is kept is of no use where others have run the one before: ranks, or another program."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.caching.history import Blank, History, Latest, Taylor, Trend
+from xdit_ir.caching.kept import Blank, Latest, PastValue, Taylor, Trend
 from xdit_ir.caching.rule import CacheRule, Group, Watched
 from xdit_ir.errors import StateError
 
@@ -109,7 +109,7 @@ class _Broadcast:
 class _Same:
     """What is kept of modules that are reused as they were."""
 
-    def __call__(self) -> History:
+    def __call__(self) -> PastValue:
         return Latest()
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ class _Series:
     order: int | None
     dtype: torch.dtype | None
 
-    def __call__(self) -> History:
+    def __call__(self) -> PastValue:
         return Blank() if self.order is None else Taylor(self.order, self.dtype)
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ class _Trend:
     weight: Callable[[nn.Module], float]
     module: nn.Module
 
-    def __call__(self) -> History:
+    def __call__(self) -> PastValue:
         return Trend(lambda: self.weight(self.module))
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from xdit_ir.caching.history import History, Latest
+from xdit_ir.caching.kept import Latest, PastValue
 from xdit_ir.errors import ParallelizeError
 
 FORMS = ("first-block:0.08", "timestep:0.1", "every:2", "steps:0,1,2,5")
@@ -29,7 +29,7 @@ class Group:
     """Values that the same steps reuse, and what is kept of each of them."""
 
     reused: Callable[[int], bool]
-    history: Callable[[], History] = Latest
+    history: Callable[[], PastValue] = Latest
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class CacheRule:
         computes = step in self.computed or bool(self.every and step % self.every == 0)
         return frozenset() if computes else frozenset({0})
 
-    def history(self, group: int) -> History:
+    def history(self, group: int) -> PastValue:
         """For a value of a group."""
         return self.groups[group].history() if self.groups else Latest()
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 
-class History(Protocol):
+class PastValue(Protocol):
     """A rank's part of one value."""
 
     def keep(self, x: torch.Tensor, step: int) -> None:
@@ -27,11 +27,11 @@ class Latest:
     x: torch.Tensor | None = None
 
     def keep(self, x: torch.Tensor, step: int) -> None:
-        """See `History`."""
+        """See `PastValue`."""
         self.x = x
 
     def reuse(self, step: int) -> torch.Tensor:
-        """See `History`."""
+        """See `PastValue`."""
         assert self.x is not None, "nothing is reused before it was computed"
         return self.x
 
@@ -40,7 +40,7 @@ class Blank(Latest):
     """Zeros: nobody is meant to look at the value."""
 
     def keep(self, x: torch.Tensor, step: int) -> None:
-        """See `History`."""
+        """See `PastValue`."""
         self.x = torch.zeros_like(x)
 
 
@@ -57,7 +57,7 @@ class Taylor:
     type: torch.dtype = torch.float32
 
     def keep(self, x: torch.Tensor, step: int) -> None:
-        """See `History`."""
+        """See `PastValue`."""
         new = [x]
         for before in self.factors[: self.order]:
             new.append((new[-1] - before.to(x.dtype)) / (step - self.last))
@@ -65,7 +65,7 @@ class Taylor:
         self.last, self.type = step, x.dtype
 
     def reuse(self, step: int) -> torch.Tensor:
-        """See `History`."""
+        """See `PastValue`."""
         found = torch.zeros_like(self.factors[0], dtype=self.type)
         for order, factor in enumerate(self.factors):
             found = found + factor.to(self.type) * ((step - self.last) ** order / math.factorial(order))
@@ -81,11 +81,11 @@ class Trend:
     values: list[torch.Tensor] = field(default_factory=list)
 
     def keep(self, x: torch.Tensor, step: int) -> None:
-        """See `History`."""
+        """See `PastValue`."""
         self.values = [self.values[-1] if self.values else x, x]
 
     def reuse(self, step: int) -> torch.Tensor:
-        """See `History`."""
+        """See `PastValue`."""
         before, last = self.values
         found = last + (last - before) * self.weight()
         self.values = [last, found]
