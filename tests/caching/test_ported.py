@@ -16,11 +16,14 @@ from xdit_ir.caching.hooked import caches_away, hooked_cache
 from xdit_ir.ir.difference import tensors_of
 from xdit_ir.sharding.report import CacheUse
 
+CLOCK = {"timestep": 1000}  # of the pipeline, which caches of attentions ask
+
 
 def denoised(module: Any, example: dict[str, Any], seed: int, steps: int = 4) -> torch.Tensor:
     x = torch.randn(example["hidden_states"].shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for step in range(steps):
+            CLOCK["timestep"] = 1000 - 50 * step
             now = example | {"hidden_states": x, "timestep": example["timestep"] * (1 - 0.05 * step)}
             x = x - 0.03 * tensors_of(module(**now))[0]
     return torch.as_tensor(x).clone()
@@ -71,12 +74,16 @@ def magnitudes(*ratios: float, **options: Any) -> Any:
 
 def broadcast() -> Any:
     return diffusers.PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=3, cross_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        spatial_attention_block_skip_range=3,
+        cross_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 980),
+        current_timestep_callback=lambda: CLOCK["timestep"],
     )
 
 
 def faster(**options: Any) -> Any:
-    return FasterCacheConfig(current_timestep_callback=lambda: 500, **options)
+    asks = {"current_timestep_callback": lambda: CLOCK["timestep"], "attention_weight_callback": lambda module: 0.4}
+    return FasterCacheConfig(spatial_attention_timestep_skip_range=(-1, 980), **asks, **options)
 
 
 def series(**options: Any) -> Any:

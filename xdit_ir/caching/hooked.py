@@ -29,7 +29,15 @@ _CALL, _CARRIES = "call_function", MOVES | COPIES | {aten.cat}
 
 
 class _Request:
-    """Stands in the state of a hook that knows no contexts, until that is reset for a new request."""
+    """One that a hook without contexts has begun."""
+
+
+class _Beginning(int):
+    """The number of a request's first call in the state of such a hook: there until the state is reset for another one,
+    as its own forward, which counts on, does not run. Means the same to it."""
+
+    def __init__(self, number: int) -> None:
+        self.request = _Request()
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,9 @@ class HookedCache:
         """The name of the context that a call is made in, and its state, a new one for a new request: pipelines begin
         one by `_reset_stateful_cache`. As the hooks do it, which raise `ValueError` where a context is missing."""
         if self.rule.branchless:
-            if not isinstance(self.states.cache, _Request):
-                self.states.cache = _Request()
-            return "", self.states.cache
+            if not isinstance(self.states.iteration, _Beginning):
+                self.states.iteration = _Beginning(0)
+            return "", self.states.iteration.request
         if self.meaning.name == MAGNITUDES and self.states._context is None:
             kept = self.states._state_cache
             return _ALONE, kept.setdefault(_ALONE, self.states._state_cls())
