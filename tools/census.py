@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,27 @@ def children(pid: int) -> list[int]:
         if int(fields[1]) == pid and fields[0] != "Z":
             found.append(int(path.parent.name))
     return sorted(found)
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it, from the top down."""
+    pids = [pid]
+    for one in pids:
+        pids += children(one)
+    return pids
+
+
+def forked(pid: int) -> list[int]:
+    """The processes below one that a server of `multiprocessing` has forked, as ranks are."""
+    return [
+        one for server in tree(pid) if b"multiprocessing.forkserver" in _command(server) for one in children(server)
+    ]
+
+
+def _command(pid: int) -> bytes:
+    with suppress(OSError):  # it has ended meanwhile
+        return (PROC / str(pid) / "cmdline").read_bytes()
+    return b""
 
 
 def orphans() -> set[str]:
@@ -62,9 +84,11 @@ class Census:
     @staticmethod
     def of(pid: int) -> Census:
         """Now."""
-        pids = [pid]
-        for one in pids:
-            pids += children(one)
+        return Census.among(tree(pid))
+
+    @staticmethod
+    def among(pids: Sequence[int]) -> Census:
+        """These processes now."""
         return Census(tuple(pids), tuple(map(Holdings.of, pids)))
 
     def __str__(self) -> str:
