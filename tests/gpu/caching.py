@@ -2,8 +2,9 @@
 
 Denoises 28 steps with the published configuration and the same random bf16 weights on every rank, in mode "auto": alone
 and with Ulysses over all ranks, each without and with the cache (default: every:2, and first-block:0.3, whose use
-depends on the weights). Prints seconds, calls left out, the relative difference of latents to those of one GPU with the
-same cache, and the speed-up as a part of the product of the two alone. Ends with status 1 if latents or counts differ.
+depends on the weights; "taylor" and "broadcast" are diffusers' own, by `enable_cache`). Prints seconds, calls left out,
+the relative difference of latents to those of one GPU with the same cache, and the speed-up as a part of the product of
+the two alone. Ends with status 1 if latents or counts differ.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+import diffusers
 import parity
 import staged
 import torch
@@ -25,11 +27,22 @@ STEPS = 28
 ROUNDING = 2e-2  # bf16
 
 
-def denoised(module: nn.Module, example: dict[str, Any]) -> torch.Tensor:
+CLOCK = {"timestep": 1000.0}  # which diffusers' caches ask
+HOOKED = {
+    "taylor": diffusers.hooks.TaylorSeerCacheConfig(cache_interval=4, taylor_factors_dtype=torch.bfloat16),
+    "broadcast": diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: CLOCK["timestep"]
+    ),
+}
+
+
+def denoised(module: Any, example: dict[str, Any]) -> torch.Tensor:
     """Latents after all steps."""
     x = example["hidden_states"]
-    with torch.inference_mode():
+    module._reset_stateful_cache()
+    with torch.inference_mode(), module.cache_context("cond"):
         for step in range(STEPS):
+            CLOCK["timestep"] = 1000 * (1 - step / STEPS)
             now = example | {"hidden_states": x, "timestep": example["timestep"] * 0 + (1 - step / STEPS)}
             x = x - tensors_of(module(**now))[0] / STEPS
     return torch.as_tensor(x).float().clone()
@@ -39,7 +52,9 @@ def measured(
     model: nn.Module, example: dict[str, Any], ranks: int, cache: str | None
 ) -> tuple[torch.Tensor, float, int]:
     """Latents, seconds of the fastest of three requests after two, and calls left out in a request."""
-    port = xir.port(model, ulysses=ranks, cache=cache)
+    port: Any = xir.port(model, ulysses=ranks, cache=None if cache in HOOKED else cache)
+    if cache in HOOKED:
+        port.enable_cache(HOOKED[cache])
     seconds = []
     for _ in range(5):
         dist.barrier()
@@ -52,6 +67,8 @@ def measured(
     skipped = 0 if used is None else used.skipped // 5
     if dist.get_rank() == 0:
         print(f"{ranks} ranks, cache {cache}: {best:.3f} s, {skipped} of {STEPS} left out; {port.report().execution}")
+    if cache in HOOKED:
+        port.disable_cache()
     port.reset()
     return latents, best, skipped
 
