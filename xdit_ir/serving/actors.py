@@ -58,4 +58,7 @@ class Actors:
     def close(self) -> None:
         """When the server has sent them home."""
         ray.wait(self._kept, num_returns=len(self._kept), timeout=10)
+        # They end by themselves, and leave nothing: one that is ended by Ray leaves the folders of its rank's sockets.
+        ended = [actor.__ray_terminate__.remote() for actor in self._actors]
+        ray.wait(ended, num_returns=len(ended), timeout=10)
         ray.shutdown()
