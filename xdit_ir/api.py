@@ -151,7 +151,8 @@ class TracedProgram:
                 block needs is uploaded while the one before computes. "20GiB", or a number of bytes: so much of them
                 may stay on the GPU.
             cache: when a step reuses what the blocks of an earlier one added: "first-block:0.08", "timestep:0.1",
-                "every:2" or "steps:0,1,2,5" (those that compute). Not with `pipefusion`. See docs/caching.md.
+                "every:2" or "steps:0,1,2,5" (those that compute). Not with `pipefusion`. See docs/caching.md. A
+                `CacheRule` with groups is for a program whose values are marked.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
             after: called with every pass and the program it made.
 

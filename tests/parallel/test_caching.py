@@ -21,6 +21,7 @@ MODULES = [
     ("flux", {"ulysses": 2}, ["taylor", "broadcast"], {}),
     ("wan", {"cfg": 2, "ulysses": 2}, ["taylor"], {}),
     ("wan", {"ulysses": 2}, ["taylor", "broadcast", "lite"], {}),
+    ("qwen", {"ring": 2}, ["taylor"], {}),  # a program for each of the calls of a step
     ("flux", {"ring": 2}, ["lite", "faster"], {}),
     ("flux", {"cfg": 2, "ulysses": 2}, ["taylor"], {"guidance": True, "true_cfg_scale": 2.0}),
     ("flux", {"cfg": 2, "ulysses": 2}, ["broadcast"], {"num_images_per_prompt": 2}),
