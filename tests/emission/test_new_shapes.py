@@ -19,6 +19,7 @@ import xdit_ir as xir
 import xdit_ir.transport.exchange_op  # registers an operator
 from xdit_ir import models
 from xdit_ir.emission import trial
+from xdit_ir.emission.code_store import CodeStore
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
@@ -77,6 +78,7 @@ def compile_by(backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(CodeStore, "of", lambda device: None)  # what other compilers make is not kept
 
 
 @pytest.fixture
