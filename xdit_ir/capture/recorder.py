@@ -48,7 +48,6 @@ class Recorder(GraphWriter):
         self.hollow = device.type == "meta"
         self.device = torch.device("cpu") if self.hollow else device
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.fake_mode.cache_enabled = False  # other shapes find nothing in it, and one block is traced once
         self.active = True
         self.selections: Selections | None = None
         self.entry: CodeType | None = None

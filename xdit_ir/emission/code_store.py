@@ -91,7 +91,7 @@ class KeptCode:
         """Compile a function for these tensors and keep what that gives; None if it cannot be kept."""
         try:
             with torch._dynamo.config.patch({**TRACING, "enable_aot_compile": True}):
-                compiled = torch.compile(
+                compiled: Any = torch.compile(
                     function, fullgraph=True, dynamic=False, options={**options, _GUARDS: _of_arguments}
                 )
                 made = compiled.aot_compile((tuple(given), {}))
