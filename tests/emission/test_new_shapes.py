@@ -64,6 +64,12 @@ class Model(nn.Module):
         return torch.cat([text, image], 1)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled here is counted, so nothing is taken from other processes."""
+    monkeypatch.setattr(CodeStore, "of", lambda device: None)
+
+
 @pytest.fixture
 def model() -> Model:
     torch.manual_seed(0)
@@ -78,7 +84,6 @@ def compile_by(backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(CodeStore, "of", lambda device: None)  # what other compilers make is not kept
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import fx
 from torch._C._dynamo.guards import GlobalStateGuard
 
-import xdit_ir
 from xdit_ir.capture.asked import torch_settings
 from xdit_ir.emission.structure import Structure
 from xdit_ir.emission.template import Template
@@ -127,9 +126,8 @@ class CodeStore:
     def _sources(self) -> str:
         """A hash of the functions that code is made of."""
         found = hashlib.blake2b(digest_size=16)
-        [root] = xdit_ir.__path__
         for room in _ROOMS:
-            for path in sorted((Path(root) / room).glob("*.py")):
+            for path in sorted((Path(__file__).parents[1] / room).glob("*.py")):
                 found.update(path.read_bytes())
         return found.hexdigest()
 
