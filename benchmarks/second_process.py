@@ -56,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
         for cache in ("empty", "filled"):
-            print(f"{cache}: ", end="", flush=True)
+            print(f"the cache is {cache}:", flush=True)
             subprocess.run([*launch, str(Path(__file__).resolve()), "--worker"], env=env, check=True)
 
 
