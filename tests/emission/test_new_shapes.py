@@ -19,6 +19,7 @@ import xdit_ir as xir
 import xdit_ir.transport.exchange_op  # registers an operator
 from xdit_ir import models
 from xdit_ir.emission import trial
+from xdit_ir.emission.code_store import CodeStore
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
@@ -61,6 +62,12 @@ class Model(nn.Module):
         for block in self.blocks:
             text, image = block(text, image, rotary)
         return torch.cat([text, image], 1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled here is counted, so nothing is taken from other processes."""
+    monkeypatch.setattr(CodeStore, "of", lambda device: None)
 
 
 @pytest.fixture

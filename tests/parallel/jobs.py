@@ -18,6 +18,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.objects import expand_objects
+from xdit_ir.emission.code_store import CodeStore
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.partial_attention import merge_partials
 from xdit_ir.tools import calibrate_worker
@@ -301,7 +302,7 @@ def new_shapes(degrees: Degrees) -> list[dict[str, Any]]:
     model, example, _ = _load("plain-mmdit")
     port = xir.port(model, mode="compiled", **degrees)
     graphs: list[Any] = []
-    plain = torch.compile
+    plain, kept = torch.compile, CodeStore.of
 
     def compile(function: Any, options: Any = None, **given: Any) -> Any:
         return plain(function, backend=lambda graph, _: graphs.append(graph) or graph.forward, **given)
@@ -309,6 +310,7 @@ def new_shapes(degrees: Degrees) -> list[dict[str, Any]]:
     calls = []
     torch.manual_seed(0)
     torch.compile = compile  # type: ignore[assignment]
+    CodeStore.of = lambda device: None  # type: ignore[assignment,method-assign]
     try:
         for height, text in ((24, 16), (26, 16), (22, 31), (24, 9)):
             given = {**example, "x": torch.randn(2, 4, height, 44), "text": torch.randn(2, text, 32)}
@@ -317,7 +319,7 @@ def new_shapes(degrees: Degrees) -> list[dict[str, Any]]:
                 error = relative_error(port(**given), model(**given))
             calls.append({"error": error, "compiled": len(graphs) - before})
     finally:
-        torch.compile = plain
+        torch.compile, CodeStore.of = plain, kept  # type: ignore[method-assign]
     return calls
 
 

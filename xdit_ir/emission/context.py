@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from xdit_ir.emission.checkpoint import Loading, WeightStore
+from xdit_ir.emission.code_store import CodeStore
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.compilation import can_fuse, compile_body, prepare
 from xdit_ir.emission.execution import Execution
@@ -95,7 +96,7 @@ class RankContext:
     @cached_property
     def shared_codes(self) -> SharedCodes:
         """Compiled code that serves any number of tokens."""
-        return SharedCodes(self.device)
+        return SharedCodes(self.device, store=CodeStore.of(self.device))
 
     @cached_property
     def workspaces(self) -> Workspaces:

@@ -23,9 +23,10 @@ def fold_constants(program: Program) -> Program:
     for name, block in program.blocks.items():
         body = fold.given(block.graph, [call for call in calls if called_block(call) == name])
         blocks[name] = replace(block, graph=fold.graph(body))
-    remove_dead(graph)
     if not fold.made:
         return program
+    if graph is not program.graph:
+        remove_dead(graph)
     return program.replace(graph=graph, blocks=blocks, constants={**program.constants, **fold.made})
 
 
@@ -57,8 +58,10 @@ class _Fold:
         return body
 
     def graph(self, source: fx.Graph) -> fx.Graph:
-        """A copy of a graph with what can be folded as constants."""
+        """A copy of a graph with what can be folded as constants; itself, if nothing can be."""
         values = self._values(source)
+        if not values:
+            return source
         graph = copy_graph(source)
         for old, new in zip(source.nodes, list(graph.nodes), strict=True):
             value = values.get(old)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+from xdit_ir.emission.code_store import TRACING, CodeStore, KeptCode, LoadedCode, function_of
 from xdit_ir.emission.lifting import lift
 from xdit_ir.emission.structure import STRUCTURE, Structure, is_value
 from xdit_ir.emission.template import ArgumentGraph, Template
@@ -18,27 +20,51 @@ from xdit_ir.ir.program import dense_strides
 
 
 class SharedCode:
-    """A body with arguments for some of its numbers: behind what the body takes, empty tensors of these sizes."""
+    """A body with arguments for some of its numbers: behind what the body takes, empty tensors of these sizes.
 
-    def __init__(self, structure: Structure, template: Template, options: Mapping[str, Any]) -> None:
-        self.template, self.options = template, options
+    `kept`: where code of it is on disk, or goes; None: it is compiled in each process.
+    """
+
+    def __init__(
+        self, structure: Structure, template: Template, options: Mapping[str, Any], kept: KeptCode | None = None
+    ) -> None:
+        self.template, self.options, self.kept = template, options, kept
         self._lifted = ArgumentGraph(structure, template)
         self.dynamic = self._lifted.dynamic
-        self.run = self.compiled()
+        self._loaded: LoadedCode | None = None
 
-    @staticmethod
-    def of(structure: Structure, options: Mapping[str, Any], device: torch.device) -> SharedCode | None:
-        """For as many other shapes as can be told from one; None if that is none."""
-        template = Template.of(structure.numbers, lift(structure, device))
-        return SharedCode(structure, template, options) if template.fits(structure.numbers) else None
+    def first(self, given: Sequence[torch.Tensor], marked: Sequence[torch.Tensor]) -> Any:
+        """A call for which code may have to be made; `marked` are the same tensors, told which sizes may change."""
+        if self.kept is not None:
+            kept, self.kept = self.kept, None
+            self._loaded = kept.load()
+            if self._loaded is None or not self._loaded.takes(given):
+                self._loaded = kept.make(function_of(self._lifted.graph), self.options, marked, self.template)
+                if self._loaded is not None:
+                    return self._loaded.run(*given)
+        if self._loaded is not None and self._loaded.takes(given):
+            return self._loaded.run(*given)
+        with torch._dynamo.config.patch(TRACING):
+            try:
+                return self._traced(*marked)
+            except FailOnRecompileLimitHit:  # other forms of inputs have used this copy up
+                self._traced = self._compiled()
+                return self._traced(*marked)
 
-    @staticmethod
-    def alone(structure: Structure, options: Mapping[str, Any]) -> SharedCode:
-        """For one shape."""
-        return SharedCode(structure, Template.of(structure.numbers, structure.numbers), options)
+    def __call__(self, *given: torch.Tensor) -> Any:
+        """The body's results."""
+        loaded = self._loaded
+        if loaded is not None and loaded.takes(given):
+            return loaded.run(*given)
+        return self._traced(*given)
 
-    def compiled(self) -> Callable[..., Any]:
-        """Another copy, compiled at its first call: as one graph, with the order of operators as it is written."""
+    @cached_property
+    def _traced(self) -> Callable[..., Any]:
+        """What takes all that loaded code does not, and traces it."""
+        return self._compiled()
+
+    def _compiled(self) -> Callable[..., Any]:
+        """A copy, compiled at its first call: as one graph, with the order of operators as it is written."""
         module = fx.GraphModule(nn.Module(), self._lifted.graph)
         return torch.compile(module.forward, fullgraph=True, dynamic=False, options=dict(self.options))
 
@@ -49,10 +75,32 @@ class SharedCode:
 
 @dataclass(eq=False)
 class Codes:
-    """Those of one structure; `lifts`: it can be compiled with symbols, as far as is known."""
+    """Those of one structure; `lifts`: it can be compiled with symbols, as far as is known. `store`: those on disk."""
 
+    store: CodeStore | None = None
     found: list[SharedCode] = field(default_factory=list)
     lifts: bool = True
+
+    def for_numbers(self, structure: Structure, options: Mapping[str, Any], device: torch.device) -> SharedCode:
+        """One that is here, or on disk, or a new one: for as many other shapes as can be told from one."""
+        for code in self.found:
+            if code.template.fits(structure.numbers):
+                return code
+        if self.store is not None and (kept := self.store.find(structure, options)) is not None:
+            return SharedCode(structure, kept[0], options, kept[1])
+        if self.lifts:
+            template = Template.of(structure.numbers, lift(structure, device))
+            if template.fits(structure.numbers):
+                return self._new(structure, template, options)
+        return self.alone(structure, options)
+
+    def alone(self, structure: Structure, options: Mapping[str, Any]) -> SharedCode:
+        """A new one, for one shape."""
+        return self._new(structure, Template.of(structure.numbers, structure.numbers), options)
+
+    def _new(self, structure: Structure, template: Template, options: Mapping[str, Any]) -> SharedCode:
+        kept = None if self.store is None else self.store.place(structure, options, template)
+        return SharedCode(structure, template, options, kept)
 
 
 class Shape:
@@ -68,7 +116,7 @@ class Shape:
         """From now on this code, which is added to those of the structure."""
         if code not in self._codes.found:
             self._codes.found.append(code)
-        self._code, self._run = code, code.run
+        self._code = code
         self._carriers = code.carriers(self._structure.numbers)
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
@@ -84,7 +132,7 @@ class Shape:
                 given[place] = one_form(given[place])
             strides = tuple([given[place].stride() for place in self._values])
         if strides in self._seen:
-            return self._run(*given)
+            return self._code(*given)
         result = self._first(given)
         self._seen.add(strides)
         return result
@@ -96,10 +144,7 @@ class Shape:
             marked[place] = given[place].detach()
             torch._dynamo.maybe_mark_dynamic(marked[place], dims)
         try:
-            return self._run(*marked)
-        except FailOnRecompileLimitHit:  # other forms of inputs have used this copy up
-            self._run = self._code.run = self._code.compiled()
-            return self._run(*marked)
+            return self._code.first(given, marked)
         except TorchDynamoException:
             if not self._code.dynamic:
                 raise
@@ -107,7 +152,7 @@ class Shape:
         if self._code in self._codes.found:
             self._codes.found.remove(self._code)
         plain = given[: len(given) - len(self._carriers)]
-        self.use(SharedCode.alone(self._structure, self._options))
+        self.use(self._codes.alone(self._structure, self._options))
         return self._first(plain)
 
 
@@ -117,6 +162,7 @@ class SharedCodes:
 
     device: torch.device
     tried: dict[Hashable, bool] = field(default_factory=dict)
+    store: CodeStore | None = None
     _found: dict[Hashable, Codes] = field(default_factory=dict)
 
     def of(self, module: fx.GraphModule, options: Mapping[str, Any]) -> Callable[..., Any] | None:
@@ -125,13 +171,12 @@ class SharedCodes:
         if structure is None:
             return None
         module.meta[STRUCTURE] = structure.key
-        codes = self._found.setdefault((structure.key, tuple(sorted(options.items()))), Codes())
-        code = next((code for code in codes.found if code.template.fits(structure.numbers)), None)
-        if code is None:
-            lifts = SharedCode.of(structure, options, self.device) if codes.lifts else None
-            code = lifts or SharedCode.alone(structure, options)
+        key = structure.key, tuple(sorted(options.items()))
+        if key not in self._found:
+            self._found[key] = Codes(self.store)
+        codes = self._found[key]
         shape = Shape(structure, options, codes)
-        shape.use(code)
+        shape.use(codes.for_numbers(structure, options, self.device))
         return shape
 
 
