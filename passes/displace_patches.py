@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from xdit_ir.errors import PatchesError
+from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, TIME, Mesh
@@ -49,8 +49,8 @@ class DisplacePatches:
         best, reason = self._search(program)
         if best is None:
             nearest, patches = self._nearest(program), self.mesh.size((TIME,))
-            raise PatchesError(
-                f"patches={patches} cannot divide the latents in time: {reason}; use patches={nearest}", nearest
+            raise ParallelizeError(
+                f"patches={patches} cannot divide the latents in time: {reason}; use patches={nearest}", patches=nearest
             )
         return best[1]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from xdit_ir.caching.cut import cut_cached
 from xdit_ir.caching.decision import REGION
 from xdit_ir.caching.rule import CacheRule
-from xdit_ir.errors import ParallelizeError, PatchesError
+from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import BATCH, FEATURES, SEQUENCE, TIME, Mesh
 from xdit_ir.ir.program import SPEC, Program, call_parts
 from xdit_ir.passes.base import After, run_passes
@@ -108,10 +108,12 @@ def make_pipeline(
         return staged, pipeline(patches)
     try:
         return staged, pipeline(mesh.size((TIME,)))
-    except PatchesError as refusal:
-        slower = "; with one patch, stages divide the weights and not the time" if refusal.nearest == 1 else ""
+    except ParallelizeError as refusal:
+        if refusal.patches is None:
+            raise
+        slower = "; with one patch, stages divide the weights and not the time" if refusal.patches == 1 else ""
         warnings.warn(f"none were given: {refusal}, which is taken{slower}", stacklevel=3)
-        return staged, pipeline(refusal.nearest)
+        return staged, pipeline(refusal.patches)
 
 
 def _pipeline(
@@ -126,7 +128,8 @@ def _pipeline(
     """Of a program with stages, over a mesh whose dim `pipefusion` counts patches."""
     patches = mesh.size((TIME,))
     if patches > (most := _most_tokens(staged)):
-        raise PatchesError(f"patches={patches} divide tokens, of which there are {most}; use at most {most}", most)
+        said = f"patches={patches} divide tokens, of which there are {most}; use at most {most}"
+        raise ParallelizeError(said, patches=most)
     before = frozenset(staged.stored)
     divided = run_passes(staged, time_passes(mesh, machine, batch=batch, keeping=keeping, before=before), after)
     pipeline = Pipeline(divided, divided.coordinates, warmup_steps)

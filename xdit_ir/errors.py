@@ -16,15 +16,12 @@ class StateError(TraceError):
 
 
 class ParallelizeError(XditError):
-    """A parallel degree is unknown or illegal for this program; names the nearest legal one."""
+    """A parallel degree is unknown or illegal for this program; names the nearest legal one. `patches` is that, where
+    a number of patches was refused."""
 
-
-class PatchesError(ParallelizeError):
-    """The latents cannot be divided into so many patches; into `nearest` they can."""
-
-    def __init__(self, reason: str, nearest: int) -> None:
+    def __init__(self, reason: str, *, patches: int | None = None) -> None:
         super().__init__(reason)
-        self.nearest = nearest
+        self.patches = patches
 
 
 class PassError(XditError):

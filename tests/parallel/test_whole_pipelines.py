@@ -57,5 +57,5 @@ def test_latents_are_those_of_one_process(workers: Pools, pipeline: str, kind: s
 def test_a_control_network_without_patches_is_refused(workers: Pools) -> None:
     arguments = {"name": "sd3_controlnet", "degree_sets": [DEGREES["p2"]], "denoisers": None}
     for answer in workers(2).run("whole_pipelines", **arguments):
-        assert answer["error"] == "PatchesError"
+        assert answer["error"] == "ParallelizeError"
         assert "the output is not divided like the latents" in answer["message"], answer
