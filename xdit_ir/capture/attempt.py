@@ -119,10 +119,11 @@ class Attempt:
             blocks = Blocks(recorder, chosen, _watch(skeleton, rung.blocks, recorder))
             called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
             blocks.leaves_below = called_whole.below
-            calls = Calls(recorder, blocks, called_whole, Repeats(recorder, blocks, rung.repeated, rung.never))
-            instrument(skeleton, calls)
+            repeats = Repeats(recorder, blocks, rung.repeated, rung.never)
+            instrument(skeleton, Calls(recorder, blocks, called_whole, repeats))
             call = call_arguments(inspect.signature(model.forward), given.named, self.by_name)
-            output = _run(skeleton.model, recorder, *call)
+            with repeats.blamed():
+                output = _run(skeleton.model, recorder, *call)
             check_lent(recorder)
             found = list(watch.changes())
             made = overwrites(found, skeleton.originals, recorder, model) if self.overwrite else []

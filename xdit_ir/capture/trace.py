@@ -61,14 +61,16 @@ def trace(
         return _Capture(model, example, leaf, keep).program()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Capture:
-    """What `trace` is asked for; attempts follow each other until one is right for the calls to come."""
+    """What `trace` is asked for; attempts follow each other until one is right for the calls to come. `learnt`: the
+    rung of the latest that succeeded, which says what repeats."""
 
     model: nn.Module
     example: Example
     leaf: Sequence[Wanted]
     keep: bool
+    learnt: Rung | None = None
 
     def program(self) -> Program:
         """That of forward, once what it fills is filled."""
@@ -108,7 +110,7 @@ class _Capture:
     def _tried(self, *, overwrite: bool = True) -> Captured:
         """The first attempt that succeeds, from all blocks and no leaves downwards."""
         named, by_name = bind_example(self.model, self.example), isinstance(self.example, Mapping)
-        rung = Rung.top(self.model, self.leaf)
+        rung = Rung.top(self.model, self.leaf, self.learnt)
         while True:
             selections = Selections() if rung.selects else None
             attempt = Attempt(rung, named, by_name, self.keep, overwrite)
@@ -118,6 +120,7 @@ class _Capture:
                 rung = rung.below(failure)
                 continue
             if selections is None or all(self._same_if(case, found[0], attempt) for case in selections.cases):
+                self.learnt = rung
                 return found
             rung = replace(rung, selects=False)
 
