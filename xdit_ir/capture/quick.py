@@ -1,4 +1,4 @@
-"""Types of results of the operators that are called most, told without running them on fake tensors, which is slow."""
+"""Results of the operators that are called most, told without running them on fake tensors, which is slow."""
 
 from __future__ import annotations
 
@@ -11,21 +11,61 @@ from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.operators import aten
 
 Shape = tuple[int, ...]
+Place = tuple[list[int], list[int], int]  # sizes, strides and offset
 
 
-def quick_shape(func: Any, args: Any, kwargs: Any) -> Shape | None:
-    """The shape of the result, which is dense and otherwise like the first argument; None where that is not certain."""
-    tell = _TOLD.get(func)
-    if tell is None or kwargs or not all(arg is None or isinstance(arg, torch.Tensor) for arg in (args[0], *args[2:4])):
+def quick_result(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """On the meta device, in the memory of the first argument if it is a view; None if it is not certain."""
+    x = args[0] if args and not kwargs else None
+    if not isinstance(x, torch.Tensor) or not is_fake(x):
         return None
-    x = args[0]
+    if func in _PLACED:
+        place = _PLACED[func](x, *args[1:]) if _is_plain(x) else None
+        return None if place is None else _view(x, *place)
+    tell = _TOLD.get(func)
     given = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    like = all(is_fake(one) and one.dtype == x.dtype and device_of(one) == device_of(x) for one in given)
-    certain = like and x.dtype.is_floating_point and x.is_contiguous() and x.numel() > 0
-    return tell(x, *args[1:]) if certain else None
+    if tell is None or not x.dtype.is_floating_point or not all(_is_like(one, x) for one in given):
+        return None
+    shape = tell(x, *args[1:])
+    return None if shape is None else torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _is_like(one: torch.Tensor, x: torch.Tensor) -> bool:
+    return is_fake(one) and one.dtype == x.dtype and device_of(one) == device_of(x)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return x.layout is torch.strided and not x.dtype.is_complex and x.ndim > 0
+
+
+def _view(x: torch.Tensor, sizes: list[int], strides: list[int], offset: int) -> torch.Tensor:
+    made = torch.empty(0, dtype=x.dtype, device="meta")
+    return made.set_(x.untyped_storage(), offset, sizes, strides)  # type: ignore[call-overload, no-any-return]
+
+
+def _select(x: torch.Tensor, dim: int, index: int) -> Place | None:
+    if not -x.ndim <= dim < x.ndim or not -x.shape[dim] <= index < x.shape[dim]:
+        return None
+    sizes, strides = list(x.shape), list(x.stride())
+    first = index % sizes.pop(dim)
+    return sizes, strides, x.storage_offset() + first * strides.pop(dim)
+
+
+def _slice(x: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Place | None:
+    if not -x.ndim <= dim < x.ndim or step < 1:
+        return None
+    sizes, strides = list(x.shape), list(x.stride())
+    taken = range(*slice(start, end, step).indices(sizes[dim]))
+    if not taken:
+        return None
+    offset = x.storage_offset() + taken.start * strides[dim]
+    sizes[dim], strides[dim] = len(taken), strides[dim] * step
+    return sizes, strides, offset
 
 
 def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> Shape | None:
+    if not _is_dense(x) or not (bias is None or isinstance(bias, torch.Tensor)):
+        return None
     if x.ndim < 2 or not isinstance(weight, torch.Tensor) or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         return None
     fits = bias is None or bias.shape == weight.shape[:1]
@@ -34,13 +74,37 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> Shape | None:
 
 def _norm(x: torch.Tensor, normalized: Any, *rest: Any) -> Shape | None:
     over = tuple(normalized)
+    if not _is_dense(x) or not all(one is None or isinstance(one, torch.Tensor) for one in rest[:2]):
+        return None
     weights = [one for one in rest if isinstance(one, torch.Tensor)]
     fits = 0 < len(over) <= x.ndim and x.shape[-len(over) :] == over and all(one.shape == over for one in weights)
     return tuple(x.shape) if fits else None
+
+
+def _pointwise(x: torch.Tensor, other: Any) -> Shape | None:
+    """Of two tensors of one shape, or of one and a number."""
+    if isinstance(other, torch.Tensor):
+        return tuple(x.shape) if other.shape == x.shape and _is_in_order(x) and _is_in_order(other) else None
+    return tuple(x.shape) if isinstance(other, (int, float)) and _is_in_order(x) else None
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() and x.numel() > 0
+
+
+def _is_in_order(x: torch.Tensor) -> bool:
+    """Whether what is computed of it, element by element, is contiguous: its dims lie in memory as they are listed."""
+    if x.numel() == 0:
+        return False
+    steps = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    return all(a > b for a, b in zip(steps, [*steps[1:], 0], strict=False))
 
 
 _TOLD: Mapping[Any, Callable[..., Shape | None]] = {
     aten.linear.default: _linear,
     aten.layer_norm.default: _norm,
     aten.rms_norm.default: _norm,
+    aten.mul.Tensor: _pointwise,
+    aten.add.Tensor: _pointwise,
 }
+_PLACED: Mapping[Any, Callable[..., Place | None]] = {aten.select.int: _select, aten.slice.Tensor: _slice}
