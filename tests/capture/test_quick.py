@@ -22,6 +22,11 @@ def layouts(*shape: int) -> list[torch.Tensor]:
     return [torch.empty(shape), turned, sliced, torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape).bool()]
 
 
+def images() -> torch.Tensor:
+    """Some whose channels lie side by side."""
+    return torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
+
+
 CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     *((aten.linear.default, call) for call in itertools.product(layouts(2, 5, 4), layouts(3, 4), [None])),
     *((aten.linear.default, call) for call in itertools.product(layouts(5, 4)[:4], layouts(3, 4)[:2], layouts(3)[:4])),
@@ -39,7 +44,10 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     *((aten.add.Tensor, (x[:, :, 1], x[:, 1, None, :5])) for x in layouts(2, 5, 6)),
     *((aten.mul.Tensor, (x[:, :, 1], x[:, :, 2])) for x in layouts(2, 5, 6)),
     *((aten.mul.Tensor, (torch.empty(5, 1, 4).expand(5, 3, 4), 2.0)), (aten.mul.Tensor, (torch.empty(0, 4), 2.0))),
-    *((aten.mul.Tensor, (torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)[:, :, :, 1:], 2.0)),),
+    *((aten.mul.Tensor, (images()[:, :, row], 2.0)) for row in (0, 3)),
+    *((aten.mul.Tensor, (images()[:1, :, :, row], 2.0)) for row in (0, 3)),
+    *((aten.mul.Tensor, (x, 2.0)) for x in (images(), images()[:1], images()[:, :1], images()[:, :, :1])),
+    *((aten.add.Tensor, (x, y[:, :, 1])) for x in (images()[:, :, 0], torch.empty(2, 3, 5)) for y in (images(),)),
     *((aten.select.int, (x, dim, index)) for x in layouts(2, 5, 4) for dim in (0, 1, -1) for index in (0, 1, -1)),
     *((aten.slice.Tensor, (x, *how)) for x in layouts(2, 5, 4) for how in ([1], [2, 1], [-2, -3, -1], [1, 1, 99, 2])),
     *((aten.slice.Tensor, (torch.empty(2, 5)[:, 1:], *how)) for how in ([], [1, 3, 1], [0, -9, 1])),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.operators import aten
 
-Shape = tuple[int, ...]
+Form = tuple[list[int], list[int]]  # sizes and strides
 Place = tuple[list[int], list[int], int]  # sizes, strides and offset
 
 
@@ -26,8 +26,8 @@ def quick_result(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     given = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if tell is None or not x.dtype.is_floating_point or not all(_is_like(one, x) for one in given):
         return None
-    shape = tell(x, *args[1:])
-    return None if shape is None else torch.empty(shape, dtype=x.dtype, device="meta")
+    told = tell(x, *args[1:])
+    return None if told is None else torch.empty_strided(*told, dtype=x.dtype, device="meta")
 
 
 def _is_like(one: torch.Tensor, x: torch.Tensor) -> bool:
@@ -63,44 +63,60 @@ def _slice(x: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, st
     return sizes, strides, offset
 
 
-def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> Shape | None:
+def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> Form | None:
     if not _is_dense(x) or not (bias is None or isinstance(bias, torch.Tensor)):
         return None
     if x.ndim < 2 or not isinstance(weight, torch.Tensor) or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         return None
     fits = bias is None or bias.shape == weight.shape[:1]
-    return (*x.shape[:-1], weight.shape[0]) if fits else None
+    return _dense([*x.shape[:-1], weight.shape[0]]) if fits else None
 
 
-def _norm(x: torch.Tensor, normalized: Any, *rest: Any) -> Shape | None:
+def _norm(x: torch.Tensor, normalized: Any, *rest: Any) -> Form | None:
     over = tuple(normalized)
     if not _is_dense(x) or not all(one is None or isinstance(one, torch.Tensor) for one in rest[:2]):
         return None
     weights = [one for one in rest if isinstance(one, torch.Tensor)]
     fits = 0 < len(over) <= x.ndim and x.shape[-len(over) :] == over and all(one.shape == over for one in weights)
-    return tuple(x.shape) if fits else None
+    return _dense([*x.shape]) if fits else None
 
 
-def _pointwise(x: torch.Tensor, other: Any) -> Shape | None:
-    """Of two tensors of one shape, or of one and a number."""
-    if isinstance(other, torch.Tensor):
-        return tuple(x.shape) if other.shape == x.shape and _is_in_order(x) and _is_in_order(other) else None
-    return tuple(x.shape) if isinstance(other, (int, float)) and _is_in_order(x) else None
+def _pointwise(x: torch.Tensor, other: Any) -> Form | None:
+    """Of two tensors of one shape, or of one and a number; of rows of images, whose dims may be in any order."""
+    given = [x, other] if isinstance(other, torch.Tensor) else [x]
+    if x.numel() == 0 or any(one.shape != x.shape for one in given):
+        return None
+    if not isinstance(other, (torch.Tensor, int, float)):
+        return None
+    if all(one.is_contiguous() for one in given):
+        return _dense([*x.shape])
+    if any(one.is_contiguous() for one in given) or (x.ndim > 3 and 1 in x.shape):  # which may be in several orders
+        return None
+    orders = {_order(one) for one in given}
+    return _dense([*x.shape], orders.pop()) if len(orders) == 1 and None not in orders else None
+
+
+def _order(x: torch.Tensor) -> Sequence[int] | None:
+    """The dims as they lie in memory, the outermost first; None if that is not certain."""
+    strides = x.stride()
+    if len({*strides}) < x.ndim or min(strides) < 1:
+        return None
+    return tuple(sorted(range(x.ndim), key=lambda dim: -strides[dim]))
 
 
 def _is_dense(x: torch.Tensor) -> bool:
     return x.is_contiguous() and x.numel() > 0
 
 
-def _is_in_order(x: torch.Tensor) -> bool:
-    """Whether what is computed of it, element by element, is contiguous: its dims lie in memory as they are listed."""
-    if x.numel() == 0:
-        return False
-    steps = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
-    return all(a > b for a, b in zip(steps, [*steps[1:], 0], strict=False))
+def _dense(sizes: list[int], order: Sequence[int] | None = None) -> Form:
+    """That of a tensor without gaps."""
+    strides, step = [1] * len(sizes), 1
+    for dim in reversed(range(len(sizes)) if order is None else order):
+        strides[dim], step = step, step * sizes[dim]
+    return sizes, strides
 
 
-_TOLD: Mapping[Any, Callable[..., Shape | None]] = {
+_TOLD: Mapping[Any, Callable[..., Form | None]] = {
     aten.linear.default: _linear,
     aten.layer_norm.default: _norm,
     aten.rms_norm.default: _norm,
