@@ -27,6 +27,11 @@ def images() -> torch.Tensor:
     return torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
 
 
+OPERANDS: list[tuple[Any, Any]] = [
+    (aten.mul.Tensor, 0.5),
+    (aten.add.Tensor, torch.empty(1, 3, 4, 6, 8)[..., 1]),
+    (aten.add.Tensor, torch.empty(1, 3, 4, 6)),
+]
 CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     *((aten.linear.default, call) for call in itertools.product(layouts(2, 5, 4), layouts(3, 4), [None])),
     *((aten.linear.default, call) for call in itertools.product(layouts(5, 4)[:4], layouts(3, 4)[:2], layouts(3)[:4])),
@@ -48,6 +53,8 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     *((aten.mul.Tensor, (images()[:1, :, :, row], 2.0)) for row in (0, 3)),
     *((aten.mul.Tensor, (x, 2.0)) for x in (images(), images()[:1], images()[:, :1], images()[:, :, :1])),
     *((aten.add.Tensor, (x, y[:, :, 1])) for x in (images()[:, :, 0], torch.empty(2, 3, 5)) for y in (images(),)),
+    *((op, (x[:, :, :, row], y)) for x in (torch.empty(1, 3, 4, 5, 6),) for row in (0, 3) for op, y in OPERANDS),
+    *((op, (x[..., row], y)) for x in (torch.empty(1, 3, 4, 6, 5),) for row in (0, 3) for op, y in OPERANDS),
     *((aten.select.int, (x, dim, index)) for x in layouts(2, 5, 4) for dim in (0, 1, -1) for index in (0, 1, -1)),
     *((aten.slice.Tensor, (x, *how)) for x in layouts(2, 5, 4) for how in ([1], [2, 1], [-2, -3, -1], [1, 1, 99, 2])),
     *((aten.slice.Tensor, (torch.empty(2, 5)[:, 1:], *how)) for how in ([], [1, 3, 1], [0, -9, 1])),

@@ -90,10 +90,16 @@ def _pointwise(x: torch.Tensor, other: Any) -> Form | None:
         return None
     if all(one.is_contiguous() for one in given):
         return _dense([*x.shape])
-    if any(one.is_contiguous() for one in given) or (x.ndim > 3 and 1 in x.shape):  # which may be in several orders
+    if any(map(_is_ordered, given)):
         return None
     orders = {_order(one) for one in given}
     return _dense([*x.shape], orders.pop()) if len(orders) == 1 and None not in orders else None
+
+
+def _is_ordered(x: torch.Tensor) -> bool:
+    """Whether it is in one of PyTorch's orders of memory, and with dims of one index perhaps in several."""
+    formats = [torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.ndim, [])]
+    return any(x.is_contiguous(memory_format=one) for one in formats)
 
 
 def _order(x: torch.Tensor) -> Sequence[int] | None:
