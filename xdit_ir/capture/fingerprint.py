@@ -24,7 +24,7 @@ _SKIPPED = frozenset({"_parameters", "_buffers", "_modules"})
 TRACED = "_xdit_traced_forward"  # marks the tracer's own wrapper of a forward, and is what it wraps
 _STATE = ("_parameters", "_buffers")
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})
-_SCALARS = frozenset((str, int, float, bool, type(None)))
+_SCALARS = (str, int, float, bool, type(None))
 _VALUES = (*_SCALARS, bytes, complex, torch.dtype, torch.device, torch.Size, np.generic, type)
 _DIGESTED_NUMEL = 1 << 16
 

@@ -40,7 +40,7 @@ def _is_plain(x: torch.Tensor) -> bool:
 
 def _view(x: torch.Tensor, sizes: list[int], strides: list[int], offset: int) -> torch.Tensor:
     made = torch.empty(0, dtype=x.dtype, device="meta")
-    return made.set_(x.untyped_storage(), offset, sizes, strides)  # type: ignore[call-overload, no-any-return]
+    return made.set_(x.untyped_storage(), offset, sizes, strides)
 
 
 def _select(x: torch.Tensor, dim: int, index: int) -> Place | None:
@@ -48,7 +48,7 @@ def _select(x: torch.Tensor, dim: int, index: int) -> Place | None:
         return None
     sizes, strides = list(x.shape), list(x.stride())
     first = index % sizes.pop(dim)
-    return sizes, strides, x.storage_offset() + first * strides.pop(dim)
+    return sizes, strides, int(x.storage_offset()) + first * strides.pop(dim)
 
 
 def _slice(x: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Place | None:
@@ -58,7 +58,7 @@ def _slice(x: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, st
     taken = range(*slice(start, end, step).indices(sizes[dim]))
     if not taken:
         return None
-    offset = x.storage_offset() + taken.start * strides[dim]
+    offset = int(x.storage_offset()) + taken.start * strides[dim]
     sizes[dim], strides[dim] = len(taken), strides[dim] * step
     return sizes, strides, offset
 
