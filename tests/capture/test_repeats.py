@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from xdit_ir.capture import repeats
+from xdit_ir import capture
+from xdit_ir.capture import finish, repeats, rolled
+from xdit_ir.capture.attempt import Attempt
 from xdit_ir.ir.program import Program, called_block
 
 Check = Callable[..., Program]
@@ -58,6 +60,69 @@ def test_tiles_of_one_shape_are_calls_of_one_block_and_blending_them_is_one_writ
 def test_a_tile_of_another_shape_is_another_block(check: Check) -> None:
     program = check(Tiles(), (torch.randn(1, 3, 23, 5),))
     assert names(program) == ["Sequential"] * 3 + ["Sequential_1"]
+
+
+class Counted:
+    """How often a method is called, which does what it did."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        self.calls, method = 0, getattr(owner, name)
+
+        def counted(*args: Any) -> Any:
+            self.calls += 1
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+
+
+def test_what_repeats_without_flops_needs_no_further_attempt_and_each_loop_is_looked_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attempts, loops = Counted(monkeypatch, Attempt, "run"), Counted(monkeypatch, rolled._Loop, "roll")
+    program = capture.trace(Tiles(), (torch.randn(1, 3, 26, 5),))
+    assert names(program) == ["Sequential"] * 4
+    assert (attempts.calls, loops.calls) == (2, 2)  # the loops of the first blend, and of all others
+
+
+def test_a_trace_behind_what_forward_has_filled_knows_what_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fills(Tiles):
+        rows = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.rows = x.shape[2]
+            return super().forward(x)
+
+    attempts = Counted(monkeypatch, Attempt, "run")
+    assert names(capture.trace(Fills(), (torch.randn(1, 3, 26, 5),))) == ["Sequential"] * 4
+    assert attempts.calls == 3
+
+
+def test_what_cannot_be_a_block_from_its_second_call_on_is_recorded_each_time(check: Check) -> None:
+    class Reads(Tiles):
+        def blend(self, above: torch.Tensor, tile: torch.Tensor, rows: int) -> torch.Tensor:
+            self.seen = [*getattr(self, "seen", ()), tile]
+            return super().blend(above, tile, rows) + self.seen[0].mean()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made = super().forward(x)
+            del self.seen
+            return made
+
+    assert names(check(Reads(), (torch.randn(1, 3, 26, 5),))) == ["Sequential"] * 4
+
+
+@pytest.mark.parametrize("long", [8, 100])
+def test_long_bodies_are_blocks_though_their_work_is_small(
+    long: int, monkeypatch: pytest.MonkeyPatch, check: Check
+) -> None:
+    class Uneven(Tiles):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            large, small = self.decoder(self.decoder(x)), self.decoder(self.decoder(x[:, :, :2, :2]))
+            return torch.cat([large.flatten(2), small.flatten(2)], 2)
+
+    monkeypatch.setattr(finish, "_LONG", long)
+    program = check(Uneven(), (torch.randn(1, 3, 40, 40),))
+    assert names(program) == ["Sequential"] * 2 + ["Sequential_1"] * (2 if long == 8 else 0)
 
 
 def test_calls_that_leave_something_behind_are_recorded_one_by_one(check: Check) -> None:

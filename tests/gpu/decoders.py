@@ -3,8 +3,9 @@
 Each decoder, with equal random weights on every rank, decodes alone on one GPU as diffusers runs it, and then ported as
 `port(pipe)` ports it; the outputs are compared, and both are timed. `--mode eager,recorded,compiled,graph` does so in
 each of these modes (`recorded`: in CUDA graphs, nothing compiled) and says what each takes for a call, for the first
-one, and of the GPU's memory. Goes on behind a failure in a new process and ends by itself; status 1 if anything failed,
-differed or was slower than one GPU in all modes.
+one, and of the GPU's memory. Each is a result of its own, printed as soon as it is there, so that none is lost to a
+later one that is slow. Goes on behind a failure in a new process and ends by itself; status 1 if anything failed,
+differed or was slower than one GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,37 +56,53 @@ CASES = {
 }
 
 
-def tried(name: str, degrees: str, modes: str) -> lanes.Result:
-    """What becomes of a decoder under these degrees, in each of the modes."""
+def tried(task: str, degrees: str, _: str) -> lanes.Result:
+    """What becomes of a decoder in one mode (`DECODER:MODE`) under these degrees."""
+    import torch
+
+    name, _, mode = task.partition(":")
+    start = time.monotonic()
+    with torch.inference_mode():
+        alone = _alone(name)
+        way = ported(alone.vae, alone.latents, alone.sample, mode, degrees)
+    gain = statistics.median(alone.ms) / statistics.median(way["ms"])
+    return {
+        "status": "different" if way["error"] > published.LIMIT else "slower" if gain < 1 else "equal",
+        "error": way["error"],
+        "seconds": time.monotonic() - start,
+        "times": f"alone {published.range_of(alone.ms)}",
+        "runs": f"{way['text']}, {gain:.2f}x",
+        "alone_ms": alone.ms,
+        "ported_ms": way["ms"],
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """A decoder as diffusers runs it on one GPU: what it makes of its latents, and in how many milliseconds."""
+
+    vae: Any
+    latents: Any
+    sample: Any
+    ms: list[float]
+
+
+@lru_cache(maxsize=1)  # for all modes of a decoder, which follow each other
+def _alone(name: str) -> Alone:
     import diffusers
     import torch
 
     from xdit_ir.models.weights import randomize
 
-    case, start, device = CASES[name], time.monotonic(), torch.device("cuda", torch.cuda.current_device())
+    case, device = CASES[name], torch.device("cuda", torch.cuda.current_device())
     with device:
         vae: Any = randomize(getattr(diffusers, case.cls)(**case.config)).to(torch.bfloat16).eval()
     if case.tiled:
         vae.enable_tiling()
     make = torch.Generator(device).manual_seed(1)
     latents = torch.randn(case.latents, generator=make, device=device, dtype=torch.bfloat16)
-    with torch.inference_mode():
-        want = vae.decode(latents).sample.float()
-        before = published.milliseconds(vae.decode, {"z": latents}, CALLS)
-        ways = {mode: ported(vae, latents, want, mode, degrees) for mode in modes.split(",")}
-    alone, error = statistics.median(before), max(way["error"] for way in ways.values())
-    gain = alone / min(statistics.median(way["ms"]) for way in ways.values())
-    return {
-        "status": "different" if error > published.LIMIT else "slower" if gain < 1 else "equal",
-        "error": error,
-        "seconds": time.monotonic() - start,
-        "times": f"alone {published.range_of(before)}",
-        "runs": "; ".join(
-            f"{mode}: {way['text']}, {alone / statistics.median(way['ms']):.2f}x" for mode, way in ways.items()
-        ),
-        "alone_ms": before,
-        "ported_ms": {mode: way["ms"] for mode, way in ways.items()},
-    }
+    sample = vae.decode(latents).sample.float()
+    return Alone(vae, latents, sample, published.milliseconds(vae.decode, {"z": latents}, CALLS))
 
 
 def ported(vae: Any, latents: Any, want: Any, mode: str, degrees: str) -> dict[str, Any]:
@@ -119,4 +137,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         lanes.work(tried, *json.loads(sys.argv[2]))
     given = lanes.arguments(__doc__, degrees="u2", lanes=1).parse_args()
-    sys.exit(lanes.share_out(given, given.names or sorted(CASES)))
+    parts = (name.partition("@") for name in given.names or sorted(CASES))
+    modes = [f"{name}:{mode}{at}{degrees}" for name, at, degrees in parts for mode in given.mode.split(",")]
+    sys.exit(lanes.share_out(given, modes))

@@ -126,7 +126,8 @@ class Attempt:
             calls = Calls(recorder, blocks, called_whole, repeats, marks)
             instrument(skeleton, calls)
             call = call_arguments(inspect.signature(model.forward), given.named, self.by_name)
-            output = _run(skeleton.model, recorder, *call)
+            with repeats.blamed():
+                output = _run(skeleton.model, recorder, *call)
             check_lent(recorder)
             found = list(watch.changes())
             made = overwrites(found, skeleton.originals, recorder, model) if self.overwrite else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class Blocks:
     `watched` are, by path of a block, the attributes in which modules of equal structure differ.
     """
 
-    def __init__(self, recorder: Recorder, chosen: Set[Spot], watched: dict[str, set[tuple[str, str]]]) -> None:
+    def __init__(self, recorder: Recorder, chosen: set[Spot], watched: dict[str, set[tuple[str, str]]]) -> None:
         self.recorder, self.chosen, self.watched = recorder, chosen, watched
         self.bodies: list[CapturedBody] = []
         self.chosen_below: Callable[[str], Any] = lambda path: None  # what else is done with the modules of one

@@ -48,7 +48,8 @@ def fingerprint(module: nn.Module, held: Mapping[int, torch.Tensor]) -> Fingerpr
     `held` are the contents of constants by the id of the fake tensor that stands for them.
     """
     printer = _Printer(held)
-    structure = printer.module(module, "")
+    with torch._C.DisableTorchFunction():  # a mode would be asked for every size
+        structure = printer.module(module, "")
     return Fingerprint(structure, printer.scalars)
 
 
@@ -92,22 +93,22 @@ class _Printer:
         state = [(key, self._state(item)) for part in _STATE for key, item in dict.items(module.__dict__[part])]
         plain = []
         for name, item in module.__dict__.items():
-            if name in _SKIPPED or (type(item) in _CONTAINERS and not item):
+            kind = type(item)
+            if kind in _SCALARS:
+                self.scalars[path, name] = (kind, repr(item) if kind is float else item)
+                continue
+            if name in _SKIPPED or (kind in _CONTAINERS and not item):
                 continue
             item = traced(item)
-            if _is_own(name, item, module):
-                continue
-            if type(item) in _SCALARS:
-                self.scalars[path, name] = (type(item), _exact(item))
-            else:
+            if not _is_own(name, item, module):
                 plain.append((name, self.describe(item)))
         children = [
             (name, self.module(child, f"{path}.{name}" if path else name))
             for name, child in module._modules.items()
             if child is not None
         ]
-        kind = getattr(type(module), "_watched_class", type(module))
-        return (kind, tuple(state), tuple(plain), tuple(children))
+        watched = getattr(type(module), "_watched_class", type(module))
+        return (watched, tuple(state), tuple(plain), tuple(children))
 
     def _state(self, tensor: torch.Tensor | None) -> Any:
         """A parameter or buffer: anything but its contents."""

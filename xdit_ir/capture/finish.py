@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,8 @@ from xdit_ir.ir.program import (
     qualified,
 )
 
-_WORTHWHILE = 0.01
+_WORTHWHILE = 0.01  # of all work
+_LONG = 100  # nodes, which are not written twice
 Bodies = dict[str, fx.Graph]
 
 
@@ -83,12 +85,14 @@ def _contents(tensor: torch.Tensor) -> Any:
 
 
 def inline_small(graph: fx.Graph, bodies: Bodies) -> Bodies:
-    """Put bodies that do next to no work back into the outer graph; returns the bodies that are left."""
+    """Put bodies that do next to no work back into the outer graph, but for long ones that are called again; returns
+    the bodies that are left."""
     work = {name: sum(map(node_flops, body.nodes)) for name, body in bodies.items()}
     calls = [node for node in graph.nodes if is_block_call(node)]
-    total = sum(map(node_flops, graph.nodes)) + sum(work[called_block(node)] for node in calls)
-    share = {name: sum(node.args[0] == name for node in calls) * work[name] for name in bodies}
-    small = {name for name in bodies if share[name] < _WORTHWHILE * total}
+    count = Counter(map(called_block, calls))
+    total = sum(map(node_flops, graph.nodes)) + sum(count[name] * work[name] for name in bodies)
+    idle = {name for name in bodies if count[name] * work[name] < _WORTHWHILE * total}
+    small = {name for name in idle if count[name] < 2 or len(bodies[name].nodes) < _LONG}
     for node in calls:
         if node.args[0] in small:
             expand_call(graph, node, bodies[called_block(node)])

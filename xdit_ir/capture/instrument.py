@@ -67,10 +67,9 @@ class Calls:
         """As a block, or as it is `recorded`."""
         if self._selected(args, kwargs):
             return recorded(*args, **kwargs)
-        if self.blocks.wants(spot):
-            self.repeats.blocks += spot in self.repeats.found
+        if self.repeats.wants(spot):
             return self.blocks.call(module, spot, function, args, kwargs)
-        return self.repeats.call(spot, recorded, args, kwargs)
+        return self.repeats.call(module, spot, function, recorded, args, kwargs)
 
     def _selected(self, args: Any, kwargs: Any) -> bool:
         selections = self.recorder.selections

@@ -30,9 +30,10 @@ class Rung:
     never: frozenset[Spot] = frozenset()
 
     @staticmethod
-    def top(model: nn.Module, leaf: Sequence[Wanted]) -> Rung:
-        """Every block that there may be, and only those leaves that were asked for."""
-        return Rung(model, candidates(model), named_leaves(model, leaf))
+    def top(model: nn.Module, leaf: Sequence[Wanted], learnt: Rung | None = None) -> Rung:
+        """Every block that there may be, and only those leaves that were asked for; calls that repeat as `learnt`."""
+        top = Rung(model, candidates(model), named_leaves(model, leaf))
+        return top if learnt is None else replace(top, repeated=learnt.repeated, never=learnt.never)
 
     def below(self, failure: BaseException) -> Rung:
         """What to try after one of the `FAILURES`.
@@ -43,7 +44,7 @@ class Rung:
         match failure:
             case Repeated(spot=spot):
                 return replace(self, repeated=self.repeated | {spot})
-            case Restart(spot=spot) if spot in self.repeated:
+            case Restart(spot=spot) if spot not in {(path, "forward") for path in self.blocks}:
                 return replace(self, repeated=self.repeated - {spot}, never=self.never | {spot})
             case Restart(path=path):
                 return self._without_blocks_like(path)

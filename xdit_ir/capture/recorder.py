@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.fakes import as_plain, device_of, is_fake, run_on_fakes
 from xdit_ir.capture.plain import Casts, odd_tensor
-from xdit_ir.capture.quick import quick_shape
+from xdit_ir.capture.quick import quick_result
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import (
@@ -99,9 +99,8 @@ class Recorder(GraphWriter):
 
     def fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on fake tensors, unrecorded."""
-        if (shape := quick_shape(func, args, kwargs)) is not None:
-            with torch.inference_mode():
-                plain = torch.empty(shape, dtype=args[0].dtype, device="meta")
+        with torch.inference_mode():
+            if (plain := quick_result(func, args, kwargs)) is not None:
                 return as_plain(FakeTensor(self.fake_mode, plain, device_of(args[0])))
         with self.fake_mode:
             return run_on_fakes(func, args, kwargs)

@@ -21,11 +21,15 @@ def roll(graph: fx.Graph, recorder: Recorder) -> None:
     """Rewrite such loops, in place, to what gives the same bits."""
     keeper = recorder if _is_on_one_device(graph, recorder) else None
     found = [node for node in graph.nodes if node.target is WRITE]
+    seen = set[fx.Node]()
     for last in reversed(found):
+        if last in seen:
+            continue
         steps = [last]
         while (before := _before(steps[-1])) is not None:
             steps.append(before)
-        if len(steps) > 1 and last.users:
+        seen.update(steps)
+        if len(steps) > 1:
             _Loop(graph, steps[::-1], keeper).roll()
     if found:
         remove_dead(graph)
@@ -63,6 +67,7 @@ class _Loop:
 
     def __init__(self, graph: fx.Graph, steps: Sequence[fx.Node], recorder: Recorder | None) -> None:
         self.graph, self.steps, self.recorder = graph, steps, recorder
+        self.written = frozenset(steps)
         self.dim, self.start = _place(steps[0])
         self.base: Any = steps[0].args[0]
         self.row = steps[0].args[1].meta[SPEC].shape  # type: ignore[union-attr]
@@ -106,7 +111,7 @@ class _Loop:
 
     def _slice(self, taken: Sequence[fx.Node]) -> fx.Node | None:
         """Successive indices of one tensor; of the one that is written, as it was before."""
-        sources = {self.base if node.args[0] in self.steps else node.args[0] for node in taken}
+        sources = {self.base if node.args[0] in self.written else node.args[0] for node in taken}
         dim, start = _place(taken[0])
         if len(sources) > 1 or dim != self.dim:
             return None

@@ -65,15 +65,17 @@ def trace(
         return _Capture(model, example, leaf, keep, marked).program()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Capture:
-    """What `trace` is asked for; attempts follow each other until one is right for the calls to come."""
+    """What `trace` is asked for; attempts follow each other until one is right for the calls to come. `learnt`: the
+    rung of the latest that succeeded, which says what repeats."""
 
     model: nn.Module
     example: Example
     leaf: Sequence[Wanted]
     keep: bool
     marked: Mapping[str, int]
+    learnt: Rung | None = None
 
     def program(self) -> Program:
         """That of forward, once what it fills is filled."""
@@ -113,7 +115,7 @@ class _Capture:
     def _tried(self, *, overwrite: bool = True) -> Captured:
         """The first attempt that succeeds, from all blocks and no leaves downwards."""
         named, by_name = bind_example(self.model, self.example), isinstance(self.example, Mapping)
-        rung = Rung.top(self.model, self.leaf)
+        rung = Rung.top(self.model, self.leaf, self.learnt)
         while True:
             selections = Selections() if rung.selects else None
             attempt = Attempt(rung, named, by_name, self.keep, overwrite, self.marked)
@@ -123,6 +125,7 @@ class _Capture:
                 rung = rung.below(failure)
                 continue
             if selections is None or all(self._same_if(case, found[0], attempt) for case in selections.cases):
+                self.learnt = rung
                 return found
             rung = replace(rung, selects=False)
 

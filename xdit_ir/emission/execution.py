@@ -43,7 +43,8 @@ class Execution:
             inputs and weights hold, and makes all ranks raise `LostError` where one fails, stops or ends.
         mode: "eager"; "compiled", as `compile`; "graph", as `compile` and `cuda_graph`; "auto", the fastest that
             works: as "graph" on CUDA, where a block that cannot be compiled stays as it is, and a part that cannot be
-            recorded is run by the host, with a warning; as "eager" elsewhere. None: as `compile` and `cuda_graph` say.
+            recorded is run by the host, with a warning; as "eager" elsewhere, and, under `port`, for what runs once
+            beside denoisers (docs/pipelines.md). None: as `compile` and `cuda_graph` say.
         timeout: seconds after which a rank gives up waiting for others; None: that of the caller's default process
             group, at most ten minutes.
     """
