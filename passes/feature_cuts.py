@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -13,7 +13,7 @@ from xdit_ir.ir.hoist import ancestors
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import FEATURES, Mesh
 from xdit_ir.ir.partition import Partition
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_weight
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_weight
 from xdit_ir.passes.divide_conditions import is_condition
 from xdit_ir.passes.find_tokens import JOINS, segments_of, units_of
 from xdit_ir.rules.attentions import parts_of_heads
@@ -34,14 +34,16 @@ class FeatureCuts:
     program: Program
     mesh: Mesh
 
-    def first(self, body: fx.Graph, early: set[fx.Node]) -> Iterator[Cut]:
-        """Heads of attentions, features that a product sums up, and those that one makes and all need; but not of
-        conditions that follow from `early` inputs, which are made before the blocks."""
+    def first(
+        self, body: fx.Graph, early: set[fx.Node], large: Callable[[fx.Node], bool] = lambda node: True
+    ) -> Iterator[Cut]:
+        """Heads of attentions, features that a `large` product sums up, and those that one makes and all need; but not
+        of conditions that follow from `early` inputs, which are made before the blocks."""
         hoisted, uses = self._hoisted(body, early), dict[fx.Node, list[tuple[fx.Node, int]]]()
         for node in body.nodes:
             if node.target in ops.ATTENTIONS:
                 yield from map(_alone, self._heads(node))
-            elif node not in hoisted and (dim := _mixed_dim(node)) is not None:
+            elif node not in hoisted and (dim := _mixed_dim(node)) is not None and large(node):
                 uses.setdefault(operands(node)[1], []).append((node, dim))
         for products in uses.values():  # a weight that is used twice must be cut in both places
             yield from zip(*(self._summed(node, dim) for node, dim in products), strict=False)
@@ -117,7 +119,8 @@ def _alone(seed: Seed) -> Cut:
 def _mixed_dim(node: fx.Node) -> int | None:
     """The dim of features that a product or a convolution with a weight sums up, and of those that it makes."""
     sources = operands(node)
-    if not any(map(is_weight, sources)) or is_weight(sources[0]) or not node.meta[SPEC].shape:
+    one = isinstance(node.meta.get(SPEC), TensorSpec) and node.meta[SPEC].shape
+    if not one or not any(map(is_weight, sources)) or is_weight(sources[0]):
         return None
     packet, ndim = getattr(node.target, "overloadpacket", None), len(sources[0].meta[SPEC].shape)
     if packet in PRODUCTS and ndim == len(node.meta[SPEC].shape):

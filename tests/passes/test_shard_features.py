@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from torch.nn import functional as F
 
 import xdit_ir as xir
 from xdit_ir.api import ParallelProgram
+from xdit_ir.ir.graphs import placeholders, results_of
 from xdit_ir.ir.program import LAYOUT, SPEC
+from xdit_ir.passes.surroundings import LONGEST, surroundings
 
 
 class Attention(nn.Module):
@@ -122,3 +126,47 @@ def test_what_cannot_be_is_refused() -> None:
         traced.parallelize(tensor=2, pipefusion=2)
     with pytest.raises(xir.ParallelizeError, match=r"tensor=100000 divides features, of which there are 96 at most"):
         traced.parallelize(tensor=100000)
+
+
+class Encoded(nn.Module):
+    """A stack between layers that are like no other, and are no blocks."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.first, self.layers, self.last = Attention(width), Stack(Attention), Attention(width, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers(self.first(x) + 1)
+        return self.last(torch.relu(x))
+
+
+@pytest.mark.parametrize("degrees", [{"tensor": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 3}])
+def test_what_stands_around_the_blocks_is_divided(degrees: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    parallel = divided(Encoded().eval(), **degrees)
+    fair = -(-4 // degrees["tensor"]) / 4
+    assert parallel.report().weight_share <= fair + 0.15
+    made = (layout for call in parallel.ir.calls for layout in call.meta[LAYOUT])
+    assert all("tensor" not in layout.dividing_dims(parallel.ir.mesh) for layout in made)
+
+
+class Unrolled(nn.Module):
+    """Layers in one module, so that there are no blocks."""
+
+    def __init__(self, layers: int = 130) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(48, 24) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights:
+            x = x + F.gelu(x @ weight.T) @ weight
+        return x
+
+
+def test_long_surroundings_are_cut_between_layers() -> None:
+    program = xir.trace(Unrolled(), (X,)).ir
+    pieces = [block.graph for block in surroundings(program, "around")]
+    nodes = [[node.name for node in graph.nodes if node.op == "call_function"] for graph in pieces]
+    assert list(itertools.chain(*nodes)) == [node.name for node in program.graph.nodes if node.op == "call_function"]
+    assert len(pieces) > 1 and max(map(len, nodes)) <= LONGEST
+    assert all(len(results_of(graph)) == len(placeholders(graph)) == 1 for graph in pieces)
