@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from xdit_ir.ir import ops
@@ -19,7 +21,11 @@ from xdit_ir.passes.find_tokens import JOINS, segments_of, units_of
 from xdit_ir.rules.attentions import parts_of_heads
 from xdit_ir.rules.contractions import RULES as PRODUCTS
 from xdit_ir.rules.convolutions import space_of
+from xdit_ir.rules.views import RULES as VIEWS
 from xdit_ir.sharding.layout_graph import LayoutGraph, Layouts
+
+aten = torch.ops.aten
+CARRIERS = {*VIEWS, *JOINS, aten.slice, aten.narrow, aten.split, aten.split_with_sizes, operator.getitem}
 
 Seed = tuple[str, Layouts]
 """The name of a value, and the layouts to bring it into."""
@@ -42,7 +48,11 @@ class FeatureCuts:
         hoisted, uses = self._hoisted(body, early), dict[fx.Node, list[tuple[fx.Node, int]]]()
         for node in body.nodes:
             if node.target in ops.ATTENTIONS:
-                yield from map(_alone, self._heads(node))
+                exits = tuple(self._exits(node))
+                for heads in self._heads(node):
+                    yield (heads,)
+                    if exits:
+                        yield (heads, *exits)
             elif node not in hoisted and (dim := _mixed_dim(node)) is not None and large(node):
                 uses.setdefault(operands(node)[1], []).append((node, dim))
         for products in uses.values():  # a weight that is used twice must be cut in both places
@@ -81,6 +91,17 @@ class FeatureCuts:
                 yield from self._cut(node, dim, [found[0]])
             yield from self._cut(node, dim, self._inside(queries[dim]))
 
+    def _exits(self, attention: fx.Node) -> Iterator[Seed]:
+        """Where the result of an attention, or a part of it, is used by something else than products with weights:
+        there it is brought together, as what it is added to is whole."""
+        carried = {attention}
+        for node in attention.graph.nodes:
+            if _carries(node) and not carried.isdisjoint(operands(node)):
+                carried.add(node)
+                ends = (user for user in node.users if not _carries(user))
+                if isinstance(node.meta[SPEC], TensorSpec) and any(_mixed_dim(user) is None for user in ends):
+                    yield node.name, (node.meta[LAYOUT].summed(),)
+
     def _inside(self, size: int) -> Iterator[Partition]:
         """A dim of which heads are the inner factor: those of each sample."""
         for unit in units_of(self.program, size):
@@ -112,8 +133,10 @@ def gathers(cut: Cut) -> bool:
     return any(len(layouts) > 1 for _, layouts in cut)
 
 
-def _alone(seed: Seed) -> Cut:
-    return (seed,)
+def _carries(node: fx.Node) -> bool:
+    """Whether an operator shows a value or a part of it in another shape, or joins it with others."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return packet in CARRIERS or ops.is_relayout(node.target)
 
 
 def _mixed_dim(node: fx.Node) -> int | None:

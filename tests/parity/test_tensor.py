@@ -18,11 +18,9 @@ DEGREES = ({"tensor": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 3}, {"tensor":
 SPREAD = (*MODELS, "sana-1600m", "cogview4-6b", "hidream-dense", "z-image")
 
 # Tiny models of which a rank has more of the weights of blocks, or of all work, than it should at tensor=2.
-LEAKS = "what heads of text make is added without a product behind them"
 TABLES = "tables of labels, or of pixels, are whole"
 MISSED = {
     "dit-xl-2-256": TABLES,
-    "easyanimate-5.1": LEAKS,
     "hidream-i1": "experts are opaque, as numpy says which tokens each gets",
     "transformer-2d-patched": TABLES,
     "transformer-2d-vectorized": TABLES,
