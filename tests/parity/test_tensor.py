@@ -20,9 +20,7 @@ SPREAD = (*MODELS, "sana-1600m", "cogview4-6b", "hidream-dense", "z-image")
 # Tiny models of which a rank has more of the weights of blocks, or of all work, than it should at tensor=2.
 TABLES = "tables of labels, or of pixels, are whole"
 MISSED = {
-    "dit-xl-2-256": TABLES,
     "hidream-i1": "experts are opaque, as numpy says which tokens each gets",
-    "transformer-2d-patched": TABLES,
     "transformer-2d-vectorized": TABLES,
     "wan2.2-animate-14b": TABLES,
 }

@@ -150,6 +150,22 @@ def test_what_stands_around_the_blocks_is_divided(degrees: dict[str, int]) -> No
     assert all("tensor" not in layout.dividing_dims(parallel.ir.mesh) for layout in made)
 
 
+class Tied(Encoded):
+    """One layer's weights are used outside of it too, and cut in another way there."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layers.layers[0]
+        return super().forward(x) @ layer.up.weight.T @ layer.up.weight
+
+
+def test_a_weight_that_is_cut_in_two_ways_is_stored_in_two() -> None:
+    torch.manual_seed(0)
+    parallel = divided(Tied().eval(), tensor=2)
+    name = "_stored.layers.layers.0.up.weight"
+    held = [node for node in parallel.ir.graph.find_nodes(op="get_attr") if str(node.target).startswith(name)]
+    assert len({node.target for node in held}) == len({node.meta[LAYOUT] for node in held}) == 2
+
+
 class Unrolled(nn.Module):
     """Layers in one module, so that there are no blocks."""
 
