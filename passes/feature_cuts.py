@@ -43,8 +43,8 @@ class FeatureCuts:
     def first(
         self, body: fx.Graph, early: set[fx.Node], large: Callable[[fx.Node], bool] = lambda node: True
     ) -> Iterator[Cut]:
-        """Heads of attentions, features that a `large` product sums up, and those that one makes and all need; but not
-        of conditions that follow from `early` inputs, which are made before the blocks."""
+        """Heads of attentions, features that a `large` product sums up, and those that one makes, or a table has, and
+        all need; but not of conditions that follow from `early` inputs, which are made before the blocks."""
         hoisted, uses = self._hoisted(body, early), dict[fx.Node, list[tuple[fx.Node, int]]]()
         for node in body.nodes:
             if node.target in ops.ATTENTIONS:
@@ -59,6 +59,9 @@ class FeatureCuts:
             yield from zip(*(self._summed(node, dim) for node, dim in products), strict=False)
         for products in uses.values():
             yield from zip(*(self._made(node, dim) for node, dim in products), strict=False)
+        for node in filter(_is_table, body.nodes):
+            if large(node):
+                yield from zip(self._made(node, len(node.meta[SPEC].shape) - 1))
 
     def _hoisted(self, body: fx.Graph, early: set[fx.Node]) -> set[fx.Node]:
         """Projections of `early` conditions, but for those of which others are made, and these."""
@@ -66,7 +69,7 @@ class FeatureCuts:
         for node in body.nodes:
             if node.op == "call_function" and all(one in known or is_weight(one) for one in operands(node)):
                 known.add(node)
-                found |= {node} if is_condition(node) else set()
+                found |= {node} if is_condition(node) or _is_table(node) else set()
         before = {node: ancestors(operands(node)) & found for node in found}
         return {node for node in found if not before[node]} - set[fx.Node]().union(*before.values())
 
@@ -137,6 +140,11 @@ def _carries(node: fx.Node) -> bool:
     """Whether an operator shows a value or a part of it in another shape, or joins it with others."""
     packet = getattr(node.target, "overloadpacket", node.target)
     return packet in CARRIERS or ops.is_relayout(node.target)
+
+
+def _is_table(node: fx.Node) -> bool:
+    """Whether an operator looks up rows of a weight."""
+    return node.target is aten.embedding.default and is_weight(operands(node)[0])
 
 
 def _mixed_dim(node: fx.Node) -> int | None:

@@ -21,7 +21,6 @@ SPREAD = (*MODELS, "sana-1600m", "cogview4-6b", "hidream-dense", "z-image")
 TABLES = "tables of labels, or of pixels, are whole"
 MISSED = {
     "hidream-i1": "experts are opaque, as numpy says which tokens each gets",
-    "transformer-2d-vectorized": TABLES,
     "wan2.2-animate-14b": TABLES,
 }
 
