@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ CARRIERS = {*VIEWS, *JOINS, aten.slice, aten.narrow, aten.split, aten.split_with
 
 Seed = tuple[str, Layouts]
 """The name of a value, and the layouts to bring it into."""
+Origins = Mapping[fx.Node, frozenset[fx.Node]]
 Cut = tuple[Seed, ...]
 """Seeds that belong together."""
 
@@ -41,26 +42,32 @@ class FeatureCuts:
     mesh: Mesh
 
     def first(
-        self, body: fx.Graph, early: set[fx.Node], large: Callable[[fx.Node], bool] = lambda node: True
+        self, body: fx.Graph, early: set[fx.Node], large: Callable[[fx.Node, int], bool] = lambda *_: True
     ) -> Iterator[Cut]:
-        """Heads of attentions, features that a `large` product sums up, and those that one makes, or a table has, and
-        all need; but not of conditions that follow from `early` inputs, which are made before the blocks."""
-        hoisted, uses = self._hoisted(body, early), dict[fx.Node, list[tuple[fx.Node, int]]]()
+        """Heads of attentions, features that a `large` product (of weights of so many bytes) sums up, and those that
+        one makes, or a table has, and all need; but not of conditions that follow from `early` inputs, which are made
+        before the blocks."""
+        hoisted, weights = self._hoisted(body, early), _weights_behind(body)
+        uses: dict[frozenset[fx.Node], list[tuple[fx.Node, int]]] = {}
+
+        def held(node: fx.Node) -> int:
+            return sum(one.meta[SPEC].nbytes for source in operands(node) for one in weights.get(source, ()))
+
         for node in body.nodes:
             if node.target in ops.ATTENTIONS:
-                exits = tuple(self._exits(node))
+                exits = tuple(self._exits(node, weights))
                 for heads in self._heads(node):
                     yield (heads,)
                     if exits:
                         yield (heads, *exits)
-            elif node not in hoisted and (dim := _mixed_dim(node)) is not None and large(node):
-                uses.setdefault(operands(node)[1], []).append((node, dim))
+            elif node not in hoisted and (dim := _mixed_dim(node, weights)) is not None and large(node, held(node)):
+                uses.setdefault(weights[operands(node)[1]], []).append((node, dim))
         for products in uses.values():  # a weight that is used twice must be cut in both places
             yield from zip(*(self._summed(node, dim) for node, dim in products), strict=False)
         for products in uses.values():
             yield from zip(*(self._made(node, dim) for node, dim in products), strict=False)
         for node in filter(_is_table, body.nodes):
-            if large(node):
+            if large(node, held(node)):
                 yield from zip(self._made(node, len(node.meta[SPEC].shape) - 1))
 
     def _hoisted(self, body: fx.Graph, early: set[fx.Node]) -> set[fx.Node]:
@@ -94,7 +101,7 @@ class FeatureCuts:
                 yield from self._cut(node, dim, [found[0]])
             yield from self._cut(node, dim, self._inside(queries[dim]))
 
-    def _exits(self, attention: fx.Node) -> Iterator[Seed]:
+    def _exits(self, attention: fx.Node, weights: Origins) -> Iterator[Seed]:
         """Where the result of an attention, or a part of it, is used by something else than products with weights:
         there it is brought together, as what it is added to is whole."""
         carried = {attention}
@@ -102,7 +109,7 @@ class FeatureCuts:
             if _carries(node) and not carried.isdisjoint(operands(node)):
                 carried.add(node)
                 ends = (user for user in node.users if not _carries(user))
-                if isinstance(node.meta[SPEC], TensorSpec) and any(_mixed_dim(user) is None for user in ends):
+                if isinstance(node.meta[SPEC], TensorSpec) and any(_mixed_dim(user, weights) is None for user in ends):
                     yield node.name, (node.meta[LAYOUT].summed(),)
 
     def _inside(self, size: int) -> Iterator[Partition]:
@@ -142,16 +149,28 @@ def _carries(node: fx.Node) -> bool:
     return packet in CARRIERS or ops.is_relayout(node.target)
 
 
+def _weights_behind(body: fx.Graph) -> Origins:
+    """Of values that are made of nothing but weights (scaled, cast, transposed): these, as of weights themselves."""
+    found: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in body.nodes:
+        sources = operands(node) if node.op == "call_function" else []
+        if is_weight(node):
+            found[node] = frozenset({node})
+        elif sources and all(source in found for source in sources):
+            found[node] = frozenset().union(*(found[source] for source in sources))
+    return found
+
+
 def _is_table(node: fx.Node) -> bool:
     """Whether an operator looks up rows of a weight."""
     return node.target is aten.embedding.default and is_weight(operands(node)[0])
 
 
-def _mixed_dim(node: fx.Node) -> int | None:
+def _mixed_dim(node: fx.Node, weights: Origins) -> int | None:
     """The dim of features that a product or a convolution with a weight sums up, and of those that it makes."""
     sources = operands(node)
     one = isinstance(node.meta.get(SPEC), TensorSpec) and node.meta[SPEC].shape
-    if not one or not any(map(is_weight, sources)) or is_weight(sources[0]):
+    if not one or not any(source in weights for source in sources) or sources[0] in weights:
         return None
     packet, ndim = getattr(node.target, "overloadpacket", None), len(sources[0].meta[SPEC].shape)
     if packet in PRODUCTS and ndim == len(node.meta[SPEC].shape):

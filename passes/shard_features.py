@@ -10,10 +10,10 @@ from typing import ClassVar
 from torch import fx
 
 from xdit_ir.ir.facts import Fact
-from xdit_ir.ir.graphs import operands, placeholders
+from xdit_ir.ir.graphs import placeholders
 from xdit_ir.ir.hoist import early_inputs
 from xdit_ir.ir.mesh import FEATURES, Mesh
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_weight
+from xdit_ir.ir.program import LAYOUT, Program, TensorSpec, is_weight
 from xdit_ir.passes.feature_cuts import Cut, FeatureCuts, gathers
 from xdit_ir.passes.surroundings import surroundings
 from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode, Layouts
@@ -70,14 +70,14 @@ class ShardFeatures:
         everything = _Choice({}, LayoutGraph(self.mesh), weights, program_work(program, self.machine), 0.0)
         outside = dict[str, Layouts]()
         for name, block in around.items():
-            large = cuts.first(block.graph, set(), lambda node: self._share(node, everything) > WORTH)
+            large = cuts.first(block.graph, set(), lambda *product: self._share(*product, everything) > WORTH)
             outside |= self._best(run, name, cuts, large, everything).seeds
         return Propagation(program, self.mesh, inside=chosen).run(outside).replace(mesh=self.mesh)
 
-    def _share(self, product: fx.Node, whole: _Choice) -> float:
+    def _share(self, product: fx.Node, weights: int, whole: _Choice) -> float:
         """The parts of all weights and of all work that are those of one product."""
-        weights: int = sum(one.meta[SPEC].nbytes for one in filter(is_weight, operands(product)))
-        return weights / max(whole.weights, 1) + max(self.machine.node_work(product, None)) / max(whole.work, 1)
+        work = self.machine.node_work(product, None)[0]
+        return weights / max(whole.weights, 1) + work / max(whole.work, 1)
 
     def _best(self, run: Propagation, name: str, cuts: FeatureCuts, first: Iterable[Cut], whole: _Choice) -> _Choice:
         """Greedy: what is worth most for what it costs comes first. A cut is seldom worth more behind others, so only

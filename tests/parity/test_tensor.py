@@ -18,10 +18,8 @@ DEGREES = ({"tensor": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 3}, {"tensor":
 SPREAD = (*MODELS, "sana-1600m", "cogview4-6b", "hidream-dense", "z-image")
 
 # Tiny models of which a rank has more of the weights of blocks, or of all work, than it should at tensor=2.
-TABLES = "tables of labels, or of pixels, are whole"
 MISSED = {
     "hidream-i1": "experts are opaque, as numpy says which tokens each gets",
-    "wan2.2-animate-14b": TABLES,
 }
 
 

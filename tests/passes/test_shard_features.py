@@ -166,6 +166,39 @@ def test_a_weight_that_is_cut_in_two_ways_is_stored_in_two() -> None:
     assert len({node.target for node in held}) == len({node.meta[LAYOUT] for node in held}) == 2
 
 
+class Scaled(nn.Module):
+    """Weights are scaled before they are used; heads of the second half go on without a product behind them."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(size)) for size in ((4 * width, width), (width, 4 * width)))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (one.unflatten(-1, (4, -1)).transpose(1, 2) for one in self.qkv(x).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + torch.cat([self.out(mixed[:, :5]), mixed[:, 5:]], 1)
+        return x + F.linear(F.gelu(F.linear(x, self.up * 0.1)), self.down * 0.1)
+
+
+class Labelled(nn.Module):
+    """Every layer has a table of its own."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.table, self.mix = nn.Embedding(500, width), Attention(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(x + self.table(x[:, 0, :2].abs().sum(-1).long()).unsqueeze(1))
+
+
+@pytest.mark.parametrize("kind", [Scaled, Labelled])
+def test_weights_that_are_scaled_and_tables_are_divided(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    report = divided(Stack(kind).eval(), tensor=2).report()
+    assert report.weight_share <= 0.53 and report.share <= 0.52
+
+
 class Unrolled(nn.Module):
     """Layers in one module, so that there are no blocks."""
 
