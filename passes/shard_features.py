@@ -70,7 +70,7 @@ class ShardFeatures:
         everything = _Choice({}, LayoutGraph(self.mesh), weights, program_work(program, self.machine), 0.0)
         outside = dict[str, Layouts]()
         for name, block in around.items():
-            large = cuts.first(block.graph, set(), lambda *product: self._share(*product, everything) > WORTH)
+            large = cuts.first(block.graph, set(), lambda node, held: self._share(node, held, everything) > WORTH)
             outside |= self._best(run, name, cuts, large, everything).seeds
         return Propagation(program, self.mesh, inside=chosen).run(outside).replace(mesh=self.mesh)
 
