@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +41,10 @@ class FeatureCuts:
     program: Program
     mesh: Mesh
 
-    def first(
-        self, body: fx.Graph, early: set[fx.Node], large: Callable[[fx.Node, int], bool] = lambda *_: True
-    ) -> Iterator[Cut]:
-        """Heads of attentions, features that a `large` product (of weights of so many bytes) sums up, and those that
-        one makes, or a table has, and all need; but not of conditions that follow from `early` inputs, which are made
-        before the blocks."""
+    def first(self, body: fx.Graph, early: set[fx.Node], least: float = 0) -> Iterator[Cut]:
+        """Heads of attentions, features that a product with more than the `least` bytes of weights sums up, and those
+        that one makes, or a table has, and all need; but not of conditions that follow from `early` inputs, which are
+        made before the blocks."""
         hoisted, weights = self._hoisted(body, early), _weights_behind(body)
         uses: dict[frozenset[fx.Node], list[tuple[fx.Node, int]]] = {}
 
@@ -60,14 +58,14 @@ class FeatureCuts:
                     yield (heads,)
                     if exits:
                         yield (heads, *exits)
-            elif node not in hoisted and (dim := _mixed_dim(node, weights)) is not None and large(node, held(node)):
+            elif node not in hoisted and (dim := _mixed_dim(node, weights)) is not None and held(node) > least:
                 uses.setdefault(weights[operands(node)[1]], []).append((node, dim))
         for products in uses.values():  # a weight that is used twice must be cut in both places
             yield from zip(*(self._summed(node, dim) for node, dim in products), strict=False)
         for products in uses.values():
             yield from zip(*(self._made(node, dim) for node, dim in products), strict=False)
         for node in filter(_is_table, body.nodes):
-            if large(node, held(node)):
+            if held(node) > least:
                 yield from zip(self._made(node, len(node.meta[SPEC].shape) - 1))
 
     def _hoisted(self, body: fx.Graph, early: set[fx.Node]) -> set[fx.Node]:

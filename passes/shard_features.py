@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import fx
-
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import placeholders
 from xdit_ir.ir.hoist import early_inputs
@@ -20,7 +18,8 @@ from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode, Layouts
 from xdit_ir.sharding.machine import Machine, program_work
 from xdit_ir.sharding.propagate import Propagation, Seeds
 
-# The part of the weights (and work) of a block, or of all, that must be saved for one more cut to be worth it.
+# The part of a block's weights (and work) that must be saved for it to be worth to divide them once more; and that of
+# all weights that a product around the blocks has, of which half is saved: so for other inputs it is no other one.
 WORTH = 0.002
 AROUND = "around the blocks"
 
@@ -70,19 +69,16 @@ class ShardFeatures:
         everything = _Choice({}, LayoutGraph(self.mesh), weights, program_work(program, self.machine), 0.0)
         outside = dict[str, Layouts]()
         for name, block in around.items():
-            large = cuts.first(block.graph, set(), lambda node, held: self._share(node, held, everything) > WORTH)
-            outside |= self._best(run, name, cuts, large, everything).seeds
+            first = cuts.first(block.graph, set(), WORTH * weights)
+            outside |= self._best(run, name, cuts, first, everything, WORTH / 2).seeds
         return Propagation(program, self.mesh, inside=chosen).run(outside).replace(mesh=self.mesh)
 
-    def _share(self, product: fx.Node, weights: int, whole: _Choice) -> float:
-        """The parts of all weights and of all work that are those of one product."""
-        work = self.machine.node_work(product, None)[0]
-        return weights / max(whole.weights, 1) + work / max(whole.work, 1)
-
-    def _best(self, run: Propagation, name: str, cuts: FeatureCuts, first: Iterable[Cut], whole: _Choice) -> _Choice:
+    def _best(
+        self, run: Propagation, name: str, cuts: FeatureCuts, first: Iterable[Cut], whole: _Choice, least: float = WORTH
+    ) -> _Choice:
         """Greedy: what is worth most for what it costs comes first. A cut is seldom worth more behind others, so only
         the best is tried anew, until it stays the best; and every one before the search ends. What is saved counts as
-        a part of the `whole`."""
+        a part of the `whole`, and must be more than the `least`."""
         best, worth = self._tried(run, name, {}), dict.fromkeys(first, math.inf)
         tried: dict[Cut, _Choice] = {}
         while worth:
@@ -90,7 +86,7 @@ class ShardFeatures:
             if cut not in tried:
                 tried[cut] = one = self._tried(run, name, {**best.seeds, **dict(cut)})
                 gain = self._gain(one, best, whole)
-                worth[cut] = gain / self._cost(one, best) if gain > WORTH else 0.0
+                worth[cut] = gain / self._cost(one, best) if gain > least else 0.0
             elif worth[cut]:
                 best, tried = tried[cut], {}
                 known = worth | {one: math.inf for one in cuts.stuck(best.draft) if one not in worth}
