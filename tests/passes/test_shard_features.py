@@ -150,6 +150,12 @@ def test_what_stands_around_the_blocks_is_divided(degrees: dict[str, int]) -> No
     assert all("tensor" not in layout.dividing_dims(parallel.ir.mesh) for layout in made)
 
 
+def test_other_inputs_make_no_other_choice() -> None:
+    """What a program for other inputs needs is there, where the model has given its weights up."""
+    few, many = (xir.trace(Encoded().eval(), (torch.randn(2, tokens, 24),)) for tokens in (4, 400))
+    assert few.parallelize(tensor=2).ir.stored == many.parallelize(tensor=2).ir.stored
+
+
 class Tied(Encoded):
     """One layer's weights are used outside of it too, and cut in another way there."""
 
