@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from xdit_ir.ir import ops
@@ -13,16 +15,21 @@ from xdit_ir.ir.hoist import ancestors
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import FEATURES, Mesh
 from xdit_ir.ir.partition import Partition
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_weight
+from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_weight
 from xdit_ir.passes.divide_conditions import is_condition
 from xdit_ir.passes.find_tokens import JOINS, segments_of, units_of
 from xdit_ir.rules.attentions import parts_of_heads
 from xdit_ir.rules.contractions import RULES as PRODUCTS
 from xdit_ir.rules.convolutions import space_of
+from xdit_ir.rules.views import RULES as VIEWS
 from xdit_ir.sharding.layout_graph import LayoutGraph, Layouts
+
+aten = torch.ops.aten
+CARRIERS = {*VIEWS, *JOINS, aten.slice, aten.narrow, aten.split, aten.split_with_sizes, operator.getitem}
 
 Seed = tuple[str, Layouts]
 """The name of a value, and the layouts to bring it into."""
+Origins = Mapping[fx.Node, frozenset[fx.Node]]
 Cut = tuple[Seed, ...]
 """Seeds that belong together."""
 
@@ -34,19 +41,32 @@ class FeatureCuts:
     program: Program
     mesh: Mesh
 
-    def first(self, body: fx.Graph, early: set[fx.Node]) -> Iterator[Cut]:
-        """Heads of attentions, features that a product sums up, and those that one makes and all need; but not of
-        conditions that follow from `early` inputs, which are made before the blocks."""
-        hoisted, uses = self._hoisted(body, early), dict[fx.Node, list[tuple[fx.Node, int]]]()
+    def first(self, body: fx.Graph, early: set[fx.Node], least: float = 0) -> Iterator[Cut]:
+        """Heads of attentions, features that a product with more than the `least` bytes of weights sums up, and those
+        that one makes, or a table has, and all need; but not of conditions that follow from `early` inputs, which are
+        made before the blocks."""
+        hoisted, weights = self._hoisted(body, early), _weights_behind(body)
+        uses: dict[frozenset[fx.Node], list[tuple[fx.Node, int]]] = {}
+
+        def held(node: fx.Node) -> int:
+            return sum(one.meta[SPEC].nbytes for source in operands(node) for one in weights.get(source, ()))
+
         for node in body.nodes:
             if node.target in ops.ATTENTIONS:
-                yield from map(_alone, self._heads(node))
-            elif node not in hoisted and (dim := _mixed_dim(node)) is not None:
-                uses.setdefault(operands(node)[1], []).append((node, dim))
+                exits = tuple(self._exits(node, weights))
+                for heads in self._heads(node):
+                    yield (heads,)
+                    if exits:
+                        yield (heads, *exits)
+            elif node not in hoisted and (dim := _mixed_dim(node, weights)) is not None and held(node) > least:
+                uses.setdefault(weights[operands(node)[1]], []).append((node, dim))
         for products in uses.values():  # a weight that is used twice must be cut in both places
             yield from zip(*(self._summed(node, dim) for node, dim in products), strict=False)
         for products in uses.values():
             yield from zip(*(self._made(node, dim) for node, dim in products), strict=False)
+        for node in filter(_is_table, body.nodes):
+            if held(node) > least:
+                yield from zip(self._made(node, len(node.meta[SPEC].shape) - 1))
 
     def _hoisted(self, body: fx.Graph, early: set[fx.Node]) -> set[fx.Node]:
         """Projections of `early` conditions, but for those of which others are made, and these."""
@@ -54,7 +74,7 @@ class FeatureCuts:
         for node in body.nodes:
             if node.op == "call_function" and all(one in known or is_weight(one) for one in operands(node)):
                 known.add(node)
-                found |= {node} if is_condition(node) else set()
+                found |= {node} if is_condition(node) or _is_table(node) else set()
         before = {node: ancestors(operands(node)) & found for node in found}
         return {node for node in found if not before[node]} - set[fx.Node]().union(*before.values())
 
@@ -78,6 +98,17 @@ class FeatureCuts:
             if found is not None:
                 yield from self._cut(node, dim, [found[0]])
             yield from self._cut(node, dim, self._inside(queries[dim]))
+
+    def _exits(self, attention: fx.Node, weights: Origins) -> Iterator[Seed]:
+        """Where the result of an attention, or a part of it, is used by something else than products with weights:
+        there it is brought together, as what it is added to is whole."""
+        carried = {attention}
+        for node in attention.graph.nodes:
+            if _carries(node) and not carried.isdisjoint(operands(node)):
+                carried.add(node)
+                ends = (user for user in node.users if not _carries(user))
+                if isinstance(node.meta[SPEC], TensorSpec) and any(_mixed_dim(user, weights) is None for user in ends):
+                    yield node.name, (node.meta[LAYOUT].summed(),)
 
     def _inside(self, size: int) -> Iterator[Partition]:
         """A dim of which heads are the inner factor: those of each sample."""
@@ -110,14 +141,34 @@ def gathers(cut: Cut) -> bool:
     return any(len(layouts) > 1 for _, layouts in cut)
 
 
-def _alone(seed: Seed) -> Cut:
-    return (seed,)
+def _carries(node: fx.Node) -> bool:
+    """Whether an operator shows a value or a part of it in another shape, or joins it with others."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return packet in CARRIERS or ops.is_relayout(node.target)
 
 
-def _mixed_dim(node: fx.Node) -> int | None:
+def _weights_behind(body: fx.Graph) -> Origins:
+    """Of values that are made of nothing but weights (scaled, cast, transposed): these, as of weights themselves."""
+    found: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in body.nodes:
+        sources = operands(node) if node.op == "call_function" else []
+        if is_weight(node):
+            found[node] = frozenset({node})
+        elif sources and all(source in found for source in sources):
+            found[node] = frozenset().union(*(found[source] for source in sources))
+    return found
+
+
+def _is_table(node: fx.Node) -> bool:
+    """Whether an operator looks up rows of a weight."""
+    return node.target is aten.embedding.default and is_weight(operands(node)[0])
+
+
+def _mixed_dim(node: fx.Node, weights: Origins) -> int | None:
     """The dim of features that a product or a convolution with a weight sums up, and of those that it makes."""
     sources = operands(node)
-    if not any(map(is_weight, sources)) or is_weight(sources[0]) or not node.meta[SPEC].shape:
+    one = isinstance(node.meta.get(SPEC), TensorSpec) and node.meta[SPEC].shape
+    if not one or not any(source in weights for source in sources) or sources[0] in weights:
         return None
     packet, ndim = getattr(node.target, "overloadpacket", None), len(sources[0].meta[SPEC].shape)
     if packet in PRODUCTS and ndim == len(node.meta[SPEC].shape):

@@ -1,30 +1,32 @@
-"""`shard-features`: divide heads and features of blocks, and with them weights, over the mesh dim `tensor`."""
+"""`shard-features`: divide heads and features, and with them weights, over the mesh dim `tensor`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
-
-from torch import fx
 
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import placeholders
 from xdit_ir.ir.hoist import early_inputs
 from xdit_ir.ir.mesh import FEATURES, Mesh
-from xdit_ir.ir.program import LAYOUT, WEIGHT, Program, TensorSpec
+from xdit_ir.ir.program import LAYOUT, Program, TensorSpec, is_weight
 from xdit_ir.passes.feature_cuts import Cut, FeatureCuts, gathers
-from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode
-from xdit_ir.sharding.machine import Machine
+from xdit_ir.passes.surroundings import surroundings
+from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode, Layouts
+from xdit_ir.sharding.machine import Machine, program_work
 from xdit_ir.sharding.propagate import Propagation, Seeds
 
-# The part of a block's weights (and work) that must be saved for it to be worth to divide them once more.
+# The part of a block's weights (and work) that must be saved for it to be worth to divide them once more; and that of
+# all weights that a product around the blocks has, of which half is saved: so for other inputs it is no other one.
 WORTH = 0.002
+AROUND = "around the blocks"
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Seeds in a block and what it costs with them: bytes of the fullest rank, ticks of the slowest, seconds sent."""
+    """Seeds in a graph and what it costs with them: bytes of the fullest rank, ticks of the slowest, seconds sent."""
 
     seeds: Seeds
     draft: LayoutGraph
@@ -41,7 +43,8 @@ class ShardFeatures:
     Cuts of heads and of summed features are tried one by one, and followed by the rules to weights on both sides, to
     fused projections, which are cut by parts, and to sums over ranks. The one that saves most weights and work for the
     seconds that it costs is kept, then the next one, as long as one saves anything. What a block is given and returns
-    stays as it is; a block in which nothing can be cut is not divided, and the report says so.
+    stays as it is; a block in which nothing can be cut is not divided, and the report says so. What stands around the
+    blocks is divided in the same way, where it is a part of the model that is worth it.
     """
 
     name: ClassVar[str] = "shard-features"
@@ -53,26 +56,37 @@ class ShardFeatures:
     machine: Machine = field(default_factory=Machine)
 
     def apply(self, program: Program) -> Program:
-        """The program whose blocks work on each rank's heads and features."""
+        """The program whose ranks work on their heads and features."""
         if self.mesh.size(FEATURES) == 1:
             return program
-        run, early = Propagation(program, self.mesh), early_inputs(program)
-        chosen = {name: self._best(run, name, early.get(name, set())).seeds for name in program.blocks}
-        return Propagation(program, self.mesh, inside=chosen).run().replace(mesh=self.mesh)
+        cuts, early = FeatureCuts(program, self.mesh), early_inputs(program)
+        around = {block.name: block for block in surroundings(program, AROUND)}
+        run, chosen = Propagation(program.replace(blocks={**program.blocks, **around}), self.mesh), dict[str, Seeds]()
+        for name, block in program.blocks.items():
+            first, whole = cuts.first(block.graph, early.get(name, set())), self._tried(run, name, {})
+            chosen[name] = self._best(run, name, cuts, first, whole).seeds
+        weights = sum(spec.nbytes for spec in program.state.values())
+        everything = _Choice({}, LayoutGraph(self.mesh), weights, program_work(program, self.machine), 0.0)
+        outside = dict[str, Layouts]()
+        for name, block in around.items():
+            first = cuts.first(block.graph, set(), WORTH * weights)
+            outside |= self._best(run, name, cuts, first, everything, WORTH / 2).seeds
+        return Propagation(program, self.mesh, inside=chosen).run(outside).replace(mesh=self.mesh)
 
-    def _best(self, run: Propagation, name: str, early: set[fx.Node]) -> _Choice:
+    def _best(
+        self, run: Propagation, name: str, cuts: FeatureCuts, first: Iterable[Cut], whole: _Choice, least: float = WORTH
+    ) -> _Choice:
         """Greedy: what is worth most for what it costs comes first. A cut is seldom worth more behind others, so only
-        the best is tried anew, until it stays the best; and every one before the search ends."""
-        body, cuts = run.program.blocks[name].graph, FeatureCuts(run.program, self.mesh)
-        best = whole = self._tried(run, name, {})
-        worth = dict.fromkeys(cuts.first(body, early), math.inf)
+        the best is tried anew, until it stays the best; and every one before the search ends. What is saved counts as
+        a part of the `whole`, and must be more than the `least`."""
+        best, worth = self._tried(run, name, {}), dict.fromkeys(first, math.inf)
         tried: dict[Cut, _Choice] = {}
         while worth:
             cut = max(worth, key=lambda one: (worth[one] > 0 and not gathers(one), worth[one], one not in tried))
             if cut not in tried:
                 tried[cut] = one = self._tried(run, name, {**best.seeds, **dict(cut)})
                 gain = self._gain(one, best, whole)
-                worth[cut] = gain / self._cost(one, best) if gain > WORTH else 0.0
+                worth[cut] = gain / self._cost(one, best) if gain > least else 0.0
             elif worth[cut]:
                 best, tried = tried[cut], {}
                 known = worth | {one: math.inf for one in cuts.stuck(best.draft) if one not in worth}
@@ -85,7 +99,7 @@ class ShardFeatures:
         layouts = tuple(given.meta[LAYOUT] for given in placeholders(run.program.blocks[name].graph))
         draft = run.drafted(name, layouts, None, seeds)
         seconds = self.machine.exchange_seconds(self.mesh, draft.traffic())
-        weights = sum(self._held(step) for step in draft.steps if WEIGHT in step.node.meta and not step.relayout)
+        weights = sum(self._held(step) for step in draft.steps if is_weight(step.node) and not step.relayout)
         return _Choice(seeds, draft, weights, max(draft.work(self.machine)), seconds)
 
     def _held(self, weight: LayoutNode) -> int:
@@ -100,7 +114,7 @@ class ShardFeatures:
         if one.weights >= before.weights or one.work > before.work:
             return 0.0
         work = (before.work - one.work) / max(whole.work, 1)
-        return (before.weights - one.weights) / whole.weights + work
+        return (before.weights - one.weights) / max(whole.weights, 1) + work
 
     def _cost(self, one: _Choice, before: _Choice) -> float:
         return max(one.seconds - before.seconds, self.machine.latency / 8)

@@ -46,20 +46,24 @@ def cut_outside(program: Program, dims: Collection[str]) -> Program:
     each kind of them once."""
     graph, stored, mesh = copy_graph(program.graph), dict(program.stored), program.mesh
     assert mesh is not None
-    for weight in list(graph.find_nodes(op="get_attr")):
-        name, parts = str(weight.target), dict[Layout, list[fx.Node]]()
-        for use in weight.users:
+    named: dict[str, list[fx.Node]] = {}
+    for weight in graph.find_nodes(op="get_attr"):
+        named.setdefault(str(weight.target), []).append(weight)
+    for name, weights in named.items():
+        parts = dict[Layout, list[fx.Node]]()
+        for use in (use for weight in weights for use in weight.users):
             parts.setdefault(use.meta[LAYOUT] if use.target is ops.shard else Layout(()), []).append(use)
         if name not in program.state or not all(layout.dividing_dims(mesh) & {*dims} for layout in parts):
             continue
         for count, (layout, uses) in enumerate(parts.items(), 1):
             key = f"{STORED}.{name}" if count == 1 else f"{STORED}.{name}-{count}"
-            stored.setdefault(key, Stored(weight.meta[SPEC], ((name, 0),)))  # else as an earlier program has it
+            stored.setdefault(key, Stored(weights[0].meta[SPEC], ((name, 0),)))  # else as an earlier program has it
             part = stored_node(graph, key, stored[key], layout)
             for use in uses:
                 use.replace_all_uses_with(part)
                 graph.erase_node(use)
-        graph.erase_node(weight)
+        for weight in weights:
+            graph.erase_node(weight)
     return program.replace(graph=graph, stored=stored)
 
 

@@ -18,24 +18,8 @@ DEGREES = ({"tensor": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 3}, {"tensor":
 SPREAD = (*MODELS, "sana-1600m", "cogview4-6b", "hidream-dense", "z-image")
 
 # Tiny models of which a rank has more of the weights of blocks, or of all work, than it should at tensor=2.
-ALIKE = "no two layers are alike, so that there are no blocks"
-OUTSIDE = "much of so small a model stands outside of its blocks"
-TABLES = "tables of labels, or of pixels, are whole"
 MISSED = {
-    "anyflow-far-joint": ALIKE,
-    "dit-xl-2-256": TABLES,
-    "easyanimate-5.1": OUTSIDE,
-    "fibo-2": OUTSIDE,
     "hidream-i1": "experts are opaque, as numpy says which tokens each gets",
-    "hunyuanimage-2.1": OUTSIDE,
-    "hunyuanvideo-1.5": OUTSIDE,
-    "hunyuanvideo-1.5-i2v": OUTSIDE,
-    "plain-uvit": OUTSIDE,
-    "transformer-2d-patched": TABLES,
-    "transformer-2d-vectorized": TABLES,
-    "wan-animate-2": OUTSIDE,
-    "wan-animate-2-reference": ALIKE,
-    "wan2.2-animate-14b": TABLES,
 }
 
 

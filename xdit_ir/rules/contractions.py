@@ -120,10 +120,7 @@ def _of_integers(call: OpCall) -> Labels:
 
 def _in_multiples(call: OpCall, count: int) -> str | None:
     """Columns, if they would be divided in multiples of this; else they stay whole."""
-    operands = zip(call.slots, call.layouts, strict=True)
-    parts = [one.dims[-1] for name, one in operands if name in ("mat2", "scale_b", "bias") and one.dims]
-    sizes = (size for part in parts if part is not None for size in part.sizes)
-    return None if any(size % count for size in sizes) else COLUMNS
+    return COLUMNS if _come_in(call, count, mat2=-1, scale_b=-1, bias=-1) else None
 
 
 def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -144,10 +141,24 @@ def _padded(call: OpCall, sharding: OpSharding) -> Localize | None:
 
 
 def _grouped(call: OpCall) -> Labels:
-    """Products of as many matrices: where both operands have a dim of groups these are free, and rows; else nothing."""
-    if any(len(spec.shape) != 3 for spec in call.specs[:2]):
+    """Products of as many matrices: columns and what is summed up are free in parts that kernels take; where both
+    operands have a dim of groups these are, and rows; of rows in groups by `offs` each rank has all."""
+    given = dict(zip(call.slots, call.specs, strict=True))
+    left, right = (len(given[name].shape) for name in ("self", "mat2"))
+    if right != 3 or "bias" in given:
         return by_argument(call, (None,) * len(call.out.shape))
-    return by_argument(call, ("group", ROWS, None), self=("group", ROWS, None), mat2=("group", None, None))
+    count = max(16 // given["self"].dtype.itemsize, 1)
+    inner = INNER if _come_in(call, count, self=left - 1, mat2=1) else None
+    columns = COLUMNS if _come_in(call, count, mat2=2) else None
+    outer: Names = ("group", ROWS) if left == 3 else (None,)
+    return by_argument(call, (*outer, columns), self=(*outer, inner), mat2=(*outer[:1], inner, columns))
+
+
+def _come_in(call: OpCall, count: int, **dims: int) -> bool:
+    """Whether all parts of these operands' dims have sizes that are multiples of this."""
+    places = zip(call.slots, call.layouts, strict=True)
+    parts = (layout.dims[dims[name]] for name, layout in places if name in dims and layout.dims)
+    return not any(size % count for part in parts if part is not None for size in part.sizes)
 
 
 def _outer(call: OpCall) -> Labels:
@@ -210,7 +221,7 @@ RULES = {
     **rules_of(_contraction(_einsum), aten.einsum),
     **rules_of(verified(labelled(_scaled)), aten._scaled_mm),
     **rules_of(verified(labelled(_of_integers, _padded)), aten._int_mm),
-    **rules_of(labelled(_grouped), aten._grouped_mm),
+    **rules_of(verified(_contraction(_grouped)), aten._grouped_mm),
     **rules_of(_contraction(_outer), aten.outer, aten.ger),
     **rules_of(_contraction(_vecdot), aten.linalg_vecdot),
     **rules_of(_contraction(_tensordot), aten.tensordot),

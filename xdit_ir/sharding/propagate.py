@@ -284,12 +284,19 @@ class _GraphPropagation:
 
     def _call(self, node: fx.Node, sources: list[LayoutNode]) -> LayoutNode:
         name = called_block(node)
-        sources = [self.convert(source, source.layout.summed()) for source in sources]
-        for layouts in self.run.block_input_fixpoint(name, tuple(source.layout for source in sources)):
-            sources = [self.convert(source, want) for source, want in zip(sources, layouts, strict=True)]
+        *_, layouts = self.run.block_input_fixpoint(name, tuple(self._given(source.layout) for source in sources))
+        sources = [self.convert(source, want) for source, want in zip(sources, layouts, strict=True)]
         new = self._add(node, node.target, sources, self.run.body(name, layouts).draft.outputs)
         new.body = (name, layouts, None)
         return new
+
+    def _given(self, layout: Layout) -> Layout:
+        """What a block is given: sums; and whole features, where seeds inside of blocks say how these are divided."""
+        mesh, features = self.run.mesh, frozenset(FEATURES)
+        if self.run.inside and not layout.dividing_dims(mesh).isdisjoint(features):
+            dims = ((dim, part) for dim, part in enumerate(layout.dims) if mesh.dividing_dims(part) & features)
+            layout = layout.with_dims({dim: mesh.gathered(part, features) for dim, part in dims if part})
+        return layout.summed()
 
     def _output(self, node: fx.Node) -> None:
         results = [self.env[value] for value in operands(node)]
