@@ -6,6 +6,7 @@ import argparse
 import array
 import collections
 import contextvars
+import copy
 import ctypes
 import enum
 import io
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 
 from xdit_ir.capture import trace
-from xdit_ir.errors import TraceError
+from xdit_ir.capture.inputs import bind_inputs
+from xdit_ir.errors import MismatchError, TraceError
 
 X = torch.arange(6.0).reshape(2, 3)
 
@@ -173,6 +175,37 @@ def test_numbers_of_a_generator_are_refused() -> None:
 
     with pytest.raises(TraceError, match=r"torch\.Generator"):
         trace(Draws(), (X,))
+
+
+def test_a_generator_that_forward_is_given_and_leaves_alone_may_be_any() -> None:
+    class Ignores(nn.Module):
+        def forward(self, x: torch.Tensor, generator: Any = None) -> torch.Tensor:
+            return x * (2 if generator is None or generator.device.type == "cpu" else 3)
+
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    program = trace(Ignores(), {"x": X, "generator": generators[0]})
+    generators[0].manual_seed(2)
+    for generator in generators:
+        [given_x] = bind_inputs(Ignores(), program, (X, generator), {})
+        assert given_x is X
+    with pytest.raises(MismatchError, match="generator"):
+        bind_inputs(Ignores(), program, (X,), {})
+
+
+@pytest.mark.parametrize("read", [lambda given: given.get_state(), lambda given: given.initial_seed(), copy.copy])
+def test_what_depends_on_the_state_of_a_given_generator_is_refused(read: Callable[[torch.Generator], Any]) -> None:
+    class Reads(nn.Module):
+        def forward(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            read(generator)
+            return x * 2
+
+    class Draws(nn.Module):
+        def forward(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            return x * torch.rand(3, generator=generator)
+
+    for model in (Reads(), Draws()):
+        with pytest.raises(TraceError, match=r"torch\.Generator"):
+            trace(model, (X, torch.Generator()))
 
 
 @pytest.mark.parametrize("name", ["table", "x"])

@@ -33,6 +33,7 @@ from xdit_ir.capture.finish import (
     used_state,
 )
 from xdit_ir.capture.flex import uncompiled
+from xdit_ir.capture.generators import given_generator
 from xdit_ir.capture.identity import Identities
 from xdit_ir.capture.inputs import call_arguments, flatten_named, layout_of, sharing
 from xdit_ir.capture.instrument import Calls, instrument
@@ -104,7 +105,7 @@ class Attempt:
         recorder = Recorder(device)
         recorder.selections = selections
         values = {path: _input(recorder, path, x) for path, x in leaves if isinstance(x, torch.Tensor)}
-        args = {path: values[path].fake if path in values else leaf for path, leaf in leaves}
+        args = {path: values[path].fake if path in values else given_generator(leaf) for path, leaf in leaves}
         if self.keep:  # one tensor for two arguments is one in forward too; who calls compares that
             first: dict[int, str] = {}
             args |= {path: args[first.setdefault(id(x), path)] for path, x in leaves if path in values}

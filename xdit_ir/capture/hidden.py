@@ -44,6 +44,14 @@ def _put_numpy(item: Any, state: Any) -> None:
     _bits(item).state = state
 
 
+def _torch(item: torch.Generator) -> bytes:
+    return bytes(torch.Generator.get_state(item).untyped_storage().tolist())  # a pickled tensor has its address
+
+
+def _put_torch(item: torch.Generator, state: bytes) -> None:
+    torch.Generator.set_state(item, torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
 def _bits(item: Any) -> Any:
     return getattr(item, "bit_generator", item)
 
@@ -57,7 +65,7 @@ _KINDS: tuple[_Kind, ...] = (
     (random.Random, random.Random.getstate, random.Random.setstate),
     (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
     ((np.random.Generator, np.random.BitGenerator), _numpy, _put_numpy),
-    (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
+    (torch.Generator, _torch, _put_torch),
     (array.array, lambda item: (item.typecode, item.tobytes()), _put_array),
     (memoryview, memoryview.tobytes, _put_memory),
     ((io.BytesIO, io.StringIO), lambda item: (item.getvalue(), item.tell()), _put_file),

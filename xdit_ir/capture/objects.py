@@ -40,6 +40,8 @@ def snapshot(leaf: Any) -> Any:
     """An input that is no tensor, so that it can be compared with later ones even if it is changed in place."""
     if isinstance(leaf, (type, types.ModuleType, nn.Module, ClassMark)):
         return leaf
+    if type(leaf) is torch.Generator:  # forward cannot have looked at its state
+        return Snapshot(torch.Generator, str(leaf.device))
     if isinstance(leaf, ATOMS):
         return Snapshot(type(leaf), describe(leaf)) if getattr(leaf, "__dict__", None) else leaf
     if is_opaque(type(leaf)) and not isinstance(leaf, _OPEN):

@@ -16,6 +16,7 @@ from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.report import Report
+from xdit_ir.transport.handshake import fact
 
 # Seconds that a call must save, as FLOPs at full speed: a trace takes seconds, and most kernels are slower than that.
 SAVED = 0.002
@@ -129,6 +130,6 @@ def _elements(given: Any) -> int:
 
 
 def _shapes(given: Any) -> Any:
-    """What calls are told apart by: shapes and dtypes of tensors, and which other arguments there are."""
+    """What calls are told apart by, alike on all ranks: shapes and dtypes of tensors, and other arguments as facts."""
     leaves, spec = pytree.tree_flatten((list(given.args), dict(given.kwargs)))
-    return spec, [(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves]
+    return spec, [(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else fact(x) for x in leaves]
