@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -74,18 +75,41 @@ def test_an_encoder_that_cannot_be_divided_runs_whole_and_says_so() -> None:
     """As long as it has weights; once it has given them up, a call that cannot be divided is refused by name."""
     pipe, calls = pipelines.with_encoders(["llama"])
     encoder, given = pipe.llama, calls["llama"]
+    forward = encoder.forward
+
+    @functools.wraps(forward)
+    def once(streamed: bool = False, **kwargs: Any) -> Any:
+        return iter(forward(**kwargs)) if streamed else forward(**kwargs)
+
+    encoder.forward = once
     xir.port(pipe, stream_weights=True)
     with torch.no_grad():
-        with pytest.warns(UserWarning, match="runs whole, with all of its weights: forward returns a DynamicCache"):
-            whole = pipe.llama(**given | {"use_cache": True, "return_dict": True})
+        with pytest.warns(UserWarning, match="runs whole, with all of its weights: forward returns a tuple_iterator"):
+            [whole, *_] = pipe.llama(**given, streamed=True)
         with pytest.raises(xir.ParallelizeError, match="the last call ran whole on every rank"):
             pipe.llama.report()
         assert not any(x.is_meta for x in encoder.parameters())
         divided = pipe.llama(**given)
-        torch.testing.assert_close(divided[0], whole.last_hidden_state)
+        torch.testing.assert_close(divided[0], whole)
         assert pipe.llama.report().gathered.uploaded and all(x.is_meta for x in encoder.parameters())
-        with pytest.raises(xir.XditError, match=r"cannot be divided, and weights are divided already: .*DynamicCache"):
-            pipe.llama(**given | {"use_cache": True, "return_dict": True})
+        with pytest.raises(xir.XditError, match=r"cannot be divided, and weights are divided already: .*iterator"):
+            pipe.llama(**given, streamed=True)
+
+
+def test_keys_and_values_that_an_encoder_returns_in_a_cache_are_followed() -> None:
+    """As encoders of transformers do where nothing is said of `use_cache`."""
+    pipe, calls = pipelines.with_encoders(["llama"])
+    given = calls["llama"] | {"use_cache": True, "return_dict": True}
+    with torch.no_grad():
+        want = pipe.llama(**given)
+        parallel = xir.trace(pipe.llama, given).parallelize(ulysses=2)
+        found = parallel.simulate(pipe.llama, given)[1]
+    assert parallel.report().share <= 0.54
+    torch.testing.assert_close(found.last_hidden_state, want.last_hidden_state)
+    kept, wanted = found.past_key_values, want.past_key_values
+    assert type(kept) is type(wanted) and kept.get_seq_length() == wanted.get_seq_length() > 0
+    for mine, other in zip(kept.layers, wanted.layers, strict=True):
+        torch.testing.assert_close((mine.keys, mine.values), (other.keys, other.values))
 
 
 def test_only_encoders_of_texts_and_what_is_named_give_weights_up() -> None:

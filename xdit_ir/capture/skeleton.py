@@ -256,7 +256,7 @@ def is_plain_object(kind: type) -> bool:
 
 
 def _is_plain_class(base: type) -> bool:
-    return bool(base.__flags__ & _HEAP_TYPE) and "__slots__" not in base.__dict__
+    return bool(base.__flags__ & _HEAP_TYPE) and not base.__dict__.get("__slots__")  # an interface's may be empty
 
 
 def _state_names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
