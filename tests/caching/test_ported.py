@@ -203,3 +203,17 @@ def test_the_context_says_which_step_it_is(flux: tuple[Any, dict[str, Any]]) -> 
         module._reset_stateful_cache()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, torch.as_tensor(other), rtol=0, atol=1e-5)
+
+
+def test_a_request_that_ends_is_no_reason_to_trace_anew(flux: tuple[Any, dict[str, Any]]) -> None:
+    """Pipelines reset hooks at the end of a call, also those that make no context: a registry without hooks appears."""
+    model, example = flux
+    module = xir.port(copy.deepcopy(model), ulysses=1)
+    first = denoised(module, example, 0, steps=1)
+    module._reset_stateful_cache()
+    torch.testing.assert_close(denoised(module, example, 0, steps=1), first, rtol=0, atol=0)
+    assert len(module.programs) == 1
+    module.enable_cache(hooked())
+    with module.cache_context("cond"):
+        denoised(module, example, 0, steps=1)
+    assert len(module.programs) == 2 and module.report().cache is not None

@@ -152,11 +152,13 @@ def check_unhooked(model: nn.Module) -> None:
 
 def states_of(model: nn.Module) -> set[tuple[int, str]]:
     """What calls leave in the hooks of step caches, and what these ask in every call, as keys of dicts that are told by
-    their ids."""
+    their ids; and the model's own registry while it has no hooks, which pipelines make when they end: a hook comes with
+    a forward on the instance."""
     hooks = [hook for module in model.modules() for _, hook in _caches_of(module)]
     states = [hook.state for hook in hooks if hasattr(hook, "state")]
     configs = [vars(module).get(_CONFIG) for module in model.modules()]
     return {
+        *([] if _hooks_of(model) else [(id(vars(model)), _REGISTRY)]),
         *((id(vars(item)), name) for item in _shared(hooks) for name in _STATE),
         *((id(vars(state)), name) for state in states for name in vars(state)),
         *((id(vars(one)), name) for one in (*hooks, *configs) if one for name in vars(one) if name.endswith(_ASKED)),
@@ -169,13 +171,18 @@ def _shared(hooks: Iterable[Any]) -> Iterator[Any]:
 
 
 def _caches_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    registry: Any = vars(module).get(_REGISTRY)
-    hooks = list(getattr(registry, "hooks", {}).values())
+    registered = _hooks_of(module)
+    hooks = list(registered.values())
     kinds = [type(hook).__module__.removeprefix(_LIBRARY) for hook in hooks]
     found = [(kind, hook) for kind, hook in zip(kinds, hooks, strict=True) if kind in KINDS]
     if found and len(found) < len(hooks):
-        raise refused(found[0][0], f"beside other hooks of one module ({', '.join(registry.hooks)})", "")
+        raise refused(found[0][0], f"beside other hooks of one module ({', '.join(registered)})", "")
     yield from found
+
+
+def _hooks_of(module: nn.Module) -> Mapping[str, Any]:
+    """All of the library's, by name."""
+    return getattr(vars(module).get(_REGISTRY), "hooks", {})
 
 
 def _is_own(forward: Any, module: nn.Module) -> bool:
