@@ -89,12 +89,7 @@ def _join(pack: Sequence[fx.Node]) -> None:
     joined.meta = dict(last.meta) | {SPEC: tuple(node.meta[SPEC] for node in pack)}
     for place, node in enumerate(pack):
         node.target, node.args = operator.getitem, (joined, place)
-        _first_user(node).prepend(node)
-
-
-def _first_user(node: fx.Node) -> fx.Node:
-    """Every exchange of a program has one: dead ones are removed before."""
-    later = node.next
-    while later not in node.users:
-        later = later.next
-    return later
+        if node.users:
+            min(node.users).prepend(node)
+        else:  # this rank takes part for others only
+            node.graph.erase_node(node)

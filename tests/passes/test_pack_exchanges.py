@@ -12,6 +12,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.capture import bind_inputs
 from xdit_ir.ir.collective_ops import Communicate, Together
+from xdit_ir.ir.difference import tensors_of
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.interpret import model_state
 from xdit_ir.ir.program import Program
@@ -56,6 +57,21 @@ def test_packed_programs_give_the_same_bits(flux: Any, degrees: dict[str, int]) 
             for programs in (ranks, packed)
         )
     assert all(map(torch.equal, (x for rank in plain for x in rank), (x for rank in joined for x in rank)))
+
+
+def test_what_a_rank_only_sends_is_packed_too() -> None:
+    """Samples that are packed into one sequence: the first rank gets nothing from before its part, the last nothing
+    from behind it."""
+    model, example = models.load("z-image:tiny")
+    parallel = xir.trace(model, example).parallelize(cfg=2)
+    ranks = [parallel.rank(rank) for rank in range(2)]
+    packed = [run_passes(rank, [PackExchanges()]) for rank in ranks]
+    assert all(map(packs, ranks)) and sum(started(packed[0]).values()) < sum(started(ranks[0]).values())
+    inputs: Any = bind_inputs(model, parallel.original, (), example)
+    with torch.no_grad():
+        found = run_ranks(packed, model_state(parallel.original, model), inputs, torch.device("cpu"))
+        want = parallel.simulate(model, example)
+    assert all(map(torch.equal, (x for rank in found for x in rank), (x for rank in want for x in tensors_of(rank))))
 
 
 def test_a_packed_program_is_text_too(flux: Any) -> None:
