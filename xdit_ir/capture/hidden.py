@@ -45,7 +45,8 @@ def _put_numpy(item: Any, state: Any) -> None:
 
 
 def _torch(item: torch.Generator) -> bytes:
-    return bytes(torch.Generator.get_state(item).untyped_storage().tolist())  # a pickled tensor has its address
+    storage = torch.Generator.get_state(item).untyped_storage()  # a pickled tensor has its address
+    return bytes(storage.tolist())  # type: ignore[no-untyped-call]
 
 
 def _put_torch(item: torch.Generator, state: bytes) -> None:
