@@ -105,7 +105,7 @@ def test_parts_merge_to_the_whole(dtype: torch.dtype) -> None:
     parts = partial_attention(30 * q, k, v, mask, parts=[((0, 7),), ((7, 9),), ((16, 8),), ()])
     merged = merge_partials(parts, 4)
     whole, lse = attention_with_lse(30 * q, k, v, mask, None)
-    assert merged.dtype == dtype and not merged[:, :, 3].any() and lse.max() > 100
+    assert merged.dtype == dtype and not merged[:, :, 3].any() and lse.max() > 80
     bound = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-5)
     torch.testing.assert_close(merged.to(whole.dtype), whole, rtol=bound, atol=bound)
 
