@@ -85,7 +85,5 @@ def test_what_would_be_refused_is_not_told() -> None:
         x, weight = torch.empty(2, 5), torch.empty(3, 4)
         assert quick_result(aten.linear.default, (x, weight), {}) is None
         aten.linear.default(x, weight)
-    with FakeTensorMode(), pytest.raises(IndexError):
-        x = torch.empty(2, 5)
-        assert quick_result(aten.select.int, (x, 1, 5), {}) is None
-        aten.select.int(x, 1, 5)
+    with FakeTensorMode():  # some versions of PyTorch refuse it, others take any index
+        assert quick_result(aten.select.int, (torch.empty(2, 5), 1, 5), {}) is None
