@@ -12,7 +12,7 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.collective_ops import PeerExchange, Reshuffle
 from xdit_ir.ir.facts import Fact
-from xdit_ir.ir.graphs import copy_graph
+from xdit_ir.ir.graphs import copy_graph, takers
 from xdit_ir.ir.program import SPEC, Program, called_block
 from xdit_ir.transport.copies import copies
 from xdit_ir.transport.mailbox import slot_sequence
@@ -104,4 +104,4 @@ class _Places:
 
 def _escapes(node: fx.Node) -> bool:
     """Whether the block returns the exchanged value or a view of it."""
-    return any(user.op == "output" or (ops.is_view(user.target) and _escapes(user)) for user in node.users)
+    return any(user.op == "output" for user in takers(node, lambda user: ops.is_view(user.target)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from xdit_ir.emission.execution import first_line, is_watched
 from xdit_ir.emission.shared import SharedCodes
 from xdit_ir.ir import ops
 from xdit_ir.ir.flops import counts
+from xdit_ir.ir.graphs import takers
 
 _NAMED = frozenset(
     ("BUILTIN_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "MODULE_MATCH", "CLASS_MATCH", "TYPE_MATCH", "ID_MATCH")
@@ -37,16 +38,11 @@ def _may_be_fused(node: fx.Node) -> bool:
     if ops.is_view(node.target) or counts(node.target):
         return False
     single = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return not single or not all(user.op == "output" or counts(user.target) for user in _takers(node))
+    return not single or not all(user.op == "output" or counts(user.target) for user in takers(node, _is_view))
 
 
-def _takers(node: fx.Node) -> Iterator[fx.Node]:
-    """What takes a value, also by way of views."""
-    for user in node.users:
-        if user.op == "call_function" and ops.is_view(user.target):
-            yield from _takers(user)
-        else:
-            yield user
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and ops.is_view(node.target)
 
 
 def not_of_globals(guards: Sequence[Any]) -> list[bool]:

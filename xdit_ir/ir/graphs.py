@@ -38,6 +38,15 @@ def operands(node: fx.Node) -> list[fx.Node]:
     return nodes_in((node.args, node.kwargs))
 
 
+def takers(node: fx.Node, is_view: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    """What takes a value, also by way of views."""
+    for user in node.users:
+        if is_view(user):
+            yield from takers(user, is_view)
+        else:
+            yield user
+
+
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """What a graph is given: the inputs of an outer graph; the arguments and then the weights of a body."""
     return list(graph.find_nodes(op="placeholder"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.flops import counts, first_of
-from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.graphs import operands, takers
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partial_attention import partial_attention
@@ -93,7 +93,7 @@ class Fusion:
             if not inside and (kernel, source) not in seen:
                 seen.add((kernel, source))
                 reads.append(source)
-        outside = (user not in self._leader or self._find(user) is not kernel for user in _users(node))
+        outside = (user not in self._leader or self._find(user) is not kernel for user in takers(node, _is_view))
         return Moved(tuple(reads), any(outside))
 
 
@@ -114,7 +114,7 @@ def _depths(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
 
 def behind_views(node: fx.Node) -> fx.Node:
     """Where the elements of a view are from."""
-    while node.op == "call_function" and kind_of(node) is WorkKind.VIEW:
+    while _is_view(node):
         sources = node.all_input_nodes
         if not sources:
             break
@@ -122,19 +122,14 @@ def behind_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def _users(node: fx.Node) -> Iterator[fx.Node]:
-    """Those that use its elements, also by way of views."""
-    for user in node.users:
-        if user.op == "call_function" and kind_of(user) is WorkKind.VIEW:
-            yield from _users(user)
-        else:
-            yield user
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and kind_of(node) is WorkKind.VIEW
 
 
 def local_bytes(node: fx.Node, rank: int) -> int:
     """Bytes of a value on a rank; a view that repeats elements has no more than it was made from."""
     own = _size(node, rank)
-    if node.op == "call_function" and kind_of(node) is WorkKind.VIEW and node.all_input_nodes:
+    if _is_view(node) and node.all_input_nodes:
         return min(own, local_bytes(node.all_input_nodes[0], rank))
     return own
 

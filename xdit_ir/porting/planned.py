@@ -119,8 +119,13 @@ def mesh_of_job(given: Mapping[str, int], data: int) -> tuple[Mesh, bool]:
     """The mesh of each of `data` replicas for the degrees that are given to `port`, and whether others are planned, so
     that only its size is known."""
     processes = processes_of_replica(data)
-    planned = unplanned_degrees(given, None, None, processes, ALL_HERE) is not None
-    return (Mesh.of(ulysses=processes) if planned else Mesh.of(**given)), planned
+    unplanned = unplanned_degrees(given, None, None, processes, ALL_HERE)
+    return mesh_until_planned(given, processes, unplanned), unplanned is not None
+
+
+def mesh_until_planned(given: Mapping[str, int], processes: int, unplanned: Unplanned | None) -> Mesh:
+    """Of the degrees that are given; where others are planned, one of as many processes, whatever they divide."""
+    return Mesh.of(**given) if unplanned is None else Mesh.of(ulysses=processes)
 
 
 def saved_data(plan: Plan, data: int) -> int:

@@ -22,7 +22,7 @@ from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
 from xdit_ir.porting.parts import PortedParts, not_portable
-from xdit_ir.porting.planned import Unplanned, saved_data, saved_degrees, unplanned_degrees
+from xdit_ir.porting.planned import Unplanned, mesh_until_planned, saved_data, saved_degrees, unplanned_degrees
 from xdit_ir.porting.ported import Ported
 from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.transport.distributed import check_world_size, processes_of_replica
@@ -168,7 +168,7 @@ class _Division:
         known = None if machine is None else checked(machine)
         processes = processes_of_replica(checked_data(data))
         unplanned = unplanned_degrees(given, patches, known, processes, keeping)
-        mesh = Mesh.of(**given) if unplanned is None else Mesh.of(ulysses=processes)
+        mesh = mesh_until_planned(given, processes, unplanned)
         check_world_size(mesh, data)
         keeping.check(mesh)
         schedule: dict[str, Any] = {
