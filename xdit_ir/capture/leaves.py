@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,8 +76,7 @@ class Leaves:
 
     def below(self, path: str) -> frozenset[str]:
         """The leaves inside the module at `path`, relative to it."""
-        inside = f"{path}." if path else ""
-        return frozenset(name[len(inside) :] for name in self.paths if name.startswith(inside))
+        return frozenset(relative for relative, _ in names_below(self.paths, path))
 
     def call(self, path: str, copied: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Emit the node that stands for a call of the module."""
@@ -258,3 +257,9 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def _same_structure(left: nn.Module, right: nn.Module) -> bool:
     """Whether two modules are interchangeable but for their weights."""
     return left is right or fingerprint(left, {}) == fingerprint(right, {})
+
+
+def names_below(names: Iterable[str], path: str) -> Iterator[tuple[str, str]]:
+    """Those of these names of modules that are inside the one at `path`, each relative to it and as it is."""
+    inside = f"{path}." if path else ""
+    return ((name[len(inside) :], name) for name in names if name.startswith(inside))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from xdit_ir.capture.leaves import names_below
 from xdit_ir.capture.outputs import flatten_output, unflatten_output
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import spec_of
@@ -24,9 +25,7 @@ class Marks:
 
     def below(self, path: str) -> frozenset[tuple[str, int]]:
         """The marked modules of a module, relative to it."""
-        inside = f"{path}." if path else ""
-        found = ((name, group) for name, group in self._groups.items() if name.startswith(inside))
-        return frozenset((name[len(inside) :], group) for name, group in found)
+        return frozenset((relative, self._groups[name]) for relative, name in names_below(self._groups, path))
 
     def check_whole(self, path: str) -> None:
         """Raise `StateError` if a module that is not looked into has or is a marked one."""
