@@ -7,6 +7,7 @@ for each check; status 1 if one does not hold.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import warnings
@@ -21,6 +22,7 @@ from xdit_ir import models
 from xdit_ir.ir.difference import relative_error
 
 FAILING = [False]
+LIMIT = 100  # seconds
 
 
 @torch.library.custom_op("xdit_ir_tests::halting", mutates_args=())
@@ -50,6 +52,7 @@ class Halting(nn.Module):
 
 def main() -> int:
     """Run the checks on this rank."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     rank = int(os.environ["LOCAL_RANK"])
     device = staged.start()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

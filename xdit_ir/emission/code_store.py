@@ -31,8 +31,6 @@ from xdit_ir.emission.template import Template
 
 _ROOMS = ("emission", "ir", "kernels", "transport")  # whose functions become part of code
 _GUARDS = "guard_filter_fn"
-RUNS_ON = ("cpu",)
-"""Devices on which kept code has been tried."""
 TRACING = {"fake_tensor_cache_enabled": False}
 """How bodies are traced for the compiler: to keep what operators give for symbols takes longer than to ask again."""
 
@@ -116,11 +114,11 @@ class CodeStore:
 
     @staticmethod
     def of(device: torch.device) -> CodeStore | None:
-        """Where the compiler has its caches; None if it shall have none, or code is not kept for such devices."""
+        """Where the compiler has its caches; None if it shall have none."""
         from torch._inductor import config
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-        if device.type not in RUNS_ON or config.force_disable_caches or not config.fx_graph_cache:
+        if config.force_disable_caches or not config.fx_graph_cache:
             return None
         return CodeStore(Path(cache_dir()) / "xdit_ir", device)
 
