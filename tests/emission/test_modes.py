@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -73,6 +74,24 @@ def test_a_block_that_cannot_be_compiled_stays_as_it_is_and_says_so() -> None:
         assert torch.equal(odd(torch.ones(2)), torch.full((2,), 2.0))
         assert torch.equal(odd(torch.ones(2)), torch.full((2,), 2.0))
     assert len(said) == 1 and "a block is not compiled" in said[0]
+
+
+def test_where_no_code_in_cpp_can_be_built_python_launches_kernels_and_it_is_said(monkeypatch) -> None:
+    compiler = torch.compile
+
+    def without_cpp(function: Callable[..., Any], *, options: dict[str, Any], **settings: Any) -> Any:
+        if options.get("cpp_wrapper"):
+            raise torch._dynamo.exc.BackendCompilerFailed(compiler, RuntimeError("no compiler of C++"), None)
+        return compiler(function, options=options, **settings)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **given: lambda *x: without_cpp(function, **given)(*x))
+    said: list[str] = []
+    even = nn.Linear(2, 2)
+    want = even(torch.ones(1, 2))
+    compile_body(even, native=said.append)
+    for _ in range(2):
+        assert torch.allclose(even(torch.ones(1, 2)), want)
+    assert len(said) == 1 and said[0].startswith("kernels are launched by Python: ")
 
 
 def test_where_compilation_is_asked_for_it_is_an_error() -> None:

@@ -82,9 +82,9 @@ class Code:
             self.mailbox.join()
 
     def note(self, failure: str) -> None:
-        """Remember and say what does not run as fast as `mode` "auto" means it to."""
+        """Remember and say what does not run as fast as its mode means it to."""
         self.failures.append(failure)
-        warnings.warn(f"mode 'auto': {failure}", stacklevel=2)
+        warnings.warn(f"slower than it could be: {failure}", stacklevel=2)
 
     @property
     def unchanging(self) -> frozenset[str]:

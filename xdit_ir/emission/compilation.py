@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ def compile_body(
     *,
     fixed: bool = False,
     failed: Callable[[str], None] | None = None,
+    native: Callable[[str], None] | None = None,
 ) -> None:
     """Compile in place; one graph, and the order of operators as it is written. Kernels that may be chosen by how long
     they take are those only that all sum in the same order, so that ranks which run the same call get the same bits.
@@ -65,6 +66,8 @@ def compile_body(
         codes: those of other bodies, which may be used; None: for static shapes.
         fixed: some intermediate tensors lie in memory that others write to, so none may be used for something else.
         failed: told why it cannot be compiled, at the first call, and it stays as it is; None: that is an error.
+        native: kernels are launched by code in C++, which takes half of the host's time of a call and half a minute
+            more to compile; told why, where that cannot be built, and Python launches them. None: Python does.
     """
     options: dict[str, Any] = {
         "reorder_for_peak_memory": False,
@@ -75,17 +78,24 @@ def compile_body(
     if fixed:
         options |= {"allow_buffer_reuse": False, "inplace_buffers": False}
     plain = module.forward
-    compiled: Callable[..., Any] | None = None
-    if codes is not None and isinstance(module, fx.GraphModule):
-        compiled = codes.of(module, options)
-    compiled = compiled or torch.compile(plain, fullgraph=True, dynamic=False, options=dict(options))
+
+    def made(options: Mapping[str, Any]) -> Callable[..., Any]:
+        shared = codes.of(module, options) if codes is not None and isinstance(module, fx.GraphModule) else None
+        return shared or torch.compile(plain, fullgraph=True, dynamic=False, options=dict(options))
+
+    compiled = made(options | ({} if native is None else {"cpp_wrapper": True}))
 
     def forward(*tensors: torch.Tensor) -> Any:
+        nonlocal compiled, native
         if is_watched():
             return plain(*tensors)
         try:
             return compiled(*tensors)
         except TorchDynamoException as error:  # of compilation, so nothing was run
+            if native is not None:
+                native(f"kernels are launched by Python: {first_line(error)}")
+                native, compiled = None, made(options)
+                return forward(*tensors)
             if failed is None:
                 raise
             module.forward = plain

@@ -145,7 +145,8 @@ class RankContext:
             for body in (body for body in code.bodies.values() if can_fuse(body.module.graph)):
                 failed = None if self.execution.forced else code.note
                 codes = self.shared_codes if shared else None
-                compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed)
+                native = code.note if self.execution.launches_itself(self.device) else None
+                compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed, native=native)
         return code
 
     def _generated(self, program: Program, *, packed: bool) -> Code:

@@ -121,6 +121,10 @@ class Execution:
         """Whether compiled code waits for an exchange where it starts it: without a graph that costs the host less."""
         return self.packs and self.compile and not self.cuda_graph
 
+    def launches_itself(self, device: torch.device) -> bool:
+        """Whether compiled code shall launch kernels without Python: where no graph does it, and the host is behind."""
+        return device.type == "cuda" and self.compile and not self.cuda_graph
+
     def checked(self) -> Execution:
         """This; raises `ParallelizeError` for what exists on no device."""
         if self.transport not in TRANSPORTS:
