@@ -1,17 +1,11 @@
-"""Makes the helpers of this folder importable (pytest runs in `importlib` mode, which leaves sys.path alone)."""
+"""One thread for tests of rules."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:
-    sys.path.insert(0, HERE)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,6 @@ from typing import Any
 
 import pytest
 from torch.distributed import TCPStore
-
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:  # pytest runs in `importlib` mode: helpers of this folder are made importable here
-    sys.path.insert(0, HERE)
 
 # Processes are forked from one that has imported what takes long, and has done nothing else.
 FORKS = multiprocessing.get_context("forkserver")

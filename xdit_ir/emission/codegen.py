@@ -20,7 +20,7 @@ from xdit_ir.ir.collective_ops import Communicate, PeerExchange, Reshuffle, Toge
 from xdit_ir.ir.graphs import all_graphs, copy_node, operands, placeholders
 from xdit_ir.ir.named_tensors import constants_on
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
-from xdit_ir.kernels.attention import kernel_call
+from xdit_ir.kernels.attention import KernelAttention, KernelCall
 from xdit_ir.transport.collectives import Exchange, can_be_at_once, lower
 from xdit_ir.transport.direct import direct_halves
 from xdit_ir.transport.distributed import Communicator
@@ -256,9 +256,10 @@ class _CodeWriter:
             self.uploads = self.uploads or upload_stream(self.device)
             given = tuple(self.env[value] for value in operands(node))
             return self._started(node, "upload", (StartUpload(self.uploads), AwaitUpload()), given, {})
-        if (made := kernel_call(node.target)) is not None:
+        if isinstance(node.target, KernelAttention):
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
-            return self._call(f"attention_{len(self.modules)}", made, args, dict(kwargs), node.name)
+            call = KernelCall(node.target)
+            return self._call(f"attention_{len(self.modules)}", call, args, dict(kwargs), node.name)
         if isinstance(node.target, Slot):
             values = [self.env[value] for value in node.all_input_nodes]
             return slot_call(self.graph, node, self.kept[node.target.slot], values)

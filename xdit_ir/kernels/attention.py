@@ -16,108 +16,53 @@ from xdit_ir.kernels.backends import BACKENDS, Backend
 
 @dataclass(frozen=True)
 class KernelAttention:
-    """Target of a node that is `ops.attention` by one of `BACKENDS`."""
+    """Target of a node that is attention without a mask by one of `BACKENDS`: as `ops.attention`, or where it is
+    `partial` as `xdit_ir.ir.partial_attention.partial_attention` over all keys."""
 
     backend: str
+    partial: bool = False
 
     @property
     def __name__(self) -> str:
-        return f"attention[{self.backend}]"
+        return f"{'partial_attention' if self.partial else 'attention'}[{self.backend}]"
 
     def __call__(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: None = None,
         scale: float | None = None,
         is_causal: bool = False,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """As `ops.attention`."""
-        return Attention.function(q, k, v, mask, scale, is_causal, enable_gqa, backend=self.backend)
+        """Shapes are those of the function that it is."""
+        return KernelCall.function(q, k, v, scale, is_causal, enable_gqa, backend=self.backend, partial=self.partial)
 
 
-class Attention(FixedCall):
+class KernelCall(FixedCall):
     """A `KernelAttention` in code."""
 
     def __init__(self, target: KernelAttention) -> None:
         super().__init__()
-        self.fixed = {"backend": target.backend}
+        self.fixed = {"backend": target.backend, "partial": target.partial}
 
     @staticmethod
     def function(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: None = None,
         scale: float | None = None,
         is_causal: bool = False,
         enable_gqa: bool = False,
         *,
         backend: str,
+        partial: bool,
     ) -> torch.Tensor:
-        """As `ops.attention`."""
-        return BACKENDS[backend].run(q, k, v, scale, is_causal)[0]
-
-
-@dataclass(frozen=True)
-class KernelPartialAttention:
-    """Target of a node that is `partial_attention` over all keys by one of `BACKENDS`."""
-
-    backend: str
-
-    @property
-    def __name__(self) -> str:
-        return f"partial_attention[{self.backend}]"
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: None = None,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        parts: None = None,
-        columns: None = None,
-    ) -> torch.Tensor:
-        """As `xdit_ir.ir.partial_attention.partial_attention`."""
-        return PartialAttention.function(q, k, v, mask, scale, enable_gqa, parts, columns, backend=self.backend)
-
-
-class PartialAttention(FixedCall):
-    """A `KernelPartialAttention` in code."""
-
-    def __init__(self, target: KernelPartialAttention) -> None:
-        super().__init__()
-        self.fixed = {"backend": target.backend}
-
-    @staticmethod
-    def function(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: None = None,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        parts: None = None,
-        columns: None = None,
-        *,
-        backend: str,
-    ) -> torch.Tensor:
-        """As `xdit_ir.ir.partial_attention.partial_attention`."""
-        if enable_gqa:
+        """As the target."""
+        if partial and enable_gqa:
             k, v = with_all_heads(q, k, v)
-        out, lse = BACKENDS[backend].run(q, k, v, scale, False)
-        return beside(out, lse.unsqueeze(-1), q.dtype)
-
-
-def kernel_call(target: object) -> FixedCall | None:
-    """The target of a node in code, if a kernel was chosen for it."""
-    if isinstance(target, KernelAttention):
-        return Attention(target)
-    return PartialAttention(target) if isinstance(target, KernelPartialAttention) else None
+        out, lse = BACKENDS[backend].run(q, k, v, scale, is_causal)
+        return beside(out, lse.unsqueeze(-1), q.dtype) if partial else out
 
 
 def attention_with_lse(

@@ -15,7 +15,7 @@ from xdit_ir.ir.collective_ops import AllGather, PeerExchange, Reduce, ReduceSca
 from xdit_ir.ir.layout import Landing, Piece, RankExchange
 from xdit_ir.ir.partial_attention import merge_partials, partial_attention
 from xdit_ir.ir.printer import target_name
-from xdit_ir.kernels.attention import KernelAttention, KernelPartialAttention
+from xdit_ir.kernels.attention import KernelAttention
 from xdit_ir.kernels.linear_gelu import linear_gelu
 from xdit_ir.kernels.write_slice import write_slice
 
@@ -27,7 +27,7 @@ OURS = {
 # Targets of a rank's program, and their parts: written as `Name{field: value, ...}`.
 _TARGETS: tuple[type[Any], ...] = (
     *(Reshuffle, AllGather, PeerExchange, Together, Reduce, ReduceScatter, Ring, KernelAttention),
-    *(KernelPartialAttention, Read, Write, Keep, Recall),
+    *(Read, Write, Keep, Recall),
 )
 RECORDS = {one.__name__: one for one in (*_TARGETS, RankExchange, Piece, Landing)}
 
