@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -465,6 +466,16 @@ def planned(name: str, given: Degrees) -> dict[str, Any]:
         logger.removeHandler(handler)
     assert ported.program is not None
     return {"errors": errors, "degrees": dict(ported.program.mesh.degrees), "said": said}
+
+
+def on_hosts(name: str, given: Degrees) -> dict[str, Any]:
+    """A port on as many hosts as ranks, and how many kinds of links its choices were priced with."""
+    model, example, want = _load(name)
+    ported = xir.port(model, **given)
+    with mock.patch("xdit_ir.porting.planned.host", lambda: f"node-{_rank()}"), torch.no_grad():
+        error = relative_error(ported(**example), want)
+    links = ported._xdit_specialisations.schedule["machine"].links
+    return {"error": error, "links": len(links.each) if links else 1}
 
 
 def calibrated(output: str) -> list[str]:

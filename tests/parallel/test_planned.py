@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import xdit_ir as xir
+
 Pools = Callable[[int], Any]
 
 
@@ -27,6 +29,12 @@ def test_a_degree_that_is_given_is_kept(workers: Pools) -> None:
         assert set(result["degrees"].values()) == {1}, "each process by itself"
     for result in workers(2).run("planned", name="plain-dit", given={"ring": 2}):
         assert max(result["errors"]) < 1e-5 and result["degrees"]["ring"] == 2 and not result["said"]
+
+
+def test_given_degrees_are_priced_by_hosts_too(workers: Pools) -> None:
+    for given, links in (({"ring": 2}, 2), ({"ring": 2, "machine": xir.Machine()}, 1)):
+        for result in workers(2).run("on_hosts", name="plain-dit", given=given):
+            assert result["error"] < 1e-5 and result["links"] == links
 
 
 def test_weights_over_ranks(workers: Pools) -> None:

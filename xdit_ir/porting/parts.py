@@ -19,7 +19,7 @@ from xdit_ir.porting.components import coders, takes_ids
 from xdit_ir.porting.methods import PortedMethod
 from xdit_ir.porting.ported import Ported
 from xdit_ir.porting.worth import may_pay
-from xdit_ir.sharding.machine import Machine
+from xdit_ir.sharding.machine import H100, Machine
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PortedParts:
     """
 
     mesh: Mesh
-    machine: Machine
+    machine: Machine | None
     options: Mapping[str, RunOptions]
     keeping: Keeping
     asked: bool
@@ -51,7 +51,7 @@ class PortedParts:
             kept = self._kept(module)
             if not (kept or self._may(name, module)) or coders(module):
                 continue
-            if kept or self.asked or may_pay(module, self.machine):
+            if kept or self.asked or may_pay(module, self.machine or H100):
                 made[name] = Ported(module, *self._how(name, module, kept=kept), pays=not self.asked)
         return made
 

@@ -22,8 +22,8 @@ from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of
 from xdit_ir.planning.plan import Plan
 from xdit_ir.planning.planner import USABLE, Options, plan_traced
-from xdit_ir.sharding.machine import Machine
-from xdit_ir.transport.distributed import processes_of_replica
+from xdit_ir.sharding.machine import H100, Machine
+from xdit_ir.transport.distributed import Communicator, processes_of_replica
 from xdit_ir.transport.spread import host, near, told
 
 LOG = logging.getLogger("xdit_ir")
@@ -113,6 +113,17 @@ def unplanned_degrees(
     left, odd = divmod(processes, known)
     more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME, *FEATURES} - set(given)
     return Unplanned(given, patches, machine, keeping) if more or not given else None
+
+
+def machine_of_job(communicator: Communicator) -> Machine:
+    """That by which choices are priced where none is given, the same on every rank: an H100, or where ranks are on
+    several hosts, hosts of what rank 0 runs on. Collective."""
+    hosts = communicator.of_all(host())
+    if len(set(hosts)) == 1:
+        return H100
+    hardware = hardware_here(communicator.device).on_hosts(near(hosts)) if communicator.rank == 0 else None
+    first, *_ = communicator.of_all(hardware and dataclasses.asdict(hardware.prices))
+    return Machine.of(first)
 
 
 def mesh_of_job(given: Mapping[str, int], data: int) -> tuple[Mesh, bool]:

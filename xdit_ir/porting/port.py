@@ -24,7 +24,7 @@ from xdit_ir.porting.denoisers import replace
 from xdit_ir.porting.parts import PortedParts, not_portable
 from xdit_ir.porting.planned import Unplanned, mesh_until_planned, saved_data, saved_degrees, unplanned_degrees
 from xdit_ir.porting.ported import Ported
-from xdit_ir.sharding.machine import H100, Machine, checked
+from xdit_ir.sharding.machine import Machine, checked
 from xdit_ir.transport.distributed import check_world_size, processes_of_replica
 from xdit_ir.transport.replicas import checked_data
 
@@ -137,8 +137,9 @@ def port(
 
 @dataclass(frozen=True)
 class _Division:
-    """How models are divided over the `processes` of a replica: `schedule` is what `parallelize` gets. If `unplanned`,
-    that, and the mesh, are chosen at the first call; a `plan` is for one model."""
+    """How models are divided over the `processes` of a replica: `schedule` is what `parallelize` gets; its `machine` is
+    found at the first call if it is None. If `unplanned`, all that, and the mesh, are chosen then; a `plan` is for one
+    model."""
 
     processes: int
     mesh: Mesh
@@ -176,7 +177,7 @@ class _Division:
             **keeping.options,
             "patches": patches,
             "warmup_steps": warmup_steps,
-            "machine": known or H100,
+            "machine": known,
         }
         if cache is not None:
             check_cache(CacheRule.parse(cache), mesh)
