@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import fx, nn
 
+from xdit_ir.emission import kept_files
 from xdit_ir.emission.code_store import CodeStore, KeptCode
 from xdit_ir.emission.structure import Structure
 from xdit_ir.emission.template import Template
@@ -68,18 +72,22 @@ def test_other_operators_options_and_settings_find_other_code(store: CodeStore) 
     assert store.find(structure(5), OPTIONS) is not None
 
 
-def test_what_has_no_name_in_another_process_is_not_kept(store: CodeStore) -> None:
+def test_what_has_no_name_in_another_process_is_not_kept(store: CodeStore, caplog: pytest.LogCaptureFixture) -> None:
     def local(x: torch.Tensor) -> torch.Tensor:
         return x
 
-    assert store.place(structure(5, local), OPTIONS, FIVE_TOKENS) is None
+    with caplog.at_level(logging.DEBUG, "xdit_ir"):
+        assert store.place(structure(5, local), OPTIONS, FIVE_TOKENS) is None
+    assert "cannot be kept on disk, so every process compiles it" in caplog.text
     assert store.find(structure(5, local), OPTIONS) is None
 
 
-def test_damaged_files_are_none(store: CodeStore) -> None:
+def test_damaged_files_are_none(store: CodeStore, caplog: pytest.LogCaptureFixture) -> None:
     kept = keep(store, structure(5), FIVE_TOKENS)
     kept._code().write_bytes(b"no code")
-    assert kept.load() is None
+    with caplog.at_level(logging.DEBUG, "xdit_ir"):
+        assert kept.load() is None
+    assert "is compiled anew" in caplog.text
     kept.path.with_suffix(".json").write_text("{")
     assert store.find(structure(5), OPTIONS) is None
 
@@ -89,3 +97,26 @@ def test_compilers_without_caches_keep_nothing() -> None:
     assert CodeStore.of(device) is not None
     with torch._inductor.config.patch(force_disable_caches=True):
         assert CodeStore.of(device) is None
+
+
+def test_what_was_used_the_longest_ago_goes_first(tmp_path: Path) -> None:
+    for age, name in ((3, "a/old"), (2, "b/used"), (1, "b/new")):
+        kept_files.write(tmp_path / name, bytes(100))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    kept_files.used(tmp_path / "b/used", tmp_path / "b/gone")
+    kept_files.trim(tmp_path, 300)
+    assert len(list(tmp_path.rglob("*"))) == 5, "there is room for all"
+    kept_files.trim(tmp_path, 250)
+    assert not (tmp_path / "a").exists(), "folders with nothing left go too"
+    kept_files.trim(tmp_path, 100)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["used"]
+
+
+def test_two_processes_may_trim_one_folder(tmp_path: Path) -> None:
+    for number in range(300):
+        kept_files.write(tmp_path / str(number % 7) / str(number), bytes(10))
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(kept_files.trim, tmp_path, 1000) for _ in range(4)]:
+            done.result()
+    left = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert left <= 1000

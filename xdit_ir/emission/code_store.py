@@ -2,17 +2,16 @@
 neither runs it with symbols nor traces it for the compiler again.
 
 What is found is made of the same structure by the same operators for the same device, and is used for numbers that its
-template fits, and for tensors that its guards take; all else is compiled as ever.
+template fits, and for tensors that its guards take; all else is compiled as ever, which the log says at level DEBUG.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import platform
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,11 @@ from torch import fx
 from torch._C._dynamo.guards import GlobalStateGuard
 
 from xdit_ir.capture.asked import torch_settings
+from xdit_ir.emission import kept_files
 from xdit_ir.emission.structure import Structure
 from xdit_ir.emission.template import Template
+
+LOG = logging.getLogger("xdit_ir")
 
 _ROOMS = ("emission", "ir", "kernels", "transport")  # whose functions become part of code
 _GUARDS = "guard_filter_fn"
@@ -80,9 +82,12 @@ class KeptCode:
             return None
         try:
             with code.open("rb") as file:
-                return LoadedCode.of(torch.compiler.load_compiled_function(file))
-        except Exception:  # whatever is wrong with what others wrote: it is compiled again, and written anew
+                found = LoadedCode.of(torch.compiler.load_compiled_function(file))
+        except Exception as error:  # whatever is wrong with what others wrote: it is compiled again, and written anew
+            LOG.debug("kept code cannot be used and is compiled anew: %s: %r", code, error)
             return None
+        kept_files.used(code, self.path.with_suffix(".json"))
+        return found
 
     def make(
         self, function: Callable[..., Any], options: Mapping[str, Any], given: Sequence[Any], template: Template
@@ -94,11 +99,12 @@ class KeptCode:
                     function, fullgraph=True, dynamic=False, options={**options, _GUARDS: _of_arguments}
                 )
                 made = compiled.aot_compile((tuple(given), {}))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self._code(), type(made).serialize(made).serialized_data)
-            _write(self.path.with_suffix(".json"), json.dumps(vars(template)).encode())
+            kept_files.write(self._code(), type(made).serialize(made).serialized_data)
+            kept_files.write(self.path.with_suffix(".json"), json.dumps(vars(template)).encode())
+            kept_files.trim(self.path.parents[1])
             return LoadedCode.of(made)
-        except Exception:  # also of what cannot be compiled at all: who compiles it as ever is told why
+        except Exception as error:  # also of what cannot be compiled at all: who compiles it as ever is told why
+            LOG.debug("code cannot be kept on disk, so every process compiles it: %s: %r", self.path, error)
             return None
 
     def _code(self) -> Path:
@@ -161,7 +167,8 @@ class CodeStore:
         try:
             plain = sorted((name, value) for name, value in options.items() if name != _GUARDS)
             return self.folder / _digest((_named(structure.key), plain, self._circumstances))
-        except TypeError:
+        except TypeError as error:
+            LOG.debug("code cannot be kept on disk, so every process compiles it: %s", error)
             return None
 
 
@@ -199,10 +206,3 @@ def _named(key: Any) -> Any:
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """At once, as other processes may read it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
