@@ -1,4 +1,4 @@
-"""The example of docs/serving.md that puts a port under another engine: with --large, where that engine is installed."""
+"""The example of docs/serving.md with another engine: with --large, where that engine is installed."""
 
 from __future__ import annotations
 
