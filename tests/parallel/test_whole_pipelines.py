@@ -19,13 +19,13 @@ DEGREES: dict[str, Degrees] = {
 # What CI runs: several pipelines under each set of two ranks.
 TURNS = {
     "u2": ("kontext", "flux2", "sana", "flux_ip_adapter"),
-    "c2": ("sd3", "qwen", "wan22", "ltx"),
+    "c2": ("sd3", "qwen", "wan22", "ltx", "zimage"),
     "p2": ("flux", "pixart", "img2img"),
     "c2u2": ("wan",),
 }
 # With `--pipelines-all`, these as well, and each under every set.
 FURTHER = (
-    *("qwen_edit", "wan_i2v", "lumina2", "flux_controlnet", "zimage", "hunyuanvideo", "sd3_controlnet"),
+    *("qwen_edit", "wan_i2v", "lumina2", "flux_controlnet", "hunyuanvideo", "sd3_controlnet"),
     *("hunyuandit", "cogvideo"),
 )
 # A control network whose results are not divided like its latents cannot be a pipeline of patches; it runs whole.
