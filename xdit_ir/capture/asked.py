@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from xdit_ir.capture.parts import is_library
+from xdit_ir.capture.looked_into import is_library
 from xdit_ir.capture.source import is_torch, source_line
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.program import ASKED, Guard, Program

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from xdit_ir.capture.fakes import device_of, is_fake
-from xdit_ir.capture.parts import Members, Part, is_opaque, parts_of
+from xdit_ir.capture.looked_into import is_opaque
+from xdit_ir.capture.parts import Members, Part, parts_of
 from xdit_ir.capture.values import contents
 from xdit_ir.ir.wrappers import form_of
 

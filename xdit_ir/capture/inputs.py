@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from xdit_ir.capture.atoms import ATOMS, alike
 from xdit_ir.capture.objects import Snapshot, expand_objects, snapshot
 from xdit_ir.capture.outputs import attributes_of
-from xdit_ir.capture.parts import ATOMS, alike
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError

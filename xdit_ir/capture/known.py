@@ -19,8 +19,8 @@ from xdit_ir.capture.assertions import only_answer
 from xdit_ir.capture.dressed import as_class
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.fakes import device_of, is_fake
+from xdit_ir.capture.looked_into import is_library
 from xdit_ir.capture.operators import aten, facts
-from xdit_ir.capture.parts import is_library
 from xdit_ir.capture.predicates import made_of_state, of_state, predicate, weighed
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.selections import answer as answer_of

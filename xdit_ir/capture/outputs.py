@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from xdit_ir.capture.atoms import ATOMS
 from xdit_ir.capture.fakes import is_fake
-from xdit_ir.capture.parts import ATOMS
 from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.errors import TraceError

@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-import queue
-import sys
-import threading
 import types
-from collections import OrderedDict, UserList, deque
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections import OrderedDict, deque
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from xdit_ir.capture.fakes import is_fake
-from xdit_ir.capture.hidden import HIDING, hidden_state, hides, put_hidden_state
+from xdit_ir.capture.hidden import hidden_state, hides, put_hidden_state
+from xdit_ir.capture.looked_into import is_library
 
-ATOMS = (
-    str,
-    bytes,
-    int,
-    float,
-    bool,
-    complex,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    range,
-    slice,
-    np.generic,
-)
-_LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
-# Of libraries, what is of the process and not of a model, or keeps what it has computed of itself.
-_OF_THE_PROCESS = {
-    *("logging", "typing", "importlib", "_frozen_importlib", "_frozen_importlib_external", "multiprocessing"),
-    *("concurrent", "asyncio", "inspect", "pathlib", "abc", "types", "contextlib"),
-}
-_OF_MODELS = ("torch.nn.", "torch.distributions.")
-_HOLDERS = (
-    *(dict, list, set, deque, MutableMapping, types.SimpleNamespace, nn.Module),
-    *(np.ndarray, bytearray, ContextVar, queue.Queue, UserList, types.FunctionType, types.CellType),
-    *(threading.local, types.MappingProxyType, *HIDING),
-)
 MISSING = object()
 _IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
 _EMPTY = object()
@@ -77,15 +46,43 @@ class Part:
 class Single(Part):
     """Contents of an object that are one entry, which is called as the object is."""
 
+    def get(self) -> Any:
+        """The entry."""
+        raise NotImplementedError
+
+    def set(self, value: Any) -> None:
+        """Put another in its place."""
+        raise NotImplementedError
+
+    def read(self) -> Mapping[Any, Any]:
+        return {"contents": self.get()}
+
+    def put(self, held: Mapping[Any, Any]) -> None:
+        self.set(held["contents"])
+
     def name(self, key: Any) -> str:
         return self.label
 
 
 class Named(Part):
-    """Contents by names that are those of attributes."""
+    """Contents by names that are those of attributes; what is put back is only what has changed."""
+
+    def put(self, held: Mapping[Any, Any]) -> None:
+        now = self.read()
+        for name in now.keys() - held.keys():
+            self._delete(name)
+        for name, value in held.items():
+            if now.get(name, MISSING) is not value:
+                self._set(name, value)
 
     def name(self, key: Any) -> str:
         return f"{self.label}.{key}"
+
+    def _set(self, name: str, value: Any) -> None:
+        setattr(self.item, name, value)
+
+    def _delete(self, name: str) -> None:
+        delattr(self.item, name)
 
 
 class Entries(Part):
@@ -144,14 +141,6 @@ class Names(Named):
             found |= {name: held[name] for name in held if name not in self._old and not name.startswith("__")}
         return found
 
-    def put(self, held: Mapping[Any, Any]) -> None:
-        now = self.read()
-        for name in dict.fromkeys((*self.names, *now)):
-            if name not in held and name in now:
-                self._delete(name)
-            elif name in held and now.get(name, MISSING) is not held[name]:
-                self._set(name, held[name])
-
     def of(self, item: Any) -> Part:
         made = Names(item, self.label)
         made.names, made._first, made._old = self.names, self._first, self._old
@@ -161,13 +150,13 @@ class Names(Named):
         if isinstance(self.item, dict):
             self.item[name] = value
         else:
-            setattr(self.item, name, value)
+            super()._set(name, value)
 
     def _delete(self, name: str) -> None:
         if isinstance(self.item, dict):
             del self.item[name]
         else:
-            delattr(self.item, name)
+            super()._delete(name)
 
 
 class SlottedParts(Named):
@@ -177,13 +166,8 @@ class SlottedParts(Named):
         held = {name: getattr(self.item, name, MISSING) for name in slots_of(type(self.item))}
         return {name: value for name, value in held.items() if value is not MISSING}
 
-    def put(self, held: Mapping[Any, Any]) -> None:
-        now = self.read()
-        for name in now.keys() - held.keys():
-            delattr(self.item, name)
-        for name, value in held.items():
-            if now.get(name, MISSING) is not value:
-                object.__setattr__(self.item, name, value)
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self.item, name, value)  # of frozen objects too
 
 
 class Elements(Part):
@@ -214,58 +198,69 @@ class Members(Part):
 class Cell(Single):
     """A variable of an enclosing function."""
 
-    def read(self) -> Mapping[Any, Any]:
+    def get(self) -> Any:
         try:
-            return {0: self.item.cell_contents}
+            return self.item.cell_contents
         except ValueError:  # not filled yet
-            return {0: _EMPTY}
+            return _EMPTY
 
-    def put(self, held: Mapping[Any, Any]) -> None:
-        if held[0] is _EMPTY:
+    def set(self, value: Any) -> None:
+        if value is _EMPTY:
             del self.item.cell_contents
         else:
-            self.item.cell_contents = held[0]
+            self.item.cell_contents = value
 
 
-class Context(Cell):
+class Context(Single):
     """A context variable."""
 
-    def read(self) -> Mapping[Any, Any]:
-        return {0: self.item.get(_EMPTY)}
+    def get(self) -> Any:
+        return self.item.get(_EMPTY)
 
-    def put(self, held: Mapping[Any, Any]) -> None:
-        if held[0] is not _EMPTY:
-            self.item.set(held[0])
+    def set(self, value: Any) -> None:
+        if value is not _EMPTY:
+            self.item.set(value)
 
 
 class Bytes(Single):
     """Of a bytearray or NumPy array."""
 
-    def read(self) -> Mapping[Any, Any]:
+    def get(self) -> bytes:
         if isinstance(self.item, bytearray):
-            return {0: bytes(self.item)}
+            return bytes(self.item)
         held = np.asarray(self.item)  # of a masked array too
-        return {0: str((held.shape, held.dtype)).encode() + held.tobytes()}
+        return str((held.shape, held.dtype)).encode() + held.tobytes()
 
-    def put(self, held: Mapping[Any, Any]) -> None:
-        if self.read()[0] == held[0]:
+    def set(self, value: bytes) -> None:
+        if self.get() == value:
             return
         if isinstance(self.item, bytearray):
-            self.item[:] = held[0]
+            self.item[:] = value
         else:
-            before = np.frombuffer(held[0][-self.item.nbytes :], self.item.dtype)
+            before = np.frombuffer(value[-self.item.nbytes :], self.item.dtype)
             np.asarray(self.item)[...] = before.reshape(self.item.shape)
 
 
 class TensorContents(Single):
     """Of a tensor."""
 
-    def read(self) -> Mapping[Any, Any]:
-        return {"contents": self.item.detach().clone()}
+    def get(self) -> torch.Tensor:
+        return self.item.detach().clone()  # type: ignore[no-any-return]
 
-    def put(self, held: Mapping[Any, Any]) -> None:
+    def set(self, value: torch.Tensor) -> None:
         with torch.no_grad():
-            self.item.detach().copy_(held["contents"])
+            self.item.detach().copy_(value)
+
+
+class Hidden(Single):
+    """What an object of a library does not show."""
+
+    def get(self) -> Any:
+        return hidden_state(self.item)
+
+    def set(self, value: Any) -> None:
+        if self.get() != value:
+            put_hidden_state(self.item, value)
 
 
 class Objects(Part):
@@ -279,27 +274,12 @@ class Objects(Part):
             self.item.flat[place] = value
 
 
-class Hidden(Single):
-    """What an object of a library does not show."""
-
-    def read(self) -> Mapping[Any, Any]:
-        return {0: hidden_state(self.item)}
-
-    def put(self, held: Mapping[Any, Any]) -> None:
-        if self.read()[0] != held[0]:
-            put_hidden_state(self.item, held[0])
-
-
 class Defaults(Named):
     """What a function was made with."""
 
     def read(self) -> Mapping[Any, Any]:
         item = self.item
         return {"__code__": item.__code__, "__defaults__": item.__defaults__, "__kwdefaults__": item.__kwdefaults__}
-
-    def put(self, held: Mapping[Any, Any]) -> None:
-        for name, value in held.items():
-            setattr(self.item, name, value)
 
 
 class Position(Part):
@@ -322,13 +302,9 @@ def _reduces(item: Any) -> bool:
     return type(item).__module__ in ("builtins", "itertools") and not isinstance(item, types.GeneratorType)
 
 
-_PLAIN: Mapping[type, type[Part]] = {
-    dict: Entries,
-    OrderedDict: Entries,
-    list: Elements,
-    deque: Elements,
-    set: Members,
-}
+_CONTAINERS: Mapping[type, type[Part]] = {dict: Entries, list: Elements, deque: Elements, set: Members}
+_PLAIN: Mapping[type, type[Part]] = {**_CONTAINERS, OrderedDict: Entries}
+"""Classes of which all that instances hold is one part."""
 
 
 def parts_of(item: Any, label: str) -> list[Part]:
@@ -346,9 +322,7 @@ def parts_of(item: Any, label: str) -> list[Part]:
         found.append(Objects(item, label) if getattr(item, "dtype", None) == np.dtype(object) else Bytes(item, label))
     if hides(item):
         found.append(Hidden(item, label))
-    for kind, part in ((dict, Entries), (list, Elements), (deque, Elements), (set, Members)):
-        if isinstance(item, kind):
-            found.append(part(item, label))
+    found += [part(item, label) for kind, part in _CONTAINERS.items() if isinstance(item, kind)]
     if type(item) is not OrderedDict and isinstance(getattr(item, "__dict__", None), dict):
         found.append(Attributes(vars(item), label))
     if slots_of(type(item)):
@@ -368,70 +342,6 @@ def slots_of(kind: type) -> list[str]:
             private = name.startswith("__") and not name.endswith("__")
             names.append(f"{mangled}{name}" if private else name)
     return [name for name in names if name not in ("__dict__", "__weakref__")]
-
-
-def alike(now: Any, before: Any) -> bool:
-    """Whether an entry is as it was: the same object, or an equal number, text or the like."""
-    if now is before:
-        return True
-    if type(now) is not type(before) or not is_atom(now):
-        return False
-    if now == before:
-        return bool(now) or str(now) == str(before)  # of zeros the sign too
-    return bool(now != now and before != before)
-
-
-def same_entries(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
-    """Whether all entries are as they were, in the same order."""
-    return (
-        len(now) == len(before)
-        and all(map(_is_same_key, now, before))
-        and all(map(alike, now.values(), before.values()))
-    )
-
-
-def _is_same_key(now: Any, before: Any) -> bool:
-    return now is before or (not isinstance(now, torch.Tensor) and bool(now == before))
-
-
-def inner(item: Any) -> Iterable[tuple[str, Any]]:
-    """What an object that cannot change refers to, with a word on how."""
-    if isinstance(item, (tuple, frozenset)):
-        return ((f"[{index}]", entry) for index, entry in enumerate(item))
-    if isinstance(item, types.MethodType):
-        return (("", item.__func__), ("", item.__self__))
-    if isinstance(item, (staticmethod, classmethod)):
-        return (("", item.__func__),)
-    if isinstance(item, property):
-        return (("", one) for one in (item.fget, item.fset) if one is not None)
-    if isinstance(item, BaseException):
-        return (("", item.args),)
-    if isinstance(item, types.MappingProxyType):
-        return (("", held) for held in gc.get_referents(item))
-    if isinstance(item, (types.BuiltinMethodType, types.MethodWrapperType)):
-        owner = item.__self__
-        holds = isinstance(owner, (torch.Tensor, *_HOLDERS)) or hasattr(owner, "__next__")
-        return (("", owner),) if hides(owner) or (holds and not isinstance(owner, HIDING)) else ()
-    return ()
-
-
-def is_library(module: str | None) -> bool:
-    """Whether a Python module is not looked into."""
-    return (module or "").partition(".")[0] in _LIBRARIES
-
-
-def is_atom(item: Any) -> bool:
-    """Whether an object is nothing but its value: a number or text, which can have no attributes of its own."""
-    return isinstance(item, ATOMS) and not hasattr(item, "__dict__")
-
-
-def is_opaque(kind: type) -> bool:
-    """Whether instances of a class are not looked into: some of libraries, unless they hold what others put there."""
-    module = kind.__module__ or ""
-    if not is_library(module) or issubclass(kind, _HOLDERS) or hasattr(kind, "__next__"):
-        return False
-    package = module.partition(".")[0]
-    return package in _OF_THE_PROCESS or (package == "torch" and not module.startswith(_OF_MODELS))
 
 
 def _text(key: Any) -> str:

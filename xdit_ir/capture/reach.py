@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
+from xdit_ir.capture.atoms import is_atom
+from xdit_ir.capture.looked_into import inner, is_library, is_opaque
 from xdit_ir.capture.methods import StandIn
-from xdit_ir.capture.parts import Attributes, Entries, Names, Part, inner, is_atom, is_library, is_opaque, parts_of
+from xdit_ir.capture.parts import Attributes, Entries, Names, Part, parts_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
 _OURS = "_xdit_"  # what a module that stands in for another keeps: of it only that other matters

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_ir.capture.atoms import ATOMS, alike, same_entries
 from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.fingerprint import traced
 from xdit_ir.capture.identity import NAMED
-from xdit_ir.capture.parts import ATOMS, MISSING, Context, Part, Position, TensorContents, alike, same_entries
+from xdit_ir.capture.parts import MISSING, Context, Part, Position, TensorContents
 from xdit_ir.capture.predicates import computed
 from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.recorder import Recorder

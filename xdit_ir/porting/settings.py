@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.capture.atoms import alike, same_entries
 from xdit_ir.capture.hidden import DRAWN
-from xdit_ir.capture.parts import Cell, Defaults, Names, Part, alike, same_entries
+from xdit_ir.capture.parts import Cell, Defaults, Names, Part
 from xdit_ir.capture.reach import BESIDE, Reach
 from xdit_ir.capture.versions import Versions
 
