@@ -18,9 +18,10 @@ from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.program import SPEC, Program, TokenAxis
 from xdit_ir.passes.streams import leading_values
 from xdit_ir.rules.views import groups
+from xdit_ir.sharding.assignment import Assignment
 from xdit_ir.sharding.branches import Branches
 from xdit_ir.sharding.cost import program_flops
-from xdit_ir.sharding.propagate import Assignment, Propagation
+from xdit_ir.sharding.propagate import Propagation
 
 PROBE = Mesh.of(ulysses=2)
 aten = torch.ops.aten

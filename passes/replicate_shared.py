@@ -15,9 +15,10 @@ from xdit_ir.ir.program import Program, Seeding
 from xdit_ir.passes.find_tokens import segments_of
 from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.rules.joins import concat_partitions, section
+from xdit_ir.sharding.assignment import Assignment
 from xdit_ir.sharding.layout_graph import LayoutGraph, LayoutNode
 from xdit_ir.sharding.machine import Machine
-from xdit_ir.sharding.propagate import Assignment, Propagation, Seeds
+from xdit_ir.sharding.propagate import Propagation, Seeds
 
 # The work of the slowest rank that may be done for fewer exchanges, whatever they cost, to what it was.
 REPEATED = 1.10

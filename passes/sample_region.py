@@ -107,7 +107,7 @@ class _Run:
     def _is_unchanged(self, step: LayoutNode) -> bool:
         """Whether it is computed by the operators that stand there, none of which is told where its rows are."""
         if step.body is not None:
-            return all(map(self._is_unchanged, self.propagation.bodies[step.body].draft.steps))
+            return all(map(self._is_unchanged, self.propagation.body(*step.body).draft.steps))
         if step.relayout:
             return _is_repeated(step)
         if step.fallback:

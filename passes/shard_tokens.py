@@ -15,10 +15,11 @@ from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, Seeding, TokenAxis
 from xdit_ir.passes.find_tokens import divides
 from xdit_ir.passes.undivided import undivided_values
+from xdit_ir.sharding.assignment import Assignment
 from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.layout_graph import Layouts
 from xdit_ir.sharding.machine import Machine, program_work
-from xdit_ir.sharding.propagate import Assignment, Propagation, Seeds
+from xdit_ir.sharding.propagate import Propagation, Seeds
 
 # The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
 WORTH = 0.95

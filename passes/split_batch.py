@@ -20,8 +20,9 @@ from xdit_ir.ir.program import LAYOUT, SPEC, Program, TokenAxis
 from xdit_ir.passes.find_tokens import JOINS, borders_of, divides, joined_dim
 from xdit_ir.passes.packed import told_apart
 from xdit_ir.passes.streams import leading_values
+from xdit_ir.sharding.assignment import Assignment
 from xdit_ir.sharding.cost import program_flops
-from xdit_ir.sharding.propagate import Assignment, Propagation, Seeds
+from xdit_ir.sharding.propagate import Propagation, Seeds
 
 # Dividing a batch at least nearly halves the work; a cut that leaves more than this divides something else.
 WORTH = 0.9

@@ -6,9 +6,9 @@ from torch import fx
 
 from xdit_ir.ir.program import SPEC
 from xdit_ir.rules.base import as_layouts
+from xdit_ir.sharding.assignment import Assignment
 from xdit_ir.sharding.cost import step_flops
 from xdit_ir.sharding.layout_graph import LayoutNode
-from xdit_ir.sharding.propagate import Assignment
 
 # The part of a forward that is worth a look, and how many values are tried.
 NOTABLE = 0.05

@@ -17,7 +17,7 @@ from xdit_ir.ir.program import SPEC, Program, call_parts, is_block_call, where_o
 from xdit_ir.rules.base import dividing_dims_of
 from xdit_ir.sharding.buffer_access import over_time
 from xdit_ir.sharding.cost import graph_flops, local_flops
-from xdit_ir.sharding.propagate import FALLBACK
+from xdit_ir.sharding.layout_graph import FALLBACK
 from xdit_ir.sharding.report import traffic
 
 BUFFER = "buffer"

@@ -32,7 +32,7 @@ from xdit_ir.rules.pointwise import is_pointwise
 from xdit_ir.rules.reductions import is_extreme
 from xdit_ir.sharding.cost import local_flops, relayout_bytes
 from xdit_ir.sharding.gathered_weights import gathers_weights
-from xdit_ir.sharding.propagate import FALLBACK
+from xdit_ir.sharding.layout_graph import FALLBACK
 from xdit_ir.sharding.shared_out import is_shared_out
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from xdit_ir.ir.program import LAYOUT, SCOPE, SPEC, STAGE, WEIGHT, WHERE, Program, Where, is_weight
-from xdit_ir.sharding.propagate import FALLBACK
+from xdit_ir.sharding.layout_graph import FALLBACK
 from xdit_ir.text.attachments import digest
 
 # The graphs are compared last, since what surrounds them says more about why they differ.

@@ -27,7 +27,7 @@ from xdit_ir.ir.program import (
     call_block,
     qualified,
 )
-from xdit_ir.sharding.propagate import FALLBACK
+from xdit_ir.sharding.layout_graph import FALLBACK
 from xdit_ir.text.attachments import attached
 from xdit_ir.text.literals import RECORD, STRING, read_literal, read_name
 from xdit_ir.text.scanner import Scanner

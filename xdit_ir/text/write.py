@@ -42,7 +42,7 @@ from xdit_ir.ir.program import (
     where_of,
 )
 from xdit_ir.ir.stored import held_spec
-from xdit_ir.sharding.propagate import FALLBACK
+from xdit_ir.sharding.layout_graph import FALLBACK
 from xdit_ir.text.attachments import Collected
 from xdit_ir.text.literals import LiteralWriter, name_text
 from xdit_ir.text.signature import no_signature, write_signature
