@@ -111,6 +111,7 @@ def _serve(args: argparse.Namespace, spec: TeamSpec, data: int, lobby: Lobby | N
     server = Server(spec, data, args.queue, args.patience, lobby)
     http = uvicorn.Server(uvicorn.Config(make_app(server), host=args.host, port=args.port, log_level="warning"))
     stack.callback(server.close)
+    LOG.info("http://%s:%d takes requests, which wait until ranks are ready", args.host, args.port)
     server.start()
     server.watch(lambda: setattr(http, "should_exit", True))
     http.run()

@@ -131,7 +131,10 @@ def test_many_requests_of_several_shapes(client: Client, alone: Alone) -> None:
 def test_a_request_that_is_wrong_or_too_late(client: Client, alone: Alone) -> None:
     status, content = client.ask("/v1/images/generations", {"prompt": "a cat"})
     assert status == 400 and "does not take prompt" in content["error"]["message"], content
-    assert client.ask("/generate", {"promt": "a cat"})[0] == 422
+    status, content = client.ask("/generate", {"promt": "a cat"})
+    assert status == 400 and "does not take promt; did you mean prompt?" in content["error"]["message"], content
+    status, content = client.ask("/v1/images/generations", {"seed": "one"})
+    assert status == 400 and content["error"]["message"].startswith("seed: "), content
     assert client.ask("/generate", wanted([3]) | {"steps": 0})[0] == 400
     assert client.ask("/generate", wanted([3]) | {"n": 1000})[0] == 400
     assert client.ask("/v1/images/generations", {"response_format": "url"})[0] == 400

@@ -96,8 +96,8 @@ def test_what_is_written_reads_as_it_was(name: str) -> None:
 
 def test_a_file_that_is_no_machine(tmp_path: Path) -> None:
     (tmp_path / "here.toml").write_text("title = 3")
-    for name in ("here.toml", "none.toml"):
-        with pytest.raises(xir.ParallelizeError, match=f"{name} is no machine as `xdit-ir calibrate` writes it"):
+    for name, why in (("here.toml", "is no machine as `xdit-ir calibrate` writes it"), ("none.toml", "`.* writes one")):
+        with pytest.raises(xir.ParallelizeError, match=f"{name}.*{why}"):
             load(str(tmp_path / name))
 
 

@@ -120,6 +120,8 @@ def _kept(name: str) -> Hardware:
 
 
 def _file(name: str, path: Path) -> Hardware:
+    if not path.exists():
+        raise ParallelizeError(f"there is no file {path}; `xdit-ir calibrate --output {path}` writes one")
     try:
         return _read(name, tomllib.loads(path.read_text("utf-8")))
     except (OSError, ValueError, LookupError, TypeError) as error:

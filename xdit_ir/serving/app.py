@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import difflib
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import fastapi
 from fastapi import responses
+from fastapi.exceptions import RequestValidationError
 
 from xdit_ir.errors import XditError
 from xdit_ir.generation.request import Request, parse_size
@@ -18,6 +20,7 @@ from xdit_ir.serving.server import Server
 from xdit_ir.serving.work import BUSY, CANCELLED, FAILED, LATE, REFUSED, Made, Work, WorkError
 
 STATUS = {REFUSED: 400, FAILED: 500, CANCELLED: 499, LATE: 504, BUSY: 503}
+IMAGES = "/v1/images/generations"
 TICK = 0.2  # seconds between looks whether the client is still there
 STRICT = {"extra": "forbid"}
 
@@ -65,7 +68,7 @@ class PlainBody:
 def make_app(server: Server) -> Any:
     """The endpoints of a server."""
     app, points = fastapi.FastAPI(title="xdit-ir"), _Endpoints(server)
-    app.add_api_route("/v1/images/generations", points.images, methods=["POST"])
+    app.add_api_route(IMAGES, points.images, methods=["POST"])
     app.add_api_route("/v1/models", points.models, methods=["GET"])
     app.add_api_route("/generate", points.generate, methods=["POST"])
     app.add_api_route("/requests", points.submit, methods=["POST"], status_code=202)
@@ -74,6 +77,7 @@ def make_app(server: Server) -> Any:
     app.add_api_route("/health", points.health, methods=["GET"])
     app.add_api_route("/metrics", points.metrics, methods=["GET"], response_class=responses.PlainTextResponse)
     app.add_exception_handler(XditError, _failed)
+    app.add_exception_handler(RequestValidationError, _unfit)
     return app
 
 
@@ -83,6 +87,20 @@ async def _failed(_: fastapi.Request, error: Exception) -> Any:
     kind = "invalid_request_error" if outcome == REFUSED else "server_error"
     content = {"error": {"message": str(error), "type": kind, "param": None, "code": outcome.replace(" ", "_")}}
     return responses.JSONResponse(content, STATUS[outcome])
+
+
+async def _unfit(http: fastapi.Request, error: Exception) -> Any:
+    """A body that is none of the endpoint, by the first thing that is wrong with it."""
+    assert isinstance(error, RequestValidationError)
+    wrong = error.errors()[0]
+    where = ".".join(str(part) for part in wrong["loc"][1:])
+    text = f"{where}: {wrong['msg']}" if where else str(wrong["msg"])
+    if wrong["type"] == "unexpected_keyword_argument":
+        names = [one.name for one in fields(ImagesBody if http.url.path == IMAGES else PlainBody)]
+        near = difflib.get_close_matches(where, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        text = f"{http.url.path} does not take {where}; {hint}it takes {', '.join(names)}"
+    return await _failed(http, WorkError(REFUSED, text))
 
 
 class _Endpoints:

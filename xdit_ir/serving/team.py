@@ -166,6 +166,7 @@ class Team:
                 ranks.start(self.queue, self.lobby)
                 ranks.ready(self.queue)
                 self.is_ready, failed, self.trouble = True, 0, ""
+                LOG.info("%d ranks of %s are ready", self.spec.size, self.spec.setup.source)
                 self._serve(ranks)
             except (ServingError, OSError) as error:
                 failed += not self.is_ready
