@@ -20,6 +20,7 @@ from xdit_ir.generation.request import parse_size
 from xdit_ir.generation.setup import Setup
 from xdit_ir.ir.mesh import DIMS, MESH_DIMS
 from xdit_ir.sharding.machine import Machine
+from xdit_ir.sharding.report import CacheUse
 from xdit_ir.tools import targets
 from xdit_ir.tools.terminal import write
 
@@ -166,6 +167,8 @@ def _show(generation: Generation, folder: Path) -> None:
     for name, part in report["parts"].items():
         shares = ", ".join(f"{share:.3f}" for share in part.get("shares", ()))
         print(f"{name}: {f'ranks do {shares} of the work' if shares else 'whole on every rank: ' + part['whole']}")
+    for used in report.get("caches", ()):
+        print(CacheUse(**used))
     for phase, seconds in report.get("benchmark", {}).get("seconds", {}).items():
         print(f"{phase}: median {seconds['median']:.3f} s, {seconds['min']:.3f} to {seconds['max']:.3f}")
     for path in generation.files:

@@ -64,11 +64,14 @@ def test_the_command_writes_the_image_of_the_pipeline(pipeline_folder: Path, tmp
         assert 0 < times["min"] <= times["median"] <= times["max"]
 
 
-def test_a_step_cache_says_how_many_calls_it_left_out(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_a_step_cache_says_how_many_calls_it_left_out(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = ["--output", str(tmp_path), "--cache", "every:2"]
     assert main(["generate", str(pipeline_folder), "--prompt", PROMPT, *CALL, *output]) == 0
     report = json.loads((tmp_path / "generate.json").read_text())
     assert report["caches"] == [{"rule": "every:2", "calls": 2, "skipped": 1}]
+    assert "cache every:2: 1 of 2 calls reused" in capsys.readouterr().out
     assert np.array(Image.open(tmp_path / "0000.png")).std() > 10
 
 
