@@ -30,7 +30,7 @@ class InputCones:
         constants = {f"{CONSTANT}.{name}": value for name, value in program.constants.items()}
         self._constants = {name: value for name, value in constants.items() if not value.is_meta}
         leaves = (leaf.path for leaf in program.signature.leaves if leaf.spec is not None)
-        self._paths = dict(zip(placeholders(program.graph), leaves, strict=True))
+        self._paths = dict(zip(placeholders(program.graph), leaves, strict=False))
         self._given: dict[fx.Node, str] = {}
         self._made: dict[Hashable, fx.Node] = {}
         self._bodies: dict[tuple[str, Flags], set[fx.Node]] = {}
