@@ -7,8 +7,10 @@ without them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,6 +24,7 @@ from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, OpSharding
 from xdit_ir.rules.norms import divided_statistics
+from xdit_ir.rules.reductions import share_of_mean
 from xdit_ir.sharding.propagate import Propagation
 from xdit_ir.sharding.specialize import Specialize
 
@@ -130,6 +133,8 @@ def _tidy(graph: fx.Graph, node: fx.Node, mask_cuts: tuple[Cut, ...]) -> None:
         options = {name: given["options"][name] for name in ("scale", "enable_gqa")}
         node.target, node.args = ops.attention, tuple(given[name] for name in ("q", "k", "v", "mask"))
         node.kwargs = {**options, "is_causal": True}
+    if node.target is share_of_mean:
+        _scale_mean(graph, node)
     for dim, places in mask_cuts:
         mask = operands(node)[3]
         with graph.inserting_before(node):
@@ -144,27 +149,43 @@ def _tidy(graph: fx.Graph, node: fx.Node, mask_cuts: tuple[Cut, ...]) -> None:
         _split(graph, node)
 
 
+def _scale_mean(graph: fx.Graph, node: fx.Node) -> None:
+    """The mean of what is there, as a part of one over `count` elements, of which the others are zero."""
+    args: Any = node.args
+    x, dims, keepdim, count = args
+    own = math.prod(x.meta[SPEC].shape[dim] for dim in dims)
+    if not own:
+        return
+    node.target, node.args = aten.mean.dim, (x, list(dims), keepdim)
+    if own != count:
+        with graph.inserting_after(node):
+            scaled = graph.call_function(aten.mul.Tensor, (node, own / count))
+        scaled.meta = dict(node.meta)
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+
 def _narrow(graph: fx.Graph, node: fx.Node) -> None:
-    x, dim, runs = node.args
-    assert isinstance(x, fx.Node)
-    if x.meta[SPEC].shape == node.meta[SPEC].shape and len(runs) < 2:  # type: ignore[arg-type]
+    args: Any = node.args
+    x, dim, runs = args
+    if x.meta[SPEC].shape == node.meta[SPEC].shape and len(runs) < 2:
         node.replace_all_uses_with(x)
         graph.erase_node(node)
-    elif len(runs) == 1:  # type: ignore[arg-type]
-        [(start, length)] = runs  # type: ignore[misc, union-attr]
+    elif len(runs) == 1:
+        [(start, length)] = runs
         node.target, node.args = aten.slice.Tensor, (x, dim, start, start + length)
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> None:
     """Parts that lie one behind the other are those of a split, others are taken one by one."""
-    x, dim, parts = node.args
-    assert isinstance(x, fx.Node)
-    sizes = [sum(length for _, length in runs) for runs in parts]  # type: ignore[union-attr]
-    joined = Indices.of_runs(run for runs in parts for run in runs)  # type: ignore[union-attr]
+    args: Any = node.args
+    x, dim, parts = args
+    sizes = [sum(length for _, length in runs) for runs in parts]
+    joined = Indices.of_runs(run for runs in parts for run in runs)
     if joined.is_whole(x.meta[SPEC].shape[dim]):
         node.target, node.args = aten.split_with_sizes.default, (x, sizes, dim)
         return
     for item in list(node.users):
-        item.target, item.args = ops.take, (x, dim, parts[item.args[1]])  # type: ignore[index]
+        place: Any = item.args[1]
+        item.target, item.args = ops.take, (x, dim, parts[place])
         _narrow(graph, item)
     graph.erase_node(node)
