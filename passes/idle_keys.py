@@ -146,14 +146,14 @@ class _Reader:
         parts = {dim: one for dim, one in enumerate(layout.dims) if one is not None}
         if any(not one.parts[IDLE].size for one in parts.values()):
             return []
+        packet, sources = getattr(node.target, "overloadpacket", None), operands(node)
+        if packet is aten.mul:
+            return self._first_zero(sources)
         if parts and not layout.partial and (value := self._cone(node)) is not None:
             [(dim, part)] = parts.items()
             return [IdlePlaces(value, dim, part.parts[IDLE].runs)]
         if node.op == "placeholder" and self.call is not None:
             return self._outside(node)
-        packet, sources = getattr(node.target, "overloadpacket", None), operands(node)
-        if packet is aten.mul:
-            return self._first_zero(sources)
         if packet in _KEEP_ZERO or node.target is ops.shard:
             return self._zero(sources[0])
         raise NotIdle(f"{node.name} sums up rows that are idle")

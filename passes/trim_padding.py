@@ -14,10 +14,10 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import all_graphs, placeholders
-from xdit_ir.ir.program import SPEC, Program
+from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.passes.idle_keys import NotIdle, idle_places
 from xdit_ir.passes.input_cones import InputCones
-from xdit_ir.passes.live_rows import kept_program, without_rows
+from xdit_ir.passes.live_rows import idle_part, kept_program, without_rows
 from xdit_ir.rules import rule_for
 
 aten = torch.ops.aten
@@ -71,12 +71,11 @@ class TrimPadding:
 
 
 def _candidates(program: Program, multiple: int) -> Iterator[tuple[str, int]]:
-    """Dims of inputs that may be rows, those of floating-point inputs first; the last one of these are features."""
-    nodes = placeholders(program.graph)
-    for node in sorted(nodes, key=lambda one: not one.meta[SPEC].dtype.is_floating_point):
-        shape, dtype = node.meta[SPEC].shape, node.meta[SPEC].dtype
-        last = len(shape) - int(dtype.is_floating_point)
-        yield from ((node.name, dim) for dim in range(last) if shape[dim] > multiple)
+    """Dims of inputs that may be rows, streams first: of floating-point inputs the last dim is features."""
+    specs = {node.name: node.meta[SPEC] for node in placeholders(program.graph)}
+    for name, spec in sorted(specs.items(), key=lambda item: (not item[1].dtype.is_floating_point, -item[1].nbytes)):
+        last = len(spec.shape) - int(spec.dtype.is_floating_point)
+        yield from ((name, dim) for dim in range(last) if spec.shape[dim] > multiple)
 
 
 class _Trim:
@@ -89,22 +88,20 @@ class _Trim:
         self.cones = InputCones(program)
 
     def made(self) -> tuple[Program, set[str]]:
-        """The program without idle rows, or the same, and the inputs of which that has been decided."""
+        """The program without idle rows, or the same, and the inputs that have rows which go with these."""
+        least = without_rows(self.program, self.name, self.dim, self.multiple)
+        met = {node.name for node in placeholders(least.graph) if _is_cut(node)}
         try:
-            least = without_rows(self.program, self.name, self.dim, self.multiple)
             each = self._each(least, self.multiple)
             kept = self._kept(each)
             if kept == self.size:
-                made = self._guarded(self.program, [], each, kept)
-            else:
-                divided = least if kept == self.multiple else without_rows(self.program, self.name, self.dim, kept)
-                found = self._each(divided, kept)
-                made = self._guarded(kept_program(self.program, divided), [found], each, kept)
+                return self._guarded(self.program, [], each, kept), met
+            divided = least if kept == self.multiple else without_rows(self.program, self.name, self.dim, kept)
+            found = self._each(divided, kept)
+            made = self._guarded(kept_program(self.program, divided), [found], each, kept)
         except NotIdle:
-            return self.program, set()
-        if not _is_known(made, self.program):
-            return self.program, set()
-        return made, {node.name for node in placeholders(least.graph) if _is_cut(node)}
+            return self.program, met
+        return (made if _is_known(made, self.program) else self.program), met
 
     def _each(self, divided: Program, kept: int) -> fx.Node:
         """For each row behind those that are kept whether it is idle.
@@ -162,8 +159,9 @@ class _Trim:
 
 
 def _is_cut(node: fx.Node) -> bool:
-    """Whether only a part of the rows of an input is used."""
-    return bool(node.users) and all(user.target is ops.shard for user in node.users)
+    """Whether rows of an input are left out wherever it is used."""
+    cuts = [user.meta[LAYOUT].dims for user in node.users if user.target is ops.shard]
+    return len(cuts) == len(node.users) > 0 and all(any(idle_part(one).size for one in dims) for dims in cuts)
 
 
 def _is_known(made: Program, program: Program) -> bool:

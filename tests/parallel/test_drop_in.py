@@ -165,7 +165,7 @@ def test_too_many_specialisations_are_noticed(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("degrees", "batch"), [({"ulysses": 2}, 2), ({"cfg": 2}, 1)])
-def test_prompts_of_a_length_share_a_program(workers: Pools, degrees: dict[str, int], batch: int) -> None:
+def test_prompts_of_a_length_share_a_program(workers: Any, degrees: dict[str, int], batch: int) -> None:
     """Calls of a pair, which run at once, may have programs of their own."""
     for result in workers(2).run("prompts", degrees=degrees, batch=batch, lengths=[20, 200, 10, 100, 250]):
         assert [programs for programs, _ in result] == [1, 2, 2, 3, 3]
