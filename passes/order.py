@@ -71,9 +71,10 @@ def analysis_passes(known: Streams | None = None) -> list[Pass]:
     return [*canonical_passes(), FindTokens(known)]
 
 
-def canonical_passes() -> list[Pass]:
-    """Those of them after which each thing has one form."""
-    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys()]
+def canonical_passes(rows: int = 0) -> list[Pass]:
+    """Those of them after which each thing has one form; padding is trimmed to multiples of so many rows, if any."""
+    trim: list[Pass] = [TrimPadding(rows)] if rows else []
+    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), *trim]
 
 
 def cache_passes(watched: Watched) -> list[Pass]:

@@ -138,8 +138,8 @@ class _Trim:
         """The program for inputs whose rows are idle from `kept` on, and not from a multiple of rows before."""
         asked = [self.cones.add(aten.all.default, one) for one in idle]
         if kept > self.multiple:
-            first = kept - self.multiple - self.multiple if kept < self.size else self._before(kept)
-            before = self.cones.add(aten.slice.Tensor, each, 0, first, kept - self.multiple)
+            first = (kept - 1) // self.multiple * self.multiple
+            before = self.cones.add(aten.slice.Tensor, each, 0, first - self.multiple, kept - self.multiple)
             asked.append(self.cones.add(aten.all.default, before))
         answer = self.cones.add(aten.stack.default, asked)
         value = self.cones.contents(answer)
@@ -152,10 +152,6 @@ class _Trim:
         fact = self.cones.predicate(answer, value, said)
         signature = made.signature
         return made.replace(signature=replace(signature, predicates=(*signature.predicates, fact)))
-
-    def _before(self, kept: int) -> int:
-        """Where, behind the rows that are always kept, the last multiple of all rows begins."""
-        return (kept - 1) // self.multiple * self.multiple - self.multiple
 
 
 def _is_cut(node: fx.Node) -> bool:

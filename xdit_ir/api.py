@@ -37,7 +37,7 @@ from xdit_ir.passes.keeping import Keeping
 from xdit_ir.passes.order import canonical_passes
 from xdit_ir.passes.split_batch import Batch
 from xdit_ir.passes.take_known import guard_places
-from xdit_ir.passes.trim_padding import TrimPadding, rows_to_trim
+from xdit_ir.passes.trim_padding import rows_to_trim
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
 from xdit_ir.runtime.emitted import Emitted, emit
@@ -109,7 +109,7 @@ class TracedProgram:
         if rows == self.rows:
             return self
         if rows not in self._trimmed:
-            canonical = run_passes(self.ir, [*canonical_passes(), TrimPadding(rows)])
+            canonical = run_passes(self.ir, canonical_passes(rows))
             ir = self.ir.replace(signature=canonical.signature)
             self._trimmed[rows] = replace(self, ir=ir, rows=rows, canonical=canonical, _trimmed={})
         return self._trimmed[rows]
@@ -177,7 +177,7 @@ class TracedProgram:
                 `CacheRule` with groups is for a program whose values are marked.
             trim_padding: rows at the end of an input that masks make idle, as of text that is padded, are not computed:
                 what is left is the longest of the batch, rounded up to a multiple of so many rows (True: 64). The
-                program is then one for inputs of this length. See docs/ir.md.
+                program is then one for inputs of this length, in these multiples. See docs/ir.md.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
             after: called with every pass and the program it made.
 
