@@ -1,7 +1,8 @@
 """What `trim_padding` leaves to do, without GPUs: `python benchmarks/trimmed_padding.py [--error] [NAME ...]`.
 
-Tiny models of the zoo, with 64 to 256 tokens of image or video, are given 256 words, of which 20 and 9 are real. Prints the part of one device's work that the slowest rank does under each set of
-degrees, before and after; with `--error` also the largest relative error of any rank, of all that are simulated.
+Tiny models of the zoo, with 64 to 256 tokens of image or video, are given 256 words, of which 20 and 9 are real. Prints
+the part of one device's work that the slowest rank does under each set of degrees, before and after; with `--error`
+also the largest relative error of any rank, of all that are simulated.
 """
 
 from __future__ import annotations

@@ -129,10 +129,7 @@ def _mask_cuts(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[Cut, ...]]]:
 def _tidy(graph: fx.Graph, node: fx.Node, mask_cuts: tuple[Cut, ...]) -> None:
     """Writes an operator of a rank's program as one of a program for a single device."""
     if node.target is ops.attention_of_rows:
-        given = bound_arguments(node)
-        options = {name: given["options"][name] for name in ("scale", "enable_gqa")}
-        node.target, node.args = ops.attention, tuple(given[name] for name in ("q", "k", "v", "mask"))
-        node.kwargs = {**options, "is_causal": True}
+        _first_rows(node)
     if node.target is share_of_mean:
         _scale_mean(graph, node)
     for dim, places in mask_cuts:
@@ -147,6 +144,15 @@ def _tidy(graph: fx.Graph, node: fx.Node, mask_cuts: tuple[Cut, ...]) -> None:
         _narrow(graph, node)
     if node.target is ops.take_each:
         _split(graph, node)
+
+
+def _first_rows(node: fx.Node) -> None:
+    """Causal attention of the first rows, if they are: to these it is not told which they are."""
+    given = bound_arguments(node)
+    options = {name: given["options"][name] for name in ("scale", "enable_gqa")}
+    if given["mask"] is None and Indices(given["rows"]).is_whole(given["q"].meta[SPEC].shape[-2]):
+        node.target, node.args = ops.attention, (given["q"], given["k"], given["v"])
+        node.kwargs = {**options, "is_causal": True}
 
 
 def _scale_mean(graph: fx.Graph, node: fx.Node) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._ops import OpOverload
 
@@ -122,6 +123,27 @@ class Convolved(MaskedText):
 
 def test_a_word_that_looks_at_the_next_one_needs_it() -> None:
     assert told(xir.trace(Convolved(), inputs(20, 9))) == []
+
+
+class Causal(MaskedText):
+    """Words see words before them, by a decoder; `sees` says which of them the tokens see."""
+
+    def __init__(self, sees: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.sees, self.qkv = sees, nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: torch.Tensor, words: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """As for `MaskedText`."""
+        q, k, v = self.qkv(words).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        words = words + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return super().forward(x, self.sees(words), mask)
+
+
+def test_words_that_come_later_are_not_seen() -> None:
+    model = Causal(lambda words: words)
+    assert told(xir.trace(model, inputs(20, 9))) == ["words[:, 64:] is padding, which is not computed"]
+    assert xir.check(model, inputs(20, 9), ulysses=2, trim_padding=True).ok
+    assert told(xir.trace(Causal(lambda words: words.flip(1)), inputs(20, 9))) == []
 
 
 @pytest.mark.parametrize(
