@@ -116,7 +116,7 @@ def same_tensors(given: Iterable[torch.Tensor]) -> tuple[int, ...]:
     return () if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
 
 
-class _Verdicts:
+class Verdicts:
     """What was found of the contents of tensors, by what was checked, as long as nothing writes to them: of the last
     few, as the two halves of guidance come in turn."""
 
@@ -164,7 +164,7 @@ class BufferGuards:
     """
 
     def __init__(self, model: nn.Module, program: Program) -> None:
-        self._model, self._verdicts = model, _Verdicts()
+        self._model, self._verdicts = model, Verdicts()
         self._guards = [guard for guard in program.signature.guards if guard.path.startswith(STATE)]
 
     def check(self) -> None:
@@ -190,7 +190,7 @@ class InputBinder:
         self._signature = forward if isinstance(forward, inspect.Signature) else inspect.signature(forward.forward)
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
-        self._verdicts = _Verdicts()
+        self._verdicts = Verdicts()
         self._laid = any(path.startswith(STRIDES) for path in self._guards)
         self._writes = any(effect.write for effect in program.signature.effects)
 
