@@ -2,7 +2,8 @@
 
 Tiny models of the zoo, with 64 to 256 tokens of image or video, are given 256 words, of which 20 and 9 are real. Prints
 the part of one device's work that the slowest rank does under each set of degrees, before and after; with `--error`
-also the largest relative error of any rank, of all that are simulated.
+also the largest relative error of any rank, of all that are simulated. `--published`, in its place: u2 and u4 of models
+of published size, on the meta device, with the words that the zoo gives them.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ def longer(leaf: Any) -> Any:
 def main() -> None:
     names = [name for name in sys.argv[1:] if not name.startswith("-")] or NAMES
     for name in names:
-        model, example = models.load(f"{name}:tiny")
-        example = pytree.tree_map(longer, example)
+        if published := "--published" in sys.argv:
+            model, example = models.load(name, device="meta")
+        else:
+            model, example = models.load(f"{name}:tiny")
+            example = pytree.tree_map(longer, example)
         traced, told = xir.trace(model, example), []
-        for one in DEGREES:
+        for one in DEGREES[:2] if published else DEGREES:
             before = traced.parallelize(**one.as_dict()).report()
             made = traced.parallelize(**one.as_dict(), trim_padding=True)
             told.append(f"{one} {before.share:.3f} -> {made.report().share:.3f}")
