@@ -46,7 +46,7 @@ class Emitter:
         """
         with self._here():
             new = self.graph.create_node("call_function", target, args, kwargs, name=name)
-        new.meta = {SPEC: spec or _type_of(new)}
+        new.meta = {SPEC: spec or type_of(new)}
         new.meta |= {key: self.node.meta[key] for key in (WHERE, STAGE) if key in self.node.meta}
         if self.mesh is not None:
             new.meta[LAYOUT] = layout_of(new, self.mesh)
@@ -90,7 +90,7 @@ class Emitter:
         return x if x.meta[SPEC].dtype == dtype else self.emit(aten._to_copy.default, x, dtype=dtype)
 
 
-def _type_of(node: fx.Node) -> Any:
+def type_of(node: fx.Node) -> Any:
     types: Any = fx.map_arg((node.args, node.kwargs), lambda source: source.meta[SPEC])
     args, kwargs = types
     try:

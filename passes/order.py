@@ -38,6 +38,7 @@ from xdit_ir.passes.split_joins import SplitJoins
 from xdit_ir.passes.split_statistics import SplitStatistics
 from xdit_ir.passes.take_known import TakeKnown
 from xdit_ir.passes.tile_attention import TileAttention
+from xdit_ir.passes.trim_padding import TrimPadding
 from xdit_ir.passes.use_copy_engines import UseCopyEngines
 from xdit_ir.passes.write_in_place import WriteInPlace
 from xdit_ir.sharding.machine import H100, Machine
@@ -46,7 +47,7 @@ from xdit_ir.sharding.specialize import Specialize
 # Every pass that can run between `trace` and the code of a rank, in that order. `displace-patches` stands in for
 # `shard-tokens` under PipeFusion, which skips what is about exchanges.
 PASSES: tuple[type[Any], ...] = (
-    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, AlignSamples, FindTokens, ReuseRegion),
+    *(Canonicalize, TakeKnown, ComposeAttention, GroupKeys, TrimPadding, AlignSamples, FindTokens, ReuseRegion),
     *(PartitionStages, SplitBatch, ShareBranches, ShardTokens, ReplicateShared, DisplacePatches, PropagateLayouts),
     *(
         ShardFeatures,
@@ -67,7 +68,13 @@ PASSES: tuple[type[Any], ...] = (
 
 def analysis_passes(known: Streams | None = None) -> list[Pass]:
     """Passes that do not depend on the mesh; see `FindTokens` for `known`."""
-    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), FindTokens(known)]
+    return [*canonical_passes(), FindTokens(known)]
+
+
+def canonical_passes(rows: int = 0) -> list[Pass]:
+    """Those of them after which each thing has one form; padding is trimmed to multiples of so many rows, if any."""
+    trim: list[Pass] = [TrimPadding(rows)] if rows else []
+    return [Canonicalize(), TakeKnown(), ComposeAttention(), GroupKeys(), *trim]
 
 
 def cache_passes(watched: Watched) -> list[Pass]:

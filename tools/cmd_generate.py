@@ -61,6 +61,7 @@ def add_how(parser: argparse.ArgumentParser, data: str) -> Any:
     how.add_argument("--patches", type=int, metavar="N", help="of the latents, with --pipefusion")
     how.add_argument("--warmup", type=int, metavar="N", help="synchronous steps, with --pipefusion")
     how.add_argument("--cache", metavar="RULE", help="steps reuse blocks of earlier ones, e.g. first-block:0.08")
+    how.add_argument("--trim-padding", type=int, metavar="N", help="leave out hidden text, by multiples of N words")
     how.add_argument("--machine", type=Machine.parse, metavar="SPEEDS", help=targets.SPEEDS)
     how.add_argument("--data", type=int, default=1, metavar="N", help=data)
     how.add_argument("--dtype", metavar="TYPE", help="bf16, fp16 or fp32; also bf16,vae=fp32")
@@ -115,6 +116,7 @@ def _parallel(args: argparse.Namespace) -> dict[str, Any]:
         "patches": args.patches,
         "warmup_steps": args.warmup,
         "cache": args.cache,
+        "trim_padding": args.trim_padding,
         "mode": args.mode,
         "compile": args.compile or None,
         "cuda_graph": args.cuda_graph or None,

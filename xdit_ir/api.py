@@ -30,12 +30,14 @@ from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program, Stored
 from xdit_ir.passes.align_samples import AlignSamples
 from xdit_ir.passes.base import After, run_passes
+from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.divide import check_schedule, divide, make_pipeline, note_region
 from xdit_ir.passes.find_tokens import FindTokens, Streams
 from xdit_ir.passes.keeping import Keeping
-from xdit_ir.passes.order import analysis_passes
+from xdit_ir.passes.order import canonical_passes
 from xdit_ir.passes.split_batch import Batch
 from xdit_ir.passes.take_known import guard_places
+from xdit_ir.passes.trim_padding import rows_to_trim
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
 from xdit_ir.runtime.emitted import Emitted, emit
@@ -76,13 +78,17 @@ class TracedProgram:
     """A captured model; `str()` is its block-level text, `ir` the program itself.
 
     `familiar`: one that differs in sizes only was divided and verified after every pass; see `run_passes`. `stored`:
-    how ranks store weights for an earlier program of the model. `streams`: those of that other program.
+    how ranks store weights for an earlier program of the model. `streams`: those of that other program. `canonical`:
+    the canonical form, where padding has been trimmed to multiples of `rows`.
     """
 
     ir: Program
     familiar: bool = False
     stored: Mapping[str, Stored] = field(default_factory=dict)
     streams: Streams | None = None
+    rows: int = 0
+    canonical: Program | None = None
+    _trimmed: dict[int, TracedProgram] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return program_text(self.ir)
@@ -94,13 +100,28 @@ class TracedProgram:
     @cached_property
     def analysed(self) -> Program:
         """The canonical program with its token streams found: what every mesh starts from."""
-        return run_passes(self.ir, analysis_passes(self.streams), familiar=self.familiar)
+        passes: list[Pass] = [] if self.canonical is not None else canonical_passes()
+        return run_passes(self.canonical or self.ir, [*passes, FindTokens(self.streams)], familiar=self.familiar)
+
+    def trimmed(self, rows: int) -> TracedProgram:
+        """The same without padding that masks make idle, for inputs with as much of it in multiples of so many `rows`;
+        see `trim-padding`."""
+        if rows == self.rows:
+            return self
+        if rows not in self._trimmed:
+            canonical = run_passes(self.ir, canonical_passes(rows))
+            ir = self.ir.replace(signature=canonical.signature)
+            self._trimmed[rows] = replace(self, ir=ir, rows=rows, canonical=canonical, _trimmed={})
+        return self._trimmed[rows]
 
     @cached_property
     def _placed(self) -> TracedProgram:
         """The same for inputs that say alike where rows are, which patches follow."""
         guarded = guard_places(self.ir)
-        return self if guarded is self.ir else replace(self, ir=guarded)
+        if guarded is self.ir:
+            return self
+        placed = replace(self, ir=guarded, rows=0, canonical=None, _trimmed={})
+        return placed.trimmed(self.rows) if self.rows else placed
 
     @cached_property
     def _aligned(self) -> Program:
@@ -125,6 +146,7 @@ class TracedProgram:
         shard_weights: bool = False,
         stream_weights: bool | int | str = False,
         cache: str | CacheRule | None = None,
+        trim_padding: bool | int = False,
         machine: Machine = H100,
         after: After | None = None,
         **further: int,
@@ -153,6 +175,9 @@ class TracedProgram:
             cache: when a step reuses what the blocks of an earlier one added: "first-block:0.08", "timestep:0.1",
                 "every:2" or "steps:0,1,2,5" (those that compute). Not with `pipefusion`. See docs/caching.md. A
                 `CacheRule` with groups is for a program whose values are marked.
+            trim_padding: rows at the end of an input that masks make idle, as of text that is padded, are not computed:
+                what is left is the longest of the batch, rounded up to a multiple of so many rows (True: 64). The
+                program is then one for inputs of this length, in these multiples. See docs/ir.md.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
             after: called with every pass and the program it made.
 
@@ -167,7 +192,8 @@ class TracedProgram:
         keeping = Keeping.of(shard_weights, stream_weights)
         keeping.check(mesh, batch=batch)
         rule = None if cache is None else CacheRule.parse(cache)
-        traced = self if pipefusion == 1 else self._placed
+        traced = self.trimmed(rows_to_trim(trim_padding)) if trim_padding is not False else self
+        traced = traced if pipefusion == 1 else traced._placed
         analysed = traced.analysed if pipefusion == 1 else traced._aligned
         analysed = analysed if rule is None else note_region(analysed, rule, mesh, after, batch=batch)
         stored = analysed.replace(stored=self.stored)
@@ -175,7 +201,7 @@ class TracedProgram:
             familiar = self.familiar
             divided = divide(stored, mesh, machine, after, batch=batch, familiar=familiar, keeping=keeping)
             used = None if rule is None else CacheCount(rule)
-            return ParallelProgram(self.ir, analysed, divided, mesh, pair_calls, machine, used)
+            return ParallelProgram(traced.ir, analysed, divided, mesh, pair_calls, machine, used)
         schedule = (patches, warmup_steps, stages)
         staged, pipeline = make_pipeline(stored, mesh, *schedule, machine, after, batch=batch, keeping=keeping)
         return PipelinedProgram(traced.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)

@@ -8,6 +8,7 @@ from ..specs import Entry, Integers, Mask, Normal, Values
 HERE = "xdit_ir.models.kinds"
 TOKENS = Normal((2, 64, 4))
 IMAGE = Normal((2, 4, 16, 16))
+WORDS = Normal((2, 256, 32))
 
 
 def _kind(path: str, **inputs: object) -> Entry:
@@ -62,7 +63,14 @@ KINDS = {
     "kind-padded-stream": _kind("balance:PaddedStream", x=Normal((2, 80, 4))),
     "kind-refined-stream": _kind("balance:RefinedStream", x=Normal((2, 80, 4)), text=Normal((2, 16, 32))),
     "kind-masked-text": _kind(
-        "balance:MaskedText", x=TOKENS, words=Normal((2, 256, 32)), mask=Mask(256, (20, 9))),
+        "balance:MaskedText", x=TOKENS, words=WORDS, mask=Mask(256, (20, 9))),
+    "kind-lengths-of-text": _kind(
+        "padding:LengthsOfText", x=TOKENS, words=WORDS, lengths=Values([20, 9], "int64")),
+    "kind-pooled-text": _kind("padding:PooledText", x=TOKENS, words=WORDS, mask=Mask(256, (20, 9))),
+    "kind-hidden-by-lowest": _kind("padding:HiddenByLowest", x=TOKENS, words=WORDS, mask=Mask(256, (20, 9))),
+    "kind-hidden-by-thousands": _kind(
+        "padding:HiddenByThousands", x=TOKENS, words=WORDS, lengths=Values([20, 9], "int64")),
+    "kind-returned-text": _kind("padding:ReturnedText", x=TOKENS, words=WORDS, mask=Mask(256, (20, 9))),
     "kind-sound-and-picture": _kind("balance:SoundAndPicture", sound=Normal((2, 16, 4)), picture=Normal((2, 240, 4))),
     "kind-convolved-tokens": _kind("sequences:ConvolvedTokens", x=TOKENS),
     "kind-mixer": _kind("sequences:MixerLayers", x=TOKENS),

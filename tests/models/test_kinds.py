@@ -19,6 +19,7 @@ KINDS = models.kinds()
 FEW = (
     *("kind-finite-only", "kind-object-leaves", "kind-masked-tokens", "kind-fills-table", "kind-by-modality"),
     *("kind-shifted-windows", "kind-padded-stream", "kind-state-space", "kind-scan-operator", "kind-vectorised"),
+    "kind-pooled-text",
 )
 # What it says where a kind cannot be divided so.
 REFUSED = {

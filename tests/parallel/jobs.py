@@ -142,6 +142,22 @@ def _assign(module: nn.Module) -> Callable[[Any], Any]:
     return lambda state: module.load_state_dict(state, assign=True)
 
 
+def prompts(degrees: Degrees, batch: int, lengths: list[int]) -> list[list[Any]]:
+    """[number of programs, error] after each of these prompts of padded text, all of one step's calls made first."""
+    model, example = models.load("kind-pooled-text:tiny")
+    ported = xir.port(model, **degrees, trim_padding=True)
+    seen: list[list[Any]] = []
+    with torch.no_grad():
+        for length in lengths:
+            pair = []
+            for real in (length, 7):  # with the prompt and without
+                mask = (torch.arange(256) < real).long().expand(batch, -1)
+                given = {name: x[:batch] for name, x in example.items()} | {"mask": mask.contiguous()}
+                pair.append((ported(**given), model(**given)))
+            seen.append([len(ported.programs), max(relative_error(got, want) for got, want in pair)])
+    return seen
+
+
 def specialisations(degrees: Degrees) -> list[list[Any]]:
     """[number of programs, error, shape] after each call of a model that reads lengths."""
     model, example = _reader()

@@ -162,3 +162,11 @@ def test_too_many_specialisations_are_noticed(monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(UserWarning, match="changes in by"):
         ported(x, 3.0)
     assert len(ported.programs) == 2
+
+
+@pytest.mark.parametrize(("degrees", "batch"), [({"ulysses": 2}, 2), ({"cfg": 2}, 1)])
+def test_prompts_of_a_length_share_a_program(workers: Any, degrees: dict[str, int], batch: int) -> None:
+    """Calls of a pair, which run at once, may have programs of their own."""
+    for result in workers(2).run("prompts", degrees=degrees, batch=batch, lengths=[20, 200, 10, 100, 250]):
+        assert [programs for programs, _ in result] == [1, 2, 2, 3, 3]
+        assert max(error for _, error in result) < 1e-5, result

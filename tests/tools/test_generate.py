@@ -67,7 +67,7 @@ def test_the_command_writes_the_image_of_the_pipeline(pipeline_folder: Path, tmp
 def test_a_step_cache_says_how_many_calls_it_left_out(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = ["--output", str(tmp_path), "--cache", "every:2"]
+    output = ["--output", str(tmp_path), "--cache", "every:2", "--trim-padding", "64"]
     assert main(["generate", str(pipeline_folder), "--prompt", PROMPT, *CALL, *output]) == 0
     report = json.loads((tmp_path / "generate.json").read_text())
     assert report["caches"] == [{"rule": "every:2", "calls": 2, "skipped": 1}]

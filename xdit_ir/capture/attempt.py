@@ -37,7 +37,7 @@ from xdit_ir.capture.generators import given_generator
 from xdit_ir.capture.identity import Identities
 from xdit_ir.capture.inputs import call_arguments, flatten_named, layout_of, sharing
 from xdit_ir.capture.instrument import Calls, instrument
-from xdit_ir.capture.known import PythonReads, check_lent, readable
+from xdit_ir.capture.known import PythonReads, check_lent, readable, says_what_is_there
 from xdit_ir.capture.ladder import Rung
 from xdit_ir.capture.leaves import Leaves
 from xdit_ir.capture.libraries import replacements
@@ -296,7 +296,7 @@ def _program(name: str, device: torch.device, recorder: Recorder, blocks: Blocks
         rename_device(part, recorder.device, device)
     read = {*recorder.read_inputs, *(f"{STATE}{name}" for name in recorder.read_buffers)}
     seen = recorder.inputs | {f"{STATE}{name}": x for name, x in recorder.buffers.items()}
-    whole = {path: x for path, x in seen.items() if not x.is_floating_point() and readable(x)}
+    whole = {path: x for path, x in seen.items() if says_what_is_there(x)}
     contents = {path: ordinary(x.detach().cpu().clone()) for path, x in whole.items() if path not in read}
     return Program(name, graph, made, signature, constants, device, state, contents)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +21,10 @@ from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
 from xdit_ir.ir.named_tensors import find_tensor
-from xdit_ir.ir.program import STATE, STRIDES, Guard, Program, TensorSpec
+from xdit_ir.ir.program import STATE, STRIDES, Guard, Predicate, Program, TensorSpec
 from xdit_ir.ir.wrappers import PLAIN
 
+_REMEMBERED = 8  # tensors of each check
 _LEAVES = PLAIN | {bool, int, float, str, type(None)}
 
 
@@ -112,24 +116,39 @@ def same_tensors(given: Iterable[torch.Tensor]) -> tuple[int, ...]:
     return () if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
 
 
-class _Accepted:
-    """Tensors whose contents were found to be right, by what was checked, as long as nothing writes to them."""
+class Verdicts:
+    """What was found of the contents of tensors, by what was checked, as long as nothing writes to them: of the last
+    few, as the two halves of guidance come in turn."""
 
     def __init__(self) -> None:
-        self._known: dict[str | int, list[tuple[weakref.ref[torch.Tensor], int]]] = {}
+        self._known: dict[str | int, deque[_Verdict]] = {}
 
-    def has(self, check: str | int, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these very tensors were accepted, and are as they were then; never known of inference tensors, and of
-        those on the CPU, which are quickly compared and may be written to through NumPy or `.data`, uncounted."""
-        known = self._known.get(check, [])
-        return len(known) == len(tensors) and all(
+    def of(self, check: str | int, tensors: Sequence[torch.Tensor], find: Callable[[], bool]) -> bool:
+        """Whether these very tensors are right, found out where it is not known. It never is of inference tensors, and
+        of those on the CPU, which are quickly compared and may be written to through NumPy or `.data`, uncounted.
+        """
+        known = self._known.setdefault(check, deque(maxlen=_REMEMBERED))
+        for verdict in known:
+            if verdict.is_of(tensors):
+                return verdict.right
+        right = find()
+        known.append(_Verdict([(weakref.ref(tensor), _version(tensor)) for tensor in tensors], right))
+        return right
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Whether tensors, as they were then, are `right`."""
+
+    tensors: list[tuple[weakref.ref[torch.Tensor], int]]
+    right: bool
+
+    def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the tensors, as they were."""
+        return len(self.tensors) == len(tensors) and all(
             ref() is tensor and _version(tensor) == before >= 0 and tensor.device.type != "cpu"
-            for (ref, before), tensor in zip(known, tensors, strict=True)
+            for (ref, before), tensor in zip(self.tensors, tensors, strict=True)
         )
-
-    def note(self, check: str | int, tensors: Sequence[torch.Tensor]) -> None:
-        """These tensors are right."""
-        self._known[check] = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -145,7 +164,7 @@ class BufferGuards:
     """
 
     def __init__(self, model: nn.Module, program: Program) -> None:
-        self._model, self._accepted = model, _Accepted()
+        self._model, self._verdicts = model, Verdicts()
         self._guards = [guard for guard in program.signature.guards if guard.path.startswith(STATE)]
 
     def check(self) -> None:
@@ -153,13 +172,10 @@ class BufferGuards:
         for guard in self._guards:
             name = guard.path.removeprefix(STATE)
             buffer = find_tensor(self._model, name)
-            if self._accepted.has(name, [buffer]):
-                continue
             if buffer.is_meta:  # released: nobody can write to it
                 continue
-            if buffer.dtype != guard.value.dtype or not torch.equal(buffer.cpu(), guard.value):
+            if not self._verdicts.of(name, [buffer], partial(_is_equal, buffer, guard)):
                 raise MismatchError(f"{name}: it was read while tracing ({guard.reason}) and has changed")
-            self._accepted.note(name, [buffer])
 
 
 class InputBinder:
@@ -174,7 +190,7 @@ class InputBinder:
         self._signature = forward if isinstance(forward, inspect.Signature) else inspect.signature(forward.forward)
         self._expected = program.signature
         self._guards = {guard.path: guard for guard in program.signature.guards}
-        self._accepted = _Accepted()
+        self._verdicts = Verdicts()
         self._laid = any(path.startswith(STRIDES) for path in self._guards)
         self._writes = any(effect.write for effect in program.signature.effects)
 
@@ -200,14 +216,9 @@ class InputBinder:
         """What was read of inputs must be as it was; waits for the device, but only if their contents may be new."""
         for index, fact in enumerate(self._expected.predicates):
             given = [leaves[path] for path in fact.paths]
-            if self._accepted.has(index, given):
-                continue
-            with torch.no_grad():
-                same = not any(leaf.is_meta for leaf in given) and torch.equal(evaluate(fact, leaves).cpu(), fact.value)
-            if not same:
+            if not self._verdicts.of(index, given, partial(_holds, fact, leaves)):
                 names = ", ".join(fact.paths)
                 raise MismatchError(f"{names}: what was read of it while tracing ({fact.reason}) has changed")
-            self._accepted.note(index, given)
 
     def _difference(self, leaves: list[tuple[str, Any]]) -> str:
         given, known = [path for path, _ in leaves], [leaf.path for leaf in self._expected.leaves]
@@ -237,11 +248,20 @@ class InputBinder:
             raise MismatchError(f"{path}: forward reads how tensors lie in memory, and this one lies otherwise")
 
     def _check_contents(self, guard: Guard, leaf: torch.Tensor) -> None:
-        if self._accepted.has(guard.path, [leaf]):
-            return
-        if leaf.device.type == "meta" or not torch.equal(leaf.detach().cpu(), guard.value):
+        if not self._verdicts.of(guard.path, [leaf], partial(_is_equal, leaf, guard)):
             raise MismatchError(f"{guard.path}: its contents were read while tracing ({guard.reason}) and have changed")
-        self._accepted.note(guard.path, [leaf])
+
+
+def _is_equal(tensor: torch.Tensor, guard: Guard) -> bool:
+    same_type = not tensor.is_meta and tensor.dtype == guard.value.dtype
+    return same_type and torch.equal(tensor.detach().cpu(), guard.value)
+
+
+def _holds(fact: Predicate, leaves: Mapping[str, Any]) -> bool:
+    if any(leaves[path].is_meta for path in fact.paths):
+        return False
+    with torch.no_grad():
+        return torch.equal(evaluate(fact, leaves).cpu(), fact.value)
 
 
 def bind_inputs(

@@ -60,6 +60,15 @@ def readable(tensor: torch.Tensor) -> bool:
     return bool((tensor == tensor.round()).all())
 
 
+def says_what_is_there(tensor: torch.Tensor) -> bool:
+    """Whether an input is of integers, or a floating-point mask of what counts, and may be read: ones and zeros, or
+    numbers so low that nothing is left of a score that they are added to."""
+    if not readable(tensor):
+        return False
+    lowest = torch.finfo(torch.float32).min / 2
+    return not tensor.is_floating_point() or bool(((tensor == 0) | (tensor == 1) | (tensor < lowest)).all())
+
+
 def _ready(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     values = [recorder.value(tensor) for tensor in tensors_in((args, kwargs))]
     if any(value.known is None for value in values):

@@ -255,9 +255,9 @@ class Program:
 
     In a pipeline, `coordinates[stage]` is where along `pipefusion` a stage is computed. `facts` is what passes have
     made true of it; `seeding` is there from when it is decided until layouts are written. `stored` is how ranks hold
-    those weights of `state` of which they have parts. `contents` are those of integer inputs and buffers while it was
-    traced, which hold for other calls only if they become guards. `spare`: nobody else has its graphs, so that the pass
-    which gets it may edit them.
+    those weights of `state` of which they have parts. `contents` are those of integer inputs, masks and buffers while
+    it was traced, which hold for other calls only if they become guards. `spare`: nobody else has its graphs, so that
+    the pass which gets it may edit them.
     """
 
     name: str

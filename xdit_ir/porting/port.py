@@ -18,6 +18,7 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import FEATURES, Mesh, check_degree_names
 from xdit_ir.passes.divide import check_cache
 from xdit_ir.passes.keeping import Keeping
+from xdit_ir.passes.trim_padding import rows_to_trim
 from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
@@ -54,6 +55,7 @@ def port(
     shard_weights: bool = False,
     stream_weights: bool | int | str = False,
     cache: str | None = None,
+    trim_padding: bool | int = False,
     machine: Machine | None = None,
     mode: str = "auto",
     compile: bool | None = None,
@@ -84,11 +86,11 @@ def port(
     the job (torchrun) does the same, with the same inputs: give all of them the same seed.
 
     Args:
-        cfg, ulysses, ring, pipefusion, tensor, patches, warmup_steps, shard_weights, stream_weights, cache, machine: as
-            in `TracedProgram.parallelize`; with `shard_weights` or `stream_weights` a model gives its weights up, as
-            with `release`. Where the batch cannot be divided, `cfg` divides the calls of a step, see
-            `xdit_ir.runtime.pairing`. Degrees that are left out are planned if none is given, or if those above 1 leave
-            processes over; else they are 1.
+        cfg, ulysses, ring, pipefusion, tensor, patches, warmup_steps, shard_weights, stream_weights, cache,
+            trim_padding, machine: as in `TracedProgram.parallelize`; with `shard_weights` or `stream_weights` a model
+            gives its weights up, as with `release`. Where the batch cannot be divided, `cfg` divides the calls of a
+            step, see `xdit_ir.runtime.pairing`. Degrees that are left out are planned if none is given, or if those
+            above 1 leave processes over; else they are 1.
         data: as many replicas of all that, over as many times the processes. Each makes what it is asked for: the
             caller gives the processes of a replica the same inputs, and each replica other ones, see
             `xdit_ir.replica`. Replicas never wait for each other, nor are they compared.
@@ -109,7 +111,8 @@ def port(
     check_degree_names(further, inspect.signature(port).parameters)
     named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor, **further}
     keeping = Keeping.of(shard_weights, stream_weights)
-    division = _Division.of(named, plan, patches, warmup_steps, machine, data, keeping=keeping, cache=cache)
+    rows = rows_to_trim(trim_padding)
+    division = _Division.of(named, plan, patches, warmup_steps, machine, data, keeping=keeping, cache=cache, rows=rows)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     beside_loading = Loading(weights, release)  # parts of weights are copies, which a port holds itself
     loading = Loading(weights, release or (weights is None and division.parts_weights))
@@ -159,6 +162,7 @@ class _Division:
         *,
         keeping: Keeping,
         cache: str | None,
+        rows: int,
     ) -> _Division:
         """By degrees, of which those that are None are not given, or by a plan; raises `ParallelizeError`."""
         given = {name: size for name, size in named.items() if size is not None}
@@ -182,6 +186,8 @@ class _Division:
         if cache is not None:
             check_cache(CacheRule.parse(cache), mesh)
             schedule["cache"] = cache
+        if rows:
+            schedule["trim_padding"] = rows
         return _Division(processes, mesh, schedule, unplanned, plan, keeping)
 
     @property

@@ -308,9 +308,10 @@ class Specialisations:
             except RaisedByForward as failure:
                 raise failure.error from None
             self._check_types(program)
-            key = program_key(program)
+            traced = TracedProgram(program, stored=self.stored).trimmed(self.schedule.get("trim_padding", 0))
+            key = program_key(traced.canonical or program)
             familiar = key in self.verified
-            traced = TracedProgram(program, familiar, self.stored, self.verified.get(key))
+            traced = replace(traced, familiar=familiar, streams=self.verified.get(key))
             schedule = self.schedule if cache is None else cache.among(self.schedule, traced.analysed)
             made = _parallelized(traced, schedule)
             if key is not None and not familiar:
