@@ -13,6 +13,7 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import TracedProgram
 from xdit_ir.emission.structure import program_key
+from xdit_ir.ir.program import Program
 from xdit_ir.passes import base
 
 MODEL = "plain-mmdit:tiny"
@@ -30,7 +31,12 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The passes after which a program is verified."""
     names: list[str] = []
     real: Any = base.verify
-    monkeypatch.setattr(base, "verify", lambda program, name, **given: names.append(name) or real(program, name, **given))
+
+    def verify(program: Program, name: str, **given: Any) -> None:
+        names.append(name)
+        real(program, name, **given)
+
+    monkeypatch.setattr(base, "verify", verify)
     return names
 
 
@@ -51,7 +57,10 @@ def test_a_ranks_program_is_verified_after_every_pass_once_and_then_at_its_end(v
 def test_programs_of_a_rank_have_one_structure_for_all_sizes_but_not_for_all_degrees() -> None:
     model, example = models.load(MODEL)
     traced = [TracedProgram(xir.trace(model, resized(example, *shape)).ir) for shape in ((12, 20), (16, 30))]
-    keys = [[program_key(one.parallelize(**degrees).rank(0)) for one in traced] for degrees in ({"ulysses": 2}, {"ring": 2})]
+    keys = [
+        [program_key(one.parallelize(ulysses=ulysses, ring=ring).rank(0)) for one in traced]
+        for ulysses, ring in ((2, 1), (1, 2))
+    ]
     assert all(key is not None for one in keys for key in one)
     assert all(first == second for first, second in keys)
     assert keys[0][0] != keys[1][0]
