@@ -4,7 +4,7 @@ FLUX.1-dev of published size (or the model that is named) under `ulysses` over a
 which exchanges can travel. Prints for each how long a call takes to return, which is the host's part, and how long with
 the GPU's; medians of all ranks' slowest. `--profile` prints instead where the host of the last rank
 spends its time, by functions of Python; `--trace FOLDER` writes what each rank's host and GPU do, for Chrome.
-`--compiler cpp_wrapper,combo_kernels` switches options of PyTorch's compiler on, to see what they would save.
+`--compiler combo_kernels` switches options of PyTorch's compiler on, to see what they would save.
 """
 
 from __future__ import annotations
