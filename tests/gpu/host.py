@@ -4,6 +4,7 @@ FLUX.1-dev of published size (or the model that is named) under `ulysses` over a
 which exchanges can travel. Prints for each how long a call takes to return, which is the host's part, and how long with
 the GPU's; medians of all ranks' slowest. `--profile` prints instead where the host of the last rank
 spends its time, by functions of Python; `--trace FOLDER` writes what each rank's host and GPU do, for Chrome.
+`--compiler combo_kernels` switches options of PyTorch's compiler on, to see what they would save.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from parity import load
+from torch._inductor import config as inductor
 
 import xdit_ir as xir
 
@@ -76,7 +78,9 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--compiler", default="")
     given = parser.parse_args()
+    inductor.load_config({name: True for name in given.compiler.split(",") if name})
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl")

@@ -116,14 +116,16 @@ def hooked_cache(model: nn.Module) -> HookedCache | None:
 @contextmanager
 def caches_away(model: nn.Module) -> Iterator[None]:
     """A model whose blocks are as they were before step caches were hooked into them, for as long as it is traced."""
-    held = [(vars(module), dict(vars(module))) for module in model.modules() if any(_caches_of(module))]
-    registries = [vars(vars(module)[_REGISTRY]) for module in model.modules() if _REGISTRY in vars(module)]
-    places = [(vars(module), _CONFIG) for module in model.modules()] + [(one, _LISTED) for one in registries]
+    modules = list(model.modules())
+    hooked = [module for module in modules if any(_caches_of(module))]
+    held = [(vars(module), dict(vars(module))) for module in hooked]
+    registries = [vars(vars(module)[_REGISTRY]) for module in modules if _REGISTRY in vars(module)]
+    places = [(vars(module), _CONFIG) for module in modules] + [(one, _LISTED) for one in registries]
     leading = [(place, name, place[name]) for place, name in places if name in place]  # to the hooks and who they ask
     try:
         for place, name, _ in leading:
             place[name] = None
-        for module in [module for module in model.modules() if any(_caches_of(module))]:
+        for module in hooked:
             registry = vars(module).pop(_REGISTRY)
             first = registry._fn_refs[0].original_forward
             del module.forward
@@ -154,9 +156,10 @@ def states_of(model: nn.Module) -> set[tuple[int, str]]:
     """What calls leave in the hooks of step caches, and what these ask in every call, as keys of dicts that are told by
     their ids; and the model's own registry while it has no hooks, which pipelines make when they end: a hook comes with
     a forward on the instance."""
-    hooks = [hook for module in model.modules() for _, hook in _caches_of(module)]
+    modules = list(model.modules())
+    hooks = [hook for module in modules for _, hook in _caches_of(module)]
     states = [hook.state for hook in hooks if hasattr(hook, "state")]
-    configs = [vars(module).get(_CONFIG) for module in model.modules()]
+    configs = [vars(module).get(_CONFIG) for module in modules]
     return {
         *([] if _hooks_of(model) else [(id(vars(model)), _REGISTRY)]),
         *((id(vars(item)), name) for item in _shared(hooks) for name in _STATE),

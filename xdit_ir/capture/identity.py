@@ -40,7 +40,7 @@ class Identities:
 
     def exchanged(self, part: Part, held: Mapping[Any, Any]) -> dict[Any, Any] | None:
         """What a part has to hold; None if it refers to nothing of the model, or is the model's own."""
-        if id(part.item) in self._own or isinstance(part.item, LazyState):
+        if not held or id(part.item) in self._own or isinstance(part.item, LazyState):
             return None
         made = {self(key): self(item) for key, item in held.items()}
         same = all(map(_is_same, made, held)) and all(map(_is_same, made.values(), held.values()))

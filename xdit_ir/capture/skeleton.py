@@ -217,7 +217,8 @@ class Skeleton:
         elif kind in _DICTS:
             copy = item.copy()
             self._remember(item, copy)
-            copy.update({key: self._copy(entry) for key, entry in item.items()})
+            if item:  # most hold no hooks
+                copy.update({key: self._copy(entry) for key, entry in item.items()})
         elif is_plain_object(kind) and hasattr(item, "__dict__"):
             copy = object.__new__(kind)
             self._remember(item, copy)

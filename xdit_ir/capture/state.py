@@ -74,7 +74,10 @@ class StateWatch:
     def changes(self) -> Iterator[StateWrite]:
         """What is not as it was."""
         for part, before in self._before:
-            now = {key: item for key, item in part.read().items() if traced(item) is item and key != NAMED}
+            held = part.read()
+            if not held and not before:
+                continue
+            now = {key: item for key, item in held.items() if traced(item) is item and key != NAMED}
             before = {key: item for key, item in before.items() if key in now or key not in ("forward", NAMED)}
             if not same_entries(now, before):
                 yield StateWrite(part, before, now, exchanged=part in self._exchanged)

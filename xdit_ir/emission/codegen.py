@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import keyword
 import operator
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.mailbox import Custody, Mailbox, PeerReceive, PeerSend, slot_sequence
 from xdit_ir.transport.packing import PACKED
 from xdit_ir.transport.uploads import AwaitUpload, StartUpload, upload_stream
+
+_OTHER = re.compile(r"\W")
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,4 +352,4 @@ class _CodeWriter:
 
 
 def _identifier(name: str) -> str:
-    return "".join(char if char.isalnum() else "_" for char in name)
+    return _OTHER.sub("_", name)

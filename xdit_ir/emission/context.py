@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,7 @@ from xdit_ir.emission.fold import fold_constants
 from xdit_ir.emission.graph_pool import GraphPool
 from xdit_ir.emission.shared import SharedCodes
 from xdit_ir.emission.state import ModelWeights
+from xdit_ir.emission.structure import program_key
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.mesh import Mesh
@@ -103,6 +104,11 @@ class RankContext:
         """Where exchanges by copy engines land."""
         return Workspaces(self.device, self.communicator.release)
 
+    @cached_property
+    def _verified(self) -> set[Hashable]:
+        """The structures of programs that were verified after every pass for the device, see `run_passes`."""
+        return set()
+
     @property
     def rank(self) -> int:
         """This process's."""
@@ -133,7 +139,11 @@ class RankContext:
         joined: list[Pass] = []
         if packed and (agreed := self.communicator.in_common(packs(folded))):
             joined = [PackExchanges("/".join(agreed))]
-        lowered = run_passes(folded, [*joined, *self.execution.passes(self.device)])
+        key = program_key(folded)
+        kind = None if key is None else (key, *joined)
+        lowered = run_passes(folded, [*joined, *self.execution.passes(self.device)], familiar=kind in self._verified)
+        if kind is not None:
+            self._verified.add(kind)
         if peers:
             agreed = self.communicator.in_common(candidates(lowered))
             lowered = run_passes(lowered, [UseCopyEngines("+".join(agreed))] if agreed else [])

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.ir.collective_ops import Communicate
 from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.graphs import all_graphs, copy_node
 from xdit_ir.ir.program import SPEC, WEIGHT, Program
 
 STRUCTURE = "structure"  # of a module that is a body: its `Structure.key`
 _PLAIN = (bool, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+NodeKey = Callable[[fx.Node, Mapping[fx.Node, int], list[int]], Hashable]
 _FUNCTIONS = (torch._ops.OpOverload, types.FunctionType, types.BuiltinFunctionType)
 
 
@@ -38,9 +40,9 @@ class Structure:
 
 
 def program_key(program: Program) -> Hashable:
-    """The same for a program; None if something in it cannot be compared."""
+    """The same for a program, also for that of a rank; None if something in it cannot be compared."""
     numbers: list[int] = []
-    keys = {name: _graph_key(graph, numbers) for name, graph, _ in all_graphs(program)}
+    keys = {name: _graph_key(graph, numbers, _program_node) for name, graph, _ in all_graphs(program)}
     return None if None in keys.values() else tuple(keys.items())
 
 
@@ -82,12 +84,21 @@ def _flat(module: fx.GraphModule) -> fx.Graph | None:
     return graph
 
 
-def _graph_key(graph: fx.Graph, numbers: list[int]) -> Hashable:
+def _graph_key(graph: fx.Graph, numbers: list[int], key: NodeKey | None = None) -> Hashable:
     order = {node: place for place, node in enumerate(graph.nodes)}
+    key = key or _key
     try:
-        return tuple(_key(node, order, numbers) for node in graph.nodes)
+        return tuple(key(node, order, numbers) for node in graph.nodes)
     except TypeError:
         return None
+
+
+def _program_node(node: fx.Node, order: Mapping[fx.Node, int], numbers: list[int]) -> Hashable:
+    """As `_key`; of a communication all but sizes, which no code depends on here."""
+    if not isinstance(node.target, Communicate):
+        return _key(node, order, numbers)
+    target = type(node.target), node.target.__name__, node.target.mesh_dims, node.target.group
+    return target, _pattern((node.args, node.kwargs), order, numbers)
 
 
 def _key(node: fx.Node, order: Mapping[fx.Node, int], numbers: list[int]) -> Hashable:

@@ -225,11 +225,13 @@ class Specialisations:
             self._agree(factory, mode, given, bound, refusal)
             if refusal is not None:
                 raise factory.context.communicator.agreed(refusal)
-            if bound is None:
+            if bound is not None:
+                return self.found[0].runner.run(*bound, given.args, given.kwargs)
+            with collector_paused():  # what is made here is looked through once, while the device computes
                 runner = self._specialise(factory, mode, given).runner
                 bound = runner.bind(given.args, given.kwargs)
                 factory.agreement.weights(runner, bound[1])
-            return self.found[0].runner.run(*bound, given.args, given.kwargs)
+                return runner.run(*bound, given.args, given.kwargs)
 
     def _plan(self, unplanned: Unplanned, given: Arguments, device: torch.device) -> None:
         """Let degrees be chosen; they stay for all further calls."""
@@ -324,7 +326,7 @@ class Specialisations:
         self.tracing = True
         try:
             # Counters and profilers around the call are for what the model does.
-            with collector_paused(), _disable_current_modes():
+            with _disable_current_modes():
                 program, runner = factory.build(make)
         finally:
             self.tracing = False

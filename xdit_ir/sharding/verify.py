@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -37,10 +38,29 @@ def verify(program: Program, after: str = "", *, runnable: bool = False, inferre
     _Verifier(program, where, runnable, {} if inferred is None else inferred).check()
 
 
+@dataclass(frozen=True, eq=False)
+class _Called:
+    """A block as its calls see it: what is given, all that it takes, the names of its weights, and whether these come
+    behind what is given; the layouts of its results."""
+
+    inputs: list[fx.Node]
+    taken: list[fx.Node]
+    needed: list[str]
+    in_order: bool
+    layouts: tuple[Layout | None, ...]
+
+    @staticmethod
+    def of(graph: fx.Graph) -> _Called:
+        inputs, taken, weights = arguments_of(graph), placeholders(graph), weights_of(graph)
+        layouts = tuple(result.meta.get(LAYOUT) for result in results_of(graph))
+        return _Called(inputs, taken, list(weights), taken == [*inputs, *weights.values()], layouts)
+
+
 class _Verifier:
     def __init__(self, program: Program, where: str, runnable: bool, inferred: Inferred) -> None:
         self.program, self.where, self.runnable, self.inferred = program, where, runnable, inferred
         self.place = ""
+        self._blocks: dict[str, _Called] = {}
 
     def check(self) -> None:
         try:
@@ -65,6 +85,7 @@ class _Verifier:
 
     def _graph(self, graph: fx.Graph) -> None:
         graph.lint()
+        mesh = self.program.layout_mesh
         for node in graph.nodes:
             if node.op == "output":
                 continue
@@ -72,8 +93,8 @@ class _Verifier:
                 self.fail(node, "has no type")
             if node.op == "get_attr":
                 self._known(node)
-            if self.program.layout_mesh is not None:
-                self._layouts(node, self.program.layout_mesh)
+            if mesh is not None:
+                self._layouts(node, mesh)
 
     def _layouts(self, node: fx.Node, mesh: Mesh) -> None:
         layout = node.meta.get(LAYOUT)
@@ -156,15 +177,17 @@ class _Verifier:
         if block is None:
             self.fail(node, f"calls {name}, which does not exist")
         assert block is not None
-        inputs, needed, results = arguments_of(block.graph), weights_of(block.graph), results_of(block.graph)
-        if len(inputs) != len(values):
-            self.fail(node, f"gives {len(values)} values to {len(inputs)} arguments of {name}")
-        if list(needed) != list(weights) or placeholders(block.graph) != [*inputs, *needed.values()]:
-            self.fail(node, f"gives the weights {list(weights)} to {name}, which takes {list(needed)}, in this order")
-        for given, taken in zip(operands(node), placeholders(block.graph), strict=True):
+        called = self._blocks.get(name)
+        if called is None:
+            called = self._blocks[name] = _Called.of(block.graph)
+        if len(called.inputs) != len(values):
+            self.fail(node, f"gives {len(values)} values to {len(called.inputs)} arguments of {name}")
+        if called.needed != list(weights) or not called.in_order:
+            self.fail(node, f"gives the weights {list(weights)} to {name}, which takes {called.needed}, in this order")
+        for given, taken in zip(operands(node), called.taken, strict=True):
             if given.meta[SPEC] != taken.meta[SPEC] or given.meta.get(LAYOUT) != taken.meta.get(LAYOUT):
                 self.fail(node, f"argument {taken.name} of {name} has another type")
-        if self.program.layout_mesh is not None and node.meta[LAYOUT] != tuple(r.meta[LAYOUT] for r in results):
+        if self.program.layout_mesh is not None and node.meta[LAYOUT] != called.layouts:
             self.fail(node, f"the results of {name} have other layouts")
 
     def _known(self, node: fx.Node) -> None:
