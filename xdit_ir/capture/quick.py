@@ -12,6 +12,7 @@ from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.operators import aten
 from xdit_ir.capture.values import map_tensors, share_memory, tensors_in
 
+Form = tuple[list[int], list[int]]  # sizes and strides
 Place = tuple[list[int], list[int], int]  # sizes, strides and offset
 
 
@@ -27,13 +28,16 @@ def quick_result(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
 
 
 def _on_meta(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
-    """What PyTorch's own kernel for the meta device says, where no other device says anything else."""
+    """Told from sizes and strides, or by PyTorch's own kernel for the meta device where all other devices agree."""
     given = tensors_in(args)
     if not given or not kwargs.keys() <= {"dtype"} or not all(is_fake(one) and _is_plain(one) for one in given):
         return None
     devices = {device_of(one) for one in given}
-    orders = [_orders(one) for one in given]
-    if len(devices) > 1 or not _is_certain(func, given, orders) or torch.is_autocast_enabled(devices.pop().type):
+    if len(devices) > 1 or any(one.numel() == 0 or not one.dtype.is_floating_point for one in given):
+        return None
+    if not kwargs and len({one.dtype for one in given}) == 1 and (form := _told(func, args, given)) is not None:
+        return torch.empty_strided(*form, dtype=given[0].dtype, device="meta")
+    if not _is_certain(func, given) or torch.is_autocast_enabled(devices.pop().type):
         return None
     twins = map_tensors(tuple(args), lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
     try:
@@ -43,10 +47,28 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     return None if share_memory(made, twins) else made
 
 
-def _is_certain(func: Any, given: Sequence[torch.Tensor], orders: Sequence[Sequence[Any]]) -> bool:
+def _told(func: Any, args: Any, given: Sequence[torch.Tensor]) -> Form | None:
+    """Of tensors of one type; None if it is not certain."""
+    if func in _POINTWISE:
+        return None if any(isinstance(arg, complex) for arg in args) else _pointwise(given)
+    sizes = _SIZES[func](*args) if func in _SIZES and all(one.is_contiguous() for one in given) else None
+    return None if sizes is None else _dense(sizes)
+
+
+def _pointwise(given: Sequence[torch.Tensor]) -> Form | None:
+    """Of tensors of one shape; of rows of images, whose dims may be in any order."""
+    shape = given[0].shape
+    if any(one.shape != shape for one in given):
+        return None
+    if all(one.is_contiguous() for one in given):
+        return _dense([*shape])
+    orders = {None if _orders(one) else _order(one) for one in given}
+    return _dense([*shape], orders.pop()) if len(orders) == 1 and None not in orders else None
+
+
+def _is_certain(func: Any, given: Sequence[torch.Tensor]) -> bool:
     """Whether the order in memory of what is made is that of what is given, by every kernel."""
-    if any(one.numel() == 0 or not one.dtype.is_floating_point for one in given):
-        return False
+    orders = [_orders(one) for one in given]
     strict = [found == [torch.contiguous_format] for found in orders]
     if func in _POINTWISE and len({one.shape for one in given}) == 1:
         return len(given) == 1 or all(len(found) < 2 for found in orders)
@@ -133,14 +155,54 @@ def _expand(x: torch.Tensor, shape: Any) -> Place | None:
     return sizes, strides, int(x.storage_offset())
 
 
+def _unchanged(x: torch.Tensor, *rest: Any) -> list[int]:
+    return [*x.shape]
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> list[int] | None:
+    if x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        return None
+    fits = bias is None or bias.shape == weight.shape[:1]
+    return [*x.shape[:-1], weight.shape[0]] if fits else None
+
+
+def _norm(x: torch.Tensor, normalized: Any, *rest: Any) -> list[int] | None:
+    over = tuple(normalized)
+    weights = [one for one in rest if isinstance(one, torch.Tensor)]
+    fits = 0 < len(over) <= x.ndim and x.shape[-len(over) :] == over and all(one.shape == over for one in weights)
+    return [*x.shape] if fits else None
+
+
+def _group_norm(x: torch.Tensor, groups: int, *rest: Any) -> list[int] | None:
+    if x.ndim < 2 or len(_orders(x)) != 1:
+        return None
+    weights = [one for one in rest if isinstance(one, torch.Tensor)]
+    fits = groups > 0 and x.shape[1] % groups == 0 and all(one.shape == x.shape[1:2] for one in weights)
+    return [*x.shape] if fits else None
+
+
+def _length(x: torch.Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False) -> list[int] | None:
+    if dims is None or len(dims) != 1 or not -x.ndim <= dims[0] < x.ndim or not keepdim:
+        return None
+    return [1 if dim == dims[0] % x.ndim else size for dim, size in enumerate(x.shape)]
+
+
+def _order(x: torch.Tensor) -> Sequence[int] | None:
+    """The dims as they lie in memory, the outermost first; None if that is not certain."""
+    strides = x.stride()
+    if len({*strides}) < x.ndim or min(strides) < 1:
+        return None
+    return tuple(sorted(range(x.ndim), key=lambda dim: -strides[dim]))
+
+
 def _is_dense(x: torch.Tensor) -> bool:
     return x.is_contiguous() and x.numel() > 0
 
 
-def _dense(sizes: list[int]) -> tuple[list[int], list[int]]:
-    """The sizes and strides of a tensor without gaps."""
+def _dense(sizes: list[int], order: Sequence[int] | None = None) -> Form:
+    """That of a tensor without gaps."""
     strides, step = [1] * len(sizes), 1
-    for dim in reversed(range(len(sizes))):
+    for dim in reversed(range(len(sizes)) if order is None else order):
         strides[dim], step = step, step * sizes[dim]
     return sizes, strides
 
@@ -158,15 +220,24 @@ _PLACED: Mapping[Any, Callable[..., Place | None]] = {
 _POINTWISE = frozenset(
     (
         *(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor),
-        *(aten.silu.default, aten.gelu.default, aten.clamp_min.default, aten._to_copy.default, aten.clone.default),
+        *(aten.silu.default, aten._to_copy.default, aten.clone.default),
     )
 )
-_ON_META = _POINTWISE | frozenset(
+_SIZES: Mapping[Any, Callable[..., list[int] | None]] = {
+    aten.gelu.default: _unchanged,
+    aten.clamp_min.default: _unchanged,
+    aten.linear.default: _linear,
+    aten.layer_norm.default: _norm,
+    aten.rms_norm.default: _norm,
+    aten.group_norm.default: _group_norm,
+    aten.linalg_vector_norm.default: _length,
+}
+_CERTAIN = frozenset(
     (
-        *(aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-        *(aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, aten.linalg_vector_norm.default),
+        *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
         *(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
         *(aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec),
         *(aten.pad.default, aten.constant_pad_nd.default, aten.cat.default),
     )
 )
+_ON_META = _POINTWISE | _SIZES.keys() | _CERTAIN

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -41,6 +42,8 @@ class _Verifier:
     def __init__(self, program: Program, where: str, runnable: bool, inferred: Inferred) -> None:
         self.program, self.where, self.runnable, self.inferred = program, where, runnable, inferred
         self.place = ""
+        self.formed = set[tuple[int, int]]()  # types and layouts that go together
+        self.bodies: dict[str, _Body] = {}
 
     def check(self) -> None:
         try:
@@ -80,7 +83,9 @@ class _Verifier:
         if layout is None:
             self.fail(node, "has no layout")
         for spec, one in _pairs(node):
-            self._well_formed(node, mesh, spec, one)
+            if (id(spec), id(one)) not in self.formed:
+                self._well_formed(node, mesh, spec, one)
+                self.formed.add((id(spec), id(one)))
         if node.op != "call_function" or is_block_call(node):
             return
         sources = operands(node)
@@ -90,7 +95,7 @@ class _Verifier:
             if sources[0].meta[LAYOUT][node.args[1]] != layout:
                 self.fail(node, "has another layout than the result that it picks")
         else:
-            self._operator(node, mesh)
+            self._operator(node, sources, mesh)
 
     def _well_formed(self, node: fx.Node, mesh: Mesh, spec: TensorSpec, layout: Layout) -> None:
         if len(spec.shape) != len(layout.dims):
@@ -123,9 +128,9 @@ class _Verifier:
         if not right:
             self.fail(node, f"is not the operator that changes {have} into {want}")
 
-    def _operator(self, node: fx.Node, mesh: Mesh) -> None:
-        layouts = tuple(source.meta[LAYOUT] for source in operands(node))
-        inputs, outputs = self._infer(node, mesh, layouts)
+    def _operator(self, node: fx.Node, sources: Sequence[fx.Node], mesh: Mesh) -> None:
+        layouts = tuple(source.meta[LAYOUT] for source in sources)
+        inputs, outputs = self._infer(node, sources, mesh, layouts)
         for place, (have, need) in enumerate(zip(layouts, inputs, strict=True)):
             if have != need:
                 self.fail(node, f"operand {place} has a layout that {node.target} cannot take")
@@ -141,9 +146,11 @@ class _Verifier:
         if self.runnable and (parts := divided_statistics(node, layouts[0], mesh) if layouts else None):
             self.fail(node, f"its statistics are divided over {sorted(parts)} and nothing adds them up")
 
-    def _infer(self, node: fx.Node, mesh: Mesh, layouts: tuple[Layout, ...]) -> tuple[tuple[Layout, ...], Outputs]:
+    def _infer(
+        self, node: fx.Node, sources: Sequence[fx.Node], mesh: Mesh, layouts: tuple[Layout, ...]
+    ) -> tuple[tuple[Layout, ...], Outputs]:
         """What the rules say of a call. They see its operator, its arguments, and types and layouts of its operands."""
-        types = tuple(source.meta[SPEC] for source in operands(node))
+        types = tuple(source.meta[SPEC] for source in sources)
         key = (node.target, repr((node.args, node.kwargs)), types, node.meta[SPEC], layouts, mesh)
         if key not in self.inferred:
             sharding = infer(OpCall(node, mesh, layouts))
@@ -156,15 +163,17 @@ class _Verifier:
         if block is None:
             self.fail(node, f"calls {name}, which does not exist")
         assert block is not None
-        inputs, needed, results = arguments_of(block.graph), weights_of(block.graph), results_of(block.graph)
-        if len(inputs) != len(values):
-            self.fail(node, f"gives {len(values)} values to {len(inputs)} arguments of {name}")
-        if list(needed) != list(weights) or placeholders(block.graph) != [*inputs, *needed.values()]:
-            self.fail(node, f"gives the weights {list(weights)} to {name}, which takes {list(needed)}, in this order")
-        for given, taken in zip(operands(node), placeholders(block.graph), strict=True):
+        if name not in self.bodies:
+            self.bodies[name] = _Body.of(block.graph)
+        body = self.bodies[name]
+        if body.inputs != len(values):
+            self.fail(node, f"gives {len(values)} values to {body.inputs} arguments of {name}")
+        if body.weights != list(weights) or not body.ordered:
+            self.fail(node, f"gives the weights {list(weights)} to {name}, which takes {body.weights}, in this order")
+        for given, taken in zip(operands(node), body.taken, strict=True):
             if given.meta[SPEC] != taken.meta[SPEC] or given.meta.get(LAYOUT) != taken.meta.get(LAYOUT):
                 self.fail(node, f"argument {taken.name} of {name} has another type")
-        if self.program.layout_mesh is not None and node.meta[LAYOUT] != tuple(r.meta[LAYOUT] for r in results):
+        if self.program.layout_mesh is not None and node.meta[LAYOUT] != body.results:
             self.fail(node, f"the results of {name} have other layouts")
 
     def _known(self, node: fx.Node) -> None:
@@ -199,6 +208,23 @@ class _Verifier:
         for value in results_of(self.program.graph):
             if not value.meta[LAYOUT].is_whole:
                 self.fail(value, "is an output of the model and not whole on every rank")
+
+
+@dataclass(frozen=True, eq=False)
+class _Body:
+    """What a block takes, and the layouts of what it returns; `ordered`: values first, then weights."""
+
+    inputs: int
+    weights: list[str]
+    taken: list[fx.Node]
+    ordered: bool
+    results: tuple[Layout | None, ...]
+
+    @staticmethod
+    def of(graph: fx.Graph) -> _Body:
+        inputs, needed, taken = arguments_of(graph), weights_of(graph), placeholders(graph)
+        results = tuple(result.meta.get(LAYOUT) for result in results_of(graph))
+        return _Body(len(inputs), list(needed), taken, taken == [*inputs, *needed.values()], results)
 
 
 def _pairs(node: fx.Node) -> list[tuple[Any, Any]]:
