@@ -30,7 +30,8 @@ class Overlap:
     one exchange needs before what only the next one needs. Work with none ahead is left to fill the time in which the
     others wait. An exchange starts where it stands in the graph and is awaited by the first operator that needs it.
 
-    Where all exchanges together take hardly any time, as halos do, a graph keeps its order if that needs a tenth less memory.
+    Where all exchanges together take hardly any time, as halos do, a graph keeps its order if that needs a tenth less
+    memory.
     """
 
     name: ClassVar[str] = "overlap"
