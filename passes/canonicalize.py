@@ -14,6 +14,7 @@ from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.extremes import extreme_of_rows
+from xdit_ir.passes.find_tokens import PADS
 from xdit_ir.passes.given_back import is_needed
 from xdit_ir.passes.patches import patches_of_convolution, patches_of_fold, patches_of_transposed, patches_of_unfold
 from xdit_ir.passes.unbound import unbind_selected
@@ -32,10 +33,11 @@ COPIES = (
 
 @dataclass(frozen=True)
 class Canonicalize:
-    """Drop copies, no-op casts and factors of 1, collapse view chains, write convolutions that make tokens of patches,
-    or patches of tokens, as matrix products, `unfold` and `fold` of windows side by side as views, attention as one
-    `attention` operator, and the largest element of a tensor as that of its rows. What loops take apart row by row is
-    taken apart at once, and what is written piece by piece until it is full is joined from the pieces.
+    """Drop copies, no-op casts, pads of nothing and factors of 1, collapse view chains, write convolutions that make
+    tokens of patches, or patches of tokens, as matrix products, `unfold` and `fold` of windows side by side as views,
+    attention as one `attention` operator, and the largest element of a tensor as that of its rows. What loops take
+    apart row by row is taken apart at once, and what is written piece by piece until it is full is joined from the
+    pieces.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -76,6 +78,7 @@ def _canonicalize(graph: fx.Graph) -> None:
 def _drop_copy(graph: fx.Graph, node: fx.Node) -> bool:
     same = node.target is aten._to_copy.default and _is_noop_cast(node)
     idle = node.target is aten.dropout.default and not (node.args[1] and node.args[2])
+    idle |= node.target in PADS and not any(node.args[1])  # type: ignore[arg-type]
     if node.target not in COPIES and not same and not idle and not _is_by_one(node):
         return False
     source = node.args[0]

@@ -198,3 +198,12 @@ def test_an_ellipsis_and_a_contracted_division():
     sample = Sample(aten.einsum.default, ("...i,...i->...", [t(2, 3, 8), t(2, 3, 8)]))
     _, given = run(sample, both, both)
     assert given == Layout((None, None), frozenset({"ulysses"}))
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (1, 1), (1, 0), (0, 2), (-1, -1), (-1, 1)])
+@pytest.mark.parametrize("columns", [(0, 0), (2, 2), (2, 1)])
+def test_convolutions_that_are_padded_unlike_on_both_sides(rows, columns):
+    x, weight = t(1, 3, 6, 7), t(4, 3, 3, 3)
+    got = ops.padded_conv(x, weight, None, (1, 2), (rows, columns), (1, 1), 1)
+    padded = torch.nn.functional.pad(x, (*columns, *rows))
+    assert torch.allclose(got, torch.nn.functional.conv2d(padded, weight, stride=(1, 2)))

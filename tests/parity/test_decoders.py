@@ -12,6 +12,8 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.ir.printer import program_text
+from xdit_ir.sharding.machine import Machine
 
 
 def kl() -> AutoencoderKL:
@@ -82,6 +84,28 @@ def test_one_of_two_ranks_needs_six_tenths_of_the_memory(name: str) -> None:
     traced = xir.trace(getattr(make(), part).eval(), (torch.randn(*sizes, 4 * rows, columns),))
     alone, divided = (traced.parallelize(ulysses=ranks).report().memory for ranks in (1, 2))
     assert max(one.activations for one in divided) <= 0.6 * alone[0].activations, divided
+
+
+def test_where_exchanges_take_no_time_nothing_is_made_early_to_fill_it() -> None:
+    """Such as the shortcut around a block, which lies there until the block is done."""
+    make, part, (*sizes, rows, columns) = CASES["kl decoder"]
+    traced = xir.trace(getattr(make(), part).eval(), (torch.randn(*sizes, 4 * rows, columns),))
+    fast = Machine(bytes=1e15, latency=0.0)
+    [alone], filled, divided = (
+        traced.parallelize(ulysses=ranks, machine=machine).report().memory
+        for ranks, machine in ((1, fast), (2, Machine()), (2, fast))
+    )
+    most = max(one.activations for one in divided)
+    assert most < 0.9 * max(one.activations for one in filled) and most <= 0.53 * alone.activations
+
+
+def test_pads_of_nothing_are_dropped() -> None:
+    class Padded(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.pad(x + 1, (0, 0, 0, 0), mode="replicate") * 2
+
+    traced = xir.trace(Padded(), (torch.randn(1, 2, 4, 4),))
+    assert "pad" in traced.text() and "pad" not in program_text(traced.analysed)
 
 
 def test_frames_that_are_decoded_one_by_one_are_a_block_for_each_kind_of_step() -> None:

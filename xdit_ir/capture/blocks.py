@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import Restart, Spot, Unshareable
 from xdit_ir.capture.fakes import device_of
-from xdit_ir.capture.fingerprint import Fingerprint, describe, fingerprint
+from xdit_ir.capture.fingerprint import Fingerprint, Fingerprints, describe
 from xdit_ir.capture.finish import prune
 from xdit_ir.capture.known import note_read
 from xdit_ir.capture.left import holders, left_behind
@@ -75,6 +75,7 @@ class Blocks:
     def __init__(self, recorder: Recorder, chosen: set[Spot], watched: dict[str, set[tuple[str, str]]]) -> None:
         self.recorder, self.chosen, self.watched = recorder, chosen, watched
         self.bodies: list[CapturedBody] = []
+        self._prints = Fingerprints(recorder.held)
         self.chosen_below: Callable[[str], Any] = lambda path: None  # what else is done with the modules of one
 
     def wants(self, spot: Spot) -> bool:
@@ -87,7 +88,7 @@ class Blocks:
             try:
                 call, print_ = (
                     describe_call(self.recorder, forward, args, kwargs),
-                    fingerprint(module, self.recorder.held),
+                    self._prints.of(module),
                 )
                 body = self._find(spot, print_, call)
                 if body is None:
@@ -137,7 +138,7 @@ class Blocks:
             with recorder.recording(True):
                 output = forward(*args, **kwargs)
             left = left_behind(leaves, call.spec, (args, kwargs))
-            if _described(leaves) != before or fingerprint(module, self.recorder.held) != print_:
+            if _described(leaves) != before or self._prints.of(module) != print_:
                 raise Unshareable("writes to its attributes, or to objects that it is given")
             kind = type(module).__name__
             return self._finish((kind, method), print_, call, inner, output, left)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from xdit_ir.capture.fakes import device_of, is_fake
+from xdit_ir.capture.looked import Looked
 from xdit_ir.capture.looked_into import is_opaque
 from xdit_ir.capture.parts import Members, Part, parts_of
 from xdit_ir.capture.values import contents
@@ -48,10 +49,28 @@ def fingerprint(module: nn.Module, held: Mapping[int, torch.Tensor]) -> Fingerpr
 
     `held` are the contents of constants by the id of the fake tensor that stands for them.
     """
-    printer = _Printer(held)
-    with torch._C.DisableTorchFunction():  # a mode would be asked for every size
-        structure = printer.module(module, "")
-    return Fingerprint(structure, printer.scalars)
+    return Fingerprints(held).of(module)
+
+
+class Fingerprints:
+    """Those of modules while they are traced: made anew only where something that was looked at is another now.
+
+    `held` as for `fingerprint`.
+    """
+
+    def __init__(self, held: Mapping[int, torch.Tensor]) -> None:
+        self._held = held
+        self._found: dict[int, tuple[Fingerprint, Looked]] = {}
+
+    def of(self, module: nn.Module) -> Fingerprint:
+        """That of a module as it is now."""
+        with torch._C.DisableTorchFunction():  # a mode would be asked for every size
+            found = self._found.get(id(module))
+            if found is None or not found[1].is_so():
+                printer = _Printer(self._held)
+                made = Fingerprint(printer.module(module, ""), printer.scalars)
+                found = self._found[id(module)] = made, printer.looked  # which keeps the module
+            return found[0]
 
 
 def describe(item: Any, *, closures: bool = False) -> Any:
@@ -85,12 +104,14 @@ class _Printer:
         self.scalars: dict[tuple[str, str], Any] = {}
         self._seen: dict[int, int] = {}
         self._forms: list[Any] = []  # so that no other object gets the ids of what they are made of
+        self.looked = Looked()
 
     def module(self, module: nn.Module, path: str) -> Any:
         """The structure of a module; its scalars are collected."""
         if id(module) in self._seen:
             return ("seen", self._seen[id(module)])
         self._seen[id(module)] = len(self._seen)
+        self.looked.at_module(module)
         state = [(key, self._state(item)) for part in _STATE for key, item in dict.items(module.__dict__[part])]
         plain = []
         for name, item in module.__dict__.items():
@@ -98,7 +119,10 @@ class _Printer:
             if kind in _SCALARS:
                 self.scalars[path, name] = (kind, repr(item) if kind is float else item)
                 continue
-            if name in _SKIPPED or (kind in _CONTAINERS and not item):
+            if name in _SKIPPED:
+                continue
+            if kind in _CONTAINERS and not item:
+                self.looked.empty.append(item)
                 continue
             item = traced(item)
             if not _is_own(name, item, module):
@@ -117,6 +141,7 @@ class _Printer:
             return None
         first = self._seen.setdefault(id(tensor), len(self._seen))
         self._forms.append(form_of(tensor))
+        self.looked.at_tensor(tensor, plain=self._forms[-1] is None)
         return (first, _form(tensor), self.describe(self._forms[-1]))
 
     def describe(self, item: Any) -> Any:
@@ -141,6 +166,7 @@ class _Printer:
 
     def _object(self, item: Any) -> Any:
         if isinstance(item, torch.Tensor):
+            self.looked.certain = False  # its contents may change
             return _tensor(self._held.get(id(item), item))
         if type(item) is functools.partial:
             return (
@@ -150,6 +176,7 @@ class _Printer:
                 self.describe(item.keywords),
             )
         if isinstance(item, weakref.ReferenceType):
+            self.looked.certain = False
             return (type(item), self.describe(item()))
         if isinstance(item, types.MappingProxyType):
             return (type(item), *map(self.describe, gc.get_referents(item)))
@@ -165,6 +192,7 @@ class _Printer:
         return (type(item), tuple(self._part(part) for part in parts))
 
     def _part(self, part: Part) -> Any:
+        self.looked.parts.append((part, dict(part.read())))
         entries = ((self.describe(key), self.describe(entry)) for key, entry in part.read().items())
         return frozenset(entries) if isinstance(part, Members) else tuple(entries)
 

@@ -29,6 +29,7 @@ from xdit_ir.capture.values import (
     contents,
     map_tensors,
     spec_of,
+    tensors_in,
 )
 from xdit_ir.capture.writer import GraphWriter
 from xdit_ir.errors import TraceError
@@ -101,7 +102,7 @@ class Recorder(GraphWriter):
         """Run an operator on fake tensors, unrecorded."""
         with torch.inference_mode():
             if (plain := quick_result(func, args, kwargs)) is not None:
-                return as_plain(FakeTensor(self.fake_mode, plain, device_of(args[0])))
+                return as_plain(FakeTensor(self.fake_mode, plain, device_of(tensors_in(args)[0])))
         with self.fake_mode:
             return run_on_fakes(func, args, kwargs)
 

@@ -212,11 +212,14 @@ def padded_conv(
     dilation: Sequence[int],
     groups: int,
 ) -> torch.Tensor:
-    """Convolution over the trailing dims with zero padding given per dim as (before, after)."""
-    flat = [amount for before_after in reversed(padding) for amount in before_after]
+    """Convolution over the trailing dims with zero padding given per dim as (before, after); only what is not the same
+    on both sides needs a copy."""
+    own = tuple(before if before == after > 0 else 0 for before, after in padding)
+    rest = [amount - same for (before, after), same in zip(padding, own, strict=True) for amount in (after, before)]
+    flat = rest[::-1]
     padded = F.pad(x, flat) if any(flat) else x
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(stride)]
-    return conv(padded, weight, bias, tuple(stride), 0, tuple(dilation), groups)
+    return conv(padded, weight, bias, tuple(stride), own, tuple(dilation), groups)
 
 
 def cut_conv_transpose(

@@ -93,6 +93,11 @@ def peaks(program: Program, mesh: Mesh) -> Peaks:
     return Peaks((values.most(program) + given).tolist(), pieces.most(program).tolist(), np.asarray(copies).tolist())
 
 
+def most_at_once(nodes: Sequence[fx.Node], mesh: Mesh) -> int:
+    """Bytes of values that are there at a time if a graph's nodes run in this order, without what its blocks need."""
+    return int(max(_Walk(mesh, _values(mesh, {})).most_of(nodes, {})))
+
+
 @dataclass(frozen=True)
 class _Walk:
     """Something that operators make, of so many bytes on every rank, and that is there until its last use, or its
@@ -104,12 +109,11 @@ class _Walk:
 
     def most(self, program: Program) -> IntArray:
         """The most that is there at a time, what blocks make included."""
-        bodies = {name: self._graph(block.graph, {}) for name, block in program.blocks.items()}
-        return self._graph(program.graph, bodies)
+        bodies = {name: self.most_of([*block.graph.nodes], {}) for name, block in program.blocks.items()}
+        return self.most_of([*program.graph.nodes], bodies)
 
-    def _graph(self, graph: fx.Graph, bodies: Mapping[str, IntArray]) -> IntArray:
-        """`bodies`: what calls of blocks need meanwhile."""
-        nodes: list[fx.Node] = list(graph.nodes)
+    def most_of(self, nodes: Sequence[fx.Node], bodies: Mapping[str, IntArray]) -> IntArray:
+        """That of nodes in this order; `bodies`: what calls of blocks need meanwhile."""
         until: dict[fx.Node, int] = {}
         for place, node in enumerate(nodes):
             if self.first_use and ops.is_view(node.target):
@@ -124,7 +128,7 @@ class _Walk:
         for place, node in enumerate(nodes):
             sizes[node] = self.made(node)
             now = now + sizes[node]
-            inside = bodies[called_block(node)] - sizes[node] if is_block_call(node) else none
+            inside = bodies.get(called_block(node), none) - sizes[node] if is_block_call(node) else none
             most = np.maximum(most, now + np.maximum(inside, 0))
             now = now - sum((sizes[one] for one in ending.get(place, ())), none)
             now = now if node in until else now - sizes[node]
