@@ -50,11 +50,13 @@ class ShardTokens:
     """Propose partitions of the best token stream, propagate each, keep the cheapest, add further streams greedily.
 
     Proposals: contiguous and even; even within the segments into which the model cuts the stream; in whole units of
-    a view's inner factor (rows, frames); even within each such unit (places of every frame). Streams that reach no
-    query are gathered before the blocks, or their keys are exchanged, where that saves enough work, or are divided
-    instead of those that do, where these leave much to the slowest rank; and what comes behind a value that had to be
-    whole is divided again. What is chosen is noted as seeds, of which `propagate-layouts` makes layouts. Where nothing
-    can be divided every rank computes all, and the report says so.
+    a view's inner factor (rows, frames); even within each such unit (places of every frame). Where windows move along
+    what is divided, also two dims (rows and columns) over a mesh dim each: rows over all ranks have two borders of the
+    whole width, parts on a grid of ranks have shorter ones. Streams that reach no query are gathered before the blocks,
+    or their keys are exchanged, where that saves enough work, or are divided instead of those that do, where these
+    leave much to the slowest rank; and what comes behind a value that had to be whole is divided again. What is chosen
+    is noted as seeds, of which `propagate-layouts` makes layouts. Where nothing can be divided every rank computes all,
+    and the report says so.
     """
 
     name: ClassVar[str] = "shard-tokens"
@@ -90,7 +92,23 @@ class ShardTokens:
                 else:
                     accepted = best is None or (choice.price < best.price and self._is_worth(choice, best, axis))
                 best = choice if accepted else best
-        return self._divided_again(program, trial, best)
+        return self._divided_again(program, trial, best and self._in_two_dims(program, trial, best))
+
+    def _in_two_dims(self, program: Program, trial: Propagation, best: _Choice) -> _Choice:
+        """Where windows reach over borders: two dims of a value, each over mesh dims of its own, if that costs less."""
+        names = [name for name in SEQUENCE if self.mesh.size((name,)) > 1]
+        splits = [one for count in range(1, len(names)) for one in itertools.combinations(names, count)]
+        if not splits or not best.attempt.divides_space():
+            return best
+        free = [axis for axis in program.tokens if axis.value in best.seeds and not _cut(program, axis)]
+        pairs = (pair for pair in itertools.combinations(free, 2) if pair[0].value == pair[1].value)
+        for (one, other), mine in itertools.product(pairs, splits):
+            cuts = {one.dim: self.mesh.divide(one.size, mine)}
+            cuts[other.dim] = self.mesh.divide(other.size, [name for name in names if name not in mine])
+            seeds = {**best.seeds, one.value: (_layout(program, one).with_dims(cuts),)}
+            choice = self._priced(program, trial.attempt(seeds), seeds)
+            best = choice if choice.price < best.price else best
+        return best
 
     def _divided_again(self, program: Program, trial: Propagation, best: _Choice | None) -> _Choice | None:
         """Seeds, too, behind values that had to be whole, as long as that saves much work."""
@@ -138,6 +156,10 @@ class ShardTokens:
         inside = ((1, (unit,) * (axis.size // unit)) for unit in axis.units)
         partitions = (self.mesh.divide(axis.size, SEQUENCE, unit, segments) for unit, segments in (*finer, *inside))
         yield from ((have.with_dims({axis.dim: one}),) for one in dict.fromkeys((even, *partitions)))
+
+
+def _cut(program: Program, axis: TokenAxis) -> bool:
+    return _layout(program, axis).dims[axis.dim] is not None
 
 
 def _layout(program: Program, axis: TokenAxis) -> Layout:

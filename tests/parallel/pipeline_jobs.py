@@ -282,6 +282,24 @@ def parts(kind: str, pays: bool) -> dict[str, Any]:
     }
 
 
+def in_a_grid(machine: str) -> dict[str, Any]:
+    """Decoders of a square image, of a high one and of the square one again, ported to four processes: their errors,
+    meshes and shares."""
+    torch.set_num_threads(1)
+    pipe, found = pipelines.with_autoencoder(), dict[str, Any]()
+    make = torch.Generator().manual_seed(1)
+    latents = [torch.randn(shape, generator=make) for shape in ((1, 4, 14, 13), (1, 4, 48, 2))]
+    with torch.no_grad():
+        wants = [pipe.vae.decode(each).sample for each in latents]
+        xir.port(pipe, ulysses=4, components=["vae"], machine=xir.Machine.parse(machine))
+        for name, place in (("square", 0), ("high", 1), ("again", 0)):
+            got = pipe.vae.decode(latents[place]).sample
+            degrees = {dim: size for dim, size in pipe.vae.decode.programs[0].mesh.degrees.items() if size > 1}
+            share = pipe.vae.decode.report().share
+            found[name] = {"error": error(got, wants[place]), "mesh": degrees, "share": share}
+    return found | {"programs": len(pipe.vae.decode.programs)}
+
+
 def whole_images(degrees: Degrees) -> dict[str, Any]:
     """A pipeline from prompt to pixels with everything ported: how far its images are from those of one process."""
     torch.set_num_threads(1)

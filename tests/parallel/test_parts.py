@@ -28,6 +28,18 @@ def test_an_autoencoder_on_two_processes_is_that_of_one(workers: Pools, kind: st
         assert kind == "tiling" or answer["share"] <= 0.54
 
 
+def test_four_processes_are_a_grid_where_that_costs_less(request: pytest.FixtureRequest, workers: Pools) -> None:
+    """By one communicator, whatever the mesh of a program is."""
+    if not request.config.getoption("--large"):
+        pytest.skip("four processes (--large)")
+    for answer in workers(4).run("in_a_grid", machine="bytes=1e7"):
+        assert answer["programs"] == 2, answer
+        for name, mesh in (("square", {"ring": 2, "ulysses": 2}), ("high", {"ulysses": 4}), ("again", None)):
+            assert answer[name]["error"] <= 1e-5, answer
+            assert answer[name]["mesh"] == (mesh or answer["square"]["mesh"]), answer
+            assert answer[name]["share"] <= 0.30, answer
+
+
 @pytest.mark.parametrize("kind", [{"ulysses": 2}, {"pipefusion": 2, "warmup_steps": 2}])
 def test_images_of_a_pipeline_are_those_of_one_process(workers: Pools, kind: dict[str, int]) -> None:
     for answer in workers(2).run("whole_images", degrees=kind):

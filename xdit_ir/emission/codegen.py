@@ -289,7 +289,7 @@ class _CodeWriter:
             several = isinstance(target, Together)
             if (node.meta[SPEC][0] if several else node.meta[SPEC]).dtype in PACKED:
                 exchanges = target.exchanges if isinstance(target, Together) else (target.exchange,)
-                group = self.communicator.group(target.mesh_dims)
+                group = self.communicator.among(target.group)
                 return direct_halves(exchanges, target.group.index(self.communicator.rank), group, one=not several)
         return lower(target, self.communicator, at_once=self.at_once)
 

@@ -102,6 +102,8 @@ class Ring(Communicate):
 Takes = tuple[tuple[Runs | None, ...], ...]
 """Per member, what is cut for it: positions per dimension (None: all)."""
 Section = tuple[int, int, int]
+# Boxes of a piece that are copied one by one; where there are more, the places of all elements are listed.
+BOXES = 16
 PlainAssembly = tuple[tuple[int, ...], int | None, tuple[Section, ...], tuple[tuple[Runs | None, ...], ...]]
 
 
@@ -173,10 +175,7 @@ class Assembly:
         """Runs of the pieces in the order of their places along one dimension."""
         found: list[tuple[int, Section]] = []
         for member, places in enumerate(self.places):
-            offset = 0
-            for start, length in _runs(places[dim]):
-                found.append((start, (member, offset, length)))
-                offset += length
+            found += [(start, (member, offset, length)) for offset, start, length in _stretches(_runs(places[dim]))]
         return (section for _, section in sorted(found, key=lambda one: one[0]))
 
     def join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -200,8 +199,30 @@ def join(
     result = pieces[0].new_empty(shape)
     for piece, where in zip(pieces, places, strict=True):
         if piece.numel():
-            result[_open_mesh(where, shape, piece.device)] = piece
+            _put(result, piece, where)
     return result
+
+
+def _put(result: torch.Tensor, piece: torch.Tensor, places: tuple[Runs | None, ...]) -> None:
+    """Copy a piece to its places, box by box as long as these are few: one kernel for each, and no list of places."""
+    runs = [(dim, each) for dim, each in enumerate(places) if each is not None]
+    if math.prod(len(each) for _, each in runs) > BOXES:
+        result[_open_mesh(places, result.shape, piece.device)] = piece
+        return
+    dims = [dim for dim, _ in runs]
+    for box in itertools.product(*(list(_stretches(each)) for _, each in runs)):
+        target, source = result, piece
+        for dim, (offset, start, length) in zip(dims, box, strict=True):
+            target, source = target.narrow(dim, start, length), source.narrow(dim, offset, length)
+        target.copy_(source)
+
+
+def _stretches(runs: Runs) -> Iterator[Section]:
+    """Runs of places, and where in a piece that lies there they begin."""
+    offset = 0
+    for start, length in runs:
+        yield offset, start, length
+        offset += length
 
 
 def _open_mesh(places: tuple[Runs | None, ...], shape: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -36,6 +36,7 @@ from xdit_ir.ir.mesh import BATCH, MESH_DIMS, Mesh
 from xdit_ir.ir.program import Program, Stored, TensorSpec
 from xdit_ir.passes.find_tokens import Streams
 from xdit_ir.passes.split_batch import LARGE
+from xdit_ir.porting.grid import in_a_grid
 from xdit_ir.porting.planned import Unplanned, machine_of_job
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.porting.worth import Worth
@@ -315,6 +316,9 @@ class Specialisations:
             familiar = key in self.verified
             traced = replace(traced, familiar=familiar, streams=self.verified.get(key))
             schedule = self.schedule if cache is None else cache.among(self.schedule, traced.analysed)
+            if isinstance(self.model, Method):
+                grid = in_a_grid(traced.analysed, self.mesh, schedule["machine"])
+                schedule = {**schedule, **grid.degrees}
             made = _parallelized(traced, schedule)
             if key is not None and not familiar:
                 self.verified[key] = Streams.of(made.analysed)

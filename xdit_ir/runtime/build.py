@@ -95,7 +95,7 @@ class RunnerFactory:
         targets = [one for program in part.exchanging for one in communications(program) if len(one.group) > 1]
         for beside in (False, True):
             wanted = [one.mesh_dims for one in targets if isinstance(one, AllGather) == beside]
-            self.context.communicator.prepare(wanted, beside=beside)
+            self.context.communicator.prepare(wanted, mesh=parallel.mesh, beside=beside)
         return parallel, part.runner(facts)
 
     def _part(self, parallel: Parallel) -> _Part:

@@ -55,11 +55,12 @@ class Assignment:
         return total
 
     def exchange_seconds(self, machine: Machine) -> float:
-        """Time of all exchanges of a forward, none of them hidden."""
-        total = Counter(self.draft.traffic())
+        """Time of all exchanges of a forward, none of them hidden, and of putting together what comes."""
+        total, pieces = Counter(self.draft.traffic()), self.draft.pieces()
         for body in self.bodies():
             total.update(body.traffic())
-        return machine.exchange_seconds(self.draft.mesh, total)
+            pieces += body.pieces()
+        return machine.exchange_seconds(self.draft.mesh, total) + pieces * machine.gap
 
     def attention_mesh_dims(self, *parts: str) -> frozenset[str]:
         """The mesh dims that divide the `queries`, `keys` or `batch` (and heads) of some attention."""

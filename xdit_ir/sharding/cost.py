@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.collective_ops import Assembly
 from xdit_ir.ir.flops import counts, first_of, flops_as, is_counted, node_flops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout, key_gather_dims, kind, plan, scatter_plan
@@ -96,6 +98,16 @@ def relayout_sent(target: Any, spec: TensorSpec, have: Layout, want: Layout, mes
         return tuple(2 * math.prod(s) * spec.dtype.itemsize * (count - 1) // count for s in shapes)
     found = scatter_plan if target is ops.reduce_scatter else plan
     return found(mesh, spec.shape, have, want).sent(spec.dtype.itemsize)
+
+
+@lru_cache(maxsize=8192)
+def relayout_pieces(mesh: Mesh, shape: tuple[int, ...], have: Layout, want: Layout) -> int:
+    """Pieces of other ranks that the busiest rank puts in their places one by one, as they lie beside each other along
+    several dims; none where they follow each other along one."""
+    if sum(a != b for a, b in zip(have.dims, want.dims, strict=True)) < 2:
+        return 0
+    apart = (one for one in plan(mesh, shape, have, want).ranks if len(Assembly.of(one).varied) > 1)
+    return max((sum(map(bool, map(math.prod, one.shapes))) - 1 for one in apart), default=0)
 
 
 def partners(node: fx.Node, mesh: Mesh) -> tuple[tuple[int, ...], ...]:

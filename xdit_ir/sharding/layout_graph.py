@@ -20,7 +20,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC
 from xdit_ir.rules.convolutions import space_of
 from xdit_ir.rules.norms import divided_statistics
-from xdit_ir.sharding.cost import relayout_dims, relayout_sent, step_flops
+from xdit_ir.sharding.cost import relayout_dims, relayout_pieces, relayout_sent, step_flops
 from xdit_ir.sharding.machine import Machine, Traffic
 
 FALLBACK = "fallback"
@@ -94,6 +94,7 @@ class LayoutGraph:
         self._flops: list[int] | None = None
         self._work: dict[Machine, list[int]] = {}
         self._traffic: Traffic | None = None
+        self._pieces: int | None = None
 
     def add(self, step: LayoutNode) -> LayoutNode:
         """Append a step."""
@@ -160,6 +161,14 @@ class LayoutGraph:
         if divided := self._statistics(step):
             return self.mesh.ordered(divided), none
         return None
+
+    def pieces(self) -> int:
+        """Pieces that ranks put in their places one by one in changes of layout, block calls aside."""
+        if self._pieces is None:
+            changes = (step for step in self.steps if step.relayout and step.target not in (ops.shard, *ops.SUMS))
+            each = ((step.spec.shape, step.sources[0].layout, step.layout) for step in changes)
+            self._pieces = sum(relayout_pieces(self.mesh, *one) for one in each)
+        return self._pieces
 
     def moved_bytes(self) -> int:
         """Bytes that the busiest rank of each sends in changes of layout."""

@@ -23,6 +23,8 @@ from xdit_ir.sharding.speeds import JOINED, Kernels, Link, Links
 
 # How often ranks send so many bytes (of each rank) along which mesh dims.
 Traffic = Counter[tuple[tuple[str, ...], tuple[int, ...]]]
+# Of an H100, see `planning/machines`.
+GAP = 4.5e-6
 # A unit of work, in seconds, where it depends on more than FLOPs.
 TICK = 1e-12
 
@@ -99,6 +101,11 @@ class Machine:
     def tick(self) -> float:
         """Seconds of a unit of work: by averages, of a FLOP, so that equal divisions of work are exactly equal."""
         return 1 / self.flops if self.kernels is None else TICK
+
+    @property
+    def gap(self) -> float:
+        """Seconds that a small kernel takes, whatever it does."""
+        return GAP if self.kernels is None else self.kernels.gap
 
     def work(self, node: fx.Node, target: Any, sources: Sequence[Placed], out: Results, mesh: Mesh) -> list[int]:
         """Ticks on every rank of a product or attention on values of these types and layouts; nothing for others."""

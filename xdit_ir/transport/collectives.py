@@ -74,7 +74,7 @@ class Exchange(FixedCall):
 
 def _lowered(target: Communicate, communicator: Communicator, at_once: bool) -> tuple[Exchange, ...]:
     at, beside = target.group.index(communicator.rank), isinstance(target, AllGather)
-    name = communicator.group(target.mesh_dims, beside=beside).group_name if len(target.group) > 1 else ""
+    name = communicator.among(target.group, beside=beside).group_name if len(target.group) > 1 else ""
     if isinstance(target, Reduce):
         return (AllReduce(name),)
     if isinstance(target, ReduceScatter):

@@ -1,4 +1,4 @@
-"""The processes behind a mesh: torch.distributed's default group, one process group per set of mesh dims."""
+"""The processes behind a mesh: torch.distributed's default group, one process group for all ranks that talk."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from xdit_ir.transport.replicas import Replica
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """Tells PyTorch that ranks on one GPU may have symmetric memory."""
-Lane = tuple[tuple[str, ...], bool]
-"""Mesh dims along which ranks talk, and whether that goes on beside other exchanges."""
+Members = tuple[int, ...]
+"""Ranks that talk, in rank order."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -191,7 +191,8 @@ class Communicator:
         self.epoch = 0 if self.line is None else self.line.epoch
         self._groups = Groups(device, self.timeout, self.replica, self.epoch)
         self.release = Release()
-        self._by_dims: dict[Lane, dist.ProcessGroup] = {}
+        self._made: set[tuple[tuple[Members, ...], bool]] = set()
+        self._by_members: dict[tuple[Members, bool], dist.ProcessGroup] = {}
         weakref.finalize(self, self._groups.drop).atexit = False
         if self.line is not None:
             self.line.watch(self)
@@ -246,7 +247,8 @@ class Communicator:
 
     def close(self) -> None:
         """Give back all groups."""
-        self._by_dims.clear()
+        self._made.clear()
+        self._by_members.clear()
         self._groups.close()
 
     def flush(self, leaving: Leaving) -> None:
@@ -257,11 +259,13 @@ class Communicator:
         """A group of these ranks that lives as long as this. Collective: all ranks of the mesh call it."""
         return self._groups.make(members)
 
-    def prepare(self, wanted: Iterable[tuple[str, ...]], *, beside: bool = False) -> None:
-        """Make the groups over these sets of mesh dims; `beside` as for `group`. Collective: all ranks name the same
-        sets."""
+    def prepare(self, wanted: Iterable[tuple[str, ...]], *, mesh: Mesh | None = None, beside: bool = False) -> None:
+        """Make the groups over these sets of mesh dims, those of a program's own `mesh` of the same ranks if that is
+        another one; `beside` as for `group`. Collective: all ranks name the same sets."""
+        mesh = mesh or self.mesh
         for dims in sorted(set(wanted), key=lambda dims: (len(dims), dims)):
-            self._prepare(dims, beside=beside)
+            groups = tuple(sorted({mesh.group(rank, dims) for rank in range(mesh.world_size)}))
+            self._prepare(groups, beside=beside)
 
     def process(self, rank: int) -> int:
         """The number of a rank's process in the job."""
@@ -270,7 +274,11 @@ class Communicator:
     def group(self, dims: tuple[str, ...], *, beside: bool = False) -> dist.ProcessGroup:
         """The ranks that differ from this one at most in `dims`, in rank order; `prepare` made it. What goes on
         `beside` other exchanges has another group of the same ranks."""
-        return self._by_dims[self._wide(dims), beside]
+        return self.among(self.mesh.group(self.rank, dims), beside=beside)
+
+    def among(self, members: Members, *, beside: bool = False) -> dist.ProcessGroup:
+        """That of these ranks, which this one is among."""
+        return self._by_members[members, beside]
 
     def of_all(self, mine: Any) -> list[Any]:
         """What every rank gives, in rank order: lists, texts and numbers. Collective."""
@@ -287,17 +295,14 @@ class Communicator:
         first, *others = self.of_all(list(names))
         return [name for name in first if all(name in other for other in others)]
 
-    def _wide(self, dims: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dim for dim in self.mesh.ordered(dims) if self.mesh.degrees[dim] > 1)
-
-    def _prepare(self, dims: tuple[str, ...], *, beside: bool) -> None:
-        wide = self._wide(dims)
-        if not wide or (wide, beside) in self._by_dims:
+    def _prepare(self, groups: tuple[Members, ...], *, beside: bool) -> None:
+        if len(groups[0]) == 1 or (groups, beside) in self._made:
             return
-        for members in sorted({self.mesh.group(rank, wide) for rank in range(self.mesh.world_size)}):
+        self._made.add((groups, beside))
+        for members in groups:
             made = self.new_group(members)
             if self.rank in members:
-                self._by_dims[wide, beside] = made
+                self._by_members[members, beside] = made
 
 
 def peers_reachable(communicator: Communicator) -> bool:

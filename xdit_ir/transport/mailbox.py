@@ -38,7 +38,7 @@ def slot_sequence(calls: int) -> list[int]:
 
 @dataclass(eq=False)
 class Mailbox:
-    """The workspace of a rank's program in which exchanges over `mesh_dims` land; `size` in bytes, `calls` of each
+    """The workspace of a rank's program in which exchanges among `members` land; `size` in bytes, `calls` of each
     block.
 
     `places` are the exchanges of each block in the order in which they are written. Code names one by its number among
@@ -46,7 +46,7 @@ class Mailbox:
     """
 
     communicator: Communicator
-    mesh_dims: tuple[str, ...]
+    members: tuple[int, ...]
     calls: Mapping[str, int]
     size: int
     workspace: torch.Tensor | None = None
@@ -61,7 +61,7 @@ class Mailbox:
         if not found:
             return None
         size = max(target.slots[-1] + target.slot_size(dtype.itemsize) for target, dtype in found)
-        return Mailbox(communicator, found[0][0].mesh_dims, Counter(map(called_block, program.calls)), size)
+        return Mailbox(communicator, found[0][0].group, Counter(map(called_block, program.calls)), size)
 
     def modules(self, block: str, node: fx.Node, target: PeerExchange) -> tuple[PeerSend, PeerReceive]:
         """Modules that start and await an exchange of a block."""
@@ -93,7 +93,7 @@ class Mailbox:
     @property
     def group(self) -> str:
         """The name of the process group."""
-        return str(self.communicator.group(self.mesh_dims).group_name)
+        return str(self.communicator.among(self.members).group_name)
 
     @staticmethod
     def register() -> None:
