@@ -186,7 +186,7 @@ def test_one_form_of_inputs() -> None:
 def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, how: str = "") -> Code:
     parallel = xir.trace(model, example).parallelize(**degrees)
     here = SimpleNamespace(mesh=parallel.mesh, rank=rank, timeout=timedelta(minutes=1), recordable=True)
-    here.group = lambda dims, beside=False: SimpleNamespace(group_name="0")
+    here.among = lambda members, beside=False: SimpleNamespace(group_name="0")
     first: list[Pass] = [PackExchanges()] if how == "packed" else []
     last: list[Pass] = [UseCopyEngines()] if how == "peers" else []
     lowered = run_passes(fold_constants(parallel.rank(rank)), [*first, *Execution(compile=True).passes(CPU), *last])

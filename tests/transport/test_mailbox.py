@@ -32,7 +32,7 @@ class Here:
     recordable: bool = True
     timeout: timedelta = timedelta(minutes=10)
 
-    def group(self, dims: tuple[str, ...], *, beside: bool = False) -> SimpleNamespace:
+    def among(self, members: tuple[int, ...], *, beside: bool = False) -> SimpleNamespace:
         return SimpleNamespace(group_name="0")
 
 
@@ -62,7 +62,7 @@ def peers(module: fx.GraphModule) -> list[fx.Node]:
 
 def test_blocks_exchange_over_peers_and_the_rest_by_collectives() -> None:
     made = code("flux.1-dev:tiny", ulysses=2)
-    assert made.mailbox is not None and made.mailbox.mesh_dims == ("ulysses",)
+    assert made.mailbox is not None and made.mailbox.members == (0, 1)
     assert len(channels(made)) == 8
     for body in made.bodies.values():
         assert body.uses_mailbox and len(peers(body.module)) == 8
