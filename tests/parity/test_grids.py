@@ -73,9 +73,14 @@ def test_uneven_rows_and_columns_are_exact(degrees: dict[str, int], pytestconfig
         pytest.skip("as with four ranks (--zoo-all)")
     torch.manual_seed(0)
     decoder, example = kl().eval().decoder, (torch.randn(1, 4, 9, 7),)
-    parallel = xir.trace(decoder, example).parallelize(machine=SLOW, **degrees)
+    traced = xir.trace(decoder, example)
+    parallel, row = (
+        traced.parallelize(machine=SLOW, **degrees),
+        traced.parallelize(ulysses=Mesh.of(**degrees).world_size),
+    )
     assert is_in_a_grid(parallel)
     assert not parallel.report().fallbacks
+    assert parallel.report().share < row.report().share
     result = check_parallel(parallel, decoder, example)
     assert result.ok, result
 
