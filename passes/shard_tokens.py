@@ -103,9 +103,10 @@ class ShardTokens:
         free = [axis for axis in program.tokens if axis.value in best.seeds and not _cut(program, axis)]
         pairs = (pair for pair in itertools.combinations(free, 2) if pair[0].value == pair[1].value)
         for (one, other), mine in itertools.product(pairs, splits):
-            cuts = {one.dim: self.mesh.divide(one.size, mine)}
-            cuts[other.dim] = self.mesh.divide(other.size, [name for name in names if name not in mine])
-            seeds = {**best.seeds, one.value: (_layout(program, one).with_dims(cuts),)}
+            rest = [name for name in names if name not in mine]
+            first, second = self.mesh.divide(one.size, mine), self.mesh.divide(other.size, rest)
+            layout = _layout(program, one).with_dims({one.dim: first, other.dim: second})
+            seeds = {**best.seeds, one.value: (layout,)}
             choice = self._priced(program, trial.attempt(seeds), seeds)
             best = choice if choice.price < best.price else best
         return best

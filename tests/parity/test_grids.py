@@ -72,7 +72,7 @@ def test_uneven_rows_and_columns_are_exact(degrees: dict[str, int], pytestconfig
     if degrees != GRIDS[0] and not pytestconfig.getoption("--zoo-all"):
         pytest.skip("as with four ranks (--zoo-all)")
     torch.manual_seed(0)
-    decoder, example = kl().eval().decoder, (torch.randn(1, 4, 9, 7),)
+    decoder, example = kl().eval().decoder, (torch.randn(1, 4, 10, 9),)
     traced = xir.trace(decoder, example)
     parallel, row = (
         traced.parallelize(machine=SLOW, **degrees),
