@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.program import Program
 
-# Bit-equal; sums in another order or rounded elsewhere; values of the step before.
-NUMERICS = ("exact", "reassociated", "stale")
+# Bit-equal; sums in another order or rounded elsewhere; values of the step before; values in fewer bits.
+NUMERICS = ("exact", "reassociated", "stale", "rounded")
 
 
 class Pass(Protocol):

@@ -12,6 +12,7 @@ from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import BATCH, FEATURES, SEQUENCE, TIME, Mesh
 from xdit_ir.ir.program import SPEC, Program, call_parts
 from xdit_ir.passes.base import After, run_passes
+from xdit_ir.passes.cast_kv_cache import kv_cache_dtype as stored_dtype
 from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.passes.order import cache_passes, mesh_passes, time_passes
 from xdit_ir.passes.partition_stages import PartitionStages
@@ -94,6 +95,7 @@ def make_pipeline(
     *,
     batch: Batch = Batch.DIVIDED,
     keeping: Keeping = ALL_HERE,
+    kv_cache_dtype: str = "auto",
 ) -> tuple[Program, Pipeline]:
     """The analysed program with its stages noted, and the pipeline made from it, verified; `patches`: None for as many
     as there are stages, or the nearest smaller number that is legal, with a warning."""
@@ -102,7 +104,8 @@ def make_pipeline(
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)
 
     def pipeline(count: int) -> Pipeline:
-        return _pipeline(staged, mesh.resized(TIME, count), warmup_steps, machine, after, batch, keeping)
+        sized = mesh.resized(TIME, count)
+        return _pipeline(staged, sized, warmup_steps, machine, after, batch, keeping, kv_cache_dtype)
 
     if patches is not None:
         return staged, pipeline(patches)
@@ -124,6 +127,7 @@ def _pipeline(
     after: After | None,
     batch: Batch,
     keeping: Keeping,
+    kv_cache_dtype: str,
 ) -> Pipeline:
     """Of a program with stages, over a mesh whose dim `pipefusion` counts patches."""
     patches = mesh.size((TIME,))
@@ -131,7 +135,10 @@ def _pipeline(
         said = f"patches={patches} divide tokens, of which there are {most}; use at most {most}"
         raise ParallelizeError(said, patches=most)
     before = frozenset(staged.stored)
-    divided = run_passes(staged, time_passes(mesh, machine, batch=batch, keeping=keeping, before=before), after)
+    passes = time_passes(
+        mesh, machine, batch=batch, keeping=keeping, before=before, kv_cache_dtype=kv_cache_dtype
+    )
+    divided = run_passes(staged, passes, after)
     pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
     verify_pipeline(pipeline)
     return pipeline
@@ -185,12 +192,19 @@ def _most_tokens(program: Program) -> int:
     return max(found, default=1)
 
 
-def check_schedule(pipefusion: int, patches: int | None, warmup_steps: int, stages: Sequence[int] | None) -> None:
+def check_schedule(
+    pipefusion: int,
+    patches: int | None,
+    warmup_steps: int,
+    stages: Sequence[int] | None,
+    kv_cache_dtype: str = "auto",
+) -> None:
     """Raise `ParallelizeError` for settings that mean nothing."""
     for name, value in (("patches", 1 if patches is None else patches), ("warmup_steps", warmup_steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ParallelizeError(f"{name}={value!r} is not a positive integer; the nearest legal one is {name}=1")
-    if pipefusion == 1 and (patches not in (None, 1) or stages is not None):
-        given = {"patches": patches, "stages": stages}
+    stored = None if stored_dtype(kv_cache_dtype) is None else kv_cache_dtype
+    if pipefusion == 1 and (patches not in (None, 1) or stages is not None or stored is not None):
+        given = {"patches": patches, "stages": stages, "kv_cache_dtype": stored}
         told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
         raise ParallelizeError(f"{told} needs pipefusion > 1; nearest legal: leave it out")

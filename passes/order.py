@@ -8,6 +8,7 @@ from xdit_ir.caching.rule import Watched
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.passes.align_samples import AlignSamples
 from xdit_ir.passes.canonicalize import Canonicalize
+from xdit_ir.passes.cast_kv_cache import CastKVCache
 from xdit_ir.passes.choose_kernels import ChooseKernels
 from xdit_ir.passes.compose_attention import ComposeAttention
 from xdit_ir.passes.contract import Pass
@@ -60,6 +61,7 @@ PASSES: tuple[type[Any], ...] = (
         Overlap,
         KeepParts,
         SeparateTime,
+        CastKVCache,
         ShardWeights,
     ),
     *(Specialize, PackExchanges, SelectOnDevice, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
@@ -141,6 +143,7 @@ def time_passes(
     batch: Batch = Batch.DIVIDED,
     keeping: Keeping = ALL_HERE,
     before: frozenset[str] = frozenset(),
+    kv_cache_dtype: str = "auto",
 ) -> list[Pass]:
     """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches. `before` as for
     `weight_passes`."""
@@ -150,6 +153,7 @@ def time_passes(
         LowerAttention(mesh, machine),
         SplitStatistics(),
         SeparateTime(mesh),
+        *([] if kv_cache_dtype == "auto" else [CastKVCache(mesh, kv_cache_dtype)]),
         *weight_passes(mesh, machine, batch, keeping, before),
     ]
 

@@ -19,6 +19,7 @@ from xdit_ir.generation.generate import REPORT
 from xdit_ir.generation.request import parse_size
 from xdit_ir.generation.setup import Setup
 from xdit_ir.ir.mesh import DIMS, MESH_DIMS
+from xdit_ir.passes.cast_kv_cache import KV_CACHE_DTYPES
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.report import CacheUse
 from xdit_ir.tools import targets
@@ -60,6 +61,7 @@ def add_how(parser: argparse.ArgumentParser, data: str) -> Any:
         how.add_argument(f"--{dim.name}", type=int, metavar="N", help=f"processes that divide {dim.says}")
     how.add_argument("--patches", type=int, metavar="N", help="of the latents, with --pipefusion")
     how.add_argument("--warmup", type=int, metavar="N", help="synchronous steps, with --pipefusion")
+    how.add_argument("--kv-cache-dtype", choices=tuple(KV_CACHE_DTYPES), help="stale keys and values, with --pipefusion")
     how.add_argument("--cache", metavar="RULE", help="steps reuse blocks of earlier ones, e.g. first-block:0.08")
     how.add_argument("--trim-padding", type=int, metavar="N", help="leave out hidden text, by multiples of N words")
     how.add_argument("--machine", type=Machine.parse, metavar="SPEEDS", help=targets.SPEEDS)
@@ -115,6 +117,7 @@ def _parallel(args: argparse.Namespace) -> dict[str, Any]:
     parallel = {
         "patches": args.patches,
         "warmup_steps": args.warmup,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "cache": args.cache,
         "trim_padding": args.trim_padding,
         "mode": args.mode,

@@ -19,8 +19,8 @@ def add_parser(commands: Any) -> None:
         "passes",
         help="list the passes, their options and what they do to results",
         description="List the passes in the order in which they run. Numerics: exact (bit-equal), reassociated (sums "
-        "in another order), stale (values of the step before, after the warmup steps). What a pass needs of a program, "
-        "another one gives it.",
+        "in another order), stale (values of the step before, after the warmup steps), rounded (values in fewer bits). "
+        "What a pass needs of a program, another one gives it.",
     )
     parser.set_defaults(run=run)
 

@@ -44,6 +44,24 @@ CACHES = (
 )
 
 
+# What `kv_cache_dtype` of `parallelize` is; the first is the model's own.
+DTYPES = ("auto", "bfloat16", "fp8_e4m3")
+
+
+@dataclass(frozen=True)
+class DtypeQuality:
+    """Images of one `kv_cache_dtype` under PipeFusion: MiB of a rank's buffers for all images; relative difference to
+    the exact ones, and to those of the model's own dtype; and the share whose digit is recognised."""
+
+    steps: int
+    patches: int
+    dtype: str
+    mib: float
+    difference: float
+    rounding: float
+    accuracy: float
+
+
 @dataclass(frozen=True)
 class CacheQuality:
     """Images of one step cache, as in `Quality`; `skipped` steps left blocks out."""
@@ -142,6 +160,23 @@ def measure_caches(count: int, settings: Sequence[tuple[int, str]], device: torc
     return found
 
 
+def measure_dtypes(count: int, dtypes: Sequence[str], device: torch.device) -> list[DtypeQuality]:
+    """Every dtype of stale keys and values with `count` images, a tenth of each digit."""
+    pipe: Any = digits.load_pipeline().to(device)
+    model, classifier, labels = pipe.transformer, digits.load_classifier(), torch.arange(count) % 10
+    steps, patches = quality_page.CENTRE["steps"], quality_page.CENTRE["patches"]
+    traced, exact, found = _traced(model, labels, device), make(pipe, labels, steps), list[DtypeQuality]()
+    own = exact
+    for dtype in dtypes:
+        program = traced.parallelize(pipefusion=STAGES, patches=patches, kv_cache_dtype=dtype)
+        pipe.transformer = Staged(model, program, device)
+        images, mib = make(pipe, labels, steps), max(program.report().buffer_bytes_per_rank) / 2**20
+        own = images if not found else own
+        differences = relative_error([images], [exact]), relative_error([images], [own])
+        found.append(DtypeQuality(steps, patches, dtype, mib, *differences, classifier.accuracy(images, labels)))
+    return found
+
+
 def _traced(model: Any, labels: torch.Tensor, device: torch.device) -> TracedProgram:
     """The transformer, captured as the pipeline calls it."""
     size, batch = model.config.sample_size, 2 * len(labels)
@@ -172,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("build/quality.json"), help="(default: %(default)s)")
     parser.add_argument("--from", dest="source", type=Path, help="a JSON of an earlier run: measure nothing")
     parser.add_argument("--caches", action="store_true", help="with --from: measure step caches alone, and add them")
+    parser.add_argument("--dtypes", action="store_true", help="the same for dtypes of stale keys and values")
     parser.add_argument("--page", type=Path, help="write this page, and its plot beside it")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
@@ -183,6 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.source is None or args.caches:
         caches = [asdict(one) for one in measure_caches(args.images, CACHES, device)]
         result["caches"] = {"images": args.images, "device": name, "results": caches}
+    if args.source is None or args.dtypes:
+        dtypes = [asdict(one) for one in measure_dtypes(args.images, DTYPES, device)]
+        result["dtypes"] = {"images": args.images, "device": name, "results": dtypes}
+    if args.source is None or args.caches or args.dtypes:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(quality_page.table(result))

@@ -31,7 +31,16 @@ in which the classifier of `models/digits` sees the digit that was asked for.
 ![difference and accuracy](quality.svg)
 
 One patch is exact: every step sees its own keys and values only. {claim}
-{caches}"""
+{dtypes}{caches}"""
+DTYPES = """
+## Stale keys and values in fewer bits
+
+The same for `kv_cache_dtype` of `parallelize` and `port` ({images} images for each row, {device}): "rounding" is the
+difference to the images of the model's own dtype (the first row). `--from benchmarks/quality/digits.json --dtypes
+--images {images}` measures these rows alone.
+
+{table}
+"""
 CACHES = """
 ## Step caches
 
@@ -75,6 +84,19 @@ def cache_table(caches: Document) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
+def dtype_table(dtypes: Document) -> str:
+    """One row a dtype of stale keys and values, in Markdown."""
+    head = ["steps", "patches", "kv_cache_dtype", "MiB of buffers", "relative difference", "rounding", "recognised"]
+    rows = [
+        [
+            *(str(one["steps"]), str(one["patches"]), f"`{one['dtype']}`", f"{one['mib']:.1f}"),
+            *(f"{one['difference']:.2e}", f"{one['rounding']:.2e}", f"{one['accuracy']:.1%}"),
+        ]
+        for one in dtypes["results"]
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
 def _ordered(document: Document) -> Sequence[Result]:
     return sorted(document["results"], key=lambda one: (one["steps"], one["warmup_steps"], one["patches"]))
 
@@ -109,7 +131,11 @@ def write(document: Document, page: Path) -> None:
     if measured := document.get("caches"):
         named = {"images": measured["images"], "device": measured["device"], "steps": CENTRE["steps"]}
         caches = CACHES.format(**named, table=cache_table(measured))
-    page.write_text(PAGE.format(**values, table=table(document), claim=_claim(document), caches=caches))
+    dtypes = ""
+    if measured := document.get("dtypes"):
+        dtypes = DTYPES.format(**measured, table=dtype_table(measured))
+    told = {"claim": _claim(document), "dtypes": dtypes, "caches": caches}
+    page.write_text(PAGE.format(**values, table=table(document), **told))
     plot(document, page.with_name("quality.svg"))
 
 

@@ -141,6 +141,7 @@ class TracedProgram:
         patches: int | None = None,
         warmup_steps: int = 1,
         stages: Sequence[int] | None = None,
+        kv_cache_dtype: str = "auto",
         pair_calls: bool = False,
         share_samples: bool = False,
         shard_weights: bool = False,
@@ -165,6 +166,9 @@ class TracedProgram:
             warmup_steps: synchronous steps with which a request begins, at least 1.
             stages: how many of the model's blocks each of the `pipefusion` stages gets, or of twice as many, which
                 go there and back again; default: what balances work and weights best, also cut inside blocks.
+            kv_cache_dtype: of the keys and values that patches leave for later ones, "bfloat16" or "fp8_e4m3" (with a
+                scale for each token and head); default: "auto", the model's own. With `pipefusion`; warmup steps read
+                them too, and so are exact but for this rounding.
             pair_calls: `cfg` divides nothing: its ranks run whole forwards of different calls (`port` pairs them).
             share_samples: a batch may be smaller than `cfg`, whose ranks then share samples.
             shard_weights: each rank holds an equal part of the weights; what a block needs is gathered while the one
@@ -187,7 +191,7 @@ class TracedProgram:
         check_degree_names(further, inspect.signature(TracedProgram.parallelize).parameters)
         degrees = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor, **further}
         mesh, machine = Mesh.of(**degrees), checked(machine)
-        check_schedule(pipefusion, patches, warmup_steps, stages)
+        check_schedule(pipefusion, patches, warmup_steps, stages, kv_cache_dtype)
         batch = Batch.CALLS if pair_calls else Batch.SHARED if share_samples else Batch.DIVIDED
         keeping = Keeping.of(shard_weights, stream_weights)
         keeping.check(mesh, batch=batch)
@@ -203,7 +207,9 @@ class TracedProgram:
             used = None if rule is None else CacheCount(rule)
             return ParallelProgram(traced.ir, analysed, divided, mesh, pair_calls, machine, used)
         schedule = (patches, warmup_steps, stages)
-        staged, pipeline = make_pipeline(stored, mesh, *schedule, machine, after, batch=batch, keeping=keeping)
+        staged, pipeline = make_pipeline(
+            stored, mesh, *schedule, machine, after, batch=batch, keeping=keeping, kv_cache_dtype=kv_cache_dtype
+        )
         return PipelinedProgram(traced.ir, staged, pipeline.program, mesh, pipeline, pair_calls, machine)
 
 

@@ -19,6 +19,7 @@ TWO = [
     {"pipefusion": 2, "patches": 1},
     {"pipefusion": 2, "patches": 2},
     {"pipefusion": 2, "patches": 5, "warmup_steps": 2},
+    {"pipefusion": 2, "patches": 2, "kv_cache_dtype": "fp8_e4m3"},
 ]
 FOUR = [
     {"cfg": 2, "pipefusion": 2},

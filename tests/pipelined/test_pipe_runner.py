@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import xdit_ir as xir
 from xdit_ir import models
@@ -16,6 +17,6 @@ from xdit_ir.pipelined.pipe_runner import check_pipeline
 )
 def test_refused_with_the_reason(execution: Execution, reason: str) -> None:
     program = xir.trace(*models.load("pixart-sigma:tiny")).ir
-    check_pipeline(program, Execution())
+    check_pipeline(program, Execution(), torch.device("cpu"))
     with pytest.raises(xir.ParallelizeError, match=reason):
-        check_pipeline(program, execution)
+        check_pipeline(program, execution, torch.device("cpu"))

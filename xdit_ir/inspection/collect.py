@@ -125,7 +125,8 @@ def _facts(parallel: ParallelProgram, report: Report, total: float) -> Iterator[
     yield Figure("weights a rank", _size(max(report.weight_bytes_per_rank)))
     yield Figure("memory a rank", _size(max(one.total for one in report.memory)), "estimate, with weights")
     if any(report.buffer_bytes_per_rank):
-        yield Figure("buffers a rank", _size(max(report.buffer_bytes_per_rank)))
+        most, full = max(report.buffer_bytes_per_rank), max(report.full_buffer_bytes_per_rank)
+        yield Figure("buffers a rank", _size(most), "" if most == full else f"{_size(full)} in the model's dtype")
     yield Figure("schedule", f"{total / 1000:.3g} ms", "estimate")
 
 

@@ -39,6 +39,8 @@ WEIGHT = "weight"
 # In a pipeline: the stage of a node of the outer graph; and a `ComputeScope`, where it is not EACH_PATCH.
 STAGE = "stage"
 SCOPE = "scope"
+# Of what keeps keys and values in fewer bits between steps: bytes of an element in the model's own dtype.
+BYTES_IN_FULL = "bytes in full"
 STATE = "@"  # before the names of buffers among the paths of guards
 STRIDES = "strides of "  # before the paths of inputs, of which not the contents are meant
 ITSELF = "<model>"  # where paths of effects begin that lead into the model, not into an argument

@@ -14,7 +14,7 @@ from xdit_ir.ir.buffer_ops import Keep, Write
 from xdit_ir.ir.flops import is_counted
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import TIME
-from xdit_ir.ir.program import CONSTANT, SPEC, Program, call_parts, is_block_call, qualified
+from xdit_ir.ir.program import BYTES_IN_FULL, CONSTANT, SPEC, Program, call_parts, is_block_call, qualified
 from xdit_ir.pipefusion.pipeline_program import PatchStage, Pipeline
 from xdit_ir.sharding.buffer_access import over_time
 from xdit_ir.sharding.cost import local_flops, program_flops
@@ -35,6 +35,7 @@ class _RankCost:
     flops: Counter[str] = field(default_factory=Counter)
     weights: dict[str, int] = field(default_factory=dict)
     buffers: dict[tuple[int, str], int] = field(default_factory=dict)
+    full_buffers: dict[tuple[int, str], int] = field(default_factory=dict)
     counts: dict[Key, int] = field(default_factory=dict)
     sent: dict[Key, int] = field(default_factory=dict)
 
@@ -52,6 +53,7 @@ def pipeline_report(original: Program, pipeline: Pipeline, forwards: int = 1, ma
     total, flops = program_flops(original, None)[0], [rank.flops.total() for rank in ranks]
     regions = region_flops(pipeline.program, tally.regions, None)
     weights, buffers = [sum(r.weights.values()) for r in ranks], [sum(r.buffers.values()) for r in ranks]
+    full = [sum((r.buffers | r.full_buffers).values()) for r in ranks]
     brought = [_brought(pipeline, stage, machine) for stage in range(pipeline.stages)]
     each = [[brought[stage] for stage in pipeline.stages_of(rank)] for rank in range(len(ranks))]
     return Report(
@@ -65,6 +67,7 @@ def pipeline_report(original: Program, pipeline: Pipeline, forwards: int = 1, ma
         ],
         fallbacks=list(find_fallbacks(pipeline.program, pipeline.virtual)),
         buffer_bytes_per_rank=buffers,
+        full_buffer_bytes_per_rank=full,
         memory=list(_memory(pipeline, ranks, [max(one.most for one in mine) for mine in each])),
         reads=read_at_calls(original),
         regions=find_regions(regions, {name: [rank.flops[name] for rank in ranks] for name in regions}),
@@ -128,10 +131,11 @@ class _Tally:
             if not weight.startswith(CONSTANT + "."):
                 result.weights[weight] = node.meta[SPEC].nbytes
         elif isinstance(node.target, Write):
-            spec = node.meta[SPEC]
-            result.buffers[stage, qualified(prefix, node.target.slot)] = (
-                math.prod(node.target.shape) * spec.dtype.itemsize
-            )
+            slot, count = (stage, qualified(prefix, node.target.slot)), math.prod(node.target.shape)
+            result.buffers[slot] = count * node.meta[SPEC].dtype.itemsize
+            full = self.layouts[name][node.target.slot].meta.get(BYTES_IN_FULL)
+            if full is not None:
+                result.full_buffers[slot] = count * full
         elif isinstance(node.target, Keep):
             result.buffers[stage, qualified(prefix, f"{node.target.slot}_keep")] = node.meta[SPEC].nbytes
         source = self.layouts[name].get(node.name)

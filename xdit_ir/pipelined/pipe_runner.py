@@ -18,8 +18,8 @@ from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, plain_modes
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import MismatchError, ParallelizeError
-from xdit_ir.ir.graphs import results_of
-from xdit_ir.ir.program import SPEC, Program
+from xdit_ir.ir.graphs import all_graphs, results_of
+from xdit_ir.ir.program import BYTES_IN_FULL, SPEC, Program
 from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.pipelined.pipe_pass import PipelinePass, outputs_of
 from xdit_ir.pipelined.requests import NEW, CallPosition
@@ -27,6 +27,9 @@ from xdit_ir.pipelined.stage_code import RankCode
 from xdit_ir.pipelined.step_queue import StepQueue
 from xdit_ir.transport.contents import Contents
 from xdit_ir.transport.handshake import Facts, agree_contents, compare_later, digest
+
+
+COMPILED_FP8 = (8, 9)
 
 
 class PipelineRunner:
@@ -169,11 +172,24 @@ class PipelineRunner:
         return {name: x for name, x in self._named(inputs) if name in self.tasks.latents}
 
 
-def check_pipeline(program: Program, execution: Execution) -> None:
-    """Raise `ParallelizeError` for what a pipeline cannot do."""
+def check_pipeline(program: Program, execution: Execution, device: torch.device) -> None:
+    """Raise `ParallelizeError` for what a pipeline cannot do, or not on this device."""
+    if execution.compile and device.type == "cuda" and _has_fp8(program):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < COMPILED_FP8:
+            raise ParallelizeError(
+                f"kv_cache_dtype='fp8_e4m3' in compiled code needs a GPU of compute capability {COMPILED_FP8}, and this "
+                f"one has {capability}; nearest legal: kv_cache_dtype='bfloat16', or mode='eager'"
+            )
     if program.signature.effects:
         raise ParallelizeError(
             "pipefusion > 1: forward writes into what it is given (a cache) or into the model; use ulysses or ring"
         )
     if execution.transport == "peer":
         raise ParallelizeError("transport='peer' does not exist for pipefusion > 1; leave it out")
+
+
+def _has_fp8(program: Program) -> bool:
+    """Whether something is kept in 8 bits between steps."""
+    nodes = (node for _, graph, _ in all_graphs(program) for node in graph.nodes)
+    return any(BYTES_IN_FULL in node.meta and node.meta[SPEC].dtype.itemsize == 1 for node in nodes)

@@ -15,8 +15,8 @@ from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import FEATURES, Mesh, check_degree_names
-from xdit_ir.passes.divide import check_cache
+from xdit_ir.ir.mesh import FEATURES, TIME, Mesh, check_degree_names
+from xdit_ir.passes.divide import check_cache, check_schedule
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.passes.trim_padding import rows_to_trim
 from xdit_ir.planning.plan import Plan
@@ -50,6 +50,7 @@ def port(
     tensor: int | None = None,
     patches: int | None = None,
     warmup_steps: int = 1,
+    kv_cache_dtype: str = "auto",
     data: int = 1,
     plan: Plan | None = None,
     shard_weights: bool = False,
@@ -86,9 +87,9 @@ def port(
     the job (torchrun) does the same, with the same inputs: give all of them the same seed.
 
     Args:
-        cfg, ulysses, ring, pipefusion, tensor, patches, warmup_steps, shard_weights, stream_weights, cache,
-            trim_padding, machine: as in `TracedProgram.parallelize`; with `shard_weights` or `stream_weights` a model
-            gives its weights up, as with `release`. Where the batch cannot be divided, `cfg` divides the calls of a
+        cfg, ulysses, ring, pipefusion, tensor, patches, warmup_steps, kv_cache_dtype, shard_weights, stream_weights,
+            cache, trim_padding, machine: as in `TracedProgram.parallelize`; with `shard_weights` or `stream_weights` a
+            model gives its weights up, as with `release`. Where the batch cannot be divided, `cfg` divides the calls of a
             step, see `xdit_ir.runtime.pairing`. Degrees that are left out are planned if none is given, or if those
             above 1 leave processes over; else they are 1.
         data: as many replicas of all that, over as many times the processes. Each makes what it is asked for: the
@@ -112,7 +113,8 @@ def port(
     named = {"cfg": cfg, "pipefusion": pipefusion, "ring": ring, "ulysses": ulysses, "tensor": tensor, **further}
     keeping = Keeping.of(shard_weights, stream_weights)
     rows = rows_to_trim(trim_padding)
-    division = _Division.of(named, plan, patches, warmup_steps, machine, data, keeping=keeping, cache=cache, rows=rows)
+    steps = {"warmup_steps": warmup_steps, "kv_cache_dtype": kv_cache_dtype}
+    division = _Division.of(named, plan, patches, steps, machine, data, keeping=keeping, cache=cache, rows=rows)
     execution = Execution.of(mode, compile, cuda_graph, transport, attention, handshake, timeout)
     beside_loading = Loading(weights, release)  # parts of weights are copies, which a port holds itself
     loading = Loading(weights, release or (weights is None and division.parts_weights))
@@ -156,7 +158,7 @@ class _Division:
         named: Mapping[str, int | None],
         plan: Plan | None,
         patches: int | None,
-        warmup_steps: int,
+        steps: Mapping[str, Any],
         machine: Machine | None,
         data: int,
         *,
@@ -164,7 +166,8 @@ class _Division:
         cache: str | None,
         rows: int,
     ) -> _Division:
-        """By degrees, of which those that are None are not given, or by a plan; raises `ParallelizeError`."""
+        """By degrees, of which those that are None are not given, or by a plan; `steps`: what else `parallelize` takes
+        of PipeFusion. Raises `ParallelizeError`."""
         given = {name: size for name, size in named.items() if size is not None}
         if plan is not None:
             degrees, machine = saved_degrees(plan, {**named, "patches": patches}, machine)
@@ -176,11 +179,12 @@ class _Division:
         mesh = mesh_until_planned(given, processes, unplanned)
         check_world_size(mesh, data)
         keeping.check(mesh)
+        check_schedule(given.get(TIME, 1), None, stages=None, **steps)
         schedule: dict[str, Any] = {
             **mesh.degrees,
             **keeping.options,
             "patches": patches,
-            "warmup_steps": warmup_steps,
+            **steps,
             "machine": known,
         }
         if cache is not None:

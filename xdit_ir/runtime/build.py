@@ -122,7 +122,7 @@ class RunnerFactory:
         return _Part(state_names(program)[0], program.stored, [program], runner)
 
     def _stages(self, pipeline: Pipeline, *, apart: bool) -> _Part:
-        check_pipeline(pipeline.program, self.context.execution)
+        check_pipeline(pipeline.program, self.context.execution, self.context.device)
         verify_schedule(pipeline)
         tasks = RankTasks(pipeline, self.context.rank)
         everyone = itertools.product(range(pipeline.stages), range(pipeline.virtual.world_size))

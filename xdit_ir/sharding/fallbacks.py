@@ -25,7 +25,7 @@ from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.printer import target_name
-from xdit_ir.ir.program import LAYOUT, SPEC, Program, called_block, is_block_call, is_weight, where_of
+from xdit_ir.ir.program import BYTES_IN_FULL, LAYOUT, SPEC, Program, called_block, is_block_call, is_weight, where_of
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, as_layouts, dividing_dims_of
 from xdit_ir.rules.pointwise import is_pointwise
@@ -103,7 +103,7 @@ def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
         yield Fallback("forward", "the whole model", UNDIVIDED, 0)
     walk, computed = _Walk(program, mesh), _computed(program)
     times = {name: count for name, _, count in graphs}
-    homes = {node: name for name, node in nodes if node.target is ops.gather}
+    homes = {node: name for name, node in nodes if node.target is ops.gather and not _is_kept(node)}
     chosen = _chosen([gather for gather, name in homes.items() if name and gather in computed - walk.needed])
     for name, node in nodes:
         reason, gathers = node.meta.get(FALLBACK, ""), walk.needs.get(node) or chosen.get(node, frozenset())
@@ -188,9 +188,10 @@ class _Walk:
         return tuple(replace(value, behind=behind) for value in found)
 
     def _is_meant(self, gather: fx.Node) -> bool:
-        """Whether a value is divided only to be gathered: a weight, also one from the host, or what is shared out."""
+        """Whether a value is divided only to be gathered: a weight, also one from the host, what is shared out, or keys
+        in fewer bits."""
         divided = operands(gather)[0]
-        return is_weight(divided) or gathers_weights(gather) or is_shared_out(divided, self.mesh)
+        return _is_kept(gather) or is_weight(divided) or gathers_weights(gather) or is_shared_out(divided, self.mesh)
 
     def _inferred(self, node: fx.Node, sources: list[_Value]) -> _Values:
         """What the rules make of operands of which some stayed divided."""
@@ -221,6 +222,11 @@ class _Walk:
 
     def _dims(self, need: fx.Node) -> frozenset[str]:
         return frozenset[str]().union(*(_dims_of(gather, self.mesh) for gather in self.needs[need]))
+
+
+def _is_kept(gather: fx.Node) -> bool:
+    """Whether it is of keys or values that wait for other patches in fewer bits (`cast-kv-cache`)."""
+    return BYTES_IN_FULL in operands(gather)[0].meta
 
 
 def _as_it_is(node: fx.Node) -> _Values:

@@ -56,7 +56,8 @@ class Report:
     """FLOPs of one forward and bytes of weights, on one device and per rank; communication; fallbacks; how regions of
     the model are shared, and ranks that idle; and what is read of inputs at every call whose inputs are new.
 
-    Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps. `forwards` are run at a time,
+    Under PipeFusion a forward is a displaced step, and ranks keep buffers between steps; `full`: what these would be
+    without `kv_cache_dtype`. `forwards` are run at a time,
     each by a part of the ranks: more than one where parts of `cfg` run different calls. `execution`, of a port: how
     this rank runs it. `gathered`: of weights that ranks hold in parts. `memory`: of each rank. `cache`: how often a
     step cache was of use.
@@ -69,6 +70,7 @@ class Report:
     collectives: list[Collective]
     fallbacks: list[Fallback]
     buffer_bytes_per_rank: list[int] = field(default_factory=list)
+    full_buffer_bytes_per_rank: list[int] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     idle: list[Idle] = field(default_factory=list)
@@ -92,6 +94,13 @@ class Report:
     def weight_share(self) -> float:
         """The part of the model's weights that the fullest rank has."""
         return max(self.weight_bytes_per_rank) / self.weight_bytes_total
+
+    @property
+    def buffers(self) -> str:
+        """MiB of the fullest rank's buffers, and what they would be with all keys and values in the model's dtype."""
+        most, full = max(self.buffer_bytes_per_rank), max(self.full_buffer_bytes_per_rank)
+        text = f"{most / 2**20:.1f} MiB a rank"
+        return text if most == full else f"{text} ({full / 2**20:.1f} MiB with keys and values in the model's dtype)"
 
     @property
     def uneven(self) -> list[Region]:
@@ -135,7 +144,7 @@ class Report:
         if self.memory:
             yield f"the fullest rank needs {max(self.memory, key=lambda one: one.total)}"
         if any(self.buffer_bytes_per_rank):
-            yield f"buffers that outlive a step: {max(self.buffer_bytes_per_rank) / 2**20:.1f} MiB a rank"
+            yield f"buffers that outlive a step: {self.buffers}"
         if self.uneven:
             rows = [[one.name, self.part(one.flops_total), f"{one.share:.4f}"] for one in self.uneven]
             yield _table(["not shared evenly", "of all FLOPs", "the slowest rank's part"], rows)
