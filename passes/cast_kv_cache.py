@@ -59,7 +59,7 @@ class CastKVCache:
 
 
 def kv_cache_dtype(name: str) -> torch.dtype | None:
-    """The dtype of an option `kv_cache_dtype`, None for that of the model; raises `ParallelizeError` for no such one."""
+    """The dtype that the option means, None for that of the model; raises `ParallelizeError` for no such one."""
     if not isinstance(name, str) or name not in KV_CACHE_DTYPES:
         raise ParallelizeError(f"kv_cache_dtype={name!r}: expected one of {', '.join(KV_CACHE_DTYPES)}; nearest: auto")
     return KV_CACHE_DTYPES[name]
@@ -68,9 +68,13 @@ def kv_cache_dtype(name: str) -> torch.dtype | None:
 def _is_keys(node: fx.Node) -> bool:
     """Whether a value is taken as keys or values of attention, and by nothing else."""
     exchanged = node.target not in (*ops.SUMS, ops.halo_exchange)
-    return exchanged and bool(node.users) and all(
-        user.target in ops.ATTENTIONS and node not in (user.args[0], *user.args[3:], *user.kwargs.values())
-        for user in node.users
+    return (
+        exchanged
+        and bool(node.users)
+        and all(
+            user.target in ops.ATTENTIONS and node not in (user.args[0], *user.args[3:], *user.kwargs.values())
+            for user in node.users
+        )
     )
 
 

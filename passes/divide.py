@@ -22,6 +22,7 @@ from xdit_ir.sharding.cost import program_flops
 from xdit_ir.sharding.machine import H100, Machine
 
 WORTH = 0.9  # of a step's FLOPs: a cache that leaves more to do is of no use
+SHOWN = 2  # places of caches that are named
 MAY_IDLE = 8  # ranks: on one host some of them may go without tokens, which the report says
 
 
@@ -107,6 +108,13 @@ def make_pipeline(
         sized = mesh.resized(TIME, count)
         return _pipeline(staged, sized, warmup_steps, machine, after, batch, keeping, kv_cache_dtype)
 
+    if left := _left_paths(staged):
+        if patches != 1:
+            warnings.warn(
+                f"forward leaves tensors in {left}, where none may be stale: such a call takes patches=1, and is exact",
+                stacklevel=3,
+            )
+        return staged, pipeline(1)
     if patches is not None:
         return staged, pipeline(patches)
     try:
@@ -117,6 +125,13 @@ def make_pipeline(
         slower = "; with one patch, stages divide the weights and not the time" if refusal.patches == 1 else ""
         warnings.warn(f"none were given: {refusal}, which is taken{slower}", stacklevel=3)
         return staged, pipeline(refusal.patches)
+
+
+def _left_paths(program: Program) -> str:
+    """Where forward leaves tensors, of which none may be stale; empty where it leaves none."""
+    effects = [one for one in program.signature.effects if any(isinstance(leaf, int) for leaf in one.leaves)]
+    shown = [f"{one.path[0].key}{''.join(map(str, one.path[1:]))}" for one in effects]
+    return ", ".join(shown[:SHOWN]) + (f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else "")
 
 
 def _pipeline(
@@ -135,9 +150,7 @@ def _pipeline(
         said = f"patches={patches} divide tokens, of which there are {most}; use at most {most}"
         raise ParallelizeError(said, patches=most)
     before = frozenset(staged.stored)
-    passes = time_passes(
-        mesh, machine, batch=batch, keeping=keeping, before=before, kv_cache_dtype=kv_cache_dtype
-    )
+    passes = time_passes(mesh, machine, batch=batch, keeping=keeping, before=before, kv_cache_dtype=kv_cache_dtype)
     divided = run_passes(staged, passes, after)
     pipeline = Pipeline(divided, divided.coordinates, warmup_steps)
     verify_pipeline(pipeline)

@@ -61,7 +61,9 @@ def add_how(parser: argparse.ArgumentParser, data: str) -> Any:
         how.add_argument(f"--{dim.name}", type=int, metavar="N", help=f"processes that divide {dim.says}")
     how.add_argument("--patches", type=int, metavar="N", help="of the latents, with --pipefusion")
     how.add_argument("--warmup", type=int, metavar="N", help="synchronous steps, with --pipefusion")
-    how.add_argument("--kv-cache-dtype", choices=tuple(KV_CACHE_DTYPES), help="stale keys and values, with --pipefusion")
+    how.add_argument(
+        "--kv-cache-dtype", choices=tuple(KV_CACHE_DTYPES), help="stale keys and values, with --pipefusion"
+    )
     how.add_argument("--cache", metavar="RULE", help="steps reuse blocks of earlier ones, e.g. first-block:0.08")
     how.add_argument("--trim-padding", type=int, metavar="N", help="leave out hidden text, by multiples of N words")
     how.add_argument("--machine", type=Machine.parse, metavar="SPEEDS", help=targets.SPEEDS)

@@ -294,7 +294,13 @@ class ParallelProgram:
             For every step, the outputs of every rank.
         """
         model = as_module(model)
-        run, steps = self._simulation(model), []
+        return self._steps(model, examples, observe, self._simulation(model))
+
+    def _steps(
+        self, model: nn.Module, examples: Sequence[Example], observe: RankObserver | None, run: Simulated
+    ) -> list[list[Any]]:
+        """The outputs of every rank by step; what forward writes into caches is written into the examples."""
+        steps = []
         for example, see in zip(examples, _observers(examples, observe), strict=True):
             inputs = capture.bind_inputs(model, self.original, *split_example(example))
             with torch.no_grad():
@@ -359,21 +365,14 @@ class PipelinedProgram(ParallelProgram):
     ) -> list[list[Any]]:
         """As of any program; the first `warmup_steps` are synchronous (and exact), later ones read buffers."""
         model = as_module(model)
-        bound = [capture.bind_inputs(model, self.original, *split_example(example)) for example in examples]
-        device = _device(model, bound[0]) if bound else torch.device("cpu")
-        run = PipelineSimulation(self.pipeline, model_state(self.original, model), device)
-        with torch.no_grad():
-            steps = [run.step(inputs, see) for inputs, see in zip(bound, _observers(bound, observe), strict=True)]
-        return [[capture.build_output(self.original.signature, tensors) for tensors in step] for step in steps]
+        run = PipelineSimulation(self.pipeline, model_state(self.original, model), _device(model, ()))
+        return self._steps(model, examples, observe, run.step)
 
     def run_steps(self, model: Module, examples: Sequence[Example]) -> list[list[Any]]:
         """As `simulate_steps`, by the programs that ranks run, which are made from those of patches and stages."""
         model = as_module(model)
-        bound = [capture.bind_inputs(model, self.original, *split_example(example)) for example in examples]
-        run = RankSimulation(self.pipeline, model_state(self.original, model), _device(model, bound[0]))
-        with torch.no_grad():
-            steps = [run.step(inputs) for inputs in bound]
-        return [[capture.build_output(self.original.signature, tensors) for tensors in step] for step in steps]
+        run = RankSimulation(self.pipeline, model_state(self.original, model), _device(model, ()))
+        return self._steps(model, examples, None, lambda inputs, _: run.step(inputs))
 
 
 def _observers(steps: Sequence[Any], observe: RankObserver | None) -> Iterable[RankObserver | None]:

@@ -16,6 +16,7 @@ def _kind(path: str, **inputs: object) -> Entry:
 
 
 _PACKED = dict(x=TOKENS, t=Values([0.75, 0.25]), text=Normal((2, 16, 32)), mask=Mask(16, (12, 9), "bool"))
+_CACHE = [{name: Normal((2, 4, 192, 8)) for name in "kv"} for _ in range(3)]
 _SAMPLES = [0] * 24 + [1] * 40
 _PLACES = [[False] * 8 + [True] * 48 + [False] * 8, [True] * 48 + [False] * 16]
 
@@ -77,6 +78,8 @@ KINDS = {
     "kind-state-space": _kind("sequences:StateSpace", x=TOKENS),
     "kind-recurrent": _kind("sequences:Recurrent", x=TOKENS),
     "kind-cumulative-scan": _kind("sequences:CumulativeScan", x=TOKENS),
+    "kind-causal-video": _kind("causal:CausalVideo", x=TOKENS, cache=_CACHE, note={}, chunk=1, write=False),
+    "kind-causal-video-written": _kind("causal:CausalVideo", x=TOKENS, cache=_CACHE, note={}, chunk=1, write=True),
     "kind-flex-bias": _kind("operators:FlexBias", x=TOKENS),
     "kind-vectorised": _kind("operators:Vectorised", x=TOKENS, scale=Values([0.75, 0.25])),
     "kind-differentiated": _kind("operators:Differentiated", x=TOKENS),

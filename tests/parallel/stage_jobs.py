@@ -113,6 +113,29 @@ class Simulated(Shadow):
         return build_output(program.signature, outputs)
 
 
+@torch.no_grad()
+def causal_video(chunks: int, steps: int) -> dict[str, Any]:
+    """Chunks of a causal video, each denoised in several calls and then left in the cache by one more. `caches`: the
+    error of what that left, against the model on the same latents; `note`: what it wrote beside; `given`: whether the
+    caches that were returned are those that were given; `deferred`: how many calls waited for nothing."""
+    model, example = models.load("kind-causal-video:tiny")
+    port, found = xir.port(model, pipefusion=2, patches=2), {"caches": [], "note": [], "given": True, "deferred": 0}
+    ours, its = copied(example["cache"]), copied(example["cache"])
+    for chunk in range(chunks):
+        x = torch.randn(example["x"].shape, generator=torch.Generator().manual_seed(chunk))
+        for _ in range(steps):
+            velocity, returned = port(x=x, cache=ours, note={}, chunk=chunk, write=False)
+            found["given"] &= all(a is b for a, b in zip(tensors_of(returned), tensors_of(ours), strict=True))
+            found["deferred"] += isinstance(velocity, Deferred)
+            x = x - 0.1 * velocity
+        note: dict[str, int] = {}
+        port(x=x, cache=ours, note=note, chunk=chunk, write=True)
+        model(x=_plain(x), cache=its, note={}, chunk=chunk, write=True)
+        found["caches"].append(relative_error(ours, its))
+        found["note"].append(note["cached"])
+    return found
+
+
 SCHEDULERS = {
     "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     "dpm": lambda: diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++"),

@@ -18,8 +18,7 @@ P2M4 = {"pipefusion": 2, "patches": 4}
 TWO = [
     {"pipefusion": 2, "patches": 1},
     {"pipefusion": 2, "patches": 2},
-    {"pipefusion": 2, "patches": 5, "warmup_steps": 2},
-    {"pipefusion": 2, "patches": 2, "kv_cache_dtype": "fp8_e4m3"},
+    {"pipefusion": 2, "patches": 5, "warmup_steps": 2, "kv_cache_dtype": "fp8_e4m3"},
 ]
 FOUR = [
     {"cfg": 2, "pipefusion": 2},
@@ -147,6 +146,13 @@ def test_an_exception_leaves_the_module_usable(workers: Pools) -> None:
 def test_latents_from_elsewhere_begin_a_request(workers: Pools) -> None:
     for result in workers(2).run("plain_latents", name=SMALL, degrees=P2M4):
         assert max(result["errors"]) <= 1e-5 < 1e-3 < result["stale"], result
+
+
+def test_causal_video_with_caches_of_keys_and_values(workers: Pools) -> None:
+    """Steps read caches and overlap; what is left there is of no stale step."""
+    for result in workers(2).run("causal_video", chunks=2, steps=3):
+        assert max(result["caches"]) <= 1e-5 and result["note"] == [64, 128], result
+        assert result["given"] and result["deferred"] == 6
 
 
 def test_weights_of_other_stages_are_not_needed(workers: Pools) -> None:

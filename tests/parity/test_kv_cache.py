@@ -104,5 +104,7 @@ def test_refused_by_name(flux: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     program, gpu = flux.traced.parallelize(**P2, kv_cache_dtype="fp8_e4m3").ir, torch.device("cuda")
     check_pipeline(program, Execution(), gpu)
-    with pytest.raises(xir.ParallelizeError, match=r"capability \(8, 9\), and this one has \(8, 0\); nearest legal: kv"):
+    with pytest.raises(
+        xir.ParallelizeError, match=r"capability \(8, 9\), and this GPU has \(8, 0\); nearest legal: kv"
+    ):
         check_pipeline(program, Execution(compile=True), gpu)

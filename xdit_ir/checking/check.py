@@ -136,9 +136,8 @@ def _later_steps(
 
     def displaced(steps: list[Example]) -> list[float]:
         def run() -> list[list[list[torch.Tensor]]]:
-            return [
-                [output_tensors(output) for output in step] for step in parallel.simulate_steps(model, steps)[warmup:]
-            ]
+            made = parallel.simulate_steps(model, [copied(step) for step in steps])
+            return [[output_tensors(output) for output in step] for step in made[warmup:]]
 
         return _errors(run, expected)
 

@@ -219,6 +219,11 @@ class Signature:
     effects: tuple[Effect, ...] = ()
 
 
+def left_tensors(signature: Signature) -> frozenset[int]:
+    """Which of a program's results forward leaves in what it was given, or in the model."""
+    return frozenset(leaf for effect in signature.effects for leaf in effect.leaves if isinstance(leaf, int))
+
+
 @dataclass(frozen=True)
 class Literal:
     """An output leaf that is not a tensor."""

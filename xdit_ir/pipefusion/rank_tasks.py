@@ -75,6 +75,12 @@ class RankTasks:
         return tuple(cut_of(value, last) for value in results_of(last[-1].program.graph))
 
     @cached_property
+    def returned(self) -> tuple[str | None, ...]:
+        """Of each output the name of the input that it is, as it was given (a cache); None: it is made."""
+        values = results_of(self.pipeline.program.graph)
+        return tuple(value.name if value.op == "placeholder" else None for value in values)
+
+    @cached_property
     def latents(self) -> dict[str, PatchCut]:
         """The inputs that are divided over patches like an output; none where all outputs are had with the last one."""
         program, virtual = self.pipeline.program, self.pipeline.virtual
@@ -87,11 +93,14 @@ class RankTasks:
         return tuple(node.name for node in placeholders(self.pipeline.program.graph))
 
     def places(self, output: int) -> tuple[int | None, ...]:
-        """Where an output is among the results of each patch; None: with the last patch only."""
+        """Where an output is among the results of each patch; None: with the last patch only, or an input."""
         last = self.pipeline.patches - 1
+        if self.returned[output] is not None:
+            return (None,) * (last + 1)
         before = sum(cut is not None for cut in self.cuts[:output])
+        whole = sum(name is None for name in self.returned[:output])
         divided = self.cuts[output] is not None
-        return tuple(output if patch == last else before if divided else None for patch in range(last + 1))
+        return tuple(whole if patch == last else before if divided else None for patch in range(last + 1))
 
     @cached_property
     def firsts(self) -> tuple[int, ...]:
@@ -99,10 +108,13 @@ class RankTasks:
         counts = [len(self.result_types(patch)) for patch in range(self.pipeline.patches)]
         return tuple(itertools.accumulate(counts[:-1], initial=0))
 
-    def assembled(self, results: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The model's outputs, of the results of all patches."""
+    def assembled(self, results: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The model's outputs, of the results of all patches and its inputs."""
         found = []
-        for output, cut in enumerate(self.cuts):
+        for output, (cut, name) in enumerate(zip(self.cuts, self.returned, strict=True)):
+            if name is not None:
+                found.append(inputs[self.inputs.index(name)])
+                continue
             pairs = zip(self.firsts, self.places(output), strict=True)
             parts = [results[first + place] for first, place in pairs if place is not None]
             found.append(parts[0] if cut is None else cut.assembled(parts))
@@ -143,8 +155,10 @@ class RankTasks:
         ]
         whole = iter(results_of(program.graph)) if patch == self.pipeline.patches - 1 else None
         results = []
-        for slot in slots:
+        for slot, name in zip(slots, self.returned, strict=True):
             value = next(whole) if whole is not None else None
+            if name is not None:
+                continue
             if slot:
                 results.append(operands(write_to(program, slot))[0])
             elif value is not None:

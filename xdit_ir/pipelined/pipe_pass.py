@@ -152,11 +152,13 @@ class Result:
 
 
 def outputs_of(made: PipelinePass, specs: Sequence[TensorSpec]) -> list[Deferred]:
-    """The model's outputs, of types `specs`, from the results of the patches."""
+    """The outputs that the model makes, of types `specs`, from the results of the patches."""
     tasks, requests = made.tasks, made.queue.requests
     firsts = tasks.firsts if made.synchronous else None
     found = []
     for output, (cut, spec) in enumerate(zip(tasks.cuts, specs, strict=True)):
+        if tasks.returned[output] is not None:
+            continue
         source = Result(made, cut, tasks.places(output), firsts)
         device, by = made.queue.communicator.device, (requests, Numbered(made.number, output))
         found.append(pending(source, spec.shape, spec.dtype, device, by))

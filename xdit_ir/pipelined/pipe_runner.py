@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from xdit_ir.capture.inputs import InputBinder
+from xdit_ir.capture.effects import apply_effects
+from xdit_ir.capture.inputs import InputBinder, bind_arguments
 from xdit_ir.capture.outputs import build_output
-from xdit_ir.deferral.deferred import Deferred
+from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import without_gradients
 from xdit_ir.deferral.recorded import Numbers
 from xdit_ir.emission.codegen import EmittedBody
@@ -19,7 +20,7 @@ from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, pla
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import MismatchError, ParallelizeError
 from xdit_ir.ir.graphs import all_graphs, results_of
-from xdit_ir.ir.program import BYTES_IN_FULL, SPEC, Program
+from xdit_ir.ir.program import BYTES_IN_FULL, ITSELF, SPEC, Program, left_tensors
 from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.pipelined.pipe_pass import PipelinePass, outputs_of
 from xdit_ir.pipelined.requests import NEW, CallPosition
@@ -27,7 +28,6 @@ from xdit_ir.pipelined.stage_code import RankCode
 from xdit_ir.pipelined.step_queue import StepQueue
 from xdit_ir.transport.contents import Contents
 from xdit_ir.transport.handshake import Facts, agree_contents, compare_later, digest
-
 
 COMPILED_FP8 = (8, 9)
 
@@ -45,7 +45,9 @@ class PipelineRunner:
         self.program, self.device = tasks.pipeline.program, context.device
         self._follow = tasks.pipeline.patches > 1 and bool(tasks.latents)  # calls may be steps of a request
         self.channels = queue.channels.open(tasks, apart=apart)
+        self._model, self._parameters = context.model, context.parameters
         self._binder = InputBinder(context.parameters, self.program)
+        self._left = left_tensors(self.program.signature)
         self._outputs = [value.meta[SPEC] for value in results_of(self.program.graph)]
         self.weights = self.pipeline.weights_of(context.rank)
         stored = self.pipeline.stored_of(context.rank)
@@ -113,16 +115,21 @@ class PipelineRunner:
         return found
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The model's result, whose tensors are `Deferred`."""
+        """The model's result, of which the tensors that it makes are `Deferred`; what forward leaves in caches is left
+        in the arguments, which waits for those of its results that it leaves there."""
         with plain_modes(self.device.type):
             try:
                 outputs = self._pass(inputs, weights)
+                left = [materialize(x) if place in self._left else x for place, x in enumerate(outputs)]
             except BaseException:
                 self.queue.abandon()
                 raise
+        if self.program.signature.effects:
+            named = bind_arguments(self._parameters, args, kwargs, MismatchError)
+            apply_effects(self.program.signature, left, named, self._model)
         return build_output(self.program.signature, without_gradients(outputs, weights))
 
-    def _pass(self, inputs: Tensors, weights: Tensors) -> list[Deferred]:
+    def _pass(self, inputs: Tensors, weights: Tensors) -> list[torch.Tensor]:
         latents, requests = self._latents(inputs), self.queue.requests
         position = self._position(latents)
         waits = any(isinstance(x, Deferred) and name not in latents for name, x in self._named(inputs))
@@ -132,8 +139,11 @@ class PipelineRunner:
         limit = self.pipeline.issue_order(0, made.number + 1, 0) if len(self.tasks.stages) > 1 else math.inf
         self.queue.run(before=limit)
         self.channels.post_sent(limit)
-        outputs = outputs_of(made, self._outputs)
-        divided = [x for x, cut in zip(outputs, self.tasks.cuts, strict=True) if cut is not None]
+        results = iter(outputs_of(made, self._outputs))
+        given = dict(self._named(inputs))
+        outputs = [next(results) if name is None else given[name] for name in self.tasks.returned]
+        pairs = zip(outputs, self.tasks.cuts, strict=True)
+        divided = [x for x, cut in pairs if cut is not None and isinstance(x, Deferred)]
         requests.returned(made.number, divided)
         finished = self.queue.remember(made.inputs, at_once=len(self.tasks.stages) == 1)
         if finished and self.queue.communicator.line is not None:
@@ -178,12 +188,12 @@ def check_pipeline(program: Program, execution: Execution, device: torch.device)
         capability = torch.cuda.get_device_capability(device)
         if capability < COMPILED_FP8:
             raise ParallelizeError(
-                f"kv_cache_dtype='fp8_e4m3' in compiled code needs a GPU of compute capability {COMPILED_FP8}, and this "
-                f"one has {capability}; nearest legal: kv_cache_dtype='bfloat16', or mode='eager'"
+                f"kv_cache_dtype='fp8_e4m3' in compiled code needs compute capability {COMPILED_FP8}, and this GPU "
+                f"has {capability}; nearest legal: kv_cache_dtype='bfloat16', or mode='eager'"
             )
-    if program.signature.effects:
+    if any(effect.path[0].key == ITSELF for effect in program.signature.effects):
         raise ParallelizeError(
-            "pipefusion > 1: forward writes into what it is given (a cache) or into the model; use ulysses or ring"
+            "pipefusion > 1: forward writes into the model, of which each stage has a part; use ulysses or ring"
         )
     if execution.transport == "peer":
         raise ParallelizeError("transport='peer' does not exist for pipefusion > 1; leave it out")

@@ -40,7 +40,7 @@ class RankSimulation:
             for column, found in self._through(patch, inputs).items():
                 results[column] += found
         self.steps += 1
-        return [tasks.assembled(results[tasks.ranks()]) for tasks in self.tasks]
+        return [tasks.assembled(results[tasks.ranks()], inputs) for tasks in self.tasks]
 
     def _through(self, patch: int | None, inputs: Sequence[torch.Tensor]) -> dict[Column, Tensors]:
         """Pass a patch, or all of them together, through all stages."""
