@@ -16,6 +16,7 @@ from xdit_ir.passes.cast_kv_cache import kv_cache_dtype as stored_dtype
 from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.passes.order import cache_passes, mesh_passes, time_passes
 from xdit_ir.passes.partition_stages import PartitionStages
+from xdit_ir.passes.patch_count import cheapest
 from xdit_ir.passes.split_batch import LARGE, Batch, check_batch
 from xdit_ir.pipefusion.pipeline_program import Pipeline, verify_pipeline
 from xdit_ir.sharding.cost import program_flops
@@ -99,7 +100,8 @@ def make_pipeline(
     kv_cache_dtype: str = "auto",
 ) -> tuple[Program, Pipeline]:
     """The analysed program with its stages noted, and the pipeline made from it, verified; `patches`: None for as many
-    as there are stages, or the nearest smaller number that is legal, with a warning."""
+    as there are stages, more where that takes less time on the machine (see `patch_count`), or the nearest smaller number
+    that is legal, with a warning."""
     check_degrees(program, mesh, batch=batch)
     given = None if stages is None else tuple(stages)
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)
@@ -118,7 +120,7 @@ def make_pipeline(
     if patches is not None:
         return staged, pipeline(patches)
     try:
-        return staged, pipeline(mesh.size((TIME,)))
+        return staged, cheapest(pipeline(mesh.size((TIME,))), machine, pipeline)
     except ParallelizeError as refusal:
         if refusal.patches is None:
             raise

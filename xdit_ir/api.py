@@ -161,8 +161,8 @@ class TracedProgram:
             pipefusion: stages of a pipeline through which patches of the latents pass (arXiv 2405.14430).
             tensor: ranks that divide heads and hidden features of blocks, and hold their parts of the weights (arXiv
                 1909.08053). Not with `pipefusion`.
-            patches: their number; default: as many as stages, or the nearest smaller number that is legal, with a
-                warning.
+            patches: their number; default: as many as stages, or more, where on this machine messages between stages
+                would keep ranks waiting; where that is illegal, the nearest smaller legal number, with a warning.
             warmup_steps: synchronous steps with which a request begins, at least 1.
             stages: how many of the model's blocks each of the `pipefusion` stages gets, or of twice as many, which
                 go there and back again; default: what balances work and weights best, also cut inside blocks.

@@ -194,6 +194,13 @@ class Machine:
         each = zip(groups, sent, strict=True)
         return max(self.links.sending(rank, group, amount) for rank, (group, amount) in enumerate(each))
 
+    def message_seconds(self, ends: tuple[int, int], sent: float) -> float:
+        """Seconds of one message of so many bytes from a rank to another."""
+        if self.links is None:
+            return self.latency + sent / self.bytes
+        link = self.links.between(ends)
+        return link.latency + sent / link.bytes
+
     def relay(self, sent: float) -> float:
         """Seconds in which so many bytes get from one stage of a pipeline to the next, over the widest link."""
         return sent / (self.bytes if self.links is None else self.links.each[-1].bytes)
