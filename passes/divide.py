@@ -100,8 +100,8 @@ def make_pipeline(
     kv_cache_dtype: str = "auto",
 ) -> tuple[Program, Pipeline]:
     """The analysed program with its stages noted, and the pipeline made from it, verified; `patches`: None for as many
-    as there are stages, more where that takes less time on the machine (see `patch_count`), or the nearest smaller number
-    that is legal, with a warning."""
+    as there are stages, more where that takes less time on the machine (see `patch_count`), or the nearest smaller
+    number that is legal, with a warning."""
     check_degrees(program, mesh, batch=batch)
     given = None if stages is None else tuple(stages)
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)

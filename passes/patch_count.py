@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xdit_ir.errors import ParallelizeError
+from xdit_ir.ir.flops import is_counted
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import TIME
-from xdit_ir.ir.program import scope_of
+from xdit_ir.ir.program import is_block_call, scope_of
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.sharding.machine import Machine
 
@@ -16,47 +17,57 @@ from xdit_ir.sharding.machine import Machine
 WORTH_MORE = 0.9
 
 
+# Seconds in which the kernel of a product begins and ends, where only a machine's averages are known: an H100's.
+STARTED = 4.5e-6
+
+
 @dataclass(frozen=True)
 class StepTime:
-    """A displaced step of so many `patches` over so many `ranks` on a machine: seconds in which a rank computes all
-    patches (`work`), and those in which the messages of a patch are under way (`between`), of which `latency` is there
-    for any size."""
+    """A displaced step of so many `patches` over so many `ranks` on a machine. Seconds in which a rank is `busy` with
+    all patches, and in which its kernels begin and end for each (`started`); and in which the messages of a patch are
+    under way (`between`), of which `latency` is there for any size."""
 
     patches: int
     ranks: int
-    work: float
+    busy: float
+    started: float
     between: float
     latency: float
 
     @property
     def seconds(self) -> float:
-        """A rank is busy with all patches, or waits for the first one to come back from the last stage."""
-        return max(self.work, self.work * self.ranks / self.patches + self.between)
+        """A rank works on all patches, or waits for the first one to come back from the last stage."""
+        return self.least(self.patches)
 
     def least(self, patches: int) -> float:
-        """That of so many patches if smaller products took no longer for their size."""
+        """That of so many patches if their sizes cost nothing else."""
+        work = self.busy + self.started * patches
         sent = self.latency + (self.between - self.latency) * self.patches / patches
-        return max(self.work, self.work * self.ranks / patches + sent)
+        return max(work, work * self.ranks / patches + sent)
 
 
 def step_time(pipeline: Pipeline, machine: Machine) -> StepTime:
     """Work by the sizes that each patch has, and messages by the links between the ranks of successive stages."""
-    virtual, patches = pipeline.virtual, range(pipeline.patches)
-    seconds = [0.0] * virtual.world_size
+    virtual, patches, ranks = pipeline.virtual, pipeline.patches, pipeline.mesh.size((TIME,))
+    places = [virtual.index(rank, (TIME,)) for rank in range(virtual.world_size)]
+    seconds, kernels = [0.0] * len(places), 0
     for _, graph, times in all_graphs(pipeline.program):
         for node in graph.nodes:
-            if node.op == "call_function":
-                once = scope_of(node).is_once
-                for rank, each in enumerate(machine.work_seconds(node, virtual)):
-                    seconds[rank] += times * each * (not once or virtual.index(rank, (TIME,)) == 0)
-    ranks = pipeline.mesh.size((TIME,))
-    by_patch = [max(s for v, s in enumerate(seconds) if virtual.index(v, (TIME,)) == patch) for patch in patches]
-    sizes = [sum(spec.nbytes for spec in pipeline.part(0, v).message(sent=True)) for v in range(virtual.world_size)]
+            once = scope_of(node).is_once
+            if node.op != "call_function" or is_block_call(node):
+                continue
+            kernels += times * (is_counted(node) and not once)
+            for rank, each in enumerate(machine.work_seconds(node, virtual)):
+                seconds[rank] += times * each * (not once or places[rank] == 0)
+    gap = STARTED if machine.kernels is None else machine.kernels.gap
+    started, inside = gap * kernels / ranks, machine.kernels is not None
+    all_patches = sum(max(s for s, at in zip(seconds, places, strict=True) if at == p) for p in range(patches)) / ranks
+    busy = all_patches - started * patches * inside
+    sent = max(sum(x.nbytes for x in pipeline.part(0, v).message(sent=True)) for v in range(len(places)))
     hops = [(pipeline.rank(s, 0), pipeline.rank((s + 1) % pipeline.stages, 0)) for s in range(pipeline.stages)]
     away = [hop for hop in hops if hop[0] != hop[1]]
-    latency = sum(machine.message_seconds(hop, 0) for hop in away)
-    between = sum(machine.message_seconds(hop, max(sizes)) for hop in away)
-    return StepTime(len(patches), ranks, sum(by_patch) / ranks, between, latency)
+    between, latency = (sum(machine.message_seconds(hop, size) for hop in away) for size in (sent, 0))
+    return StepTime(patches, ranks, busy, started, between, latency)
 
 
 def cheapest(first: Pipeline, machine: Machine, make: Callable[[int], Pipeline]) -> Pipeline:

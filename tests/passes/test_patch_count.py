@@ -27,12 +27,18 @@ def test_more_patches_than_stages_where_messages_are_slow(
     parallel = traced.parallelize(pipefusion=2, machine=machine)
     assert isinstance(parallel, PipelinedProgram)
     assert parallel.pipeline.patches == patches
-    waits = step_time(parallel.pipeline, machine)
-    assert waits.seconds <= 1.1 * waits.work
+    assert (
+        step_time(parallel.pipeline, machine).seconds
+        <= step_time(
+            traced.parallelize(pipefusion=2, machine=machine, patches=2).pipeline,
+            machine,  # type: ignore[arg-type]
+        ).seconds
+    )
 
 
 def test_a_step_waits_where_a_patch_is_not_back_in_time() -> None:
-    two = StepTime(patches=2, ranks=2, work=1.0, between=0.3, latency=0.1)
+    two = StepTime(patches=2, ranks=2, busy=1.0, started=0.0, between=0.3, latency=0.1)
     assert two.seconds == pytest.approx(1.3)
     assert two.least(3) == pytest.approx(1.0)
-    assert two.least(2) == two.seconds
+    short = StepTime(patches=2, ranks=2, busy=0.0, started=0.5, between=0.3, latency=0.3)
+    assert short.least(3) > short.seconds

@@ -111,6 +111,7 @@ class _Tally:
             name: {node.name: node for node in graph.nodes} for name, graph, _ in all_graphs(pipeline.program)
         }
         self.costs: dict[tuple[str, str], list[int]] = {}
+        self.sent: dict[fx.Node, tuple[Key, tuple[int, ...]] | None] = {}
         self.regions = region_names(pipeline.program)
 
     def rank(self, rank: int) -> _RankCost:
@@ -147,7 +148,10 @@ class _Tally:
                 self.costs[key] = local_flops(source, self.pipeline.virtual)
             region = block_region(name) if name else self.regions[source]
             result.flops[region] += self.costs[key][virtual]
-        found = None if over_time(source, self.pipeline.virtual) else traffic(source, self.pipeline.virtual)
+        if source not in self.sent:
+            virtually = self.pipeline.virtual
+            self.sent[source] = None if over_time(source, virtually) else traffic(source, virtually)
+        found = self.sent[source]
         if found is not None:
             result.send(found[0], 1, found[1][virtual])
 
