@@ -19,10 +19,9 @@ from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.patch_count import cheapest
 from xdit_ir.passes.split_batch import LARGE, Batch, check_batch
 from xdit_ir.pipefusion.pipeline_program import Pipeline, verify_pipeline
-from xdit_ir.sharding.cost import program_flops
-from xdit_ir.sharding.machine import H100, Machine
+from xdit_ir.sharding.machine import H100, Machine, program_work
 
-WORTH = 0.9  # of a step's FLOPs: a cache that leaves more to do is of no use
+WORTH = 0.9  # of a step's work: a cache that leaves more to do is of no use
 SHOWN = 2  # places of caches that are named
 MAY_IDLE = 8  # ranks: on one host some of them may go without tokens, which the report says
 
@@ -59,7 +58,13 @@ def check_cache(rule: CacheRule, mesh: Mesh, *, batch: Batch = Batch.DIVIDED) ->
 
 
 def note_region(
-    program: Program, rule: CacheRule, mesh: Mesh, after: After | None = None, *, batch: Batch = Batch.DIVIDED
+    program: Program,
+    rule: CacheRule,
+    mesh: Mesh,
+    machine: Machine = H100,
+    after: After | None = None,
+    *,
+    batch: Batch = Batch.DIVIDED,
 ) -> Program:
     """An analysed program in which the region that a step cache leaves out is noted, if it is not marked already.
 
@@ -76,8 +81,8 @@ def note_region(
         return program
     noted = run_passes(program, cache_passes(rule.watched), after)
     cut = cut_cached(noted)
-    left = sum(program_flops(one, None)[0] for one in (cut.head, cut.rest[REGION]) if one is not None)
-    share = left / max(program_flops(program, None)[0], 1)
+    left = sum(program_work(one, machine) for one in (cut.head, cut.rest[REGION]) if one is not None)
+    share = left / max(program_work(program, machine), 1)
     if share > WORTH:
         raise ParallelizeError(
             f"cache={rule.text!r}: a step that reuses the blocks of {program.name} would still do {share:.2f} of the "

@@ -91,8 +91,8 @@ def token_passes(mesh: Mesh, machine: Machine = H100) -> list[Pass]:
     return [ShardTokens(mesh, machine), ReplicateShared(machine), PropagateLayouts()]
 
 
-def _split(mesh: Mesh, batch: Batch) -> list[Pass]:
-    return [] if batch is Batch.CALLS else [SplitBatch(mesh, shared=batch is Batch.SHARED)]
+def _split(mesh: Mesh, batch: Batch, machine: Machine) -> list[Pass]:
+    return [] if batch is Batch.CALLS else [SplitBatch(mesh, batch is Batch.SHARED, machine)]
 
 
 def weight_passes(
@@ -118,7 +118,7 @@ def mesh_passes(
     before: frozenset[str] = frozenset(),
 ) -> list[Pass]:
     """Passes that divide a program over a mesh; `rank_passes` follow, per rank. `before` as for `weight_passes`."""
-    split = _split(mesh, batch)
+    split = _split(mesh, batch, machine)
     return [
         *split,
         ShareBranches(mesh, machine),
@@ -148,7 +148,7 @@ def time_passes(
     """Passes that divide a program with stages over a mesh whose dim `pipefusion` counts patches. `before` as for
     `weight_passes`."""
     return [
-        *_split(mesh, batch),
+        *_split(mesh, batch, machine),
         *token_passes(mesh, machine),
         LowerAttention(mesh, machine),
         SplitStatistics(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from xdit_ir.passes.packed import told_apart
 from xdit_ir.passes.streams import leading_values
 from xdit_ir.sharding.assignment import Assignment
 from xdit_ir.sharding.cost import program_flops
+from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.propagate import Propagation, Seeds
 
 # Dividing a batch at least nearly halves the work; a cut that leaves more than this divides something else.
@@ -45,6 +46,7 @@ class Batch(Enum):
 @dataclass(frozen=True)
 class _Choice:
     work: int
+    ticks: int
     size: int
     seeds: Seeds
     attempt: Assignment
@@ -65,6 +67,7 @@ class SplitBatch:
 
     mesh: Mesh
     shared: bool = False
+    machine: Machine = field(default_factory=Machine)
 
     def apply(self, program: Program) -> Program:
         """The program with the batch divided, of all choices of the leading input the one with the least work."""
@@ -80,7 +83,7 @@ class SplitBatch:
         joined = [node for node in values if node not in inputs and node.meta[SPEC].shape[0] >= degree]
         for group in (inputs, further, joined):
             tried += [choice for node in group if (choice := self._tried(trial, node, {})) is not None]
-            best = min(tried, key=lambda one: one.work, default=None)
+            best = min(tried, key=lambda one: one.ticks, default=None)
             if best is not None and best.work <= WORTH * whole:
                 break
         if best is None or best.work > WORTH * whole:
@@ -110,7 +113,11 @@ class SplitBatch:
         result = trial.attempt(seeds)
         if BATCH in result.key_gather_dims() or len({BATCH in result.attention_mesh_dims(p) for p in PARTS}) > 1:
             return None
-        return _Choice(max(result.flops()), shape[0], seeds, result)
+        return self._choice(result, shape[0], seeds)
+
+    def _choice(self, result: Assignment, size: int, seeds: Seeds) -> _Choice:
+        """Others are compared by what the slowest rank takes, the whole by FLOPs: what is legal is so everywhere."""
+        return _Choice(max(result.flops()), max(result.work(self.machine)), size, seeds, result)
 
     def _samples(self, size: int) -> Partition:
         """Those of each rank; each has one, if there is any."""
@@ -132,8 +139,8 @@ class SplitBatch:
                 layout = Layout.whole(len(shape)).with_dims({dim: partition})
                 seeds = {**(best.seeds if best else {}), node.name: (layout,)}
                 result = trial.attempt(seeds)
-                choice = _Choice(max(result.flops()), shape[dim], seeds, result)
-                if BATCH not in result.key_gather_dims() and (best is None or choice.work < best.work):
+                choice = self._choice(result, shape[dim], seeds)
+                if BATCH not in result.key_gather_dims() and (best is None or choice.ticks < best.ticks):
                     best = choice
         return best
 

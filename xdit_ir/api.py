@@ -199,7 +199,7 @@ class TracedProgram:
         traced = self.trimmed(rows_to_trim(trim_padding)) if trim_padding is not False else self
         traced = traced if pipefusion == 1 else traced._placed
         analysed = traced.analysed if pipefusion == 1 else traced._aligned
-        analysed = analysed if rule is None else note_region(analysed, rule, mesh, after, batch=batch)
+        analysed = analysed if rule is None else note_region(analysed, rule, mesh, machine, after, batch=batch)
         stored = analysed.replace(stored=self.stored)
         if pipefusion == 1:
             familiar = self.familiar

@@ -30,6 +30,7 @@ class CausalVideo(nn.Module):
         """Tokens [batch, tokens, 4]; a block's cache has "k" and "v" [batch, heads, tokens of all chunks, width]."""
         note["cached"] = (chunk + write) * self.tokens
         x = self.embed(x)
+        block: Any
         for block, one in zip(self.blocks, cache, strict=True):
             x = x + self.attention(block.attention, block.norm1(x), one, chunk * self.tokens, write)
             x = x + block.mlp(block.norm2(x))
