@@ -44,8 +44,8 @@ one after the other (the exchange of results at the end of a step is left out). 
 `all_to_all` is of Ulysses, `ring_attention` of Ring; `gather` is of keys and values, which passes choose where there
 are fewer heads than ranks, or of conditions and results. `halo_exchange` is of queries, keys and values of attention in
 tiles, the results of which are a part of `all_to_all`: passes choose it where it takes less than a ring or gathered
-keys, so a row whose degrees have a ring may have none. What is in the folder already is not worked out again; a cell
-takes half a minute of a processor, and on 64 GPUs up to some minutes where the sequence is long.
+keys, so a row whose degrees have a ring may have none. A cell takes half a minute of a processor, and some minutes
+where the sequence is long; what is empty was not worked out: `--gpus 64` does it, and keeps what is in the folder.
 """
 
 
