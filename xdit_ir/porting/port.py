@@ -88,10 +88,10 @@ def port(
 
     Args:
         cfg, ulysses, ring, pipefusion, tensor, patches, warmup_steps, kv_cache_dtype, shard_weights, stream_weights,
-            cache, trim_padding, machine: as in `TracedProgram.parallelize`; with `shard_weights` or `stream_weights` a
-            model gives its weights up, as with `release`. Where the batch cannot be divided, `cfg` divides the calls of a
-            step, see `xdit_ir.runtime.pairing`. Degrees that are left out are planned if none is given, or if those
-            above 1 leave processes over; else they are 1.
+            cache, trim_padding, machine: as in `TracedProgram.parallelize`; with `shard_weights` or `stream_weights`
+            a model gives its weights up, as with `release`. Where the batch cannot be divided, `cfg` divides the calls
+            of a step, see `xdit_ir.runtime.pairing`. Degrees that are left out are planned if none is given, or if
+            those above 1 leave processes over; else they are 1.
         data: as many replicas of all that, over as many times the processes. Each makes what it is asked for: the
             caller gives the processes of a replica the same inputs, and each replica other ones, see
             `xdit_ir.replica`. Replicas never wait for each other, nor are they compared.
