@@ -4,19 +4,23 @@ each rank computes for itself what it needs of its neighbours' rows."""
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import fx
 
+from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.program import LAYOUT, SPEC, TensorSpec, is_weight
 from xdit_ir.passes.widening import Layouts, Step, Widening, is_halo, union
 
+aten = torch.ops.aten
 Wide = Mapping[fx.Node, Layout]
 
 
@@ -40,8 +44,21 @@ class Region:
 
     @cached_property
     def nodes(self) -> list[fx.Node]:
-        """All but the output."""
-        return [node for node in self.graph.nodes if node.op != "output"]
+        """All but the output. Copies that only results are made of stand behind the last other use of what they are
+        copies of, so in the segment of that: caches become as wide as windows need what they keep."""
+        every = [node for node in self.graph.nodes if node.op != "output"]
+        kept, output, last = set[fx.Node](), self.graph.output_node(), dict[fx.Node, int]()
+        for node in reversed(every):
+            if _copies(node.target) and all(user is output or user in kept for user in node.users):
+                kept.add(node)
+        for place, node in enumerate(every):
+            last[node] = place
+            if node not in kept:
+                last.update(dict.fromkeys(node.all_input_nodes, place))
+        order = {node: place for place, node in enumerate(every)}
+        for node in filter(kept.__contains__, every):
+            order[node] = last[node] = max((last[source] for source in node.all_input_nodes), default=order[node])
+        return sorted(every, key=lambda node: (order[node], node in kept))
 
     @cached_property
     def place(self) -> dict[fx.Node, int]:
@@ -131,10 +148,6 @@ class Segment:
         """Seconds of all exchanges of the segment, if it begins here."""
         return self.exchanged + sum(self.region.widening.fetching(*one) for one in self._ahead())
 
-    def is_too_much(self, most: float) -> bool:
-        """Whether what it computes beyond the parts is more than this, or takes longer than the exchanges there are."""
-        return self.work > most or self.exchanged + self.computed > self.spared
-
     def close(self) -> Segment:
         """Note what is fetched ahead of it; nothing is taken in any more."""
         self.fetched.update(self._ahead())
@@ -208,6 +221,10 @@ class Segment:
         self._take(node, step)
 
 
+def _copies(target: object) -> bool:
+    return ops.is_view(target) or target in (aten.clone.default, aten.cat.default, aten.stack.default)
+
+
 @dataclass(frozen=True)
 class Option:
     """A segment that may be: where it begins, seconds of its exchanges, and seconds and ticks of what it computes
@@ -221,14 +238,17 @@ class Option:
 
 def options(region: Region, most: float) -> dict[int, list[Option]]:
     """By where they end all segments that may be worth it, with at most so many ticks of work beyond the parts, and in
-    any case one."""
+    any case one: one that takes longer than a shorter one and the exchanges that are there before that is not."""
     cuts, found = {*region.cuts}, dict[int, list[Option]]()
     for stop in region.cuts[1:]:
-        segment, those = Segment(region, stop), found.setdefault(stop, [])
-        while segment.start and not (those and segment.is_too_much(most)):
+        segment, those, bound = Segment(region, stop), found.setdefault(stop, []), math.inf
+        while segment.start and segment.exchanged + segment.computed <= bound + segment.spared:
             segment.back()
             if segment.start in cuts:
-                those.append(Option(segment.start, segment.exchanges(), segment.computed, segment.work))
+                if those and segment.work > most:
+                    break
+                those.append(one := Option(segment.start, segment.exchanges(), segment.computed, segment.work))
+                bound = min(bound, one.exchanged + one.computed - segment.spared)
     return found
 
 
