@@ -19,7 +19,7 @@ from xdit_ir.passes.widening import Widening, is_halo, union
 from xdit_ir.passes.write_halos import write
 
 # How often graphs may ask each other for wider values, and from when on what still changes is refused.
-ROUNDS, PATIENCE = 16, 4
+ROUNDS, PATIENCE = 12, 3
 # Times what it takes, at which nothing is computed twice; and how often that is doubled for what graphs agree upon.
 DEAREST, TRIES = 2.0**40, 4
 # An argument of a block, or a result, by its place.

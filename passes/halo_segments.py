@@ -80,10 +80,21 @@ class Region:
         found, lightest, under_way = {0, len(self.nodes)}, 0, self._under_way()
         for place, node in enumerate(self.nodes):
             lightest = place if under_way[place] <= under_way[lightest] else lightest
-            if is_halo(node):
+            if node in self.halos:
                 found |= {lightest, place}
                 lightest = place + 1 if place + 1 < len(self.nodes) else place
         return sorted(found)
+
+    @cached_property
+    def sources(self) -> dict[fx.Node, list[fx.Node | None]]:
+        """What each node takes; None for weights, which all ranks have."""
+        return {node: [None if is_weight(one) else one for one in operands(node)] for node in self.nodes}
+
+    @cached_property
+    def halos(self) -> dict[fx.Node, float]:
+        """The exchanges of halos that stand there now, with their seconds."""
+        found = filter(is_halo, self.nodes)
+        return {node: self.widening.fetching(operands(node)[0], node.meta[LAYOUT]) for node in found}
 
     def usual(self, node: fx.Node) -> Layouts:
         """What an operator takes as it stands there; what its block takes, of a block call."""
@@ -185,8 +196,8 @@ class Segment:
         self.taken[node] = taken
         if step is not None:
             self.computed, self.work = self.computed + step.seconds, self.work + step.work
-        for source, layout in zip(operands(node), taken, strict=True):
-            if not is_weight(source):
+        for source, layout in zip(self.region.sources[node], taken, strict=True):
+            if source is not None:
                 self._wanted.setdefault(source, {})[layout] = None
 
     def _width(self, node: fx.Node, wanted: Collection[Layout]) -> Layout | None:
@@ -195,14 +206,13 @@ class Segment:
         return union([*behind, *wanted])
 
     def _one(self, node: fx.Node, wanted: Collection[Layout]) -> None:
-        widening, usual, wide = self.region.widening, node.meta[LAYOUT], self._width(node, wanted)
+        usual, wide = node.meta[LAYOUT], self._width(node, wanted)
         step = None if wide is None else self.region.step(node, wide)
         self.made[node] = usual if step is None else wide
         if step is None:
             self._fetch(node, wanted)
             step = self.region.step(node, usual)
-        if is_halo(node):
-            self.spared += widening.fetching(operands(node)[0], usual)
+        self.spared += self.region.halos.get(node, 0.0)
         self._take(node, step)
 
     def _several(self, node: fx.Node, parts: Sequence[fx.Node]) -> None:

@@ -41,8 +41,9 @@ class Widening:
 
     def __init__(self, mesh: Mesh, machine: Machine) -> None:
         self.mesh, self.machine = mesh, machine
-        self._likes: dict[fx.Node, Hashable] = {}
-        self._steps: dict[Hashable, Step | None] = {}
+        self._kinds: dict[Hashable, int] = {}
+        self._kind_of: dict[fx.Node, int] = {}
+        self._steps: dict[tuple[int, Any], Step | None] = {}
         self._fetches: dict[tuple[fx.Node, Layout, Layout], float] = {}
 
     def holds(self, have: Layout, want: Layout) -> bool:
@@ -67,18 +68,12 @@ class Widening:
     def step(self, node: fx.Node, made: Any) -> Step | None:
         """What it takes to make the results of an operator in this layout; None: that is not known, or its ranks would
         each draw other random numbers."""
-        key = (self._like(node), made)
+        if node not in self._kind_of:
+            self._kind_of[node] = self._kinds.setdefault(_looked_at(node), len(self._kinds))
+        key = (self._kind_of[node], made)
         if key not in self._steps:
             self._steps[key] = self._step(node, made)
         return self._steps[key]
-
-    def _like(self, node: fx.Node) -> Hashable:
-        """All that rules and prices look at; operators of which it is equal take the same."""
-        if node not in self._likes:
-            typed = fx.map_arg((node.args, node.kwargs), lambda source: source.meta[SPEC])
-            layouts = tuple(source.meta[LAYOUT] for source in operands(node))
-            self._likes[node] = (node.op, node.target, repr(typed), layouts, node.meta[SPEC], node.meta[LAYOUT])
-        return self._likes[node]
 
     def _step(self, node: fx.Node, made: Any) -> Step | None:
         if node.op != "call_function" or is_block_call(node) or node.target is operator.getitem:
@@ -120,6 +115,13 @@ class Widening:
         written = [spec.on(made, rank).nbytes if writes else 0 for rank in ranks]
         pairs = zip(ticks, written, strict=True)
         return [(max(work * machine.tick, machine.writing(amount)), work) for work, amount in pairs]
+
+
+def _looked_at(node: fx.Node) -> Hashable:
+    """All that rules and prices look at; operators of which it is equal take the same."""
+    typed = fx.map_arg((node.args, node.kwargs), lambda source: source.meta[SPEC])
+    layouts = tuple(source.meta[LAYOUT] for source in operands(node))
+    return node.op, node.target, repr(typed), layouts, node.meta[SPEC], node.meta[LAYOUT]
 
 
 def is_halo(node: fx.Node) -> bool:
