@@ -14,7 +14,7 @@ from torch import fx
 from xdit_ir.ir.graphs import OUTER, all_graphs, arguments_of, operands, results_of
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.program import LAYOUT, Program, called_block, is_block_call
-from xdit_ir.passes.halo_segments import Option, Region, Segment, Surroundings, cut, fewest, options
+from xdit_ir.passes.halo_segments import Option, Segment, SpacedGraph, Surroundings, cut, fewest, options
 from xdit_ir.passes.widening import Widening, is_halo, union
 from xdit_ir.passes.write_halos import write
 
@@ -37,10 +37,10 @@ class Ports:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A graph in segments, with the seconds of exchanges of halos and of what is computed beyond the parts, and ticks of
-    that."""
+    """A graph in segments, with the seconds of exchanges of halos and of what is computed beyond the parts, and the
+    ticks of that."""
 
-    region: Region
+    region: SpacedGraph
     starts: list[int]
     seconds: float
     work: int
@@ -86,14 +86,15 @@ class Merging:
     def __init__(self, program: Program, widening: Widening, most: float) -> None:
         self.program, self.widening, self.most = program, widening, most
         self.times = {name: times for name, _, times in all_graphs(program)}
-        self._regions: dict[Hashable, tuple[Region, dict[int, list[Option]]]] = {}
+        self._regions: dict[Hashable, tuple[SpacedGraph, dict[int, list[Option]]]] = {}
 
     def best(self) -> Merged:
         """The least time with no more than `most` ticks beyond the parts: with what graphs hand each other as it is, or
         as they agree upon."""
-        arguments = {name: len(arguments_of(block.graph)) for name, block in self.program.blocks.items()}
-        refused = {(name, place) for name, count in arguments.items() for place in range(count)}
-        alone = self._merged(self._price(partial(self._merged, ports=Ports(), refused=refused, alone=True)), Ports(), refused, alone=True)
+        counts = {name: len(arguments_of(block.graph)) for name, block in self.program.blocks.items()}
+        every = {(name, place) for name, count in counts.items() for place in range(count)}
+        unasked = partial(self._merged, ports=Ports(), refused=every, alone=True)
+        alone = unasked(self._price(unasked))
         price = self._price(partial(self._merged, ports=Ports(), refused=set()))
         for _ in range(TRIES):
             together = self._agreed(price)
@@ -149,7 +150,7 @@ class Merging:
     def _cut(self, name: str, graph: fx.Graph, price: float, around: Surroundings) -> Cut:
         key = (name, around.given, *(frozenset(one.items()) for one in (around.asked, around.calls)))
         if key not in self._regions:
-            region = Region(graph, self.widening, around)
+            region = SpacedGraph(graph, self.widening, around)
             self._regions[key] = region, options(region, self.most / max(self.times[name], 1))
         region, found = self._regions[key]
         return Cut(region, *fewest(found, price))

@@ -18,7 +18,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.program import LAYOUT, SPEC, TensorSpec, is_weight
-from xdit_ir.passes.widening import Layouts, Step, Widening, is_halo, union
+from xdit_ir.passes.widening import Layouts, Widened, Widening, is_halo, union
 
 aten = torch.ops.aten
 Wide = Mapping[fx.Node, Layout]
@@ -35,7 +35,7 @@ class Surroundings:
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
+class SpacedGraph:
     """A graph to be cut into segments; positions are places in `nodes`."""
 
     graph: fx.Graph
@@ -100,7 +100,7 @@ class Region:
         """What an operator takes as it stands there; what its block takes, of a block call."""
         return self.around.calls.get(node) or tuple(source.meta[LAYOUT] for source in operands(node))
 
-    def step(self, node: fx.Node, made: Any) -> Step | None:
+    def step(self, node: fx.Node, made: Any) -> Widened | None:
         """What it takes to make these layouts; a block call makes what its block does."""
         return None if node in self.around.calls else self.widening.step(node, made)
 
@@ -125,7 +125,7 @@ class Segment:
     `spared`: seconds of the exchanges of halos that stand there now.
     """
 
-    def __init__(self, region: Region, stop: int) -> None:
+    def __init__(self, region: SpacedGraph, stop: int) -> None:
         self.region, self.start, self.stop = region, stop, stop
         self.made: dict[fx.Node, Any] = {}
         self.taken: dict[fx.Node, Layouts] = {}
@@ -191,7 +191,7 @@ class Segment:
         elif missing:
             self.begged[node] = wide
 
-    def _take(self, node: fx.Node, step: Step | None) -> None:
+    def _take(self, node: fx.Node, step: Widened | None) -> None:
         taken = self.region.usual(node) if step is None else step.taken
         self.taken[node] = taken
         if step is not None:
@@ -246,7 +246,7 @@ class Option:
     work: int
 
 
-def options(region: Region, most: float) -> dict[int, list[Option]]:
+def options(region: SpacedGraph, most: float) -> dict[int, list[Option]]:
     """By where they end all segments that may be worth it, with at most so many ticks of work beyond the parts, and in
     any case one: one that takes longer than a shorter one and the exchanges that are there before that is not."""
     cuts, found = {*region.cuts}, dict[int, list[Option]]()
@@ -278,7 +278,7 @@ def fewest(found: Mapping[int, Sequence[Option]], price: float) -> tuple[list[in
     return [one.start for one in reversed(chosen)], time, sum(one.work for one in chosen)
 
 
-def cut(region: Region, starts: Sequence[int]) -> list[Segment]:
+def cut(region: SpacedGraph, starts: Sequence[int]) -> list[Segment]:
     """The segments that begin there."""
     found = []
     for start, stop in itertools.pairwise([*starts, len(region.nodes)]):

@@ -27,7 +27,7 @@ Layouts = tuple[Layout, ...]
 
 
 @dataclass(frozen=True)
-class Step:
+class Widened:
     """An operator that makes more than a rank's part: the layouts of its operands, and the seconds and ticks of work
     that it takes beyond those of the part."""
 
@@ -43,12 +43,14 @@ class Widening:
         self.mesh, self.machine = mesh, machine
         self._kinds: dict[Hashable, int] = {}
         self._kind_of: dict[fx.Node, int] = {}
-        self._steps: dict[tuple[int, Any], Step | None] = {}
+        self._steps: dict[tuple[int, Any], Widened | None] = {}
         self._fetches: dict[tuple[fx.Node, Layout, Layout], float] = {}
 
     def holds(self, have: Layout, want: Layout) -> bool:
         """Whether ranks that have a value in one layout have it in another without talking."""
-        return have is want or have == want or (have.partial == want.partial and kind(self.mesh, have, want)[0] == "shard")
+        return (
+            have is want or have == want or (have.partial == want.partial and kind(self.mesh, have, want)[0] == "shard")
+        )
 
     def fetching(self, node: fx.Node, want: Layout) -> float:
         """Seconds in which ranks exchange what they lack of a value, and put it beside what they have."""
@@ -65,7 +67,7 @@ class Widening:
             self._fetches[key] = seconds + self.machine.writing(put)
         return self._fetches[key]
 
-    def step(self, node: fx.Node, made: Any) -> Step | None:
+    def step(self, node: fx.Node, made: Any) -> Widened | None:
         """What it takes to make the results of an operator in this layout; None: that is not known, or its ranks would
         each draw other random numbers."""
         if node not in self._kind_of:
@@ -75,16 +77,16 @@ class Widening:
             self._steps[key] = self._step(node, made)
         return self._steps[key]
 
-    def _step(self, node: fx.Node, made: Any) -> Step | None:
+    def _step(self, node: fx.Node, made: Any) -> Widened | None:
         if node.op != "call_function" or is_block_call(node) or node.target is operator.getitem:
             return None
         have: Layouts = tuple(source.meta[LAYOUT] for source in operands(node))
         if is_halo(node):
-            return Step((made,))
+            return Widened((made,))
         if node.target is ops.shard:
-            return Step(have if self.holds(have[0], made) else (made,))
+            return Widened(have if self.holds(have[0], made) else (made,))
         if made == node.meta[LAYOUT]:
-            return Step(have)
+            return Widened(have)
         if ops.is_relayout(node.target) or _draws(node.target) or any(layout.partial for layout in have):
             return None
         taken = self._demanded(node, have, made)
@@ -92,7 +94,7 @@ class Widening:
             return None
         wide, usual = self._cost(node, taken, made), self._cost(node, have, node.meta[LAYOUT])
         seconds = max(a - b for (a, _), (b, _) in zip(wide, usual, strict=True))
-        return Step(taken, seconds, max(a - b for (_, a), (_, b) in zip(wide, usual, strict=True)))
+        return Widened(taken, seconds, max(a - b for (_, a), (_, b) in zip(wide, usual, strict=True)))
 
     def _demanded(self, node: fx.Node, have: Layouts, made: Any) -> Layouts | None:
         rule = rule_for(node.target)

@@ -12,18 +12,18 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import copy_node, operands, remove_dead, results_of, write_relayout
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.program import LAYOUT
-from xdit_ir.passes.halo_segments import Region, Segment
+from xdit_ir.passes.halo_segments import Segment, SpacedGraph
 from xdit_ir.passes.widening import is_halo
 
 
-def write(region: Region, segments: Sequence[Segment], given: Mapping[fx.Node, Any]) -> fx.Graph:
+def write(region: SpacedGraph, segments: Sequence[Segment], given: Mapping[fx.Node, Any]) -> fx.Graph:
     """The graph whose operators make what their segments say; `given` are the layouts of arguments and of the results
     of block calls, which others decide."""
     return _Writer(region, given).write(segments)
 
 
 class _Writer:
-    def __init__(self, region: Region, given: Mapping[fx.Node, Any]) -> None:
+    def __init__(self, region: SpacedGraph, given: Mapping[fx.Node, Any]) -> None:
         self.region, self.given, self.graph = region, given, fx.Graph()
         self.mesh, self.holds = region.widening.mesh, region.widening.holds
         # Of every value of the source graph the layouts in which it is there, the one that it is made in first.
@@ -58,7 +58,7 @@ class _Writer:
         return new
 
     def _brought(self, node: fx.Node, want: Layout, segment: Segment) -> fx.Node:
-        """A value in this layout, of one in which it is there already or, where ranks lack something, of an exchange."""
+        """A value in this layout, out of one in which it is there, or of an exchange where ranks lack something."""
         there = self.there[node]
         for one in there:
             if one.meta[LAYOUT] == want:
