@@ -225,7 +225,7 @@ class Segment:
         step = None if None in wide else self.region.step(node, tuple(wide))
         self.made[node] = node.meta[LAYOUT] if step is None else tuple(wide)
         for part in parts:
-            self.made[part] = self.made[node][part.args[1]]  # type: ignore[index]
+            self.made[part] = self.made[node][part.args[1]]
             if step is None:
                 self._fetch(part, wanted[part])
         self._take(node, step)

@@ -16,6 +16,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout, kind
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import LAYOUT, SPEC, TensorSpec, is_block_call
 from xdit_ir.rules import rule_for
@@ -127,8 +128,10 @@ def _looked_at(node: fx.Node) -> Hashable:
 
 
 def is_halo(node: fx.Node) -> bool:
-    """Whether a change of layout only moves where each rank's run of some dims begins and ends."""
-    if node.target not in (ops.halo_exchange, ops.all_to_all):
+    """Whether a change of layout only moves where each rank's run of some dims begins and ends, for windows, not for an
+    attention in tiles."""
+    tiles = any(user.target is partial_attention for user in node.users)
+    if tiles or node.target not in (ops.halo_exchange, ops.all_to_all):
         return False
     [source] = operands(node)
     return union([source.meta[LAYOUT], node.meta[LAYOUT]]) is not None
