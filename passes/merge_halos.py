@@ -28,7 +28,7 @@ class MergeHalos:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.RUNNABLE})
 
     machine: Machine = field(default_factory=Machine)
-    growth: float = 0.03
+    growth: float = 0.02
 
     def apply(self, program: Program) -> Program:
         """The program with fewer exchanges; as it is where none are to be saved."""
