@@ -21,6 +21,7 @@ from xdit_ir.passes.group_keys import GroupKeys
 from xdit_ir.passes.keep_parts import KeepParts
 from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.passes.lower_attention import LowerAttention
+from xdit_ir.passes.merge_halos import MergeHalos
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.pack_exchanges import PackExchanges
@@ -55,6 +56,7 @@ PASSES: tuple[type[Any], ...] = (
         LowerAttention,
         TileAttention,
         SplitStatistics,
+        MergeHalos,
         DivideConditions,
         OrderExchanges,
         SplitJoins,
@@ -127,6 +129,7 @@ def mesh_passes(
         LowerAttention(mesh, machine),
         TileAttention(machine),
         SplitStatistics(),
+        MergeHalos(machine),
         DivideConditions(mesh, machine, paired=batch is Batch.CALLS),
         OrderExchanges(),
         SplitJoins(),

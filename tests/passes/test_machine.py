@@ -77,7 +77,7 @@ def test_a_slow_link_keeps_stages_contiguous() -> None:
             {"ulysses": 2},
             {
                 *("share-branches", "shard-tokens", "shard-features", "replicate-shared"),
-                *("lower-attention", "tile-attention", "divide-conditions", "overlap"),
+                *("lower-attention", "tile-attention", "merge-halos", "divide-conditions", "overlap"),
             },
         ),
         ({"pipefusion": 2}, {"partition-stages", "displace-patches", "lower-attention"}),

@@ -137,10 +137,12 @@ class Machine:
 
     def work_seconds(self, node: fx.Node, mesh: Mesh) -> tuple[float, ...]:
         """Time of an operator on every rank: of its FLOPs, or of writing its result."""
-        written = written_bytes(node, mesh)
-        speed = self.memory if self.kernels is None else self.kernels.fused
-        pairs = zip(self.node_work(node, mesh), written, strict=True)
-        return tuple(max(work * self.tick, amount / speed) for work, amount in pairs)
+        pairs = zip(self.node_work(node, mesh), written_bytes(node, mesh), strict=True)
+        return tuple(max(work * self.tick, self.writing(amount)) for work, amount in pairs)
+
+    def writing(self, amount: float) -> float:
+        """Seconds in which an operator that only does that writes so many bytes."""
+        return amount / (self.memory if self.kernels is None else self.kernels.fused)
 
     def attention_seconds(self, flops: float, width: int, dtype: Any) -> float:
         """Time of an attention on one rank."""
