@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_shard_weights import Stack, X
+from stacks import Stack, X
 from test_simulated import MODELS
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef

@@ -76,14 +76,14 @@ def test_a_slow_link_keeps_stages_contiguous() -> None:
         (
             {"ulysses": 2},
             {
-                *("share-branches", "shard-tokens", "shard-features", "replicate-shared"),
+                *("split-batch", "share-branches", "shard-tokens", "shard-features", "replicate-shared"),
                 *("lower-attention", "tile-attention", "merge-halos", "divide-conditions", "overlap"),
             },
         ),
-        ({"pipefusion": 2}, {"partition-stages", "displace-patches", "lower-attention"}),
+        ({"pipefusion": 2}, {"partition-stages", "split-batch", "displace-patches", "lower-attention"}),
         (
             {"pipefusion": 2, "patches": 1, "ulysses": 2},
-            {"partition-stages", "shard-tokens", "replicate-shared", "lower-attention"},
+            {"partition-stages", "split-batch", "shard-tokens", "replicate-shared", "lower-attention"},
         ),
     ],
 )

@@ -90,7 +90,7 @@ def test_page_of_parts() -> None:
     ]
     text = page(parts)
     assert "3 calls, 2 captured; 2 of 2 simulations within 1e-05; 2 draw noise and are not compared" in text
-    assert "| tiny decode | `AutoencoderTiny` | ≤ 1e-06 | 0.500, 1.00, 0 gathered" in text
+    assert "| tiny decode | `AutoencoderTiny` | ≤ 1e-06 | 0.509, 1.02, 0 gathered" in text
     assert "| kl decode | `AutoencoderKL` | draws noise | 0.250" in text and "* t5 forward: `reads values`" in text
 
 
