@@ -94,6 +94,13 @@ def test_where_no_code_in_cpp_can_be_built_python_launches_kernels_and_it_is_sai
     assert len(said) == 1 and said[0].startswith("kernels are launched by Python: ")
 
 
+def test_kernels_are_launched_by_cpp_where_a_block_is_called_often_and_no_graph_does_it() -> None:
+    assert of("compiled").on(CUDA).launches_itself(CUDA, 8)
+    assert not of("compiled").on(CUDA).launches_itself(CUDA, 7)
+    assert not of("auto").on(CUDA).launches_itself(CUDA, 8)
+    assert not of("compiled").on(CPU).launches_itself(CPU, 8)
+
+
 def test_where_compilation_is_asked_for_it_is_an_error() -> None:
     odd = Odd()
     compile_body(odd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from xdit_ir.emission.structure import program_key
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import Program
+from xdit_ir.ir.program import Program, called_block
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.pack_exchanges import PackExchanges, packs
@@ -149,15 +150,20 @@ class RankContext:
             lowered = run_passes(lowered, [UseCopyEngines("+".join(agreed))] if agreed else [])
         with collector_paused():
             code = self._generated(lowered, packed=packed)
-        if self.execution.compile and code.mailbox is not None:
-            code.mailbox.register()
         if self.execution.compile:
-            for body in (body for body in code.bodies.values() if can_fuse(body.module.graph)):
-                failed = None if self.execution.forced else code.note
-                codes = self.shared_codes if shared else None
-                native = code.note if self.execution.launches_itself(self.device) else None
-                compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed, native=native)
+            self._compile(code, shared=shared)
         return code
+
+    def _compile(self, code: Code, *, shared: bool) -> None:
+        if code.mailbox is not None:
+            code.mailbox.register()
+        times = Counter(map(called_block, code.program.calls))
+        failed = None if self.execution.forced else code.note
+        for name, body in code.bodies.items():
+            if can_fuse(body.module.graph):
+                native = code.note if self.execution.launches_itself(self.device, times[name]) else None
+                codes = self.shared_codes if shared else None
+                compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed, native=native)
 
     def _generated(self, program: Program, *, packed: bool) -> Code:
         at_once = packed and self.execution.exchanges_at_once

@@ -21,6 +21,9 @@ TRANSPORTS = ("auto", "collective", "packed", "peer")
 MODES = ("auto", "eager", "compiled", "graph")
 
 
+OFTEN = 8  # calls of a block in a forward
+
+
 @dataclass(frozen=True)
 class Execution:
     """Options of `emit` and `port`.
@@ -121,9 +124,10 @@ class Execution:
         """Whether compiled code waits for an exchange where it starts it: without a graph that costs the host less."""
         return self.packs and self.compile and not self.cuda_graph
 
-    def launches_itself(self, device: torch.device) -> bool:
-        """Whether compiled code shall launch kernels without Python: where no graph does it, and the host is behind."""
-        return device.type == "cuda" and self.compile and not self.cuda_graph
+    def launches_itself(self, device: torch.device, times: int) -> bool:
+        """Whether code that a forward calls so many times shall launch its kernels without Python: where no graph does
+        it, and often enough to be worth half a minute of compilation."""
+        return device.type == "cuda" and self.compile and not self.cuda_graph and times >= OFTEN
 
     def checked(self) -> Execution:
         """This; raises `ParallelizeError` for what exists on no device."""
