@@ -13,38 +13,19 @@ import sys
 import time
 from typing import Any
 
-import diffusers
 import torch
 
 import xdit_ir as xir
+from xdit_ir.models.decoders import DECODERS
 
-FLUX = {
-    "latent_channels": 16,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-# The class, the shape of latents, what is not its default, and whether tiles are on.
-CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any], bool]] = {
-    "wan-480p": ("AutoencoderKLWan", (1, 16, 21, 60, 104), {}, False),
-    "flux-2048px": ("AutoencoderKL", (1, 16, 256, 256), FLUX, False),
-    "hunyuanvideo": ("AutoencoderKLHunyuanVideo", (1, 16, 5, 60, 104), {}, False),
-    "cogvideox": ("AutoencoderKLCogVideoX", (1, 16, 3, 60, 90), {}, False),
-    "hunyuanvideo-tiled": ("AutoencoderKLHunyuanVideo", (1, 16, 16, 90, 160), {}, True),
-}
+CASES = ("wan-480p", "flux-2048px", "hunyuanvideo", "cogvideox", "hunyuanvideo-tiled")
 
 
 def measured(name: str) -> str:
     """What is printed for one decoder."""
-    cls, latents, config, tiled = CASES[name]
     with torch.device("meta"):
-        vae = getattr(diffusers, cls)(**config).to(torch.bfloat16).eval()
-        z = torch.randn(latents, dtype=torch.bfloat16)
-    if tiled:
-        vae.enable_tiling()
+        vae: Any = DECODERS[name].made().to(torch.bfloat16)
+        z = torch.randn(DECODERS[name].latents, dtype=torch.bfloat16)
     times = [time.process_time()]
     with torch.inference_mode():
         traced = xir.trace(vae.decode, {"z": z})

@@ -1,6 +1,6 @@
 """Decoders of published size over four and eight ranks: in a row, and on a grid. Nothing is run, and no GPU is needed.
 
-`python benchmarks/grids.py kl-2048px wan-480p`: the part of the work and the exchanges of the busiest rank, what it
+`python benchmarks/grids.py flux-2048px wan-480p`: the part of the work and the exchanges of the busiest rank, what it
 sends in halos and in all, and the machines for which `port` takes the grid.
 """
 
@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import diffusers
 import torch
 
 import xdit_ir as xir
@@ -19,26 +18,13 @@ from xdit_ir.api import ParallelProgram
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.models.decoders import DECODERS
 from xdit_ir.planning import hardware
 from xdit_ir.porting.grid import in_a_grid
 from xdit_ir.rules.convolutions import RULES as CONVOLUTIONS
 from xdit_ir.sharding.cost import relayout_bytes
 
-KL = {
-    "latent_channels": 16,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
-    "kl-1024px": ("AutoencoderKL", (1, 16, 128, 128), KL),
-    "kl-2048px": ("AutoencoderKL", (1, 16, 256, 256), KL),
-    "wan-480p": ("AutoencoderKLWan", (1, 16, 21, 60, 104), {}),
-    "wan-720p": ("AutoencoderKLWan", (1, 16, 21, 90, 160), {}),
-}
+CASES = ("flux-1024px", "flux-2048px", "wan-480p", "wan-720p")
 MACHINES = ("h100", "h100-infiniband", "l20", "rtx4090")
 # Of links so slow that a grid is taken for whatever sends less.
 SLOWEST = xir.Machine(bytes=1e7)
@@ -70,10 +56,9 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in given.names:
-        kind, shape, config = CASES[name]
         with torch.device("meta"):
-            vae: Any = getattr(diffusers, kind)(**config).to(torch.bfloat16).eval()
-            traced = xir.trace(vae.decode, {"z": torch.empty(shape, dtype=torch.bfloat16)})
+            vae: Any = DECODERS[name].made().to(torch.bfloat16)
+            traced = xir.trace(vae.decode, {"z": torch.empty(DECODERS[name].latents, dtype=torch.bfloat16)})
         for ranks in given.ranks:
             row = Mesh.of(ulysses=ranks)
             grid = in_a_grid(traced.analysed, row, SLOWEST)

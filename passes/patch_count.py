@@ -17,10 +17,6 @@ from xdit_ir.sharding.machine import Machine
 WORTH_MORE = 0.9
 
 
-# Seconds in which the kernel of a product begins and ends, where only a machine's averages are known: an H100's.
-STARTED = 4.5e-6
-
-
 @dataclass(frozen=True)
 class StepTime:
     """A displaced step of so many `patches` over so many `ranks` on a machine. Seconds in which a rank is `busy` with
@@ -59,8 +55,7 @@ def step_time(pipeline: Pipeline, machine: Machine) -> StepTime:
             kernels += times * (is_counted(node) and not once)
             for rank, each in enumerate(machine.work_seconds(node, virtual)):
                 seconds[rank] += times * each * (not once or places[rank] == 0)
-    gap = STARTED if machine.kernels is None else machine.kernels.gap
-    started, inside = gap * kernels / ranks, machine.kernels is not None
+    started, inside = machine.gap * kernels / ranks, machine.kernels is not None
     all_patches = sum(max(s for s, at in zip(seconds, places, strict=True) if at == p) for p in range(patches)) / ranks
     busy = all_patches - started * patches * inside
     sent = max(sum(x.nbytes for x in pipeline.part(0, v).message(sent=True)) for v in range(len(places)))

@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -26,34 +26,7 @@ import published
 CALLS = 4
 
 
-@dataclass(frozen=True)
-class Case:
-    """A class of diffusers, the shape of its latents, and what is not its default."""
-
-    cls: str
-    latents: tuple[int, ...]
-    config: dict[str, Any] = field(default_factory=dict)
-    tiled: bool = False
-
-
-FLUX = {
-    "latent_channels": 16,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "sample_size": 1024,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-CASES = {
-    "wan-480p": Case("AutoencoderKLWan", (1, 16, 21, 60, 104)),
-    "wan-720p": Case("AutoencoderKLWan", (1, 16, 21, 90, 160)),
-    "flux-2048px": Case("AutoencoderKL", (1, 16, 256, 256), FLUX),
-    "flux-2048px-tiled": Case("AutoencoderKL", (1, 16, 256, 256), FLUX, tiled=True),
-    "wan-480p-tiled": Case("AutoencoderKLWan", (1, 16, 21, 60, 104), tiled=True),
-    "hunyuanvideo-tiled": Case("AutoencoderKLHunyuanVideo", (1, 16, 16, 90, 160), tiled=True),
-}
+CASES = ("flux-2048px", "flux-2048px-tiled", "hunyuanvideo-tiled", "wan-480p", "wan-480p-tiled", "wan-720p")
 
 
 def tried(task: str, degrees: str, _: str) -> lanes.Result:
@@ -89,16 +62,14 @@ class Alone:
 
 @lru_cache(maxsize=1)  # for all modes of a decoder, which follow each other
 def _alone(name: str) -> Alone:
-    import diffusers
     import torch
 
+    from xdit_ir.models.decoders import DECODERS
     from xdit_ir.models.weights import randomize
 
-    case, device = CASES[name], torch.device("cuda", torch.cuda.current_device())
+    case, device = DECODERS[name], torch.device("cuda", torch.cuda.current_device())
     with device:
-        vae: Any = randomize(getattr(diffusers, case.cls)(**case.config)).to(torch.bfloat16).eval()
-    if case.tiled:
-        vae.enable_tiling()
+        vae: Any = randomize(case.made()).to(torch.bfloat16)
     make = torch.Generator(device).manual_seed(1)
     latents = torch.randn(case.latents, generator=make, device=device, dtype=torch.bfloat16)
     sample = vae.decode(latents).sample.float()
@@ -137,6 +108,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         lanes.work(tried, *json.loads(sys.argv[2]))
     given = lanes.arguments(__doc__, degrees="u2", lanes=1).parse_args()
-    parts = (name.partition("@") for name in given.names or sorted(CASES))
+    parts = (name.partition("@") for name in given.names or CASES)
     modes = [f"{name}:{mode}{at}{degrees}" for name, at, degrees in parts for mode in given.mode.split(",")]
     sys.exit(lanes.share_out(given, modes))
