@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from stacks import Layer
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
@@ -26,21 +27,10 @@ PACKED_EMBED, PACKED_LAYER = 1280, 4608  # each weight from a multiple of 256 on
 WHOLE = 2 * EMBED + LAYERS * LAYER
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        return x + self.out(mixed.transpose(1, 2).flatten(2))
-
-
 @pytest.fixture(scope="module")
 def traced() -> TracedProgram:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Layer() for _ in range(LAYERS)), nn.Linear(WIDTH, WIDTH))
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Layer(WIDTH) for _ in range(LAYERS)), nn.Linear(WIDTH, WIDTH))
     return xir.trace(model.eval(), (X,))
 
 
