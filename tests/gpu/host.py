@@ -4,7 +4,8 @@ FLUX.1-dev of published size (or the model that is named) under `ulysses` over a
 which exchanges can travel. Prints for each how long a call takes to return, which is the host's part, and how long with
 the GPU's; medians of all ranks' slowest. `--profile` prints instead where the host of the last rank
 spends its time, by functions of Python; `--trace FOLDER` writes what each rank's host and GPU do, for Chrome.
-`--compiler combo_kernels` switches options of PyTorch's compiler on, to see what they would save.
+`--compiler combo_kernels` switches options of PyTorch's compiler on, to see what they would save. With `--loopback 2`,
+started by itself on one GPU, it is the first of two ranks that waits for nobody (`loopback.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loopback
 import torch
 import torch.distributed as dist
 from parity import load
@@ -79,11 +81,15 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--compiler", default="")
+    parser.add_argument("--loopback", type=int, default=0)
     given = parser.parse_args()
     inductor.load_config({name: True for name in given.compiler.split(",") if name})
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl")
+    if given.loopback:
+        device = loopback.start(given.loopback)
+    else:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl")
     model, example = load(given.model, device)
     for way in given.ways.split(","):
         mode, transport = way.split("/")

@@ -79,7 +79,8 @@ class Lane:
         with tempfile.TemporaryDirectory() as folder:
             said = Path(folder) / "results"
             said.touch()
-            ranks = [self._start(rank, tasks, said, port, Path(folder)) for rank in range(self.options.ranks)]
+            count = 1 if self.options.loopback else self.options.ranks
+            ranks = [self._start(rank, tasks, said, port, Path(folder)) for rank in range(count)]
             results, since = list[Result](), time.monotonic()
             while any(one.poll() is None for one in ranks):
                 time.sleep(0.2)
@@ -113,7 +114,8 @@ class Lane:
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)),
         }
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        given = [self.options.mode, self.options.timeout, str(said), list(tasks)]
+        alone = self.options.ranks if self.options.loopback else 0
+        given = [self.options.mode, self.options.timeout, str(said), list(tasks), alone]
         command = [sys.executable, sys.argv[0], "--worker", json.dumps(given)]
         with (folder / f"errors_{rank}").open("wb") as errors:
             return subprocess.Popen(command, env=os.environ | env, stdout=errors, stderr=errors)
@@ -137,7 +139,7 @@ def _free_port() -> int:
 
 def is_good(one: Result) -> bool:
     """Whether a result is as it should be."""
-    return one["status"] in ("equal", "refused")
+    return one["status"] in ("equal", "refused", "timed")
 
 
 def line_of(one: Result) -> str:
@@ -147,18 +149,26 @@ def line_of(one: Result) -> str:
     return f"{one['status']:9s} {one['model']:28s} {one['degrees']:5s} {rest}{notes}"
 
 
-def work(tried: Callable[[str, str, str], Result], mode: str, timeout: float, said: str, tasks: Sequence[Task]) -> None:
-    """One rank of a lane: `tried(model, degrees, mode)` of every task; says where it stands when it takes too long."""
+def work(
+    tried: Callable[[str, str, str], Result], mode: str, timeout: float, said: str, tasks: Sequence[Task], alone: int
+) -> None:
+    """One rank of a lane: `tried(model, degrees, mode)` of every task; says where it stands when it takes too long.
+
+    `alone`: it is the first of so many, without the others (`loopback.py`).
+    """
+    import loopback
     import staged
     import torch
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
-    staged.start()
+    _ = loopback.start(alone) if alone else staged.start()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for model, degrees in tasks:
         faulthandler.dump_traceback_later(0.8 * timeout)
         result = {"model": model, "degrees": degrees, **tried(model, degrees, mode)}
+        if alone and result["status"] in ("different", "slower"):
+            result["status"] = "timed"
         if rank == 0:
             with open(said, "a") as file:
                 file.write(json.dumps(result) + "\n")
@@ -179,6 +189,9 @@ def arguments(description: str | None, *, degrees: str, lanes: int) -> argparse.
     parser.add_argument("--timeout", type=float, default=150, help="seconds without a result after which a group ends")
     parser.add_argument("--logs", help="a folder for what groups that failed have written")
     parser.add_argument("--output", type=Path, help="where results are written as JSON, after each of them")
+    parser.add_argument(
+        "--loopback", action="store_true", help="only the first rank, on one GPU: its time, not equality"
+    )
     parser.add_argument("--resume", action="store_true", help="leave out what --output has already, unless it failed")
     return parser
 
