@@ -49,7 +49,8 @@ class Alone:
         from xdit_ir.transport.workspace import PADS, SIGNALS
 
         self.rank, self.world_size, self._workspace = 0, ranks, workspace
-        self._pad = torch.ones(PADS * SIGNALS, dtype=torch.int32, device=workspace.device)
+        with torch.inference_mode(False):  # which may be written to anywhere
+            self._pad = torch.ones(PADS * SIGNALS, dtype=torch.int32, device=workspace.device)
         self.buffer_ptrs = [workspace.data_ptr()] * ranks
         self.signal_pad_ptrs = [self._pad.data_ptr()] * ranks
 
@@ -61,9 +62,12 @@ class Alone:
         """All are here."""
 
     def get_buffer(self, rank: int, shape: Sequence[int], dtype: torch.dtype, offset: int) -> torch.Tensor:
-        """A part of the workspace, `offset` elements behind its start."""
-        size = torch.Size(shape).numel()
-        return self._workspace[offset * dtype.itemsize :][: size * dtype.itemsize].view(dtype).view(shape)
+        """A part of the workspace, `offset` elements behind its start: as there, no view that PyTorch knows of."""
+        start, size = offset * dtype.itemsize, torch.Size(shape).numel() * dtype.itemsize
+        address, device = self._workspace.data_ptr() + start, self._workspace.device
+        storage = torch._C._construct_storage_from_data_pointer(address, device, size)
+        strides = torch.empty(shape, device="meta").stride()
+        return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, strides)
 
     def get_signal_pad(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The flags."""
