@@ -52,7 +52,7 @@ def tried(name: str, degrees: str, mode: str) -> lanes.Result:
             after = milliseconds(port, example, CALLS)
         except xir.ParallelizeError as refused:
             return {"status": "refused", "reason": str(refused)[:300]}
-    gain = statistics.median(before) / statistics.median(after)
+    gain, execution = statistics.median(before) / statistics.median(after), port.report().execution
     port.reset()
     del model, port, alone
     gc.collect()
@@ -62,6 +62,7 @@ def tried(name: str, degrees: str, mode: str) -> lanes.Result:
         "error": float(error),
         "seconds": time.monotonic() - start,
         "times": f"alone {range_of(before)}, ported {range_of(after)}, {gain:.2f}x",
+        "runs": execution,
         "alone_ms": before,
         "ported_ms": after,
     }
