@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import capture, models
@@ -19,6 +20,7 @@ from xdit_ir.sharding.verify import verify
 from xdit_ir.transport.distributed import Communicator
 
 CPU = torch.device("cpu")
+ELSEWHERE = torch.device("cuda", 0)  # so that all that names the CPU is on another device
 
 
 def outputs(program: Program, model: torch.nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -35,8 +37,7 @@ def test_what_a_model_computes_on_the_cpu_from_nothing_is_computed_once(name: st
     model, example = models.load(name, seed=0)
     program = xir.trace(model, example).ir
     inputs = capture.bind_inputs(model, program, *split_example(example))
-    elsewhere = program.replace(device=torch.device("cuda", 0))  # so that all that names the CPU is on another device
-    folded = fold_constants(elsewhere).replace(device=program.device)
+    folded = fold_constants(program.replace(device=ELSEWHERE)).replace(device=program.device)
     verify(folded)
     assert factories(program) > 0 and factories(folded) == 0
     for got, want in zip(outputs(folded, model, inputs), outputs(program, model, inputs), strict=True):
@@ -46,7 +47,7 @@ def test_what_a_model_computes_on_the_cpu_from_nothing_is_computed_once(name: st
 def test_tables_that_all_calls_of_a_block_are_given_are_named_in_it() -> None:
     model, example = models.load("cogview4-6b:tiny", seed=0)
     program = xir.trace(model, example).ir
-    folded = fold_constants(program.replace(device=torch.device("cuda", 0)))
+    folded = fold_constants(program.replace(device=ELSEWHERE))
     before = {name: len(next(c for c in program.calls if c.args[0] == name).args[2]) for name in program.blocks}
     after = {name: len(next(c for c in folded.calls if c.args[0] == name).args[2]) for name in folded.blocks}
     assert all(after[name] < before[name] for name in before)
@@ -55,7 +56,7 @@ def test_tables_that_all_calls_of_a_block_are_given_are_named_in_it() -> None:
 def test_code_takes_constants_that_only_blocks_read() -> None:
     model, example = models.load("joyimage-edit:tiny", seed=0)
     program = xir.trace(model, example).ir
-    folded = fold_constants(program.replace(device=torch.device("cuda", 0))).replace(device=CPU)
+    folded = fold_constants(program.replace(device=ELSEWHERE)).replace(device=CPU)
     outer = {node.target for node in folded.graph.nodes}
     code = generate(folded, Communicator(Mesh.of(), CPU), CPU)
     assert not outer.issuperset(code.constants)
@@ -70,3 +71,48 @@ def test_code_takes_constants_that_only_blocks_read() -> None:
 def test_on_the_models_own_device_nothing_changes() -> None:
     program = xir.trace(*models.load("cogview4-6b:tiny")).ir
     assert fold_constants(program) is program
+
+
+@pytest.mark.parametrize("name", ["cogview4-6b:tiny", "lumina-2:tiny"])
+def test_a_rank_computes_its_part_of_them_once(name: str) -> None:
+    parallel = xir.trace(*models.load(name, seed=0)).parallelize(ulysses=2)
+    ranks = [parallel.rank(rank) for rank in range(2)]
+    assert all(map(factories, ranks))
+    folded = [fold_constants(rank.replace(device=ELSEWHERE)) for rank in ranks]
+    assert not any(map(factories, folded))
+    tables = [[x for name, x in one.constants.items() if name not in parallel.ir.constants] for one in folded]
+    assert any(not torch.equal(one, other) for one, other in zip(*tables, strict=True))
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return x + self.up(x) * table.to(x.device, x.dtype)
+
+
+class Alternating(nn.Module):
+    """Layers that are given one of two tables in turn, which are no buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Turned() for _ in range(4))
+        self.tables = [torch.linspace(0, 1, 8, dtype=torch.float64), torch.linspace(1, 2, 8, dtype=torch.float64)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for place, layer in enumerate(self.layers):
+            x = layer(x, self.tables[place % 2])
+        return x
+
+
+def test_each_call_of_a_block_is_given_its_own_table_where_the_block_would_move_it() -> None:
+    torch.manual_seed(0)
+    model, x = Alternating(), torch.randn(2, 4, 8)
+    program = xir.trace(model, (x,)).ir
+    folded = fold_constants(program.replace(device=ELSEWHERE)).replace(device=program.device)
+    verify(folded)
+    given = {str(call.args[2][-1].target) for call in folded.calls}
+    assert len(given) == 2 and all(name.endswith("_moved") for name in given)
+    assert torch.equal(outputs(folded, model, [x])[0], model(x))

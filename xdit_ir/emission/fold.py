@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,24 +10,28 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.capture.operators import is_random
+from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import arguments_of, copy_graph, operands, remove_dead
-from xdit_ir.ir.program import CONSTANT, SPEC, WEIGHT, Program, call_parts, called_block, is_block_call
+from xdit_ir.ir.program import CONSTANT, WEIGHT, Program, call_parts, called_block, is_block_call
+
+_MOVE = torch.ops.aten._to_copy.default
+_SELECTIONS = (ops.take, ops.take_each, ops.put, operator.getitem)
 
 
 def fold_constants(program: Program) -> Program:
     """The program in which such values are constants, in blocks too: tables that its model makes, or keeps, on the CPU
     and moves to the GPU at every call."""
     fold = _Fold(program)
-    graph = fold.graph(program.graph)
+    graph = fold.graph(copy_graph(program.graph))
     calls = [node for node in graph.nodes if is_block_call(node)]
     blocks = {}
     for name, block in program.blocks.items():
         body = fold.given(block.graph, [call for call in calls if called_block(call) == name])
         blocks[name] = replace(block, graph=fold.graph(body))
-    if not fold.made:
+    if not fold.made and all(block.graph is program.blocks[name].graph for name, block in blocks.items()):
         return program
-    if graph is not program.graph:
-        remove_dead(graph)
+    remove_dead(graph)
     return program.replace(graph=graph, blocks=blocks, constants={**program.constants, **fold.made})
 
 
@@ -38,24 +43,44 @@ class _Fold:
         self.made: dict[str, torch.Tensor] = {}
 
     def given(self, source: fx.Graph, calls: Sequence[fx.Node]) -> fx.Graph:
-        """A copy of a body that names the new constants which all its calls give it; the calls no longer do."""
+        """A copy of a body that names the tables which all its calls give it; the calls no longer do. Where each gives
+        another one, for the body to move it, they give it moved."""
         parts = [call_parts(call) for call in calls]
-        shared = {
-            place: values[0]
+        tables = {
+            place: values
             for place, values in enumerate(zip(*(one.values for one in parts), strict=True))
-            if len(set(values)) == 1 and str(values[0].target).removeprefix(f"{CONSTANT}.") in self.made
+            if all(self._is_table(value) for value in values)
         }
-        if not shared:
+        if not tables:
             return source
         body = copy_graph(source)
-        for place, placeholder in enumerate(arguments_of(body)):
-            if place in shared:
-                _name_constant(body, placeholder, str(shared[place].target))
-                body.erase_node(placeholder)
+        inside = dict(enumerate(arguments_of(body)))
+        shared = {place for place, values in tables.items() if len({str(value.target) for value in values}) == 1}
+        for place in shared:
+            _name_constant(body, inside[place], str(tables[place][0].target))
+            body.erase_node(inside[place])
+        moved = {place: device for place in {*tables} - shared if (device := _moved_to(inside[place])) is not None}
         for call, (block, prefix, values, weights) in zip(calls, parts, strict=True):
-            kept = [value for place, value in enumerate(values) if place not in shared]
-            call.args = (block, prefix, kept, weights)
-        return body
+            given = [self._moved(call, x, moved[place]) if place in moved else x for place, x in enumerate(values)]
+            call.args = (block, prefix, [x for place, x in enumerate(given) if place not in shared], weights)
+        return body if shared else source
+
+    def _is_table(self, node: fx.Node) -> bool:
+        """Whether a constant that lies on another device stands for a value."""
+        return _is_constant(node) and self._held(node).device != self.program.device
+
+    def _held(self, node: fx.Node) -> torch.Tensor:
+        name = str(node.target).removeprefix(f"{CONSTANT}.")
+        return self.made[name] if name in self.made else self.program.constants[name]
+
+    def _moved(self, call: fx.Node, table: fx.Node, device: torch.device) -> fx.Node:
+        """The table on a device, before a call."""
+        name = f"{str(table.target).removeprefix(f'{CONSTANT}.')}_moved"
+        self.made.setdefault(name, self._held(table).to(device))
+        with call.graph.inserting_before(call):
+            constant = call.graph.get_attr(f"{CONSTANT}.{name}")
+        constant.meta = dict(table.meta)
+        return constant
 
     def graph(self, source: fx.Graph) -> fx.Graph:
         """A copy of a graph with what can be folded as constants; itself, if nothing can be."""
@@ -77,13 +102,14 @@ class _Fold:
         known: dict[fx.Node, Any] = {}
         elsewhere: set[fx.Node] = set()
         for node in graph.nodes:
-            if node.op == "get_attr" and str(node.target).startswith(f"{CONSTANT}."):
-                name = str(node.target).removeprefix(f"{CONSTANT}.")
-                known[node] = self.made[name] if name in self.made else self.program.constants[name]
+            if _is_constant(node):
+                known[node] = self._held(node)
             elif self._can_fold(node, known, elsewhere):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = node.target(*args, **kwargs)
-            if isinstance(known.get(node), torch.Tensor) and known[node].device != self.program.device:
+            made = known.get(node)
+            tensors = (one for one in (made if isinstance(made, (tuple, list)) else [made]) if one is not None)
+            if any(one.device != self.program.device for one in tensors):
                 elsewhere.add(node)
         return {node: value for node, value in known.items() if node.op != "get_attr"}
 
@@ -111,9 +137,19 @@ def _name_constant(graph: fx.Graph, node: fx.Node, name: str) -> None:
     node.replace_all_uses_with(constant)
 
 
+def _is_constant(node: fx.Node) -> bool:
+    return node.op == "get_attr" and str(node.target).startswith(f"{CONSTANT}.")
+
+
+def _moved_to(argument: fx.Node) -> torch.device | None:
+    """Where a body moves one of its arguments, if it does nothing else with it."""
+    targets = {str(user.kwargs.get("device")) if user.target is _MOVE else "None" for user in argument.users}
+    return torch.device(targets.pop()) if len(targets) == 1 and not targets & {"None", "meta"} else None
+
+
 def _is_pure(node: fx.Node) -> bool:
-    """Whether an operator on tensors gives the same whenever it is called, and a tensor."""
+    """Whether an operator gives the same whenever it is called: one of ATen, or a rank's selection of its part."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    return torch.Tag.nondeterministic_seeded not in target.tags and not isinstance(node.meta[SPEC], tuple)
+    if node.op != "call_function" or target in _SELECTIONS:
+        return node.op == "call_function"
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and not is_random(target)
