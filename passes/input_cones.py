@@ -12,8 +12,9 @@ from torch import fx
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import arguments_of, copy_node, operands, placeholders, results_of
+from xdit_ir.ir.guards import Predicate
 from xdit_ir.ir.hoist import ancestors
-from xdit_ir.ir.program import CONSTANT, SPEC, Predicate, Program, call_parts, is_block_call
+from xdit_ir.ir.program import CONSTANT, SPEC, Program, call_parts, is_block_call
 from xdit_ir.passes.emit import type_of
 
 Flags = tuple[bool, ...]

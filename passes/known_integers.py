@@ -10,16 +10,8 @@ import torch
 from torch import fx
 
 from xdit_ir.ir.graphs import arguments_of, operands, placeholders
-from xdit_ir.ir.program import (
-    CONSTANT,
-    SPEC,
-    STATE,
-    Program,
-    TensorSpec,
-    call_parts,
-    called_block,
-    is_block_call,
-)
+from xdit_ir.ir.guards import STATE
+from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call
 
 aten = torch.ops.aten
 Known = dict[fx.Node, torch.Tensor]

@@ -57,21 +57,10 @@ from xdit_ir.capture.state import StateWatch, Writes, writes_of
 from xdit_ir.capture.tracer import Tracer
 from xdit_ir.capture.values import Frame, TracedValue, ordinary, spec_of
 from xdit_ir.errors import TraceError, XditError
+from xdit_ir.ir.effects import Effect, Literal
 from xdit_ir.ir.garbage import collector_paused
-from xdit_ir.ir.program import (
-    CONSTANT,
-    STATE,
-    STRIDES,
-    WHERE,
-    Effect,
-    Guard,
-    InputLeaf,
-    Literal,
-    Program,
-    Signature,
-    Where,
-    qualified,
-)
+from xdit_ir.ir.guards import STATE, STRIDES, Guard
+from xdit_ir.ir.program import CONSTANT, WHERE, InputLeaf, Program, Signature, Where, qualified
 
 Flat = list[tuple[str, Any]]
 Captured = tuple[Program, Writes, Sequence[Overwrite]]

@@ -25,7 +25,8 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, TracedValue, spec_of
 from xdit_ir.capture.writes import write
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import Literal, Where, call_block
+from xdit_ir.ir.effects import Literal
+from xdit_ir.ir.program import Where, call_block
 
 
 @dataclass(frozen=True)

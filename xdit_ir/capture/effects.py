@@ -17,7 +17,8 @@ from xdit_ir.capture.outputs import literal
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import TracedValue
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import ITSELF, Effect, Literal, PathEntry, Signature
+from xdit_ir.ir.effects import ITSELF, Effect, Literal, PathEntry
+from xdit_ir.ir.program import Signature
 
 _DEPTH = 4
 _PLAIN = (str, bytes, int, float, bool, complex, type(None))

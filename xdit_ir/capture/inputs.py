@@ -20,8 +20,9 @@ from xdit_ir.capture.outputs import attributes_of
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import MismatchError, TraceError, XditError
+from xdit_ir.ir.guards import STATE, STRIDES, Guard, Predicate
 from xdit_ir.ir.named_tensors import find_tensor
-from xdit_ir.ir.program import STATE, STRIDES, Guard, Predicate, Program, TensorSpec
+from xdit_ir.ir.program import Program, TensorSpec
 from xdit_ir.ir.wrappers import PLAIN
 
 _REMEMBERED = 8  # tensors of each check

@@ -17,7 +17,8 @@ from xdit_ir.capture.fakes import is_fake
 from xdit_ir.capture.reach import Reach
 from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import Literal, Signature
+from xdit_ir.ir.effects import Literal
+from xdit_ir.ir.program import Signature
 from xdit_ir.ir.wrappers import PLAIN
 
 _BUILT_IN = (dict, list, tuple, set, str, int, float)  # of which a subclass is not made anew without its constructor

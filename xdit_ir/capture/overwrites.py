@@ -21,7 +21,7 @@ from xdit_ir.capture.parts import MISSING, Entries
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.state import StateWrite
 from xdit_ir.capture.values import Origin, expand
-from xdit_ir.ir.program import ITSELF, Effect, PathEntry
+from xdit_ir.ir.effects import ITSELF, Effect, PathEntry
 
 _BESIDE = ("_parameters", "_modules")
 

@@ -33,7 +33,8 @@ from xdit_ir.capture.values import (
 )
 from xdit_ir.capture.writer import GraphWriter
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import CONSTANT, SPEC, Predicate, Where
+from xdit_ir.ir.guards import Predicate
+from xdit_ir.ir.program import CONSTANT, SPEC, Where
 from xdit_ir.ir.wrappers import is_wrapper, with_parts
 
 

@@ -23,7 +23,8 @@ from xdit_ir.capture.reach import GLOBAL_HOOKS, foreign_hooks, watchers_away
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.state import StateWrite, left, refusal
 from xdit_ir.errors import TraceError, XditError
-from xdit_ir.ir.program import STATE, Program
+from xdit_ir.ir.guards import STATE
+from xdit_ir.ir.program import Program
 
 # A trace puts other functions in the place of PyTorch's, for the process.
 _TURN = threading.RLock()

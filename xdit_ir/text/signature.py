@@ -14,7 +14,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from xdit_ir.ir.program import Effect, Guard, InputLeaf, Literal, PathEntry, Predicate, Signature
+from xdit_ir.ir.effects import Effect, Literal, PathEntry
+from xdit_ir.ir.guards import Guard, Predicate
+from xdit_ir.ir.program import InputLeaf, Signature
 from xdit_ir.text.literals import STRING, LiteralWriter, name_text, read_literal, read_name
 from xdit_ir.text.scanner import Scanner
 from xdit_ir.text.trees import load_tree
