@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import arguments_of, copy_graph, operands, remove_dead
 from xdit_ir.ir.program import CONSTANT, SPEC, WEIGHT, Program, call_parts, called_block, is_block_call
 
@@ -116,4 +117,4 @@ def _is_pure(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
-    return torch.Tag.nondeterministic_seeded not in target.tags and not isinstance(node.meta[SPEC], tuple)
+    return not is_random(target) and not isinstance(node.meta[SPEC], tuple)
