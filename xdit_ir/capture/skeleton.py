@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_ir.capture.atoms import ATOMS
 from xdit_ir.capture.methods import StandIn
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Origin
@@ -19,19 +20,6 @@ from xdit_ir.ir.wrappers import is_dressed
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 Dress = Callable[[torch.Tensor, type, dict[str, Any]], torch.Tensor]
-_ATOMS = (
-    str,
-    bytes,
-    int,
-    float,
-    bool,
-    complex,
-    type(None),
-    torch.dtype,
-    torch.device,
-    type,
-    types.FunctionType,
-)
 _DICTS = (dict, OrderedDict, defaultdict)
 _HEAP_TYPE = 1 << 9
 _SKIPPED = ("_parameters", "_buffers", "_modules")
@@ -175,7 +163,7 @@ class Skeleton:
     def _copy(self, item: Any) -> Any:
         if id(item) in self._functions:
             return self._functions[id(item)]
-        if isinstance(item, _ATOMS):
+        if isinstance(item, (*ATOMS, type, types.FunctionType)):
             return item
         if isinstance(item, nn.Module):
             return self._module(item)
