@@ -6,14 +6,13 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from xdit_ir.capture.attempt import Attempt, Captured
 from xdit_ir.capture.equality import compute_same
-from xdit_ir.capture.inputs import bind_example
+from xdit_ir.capture.inputs import Example, bind_example
 from xdit_ir.capture.ladder import FAILURES, Rung
 from xdit_ir.capture.leaves import Wanted
 from xdit_ir.capture.overwrites import trials
@@ -28,7 +27,6 @@ from xdit_ir.ir.program import Program
 
 # A trace puts other functions in the place of PyTorch's, for the process.
 _TURN = threading.RLock()
-Example = Mapping[str, Any] | tuple[Any, ...]
 
 
 def trace(

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from xdit_ir.api import Example, TracedProgram, trace
+from xdit_ir.api import TracedProgram, trace
+from xdit_ir.capture.inputs import Example
 from xdit_ir.capture.methods import Module
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
