@@ -14,11 +14,12 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import LAYOUT, SPEC, TensorSpec, is_block_call
+from xdit_ir.ir.relayout import kind
 from xdit_ir.rules import rule_for
 from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.cost import relayout_dims, relayout_sent
