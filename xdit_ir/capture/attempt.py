@@ -28,6 +28,7 @@ from xdit_ir.capture.generators import given_generator
 from xdit_ir.capture.identity import Identities
 from xdit_ir.capture.inputs import call_arguments, flatten_named, sharing
 from xdit_ir.capture.instrument import Calls, instrument
+from xdit_ir.capture.kept_state import Writes, writes_of
 from xdit_ir.capture.known import readable
 from xdit_ir.capture.ladder import Rung
 from xdit_ir.capture.leaves import Leaves
@@ -43,7 +44,7 @@ from xdit_ir.capture.repeats import Repeats
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.skeleton import Skeleton, watch
 from xdit_ir.capture.source import failing_line, is_raised_outside
-from xdit_ir.capture.state import StateWatch, Writes, writes_of
+from xdit_ir.capture.state import StateWatch
 from xdit_ir.capture.tracer import Tracer
 from xdit_ir.capture.values import TracedValue
 from xdit_ir.errors import TraceError, XditError

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import ShapeDepends
 from xdit_ir.capture.fingerprint import fingerprint
+from xdit_ir.capture.kept_state import same_contents
 from xdit_ir.capture.outputs import flatten_output, literal, output_tensors, unflatten_output
 from xdit_ir.capture.recorder import Recorder
-from xdit_ir.capture.state import StateWatch, refusal, same_contents, unchanged
+from xdit_ir.capture.state import StateWatch, refusal, unchanged
 from xdit_ir.capture.values import NO_ROOTS, Origin, spec_of
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.leaf import Leaf
