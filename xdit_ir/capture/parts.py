@@ -102,7 +102,8 @@ class Entries(Part):
 
 
 class Attributes(Entries):
-    """Of a module, object or function: `item` is its `__dict__`."""
+    """Of a module, object or function: `item` is its `__dict__`; or those parameters, buffers or submodules of a module
+    that are called as its attributes."""
 
     def name(self, key: Any) -> str:
         return f"{self.label}.{key}" if self.label else str(key)
