@@ -179,7 +179,7 @@ class TracedProgram:
                 `CacheRule` with groups is for a program whose values are marked.
             trim_padding: rows at the end of an input that masks make idle, as of text that is padded, are not computed:
                 what is left is the longest of the batch, rounded up to a multiple of so many rows (True: 64). The
-                program is then one for inputs of this length, in these multiples. See docs/ir.md.
+                program is then one for inputs of this length, in these multiples. See docs/passes.md.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
             after: called with every pass and the program it made.
 
