@@ -19,7 +19,6 @@ from xdit_ir.caching.decision import CacheCount
 from xdit_ir.caching.hooked import check_unhooked
 from xdit_ir.caching.rule import CacheRule
 from xdit_ir.capture.inputs import Example
-from xdit_ir.capture.methods import Module, as_module
 from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
@@ -40,6 +39,7 @@ from xdit_ir.passes.take_known import guard_places
 from xdit_ir.passes.trim_padding import rows_to_trim
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
+from xdit_ir.reflection.methods import Module, as_module
 from xdit_ir.runtime.emitted import Emitted, emit
 from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.sharding.report import Report, make_report

@@ -22,7 +22,6 @@ from xdit_ir.capture.derivatives import recorded_derivatives
 from xdit_ir.capture.dressed import dressed, dressing
 from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.failures import RaisedByForward, ShapeDepends, Unshareable
-from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.flex import uncompiled
 from xdit_ir.capture.generators import given_generator
 from xdit_ir.capture.identity import Identities
@@ -39,7 +38,6 @@ from xdit_ir.capture.overwrites import Overwrite, beside, overwrites
 from xdit_ir.capture.plain import uncast
 from xdit_ir.capture.python_reads import PythonReads, check_lent
 from xdit_ir.capture.recorder import Recorder
-from xdit_ir.capture.references import Functions, replaced
 from xdit_ir.capture.repeats import Repeats
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.skeleton import Skeleton, watch
@@ -51,6 +49,8 @@ from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.effects import Effect
 from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.program import Program
+from xdit_ir.reflection.fingerprint import fingerprint
+from xdit_ir.reflection.references import Functions, replaced
 
 Flat = list[tuple[str, Any]]
 Captured = tuple[Program, Writes, Sequence[Overwrite]]

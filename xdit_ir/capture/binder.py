@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.atoms import ATOMS, alike
 from xdit_ir.capture.inputs import bind_arguments, flatten_named, layout_of, sharing
 from xdit_ir.capture.objects import Snapshot, snapshot
 from xdit_ir.capture.outputs import attributes_of
@@ -24,6 +23,7 @@ from xdit_ir.ir.guards import STATE, STRIDES, Guard, Predicate
 from xdit_ir.ir.named_tensors import find_tensor
 from xdit_ir.ir.program import Program, TensorSpec
 from xdit_ir.ir.wrappers import PLAIN
+from xdit_ir.reflection.atoms import ATOMS, alike
 
 _REMEMBERED = 8  # tensors of each check
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.fingerprint import describe
 from xdit_ir.capture.objects import expand_objects, restore_objects
 from xdit_ir.capture.outputs import literal
 from xdit_ir.capture.skeleton import is_plain_object
@@ -19,6 +18,7 @@ from xdit_ir.capture.values import TracedValue
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.effects import ITSELF, Effect, Literal, PathEntry
 from xdit_ir.ir.program import Signature
+from xdit_ir.reflection.fingerprint import describe
 
 _DEPTH = 4
 _PLAIN = (str, bytes, int, float, bool, complex, type(None))

@@ -13,7 +13,6 @@ import torch
 
 from xdit_ir.capture.assertions import only_answer
 from xdit_ir.capture.failures import Unshareable
-from xdit_ir.capture.fakes import device_of
 from xdit_ir.capture.operators import aten, facts
 from xdit_ir.capture.predicates import made_of_state, of_state, predicate, weighed
 from xdit_ir.capture.recorder import Recorder
@@ -29,13 +28,11 @@ from xdit_ir.capture.values import (
     Roots,
     TracedValue,
     expand,
-    map_tensors,
-    share_memory,
     spec_of,
-    storage_id,
-    tensors_in,
 )
 from xdit_ir.errors import TraceError
+from xdit_ir.reflection.fakes import device_of
+from xdit_ir.reflection.tensors import map_tensors, share_memory, storage_id, tensors_in
 
 _TABLE = 2
 MASK = "a boolean index"

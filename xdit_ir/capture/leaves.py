@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import ShapeDepends
-from xdit_ir.capture.fingerprint import fingerprint
 from xdit_ir.capture.kept_state import same_contents
 from xdit_ir.capture.outputs import flatten_output, literal, output_tensors, unflatten_output
 from xdit_ir.capture.recorder import Recorder
@@ -22,6 +21,7 @@ from xdit_ir.capture.values import NO_ROOTS, Origin, spec_of
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.program import TensorSpec
+from xdit_ir.reflection.fingerprint import fingerprint
 
 _SCALES = (1.0, 0.01, 0.1, 0.3, 3.0, 10.0)  # of the inputs of probes: values may decide differently for each
 _PROBE_BYTES = 1 << 28  # weights made up for the probe of a module on the meta device

@@ -11,15 +11,16 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from xdit_ir.capture.dressed import as_class
-from xdit_ir.capture.fakes import is_fake
 from xdit_ir.capture.known import read
-from xdit_ir.capture.looked_into import is_library
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.selections import measured
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import Origin, expand, map_tensors, tensors_in
+from xdit_ir.capture.values import Origin, expand
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.wrappers import is_wrapper, parts_inside
+from xdit_ir.reflection.fakes import is_fake
+from xdit_ir.reflection.looked_into import is_library
+from xdit_ir.reflection.tensors import map_tensors, tensors_in
 
 _ACCELERATORS = ("cuda", "xpu")
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.atoms import ATOMS
-from xdit_ir.capture.methods import StandIn
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Origin
 from xdit_ir.errors import StateError
 from xdit_ir.ir.wrappers import is_dressed
+from xdit_ir.reflection.atoms import ATOMS
+from xdit_ir.reflection.methods import StandIn
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 Dress = Callable[[torch.Tensor, type, dict[str, Any]], torch.Tensor]

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from xdit_ir.capture.atoms import alike, same_entries
-from xdit_ir.capture.fingerprint import traced
 from xdit_ir.capture.identity import NAMED
-from xdit_ir.capture.parts import MISSING, Part
-from xdit_ir.capture.reach import Reach
 from xdit_ir.errors import StateError
+from xdit_ir.reflection.atoms import alike, same_entries
+from xdit_ir.reflection.fingerprint import traced
+from xdit_ir.reflection.parts import MISSING, Part
+from xdit_ir.reflection.reach import Reach
 
 _ADVICE = (
     "a parallel program repeats what was traced and would lose it; steps that reuse blocks of earlier ones are an "

@@ -10,9 +10,9 @@ from torch import nn
 
 from xdit_ir import capture
 from xdit_ir.capture.inputs import Example, bind_example, split_example
-from xdit_ir.capture.methods import Module, as_module
 from xdit_ir.ir.interpret import Interpreter, model_state
 from xdit_ir.ir.program import Program
+from xdit_ir.reflection.methods import Module, as_module
 from xdit_ir.simulation.lockstep import RankObserver
 
 Run = Callable[[Sequence[torch.Tensor], RankObserver | None], list[tuple[torch.Tensor, ...]]]

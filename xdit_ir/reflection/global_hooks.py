@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.nn.modules import module as global_hooks
 
-from xdit_ir.capture.looked_into import is_library
-from xdit_ir.capture.parts import Part
+from xdit_ir.reflection.looked_into import is_library
+from xdit_ir.reflection.parts import Part
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 

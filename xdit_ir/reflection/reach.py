@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.atoms import is_atom
-from xdit_ir.capture.global_hooks import GLOBAL_HOOKS, GlobalHooks, foreign_hooks
-from xdit_ir.capture.looked_into import inner, is_library, is_opaque
-from xdit_ir.capture.methods import StandIn
-from xdit_ir.capture.parts import Attributes, Names, Part, parts_of
+from xdit_ir.reflection.atoms import is_atom
+from xdit_ir.reflection.global_hooks import GLOBAL_HOOKS, GlobalHooks, foreign_hooks
+from xdit_ir.reflection.looked_into import inner, is_library, is_opaque
+from xdit_ir.reflection.methods import StandIn
+from xdit_ir.reflection.parts import Attributes, Names, Part, parts_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
 _OURS = "_xdit_"  # what a module that stands in for another keeps: of it only that other matters

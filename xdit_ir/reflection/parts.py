@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from xdit_ir.capture.fakes import is_fake
-from xdit_ir.capture.hidden import hidden_state, hides, put_hidden_state
-from xdit_ir.capture.looked_into import is_library
+from xdit_ir.reflection.fakes import is_fake
+from xdit_ir.reflection.hidden import hidden_state, hides, put_hidden_state
+from xdit_ir.reflection.looked_into import is_library
 
 MISSING = object()
 _IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
