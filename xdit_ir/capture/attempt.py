@@ -78,7 +78,7 @@ class Attempt:
             return copy_context().run(self._recorded, functions, selections)  # a context variable cannot be unset
 
     def _recorded(self, functions: Functions, selections: Selections | None) -> Captured:
-        model, rung = self.rung.model, self.rung
+        model = self.rung.model
         leaves, in_spec = flatten_named(self.named)
         device = _device(model, leaves)
         recorder = Recorder(device)
@@ -97,16 +97,10 @@ class Attempt:
             ),
         ):
             recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
-            chosen = {(path, "forward") for path in rung.blocks} | rung.repeated
-            blocks = Blocks(recorder, chosen, _watch(skeleton, rung.blocks, recorder))
-            called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
-            marks = Marks(recorder, self.marked)
-            blocks.chosen_below = lambda path: (called_whole.below(path), marks.below(path))
-            repeats = Repeats(recorder, blocks, rung.repeated, rung.never)
-            calls = Calls(recorder, blocks, called_whole, repeats, marks)
+            calls = self._calls(recorder, skeleton)
             instrument(skeleton, calls)
             call = call_arguments(inspect.signature(model.forward), given.named, self.by_name)
-            with repeats.blamed():
+            with calls.repeats.blamed():
                 output = _run(skeleton.model, recorder, *call)
             check_lent(recorder)
             found = list(watch.changes())
@@ -121,9 +115,19 @@ class Attempt:
             originals = skeleton.originals
             writes = [beside(write, originals.get(id(write.part.item), write.part.item), made) for write in found]
             left_there = writes_of(writes, skeleton, recorder)
-        program = program_of(type(model).__name__, device, recorder, blocks, signature)
+        program = program_of(type(model).__name__, device, recorder, calls.blocks, signature)
         skeleton.let_go()
         return program, left_there, made
+
+    def _calls(self, recorder: Recorder, skeleton: Skeleton) -> Calls:
+        """What becomes of calls of submodules: of blocks, of leaves, of those that repeat or are marked."""
+        rung = self.rung
+        chosen = {(path, "forward") for path in rung.blocks} | rung.repeated
+        blocks = Blocks(recorder, chosen, _watch(skeleton, rung.blocks, recorder))
+        leaves = Leaves(recorder, rung.leaves, dict(rung.model.named_modules()))
+        marks = Marks(recorder, self.marked)
+        blocks.chosen_below = lambda path: (leaves.below(path), marks.below(path))
+        return Calls(recorder, blocks, leaves, Repeats(recorder, blocks, rung.repeated, rung.never), marks)
 
 
 @contextmanager
