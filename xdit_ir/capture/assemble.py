@@ -9,7 +9,6 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.asked import asked_guards
 from xdit_ir.capture.blocks import Blocks
 from xdit_ir.capture.failures import Opaque
 from xdit_ir.capture.finish import (
@@ -23,10 +22,11 @@ from xdit_ir.capture.finish import (
 )
 from xdit_ir.capture.inputs import layout_of
 from xdit_ir.capture.known import says_what_is_there
+from xdit_ir.capture.mode_guards import asked_guards
 from xdit_ir.capture.objects import snapshot
 from xdit_ir.capture.outputs import attributes_of, flatten_output, literal
 from xdit_ir.capture.recorder import Recorder
-from xdit_ir.capture.rolled import roll
+from xdit_ir.capture.rolled_loops import roll
 from xdit_ir.capture.values import Frame, ordinary, spec_of
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.effects import Effect, Literal

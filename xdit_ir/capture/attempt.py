@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.asked import noted
 from xdit_ir.capture.assemble import program_of, signature_of
 from xdit_ir.capture.blocks import Blocks
 from xdit_ir.capture.caches import clean_caches
@@ -33,9 +32,10 @@ from xdit_ir.capture.ladder import Rung
 from xdit_ir.capture.leaves import Leaves
 from xdit_ir.capture.libraries import replacements
 from xdit_ir.capture.marks import Marks
+from xdit_ir.capture.mode_guards import noted
+from xdit_ir.capture.odd_weights import uncast
 from xdit_ir.capture.outputs import attributes_of
 from xdit_ir.capture.overwrites import Overwrite, beside, overwrites
-from xdit_ir.capture.plain import uncast
 from xdit_ir.capture.python_reads import PythonReads, check_lent
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.repeats import Repeats

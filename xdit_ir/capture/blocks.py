@@ -15,7 +15,7 @@ from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import Restart, Spot, Unshareable
 from xdit_ir.capture.finish import prune
 from xdit_ir.capture.known import note_read
-from xdit_ir.capture.left import holders, left_behind
+from xdit_ir.capture.list_effects import holders, left_behind
 from xdit_ir.capture.objects import ClassMark, restore_objects
 from xdit_ir.capture.operators import aten
 from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_output

@@ -13,8 +13,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xdit_ir.capture.failures import Unshareable
-from xdit_ir.capture.plain import Casts, odd_tensor
-from xdit_ir.capture.quick import quick_result
+from xdit_ir.capture.fast_fakes import quick_result
+from xdit_ir.capture.odd_weights import Casts, odd_tensor
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import KNOWN_NUMEL, NO_ROOTS, FromBuffer, Origin, Roots, Storage, TracedValue, spec_of

@@ -15,8 +15,8 @@ from xdit_ir.capture.equality import compute_same
 from xdit_ir.capture.inputs import Example, bind_example
 from xdit_ir.capture.ladder import FAILURES, Rung
 from xdit_ir.capture.leaves import Wanted
+from xdit_ir.capture.odd_weights import odd_weight
 from xdit_ir.capture.overwrites import trials
-from xdit_ir.capture.plain import odd_weight
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.state import StateWrite, left, refusal
 from xdit_ir.errors import TraceError, XditError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.plain import odd_weight_tensor
+from xdit_ir.capture.odd_weights import odd_weight_tensor
 from xdit_ir.emission.parts import NOTHING, AllStored
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import Place, way_to

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from xdit_ir.reflection.atoms import alike, same_entries
-from xdit_ir.reflection.hidden import DRAWN
+from xdit_ir.reflection.hidden_state import DRAWN
 from xdit_ir.reflection.parts import Cell, Defaults, Names, Part
 from xdit_ir.reflection.reach import BESIDE, Reach
 from xdit_ir.reflection.versions import Versions

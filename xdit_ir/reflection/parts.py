@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from xdit_ir.reflection.fakes import is_fake
-from xdit_ir.reflection.hidden import hidden_state, hides, put_hidden_state
+from xdit_ir.reflection.hidden_state import hidden_state, hides, put_hidden_state
 from xdit_ir.reflection.looked_into import is_library
 
 MISSING = object()
