@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_ir.capture.predicates import computed
 from xdit_ir.capture.recorder import Recorder
-from xdit_ir.capture.skeleton import Skeleton, is_plain_object
+from xdit_ir.capture.skeleton import Skeleton
 from xdit_ir.capture.state import StateWrite, changed, refusal
 from xdit_ir.capture.values import FromBuffer, Origin, expand, ordinary
 from xdit_ir.errors import TraceError
-from xdit_ir.reflection.atoms import ATOMS, alike
+from xdit_ir.reflection.atoms import ATOMS, alike, is_plain_object
 from xdit_ir.reflection.fakes import device_of, is_fake
 from xdit_ir.reflection.parts import MISSING, Context, Position, TensorContents
 from xdit_ir.reflection.reach import Reach

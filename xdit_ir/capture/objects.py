@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.errors import TraceError
-from xdit_ir.reflection.atoms import ATOMS
+from xdit_ir.reflection.atoms import ATOMS, is_plain_object
 from xdit_ir.reflection.fingerprint import describe
 from xdit_ir.reflection.looked_into import is_opaque
 
