@@ -22,8 +22,9 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from xdit_ir.ir.collective_ops import Reshuffle, Together
-from xdit_ir.ir.layout import Layout, RankExchange, plan
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.relayout import RankExchange, plan
 from xdit_ir.transport.collectives import lower
 from xdit_ir.transport.direct import direct_halves
 from xdit_ir.transport.distributed import Communicator

@@ -10,11 +10,12 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partial_attention import lse_columns
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import LAYOUT, SPEC, TensorSpec
+from xdit_ir.ir.relayout import kind
 from xdit_ir.sharding.cost import relayout_sent, ring_bytes, ring_dims
 from xdit_ir.sharding.machine import Machine
 

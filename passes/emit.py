@@ -14,9 +14,10 @@ from torch import fx
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands, write_relayout
-from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, STAGE, WHERE, TensorSpec
+from xdit_ir.ir.relayout import kind
 from xdit_ir.passes.views import PERMUTES, VIEWS, order_of
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, Outputs

@@ -11,9 +11,11 @@ from torch import fx
 
 from xdit_ir.capture.predicates import evaluate
 from xdit_ir.ir import ops
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import arguments_of, copy_node, operands, placeholders, results_of
+from xdit_ir.ir.guards import Predicate
 from xdit_ir.ir.hoist import ancestors
-from xdit_ir.ir.program import CONSTANT, SPEC, Predicate, Program, call_parts, is_block_call
+from xdit_ir.ir.program import CONSTANT, SPEC, Program, call_parts, is_block_call
 from xdit_ir.passes.emit import type_of
 
 Flags = tuple[bool, ...]
@@ -122,5 +124,5 @@ class InputCones:
 def _is_computable(node: fx.Node) -> bool:
     """Whether an operator gives the same whenever it is asked, with nothing but its operands."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded not in node.target.tags
+        return not is_random(node.target)
     return node.target is operator.getitem or node.target in (ops.take, ops.put)

@@ -9,17 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import arguments_of, operands, placeholders
-from xdit_ir.ir.program import (
-    CONSTANT,
-    SPEC,
-    STATE,
-    Program,
-    TensorSpec,
-    call_parts,
-    called_block,
-    is_block_call,
-)
+from xdit_ir.ir.guards import STATE
+from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call
 
 aten = torch.ops.aten
 Known = dict[fx.Node, torch.Tensor]
@@ -84,7 +77,7 @@ def _called(node: fx.Node, known: Known) -> Any:
     given: Any = fx.map_arg((node.args, node.kwargs), known.__getitem__)
     args, kwargs = given[0], dict(given[1])
     ties = target.overloadpacket in _SORTS and args[0].unique().numel() < args[0].numel()
-    if torch.Tag.nondeterministic_seeded in target.tags or (ties and not kwargs.get("stable")):
+    if is_random(target) or (ties and not kwargs.get("stable")):
         return None
     if kwargs.get("device") is not None:
         kwargs["device"] = torch.device("cpu")

@@ -15,7 +15,7 @@ from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.cut_blocks import CutBlocks
 from xdit_ir.passes.displace_patches import DisplacePatches
 from xdit_ir.passes.divide_conditions import DivideConditions
-from xdit_ir.passes.find_tokens import FindTokens, Streams
+from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.fuse_gelu import FuseGelu
 from xdit_ir.passes.group_keys import GroupKeys
 from xdit_ir.passes.keep_parts import KeepParts
@@ -70,9 +70,9 @@ PASSES: tuple[type[Any], ...] = (
 )
 
 
-def analysis_passes(known: Streams | None = None) -> list[Pass]:
-    """Passes that do not depend on the mesh; see `FindTokens` for `known`."""
-    return [*canonical_passes(), FindTokens(known)]
+def analysis_passes() -> list[Pass]:
+    """Passes that do not depend on the mesh."""
+    return [*canonical_passes(), FindTokens()]
 
 
 def canonical_passes(rows: int = 0) -> list[Pass]:

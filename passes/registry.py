@@ -39,11 +39,6 @@ class Described:
     provides: tuple[str, ...] = ()
 
 
-def pass_name(kind: type[Any]) -> str:
-    """The name of a pass: a class variable, or the default of a field."""
-    return str(kind.name)
-
-
 def describe(kind: type[Any]) -> Described:
     """The description of a pass, from its docstring, its fields and what it declares."""
     contract = contract_of(kind)
@@ -52,7 +47,7 @@ def describe(kind: type[Any]) -> Described:
     )
     options = {name: _shown(default) for name, _, default in _options(kind)}
     does = re.sub(r"\s+", " ", kind.__doc__ or "").strip()
-    return Described(pass_name(kind), does, contract.numerics, options, requires, provides)
+    return Described(kind.name, does, contract.numerics, options, requires, provides)
 
 
 def _shown(default: Any) -> str:
@@ -93,7 +88,7 @@ class PassSpec:
         values: dict[str, Any] = {}
         for name, text in self.options.items():
             if name not in known:
-                raise XditError(_no_such("option", name, known, f"pass {pass_name(self.kind)}"))
+                raise XditError(_no_such("option", name, known, f"pass {self.kind.name}"))
             place, hint = known[name]
             if hint in (Mesh, Machine):
                 grouped.setdefault(place, {})[name] = _value(name, text, int if hint is Mesh else float)
@@ -107,13 +102,13 @@ class PassSpec:
         try:
             return typing.cast(Pass, self.kind(**values))
         except TypeError as error:
-            raise XditError(f"pass {pass_name(self.kind)}: {error}") from None
+            raise XditError(f"pass {self.kind.name}: {error}") from None
 
     def _wanted(self, mesh: Mesh | None) -> Mesh:
         if mesh is None:
             raise XditError(
-                f"pass {pass_name(self.kind)} needs a mesh, and neither a pass before it nor the program has one; "
-                f"give degrees, such as {pass_name(self.kind)}{{ulysses=2}}"
+                f"pass {self.kind.name} needs a mesh, and neither a pass before it nor the program has one; "
+                f"give degrees, such as {self.kind.name}{{ulysses=2}}"
             )
         return mesh
 
@@ -165,7 +160,7 @@ def _given(text: str, name: str) -> dict[str, str]:
 
 
 def _kind(name: str) -> type[Any]:
-    known = {pass_name(kind): kind for kind in PASSES}
+    known = {kind.name: kind for kind in PASSES}
     if name in known:
         return known[name]
     module, colon, attribute = name.partition(":")

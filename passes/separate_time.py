@@ -13,9 +13,9 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.dataflow import reach
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import OUTER, all_graphs, map_graphs, operands, placeholders
-from xdit_ir.ir.layout import kind
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.program import LAYOUT, SCOPE, ComputeScope, Program, is_weight
+from xdit_ir.ir.relayout import kind
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.pipefusion.latents import latents
 from xdit_ir.sharding.buffer_access import before_time, is_divided_over_time

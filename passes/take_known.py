@@ -14,9 +14,10 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import copy_graph, operands, placeholders, remove_dead
+from xdit_ir.ir.guards import STATE, Guard
 from xdit_ir.ir.hoist import ancestors, descendants
 from xdit_ir.ir.partition import Indices, IntArray
-from xdit_ir.ir.program import SPEC, STATE, Guard, Program
+from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.known_integers import Known, known_integers
 

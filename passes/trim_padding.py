@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from xdit_ir.capture.operators import is_random
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir import ops
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import all_graphs, placeholders
 from xdit_ir.ir.program import LAYOUT, SPEC, Program

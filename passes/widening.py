@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
 
-import torch
 from torch import fx
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import LAYOUT, SPEC, TensorSpec, is_block_call
+from xdit_ir.ir.relayout import kind
 from xdit_ir.rules import rule_for
 from xdit_ir.rules.base import OpCall
 from xdit_ir.sharding.cost import relayout_dims, relayout_sent
@@ -88,7 +89,7 @@ class Widening:
             return Widened(have if self.holds(have[0], made) else (made,))
         if made == node.meta[LAYOUT]:
             return Widened(have)
-        if ops.is_relayout(node.target) or _draws(node.target) or any(layout.partial for layout in have):
+        if ops.is_relayout(node.target) or is_random(node.target) or any(layout.partial for layout in have):
             return None
         taken = self._demanded(node, have, made)
         if taken is None or not all(map(self._reaches, have, taken)):
@@ -173,7 +174,3 @@ def _joined(one: Indices, other: Indices) -> Indices | None:
     if max(a, b) > min(a + count, b + length):
         return None
     return Indices.range(min(a, b), max(a + count, b + length))
-
-
-def _draws(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())

@@ -10,8 +10,9 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import copy_node, operands, remove_dead, results_of, write_relayout
-from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.program import LAYOUT
+from xdit_ir.ir.relayout import kind
 from xdit_ir.passes.halo_segments import Segment, SpacedGraph
 from xdit_ir.passes.widening import is_halo
 

@@ -15,7 +15,7 @@ from xdit_ir import models, passes, tools
 
 # The data flow: a folder (or module of the root) imports only from those that stand before it.
 ORDER = (
-    *("errors", "ir", "kernels", "capture", "rules", "transport", "sharding", "text"),
+    *("errors", "ir", "kernels", "reflection", "capture", "rules", "transport", "sharding", "text"),
     *("pipefusion", "caching", "passes", "simulation", "parallel", "emission", "deferral", "pipelined", "runtime"),
     *(
         "api",

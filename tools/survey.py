@@ -16,11 +16,11 @@ import xdit_ir as xir
 from xdit_ir import models, passes
 from xdit_ir.api import TracedProgram
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.operators import is_random
 from xdit_ir.checking.check import check_parallel
 from xdit_ir.degrees import Degrees, parse
 from xdit_ir.errors import ParallelizeError, TraceError
 from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.sharding.fallbacks import find_gathers

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir import models
-from xdit_ir.api import Example
+from xdit_ir.capture.inputs import Example
 from xdit_ir.errors import XditError
 
 HELP = (

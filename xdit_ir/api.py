@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,12 @@ from xdit_ir.caching.cut import CachedProgram, cut_cached
 from xdit_ir.caching.decision import CacheCount
 from xdit_ir.caching.hooked import check_unhooked
 from xdit_ir.caching.rule import CacheRule
-from xdit_ir.capture.inputs import bind_example
-from xdit_ir.capture.methods import Module, as_module
+from xdit_ir.capture.inputs import Example
 from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.interpret import Interpreter, model_state
+from xdit_ir.ir.interpret import model_state
 from xdit_ir.ir.mesh import BATCH, Mesh, check_degree_names
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import Program, Stored
@@ -40,18 +39,17 @@ from xdit_ir.passes.take_known import guard_places
 from xdit_ir.passes.trim_padding import rows_to_trim
 from xdit_ir.pipefusion.pipeline_program import Pipeline, pipeline_text
 from xdit_ir.pipefusion.pipeline_report import pipeline_report
+from xdit_ir.reflection.methods import Module, as_module
 from xdit_ir.runtime.emitted import Emitted, emit
 from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.sharding.report import Report, make_report
 from xdit_ir.sharding.specialize import Specialize
 from xdit_ir.simulation.cached import CachedSimulation
+from xdit_ir.simulation.examples import Run, model_device, run_examples
 from xdit_ir.simulation.lockstep import RankObserver, run_ranks
 from xdit_ir.simulation.rank_steps import RankSimulation
 from xdit_ir.simulation.steps import PipelineSimulation
 from xdit_ir.transport.replicas import checked_data
-
-Example = Mapping[str, Any] | tuple[Any, ...]
-Simulated = Callable[[Sequence[torch.Tensor], RankObserver | None], list[tuple[torch.Tensor, ...]]]
 
 
 def trace(model: Module, example: Example, leaf: Sequence[str | type | nn.Module] = ()) -> TracedProgram:
@@ -181,7 +179,7 @@ class TracedProgram:
                 `CacheRule` with groups is for a program whose values are marked.
             trim_padding: rows at the end of an input that masks make idle, as of text that is padded, are not computed:
                 what is left is the longest of the batch, rounded up to a multiple of so many rows (True: 64). The
-                program is then one for inputs of this length, in these multiples. See docs/ir.md.
+                program is then one for inputs of this length, in these multiples. See docs/passes.md.
             machine: speeds of the GPUs and of their links, with which choices are priced; default: H100 on NVLink.
             after: called with every pass and the program it made.
 
@@ -294,30 +292,17 @@ class ParallelProgram:
             For every step, the outputs of every rank.
         """
         model = as_module(model)
-        return self._steps(model, examples, observe, self._simulation(model))
+        return run_examples(self.original, model, examples, self._simulation(model), observe)
 
-    def _steps(
-        self, model: nn.Module, examples: Sequence[Example], observe: RankObserver | None, run: Simulated
-    ) -> list[list[Any]]:
-        """The outputs of every rank by step; what forward writes into caches is written into the examples."""
-        steps = []
-        for example, see in zip(examples, _observers(examples, observe), strict=True):
-            inputs = capture.bind_inputs(model, self.original, *split_example(example))
-            with torch.no_grad():
-                outputs = run(inputs, see)
-            _write_back(self.original, model, example, outputs[0])
-            steps.append([capture.build_output(self.original.signature, tensors) for tensors in outputs])
-        return steps
-
-    def _simulation(self, model: nn.Module) -> Simulated:
+    def _simulation(self, model: nn.Module) -> Run:
         """What gives the outputs of every rank for the inputs of the next step."""
         state, everyone = model_state(self.original, model), range(self.world_size)
         if self.cache is not None:
             self.cache.calls = self.cache.skipped = 0
-            device = _device(model, ())
+            device = model_device(model)
             return CachedSimulation([self.cached_rank(rank) for rank in everyone], state, device, self.cache).step
         ranks = [self.rank(rank) for rank in everyone]
-        return lambda inputs, see: run_ranks(ranks, state, inputs, _device(model, inputs), see)
+        return lambda inputs, see: run_ranks(ranks, state, inputs, model_device(model, inputs), see)
 
     def emit(
         self,
@@ -365,43 +350,11 @@ class PipelinedProgram(ParallelProgram):
     ) -> list[list[Any]]:
         """As of any program; the first `warmup_steps` are synchronous (and exact), later ones read buffers."""
         model = as_module(model)
-        run = PipelineSimulation(self.pipeline, model_state(self.original, model), _device(model, ()))
-        return self._steps(model, examples, observe, run.step)
+        run = PipelineSimulation(self.pipeline, model_state(self.original, model), model_device(model))
+        return run_examples(self.original, model, examples, run.step, observe)
 
     def run_steps(self, model: Module, examples: Sequence[Example]) -> list[list[Any]]:
         """As `simulate_steps`, by the programs that ranks run, which are made from those of patches and stages."""
         model = as_module(model)
-        run = RankSimulation(self.pipeline, model_state(self.original, model), _device(model, ()))
-        return self._steps(model, examples, None, lambda inputs, _: run.step(inputs))
-
-
-def _observers(steps: Sequence[Any], observe: RankObserver | None) -> Iterable[RankObserver | None]:
-    """For each step; only the last one is observed."""
-    return (observe if place == len(steps) else None for place, _ in enumerate(steps, 1))
-
-
-def run_single(program: Program, model: Module, example: Example) -> Any:
-    """Interpret a program on one device."""
-    model = as_module(model)
-    inputs = capture.bind_inputs(model, program, *split_example(example))
-    with torch.no_grad():
-        tensors = Interpreter(program, model_state(program, model), _device(model, inputs)).run(inputs)
-    _write_back(program, model, example, tensors)
-    return capture.build_output(program.signature, tensors)
-
-
-def _write_back(program: Program, model: nn.Module, example: Example, tensors: Sequence[torch.Tensor]) -> None:
-    """Write into the example what forward would have."""
-    if program.signature.effects:
-        capture.apply_effects(program.signature, tensors, bind_example(model, example), model)
-
-
-def split_example(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the keyword arguments of an example."""
-    return ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
-
-
-def _device(model: nn.Module, inputs: Sequence[torch.Tensor]) -> torch.device:
-    for tensor in (*model.parameters(), *inputs):
-        return tensor.device
-    return torch.device("cpu")
+        run = RankSimulation(self.pipeline, model_state(self.original, model), model_device(model))
+        return run_examples(self.original, model, examples, lambda inputs, _: run.step(inputs))

@@ -18,7 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
-    from xdit_ir.api import Example
+    from xdit_ir.capture.inputs import Example
 
 NAME = "xdit"
 MARKER = (

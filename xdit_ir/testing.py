@@ -15,7 +15,8 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from xdit_ir import degrees as short
-from xdit_ir.api import Example, TracedProgram, split_example, trace
+from xdit_ir.api import TracedProgram, trace
+from xdit_ir.capture.inputs import Example, split_example
 from xdit_ir.checking.check import check_parallel
 from xdit_ir.checking.limits import Limits
 from xdit_ir.deferral.deferred import materialize

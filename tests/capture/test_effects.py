@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import xdit_ir as xir
-from xdit_ir.api import run_single
 from xdit_ir.capture.effects import copied
+from xdit_ir.simulation.examples import run_single
 
 
 class LayerCache:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.ir.program import Program
+from xdit_ir.reflection.fakes import device_of, is_fake
 
 X = torch.randn(2, 8, 4)
 ASKED: dict[str, Callable[[torch.Tensor], bool]] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from xdit_ir.capture.fingerprint import Fingerprints, fingerprint
+from xdit_ir.reflection.fingerprint import Fingerprints, fingerprint
 
 
 class Settings:

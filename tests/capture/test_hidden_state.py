@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from xdit_ir.capture import trace
-from xdit_ir.capture.inputs import bind_inputs
+from xdit_ir.capture.binder import bind_inputs
 from xdit_ir.errors import MismatchError, TraceError
 
 X = torch.arange(6.0).reshape(2, 3)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import xdit_ir as xir
-from xdit_ir.api import run_single
+from xdit_ir.simulation.examples import run_single
 
 aten = torch.ops.aten
 Attend = Callable[..., torch.Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from xdit_ir import capture
-from xdit_ir.capture import finish, repeats, rolled
+from xdit_ir.capture import finish, repeats, rolled_loops
 from xdit_ir.capture.attempt import Attempt
 from xdit_ir.ir.program import Program, called_block
 
@@ -78,7 +78,7 @@ class Counted:
 def test_what_repeats_without_flops_needs_no_further_attempt_and_each_loop_is_looked_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    attempts, loops = Counted(monkeypatch, Attempt, "run"), Counted(monkeypatch, rolled._Loop, "roll")
+    attempts, loops = Counted(monkeypatch, Attempt, "run"), Counted(monkeypatch, rolled_loops._Loop, "roll")
     program = capture.trace(Tiles(), (torch.randn(1, 3, 26, 5),))
     assert names(program) == ["Sequential"] * 4
     assert (attempts.calls, loops.calls) == (2, 2)  # the loops of the first blend, and of all others

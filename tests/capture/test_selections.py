@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from xdit_ir.api import run_single
 from xdit_ir.capture import trace
 from xdit_ir.errors import TraceError
+from xdit_ir.simulation.examples import run_single
 
 Use = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 

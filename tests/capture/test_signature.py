@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from xdit_ir.api import run_single
 from xdit_ir.capture import InputBinder, bind_inputs, trace
 from xdit_ir.capture.effects import copied
 from xdit_ir.errors import MismatchError, TraceError
 from xdit_ir.ir.program import Program
+from xdit_ir.simulation.examples import run_single
 
 Check = Callable[..., Program]
 Pair = namedtuple("Pair", "first second")

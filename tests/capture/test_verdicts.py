@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xdit_ir.capture.inputs import Verdicts
+from xdit_ir.capture.binder import Verdicts
 
 
 def away() -> torch.Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from xdit_ir.capture.tensor_types import TensorTypes
-from xdit_ir.capture.versions import Versions
+from xdit_ir.reflection.tensor_types import TensorTypes
+from xdit_ir.reflection.versions import Versions
 
 
 def test_every_dict_that_changed_is_named_until_it_is_accepted() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from xdit_ir.deferral.deferred import Deferred, descents_of, is_separable, materialize, materialize_slice, pending
-from xdit_ir.deferral.recorded import Numbered
+from xdit_ir.deferral.descent import Numbered
 from xdit_ir.errors import MismatchError
 
 SHAPE = (2, 4, 8, 6)

@@ -8,7 +8,7 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import capture, models
-from xdit_ir.api import split_example
+from xdit_ir.capture.inputs import split_example
 from xdit_ir.emission.codegen import generate
 from xdit_ir.emission.fold import fold_constants
 from xdit_ir.ir.graphs import all_graphs

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 import xdit_ir as xir
 from xdit_ir import capture, models
+from xdit_ir.capture.inputs import split_example
 from xdit_ir.emission import trial
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.recording import Recording
@@ -34,7 +35,7 @@ def forward(request: pytest.FixtureRequest) -> tuple[Code, list[torch.Tensor]]:
     program = run_passes(xir.trace(model, example).parallelize().rank(0), rank_passes(None, compiled=True))
     cpu = torch.device("cpu")
     code = generate(program, Communicator(Mesh.of(), cpu), cpu)
-    args, kwargs = xir.api.split_example(example)
+    args, kwargs = split_example(example)
     inputs = capture.bind_inputs(model, program, args, kwargs)
     weights = WeightReferences(model, code.weights, program.state, cpu).fetch()
     return code, [*inputs, *weights, *code.constant_tensors(cpu)]

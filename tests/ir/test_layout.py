@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from ir_strategies import examples, layouts, meshes, shard
 
 from xdit_ir.ir.collective_ops import pack, unpack
-from xdit_ir.ir.layout import Layout, kind, plan
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.ir.relayout import kind, plan
 
 
 def exchange(mesh, shape, source, target):

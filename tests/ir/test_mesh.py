@@ -7,9 +7,10 @@ import re
 import pytest
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.layout import Layout, kind, plan
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import DIMS, FEATURES, MESH_DIMS, SEQUENCE, TIME, Mesh
 from xdit_ir.ir.printer import dimension_text, mesh_text
+from xdit_ir.ir.relayout import kind, plan
 
 USUAL = Mesh.of(ring=2, ulysses=3)
 TURNED = Mesh(("ulysses", "ring"), (3, 2))

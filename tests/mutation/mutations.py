@@ -18,9 +18,9 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
 from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
 from xdit_ir.ir.graphs import copy_graph
-from xdit_ir.ir.layout import Piece, RankExchange
 from xdit_ir.ir.partition import Indices, Partition, Runs
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, is_block_call
+from xdit_ir.ir.relayout import Piece, RankExchange
 from xdit_ir.pipefusion.pipeline_program import PatchStage
 
 aten = torch.ops.aten

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from xdit_ir.ir.collective_ops import Reduce, ReduceScatter, Reshuffle, Ring
-from xdit_ir.ir.layout import Layout, plan, scatter_plan
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.ir.relayout import plan, scatter_plan
 from xdit_ir.transport.collectives import lower
 from xdit_ir.transport.distributed import Communicator
 

@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.capture.binder import bind_inputs
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.inputs import bind_arguments, bind_inputs
+from xdit_ir.capture.inputs import bind_arguments
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.emission.execution import plain_modes

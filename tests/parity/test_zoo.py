@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_map
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.api import run_single
 from xdit_ir.capture.effects import copied
 from xdit_ir.capture.objects import expand_objects
 from xdit_ir.degrees import Degrees
 from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.simulation.examples import run_single
 from xdit_ir.tools.survey import DEGREES, Outcome, Subject
 
 # The tables of what is not as it should be. A model that no longer belongs into one fails.

@@ -9,8 +9,8 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.api import run_single
 from xdit_ir.passes.packed import told_apart
+from xdit_ir.simulation.examples import run_single
 
 
 @pytest.mark.parametrize("degrees", [{"cfg": 2}, {"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}])

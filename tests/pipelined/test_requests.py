@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xdit_ir.deferral.deferred import Deferred, pending
-from xdit_ir.deferral.recorded import Numbered
+from xdit_ir.deferral.descent import Numbered
 from xdit_ir.ir.partition import Indices
 from xdit_ir.pipefusion.patch_cut import PatchCut
 from xdit_ir.pipelined.requests import AGAIN, NEW, NEXT, CallPosition, Requests

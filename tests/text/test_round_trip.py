@@ -11,11 +11,12 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.api import TracedProgram, run_single
+from xdit_ir.api import TracedProgram
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.graphs import copy_graph
 from xdit_ir.ir.printer import program_text
 from xdit_ir.ir.program import LAYOUT, SPEC, WHERE, Program, TensorSpec, Where
+from xdit_ir.simulation.examples import run_single
 from xdit_ir.text import difference, load, parse, save, write
 
 DEGREES: tuple[dict[str, int], ...] = ({"ulysses": 2, "ring": 2}, {"pipefusion": 2}, {"cfg": 2, "ulysses": 3})

@@ -8,8 +8,9 @@ from divided import MESHES, local, partitions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xdit_ir.ir.layout import Layout, plan
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.relayout import plan
 from xdit_ir.transport.copies import copies
 
 

@@ -11,8 +11,9 @@ from divided import MESHES, local, partitions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdit_ir.ir.layout import Layout, plan
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.relayout import plan
 from xdit_ir.transport.direct import DirectReceive
 from xdit_ir.transport.packing import Packing, chunk_messages, coming_sizes, message_of, results_of_messages, tables_of
 

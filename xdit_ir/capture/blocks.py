@@ -13,11 +13,9 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import Restart, Spot, Unshareable
-from xdit_ir.capture.fakes import device_of
-from xdit_ir.capture.fingerprint import Fingerprint, Fingerprints, describe
 from xdit_ir.capture.finish import prune
 from xdit_ir.capture.known import note_read
-from xdit_ir.capture.left import holders, left_behind
+from xdit_ir.capture.list_effects import holders, left_behind
 from xdit_ir.capture.objects import ClassMark, restore_objects
 from xdit_ir.capture.operators import aten
 from xdit_ir.capture.outputs import Record, flatten_output, literal, unflatten_output
@@ -25,7 +23,10 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import NO_ROOTS, Frame, FromArgument, Roots, TracedValue, spec_of
 from xdit_ir.capture.writes import write
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import Literal, Where, call_block
+from xdit_ir.ir.effects import Literal
+from xdit_ir.ir.program import Where, call_block
+from xdit_ir.reflection.fakes import device_of
+from xdit_ir.reflection.fingerprint import Fingerprint, Fingerprints, describe
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.fakes import is_fake
+from xdit_ir.reflection.fakes import is_fake
 
 _CACHED = type(functools.lru_cache(lambda: None))
 

@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.failures import Unshareable
-from xdit_ir.capture.fakes import device_of
-from xdit_ir.capture.fingerprint import describe
 from xdit_ir.capture.inputs import path_name
 from xdit_ir.capture.objects import ClassMark, expand_objects
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.values import TracedValue
+from xdit_ir.reflection.fakes import device_of
+from xdit_ir.reflection.fingerprint import describe
 
 
 @dataclass(frozen=True, eq=False)

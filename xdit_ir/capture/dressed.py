@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from xdit_ir.capture.fakes import is_fake
 from xdit_ir.capture.recorder import Recorder
+from xdit_ir.reflection.fakes import is_fake
 
 _MAKE: Any = torch.Tensor._make_subclass
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.fingerprint import describe
 from xdit_ir.capture.objects import expand_objects, restore_objects
 from xdit_ir.capture.outputs import literal
-from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.capture.values import TracedValue
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import ITSELF, Effect, Literal, PathEntry, Signature
+from xdit_ir.ir.effects import ITSELF, Effect, Literal, PathEntry
+from xdit_ir.ir.program import Signature
+from xdit_ir.reflection.atoms import is_plain_object
+from xdit_ir.reflection.fingerprint import describe
 
 _DEPTH = 4
 _PLAIN = (str, bytes, int, float, bool, complex, type(None))

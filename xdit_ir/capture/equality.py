@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from xdit_ir.capture.operators import is_random
 from xdit_ir.capture.selected import NUMBER
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import all_graphs, placeholders
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.program import CONSTANT, Program, call_parts, is_block_call

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.atoms import is_atom
-from xdit_ir.capture.parts import Part
-from xdit_ir.capture.skeleton import LazyState, Skeleton, is_plain_object
+from xdit_ir.capture.skeleton import LazyState, Skeleton
+from xdit_ir.reflection.atoms import is_atom, is_plain_object
+from xdit_ir.reflection.parts import Part
 
 NAMED = "_xdit_named"  # makes a copy equal to no other: code may ask whether it is a certain one
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from xdit_ir.capture.blocks import Blocks
 from xdit_ir.capture.failures import Spot
-from xdit_ir.capture.fingerprint import TRACED, traced
 from xdit_ir.capture.leaves import Leaves
 from xdit_ir.capture.marks import Marks
-from xdit_ir.capture.plain import applied
+from xdit_ir.capture.odd_weights import applied
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.repeats import Repeats, methods_of
 from xdit_ir.capture.skeleton import Skeleton
+from xdit_ir.reflection.fingerprint import TRACED, traced
 
 
 @dataclass(frozen=True)

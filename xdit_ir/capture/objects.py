@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.atoms import ATOMS
-from xdit_ir.capture.fingerprint import describe
-from xdit_ir.capture.looked_into import is_opaque
-from xdit_ir.capture.skeleton import is_plain_object
 from xdit_ir.errors import TraceError
+from xdit_ir.reflection.atoms import ATOMS, is_plain_object
+from xdit_ir.reflection.fingerprint import describe
+from xdit_ir.reflection.looked_into import is_opaque
 
 
 @dataclass(frozen=True)

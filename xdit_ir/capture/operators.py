@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from xdit_ir.ir.draws import dropout_arguments, is_random
+
 aten = torch.ops.aten
 
 DEVICE = torch.ops.prim.device.default
@@ -45,20 +47,12 @@ class OpFacts:
 def facts(func: Any) -> OpFacts:
     """The facts about an overload."""
     schema = func._schema
-    names = tuple(arg.name for arg in schema.arguments)
     writes = tuple(arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write)
     aliases = not writes and any(ret.alias_info is not None for ret in schema.returns)
     composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    dropouts = (("dropout_p",), ("p", "train"), ("dropout", "train"))
-    draws = next((one for one in dropouts if {*one} <= set(names)), ())
-    random = torch.Tag.nondeterministic_seeded in func.tags and not draws
     out = tuple(arg.name for arg in schema.arguments if arg.is_out)
-    return OpFacts(composite, aliases, writes, random, draws, func in _SHAPE_ONLY, out)
-
-
-def is_random(target: Any) -> bool:
-    """Whether what a node calls draws random numbers; dropout, which is not active, does not."""
-    return hasattr(target, "_schema") and facts(target).random
+    draws = dropout_arguments(func)
+    return OpFacts(composite, aliases, writes, is_random(func), draws, func in _SHAPE_ONLY, out)
 
 
 def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.capture.atoms import ATOMS, alike, same_entries
 from xdit_ir.capture.effects import Path, walk
-from xdit_ir.capture.fakes import device_of
 from xdit_ir.capture.objects import expand_objects
 from xdit_ir.capture.outputs import literal
-from xdit_ir.capture.parts import MISSING, Entries
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.state import StateWrite
 from xdit_ir.capture.values import Origin, expand
-from xdit_ir.ir.program import ITSELF, Effect, PathEntry
+from xdit_ir.ir.effects import ITSELF, Effect, PathEntry
+from xdit_ir.reflection.atoms import ATOMS, alike, same_entries
+from xdit_ir.reflection.fakes import device_of
+from xdit_ir.reflection.parts import MISSING, Entries
 
 _BESIDE = ("_parameters", "_modules")
 

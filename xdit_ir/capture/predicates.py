@@ -13,7 +13,8 @@ from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import KNOWN_NUMEL, FromBuffer, Origin, Roots, TracedValue
-from xdit_ir.ir.program import CONSTANT, Predicate
+from xdit_ir.ir.guards import Predicate
+from xdit_ir.ir.program import CONSTANT
 
 _SUMMARY = 64
 

@@ -13,28 +13,18 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xdit_ir.capture.failures import Unshareable
-from xdit_ir.capture.fakes import as_plain, device_of, is_fake, run_on_fakes
-from xdit_ir.capture.plain import Casts, odd_tensor
-from xdit_ir.capture.quick import quick_result
+from xdit_ir.capture.fast_fakes import quick_result
+from xdit_ir.capture.odd_weights import Casts, odd_tensor
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import (
-    KNOWN_NUMEL,
-    NO_ROOTS,
-    FromBuffer,
-    Origin,
-    Roots,
-    Storage,
-    TracedValue,
-    contents,
-    map_tensors,
-    spec_of,
-    tensors_in,
-)
+from xdit_ir.capture.values import KNOWN_NUMEL, NO_ROOTS, FromBuffer, Origin, Roots, Storage, TracedValue, spec_of
 from xdit_ir.capture.writer import GraphWriter
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import CONSTANT, SPEC, Predicate, Where
+from xdit_ir.ir.guards import Predicate
+from xdit_ir.ir.program import CONSTANT, SPEC, Where
 from xdit_ir.ir.wrappers import is_wrapper, with_parts
+from xdit_ir.reflection.fakes import as_plain, device_of, is_fake, run_on_fakes
+from xdit_ir.reflection.tensors import contents, map_tensors, tensors_in
 
 
 class Recorder(GraphWriter):

@@ -14,7 +14,7 @@ from torch import fx, nn
 from xdit_ir.capture.blocks import Blocks
 from xdit_ir.capture.calls import SubmoduleCall, describe_call
 from xdit_ir.capture.failures import Repeated, Spot, Unshareable
-from xdit_ir.capture.left import left_behind
+from xdit_ir.capture.list_effects import left_behind
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.ir.flops import node_flops
 from xdit_ir.ir.program import called_block, is_block_call

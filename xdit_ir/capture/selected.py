@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.capture.values import tensors_in
+from xdit_ir.reflection.tensors import tensors_in
 
 NUMBER = "selection"  # in the metadata of a `where` that keeps what a mask selects: the mask's number
 _DEEP = 8

@@ -18,8 +18,9 @@ from xdit_ir.capture.operators import RESHAPES, argument, aten, facts
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.selected import NUMBER, Selections
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import TracedValue, tensors_in
+from xdit_ir.capture.values import TracedValue
 from xdit_ir.ir.program import SPEC
+from xdit_ir.reflection.tensors import tensors_in
 
 _FEW = 64
 _MASKS = 8  # of which Python asks whether they are empty; each is one more trace

@@ -11,29 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.methods import StandIn
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Origin
 from xdit_ir.errors import StateError
 from xdit_ir.ir.wrappers import is_dressed
+from xdit_ir.reflection.atoms import ATOMS, is_plain_object
+from xdit_ir.reflection.methods import StandIn
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 Dress = Callable[[torch.Tensor, type, dict[str, Any]], torch.Tensor]
-_ATOMS = (
-    str,
-    bytes,
-    int,
-    float,
-    bool,
-    complex,
-    type(None),
-    torch.dtype,
-    torch.device,
-    type,
-    types.FunctionType,
-)
 _DICTS = (dict, OrderedDict, defaultdict)
-_HEAP_TYPE = 1 << 9
 _SKIPPED = ("_parameters", "_buffers", "_modules")
 _COMPILED = "_compiled_call_impl"  # of module.compile(): bound to the original
 _DEPTH = 3
@@ -175,7 +162,7 @@ class Skeleton:
     def _copy(self, item: Any) -> Any:
         if id(item) in self._functions:
             return self._functions[id(item)]
-        if isinstance(item, _ATOMS):
+        if isinstance(item, (*ATOMS, type, types.FunctionType)):
             return item
         if isinstance(item, nn.Module):
             return self._module(item)
@@ -246,18 +233,6 @@ def watch(module: nn.Module, names: set[str], seen: Callable[[str], None]) -> No
     members = {name: watched(name) for name in names}
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_watched_class": kind}
     module.__class__ = type(kind.__name__, (kind,), {**body, **members})
-
-
-def is_plain_object(kind: type) -> bool:
-    """Whether instances are nothing but their `__dict__`: Python classes all the way, without slots."""
-    constructor: Any = kind.__new__
-    if constructor is not object.__new__ or issubclass(kind, BaseException):
-        return False
-    return all(base is object or _is_plain_class(base) for base in kind.__mro__)
-
-
-def _is_plain_class(base: type) -> bool:
-    return bool(base.__flags__ & _HEAP_TYPE) and not base.__dict__.get("__slots__")  # an interface's may be empty
 
 
 def _state_names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:

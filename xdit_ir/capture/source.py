@@ -10,9 +10,11 @@ from functools import lru_cache
 
 import torch
 
-_TORCH, _OURS = os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep
-_SKIP = (_TORCH, _OURS)
-_BETWEEN = (_OURS, *(_TORCH + name for name in ("_dynamo" + os.sep, "_compile.py", "overrides.py", "_ops.py")))
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_ROOT = os.path.dirname(os.path.dirname(__file__))
+_OURS = tuple(os.path.join(_ROOT, room) + os.sep for room in ("capture", "reflection"))
+_SKIP = (_TORCH, *_OURS)
+_BETWEEN = (*_OURS, *(_TORCH + name for name in ("_dynamo" + os.sep, "_compile.py", "overrides.py", "_ops.py")))
 
 
 def is_between(filename: str) -> bool:

@@ -6,28 +6,27 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from xdit_ir.capture.attempt import Attempt, Captured
 from xdit_ir.capture.equality import compute_same
-from xdit_ir.capture.inputs import bind_example
+from xdit_ir.capture.inputs import Example, bind_example
 from xdit_ir.capture.ladder import FAILURES, Rung
 from xdit_ir.capture.leaves import Wanted
+from xdit_ir.capture.odd_weights import odd_weight
 from xdit_ir.capture.overwrites import trials
-from xdit_ir.capture.parts import TensorContents
-from xdit_ir.capture.plain import odd_weight
-from xdit_ir.capture.reach import GLOBAL_HOOKS, foreign_hooks, watchers_away
 from xdit_ir.capture.selected import Selections
 from xdit_ir.capture.state import StateWrite, left, refusal
 from xdit_ir.errors import TraceError, XditError
-from xdit_ir.ir.program import STATE, Program
+from xdit_ir.ir.guards import STATE
+from xdit_ir.ir.program import Program
+from xdit_ir.reflection.global_hooks import GLOBAL_HOOKS, foreign_hooks, watchers_away
+from xdit_ir.reflection.parts import TensorContents
 
 # A trace puts other functions in the place of PyTorch's, for the process.
 _TURN = threading.RLock()
-Example = Mapping[str, Any] | tuple[Any, ...]
 
 
 def trace(

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
-from xdit_ir.capture.fakes import device_of
 from xdit_ir.capture.flex import attend, is_flex
 from xdit_ir.capture.kernels import KERNELS, attend_by
 from xdit_ir.capture.known import compute, read, resolve, separate
@@ -37,18 +36,11 @@ from xdit_ir.capture.operators import (
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.selections import PUTS, follow, is_selecting, put
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import (
-    NO_ROOTS,
-    Origin,
-    TracedValue,
-    View,
-    map_tensors,
-    share_memory,
-    spec_of,
-    tensors_in,
-)
+from xdit_ir.capture.values import NO_ROOTS, Origin, TracedValue, View, spec_of
 from xdit_ir.capture.writes import write
 from xdit_ir.errors import TraceError
+from xdit_ir.reflection.fakes import device_of
+from xdit_ir.reflection.tensors import map_tensors, share_memory, tensors_in
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]

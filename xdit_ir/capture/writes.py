@@ -9,16 +9,17 @@ import torch
 from torch import fx
 
 from xdit_ir.capture.failures import Unshareable
-from xdit_ir.capture.fakes import device_of
 from xdit_ir.capture.known import fill, write_known
 from xdit_ir.capture.operators import argument, aten, facts, functional_twin
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.selections import follow
 from xdit_ir.capture.source import source_line
-from xdit_ir.capture.values import TracedValue, View, spec_of, tensors_in
+from xdit_ir.capture.values import TracedValue, View, spec_of
 from xdit_ir.capture.views import scatter
 from xdit_ir.errors import StateError, TraceError
 from xdit_ir.ir.program import TensorSpec
+from xdit_ir.reflection.fakes import device_of
+from xdit_ir.reflection.tensors import tensors_in
 
 # Operators that may write one value, and the position of that.
 _FILLS = {

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_ir.api import Example, ParallelProgram, PipelinedProgram, TracedProgram, run_single, split_example, trace
+from xdit_ir.api import ParallelProgram, PipelinedProgram, TracedProgram, trace
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.inputs import bind_example, flatten_named
-from xdit_ir.capture.methods import Module, as_module
+from xdit_ir.capture.inputs import Example, bind_example, flatten_named, split_example
 from xdit_ir.capture.outputs import output_tensors
 from xdit_ir.checking.divergence import Divergence, first_divergence
 from xdit_ir.checking.submodule_diff import uncaptured, unrepeatable
 from xdit_ir.errors import ExecutionError
 from xdit_ir.ir.difference import relative_error
+from xdit_ir.reflection.methods import Module, as_module
+from xdit_ir.simulation.examples import run_single
 
 # Displaced steps within which a change of the inputs must have worn off: one for each layer would always do.
 REPEATS = (4, 16)

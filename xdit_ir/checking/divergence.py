@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from xdit_ir.api import Example, ParallelProgram, split_example
+from xdit_ir.api import ParallelProgram
+from xdit_ir.capture.binder import bind_inputs
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.inputs import bind_inputs
+from xdit_ir.capture.inputs import Example, split_example
 from xdit_ir.checking.comparison import Comparison, Key, Values, call_names
 from xdit_ir.errors import ExecutionError
 from xdit_ir.ir.dataflow import ProgramValue

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from xdit_ir.api import Example, ParallelProgram, split_example
+from xdit_ir.api import ParallelProgram
+from xdit_ir.capture.binder import bind_inputs
 from xdit_ir.capture.effects import copied
-from xdit_ir.capture.inputs import bind_inputs
+from xdit_ir.capture.inputs import Example, split_example
 from xdit_ir.checking.comparison import call_names
 from xdit_ir.checking.divergence import Divergence, program_values
 from xdit_ir.ir.difference import Difference, relative, tensors_of

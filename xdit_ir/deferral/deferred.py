@@ -17,7 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from xdit_ir.deferral.recorded import Descent, Kept, Numbered, RecordedValue, Source
+from xdit_ir.deferral.descent import Descent, Numbered
+from xdit_ir.deferral.recorded import Kept, RecordedValue, Source
 from xdit_ir.deferral.samples import Samples
 from xdit_ir.deferral.separable import Range, is_recordable
 from xdit_ir.emission.execution import plain_modes

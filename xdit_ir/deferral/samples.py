@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xdit_ir.deferral.separable import Needs
+from xdit_ir.deferral.separable import Needs, dim_argument
 
 aten = torch.ops.aten
 Places = tuple[frozenset[int], ...]
@@ -112,17 +112,17 @@ def _moved(step: Step, found: Found) -> Samples | None:
     [dim] = dims if len(dims) == 1 else [None]
     if step.func is aten.stack.default and dims == {None}:
         places = tuple(NOTHING if one is None else one.everything for one in found)
-        return Samples(places, _dim(step.args, 1, rank))
+        return Samples(places, dim_argument(step.args, 1, rank))
     if dim is None:
         return None
-    if step.func is aten.cat.default and _dim(step.args, 1, rank) == dim:
+    if step.func is aten.cat.default and dim_argument(step.args, 1, rank) == dim:
         pairs = zip(found, step.shapes, strict=True)
         pieces = ((NOTHING,) * shape[dim] if one is None else one.places for one, shape in pairs)
         return Samples(tuple(place for piece in pieces for place in piece), dim)
     first = found[0] if found else None
     if step.func not in _ALONG or first is None:
         return None
-    if _dim(step.args, _ALONG[step.func], len(step.shapes[0])) != dim:
+    if dim_argument(step.args, _ALONG[step.func], len(step.shapes[0])) != dim:
         return None
     return _cut(step.func, step.args, step.index or 0, first.places, dim)
 
@@ -149,7 +149,3 @@ def _cut(func: Any, args: Sequence[Any], index: int, places: Places, dim: int) -
     sizes = [args[1]] * (index + 1) if func is aten.split.Tensor else args[1]
     start = sum(sizes[:index])
     return Samples(places[start : start + sizes[index]], dim)
-
-
-def _dim(args: Sequence[Any], place: int, rank: int) -> int:
-    return int(args[place]) % rank if len(args) > place else 0

@@ -74,7 +74,7 @@ def pieces(
 ) -> list[MovedRows] | None:
     """What each operand gives of a dimension along which an operator cuts or joins; None for any other."""
     place = _ALONG.get(func)
-    if place is None or _dim_argument(args, place, len(out)) != dim or any(len(one) != len(out) for one in shapes):
+    if place is None or dim_argument(args, place, len(out)) != dim or any(len(one) != len(out) for one in shapes):
         return None
     if func is aten.cat.default:
         ends = list(itertools.accumulate((shape[dim] for shape in shapes), initial=0))
@@ -138,31 +138,32 @@ def _transpose(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: in
     return {a: b, b: a}.get(dim, dim)
 
 
-def _dim_argument(args: Sequence[Any], place: int, count: int) -> int:
+def dim_argument(args: Sequence[Any], place: int, count: int) -> int:
+    """The argument at a place that names one of so many dimensions, or the first of them."""
     return int(args[place]) % count if len(args) > place else 0
 
 
 def _unsqueeze(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int) -> int | None:
     """unsqueeze, stack: one dimension of the result is new."""
-    new = _dim_argument(args, 1, len(out))
+    new = dim_argument(args, 1, len(out))
     return None if dim == new else dim - (dim > new)
 
 
 def _squeeze(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int) -> int | None:
-    gone = _dim_argument(args, 1, len(shapes[0]))
+    gone = dim_argument(args, 1, len(shapes[0]))
     return dim if len(out) == len(shapes[0]) else dim + (dim >= gone)
 
 
 def _removed(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int) -> int | None:
     """select, unbind: one dimension of the operand is gone."""
-    return dim + (dim >= _dim_argument(args, 1, len(shapes[0])))
+    return dim + (dim >= dim_argument(args, 1, len(shapes[0])))
 
 
 def _elsewhere(place: int) -> Rule:
     """slice, split, cat: positions of the dimension that argument `place` names move (see `pieces`), others stay."""
 
     def rule(args: Sequence[Any], shapes: Sequence[Shape], out: Shape, dim: int) -> int | None:
-        return dim if dim != _dim_argument(args, place, len(out)) else None
+        return dim if dim != dim_argument(args, place, len(out)) else None
 
     return rule
 

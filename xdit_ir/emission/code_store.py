@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import fx
 from torch._C._dynamo.guards import GlobalStateGuard
 
-from xdit_ir.capture.asked import torch_settings
+from xdit_ir.capture.mode_guards import torch_settings
 from xdit_ir.emission import kept_files
 from xdit_ir.emission.structure import Structure
 from xdit_ir.emission.template import Template

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.capture.operators import is_random
 from xdit_ir.ir import ops
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import arguments_of, copy_graph, operands, remove_dead
 from xdit_ir.ir.program import CONSTANT, WEIGHT, Program, call_parts, called_block, is_block_call
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from xdit_ir.capture.versions import Versions
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.program import Stored, TensorSpec
 from xdit_ir.ir.stored import runs_of
+from xdit_ir.reflection.versions import Versions
 
 AllStored = Mapping[str, Stored]
 NOTHING: AllStored = MappingProxyType({})

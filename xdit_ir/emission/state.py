@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.plain import odd_weight_tensor
-from xdit_ir.capture.tensor_types import TensorTypes
-from xdit_ir.capture.versions import Versions
+from xdit_ir.capture.odd_weights import odd_weight_tensor
 from xdit_ir.emission.parts import NOTHING, AllStored
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import Place, way_to
 from xdit_ir.ir.program import TensorSpec
 from xdit_ir.ir.wrappers import bare, form_of, is_dressed, is_wrapper
+from xdit_ir.reflection.tensor_types import TensorTypes
+from xdit_ir.reflection.versions import Versions
 
 
 @dataclass(eq=False)

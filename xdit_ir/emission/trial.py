@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.emission.sections import RunBy, insert_moves
 from xdit_ir.emission.structure import STRUCTURE
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import operands, placeholders
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.transport.collectives import Exchange
@@ -134,8 +135,7 @@ _ENDS = ("placeholder", "output")
 
 def _pure(node: fx.Node) -> bool:
     """Whether an operator gives the same whenever it is called."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded not in tags and not isinstance(node.target, Leaf)
+    return not is_random(node.target) and not isinstance(node.target, Leaf)
 
 
 def _devices(value: Any) -> tuple[bool, torch.device | None]:

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from xdit_ir.ir.layout import RankExchange
 from xdit_ir.ir.ops import take
 from xdit_ir.ir.partition import Runs
+from xdit_ir.ir.relayout import RankExchange
 
 
 @dataclass(frozen=True)

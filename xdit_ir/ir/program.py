@@ -26,7 +26,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from xdit_ir.ir.effects import Effect, Literal
 from xdit_ir.ir.facts import Fact
+from xdit_ir.ir.guards import Guard, Predicate
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Runs
@@ -41,10 +43,6 @@ STAGE = "stage"
 SCOPE = "scope"
 # Of what keeps keys and values in fewer bits between steps: bytes of an element in the model's own dtype.
 BYTES_IN_FULL = "bytes in full"
-STATE = "@"  # before the names of buffers among the paths of guards
-STRIDES = "strides of "  # before the paths of inputs, of which not the contents are meant
-ITSELF = "<model>"  # where paths of effects begin that lead into the model, not into an argument
-ASKED = "torch."  # before the names of functions of PyTorch, of which the answer is meant
 CONSTANT = "_constant"
 STORED = "_stored"
 
@@ -140,60 +138,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Guard:
-    """A fact about the inputs that the program has burned in: the leaf at `path` has the value `value`.
-
-    `value` is a CPU tensor when the leaf is a tensor whose contents were read while tracing. With `STATE` before its
-    name, `path` is a buffer of the model that was read.
-    """
-
-    path: str
-    value: Any
-    reason: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Predicate:
-    """A fact computed from inputs that the program has burned in: `graph`, run on the leaves at `paths`, gives `value`.
-
-    For what Python reads of floating-point inputs: the program stays good while the summary that was read, not the
-    contents, is the same. `constants` are the values of the graph's `get_attr`s.
-    """
-
-    graph: fx.Graph
-    paths: tuple[str, ...]
-    constants: Mapping[str, torch.Tensor]
-    value: torch.Tensor
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class PathEntry:
-    """One step into an argument: the entry `key` of a list or dict, or the `attribute` of an object."""
-
-    key: Any
-    attribute: bool = False
-
-    def __str__(self) -> str:
-        return f".{self.key}" if self.attribute else f"[{self.key!r}]"
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What forward leaves in an object, list or dict that it was given, in a tensor inside of one, or in the model.
-
-    `path` leads there from the dict of forward's arguments, in which `ITSELF` is the model. Where `write`, the tensor
-    there gets the contents of `leaves[0]`; else the entry becomes the tree of `leaves`, which are as in
-    `Signature.out_leaves`, or is removed if `spec` is None.
-    """
-
-    path: tuple[PathEntry, ...]
-    leaves: tuple[int | Literal, ...] = ()
-    spec: pytree.TreeSpec | None = None
-    write: bool = False
-
-
-@dataclass(frozen=True)
 class InputLeaf:
     """One leaf of the (canonicalised keyword) inputs. `spec` is None for a leaf that is no tensor."""
 
@@ -222,13 +166,6 @@ class Signature:
 def left_tensors(signature: Signature) -> frozenset[int]:
     """Which of a program's results forward leaves in what it was given, or in the model."""
     return frozenset(leaf for effect in signature.effects for leaf in effect.leaves if isinstance(leaf, int))
-
-
-@dataclass(frozen=True)
-class Literal:
-    """An output leaf that is not a tensor."""
-
-    value: Any
 
 
 @dataclass(frozen=True)

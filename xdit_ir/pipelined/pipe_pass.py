@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from xdit_ir.deferral.deferred import Deferred, materialize, materialize_slice, pending
-from xdit_ir.deferral.recorded import Numbered
+from xdit_ir.deferral.descent import Numbered
 from xdit_ir.emission.execution import as_normal_tensor
 from xdit_ir.ir.program import TensorSpec
 from xdit_ir.pipefusion.patch_cut import PatchCut

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from xdit_ir.capture.binder import InputBinder
 from xdit_ir.capture.effects import apply_effects
-from xdit_ir.capture.inputs import InputBinder, bind_arguments
+from xdit_ir.capture.inputs import bind_arguments
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import without_gradients
@@ -19,8 +20,9 @@ from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, plain_modes
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import MismatchError, ParallelizeError
+from xdit_ir.ir.effects import ITSELF
 from xdit_ir.ir.graphs import all_graphs, results_of
-from xdit_ir.ir.program import BYTES_IN_FULL, ITSELF, SPEC, Program, left_tensors
+from xdit_ir.ir.program import BYTES_IN_FULL, SPEC, Program, left_tensors
 from xdit_ir.pipefusion.rank_tasks import RankTasks
 from xdit_ir.pipelined.pipe_pass import PipelinePass, outputs_of
 from xdit_ir.pipelined.requests import NEW, CallPosition

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from xdit_ir.deferral.deferred import Deferred, descents_of
-from xdit_ir.deferral.recorded import Descent, Numbered, are_held
+from xdit_ir.deferral.descent import Descent, Numbered, are_held
 from xdit_ir.pipefusion.patch_cut import PatchCut
 from xdit_ir.pipelined.memory import StageBuffers
 

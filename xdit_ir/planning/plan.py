@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from xdit_ir.capture.methods import Module, as_module
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.estimate import Breakdown
+from xdit_ir.reflection.methods import Module, as_module
 from xdit_ir.sharding.machine import Machine
 
 PARTS = tuple(field.name for field in dataclasses.fields(Breakdown))

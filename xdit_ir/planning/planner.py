@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from xdit_ir.api import Example, TracedProgram, trace
-from xdit_ir.capture.methods import Module
+from xdit_ir.api import TracedProgram, trace
+from xdit_ir.capture.inputs import Example
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import BATCH, FEATURES, TIME, Mesh
@@ -20,6 +20,7 @@ from xdit_ir.planning.estimate import Estimate, estimate
 from xdit_ir.planning.hardware import GIB, Hardware, hardware_of
 from xdit_ir.planning.legality import PAIR, Legality
 from xdit_ir.planning.plan import WHOLE, Candidate, Plan, model_name, slower, weights_key
+from xdit_ir.reflection.methods import Module
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.transport.replicas import checked_data
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from xdit_ir.capture.methods import StandIn
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.porting.denoisers import components, denoisers, takes_timestep
 from xdit_ir.porting.methods import PortedMethod
 from xdit_ir.porting.ported import Ported
 from xdit_ir.porting.programs_of import ProgramsOf
+from xdit_ir.reflection.methods import StandIn
 
 # The interface of autoencoders, as a timestep is that of denoisers; they have no forward that pipelines call.
 METHODS = ("encode", "decode")

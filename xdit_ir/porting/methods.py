@@ -8,11 +8,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from xdit_ir.capture.methods import StandIn, as_module
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.porting.programs_of import ProgramsOf
 from xdit_ir.porting.specialisations import Arguments, Specialisations
+from xdit_ir.reflection.methods import StandIn, as_module
 
 
 class PortedMethod(ProgramsOf, StandIn):

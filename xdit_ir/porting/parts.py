@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from xdit_ir.capture.plain import odd_weight
+from xdit_ir.capture.odd_weights import odd_weight
 from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.state import hooked

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from xdit_ir import capture
-from xdit_ir.api import Example, TracedProgram
+from xdit_ir.api import TracedProgram
 from xdit_ir.capture.failures import RaisedByForward
+from xdit_ir.capture.inputs import Example
 from xdit_ir.degrees import Degrees
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.errors import ParallelizeError, XditError

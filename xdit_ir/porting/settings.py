@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.atoms import alike, same_entries
-from xdit_ir.capture.hidden import DRAWN
-from xdit_ir.capture.parts import Cell, Defaults, Names, Part
-from xdit_ir.capture.reach import BESIDE, Reach
-from xdit_ir.capture.versions import Versions
+from xdit_ir.reflection.atoms import alike, same_entries
+from xdit_ir.reflection.hidden_state import DRAWN
+from xdit_ir.reflection.parts import Cell, Defaults, Names, Part
+from xdit_ir.reflection.reach import BESIDE, Reach
+from xdit_ir.reflection.versions import Versions
 
 _STATE = ("_parameters", "_buffers")
 # Containers of every module, which nobody replaces by others.

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from xdit_ir import capture
 from xdit_ir.api import ParallelProgram, TracedProgram
 from xdit_ir.caching.hooked import caches_away, hooked_cache, states_of
-from xdit_ir.capture.asked import check_asked, mode_refusal, torch_settings
+from xdit_ir.capture.binder import BufferGuards
 from xdit_ir.capture.failures import RaisedByForward
-from xdit_ir.capture.inputs import BufferGuards, bind_arguments, same_tensors
-from xdit_ir.capture.methods import Method
+from xdit_ir.capture.inputs import bind_arguments, same_tensors
+from xdit_ir.capture.mode_guards import check_asked, mode_refusal, torch_settings
 from xdit_ir.capture.overwrites import overwritten
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import gradient_refusal
@@ -40,6 +40,7 @@ from xdit_ir.porting.grid import in_a_grid
 from xdit_ir.porting.planned import Unplanned, machine_of_job
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.porting.worth import Worth
+from xdit_ir.reflection.methods import Method
 from xdit_ir.runtime.build import RunnerFactory
 from xdit_ir.runtime.rank_runner import RankRunner
 from xdit_ir.sharding.machine import H100

@@ -66,9 +66,9 @@ def aligned(spec: TensorSpec, ndim: int) -> Names:
     return tuple(range(ndim - len(spec.shape), ndim))
 
 
-def unary(call: OpCall, whole: Sequence[int], operand: str = "self") -> Labels:
-    """Results of the shape of one operand, some dims of which must be whole; all else about it is whole."""
-    return by_argument(call, *(plain(spec, whole) for spec in call.results), **{operand: plain(call.out, whole)})
+def unary(call: OpCall, whole: Sequence[int]) -> Labels:
+    """Results of the shape of the operand, some dims of which must be whole; all else about it is whole."""
+    return by_argument(call, *(plain(spec, whole) for spec in call.results), self=plain(call.out, whole))
 
 
 def labelled(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from xdit_ir.ir import ops
+from xdit_ir.ir.draws import is_random
 from xdit_ir.rules.base import OpCall, rules_of
 from xdit_ir.rules.labels import Labels, aligned, by_argument, labelled, plain
 
@@ -102,5 +103,4 @@ RULES = {
 def is_pointwise(target: object) -> bool:
     """Whether PyTorch tags an operator as pointwise, and it draws no random numbers and returns a tensor."""
     tags = getattr(target, "tags", ())
-    random = torch.Tag.nondeterministic_seeded in tags
-    return torch.Tag.pointwise in tags and not random and target is not aten.equal.default
+    return torch.Tag.pointwise in tags and not is_random(target) and target is not aten.equal.default

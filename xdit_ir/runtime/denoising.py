@@ -15,7 +15,8 @@ import torch
 
 from xdit_ir.caching.decision import BranchMemory
 from xdit_ir.deferral.deferred import Deferred, descents_of
-from xdit_ir.deferral.recorded import Descent, Numbered, RecordedValue, are_held
+from xdit_ir.deferral.descent import Descent, Numbered, are_held
+from xdit_ir.deferral.recorded import RecordedValue
 from xdit_ir.pipelined.requests import AGAIN, NEW, NEXT, version_of
 
 MOST = 8  # branches of guidance; more calls with the same latents are requests of their own

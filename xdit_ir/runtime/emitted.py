@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.inputs import BufferGuards
+from xdit_ir.capture.binder import BufferGuards
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RunOptions, on_all_ranks

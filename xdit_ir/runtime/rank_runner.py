@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
-from xdit_ir.capture.versions import Versions
 from xdit_ir.deferral.recorded import Numbers
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.program import Program
+from xdit_ir.reflection.versions import Versions
 from xdit_ir.sharding.report import CacheUse
 from xdit_ir.transport.handshake import Facts
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from xdit_ir.capture.binder import InputBinder
 from xdit_ir.capture.effects import apply_effects
-from xdit_ir.capture.inputs import InputBinder, bind_arguments
+from xdit_ir.capture.inputs import bind_arguments
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import materialize
 from xdit_ir.deferral.gradients import without_gradients

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from torch import fx
 
-from xdit_ir.capture.operators import is_random
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.leaf import Leaf
 from xdit_ir.ir.program import SPEC, Program, TensorSpec

@@ -9,10 +9,11 @@ from torch import fx
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Places, Read, Write
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, kind, part_of
+from xdit_ir.ir.layout import Layout, part_of
 from xdit_ir.ir.mesh import TIME, Mesh
 from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.program import LAYOUT, SPEC
+from xdit_ir.ir.relayout import kind
 from xdit_ir.rules.base import dividing_dims_of
 
 

@@ -13,9 +13,10 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.collective_ops import Assembly
 from xdit_ir.ir.flops import counts, first_of, flops_as, is_counted, node_flops
 from xdit_ir.ir.graphs import operands
-from xdit_ir.ir.layout import Layout, key_gather_dims, kind, plan, scatter_plan
+from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, called_block
+from xdit_ir.ir.relayout import kind, plan, scatter_plan
 from xdit_ir.sharding.shared_out import ranks_needing
 
 Placed = tuple[TensorSpec, Layout]

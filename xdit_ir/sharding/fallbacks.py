@@ -21,11 +21,12 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import all_graphs, operands, placeholders, results_of
-from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import SEQUENCE, Mesh
 from xdit_ir.ir.partial_attention import partial_attention
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import BYTES_IN_FULL, LAYOUT, SPEC, Program, called_block, is_block_call, is_weight, where_of
+from xdit_ir.ir.relayout import kind
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, as_layouts, dividing_dims_of
 from xdit_ir.rules.pointwise import is_pointwise

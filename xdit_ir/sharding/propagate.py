@@ -15,9 +15,10 @@ from torch import fx
 
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import operands, results_of
-from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import FEATURES, Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program, called_block, is_block_call
+from xdit_ir.ir.relayout import kind
 from xdit_ir.rules import infer
 from xdit_ir.rules.views import RULES as VIEWS
 from xdit_ir.sharding.assignment import Assignment, BlockVariant, Variant

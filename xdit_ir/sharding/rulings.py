@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from xdit_ir.ir.layout import Layout, kind
+from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.relayout import kind
 from xdit_ir.rules import infer, rule_for
 from xdit_ir.rules.base import OpCall, OpSharding, as_layouts
 from xdit_ir.sharding.layout_graph import LayoutNode, Layouts

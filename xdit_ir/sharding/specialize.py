@@ -14,11 +14,12 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.collective_ops import AllGather, Reduce, ReduceScatter, Reshuffle, Ring
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import add_node, copy_node, drop_unused_weights, fit_calls, operands, with_operands
-from xdit_ir.ir.layout import Layout, kind, part_of, plan, scatter_plan
+from xdit_ir.ir.layout import Layout, part_of
 from xdit_ir.ir.mesh import FEATURES, TIME, Mesh
 from xdit_ir.ir.partition import Indices
 from xdit_ir.ir.program import CONSTANT, SCOPE, SPEC, WEIGHT, WHERE, Program, TensorSpec, is_block_call
 from xdit_ir.ir.program import LAYOUT as LAYOUT
+from xdit_ir.ir.relayout import kind, plan, scatter_plan
 from xdit_ir.ir.stored import held_by, source_of
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall

@@ -12,10 +12,11 @@ from torch import fx
 from xdit_ir.errors import VerifyError, XditError
 from xdit_ir.ir import ops
 from xdit_ir.ir.graphs import arguments_of, operands, placeholders, results_of, weights_of
-from xdit_ir.ir.layout import Layout, key_gather_dims, kind
+from xdit_ir.ir.layout import Layout, key_gather_dims
 from xdit_ir.ir.mesh import RING, Mesh
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.program import CONSTANT, LAYOUT, SPEC, Program, Stored, TensorSpec, call_parts, is_block_call
+from xdit_ir.ir.relayout import kind
 from xdit_ir.ir.stored import held_spec, member_at, problem, source_of
 from xdit_ir.rules import infer
 from xdit_ir.rules.base import OpCall, Outputs

@@ -23,9 +23,9 @@ from xdit_ir.ir.collective_ops import (
     unpack,
 )
 from xdit_ir.ir.interpret import GraphRun, Interpreter, State, Steps
-from xdit_ir.ir.layout import RankExchange
 from xdit_ir.ir.named_tensors import constants_on
 from xdit_ir.ir.program import CONSTANT, Program
+from xdit_ir.ir.relayout import RankExchange
 from xdit_ir.kernels.attention import RingMerge
 
 # Sees the rank, the name of the block call (empty: outer graph), a node of its body, and the value.

@@ -100,6 +100,11 @@ class LiteralWriter:
         return f"tensor {head} ${self.collected.tensor(value)}"
 
 
+def read_value(scanner: Scanner, attachments: Mapping[str, Any]) -> Any:
+    """One value where no node can be meant."""
+    return read_literal(scanner, attachments, lambda inner: inner.fail("a value"))
+
+
 def read_literal(scanner: Scanner, attachments: Mapping[str, Any], reference: Reader) -> Any:
     """One value; `reference` reads what starts with `%` or `@`."""
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,40 +17,15 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.ir.program import Block, Program, Seeding, Stored, TokenAxis
 from xdit_ir.text.graphs import GraphReader
-from xdit_ir.text.literals import read_literal, read_name
+from xdit_ir.text.literals import read_name, read_value
 from xdit_ir.text.scanner import Scanner
+from xdit_ir.text.sections import TextSection, sections_of
 from xdit_ir.text.signature import SignatureReader, no_signature
 from xdit_ir.text.types import TypeReader, read_partition
 from xdit_ir.text.write import usual_facts
 
-KEYWORDS = (
-    *(
-        "program",
-        "block",
-        "device",
-        "facts",
-        "coordinates",
-        "weights",
-        "stored",
-        "constants",
-        "contents",
-        "tokens",
-        "seeds",
-        "signature",
-    ),
-    "partitions",
-)
 LARGEST_MESH = 1 << 14  # ranks; a layout lists what each of them holds
 CALLS = re.compile(r"= ([\w.$-]+)<([^>]*)>\(")
-
-
-@dataclass
-class _Section:
-    """A keyword, the rest of its line, and the lines in its braces."""
-
-    keyword: str
-    head: Scanner
-    lines: list[Scanner] = field(default_factory=list)
 
 
 def parse(text: str, attachments: Mapping[str, Any] | None = None) -> Program:
@@ -65,40 +39,15 @@ def parse(text: str, attachments: Mapping[str, Any] | None = None) -> Program:
         ParseError: names the line, what was expected there and what was found.
     """
     try:
-        return _Reader(_sections(text), attachments or {}).program()
+        return _Reader(sections_of(text), attachments or {}).program()
     except ParseError:
         raise
     except Exception as error:
         raise ParseError(f"the text is no program: {type(error).__name__}: {error}") from error
 
 
-def _sections(text: str) -> list[_Section]:
-    sections: list[_Section] = []
-    is_open = False
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("//"):
-            continue
-        if line == "}":
-            is_open = False
-        elif line[0] in " \t":
-            if not is_open:
-                raise ParseError(f"line {number}: stands in no section; sections begin with {', '.join(KEYWORDS)}")
-            sections[-1].lines.append(Scanner(line, number))
-        else:
-            keyword = line.split()[0]
-            if keyword not in KEYWORDS:
-                near = difflib.get_close_matches(keyword, KEYWORDS, n=1)
-                hint = f"; nearest: {near[0]}" if near else ""
-                raise ParseError(f"line {number}: {keyword!r} begins no section{hint}")
-            is_open = line.rstrip().endswith("{")
-            head = Scanner(line.rstrip().removesuffix("{"), number)
-            head.need(keyword)
-            sections.append(_Section(keyword, head))
-    return sections
-
-
 class _Reader:
-    def __init__(self, sections: Sequence[_Section], attachments: Mapping[str, Any]) -> None:
+    def __init__(self, sections: Sequence[TextSection], attachments: Mapping[str, Any]) -> None:
         self.sections, self.attachments = sections, attachments
         programs = self._all("program")
         if len(programs) != 1:
@@ -110,7 +59,7 @@ class _Reader:
         self._change(facts=self._facts())
         self.types = TypeReader(self.result.layout_mesh, self.partitions)
 
-    def _all(self, keyword: str) -> list[_Section]:
+    def _all(self, keyword: str) -> list[TextSection]:
         return [section for section in self.sections if section.keyword == keyword]
 
     def _lines(self, keyword: str) -> list[Scanner]:
@@ -205,13 +154,13 @@ class _Reader:
 
     def _device(self) -> torch.device:
         for section in self._all("device"):
-            found = self._literal(section.head)
+            found = read_value(section.head, self.attachments)
             return found if isinstance(found, torch.device) else section.head.fail("a device")
         return torch.device("cpu")
 
     def _coordinates(self) -> tuple[int, ...]:
         for section in self._all("coordinates"):
-            found = self._literal(section.head)
+            found = read_value(section.head, self.attachments)
             return found if isinstance(found, tuple) else section.head.fail("the coordinates of stages, such as (0, 1)")
         return ()
 
@@ -231,9 +180,9 @@ class _Reader:
             line.need(":")
             spec, _ = types(line)
             line.need("=")
-            members = self._literal(line)
+            members = read_value(line, self.attachments)
             on_host = bool(line.match(r"on host\b"))
-            held = self._literal(line) if line.match(r"held\b") else None
+            held = read_value(line, self.attachments) if line.match(r"held\b") else None
             line.end()
             found[name] = Stored(spec, tuple(members.items()), held, on_host)
         return found
@@ -243,7 +192,7 @@ class _Reader:
         for line in self._lines(section):
             name = read_name(line)
             line.need("=")
-            found[name] = self._literal(line)
+            found[name] = read_value(line, self.attachments)
             line.end()
         return found
 
@@ -256,16 +205,13 @@ class _Reader:
         dim = int(line.expect(r"\d+", "a dimension"))
         line.need("of")
         size = int(line.expect(r"\d+", "a size"))
-        units = tuple(self._literal(line)) if line.match(r"units\b") else ()
-        segments = tuple(map(tuple, self._literal(line))) if line.match(r"segments\b") else ()
+        units = tuple(read_value(line, self.attachments)) if line.match(r"units\b") else ()
+        segments = tuple(map(tuple, read_value(line, self.attachments))) if line.match(r"segments\b") else ()
         gathered = line.match(r"gathered\b") is not None
         line.end()
         return TokenAxis(value, dim, size, units, segments, gathered)
 
-    def _literal(self, scanner: Scanner) -> Any:
-        return read_literal(scanner, self.attachments, lambda inner: inner.fail("a value"))
-
-    def _block(self, section: _Section) -> Block:
+    def _block(self, section: TextSection) -> Block:
         name = section.head.expect(r"[\w.$-]+", "the block's name")
         prefixes = [call[2] for line in self.main.lines for call in CALLS.finditer(line.text) if call[1] == name]
         reader = GraphReader(self.result, self.types, self.attachments, prefixes, is_body=True)

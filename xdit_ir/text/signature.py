@@ -14,8 +14,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from xdit_ir.ir.program import Effect, Guard, InputLeaf, Literal, PathEntry, Predicate, Signature
-from xdit_ir.text.literals import STRING, LiteralWriter, name_text, read_literal, read_name
+from xdit_ir.ir.effects import Effect, Literal, PathEntry
+from xdit_ir.ir.guards import Guard, Predicate
+from xdit_ir.ir.program import InputLeaf, Signature
+from xdit_ir.text.literals import STRING, LiteralWriter, name_text, read_literal, read_name, read_value
 from xdit_ir.text.scanner import Scanner
 from xdit_ir.text.trees import load_tree
 from xdit_ir.text.types import TypeReader, TypeWriter
@@ -155,19 +157,18 @@ class SignatureReader:
             case "guard":
                 path = read_name(scanner)
                 scanner.need("=")
-                self.guards.append(Guard(path, self._literal(scanner), _reason(scanner)))
+                self.guards.append(Guard(path, read_value(scanner, self.attachments), _reason(scanner)))
             case word:
                 self._effect(scanner, str(word))
-
-    def _literal(self, scanner: Scanner) -> Any:
-        return read_literal(scanner, self.attachments, lambda inner: inner.fail("a value"))
 
     def _out_leaves(self, scanner: Scanner) -> tuple[int | Literal, ...]:
         scanner.need("[")
         found: list[int | Literal] = []
         while not scanner.take("]"):
             literal = scanner.match(r"value\b")
-            found.append(Literal(self._literal(scanner)) if literal else int(scanner.expect(r"\d+", "an output")))
+            found.append(
+                Literal(read_value(scanner, self.attachments)) if literal else int(scanner.expect(r"\d+", "an output"))
+            )
             scanner.take(",")
         return tuple(found)
 
@@ -178,7 +179,7 @@ class SignatureReader:
                 path.append(PathEntry(scanner.expect(r"\w+", "an attribute"), attribute=True))
             else:
                 scanner.need("[")
-                path.append(PathEntry(self._literal(scanner)))
+                path.append(PathEntry(read_value(scanner, self.attachments)))
                 scanner.need("]")
         if word == "remove":
             self.effects.append(Effect(tuple(path)))
@@ -189,9 +190,9 @@ class SignatureReader:
         self.effects.append(Effect(tuple(path), leaves, spec, word == "write"))
 
     def _predicate(self, scanner: Scanner, rest: Iterator[Scanner]) -> None:
-        paths = tuple(self._literal(scanner))
+        paths = tuple(read_value(scanner, self.attachments))
         scanner.need("=")
-        value: torch.Tensor = self._literal(scanner)
+        value: torch.Tensor = read_value(scanner, self.attachments)
         reason = _reason(scanner)
         scanner.need("{")
         constants: dict[str, torch.Tensor] = {}
@@ -202,7 +203,7 @@ class SignatureReader:
             if line.match(r"constant\b"):
                 name = read_name(line)
                 line.need("=")
-                constants[name] = self._literal(line)
+                constants[name] = read_value(line, self.attachments)
             else:
                 body.append(line)
         self.predicates.append(Predicate(self.read_graph(body, constants), paths, constants, value, reason))

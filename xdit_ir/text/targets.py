@@ -12,9 +12,9 @@ from xdit_ir.errors import ParseError
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
 from xdit_ir.ir.collective_ops import AllGather, PeerExchange, Reduce, ReduceScatter, Reshuffle, Ring, Together
-from xdit_ir.ir.layout import Landing, Piece, RankExchange
 from xdit_ir.ir.partial_attention import merge_partials, partial_attention
 from xdit_ir.ir.printer import target_name
+from xdit_ir.ir.relayout import Landing, Piece, RankExchange
 from xdit_ir.kernels.attention import KernelAttention
 from xdit_ir.kernels.linear_gelu import linear_gelu
 from xdit_ir.kernels.write_slice import write_slice

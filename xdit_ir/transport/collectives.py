@@ -28,7 +28,7 @@ from xdit_ir.ir.collective_ops import (
     takes_of,
 )
 from xdit_ir.ir.fixed_call import FixedCall
-from xdit_ir.ir.layout import RankExchange
+from xdit_ir.ir.relayout import RankExchange
 from xdit_ir.kernels.attention import RingMerge
 from xdit_ir.kernels.backends import BACKENDS
 from xdit_ir.transport.distributed import Communicator

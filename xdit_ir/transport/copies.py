@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from xdit_ir.ir.layout import RankExchange
 from xdit_ir.ir.partition import Runs
+from xdit_ir.ir.relayout import RankExchange
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllToAllOptions
 
 from xdit_ir.ir.collective_ops import PlainAssembly, join
-from xdit_ir.ir.layout import RankExchange
 from xdit_ir.ir.program import dense_strides
+from xdit_ir.ir.relayout import RankExchange
 from xdit_ir.transport.collectives import Exchange
 from xdit_ir.transport.packing import Packing, Rows, Shape, chunk_messages, coming_sizes, message_of, tables_of
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from xdit_ir.ir.collective_ops import Assembly, PlainAssembly, Takes, cut, join, takes_of
-from xdit_ir.ir.layout import RankExchange
 from xdit_ir.ir.partition import Runs
+from xdit_ir.ir.relayout import RankExchange
 
 PACKED = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8)
 """Types that both NCCL and gloo move as they are."""

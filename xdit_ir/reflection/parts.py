@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from xdit_ir.capture.fakes import is_fake
-from xdit_ir.capture.hidden import hidden_state, hides, put_hidden_state
-from xdit_ir.capture.looked_into import is_library
+from xdit_ir.reflection.fakes import is_fake
+from xdit_ir.reflection.hidden_state import hidden_state, hides, put_hidden_state
+from xdit_ir.reflection.looked_into import is_library
 
 MISSING = object()
 _IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
@@ -102,7 +102,8 @@ class Entries(Part):
 
 
 class Attributes(Entries):
-    """Of a module, object or function: `item` is its `__dict__`."""
+    """Of a module, object or function: `item` is its `__dict__`; or those parameters, buffers or submodules of a module
+    that are called as its attributes."""
 
     def name(self, key: Any) -> str:
         return f"{self.label}.{key}" if self.label else str(key)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.capture.operators import aten, is_random
+from xdit_ir.capture.operators import aten
 from xdit_ir.capture.recorder import Recorder
+from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import add_node, operands, remove_dead
 from xdit_ir.ir.program import CONSTANT, SPEC, WHERE, TensorSpec
 

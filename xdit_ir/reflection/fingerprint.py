@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from xdit_ir.capture.fakes import device_of, is_fake
-from xdit_ir.capture.looked import Looked
-from xdit_ir.capture.looked_into import is_opaque
-from xdit_ir.capture.parts import Members, Part, parts_of
-from xdit_ir.capture.values import contents
 from xdit_ir.ir.wrappers import form_of
+from xdit_ir.reflection.fakes import device_of, is_fake
+from xdit_ir.reflection.looked import Looked
+from xdit_ir.reflection.looked_into import is_opaque
+from xdit_ir.reflection.parts import Members, Part, parts_of
+from xdit_ir.reflection.tensors import contents
 
 _SKIPPED = frozenset({"_parameters", "_buffers", "_modules"})
 TRACED = "_xdit_traced_forward"  # marks the tracer's own wrapper of a forward, and is what it wraps

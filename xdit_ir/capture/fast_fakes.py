@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from xdit_ir.capture.fakes import device_of, is_fake
 from xdit_ir.capture.operators import aten
-from xdit_ir.capture.values import map_tensors, share_memory, tensors_in
+from xdit_ir.reflection.fakes import device_of, is_fake
+from xdit_ir.reflection.tensors import map_tensors, share_memory, tensors_in
 
 Form = tuple[list[int], list[int]]  # sizes and strides
 Place = tuple[list[int], list[int], int]  # sizes, strides and offset

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from xdit_ir.capture.values import tensors_in
+from xdit_ir.reflection.tensors import tensors_in
 
 _DEVICES = ("_fake_device", "fake_device")  # what a `FakeTensor` of torch 2.13, and of 2.11, holds
 _Result = TypeVar("_Result")

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from xdit_ir.capture.looked_into import is_library
 from xdit_ir.capture.source import is_torch, source_line
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.program import ASKED, Guard, Program
+from xdit_ir.ir.guards import ASKED, Guard
+from xdit_ir.ir.program import Program
+from xdit_ir.reflection.looked_into import is_library
 
 _QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "initial_seed", "get_num_threads")
 _SEEDS = ("manual_seed", "seed", "set_rng_state")

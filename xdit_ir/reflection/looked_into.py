@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from xdit_ir.capture.hidden import HIDING, hides
+from xdit_ir.reflection.hidden_state import HIDING, hides
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
 # Of libraries, what is of the process and not of a model, or keeps what it has computed of itself.

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.objects import ClassMark, expand_objects
-from xdit_ir.capture.skeleton import is_plain_object
+from xdit_ir.reflection.atoms import is_plain_object
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Holder = tuple[list[Any], int]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.capture.atoms import same_entries
-from xdit_ir.capture.parts import Part
+from xdit_ir.reflection.atoms import same_entries
+from xdit_ir.reflection.parts import Part
 
 _HELD = ("_parameters", "_buffers", "_modules")
 

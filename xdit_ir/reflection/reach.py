@@ -7,17 +7,16 @@ import os
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as global_hooks
 
-from xdit_ir.capture.atoms import is_atom
-from xdit_ir.capture.looked_into import inner, is_library, is_opaque
-from xdit_ir.capture.methods import StandIn
-from xdit_ir.capture.parts import Attributes, Entries, Names, Part, parts_of
+from xdit_ir.reflection.atoms import is_atom
+from xdit_ir.reflection.global_hooks import GLOBAL_HOOKS, GlobalHooks, foreign_hooks
+from xdit_ir.reflection.looked_into import inner, is_library, is_opaque
+from xdit_ir.reflection.methods import StandIn
+from xdit_ir.reflection.parts import Attributes, Names, Part, parts_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
 _OURS = "_xdit_"  # what a module that stands in for another keeps: of it only that other matters
@@ -26,13 +25,6 @@ _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_pers
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
 BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
 _ENVIRONMENT = frozenset({"environ", "getenv"})
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-
-
-def foreign_hooks(name: str) -> dict[int, Any]:
-    """Those of the global hooks of modules that are not PyTorch's own, as its counters of FLOPs have them."""
-    hooks: dict[int, Any] = getattr(global_hooks, name)
-    return {key: hook for key, hook in hooks.items() if not is_library(getattr(hook, "__module__", ""))}
 
 
 class _Methods(Names):
@@ -40,35 +32,6 @@ class _Methods(Names):
 
     def read(self) -> Mapping[Any, Any]:
         return {name: self.held[name] for name in self.names if name in self.held}
-
-
-class _Hooks(Part):
-    """Of the global hooks of a name (`item`), those that are not PyTorch's own."""
-
-    def read(self) -> Mapping[Any, Any]:
-        return foreign_hooks(self.item)
-
-    def put(self, held: Mapping[Any, Any]) -> None:
-        hooks = getattr(global_hooks, self.item)
-        for key in foreign_hooks(self.item):
-            del hooks[key]
-        hooks.update(held)
-
-
-@contextmanager
-def watchers_away() -> Iterator[None]:
-    """Without PyTorch's own global hooks of modules, which would see a trace's copies of them."""
-    before = {name: dict(getattr(global_hooks, name)) for name in GLOBAL_HOOKS}
-    try:
-        for name in GLOBAL_HOOKS:
-            kept = foreign_hooks(name)
-            getattr(global_hooks, name).clear()
-            getattr(global_hooks, name).update(kept)
-        yield
-    finally:
-        for name, hooks in before.items():
-            getattr(global_hooks, name).clear()
-            getattr(global_hooks, name).update(hooks)
 
 
 class Reach:
@@ -99,7 +62,7 @@ class Reach:
         self.library.append(self._methods)
         self._push(roots)
         for name in GLOBAL_HOOKS:
-            self.parts.append(_Hooks(name, f"the global hooks {name}"))
+            self.parts.append(GlobalHooks(name, f"the global hooks {name}"))
             self._push((f"the global hooks {name}", hook) for hook in foreign_hooks(name).values())
         while self._waiting:
             self._visit(*self._waiting.pop())
@@ -165,12 +128,12 @@ class Reach:
         self.parts.append(Attributes(held, label))
         for name in _STATE:
             self._seen[id(held[name])] = held[name]
-            self.parts.append(_Registered(held[name], label))
+            self.parts.append(Attributes(held[name], label))
             self._seen.update((id(tensor), tensor) for tensor in dict.values(held[name]))
         self._classes(type(module))
         submodules = held["_modules"]
         self._seen[id(submodules)] = submodules
-        self.parts.append(_Registered(submodules, label))
+        self.parts.append(Attributes(submodules, label))
         own = [(name, entry) for name, entry in held.items() if name != "_modules" and name not in BESIDE]
         own = [(name, entry) for name, entry in own if (id(held), name) not in self._unread]
         own = [(name, entry) for name, entry in own if not name.startswith(_OURS) or name == f"{_OURS}original"]
@@ -246,13 +209,6 @@ class Reach:
         entry = vars(space.item)[name]
         if not opaque or isinstance(entry, types.ModuleType):  # as `functional` of `nn.functional.gelu`
             self._push([(space.name(name), entry)], named=True)
-
-
-class _Registered(Entries):
-    """Parameters, buffers or submodules of a module, called as its attributes."""
-
-    def name(self, key: Any) -> str:
-        return f"{self.label}.{key}" if self.label else str(key)
 
 
 def _package(item: Any) -> str:

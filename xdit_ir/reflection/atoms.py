@@ -1,4 +1,4 @@
-"""Objects that are nothing but their value, and whether entries are as they were."""
+"""Objects that are nothing but their value, or their attributes, and whether entries are as they were."""
 
 from __future__ import annotations
 
@@ -23,11 +23,24 @@ ATOMS = (
     slice,
     np.generic,
 )
+_HEAP_TYPE = 1 << 9
 
 
 def is_atom(item: Any) -> bool:
     """Whether an object is nothing but its value: a number or text, which can have no attributes of its own."""
     return isinstance(item, ATOMS) and not hasattr(item, "__dict__")
+
+
+def is_plain_object(kind: type) -> bool:
+    """Whether instances are nothing but their `__dict__`: Python classes all the way, without slots."""
+    constructor: Any = kind.__new__
+    if constructor is not object.__new__ or issubclass(kind, BaseException):
+        return False
+    return all(base is object or _is_plain_class(base) for base in kind.__mro__)
+
+
+def _is_plain_class(base: type) -> bool:
+    return bool(base.__flags__ & _HEAP_TYPE) and not base.__dict__.get("__slots__")  # an interface's may be empty
 
 
 def alike(now: Any, before: Any) -> bool:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_ir.capture.quick import quick_result
-from xdit_ir.capture.values import map_tensors, storage_id, tensors_in
+from xdit_ir.capture.fast_fakes import quick_result
+from xdit_ir.reflection.tensors import map_tensors, storage_id, tensors_in
 
 aten = torch.ops.aten
 
