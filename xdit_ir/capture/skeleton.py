@@ -20,6 +20,7 @@ from xdit_ir.reflection.methods import StandIn
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 Dress = Callable[[torch.Tensor, type, dict[str, Any]], torch.Tensor]
+_SHARED = (*ATOMS, type, types.FunctionType)  # with the original
 _DICTS = (dict, OrderedDict, defaultdict)
 _SKIPPED = ("_parameters", "_buffers", "_modules")
 _COMPILED = "_compiled_call_impl"  # of module.compile(): bound to the original
@@ -162,7 +163,7 @@ class Skeleton:
     def _copy(self, item: Any) -> Any:
         if id(item) in self._functions:
             return self._functions[id(item)]
-        if isinstance(item, (*ATOMS, type, types.FunctionType)):
+        if isinstance(item, _SHARED):
             return item
         if isinstance(item, nn.Module):
             return self._module(item)
