@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from xdit_ir.capture.derivatives import recorded_derivatives
 from xdit_ir.capture.dressed import dressed, dressing
 from xdit_ir.capture.effects import ArgumentState
 from xdit_ir.capture.failures import Opaque, RaisedByForward, ShapeDepends, Unshareable
-from xdit_ir.capture.fingerprint import fingerprint
+from xdit_ir.capture.fingerprint import Fingerprints
 from xdit_ir.capture.finish import (
     inline_small,
     lift_weights,
@@ -119,13 +119,14 @@ class Attempt:
         ):
             recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
             chosen = {(path, "forward") for path in rung.blocks} | rung.repeated
-            blocks = Blocks(recorder, chosen, _watch(skeleton, rung.blocks, recorder))
+            blocks = Blocks(recorder, chosen)
             called_whole = Leaves(recorder, rung.leaves, dict(model.named_modules()))
             marks = Marks(recorder, self.marked)
             blocks.chosen_below = lambda path: (called_whole.below(path), marks.below(path))
             repeats = Repeats(recorder, blocks, rung.repeated, rung.never)
             calls = Calls(recorder, blocks, called_whole, repeats, marks)
             instrument(skeleton, calls)
+            blocks.watched = _watch(skeleton, rung.blocks, recorder, blocks.prints)
             call = call_arguments(inspect.signature(model.forward), given.named, self.by_name)
             with repeats.blamed():
                 output = _run(skeleton.model, recorder, *call)
@@ -181,9 +182,11 @@ def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> TracedValue:
     return recorder.input(name, leaf, recorder.device, known, path)
 
 
-def _watch(skeleton: Skeleton, chosen: dict[str, nn.Module], recorder: Recorder) -> dict[str, set[tuple[str, str]]]:
+def _watch(
+    skeleton: Skeleton, chosen: Iterable[str], recorder: Recorder, found: Fingerprints
+) -> dict[str, set[tuple[str, str]]]:
     """Watch the plain attributes in which blocks of equal structure differ, such as the index of a layer."""
-    prints = {path: fingerprint(skeleton.modules[path], recorder.held) for path in chosen}
+    prints = {path: found.of(skeleton.modules[path]) for path in chosen}
     groups: list[list[str]] = []
     for path, print_ in prints.items():
         group = next((group for group in groups if prints[group[0]].structure == print_.structure), None)
