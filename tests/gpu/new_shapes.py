@@ -1,8 +1,9 @@
 """What a further resolution or length of text costs: `python tests/gpu/new_shapes.py`, by `torchrun` on several GPUs.
 
 FLUX.1-dev in its published size, random weights, bf16, in the mode "auto": seconds to the first output of each of six
-shapes, compilations in it, seconds of the second call, which records, and milliseconds of later calls; for as many shapes as there is time for, those of a port
-whose code was made for that shape alone. Prints a line for each, writes JSON with `--output`, and ends by itself.
+shapes, compilations in it, seconds of the second call, which records, and milliseconds of later calls; for as many
+shapes as there is time for, those of a port whose code was made for that shape alone. Prints a line for each, writes
+JSON with `--output`, and ends by itself.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ BOUND: Mapping[Any, Callable[..., Any]] = {
     aten.silu.default: torch._C._nn.silu,
     aten.gelu.default: torch._C._nn.gelu,
 }
-"""None makes a tensor of numbers only: a mode of the caller's, as of `torch.set_default_device`, would see that call."""
+"""None makes tensors of numbers only: modes of the caller's, as of `torch.set_default_device`, would see that call."""
 
 
 def bind(node: fx.Node) -> None:
