@@ -15,6 +15,7 @@ from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.cut_blocks import CutBlocks
 from xdit_ir.passes.displace_patches import DisplacePatches
 from xdit_ir.passes.divide_conditions import DivideConditions
+from xdit_ir.passes.drop_casts import DropCasts
 from xdit_ir.passes.find_tokens import FindTokens
 from xdit_ir.passes.fuse_gelu import FuseGelu
 from xdit_ir.passes.group_keys import GroupKeys
@@ -66,7 +67,8 @@ PASSES: tuple[type[Any], ...] = (
         CastKVCache,
         ShardWeights,
     ),
-    *(Specialize, PackExchanges, SelectOnDevice, CutBlocks, WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
+    *(Specialize, PackExchanges, SelectOnDevice, CutBlocks, DropCasts),
+    *(WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
 )
 
 
@@ -185,4 +187,5 @@ def rank_passes(
     if capability is None:
         return [*apart, WriteInPlace()]
     copies: list[Pass] = [UseCopyEngines()] if peers else []
+    apart += [] if compiled else [DropCasts()]
     return [*apart, WriteInPlace(), FuseGelu(), ChooseKernels(capability, attention, recorded), *copies]

@@ -97,6 +97,32 @@ def test_a_recording_of_what_the_host_runs(
     assert recorded._addresses != addresses
 
 
+def test_a_first_call_that_only_runs_is_recorded_at_the_next(
+    forward: tuple[Code, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a shape that comes once nothing is recorded; what the first call computes is what it gives."""
+    code, tensors = forward
+    begins = len(tensors) - len(code.weights) - len(code.constant_tensors(torch.device("cpu")))
+    inputs, state = tensors[:begins], tensors[begins:]
+    work = [node for node in code.run.graph.nodes if node.op not in ("placeholder", "output")]
+    runs: list[str] = []
+    plain = code.run.forward
+    monkeypatch.setattr(code.run, "forward", lambda *given: (runs.append("whole"), plain(*given))[1])
+    kinds = dict.fromkeys(work, RunBy.HOST)
+    seen = SimpleNamespace(run=lambda *_: runs.append("trial"), kinds=lambda: (code.run, kinds))
+    monkeypatch.setattr("xdit_ir.emission.recording.Trial", lambda *_: seen)
+    with torch.no_grad():
+        want = plain(*tensors)
+        for at_once, expected in ((False, [["whole"], ["trial"], []]), (True, [["whole", "trial"], [], []])):
+            pool = SimpleNamespace(aside=contextlib.nullcontext)
+            recorded = Recording(code, pool, at_once=at_once)  # type: ignore[arg-type]
+            for now in expected:
+                runs.clear()
+                assert all(map(torch.equal, recorded(inputs, state), want))
+                assert runs == now
+                assert ("next call" in str(recorded)) == (now == ["whole"])
+
+
 def test_a_moved_operand_is_a_node_that_can_be_written_as_code() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

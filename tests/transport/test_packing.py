@@ -15,7 +15,7 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.relayout import plan
 from xdit_ir.transport.direct import DirectReceive
-from xdit_ir.transport.packing import Packing, chunk_messages, coming_sizes, message_of, results_of_messages, tables_of
+from xdit_ir.transport.packing import Packing, chunk_messages, coming_sizes, message_of, results_of_messages
 
 KINDS = ("whole", "even", "even", "any")
 
@@ -26,7 +26,7 @@ def exchanged(packings: Sequence[Packing], xs: Sequence[Sequence[torch.Tensor]])
     for packing, given_here in zip(packings, xs, strict=True):
         flat, sizes, kept = message_of(given_here, packing.takes, packing.leaving, packing.at, packing.direct)
         if packing.chunked:
-            table = chunk_messages(tables_of(given_here, packing.leaving[0]), len(packings))
+            table = chunk_messages(given_here, packing.leaving[0], len(packings))
             assert torch.equal(table.view(-1), flat), "one copy or several, the messages are the same"
         sent.append(torch.split(flat, sizes))
         own.append(kept)

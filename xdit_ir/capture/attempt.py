@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.effects import Effect
 from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.program import Program
-from xdit_ir.reflection.fingerprint import fingerprint
+from xdit_ir.reflection.fingerprint import Fingerprints
 from xdit_ir.reflection.references import Functions, replaced
 
 Flat = list[tuple[str, Any]]
@@ -97,8 +97,9 @@ class Attempt:
             ),
         ):
             recorder.state_of, recorder.outside = skeleton.state_of, watch.outside
-            calls = self._calls(recorder, skeleton)
+            calls = self._calls(recorder)
             instrument(skeleton, calls)
+            calls.blocks.watched = _watch(skeleton, self.rung.blocks, recorder, calls.blocks.prints)
             call = call_arguments(inspect.signature(model.forward), given.named, self.by_name)
             with calls.repeats.blamed():
                 output = _run(skeleton.model, recorder, *call)
@@ -119,11 +120,11 @@ class Attempt:
         skeleton.let_go()
         return program, left_there, made
 
-    def _calls(self, recorder: Recorder, skeleton: Skeleton) -> Calls:
+    def _calls(self, recorder: Recorder) -> Calls:
         """What becomes of calls of submodules: of blocks, of leaves, of those that repeat or are marked."""
         rung = self.rung
         chosen = {(path, "forward") for path in rung.blocks} | rung.repeated
-        blocks = Blocks(recorder, chosen, _watch(skeleton, rung.blocks, recorder))
+        blocks = Blocks(recorder, chosen)
         leaves = Leaves(recorder, rung.leaves, dict(rung.model.named_modules()))
         marks = Marks(recorder, self.marked)
         blocks.chosen_below = lambda path: (leaves.below(path), marks.below(path))
@@ -164,9 +165,11 @@ def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> TracedValue:
     return recorder.input(name, leaf, recorder.device, known, path)
 
 
-def _watch(skeleton: Skeleton, chosen: dict[str, nn.Module], recorder: Recorder) -> dict[str, set[tuple[str, str]]]:
+def _watch(
+    skeleton: Skeleton, chosen: Iterable[str], recorder: Recorder, found: Fingerprints
+) -> dict[str, set[tuple[str, str]]]:
     """Watch the plain attributes in which blocks of equal structure differ, such as the index of a layer."""
-    prints = {path: fingerprint(skeleton.modules[path], recorder.held) for path in chosen}
+    prints = {path: found.of(skeleton.modules[path]) for path in chosen}
     groups: list[list[str]] = []
     for path, print_ in prints.items():
         group = next((group for group in groups if prints[group[0]].structure == print_.structure), None)

@@ -70,13 +70,14 @@ class CapturedBody:
 class Blocks:
     """The blocks of one trace, in order of their first call: `chosen` are the methods, forward mostly, that are called.
 
-    `watched` are, by path of a block, the attributes in which modules of equal structure differ.
+    `watched` are, by path of a block, the attributes in which modules of equal structure differ, as `prints` say.
     """
 
-    def __init__(self, recorder: Recorder, chosen: set[Spot], watched: dict[str, set[tuple[str, str]]]) -> None:
-        self.recorder, self.chosen, self.watched = recorder, chosen, watched
+    def __init__(self, recorder: Recorder, chosen: set[Spot]) -> None:
+        self.recorder, self.chosen = recorder, chosen
+        self.watched: dict[str, set[tuple[str, str]]] = {}
         self.bodies: list[CapturedBody] = []
-        self._prints = Fingerprints(recorder.held)
+        self.prints = Fingerprints(recorder.held)
         self.chosen_below: Callable[[str], Any] = lambda path: None  # what else is done with the modules of one
 
     def wants(self, spot: Spot) -> bool:
@@ -89,7 +90,7 @@ class Blocks:
             try:
                 call, print_ = (
                     describe_call(self.recorder, forward, args, kwargs),
-                    self._prints.of(module),
+                    self.prints.of(module),
                 )
                 body = self._find(spot, print_, call)
                 if body is None:
@@ -139,7 +140,7 @@ class Blocks:
             with recorder.recording(True):
                 output = forward(*args, **kwargs)
             left = left_behind(leaves, call.spec, (args, kwargs))
-            if _described(leaves) != before or self._prints.of(module) != print_:
+            if _described(leaves) != before or self.prints.of(module) != print_:
                 raise Unshareable("writes to its attributes, or to objects that it is given")
             kind = type(module).__name__
             return self._finish((kind, method), print_, call, inner, output, left)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +17,13 @@ from xdit_ir.capture.skeleton import LazyState, Skeleton
 from xdit_ir.reflection.atoms import is_atom, is_plain_object
 from xdit_ir.reflection.parts import Part
 
+# What is no module, weight or plain object, and is not looked into here.
+_OTHERS = frozenset(
+    (
+        *(str, bytes, bool, float, type(None), type, dict, OrderedDict, list, set, LazyState),
+        *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
+    )
+)
 NAMED = "_xdit_named"  # makes a copy equal to no other: code may ask whether it is a certain one
 
 
@@ -41,6 +50,8 @@ class Identities:
     def exchanged(self, part: Part, held: Mapping[Any, Any]) -> dict[Any, Any] | None:
         """What a part has to hold; None if it refers to nothing of the model, or is the model's own."""
         if not held or id(part.item) in self._own or isinstance(part.item, LazyState):
+            return None
+        if all(type(one) in _OTHERS or self(one) is one for one in chain(held, held.values())):
             return None
         made = {self(key): self(item) for key, item in held.items()}
         same = all(map(_is_same, made, held)) and all(map(_is_same, made.values(), held.values()))

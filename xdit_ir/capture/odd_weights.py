@@ -4,6 +4,7 @@ the modules only, before anything is run."""
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ _WRAPPERS = (DataParallel, DistributedDataParallel)
 Casts = dict[tuple[int, str], tuple[dict[str, Any], Any, torch.dtype]]
 """By holder and name: the dict that holds a weight, the weight before it was cast, and its dtype."""
 _FSDP = "torch.distributed.fsdp"
+_OTHERS = frozenset({bool, int, float, str, type(None), dict, OrderedDict, list, set})  # what is no tensor itself
 # What the hooks do that diffusers keeps in these modules.
 _HOOKS = {
     "diffusers.hooks.group_offloading": "offloads weights (enable_group_offload)",
@@ -104,12 +106,13 @@ def _odd(model: nn.Module) -> Iterator[str]:
             yield f"{where} is a ScriptModule (torch.jit), which cannot be looked into; port what it was made of"
             return
         yield from _wrapper(where, module)
-        for name, item in vars(module).items():
+        own = {name: item for name, item in vars(module).items() if type(item) not in _OTHERS}
+        for name, item in own.items():
             if isinstance(item, torch.ScriptObject):
                 yield f"{where}.{name} is packed (a {type(item).__name__}); give the model plain weights (dequantised)"
         yield from _hooks(where, module)
-        for holder in (module._parameters, module._buffers, vars(module)):
-            check = odd_tensor if holder is vars(module) else odd_weight_tensor
+        for holder in (module._parameters, module._buffers, own):
+            check = odd_tensor if holder is own else odd_weight_tensor
             for name, tensor in dict.items(holder):
                 if isinstance(tensor, torch.Tensor):
                     yield from _odd_inside(f"{path}.{name}" if path else name, tensor, check)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 Dress = Callable[[torch.Tensor, type, dict[str, Any]], torch.Tensor]
 _SHARED = (*ATOMS, type, types.FunctionType)  # with the original
 _DICTS = (dict, OrderedDict, defaultdict)
+_EMPTIED = frozenset({dict, OrderedDict})
+_NUMBERS = frozenset({bool, int, float, str, type(None)})  # which are no functions
 _SKIPPED = ("_parameters", "_buffers", "_modules")
 _COMPILED = "_compiled_call_impl"  # of module.compile(): bound to the original
 _DEPTH = 3
@@ -86,12 +88,16 @@ class Skeleton:
         self._pairs: dict[int, Any] = {}  # of as many originals as are `_paired`
         self._paired = 0
         self._make_state, self._dress = make_state, dress
-        self._names, self._registered = _state_names(model)
+        everything = list(model.named_modules(remove_duplicate=False))
+        self._names, self._registered = _state_names(everything)
         self.model = self._module(model)
-        self.modules = {path: self._module(module) for path, module in model.named_modules()}
+        self.modules: dict[str, nn.Module] = {}
         self.aliases: dict[int, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            self.aliases.setdefault(id(self._module(module)), []).append(path)
+        for path, module in everything:
+            copy = self._module(module)
+            if id(copy) not in self.aliases:
+                self.modules[path] = copy
+            self.aliases.setdefault(id(copy), []).append(path)
 
     def copy_of(self, item: Any) -> Any:
         """A copy of an object that may refer to the model; unknown kinds of objects are themselves."""
@@ -113,7 +119,7 @@ class Skeleton:
             copy = self._copies[id(item)]
             if copy is not item:
                 self._pairs[id(copy)] = item
-                if hasattr(item, "__dict__"):
+                if type(item) not in _EMPTIED and hasattr(item, "__dict__"):
                     self._pairs[id(vars(copy))] = vars(item)
         self._paired = len(self._originals)
         return self._pairs
@@ -121,7 +127,8 @@ class Skeleton:
     @property
     def objects(self) -> list[Any]:
         """Plain objects that were copied, without modules and tensors."""
-        found = [item for item in self._originals if not isinstance(item, (nn.Module, torch.Tensor))]
+        found = [item for item in self._originals if type(item) not in _EMPTIED]
+        found = [item for item in found if not isinstance(item, (nn.Module, torch.Tensor))]
         return [item for item in found if is_plain_object(type(item)) and self._copies[id(item)] is not item]
 
     def _remember(self, original: Any, copy: Any) -> None:
@@ -138,6 +145,11 @@ class Skeleton:
             if name in ("_parameters", "_buffers"):
                 copy.__dict__[name] = LazyState(item, self.state_of)
                 self._remember(item, copy.__dict__[name])
+            elif type(item) in _NUMBERS:
+                copy.__dict__[name] = item
+            elif type(item) in _EMPTIED and not item and id(item) not in self._copies:  # most hold no hooks
+                copy.__dict__[name] = made = type(item)()
+                self._remember(item, made)
             else:
                 copy.__dict__[name] = None if name == _COMPILED else self._copy(item)
         if "_orig_mod" in module._modules and "dynamo_ctx" in module.__dict__:
@@ -205,8 +217,7 @@ class Skeleton:
         elif kind in _DICTS:
             copy = item.copy()
             self._remember(item, copy)
-            if item:  # most hold no hooks
-                copy.update({key: self._copy(entry) for key, entry in item.items()})
+            copy.update({key: self._copy(entry) for key, entry in item.items()})
         elif is_plain_object(kind) and hasattr(item, "__dict__"):
             copy = object.__new__(kind)
             self._remember(item, copy)
@@ -236,13 +247,12 @@ def watch(module: nn.Module, names: set[str], seen: Callable[[str], None]) -> No
     module.__class__ = type(kind.__name__, (kind,), {**body, **members})
 
 
-def _state_names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
-    """All qualified names of every tensor of a model, by identity; identities of parameters and buffers.
+def _state_names(everything: Sequence[tuple[str, nn.Module]]) -> tuple[dict[int, list[str]], set[int]]:
+    """All qualified names of every tensor of a model's modules, by identity; identities of parameters and buffers.
 
     A tensor in a list or dict is named by its place: `rope.tables.0`.
     """
     names: dict[int, list[str]] = {}
-    everything = list(model.named_modules(remove_duplicate=False))
 
     def add(path: str, held: Any, depth: int) -> None:
         if isinstance(held, torch.Tensor):
@@ -257,5 +267,6 @@ def _state_names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
         add(path, module.__dict__["_buffers"], 1)
     registered = set(names)
     for path, module in everything:
-        add(path, {name: item for name, item in module.__dict__.items() if name not in _SKIPPED}, _DEPTH)
+        own = [(name, item) for name, item in module.__dict__.items() if type(item) not in _NUMBERS]
+        add(path, {name: item for name, item in own if name not in _SKIPPED}, _DEPTH)
     return names, registered

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class StateWatch:
         """What is not as it was."""
         for part, before in self._before:
             held = part.read()
-            if not held and not before:
+            if _is_untouched(held, before):
                 continue
             now = {key: item for key, item in held.items() if traced(item) is item and key != NAMED}
             before = {key: item for key, item in before.items() if key in now or key not in ("forward", NAMED)}
@@ -94,6 +95,11 @@ class StateWatch:
                 "forward draws random numbers of Python or NumPy, of which a program would repeat the first for ever; "
                 "use torch.rand and the like"
             )
+
+
+def _is_untouched(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
+    """Whether these are the very same entries."""
+    return len(now) == len(before) and all(map(is_, (*now, *now.values()), (*before, *before.values())))
 
 
 @contextmanager

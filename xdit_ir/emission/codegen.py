@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from xdit_ir.emission.bound import bind
 from xdit_ir.emission.slots import slot_call, slot_spec
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Slot
@@ -105,22 +106,24 @@ def generate(
     *,
     direct: bool = False,
     at_once: bool = False,
+    plain: bool = False,
 ) -> Code:
     """Code for one rank's program on `device`; the process groups that it needs exist already.
 
-    `direct`: it is run as it is, neither compiled nor recorded. `at_once`: blocks are compiled, and wait for exchanges
-    where they start them, as far as they can.
+    `plain`: it is run as it is, neither compiled nor recorded; `direct`: and calls process groups by itself. `at_once`:
+    blocks are compiled, and wait for exchanges where they start them, as far as they can.
     """
     bodies = {}
     mailbox = Mailbox.of(program, communicator)
     for name, block in program.blocks.items():
         writer = _CodeWriter(name, program.device, device, communicator, mailbox, direct)
-        writer.at_once = at_once and _only_at_once(block.graph)
+        writer.at_once, writer.plain = at_once and _only_at_once(block.graph), plain
         read = _state(block.graph)
         constants = writer.head(block.graph, list(read), read)
         slots = writer.buffers(list(_slot_specs(block.graph)))
         bodies[name] = EmittedBody(writer.write(block.graph, {}), constants, slots, bool(writer.shared))
     writer = _CodeWriter(program.name, program.device, device, communicator, mailbox, direct)
+    writer.plain = plain
     (weights, state), held = state_names(program), slot_specs(program)
     writer.head(program.graph, weights + state, _program_state(program))
     writer.buffers(list(held))
@@ -193,7 +196,7 @@ class _CodeWriter:
         direct: bool,
     ) -> None:
         self.name, self.traced, self.device, self.communicator = name, traced, device, communicator
-        self.mailbox, self.direct, self.at_once = mailbox, direct, False
+        self.mailbox, self.direct, self.at_once, self.plain = mailbox, direct, False, False
         self.previous: list[fx.Node] = []  # what the latest exchange has given, if they are at once
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
@@ -269,6 +272,8 @@ class _CodeWriter:
         new = copy_node(self.graph, node, self.env.__getitem__)
         if new.kwargs.get("device") == self.traced:
             new.update_kwarg("device", self.device)
+        if self.plain:
+            bind(new)
         return new
 
     def _communication(self, node: fx.Node, target: Communicate) -> fx.Node:

@@ -169,5 +169,6 @@ class RankContext:
         at_once = packed and self.execution.exchanges_at_once
         if at_once:
             import xdit_ir.transport.exchange_op  # noqa: F401  # registers an operator
-        direct = packed and self.execution.calls_directly
-        return generate(program, self.communicator, self.device, direct=direct, at_once=at_once)
+        plain = self.execution.is_plain
+        direct = packed and plain
+        return generate(program, self.communicator, self.device, direct=direct, at_once=at_once, plain=plain)

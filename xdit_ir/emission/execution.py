@@ -115,9 +115,9 @@ class Execution:
         return self.transport == "packed" or (self.transport == "auto" and not self.cuda_graph)
 
     @property
-    def calls_directly(self) -> bool:
-        """Whether code calls the process group itself, as what is neither compiled nor recorded can."""
-        return self.packs and not (self.compile or self.cuda_graph)
+    def is_plain(self) -> bool:
+        """Whether code is run as it is, neither compiled nor recorded: it may call the process group itself."""
+        return not (self.compile or self.cuda_graph)
 
     @property
     def exchanges_at_once(self) -> bool:

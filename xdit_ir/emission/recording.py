@@ -57,12 +57,21 @@ class Recording:
         pool: memory shared with other recordings, of which no two are replayed at the same time.
         forced: raise where a section cannot be recorded; otherwise the host runs it, with a warning.
         tried: what trials have found of blocks, see `Trial`.
+        at_once: at the first call; otherwise that is run only, which gives its results sooner, and the second one
+            records. Whatever a rank records, it talks to the others as often as they do.
     """
 
     def __init__(
-        self, code: Code, pool: GraphPool, *, forced: bool = True, tried: dict[Hashable, bool] | None = None
+        self,
+        code: Code,
+        pool: GraphPool,
+        *,
+        forced: bool = True,
+        tried: dict[Hashable, bool] | None = None,
+        at_once: bool = True,
     ) -> None:
-        self._code, self._pool, self._forced, self._tried = code, pool, forced, tried
+        self._code, self._pool, self._forced, self._tried, self._at_once = code, pool, forced, tried, at_once
+        self._ran = False
         self._places = [node.name for node in placeholders(code.run.graph)]
         self._results = results_of(code.run.graph)
         self._sections: list[Section] = []
@@ -81,6 +90,8 @@ class Recording:
             values |= {self._places[len(inputs) + place]: state[place] for place in self._needed}
             for step in self._steps:
                 step(values)
+        elif not self._ran and not self._at_once:
+            return self._first([*inputs, *state])
         else:
             values = dict(zip(self._places, [*inputs, *state], strict=True))
             self._record(values, inputs, state)
@@ -95,10 +106,19 @@ class Recording:
         """What is recorded, and what the host does."""
         kinds = Counter(section.kind for section in self._sections)
         between = Counter(_name(node) for one in self._sections if one.kind is RunBy.HOST for node in _work(one))
+        if self._ran and not self._sections:
+            return "to be recorded at the next call"
         text = f"{kinds[RunBy.DEVICE]} CUDA graph{'s' if kinds[RunBy.DEVICE] != 1 else ''} a forward"
         if between:
             text += "; the host runs " + ", ".join(f"{name} ({count}x)" for name, count in between.items())
         return text
+
+    def _first(self, tensors: Tensors) -> Tensors:
+        """The results of a run that is not recorded, but compiles the code and makes communicators."""
+        with self._pool.aside():
+            results = self._code(tensors)
+        self._ran = True
+        return [x.clone() for x in results]
 
     def _record(self, values: Values, inputs: Tensors, state: Tensors) -> None:
         self.forget()
@@ -125,8 +145,9 @@ class Recording:
         self._needed = [place for place, name in enumerate(self._places[len(inputs) :]) if name in taken]
 
     def _try(self, tensors: Tensors) -> list[Section]:
-        """Run the forward, which compiles it and makes communicators, then see what it does on the host."""
-        self._code(tensors)
+        """Run the forward, if it never was, so that it is compiled; then see what it does on the host."""
+        if not self._ran:
+            self._code(tensors)
         trial = Trial(self._code.run, self._code.unchanging, self._tried)
         trial.run(*tensors)
         self._code.finish()

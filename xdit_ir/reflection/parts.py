@@ -304,7 +304,7 @@ def _reduces(item: Any) -> bool:
 
 
 _CONTAINERS: Mapping[type, type[Part]] = {dict: Entries, list: Elements, deque: Elements, set: Members}
-_PLAIN: Mapping[type, type[Part]] = {**_CONTAINERS, OrderedDict: Entries}
+WHOLE: Mapping[type, type[Part]] = {**_CONTAINERS, OrderedDict: Entries}
 """Classes of which all that instances hold is one part."""
 
 
@@ -316,7 +316,7 @@ def parts_of(item: Any, label: str) -> list[Part]:
         return [Defaults(item, label), Attributes(vars(item), label)]
     if isinstance(item, ContextVar):
         return [Context(item, label)]
-    if (whole := _PLAIN.get(type(item))) is not None:
+    if (whole := WHOLE.get(type(item))) is not None:
         return [whole(item, label)]
     found: list[Part] = []
     if isinstance(item, (bytearray, np.ndarray)):

@@ -16,7 +16,7 @@ from xdit_ir.reflection.atoms import is_atom
 from xdit_ir.reflection.global_hooks import GLOBAL_HOOKS, GlobalHooks, foreign_hooks
 from xdit_ir.reflection.looked_into import inner, is_library, is_opaque
 from xdit_ir.reflection.methods import StandIn
-from xdit_ir.reflection.parts import Attributes, Names, Part, parts_of
+from xdit_ir.reflection.parts import WHOLE, Attributes, Names, Part, parts_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
 _OURS = "_xdit_"  # what a module that stands in for another keeps: of it only that other matters
@@ -24,6 +24,8 @@ _STATE = ("_parameters", "_buffers")
 _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set")
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
 BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
+_APART = BESIDE | {"_modules"}
+_PLAIN = frozenset({bool, int, float, str, type(None)})  # what is nothing but its value
 _ENVIRONMENT = frozenset({"environ", "getenv"})
 
 
@@ -75,6 +77,8 @@ class Reach:
 
     def _visit(self, label: str, item: Any, named: bool) -> None:
         """`named`: it was found by its name in code."""
+        if type(item) in WHOLE:
+            return self._whole(label, item)
         if is_atom(item) or id(item) in self._seen:
             return
         package = _package(item)
@@ -107,7 +111,18 @@ class Reach:
             self._object(label, item)
 
     def _push(self, items: Iterable[tuple[str, Any]], named: bool = False) -> None:
-        self._waiting.extend((label, item, named) for label, item in items)
+        self._waiting.extend((label, item, named) for label, item in items if type(item) not in _PLAIN)
+
+    def _whole(self, label: str, item: Any) -> None:
+        """A list, dict or set: most are empty, as those for hooks."""
+        if id(item) not in self._seen:
+            self._seen[id(item)] = item
+            self._part(WHOLE[type(item)](item, label))
+
+    def _part(self, part: Part) -> None:
+        self.parts.append(part)
+        pairs = (pair for pair in part.read().items() if (id(part.item), pair[0]) not in self._unread)
+        self._push((part.name(pair[0]), entry) for pair in pairs for entry in pair if type(entry) not in _PLAIN)
 
     def _object(self, label: str, item: Any) -> None:
         self._push((f"{label}{how}", entry) for how, entry in inner(item))
@@ -115,9 +130,7 @@ class Reach:
         if is_opaque(kind):
             return
         for part in parts_of(item, label):
-            self.parts.append(part)
-            pairs = (pair for pair in part.read().items() if (id(part.item), pair[0]) not in self._unread)
-            self._push((part.name(pair[0]), entry) for pair in pairs for entry in pair)
+            self._part(part)
         if not is_library(kind.__module__):
             self.objects.append(item)
             self._classes(kind)
@@ -134,7 +147,7 @@ class Reach:
         submodules = held["_modules"]
         self._seen[id(submodules)] = submodules
         self.parts.append(Attributes(submodules, label))
-        own = [(name, entry) for name, entry in held.items() if name != "_modules" and name not in BESIDE]
+        own = [(name, entry) for name, entry in held.items() if type(entry) not in _PLAIN and name not in _APART]
         own = [(name, entry) for name, entry in own if (id(held), name) not in self._unread]
         own = [(name, entry) for name, entry in own if not name.startswith(_OURS) or name == f"{_OURS}original"]
         self._push((f"{label}.{name}" if label else name, entry) for name, entry in (*own, *submodules.items()))

@@ -37,8 +37,9 @@ class Runnable:
         self._constants = self.code.constant_tensors(context.device)
         if self.code.mailbox is not None:
             self._constants += self.code.mailbox.open(context.workspaces)
+        forced, tried = execution.forced, context.shared_codes.tried
         self.recording = (
-            Recording(self.code, context.graph_pool, forced=execution.forced, tried=context.shared_codes.tried)
+            Recording(self.code, context.graph_pool, forced=forced, tried=tried, at_once=forced)
             if execution.cuda_graph
             else None
         )

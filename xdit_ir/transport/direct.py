@@ -21,7 +21,7 @@ from xdit_ir.ir.collective_ops import PlainAssembly, join
 from xdit_ir.ir.program import dense_strides
 from xdit_ir.ir.relayout import RankExchange
 from xdit_ir.transport.collectives import Exchange
-from xdit_ir.transport.packing import Packing, Rows, Shape, chunk_messages, coming_sizes, message_of, tables_of
+from xdit_ir.transport.packing import Packing, Rows, Shape, chunk_messages, coming_sizes, message_of
 
 Sent = tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], Any]
 """Room for what comes; what leaves, which must stay until then; the pieces that stay here; what is to be waited for."""
@@ -45,7 +45,7 @@ class DirectSend(Exchange):
         packing, members = self._packing, len(self._coming)
         own: list[torch.Tensor] = []
         if packing.chunked:
-            flat = chunk_messages(tables_of(xs, packing.leaving[0]), members).view(-1)
+            flat = chunk_messages(xs, packing.leaving[0], members).view(-1)
             sizes = [flat.numel() // members] * members
         else:
             flat, sizes, own = message_of(xs, packing.takes, packing.leaving, packing.at, packing.direct)

@@ -47,7 +47,7 @@ def _exchange_tables(
     tables: Sequence[torch.Tensor], after: Sequence[torch.Tensor], coming: list[int], group: str
 ) -> torch.Tensor:
     """`tables`, each `[rows, columns]`, of whose columns each member gets an equal part -> as of `_exchange`."""
-    messages = chunk_messages(tables, len(coming)).view(-1)
+    messages = chunk_messages(tables, (0,) * len(tables), len(coming)).view(-1)
     return _exchange(messages, after, coming, [len(messages) // len(coming)] * len(coming), group)
 
 

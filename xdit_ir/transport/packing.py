@@ -119,10 +119,20 @@ def tables_of(xs: Sequence[torch.Tensor], rows: Rows) -> list[torch.Tensor]:
     return [x.reshape(x.shape[row], math.prod(x.shape[row + 1 :])) for x, row in zip(xs, rows, strict=True)]
 
 
-def chunk_messages(tables: Sequence[torch.Tensor], members: int) -> torch.Tensor:
-    """The same, `[members, rows, columns]` in one copy, where each member gets an equal part of all tables' columns."""
-    parts = [x.reshape(len(x), members, x.shape[1] // members).transpose(0, 1) for x in tables]
+def chunk_messages(xs: Sequence[torch.Tensor], rows: Rows, members: int) -> torch.Tensor:
+    """Values as one table for each member, `[members, rows, columns]` in one copy, where each gets an equal part of the
+    columns of all."""
+    parts = [_chunks(x, row, members) for x, row in zip(xs, rows, strict=True)]
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0].contiguous()
+
+
+def _chunks(x: torch.Tensor, row: int, members: int) -> torch.Tensor:
+    """A value's part of these tables."""
+    count, width = x.shape[row], math.prod(x.shape[row + 1 :])
+    columns = width // members
+    if x.is_contiguous() and not torch.compiler.is_compiling():  # one view in the place of three
+        return x.as_strided((members, count, columns), (columns, width, 1))
+    return x.reshape(count, members, columns).transpose(0, 1)
 
 
 def _message(pieces: Sequence[torch.Tensor], rows: Rows) -> list[torch.Tensor]:

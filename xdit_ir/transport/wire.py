@@ -47,7 +47,7 @@ def begin_tables(
     if after is not None:
         done: torch.Tensor = torch.ops.xdit_ir.exchange_tables(list(tables), list(after), coming, group)
         return done
-    messages = chunk_messages(tables, len(coming))
+    messages = chunk_messages(tables, (0,) * len(tables), len(coming))
     sizes = [messages.shape[1] * messages.shape[2]] * len(coming)
     return begin(messages.view(-1), coming, sizes, group, None)
 

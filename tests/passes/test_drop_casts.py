@@ -1,0 +1,40 @@
+"""What an operator widens by itself has the bits of what a cast widened before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import xdit_ir as xir
+from xdit_ir import models
+from xdit_ir.ir.program import Program
+from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.drop_casts import PROMOTING, DropCasts
+
+
+@pytest.mark.parametrize("operator", sorted(PROMOTING, key=str), ids=str)
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)],
+)
+def test_an_operator_widens_exactly(operator: torch._ops.OpOverload, narrow: torch.dtype, wide: torch.dtype) -> None:
+    x, table = torch.randn(2, 5, 8).to(narrow), torch.randn(5, 1, dtype=wide)
+    for one, other in (((x, table), (x.to(wide), table)), ((table, x), (table, x.to(wide)))):
+        found, expected = operator(*one), operator(*other)
+        assert found.dtype == wide and torch.equal(found, expected)
+
+
+def casts(program: Program) -> int:
+    """How many blocks have, all kinds together."""
+    nodes = (node for block in program.blocks.values() for node in block.graph.nodes)
+    return sum(node.target is torch.ops.aten._to_copy.default for node in nodes)
+
+
+@torch.no_grad()
+def test_pairs_that_are_turned_are_widened_by_their_tables() -> None:
+    model, example = models.load("flux.1-dev:tiny", seed=0, dtype=torch.bfloat16)
+    program = xir.trace(model, example).parallelize().rank(0)
+    made = run_passes(program, [DropCasts()])
+    assert casts(program) - casts(made) == 8, "two of queries and two of keys in each kind of block"
+    want, got = (xir.api.run_single(one, model, example) for one in (program, made))
+    assert torch.equal(want[0], got[0])
