@@ -267,6 +267,31 @@ def test_a_tied_weight_stays_one(tmp_path: Path, named: str | None, options: dic
     assert model.last.weight is model.first.weight and model.last.weight.is_meta
 
 
+class Biased(nn.Module):
+    """A layer whose bias a call may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, biased: bool = True) -> torch.Tensor:
+        return self.last(x) if biased else nn.functional.linear(x, self.last.weight)
+
+
+def test_what_is_stored_together_serves_calls_that_need_less() -> None:
+    """What a model that was changed has elsewhere is named."""
+    model, x = Biased().eval(), torch.randn(2, 8, 16)
+    with torch.no_grad():
+        want = [model(x), model(x, False)]
+        ported = xir.port(model, stream_weights=True)
+        torch.testing.assert_close([ported(x), ported(x, False)], want)
+        model.last = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)).to("meta")
+        with pytest.raises(
+            xir.MismatchError, match=r"original\d has no values: the model is on the meta device, or gave"
+        ):
+            ported(x)
+
+
 def test_what_a_stage_does_not_use_is_freed(saved: Saved) -> None:
     model, _ = models.load("flux.1-dev:tiny")
     parallel = xir.trace(model, saved[1]).parallelize(pipefusion=2)
