@@ -148,13 +148,14 @@ def _carries(node: fx.Node) -> bool:
 
 
 def _weights_behind(body: fx.Graph) -> Origins:
-    """Of values that are made of nothing but weights (scaled, cast, transposed): these, as of weights themselves."""
+    """Of values that are made of nothing but weights and constants (scaled, cast, unpacked): the weights, as of these
+    themselves."""
     found: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in body.nodes:
         sources = operands(node) if node.op == "call_function" else []
         if is_weight(node):
             found[node] = frozenset({node})
-        elif sources and all(source in found for source in sources):
+        elif node.op == "call_function" and all(source in found for source in sources):
             found[node] = frozenset().union(*(found[source] for source in sources))
     return found
 
@@ -168,7 +169,7 @@ def _mixed_dim(node: fx.Node, weights: Origins) -> int | None:
     """The dim of features that a product or a convolution with a weight sums up, and of those that it makes."""
     sources = operands(node)
     one = isinstance(node.meta.get(SPEC), TensorSpec) and node.meta[SPEC].shape
-    if not one or not any(source in weights for source in sources) or sources[0] in weights:
+    if not one or len(sources) < 2 or sources[0] in weights or sources[1] not in weights:
         return None
     packet, ndim = getattr(node.target, "overloadpacket", None), len(sources[0].meta[SPEC].shape)
     if packet in PRODUCTS and ndim == len(node.meta[SPEC].shape):

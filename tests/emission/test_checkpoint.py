@@ -201,9 +201,13 @@ def test_a_loaded_model_is_released(saved: Saved) -> None:
     model, _ = models.load("flux.1-dev:tiny")
     want = run(model, example)
     ported = xir.port(model, release=True)
+    assert not any(tensor.is_meta for tensor in ported.state_dict().values())
     torch.testing.assert_close(run(ported, example), want, rtol=1e-4, atol=1e-5)
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     torch.testing.assert_close(run(ported, example), want, rtol=1e-4, atol=1e-5)
+    ported.reset()
+    with pytest.raises(xir.MismatchError, match=r"state_dict\(\) of a model whose weights"):
+        ported.state_dict()
 
 
 @pytest.mark.parametrize("how", ["release", "weights"])
@@ -216,6 +220,8 @@ def test_weights_that_are_loaded_where_a_port_holds_them_are_refused(saved: Save
     run(ported, example)
     with pytest.raises(xir.MismatchError, match=r"its port holds itself \(release=True"):
         ported.load_state_dict(other)
+    with pytest.raises(xir.MismatchError, match=r"state_dict\(\) of a model whose weights.*save before the first"):
+        nn.ModuleList([ported]).state_dict()  # as of a pipeline
     ported.bfloat16()
     wide = tree_map(lambda x: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, example)
     with pytest.raises(xir.MismatchError, match=r"weight was cast from torch\.float32 to torch\.bfloat16"):
@@ -225,6 +231,65 @@ def test_weights_that_are_loaded_where_a_port_holds_them_are_refused(saved: Save
     model.load_state_dict(other, assign=True)
     with pytest.raises(xir.MismatchError, match=r"was loaded into a model whose weights"):
         run(ported, example)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, of which each rank holds all, or a part with the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.sigmoid(self.first(x)))
+
+
+@pytest.mark.parametrize("options", [{"release": True}, {"stream_weights": True}], ids=str)
+@pytest.mark.parametrize("named", [None, "first.weight", "last.weight"])
+def test_a_tied_weight_stays_one(tmp_path: Path, named: str | None, options: dict[str, Any]) -> None:
+    """When it was given up, for inputs of another shape, and where a checkpoint has it under one of its names only."""
+    model, x = Tied().eval(), torch.randn(2, 8, 16)
+    with torch.no_grad():
+        want = [model(x), model(x[:1])]
+        if named is not None:
+            kept = {
+                name: tensor
+                for name, tensor in model.state_dict().items()
+                if name in (named, "first.bias", "last.bias")
+            }
+            save_file(kept, tmp_path / "tied.safetensors")
+            model = model.to("meta")
+            model.last.weight = model.first.weight
+            options = {**options, "weights": tmp_path}
+        ported = xir.port(model, **options)
+        torch.testing.assert_close([ported(x), ported(x[:1])], want)
+    assert model.last.weight is model.first.weight and model.last.weight.is_meta
+
+
+class Biased(nn.Module):
+    """A layer whose bias a call may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, biased: bool = True) -> torch.Tensor:
+        return self.last(x) if biased else nn.functional.linear(x, self.last.weight)
+
+
+def test_what_is_stored_together_serves_calls_that_need_less() -> None:
+    """What a model that was changed has elsewhere is named."""
+    model, x = Biased().eval(), torch.randn(2, 8, 16)
+    with torch.no_grad():
+        want = [model(x), model(x, False)]
+        ported = xir.port(model, stream_weights=True)
+        torch.testing.assert_close([ported(x), ported(x, False)], want)
+        model.last = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)).to("meta")
+        with pytest.raises(
+            xir.MismatchError, match=r"original\d has no values: the model is on the meta device, or gave"
+        ):
+            ported(x)
 
 
 def test_what_a_stage_does_not_use_is_freed(saved: Saved) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,17 +28,16 @@ DEGREES = {
     "r": "ring",
     "c": "cfg",
     "p": "pipefusion",
+    "t": "tensor",
 }
 Result = dict[str, Any]
 Task = tuple[str, str]
 
 
 def degrees_of(text: str) -> dict[str, int]:
-    """`u2` or `c2u2` as keyword arguments of `port`; `auto` as none, so that they are planned."""
-    if text == "auto":
-        return {}
-    parts = text.replace("u", " u").replace("r", " r").replace("c", " c").replace("p", " p").split()
-    return {DEGREES[part[0]]: int(part[1:]) for part in parts}
+    """`u2` or `c2u2` as keyword arguments of `port`; `auto` as none, so that they are planned. Options that a script
+    writes behind a `+` are left out."""
+    return {DEGREES[letter]: int(size) for letter, size in re.findall(r"([a-z])(\d+)", text.partition("+")[0])}
 
 
 class Record:
@@ -60,7 +61,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Lane:
-    """A group of processes, one per GPU of `gpus`, that works through `tasks`."""
+    """A group of processes that works through `tasks`, or with `options.fresh` one for each of them. They share `gpus`:
+    `options.ranks`, or as many as the degrees of a task divide by."""
 
     gpus: Sequence[int]
     options: argparse.Namespace
@@ -71,7 +73,8 @@ class Lane:
         """What came of every task."""
         results: list[Result] = []
         while len(results) < len(self.tasks):
-            results += self._group(self.tasks[len(results) :], _free_port())
+            left = self.tasks[len(results) :]
+            results += self._group(left[:1] if self.options.fresh else left, _free_port())
         return results
 
     def _group(self, tasks: Sequence[Task], port: int) -> list[Result]:
@@ -79,8 +82,9 @@ class Lane:
         with tempfile.TemporaryDirectory() as folder:
             said = Path(folder) / "results"
             said.touch()
-            count = 1 if self.options.loopback else self.options.ranks
-            ranks = [self._start(rank, tasks, said, port, Path(folder)) for rank in range(count)]
+            world = self.options.ranks or math.prod(degrees_of(tasks[0][1]).values())
+            here = range(1 if self.options.loopback else world)
+            ranks = [self._start(rank, world, tasks, said, port, Path(folder)) for rank in here]
             results, since = list[Result](), time.monotonic()
             while any(one.poll() is None for one in ranks):
                 time.sleep(0.2)
@@ -105,16 +109,18 @@ class Lane:
         self.record.add(more)
         return more
 
-    def _start(self, rank: int, tasks: Sequence[Task], said: Path, port: int, folder: Path) -> subprocess.Popen[bytes]:
+    def _start(
+        self, rank: int, world: int, tasks: Sequence[Task], said: Path, port: int, folder: Path
+    ) -> subprocess.Popen[bytes]:
         env = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.options.ranks),
+            "WORLD_SIZE": str(world),
             "OMP_NUM_THREADS": "2",
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)),
         }
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        alone = self.options.ranks if self.options.loopback else 0
+        alone = world if self.options.loopback else 0
         given = [self.options.mode, self.options.timeout, str(said), list(tasks), alone]
         command = [sys.executable, sys.argv[0], "--worker", json.dumps(given)]
         with (folder / f"errors_{rank}").open("wb") as errors:
@@ -178,11 +184,12 @@ def work(
     os._exit(0)
 
 
-def arguments(description: str | None, *, degrees: str, lanes: int) -> argparse.ArgumentParser:
+def arguments(description: str | None, *, degrees: str, lanes: int, fresh: bool = False) -> argparse.ArgumentParser:
     """What every such script can be told."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="what to try, or NAME@DEGREES; default: all")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.set_defaults(fresh=fresh)
+    parser.add_argument("--ranks", type=int, default=2, help="processes of each group; 0: by the degrees of a task")
     parser.add_argument("--degrees", default=degrees)
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--lanes", type=int, default=lanes)
@@ -206,12 +213,13 @@ def share_out(options: argparse.Namespace, names: Sequence[str]) -> int:
     pairs = (f"{name}@{degrees}".split("@") for degrees in options.degrees.split(",") for name in names)
     tasks: list[Task] = list(dict.fromkeys((name, degrees) for name, degrees, *_ in pairs))
     gpus = torch.cuda.device_count()
-    places = max(1, gpus // options.ranks)
-    first = [number % places * options.ranks for number in range(options.lanes)]
+    each = options.ranks or max(gpus, 1)
+    places = max(1, gpus // each)
+    first = [number % places * each for number in range(options.lanes)]
     record = Record(options.output, resume=options.resume)
     tasks = [task for task in tasks if task not in record.done]
     lanes = [
-        Lane(range(gpus)[start : start + options.ranks], options, tasks[number :: options.lanes], record)
+        Lane(range(gpus)[start : start + each], options, tasks[number :: options.lanes], record)
         for number, start in enumerate(first)
     ]
     with ThreadPoolExecutor(len(lanes)) as pool:

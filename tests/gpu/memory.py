@@ -1,88 +1,109 @@
-"""Memory told in advance and used: `torchrun --standalone --nproc-per-node 2 tests/gpu/memory.py [eager] [auto]`.
+"""Memory told in advance and used, on one GPU or several: `python tests/gpu/memory.py [MODEL@WAY ...]`.
 
-Ports published configurations with a few of their blocks and random bf16 weights, in every way below, and compares
-`report().memory` of this rank with `torch.cuda.max_memory_allocated` over all calls, or from the second on, where the
-model gives its weights up at the first: a line for each. Workspaces of libraries (cuBLAS takes 32 MiB and more) are not
-told, nor are pools of recordings between calls counted. Ends with status 1 if one of the eager ones is off by more than
-a tenth; and by itself.
+Ports published configurations with a few of their blocks and random bf16 weights, each way in new processes, and
+compares `report().memory` with `torch.cuda.max_memory_allocated` of each rank's own process, over all calls, or from
+the second on, where the model gives its weights up at the first. A line for each way, of the rank that is furthest off;
+status 1 if any is off by more than a tenth. A way is degrees, as many processes as they say, with `+compiled`,
+`+recorded` (eager otherwise), `+sharded`, `+stream`, `+stream=1GiB`, `+release`, or a quantisation of the weights,
+`+int8` or `+casting`. Processes share a GPU where there are too few (`staged.py`). Several ways run at a time.
+Workspaces of libraries (cuBLAS takes 32 MiB and more) are not told, nor are pools of recordings between calls counted.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import gc
+import json
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
-import parity
-import staged
-import torch
-import torch.distributed as dist
-from torch.utils import _pytree as pytree
+import lanes
 
-import xdit_ir as xir
-
-LIMIT = 540  # seconds
 BLOCKS, CALLS, OFF = 4, 4, 0.1
-GIVEN_UP = {"stream_weights", "shard_weights", "tensor", "release"}
-CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
-    1: [
-        ("flux.1-dev", {"ulysses": 1}),
-        ("flux.1-dev", {"stream_weights": True, "ulysses": 1}),
-        ("wan2.1-t2v-14b", {"ulysses": 1}),
-        ("wan2.1-t2v-14b", {"stream_weights": True, "ulysses": 1}),
-        ("flux.1-dev", {"stream_weights": "1GiB", "ulysses": 1}),
-    ],
-    2: [
-        ("flux.1-dev", {"ulysses": 2}),
-        ("flux.1-dev", {"ulysses": 2, "mode": "graph"}),
-        ("flux.1-dev", {"ring": 2}),
-        ("flux.1-dev", {"tensor": 2}),
-        ("flux.1-dev", {"ulysses": 2, "shard_weights": True}),
-        ("flux.1-dev", {"ulysses": 2, "stream_weights": True}),
-        ("flux.1-dev", {"ulysses": 2, "stream_weights": "1GiB"}),
-        ("flux.1-dev", {"pipefusion": 2, "release": True}),
-        ("wan2.1-t2v-14b", {"ulysses": 2}),
-        ("sd3.5-large", {"cfg": 2}),
-    ],
+WAYS = {
+    "flux.1-dev": (
+        *("u1", "u1+compiled", "u1+recorded", "u1+stream", "u1+stream=1GiB", "u1+stream+compiled", "u1+int8"),
+        *("u2", "u2+compiled", "r2", "t2", "u2+sharded", "u2+stream", "p2+release"),
+    ),
+    "wan2.1-t2v-14b": ("u1", "u1+stream", "u2"),
+    "qwen-image": ("u1", "u1+casting", "u2+sharded"),
+    "sd3.5-large": ("u1+recorded", "c2"),
+}
+OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "compiled": lambda _: {"mode": "compiled"},
+    "recorded": lambda _: {"mode": "graph"},
+    "sharded": lambda _: {"shard_weights": True},
+    "stream": lambda amount: {"stream_weights": amount or True},
+    "release": lambda _: {"release": True},
 }
 
 
-def compare(name: str, options: dict[str, Any], mode: str, device: torch.device) -> bool:
-    """Print a line of the table; whether what was told is near enough."""
-    gc.collect()  # what was measured before
-    torch.cuda.empty_cache()
+def int8(model: Any) -> None:
+    """Integers with a scale a row, by torchao."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+
+
+def casting(model: Any) -> None:
+    """Stored in fp8, cast by diffusers' hooks."""
+    import torch
+
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+
+
+QUANTISED: dict[str, Callable[[Any], None]] = {"int8": int8, "casting": casting}
+
+
+def tried(name: str, way: str, _: str) -> lanes.Result:
+    """What was told and used at a model in a way, of the rank that is furthest off."""
+    import parity
+    import torch
+    import torch.distributed as dist
+    from torch.utils import _pytree as pytree
+
+    import xdit_ir as xir
+
+    start, device, rank = time.monotonic(), torch.device("cuda", torch.cuda.current_device()), dist.get_rank()
+    more = [word.partition("=") for word in way.split("+")[1:]]
+    options: dict[str, Any] = {"mode": "eager", **lanes.degrees_of(way)}
+    for word, _, value in more:
+        options |= OPTIONS[word](value) if word in OPTIONS else {}
     model, example = parity.load(name, device, blocks=BLOCKS)
-    before = torch.cuda.memory_allocated()
+    for word, *_ in more:
+        if word in QUANTISED:
+            QUANTISED[word](model.requires_grad_(False))
+    gives_up = {"stream_weights", "shard_weights", "tensor", "release"} & {*options}
     torch.cuda.reset_peak_memory_stats()
-    options = {"mode": mode, **options}
     port = xir.port(model, **options)
     with torch.inference_mode():
         for call in range(CALLS):
-            time = (example["timestep"] * 0.9**call).to(example["timestep"].dtype)
-            pytree.tree_leaves(port(**(example | {"timestep": time})))[0].float().cpu()
-            if call == 0 and GIVEN_UP & set(options):  # until then the model had all weights on the GPU
+            step = (example["timestep"] * 0.9**call).to(example["timestep"].dtype)
+            pytree.tree_leaves(port(**(example | {"timestep": step})))[0].float().cpu()
+            if call == 0 and gives_up:  # until then the model had all weights on the GPU
                 torch.cuda.reset_peak_memory_stats()
-    told, used = port.report().memory[dist.get_rank()], torch.cuda.max_memory_allocated()
-    print(
-        f"rank {dist.get_rank()} {name} {options}: told {told}, used {used / 2**20:.1f} MiB "
-        f"({before / 2**20:.1f} before), {told.total / used:.3f}; reserved {torch.cuda.memory_reserved() / 2**20:.1f}",
-        flush=True,
-    )
+    report = port.report()
+    pairs = torch.zeros(dist.get_world_size(), 2, dtype=torch.float64, device=device)
+    pairs[rank, 0], pairs[rank, 1] = report.memory[rank].total, torch.cuda.max_memory_allocated()
+    dist.all_reduce(pairs)
+    ratios = (pairs[:, 0] / pairs[:, 1]).tolist()
+    worst = max(range(len(ratios)), key=lambda one: abs(ratios[one] - 1))
+    said = f"{ratios[worst]:.3f}: told {report.memory[worst]}, used {pairs[worst, 1].item() / 2**20:.1f} MiB"
+    said += f" (rank {worst}), in {time.monotonic() - start:.0f} s"
     port.reset()
-    return options["mode"] != "eager" or abs(told.total / used - 1) <= OFF
-
-
-def main() -> int:
-    """All cases for this number of ranks, in every mode that is named."""
-    faulthandler.dump_traceback_later(LIMIT, exit=True)
-    device = staged.start()
-    cases = [(*case, mode) for mode in sys.argv[1:] or ["eager"] for case in CASES[dist.get_world_size()]]
-    good = [compare(name, options, mode, device) for name, options, mode in cases]
-    print(f"rank {dist.get_rank()}: {sum(good)} of {len(good)} are near enough", flush=True)
-    dist.destroy_process_group()
-    return int(not all(good))
+    return {
+        "status": "equal" if abs(ratios[worst] - 1) <= OFF else "different",
+        "ratio": ratios[worst],
+        "reason": said,
+        "runs": "" if options["mode"] == "eager" else report.execution,
+    }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--worker"]:
+        lanes.work(tried, *json.loads(sys.argv[2]))
+    parser = lanes.arguments(__doc__, degrees="u1", lanes=4, fresh=True)
+    parser.set_defaults(ranks=0, timeout=120)
+    given = parser.parse_args()
+    cases = given.names or [f"{name}@{way}" for name, ways in WAYS.items() for way in ways]
+    sys.exit(lanes.share_out(given, sorted(cases, key=lambda case: "@u1" not in case)))

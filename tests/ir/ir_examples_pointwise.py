@@ -103,6 +103,12 @@ def with_broadcast(d, packet):
     return Sample(packet.default, (d.tensor(*shape), d.tensor(*d.broadcast(shape))))
 
 
+@example(aten.__and__, aten.__or__)
+def bits(d, packet):
+    shape = d.sized()
+    return Sample(packet.Tensor, (d.index(8, *shape), d.index(8, *d.broadcast(shape))))
+
+
 @example(aten.type_as)
 def type_as(d, packet):
     return Sample(packet.default, (d.tensor(*d.sized()), d.tensor(*d.sized(), dtype=torch.float32)))

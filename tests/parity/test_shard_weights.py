@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
+from loaded import load
 from stacks import Stack, X
 from test_simulated import MODELS
 from torch import nn
@@ -15,7 +15,6 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import TracedProgram
 from xdit_ir.ir import ops
-from xdit_ir.ir.difference import relative_error, tensors_of
 from xdit_ir.ir.program import SPEC, call_parts, is_block_call
 from xdit_ir.sharding.gathered_weights import gathers_weights
 
@@ -23,30 +22,30 @@ DEGREES = ({"ulysses": 2}, {"cfg": 2}, {"ulysses": 2, "ring": 2})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A set of degrees for each of some models, another one for the next; all of them, and one for each model of the
-    zoo, with `--zoo-all`."""
+    """A set of degrees for each of some models, another one for the next; all for every model with `--zoo-all`."""
     if "degrees" in metafunc.fixturenames:
-        everything = metafunc.config.getoption("--zoo-all")
-        step, others = (1, sorted({*models.names()} - {*MODELS})) if everything else (3, [])
-        pairs = [(MODELS[m], DEGREES[d]) for m in range(len(MODELS)) for d in range(3) if (m + d) % step == 0]
-        pairs += [(name, DEGREES[place % 3]) for place, name in enumerate(others)]
+        if metafunc.config.getoption("--zoo-all"):
+            pairs = [(name, degrees) for name in models.names() for degrees in DEGREES]
+        else:
+            pairs = [
+                (name, degrees)
+                for m, name in enumerate(MODELS)
+                for d, degrees in enumerate(DEGREES)
+                if (m + d) % 3 == 0
+            ]
         names = [f"{name}-{'-'.join(degrees)}" for name, degrees in pairs]
         metafunc.parametrize(("name", "degrees"), pairs, ids=names)
 
 
 def test_every_rank_gives_the_models_output_with_its_part_of_the_weights(name: str, degrees: dict[str, int]) -> None:
-    model, example = models.load(f"{name}:tiny")
-    traced = xir.trace(model, example)
+    case = load(name)
+    traced = case.traced
     try:
         parallel = traced.parallelize(**degrees, shard_weights=True)
     except xir.ParallelizeError as error:
         assert "divides the batch" in str(error)
         pytest.skip(str(error))
-    given = copy.deepcopy(example)  # caches are written to
-    with torch.no_grad():
-        want = tensors_of(model(**given))
-    for rank, output in enumerate(parallel.simulate(model, example)):
-        assert relative_error(tensors_of(output), want) <= 1e-5, f"rank {rank}"
+    case.assert_equal(parallel)
     report, block = parallel.report(), _largest_block(traced)
     assert name not in MODELS or report.fallbacks == []
     padding = 256 * (len(traced.ir.state) + parallel.world_size)

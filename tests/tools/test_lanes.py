@@ -15,15 +15,16 @@ sys.path.insert(0, {folder!r})
 import lanes
 
 if sys.argv[1:2] == ["--worker"]:
-    mode, timeout, said, tasks = json.loads(sys.argv[2])
+    mode, timeout, said, tasks, alone = json.loads(sys.argv[2])
     for model, degrees in tasks:
         if model == "ends":
             os._exit(5)
         with open(said, "a") as file:
             result = {{"model": model, "degrees": degrees, "status": "equal", "error": 0.0, "seconds": 1.0}}
+            result |= {{"process": os.getpid(), "world": os.environ["WORLD_SIZE"]}}
             file.write(json.dumps(result) + "\\n")
     os._exit(0)
-given = lanes.arguments("", degrees="u2", lanes=2).parse_args()
+given = lanes.arguments("", degrees="u2", lanes=2, fresh={fresh}).parse_args()
 sys.exit(lanes.share_out(given, given.names))
 """
 
@@ -31,7 +32,7 @@ sys.exit(lanes.share_out(given, given.names))
 def ran(script: Path, *given: str) -> tuple[int, list[dict[str, Any]], str]:
     """The status, what is in the file of results, and what was printed."""
     output = script.with_suffix(".json")
-    command = [sys.executable, str(script), *given, "--ranks", "1", "--output", str(output)]
+    command = [sys.executable, str(script), "--ranks", "1", *given, "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, json.loads(output.read_text()), done.stdout + done.stderr
 
@@ -39,7 +40,7 @@ def ran(script: Path, *given: str) -> tuple[int, list[dict[str, Any]], str]:
 def test_results_are_kept_and_a_second_run_does_what_is_missing(tmp_path: Path) -> None:
     """A group of processes that ends fails its task only; what failed is tried again."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(folder=str(FOLDER)))
+    script.write_text(SCRIPT.format(folder=str(FOLDER), fresh=False))
     status, results, said = ran(script, "a", "ends", "b", "c@r2")
     assert status == 1, said
     assert {(one["model"], one["degrees"]): one["status"] for one in results} == {
@@ -54,3 +55,12 @@ def test_results_are_kept_and_a_second_run_does_what_is_missing(tmp_path: Path) 
         [["equal", "d"], ["failed", "ends"]],
     )
     assert status == 1 and sorted(one["model"] for one in results) == ["a", "b", "c", "d", "ends"]
+
+
+def test_every_task_can_have_processes_of_its_own_as_many_as_it_divides_by(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(folder=str(FOLDER), fresh=True))
+    status, results, said = ran(script, "--ranks", "0", "--lanes", "1", "a@u1+way", "b@u1", "c@t2")
+    assert status == 0, said
+    assert len({one["process"] for one in results}) == 4
+    assert sorted((one["model"], one["world"]) for one in results) == [("a", "1"), ("b", "1"), ("c", "2"), ("c", "2")]

@@ -20,7 +20,7 @@ from torch import nn
 from xdit_ir.emission.parts import NOTHING, AllStored, GivenUp, StoredParts, whole_names
 from xdit_ir.emission.state import ModelWeights, check_type, running_device
 from xdit_ir.errors import MismatchError
-from xdit_ir.ir.named_tensors import find_tensor
+from xdit_ir.ir.named_tensors import Place, find_tensor, named_tensors
 from xdit_ir.ir.program import TensorSpec
 from xdit_ir.ir.stored import Filling, bytes_of
 from xdit_ir.ir.wrappers import hollow_like, parts_inside
@@ -240,7 +240,7 @@ class WeightStore:
             if name in self._tensors:
                 check_type(name, self._tensors[name], specs[name])
             elif self.checkpoint is not None and self._saved(name):
-                self.checkpoint.check(name, specs[name])
+                self.checkpoint.check(self._saved_as(name), specs[name])
             else:
                 self._own(name, specs[name])
 
@@ -253,22 +253,23 @@ class WeightStore:
         parts = Filling(self._parts.lacking(names, stored), specs, room_beside(self.device))
         if self.release:
             gc.collect()  # cycles that a trace left behind hold the model's tensors, which would pile up below
-        for path, holder, leaf in _tensors_of(self.model) if self.release else ():
-            for name, _ in parts_inside(path, holder[leaf]):
+        for names_of_it, places in named_tensors(self.model) if self.release else ():
+            holder, leaf = places[0]
+            for name in (name for path in names_of_it for name, _ in parts_inside(path, holder[leaf])):
                 if not self._saved(name):
                     if name in wanted:
                         self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
                     parts.fill(name, partial(self._bytes, name, specs))
-            _drop(holder, leaf)
+            _drop(places)
         for name in parts.wanted:
             parts.fill(name, partial(self._bytes, name, specs))
         self._parts.tensors |= parts.done()
         if self._given_up is None:
-            empty = {name: (holder, leaf) for name, holder, leaf in _tensors_of(self.model) if holder[leaf].is_meta}
-            self._given_up = GivenUp(empty)
+            pairs = [pair for found in named_tensors(self.model) for pair in zip(*found, strict=True)]
+            self._given_up = GivenUp({name: (held, key) for name, (held, key) in pairs if held[key].is_meta})
         for name in whole:
             if name not in self._tensors and self.checkpoint is not None and self._saved(name):
-                self._tensors[name] = self.checkpoint.read(name, specs[name], self.device)
+                self._tensors[name] = self.checkpoint.read(self._saved_as(name), specs[name], self.device)
             elif name not in self._tensors:
                 self._tensors[name] = self._own(name, specs[name]).detach().to(self.device)
         tensors = [self._parts.tensors[stored[n]] if n in stored else self._tensors[n] for n in names]
@@ -285,14 +286,30 @@ class WeightStore:
         if name in self._tensors:
             return bytes_of(self._tensors[name]).narrow(0, start, length)
         if self.checkpoint is not None and self._saved(name):
-            return self.checkpoint.read_bytes(name, specs[name], start, length)
+            return self.checkpoint.read_bytes(self._saved_as(name), specs[name], start, length)
         return bytes_of(self._own(name, specs[name])).narrow(0, start, length)
 
     def _saved(self, name: str) -> bool:
         """Whether the checkpoint has to have it: it does, or the model has nothing either."""
         return self.checkpoint is not None and (
-            self.checkpoint.called(name) in self.checkpoint.files or self._find(name) is None
+            self.checkpoint.called(self._saved_as(name)) in self.checkpoint.files or self._find(name) is None
         )
+
+    def _saved_as(self, name: str) -> str:
+        """Under which of its names the checkpoint has a tensor of the model: files have those with several once."""
+        assert self.checkpoint is not None
+        files, called = self.checkpoint.files, self.checkpoint.called
+        return next((one for one in self._names.get(name, (name,)) if called(one) in files), name)
+
+    @cached_property
+    def _names(self) -> Mapping[str, Sequence[str]]:
+        """All names of each tensor of the model that has several, beginning with this one."""
+        found: dict[str, Sequence[str]] = {}
+        for paths, [(holder, leaf), *others] in named_tensors(self.model):
+            inside = [[name for name, _ in parts_inside(path, holder[leaf])] for path in (paths if others else ())]
+            for names in zip(*inside, strict=True):
+                found |= {name: (name, *names) for name in names}
+        return found
 
     def _find(self, name: str) -> torch.Tensor | None:
         found = find_tensor(self.model, name)
@@ -360,19 +377,13 @@ class Loading:
         return torch.device("cuda", local % torch.cuda.device_count())  # a launcher may show each process one GPU
 
 
-def _tensors_of(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every parameter and buffer of a model with its place, shared ones under each of their names."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        for holder in (module._parameters, module._buffers):
-            for leaf, tensor in list(holder.items()):
-                if tensor is not None:
-                    yield f"{path}.{leaf}" if path else leaf, holder, leaf
-
-
-def _drop(holder: dict[str, Any], leaf: str) -> None:
-    """Leave the shape and dtype only."""
+def _drop(places: Sequence[Place]) -> None:
+    """Leave the shape and dtype only of a tensor, and that it is one."""
+    holder, leaf = places[0]
     tensor = holder[leaf]
-    if tensor is None or tensor.is_meta:
+    if tensor.is_meta:
         return
-    holder[leaf] = hollow = hollow_like(tensor)
+    hollow = hollow_like(tensor)
     hollow.requires_grad_(tensor.requires_grad)
+    for held, key in places:
+        held[key] = hollow

@@ -66,10 +66,20 @@ class GivenUp:
                 raise MismatchError(without_effect(f"{name} was cast from {dtype} to {tensor.dtype} in"))
 
 
+HELD = (
+    "a model whose weights its port holds itself (release=True, weights=, shard_weights=True, stream_weights=True or "
+    "tensor=)"
+)
+
+
 def without_effect(what: str) -> str:
     """Why weights cannot be changed where a port holds them."""
+    return f"{what} {HELD}, where it has no effect; load, cast and fuse before the first forward, or port a model anew"
+
+
+def not_saved() -> str:
+    """Why there is no state dict where a port holds the weights."""
     return (
-        f"{what} a model whose weights its port holds itself (release=True, weights=, shard_weights=True, "
-        "stream_weights=True or tensor=), where it has no effect; load, cast and fuse before the first forward, or "
-        "port a model anew"
+        f"state_dict() of {HELD}: the model has no values any more, and each rank has its parts of them only; save "
+        "before the first forward, or copy the checkpoint"
     )

@@ -40,6 +40,19 @@ def find_tensor(model: nn.Module, name: str) -> torch.Tensor:
     return bare(_at(way_to(model, name)[-1]))
 
 
+def named_tensors(model: nn.Module) -> list[tuple[list[str], list[Place]]]:
+    """Every parameter and buffer of a model: all names that it has, and its place by each of them."""
+    found: dict[int, tuple[list[str], list[Place]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for holder in (module._parameters, module._buffers):
+            for leaf, tensor in holder.items():
+                if tensor is not None:
+                    names, places = found.setdefault(id(tensor), ([], []))
+                    names.append(f"{path}.{leaf}" if path else leaf)
+                    places.append((holder, leaf))
+    return list(found.values())
+
+
 def _at(place: Place) -> Any:
     holder, key = place
     return holder[key]

@@ -13,7 +13,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from xdit_ir.emission.context import RunOptions
-from xdit_ir.emission.parts import without_effect
+from xdit_ir.emission.parts import not_saved, without_effect
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.porting.planned import Unplanned
@@ -123,6 +123,15 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
         if self._holds and self._xdit_specialisations.found:
             raise MismatchError(without_effect("a state dict was loaded into"))
         return Shadow.load_state_dict(self, *args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's; raises `MismatchError` where the port holds the weights, as nothing would be saved."""
+        given_up = self._xdit_specialisations.options.loading.weights is None and any(
+            tensor.is_meta for tensor in self._xdit_original.parameters()
+        )
+        if self._holds and (given_up or self._xdit_specialisations.found):
+            raise MismatchError(not_saved())
+        return Shadow.state_dict(self, *args, **kwargs)
 
     to = _moving("to")
     cuda = _moving("cuda")

@@ -93,6 +93,8 @@ RULES = {
         aten.less_equal,
         aten.not_equal,
         aten.expand_as,
+        aten.__and__,
+        aten.__or__,
     ),
     **rules_of(POINTWISE, ops.watch, ops.reuse),
     **rules_of(labelled(_prelu), aten.prelu),

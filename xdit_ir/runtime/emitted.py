@@ -13,7 +13,7 @@ from xdit_ir.capture.binder import BufferGuards
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.codegen import EmittedBody
 from xdit_ir.emission.context import RunOptions, on_all_ranks
-from xdit_ir.emission.parts import without_effect
+from xdit_ir.emission.parts import not_saved, without_effect
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.errors import GradientError, MismatchError
 from xdit_ir.ir.program import Program
@@ -97,9 +97,19 @@ class Emitted(Shadow):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's; raises `MismatchError` where this holds the weights."""
-        if not isinstance(self._xdit_built.factory.context.store, ModelWeights):
+        if self._xdit_holds:
             raise MismatchError(without_effect("a state dict was loaded into"))
         return Shadow.load_state_dict(self, *args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's; raises `MismatchError` where this holds the weights, as nothing would be saved."""
+        if self._xdit_holds:
+            raise MismatchError(not_saved())
+        return Shadow.state_dict(self, *args, **kwargs)
+
+    @property
+    def _xdit_holds(self) -> bool:
+        return not isinstance(self._xdit_built.factory.context.store, ModelWeights)
 
     def reset(self) -> None:
         """Free CUDA graphs, which `torch.distributed.destroy_process_group` would wait for, and give back process
