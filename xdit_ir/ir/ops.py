@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.functional import scaled_dot_product_attention  # not what callers put in its place later
 
 from xdit_ir.ir.partition import Runs
@@ -201,90 +200,6 @@ def is_view(target: object) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return any(result.alias_info is not None for result in target._schema.returns)
     return target in (operator.getitem, shard, take, take_each, unpack)
-
-
-def padded_conv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    """Convolution over the trailing dims with zero padding given per dim as (before, after); only what is not the same
-    on both sides needs a copy."""
-    own = tuple(before if before == after > 0 else 0 for before, after in padding)
-    rest = [amount - same for (before, after), same in zip(padding, own, strict=True) for amount in (after, before)]
-    flat = rest[::-1]
-    padded = F.pad(x, flat) if any(flat) else x
-    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(stride)]
-    return conv(padded, weight, bias, tuple(stride), own, tuple(dilation), groups)
-
-
-def cut_conv_transpose(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    kept: Sequence[tuple[int, int]],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    """Transposed convolution over the trailing dims without padding, and of each dim the results `kept`, given as
-    (start, length)."""
-    conv = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(stride)]
-    result = conv(x, weight, bias, tuple(stride), 0, tuple(output_padding), groups, tuple(dilation))
-    return _narrowed(result, kept)
-
-
-def _narrowed(x: torch.Tensor, kept: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Of the trailing dims what is `kept`, given as (start, length)."""
-    for dim, (start, length) in enumerate(kept, x.ndim - len(kept)):
-        x = x.narrow(dim, start, length)
-    return x
-
-
-def padded_pool(
-    x: torch.Tensor,
-    kind: str,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    divisor: int | None,
-) -> torch.Tensor:
-    """Pooling ("max"; "avg", and "inner" without what is padding in the mean) over the trailing dims with padding given
-    per dim as (before, after)."""
-    flat = [amount for before_after in reversed(padding) for amount in before_after]
-    if kind == "max":
-        least = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
-        pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(stride)]
-        padded = F.pad(x, flat, value=least) if any(flat) else x
-        return pool(padded, tuple(kernel), tuple(stride), 0, tuple(dilation))
-    mean: Any = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(stride)]
-    options = {} if divisor is None else {"divisor_override": divisor}
-    result: torch.Tensor = mean(F.pad(x, flat) if any(flat) else x, tuple(kernel), tuple(stride), **options)
-    if kind != "inner" or divisor is not None:
-        return result
-    inner = F.pad(x.new_ones((1, *x.shape[-len(stride) :])), flat)
-    counted: torch.Tensor = mean(inner, tuple(kernel), tuple(stride))
-    return result / counted
-
-
-def cut_resize(
-    x: torch.Tensor,
-    used: Sequence[tuple[int, int]],
-    size: Sequence[int],
-    kept: Sequence[tuple[int, int]],
-    mode: str,
-    antialias: bool,
-) -> torch.Tensor:
-    """Resizing of what is `used` of the trailing dims to `size`, and of each dim the results `kept`; both are given as
-    (start, length)."""
-    found = F.interpolate(_narrowed(x, used), tuple(size), mode=mode, antialias=antialias)
-    return _narrowed(found, kept)
 
 
 def watch(x: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:

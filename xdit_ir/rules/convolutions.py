@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from xdit_ir.ir import ops
+from xdit_ir.ir import window_ops
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import FEATURES
 from xdit_ir.ir.partition import Partition
@@ -23,7 +23,6 @@ from xdit_ir.rules.base import (
     verified,
 )
 from xdit_ir.rules.intervals import Window
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
 from xdit_ir.rules.sliding import Held, Windows, per_dim, windowed
 
 aten = torch.ops.aten
@@ -56,7 +55,7 @@ def _windows(call: OpCall) -> Windows:
 def _local(call: OpCall, held: list[Held]) -> LocalCall:
     given, (stride, dilation, _) = call.arguments, _steps(call)
     padding = [one.border for one in held]
-    return ops.padded_conv, (*_operands(call), stride, padding, dilation, given["groups"]), {}
+    return window_ops.padded_conv, (*_operands(call), stride, padding, dilation, given["groups"]), {}
 
 
 def _operands(call: OpCall) -> tuple[object, ...]:
@@ -74,11 +73,12 @@ def _transposed_windows(call: OpCall) -> Windows:
 
 def _transposed_local(call: OpCall, held: list[Held]) -> LocalCall:
     """All that a rank's part adds to, and of that what it makes."""
-    given, (stride, dilation, _) = call.arguments, _steps(call)
+    given, (stride, dilation, reach) = call.arguments, _steps(call)
     padding = per_dim(given["padding"], len(stride))
     extra = per_dim(given["output_padding"], len(stride))
+    extra = [max(own, by - r) for own, by, r in zip(extra, stride, reach, strict=True)]
     kept = [_kept(one, by, pad) for one, by, pad in zip(held, stride, padding, strict=True)]
-    return ops.cut_conv_transpose, (*_operands(call), stride, kept, extra, dilation, given["groups"]), {}
+    return window_ops.cut_conv_transpose, (*_operands(call), stride, kept, extra, dilation, given["groups"]), {}
 
 
 def _kept(one: Held, stride: int, padding: int) -> tuple[int, int]:
@@ -86,12 +86,6 @@ def _kept(one: Held, stride: int, padding: int) -> tuple[int, int]:
         return 0, one.made.size
     (start, _), (first, length) = one.held.runs[0], one.made.runs[0]
     return first - (start * stride - padding), length
-
-
-def _batch(call: OpCall) -> Labels:
-    """Whole but for the batch."""
-    batch = plain(call.out, range(1 - len(call.specs[1].shape), 0))
-    return by_argument(call, batch, input=batch)
 
 
 def channels_of(call: OpCall) -> int:
@@ -155,22 +149,15 @@ def _conv_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
 
 SPACE = windowed(_windows, _local, mixes=True)
 CONV = verified(Rule(_conv, _conv_demand))
-TRANSPOSED, SPARSE = windowed(_transposed_windows, _transposed_local, mixes=True), labelled(_batch)
-
-
-def _transposed(call: OpCall) -> Rule:
-    """Where results lie between those that any element adds to, everything is whole."""
-    stride, _, reach = _steps(call)
-    return TRANSPOSED if all(r >= by for r, by in zip(reach, stride, strict=True)) else SPARSE
-
+TRANSPOSED = windowed(_transposed_windows, _transposed_local, mixes=True)
 
 RULES = {
     **rules_of(
-        Rule.by(lambda call: _transposed(call) if call.arguments.get("transposed") else CONV),
+        Rule.by(lambda call: TRANSPOSED if call.arguments.get("transposed") else CONV),
         aten.conv1d,
         aten.conv2d,
         aten.conv3d,
         aten.convolution,
     ),
-    **rules_of(Rule.by(_transposed), aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
+    **rules_of(TRANSPOSED, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
 }

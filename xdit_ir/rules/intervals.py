@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from fractions import Fraction
 
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
@@ -46,8 +47,9 @@ class Window:
 
     @staticmethod
     def transposed(size: int, out: int, stride: int, padding: int, reach: int) -> Window:
-        """Convolutions of which element j adds to the `reach` results from `j * stride - padding` on."""
-        return Window(size, out, 1, padding - reach + stride, padding, stride)
+        """Convolutions of which element j adds to the `reach` results from `j * stride - padding` on; those that no
+        element adds to belong to the one before."""
+        return Window(size, out, 1, padding - max(reach, stride) + stride, padding, stride)
 
     @staticmethod
     def resized(size: int, out: int) -> Window:
@@ -71,6 +73,18 @@ class Window:
         step, per = size // shared, out // shared
         low, high = step + per - 2 * reach * max(step, per), step - per + 2 * reach * max(step, per)
         return Window(size, out, 2 * step, low, high, 2 * per, step)
+
+    @staticmethod
+    def placed(size: int, out: int, step: Fraction, at: Fraction, before: int, after: int) -> Window:
+        """Any other resizing: from `before` in front of the element at `i * step + at` to `after` behind it."""
+        per = math.lcm(step.denominator, at.denominator)
+        begin = int(at * per)
+        return Window(size, out, int(step * per), begin - before * per, begin + after * per, per)
+
+    @staticmethod
+    def adaptive(size: int, out: int) -> Window:
+        """Adaptive pooling: all elements of which a part lies between `i * size / out` and `(i + 1) * size / out`."""
+        return Window(size, out, size, 0, size - 1, out)
 
     @property
     def tiles(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from xdit_ir.rules.base import OpCall, rules_of
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
+from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, unary
 
 aten = torch.ops.aten
 
@@ -34,7 +34,8 @@ def _sampled(call: OpCall) -> Labels:
 
 
 RULES = {
-    **rules_of(labelled(leading(2, channels=False)), aten.channel_shuffle, aten.im2col),
+    **rules_of(labelled(lambda call: unary(call, [1])), aten.channel_shuffle),
+    **rules_of(labelled(leading(2, channels=False)), aten.im2col),
     **rules_of(labelled(leading(1, channels=False)), aten.col2im),
     **rules_of(labelled(_sampled), aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d),
 }
