@@ -77,15 +77,8 @@ def _transposed_local(call: OpCall, held: list[Held]) -> LocalCall:
     padding = per_dim(given["padding"], len(stride))
     extra = per_dim(given["output_padding"], len(stride))
     extra = [max(own, by - r) for own, by, r in zip(extra, stride, reach, strict=True)]
-    kept = [_kept(one, by, pad) for one, by, pad in zip(held, stride, padding, strict=True)]
+    kept = [one.kept(by, pad) for one, by, pad in zip(held, stride, padding, strict=True)]
     return window_ops.cut_conv_transpose, (*_operands(call), stride, kept, extra, dilation, given["groups"]), {}
-
-
-def _kept(one: Held, stride: int, padding: int) -> tuple[int, int]:
-    if len(one.held.runs) != 1:  # every element makes results of its own
-        return 0, one.made.size
-    (start, _), (first, length) = one.held.runs[0], one.made.runs[0]
-    return first - (start * stride - padding), length
 
 
 def channels_of(call: OpCall) -> int:

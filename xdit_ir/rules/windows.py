@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from xdit_ir.rules.base import OpCall, rules_of
+from xdit_ir.ir.window_ops import overlap_add
+from xdit_ir.rules.base import LocalCall, OpCall, rules_of, same_call
+from xdit_ir.rules.intervals import Window
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, unary
+from xdit_ir.rules.sliding import Held, Windows, windowed
 
 aten = torch.ops.aten
 
@@ -33,7 +36,27 @@ def _sampled(call: OpCall) -> Labels:
     return by_argument(call, (0, 1, *places), input=(0, 1, *(None,) * (ndim - 2)), grid=(0, *places, None))
 
 
+def _overlaps(call: OpCall) -> Windows:
+    """How sums of windows go along rows and columns."""
+    given, first = call.arguments, len(call.out.shape) - 2
+    found = {}
+    steps = zip(given["kernel"], given["stride"], given["dilation"], given["kept"], strict=True)
+    for dim, (kernel, stride, dilation, (start, length)) in enumerate(steps, first):
+        reach = (kernel - 1) * dilation + 1
+        found[dim] = Window.transposed(call.specs[0].shape[dim], length, stride, start, reach)
+    return found
+
+
+def _overlap_add(call: OpCall, held: list[Held]) -> LocalCall:
+    """The windows that a rank has, and of their sum what it makes."""
+    given = call.arguments
+    steps = zip(held, given["stride"], given["kept"], strict=True)
+    kept = [one.kept(stride, start) for one, stride, (start, _) in steps]
+    return same_call(call, kept=kept)
+
+
 RULES = {
+    **rules_of(windowed(_overlaps, _overlap_add, mixes=True), overlap_add),
     **rules_of(labelled(lambda call: unary(call, [1])), aten.channel_shuffle),
     **rules_of(labelled(leading(2, channels=False)), aten.im2col),
     **rules_of(labelled(leading(1, channels=False)), aten.col2im),
