@@ -26,6 +26,7 @@ from xdit_ir.passes.patches import (
 )
 from xdit_ir.passes.unbound import unbind_selected
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
+from xdit_ir.passes.whole_pools import pool_of_everything
 from xdit_ir.passes.written import joined_from_pieces
 
 aten = torch.ops.aten
@@ -72,6 +73,7 @@ def _canonicalize(graph: fx.Graph) -> None:
             patches_of_fold,
             windows_of_unfold,
             windows_of_fold,
+            pool_of_everything,
             _attention,
             _collapse_views,
             _reshape,
