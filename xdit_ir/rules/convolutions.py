@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import fx
 
 from xdit_ir.ir import window_ops
 from xdit_ir.ir.layout import Layout
@@ -23,6 +24,7 @@ from xdit_ir.rules.base import (
     verified,
 )
 from xdit_ir.rules.intervals import Window
+from xdit_ir.rules.padding import added_before
 from xdit_ir.rules.sliding import Held, Windows, per_dim, windowed
 
 aten = torch.ops.aten
@@ -49,7 +51,8 @@ def _windows(call: OpCall) -> Windows:
     count, ndim = len(reach), len(call.out.shape)
     sizes, outs = call.specs[0].shape[-count:], call.out.shape[-count:]
     columns = zip(sizes, outs, stride, per_dim(padding, count), reach, strict=True)
-    return dict(enumerate((Window.sliding(*column) for column in columns), start=ndim - count))
+    found = enumerate((Window.sliding(*column) for column in columns), start=ndim - count)
+    return {dim: replace(window, shift=added_before(call.node, dim)) for dim, window in found}
 
 
 def _local(call: OpCall, held: list[Held]) -> LocalCall:
@@ -68,7 +71,16 @@ def _transposed_windows(call: OpCall) -> Windows:
     padding, count = per_dim(call.arguments["padding"], len(reach)), len(reach)
     sizes, outs = call.specs[0].shape[-count:], call.out.shape[-count:]
     columns = zip(sizes, outs, stride, padding, reach, strict=True)
-    return dict(enumerate((Window.transposed(*c) for c in columns), start=len(call.out.shape) - count))
+    found = enumerate((Window.transposed(*c) for c in columns), start=len(call.out.shape) - count)
+    return {dim: replace(window, shift=_cut_before(call.node, dim)) for dim, window in found}
+
+
+def _cut_before(node: fx.Node, dim: int) -> int | None:
+    """What is cut off in front of a result along a dim, negative; None where it is not all that is taken of it."""
+    starts = {user.args[2] for user in node.users if user.target is aten.slice.Tensor and user.args[1] == dim}
+    only = len(starts) == 1 and all(user.target is aten.slice.Tensor and user.args[1] == dim for user in node.users)
+    [start] = starts if only else [None]
+    return -start if isinstance(start, int) and start >= 0 else None
 
 
 def _transposed_local(call: OpCall, held: list[Held]) -> LocalCall:

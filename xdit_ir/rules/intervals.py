@@ -19,7 +19,8 @@ class Window:
     `(i * stride + low) // per` to `(i * stride + high) // per`; what lies outside of the operand is padding.
 
     Between neighbouring results a window moves by `stride / per`. Kernels that know sizes only, and not where in a
-    dim they are, work on runs of the operand that begin and end at multiples of `unit`, or at its ends.
+    dim they are, work on runs of the operand that begin and end at multiples of `unit`, or at its ends. `shift`: where
+    it is known, result i tells of the element `(i * stride + shift) // per`, such as behind what was added in front.
 
     >>> conv = Window.sliding(size=8, out=8, padding=1, reach=3)
     >>> conv.needed(Indices.range(0, 4)), conv.makes(Indices.range(0, 5))  # one row of halo
@@ -39,6 +40,7 @@ class Window:
     high: int = 0
     per: int = 1
     unit: int = 1
+    shift: int | None = None
 
     @staticmethod
     def sliding(size: int, out: int, stride: int = 1, padding: int = 0, reach: int = 1) -> Window:
@@ -108,6 +110,8 @@ class Window:
 
     def centre(self, result: int) -> int:
         """The element of whose neighbourhood a result tells; where windows move by several, their first in step."""
+        if self.shift is not None:
+            return (result * self.stride + self.shift) // self.per
         if self.stride > self.per:
             return result * self.stride // self.per
         return (2 * result * self.stride + self.low + self.high) // (2 * self.per)

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import fx
 
+from xdit_ir.ir.graphs import bound_arguments, operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.partition import Indices, Partition
+from xdit_ir.ir.program import SPEC
 from xdit_ir.rules.base import LocalCall, OpCall, OpSharding, Rule, rules_of, same_call, verified
 from xdit_ir.rules.intervals import Interval, interval
 from xdit_ir.rules.labels import handle_empty_parts
@@ -171,6 +174,17 @@ def _pad_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
                 lambda part, a=before, n=size: part.select(a, a + n)[0],  # type: ignore[misc]
             )
     return (wanted.with_dims(changes),)
+
+
+def added_before(node: fx.Node, dim: int) -> int | None:
+    """How many elements were added in front of an operator's operand along a dim; None where it was not padded."""
+    source = operands(node)[0]
+    packet = getattr(source.target, "overloadpacket", None)
+    if packet not in (aten.constant_pad_nd, aten.pad, *EDGES):
+        return None
+    given = bound_arguments(source)
+    flat, at = list(given["pad" if "pad" in given else "padding"]), 2 * (len(source.meta[SPEC].shape) - 1 - dim)
+    return flat[at] if any(flat[at : at + 2]) else None
 
 
 RULES = rules_of(verified(Rule(_pad, _pad_demand)), aten.constant_pad_nd, aten.pad, *EDGES)
