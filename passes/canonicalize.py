@@ -24,6 +24,7 @@ from xdit_ir.passes.patches import (
     windows_of_fold,
     windows_of_unfold,
 )
+from xdit_ir.passes.short_time import frames_of_sound, sound_of_frames
 from xdit_ir.passes.unbound import unbind_selected
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
 from xdit_ir.passes.whole_pools import pool_of_everything
@@ -74,6 +75,8 @@ def _canonicalize(graph: fx.Graph) -> None:
             windows_of_unfold,
             windows_of_fold,
             pool_of_everything,
+            frames_of_sound,
+            sound_of_frames,
             _attention,
             _collapse_views,
             _reshape,

@@ -108,3 +108,12 @@ def overlap_add(
     folded = F.fold(x.flatten(-2), size, tuple(kernel), tuple(dilation), 0, tuple(stride))
     lacking = [max(sum(own) - there, 0) for own, there in zip(kept, size, strict=True)]
     return _narrowed(F.pad(folded, (0, lacking[1], 0, lacking[0])) if any(lacking) else folded, kept)
+
+
+def window_energy(window: torch.Tensor, frames: int, hop: int, kept: tuple[int, int]) -> torch.Tensor:
+    """The squares of a window `[size]`, summed over so many frames `hop` apart, of which `kept` is what is returned,
+    given as (start, length), as `[1, 1, 1, length]`. Raises where nothing is left of what was transformed."""
+    squares = window.square().reshape(1, -1, 1, 1).expand(1, -1, 1, frames)
+    energy = overlap_add(squares, (1, window.numel()), (1, hop), (1, 1), ((0, 1), kept))
+    torch._assert_async((energy.abs() > 1e-11).all(), "istft: windows leave some samples without a value")
+    return energy

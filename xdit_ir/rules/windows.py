@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from xdit_ir.ir.window_ops import overlap_add
+from xdit_ir.ir.window_ops import overlap_add, window_energy
 from xdit_ir.rules.base import LocalCall, OpCall, rules_of, same_call
 from xdit_ir.rules.intervals import Window
 from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, unary
@@ -56,6 +56,7 @@ def _overlap_add(call: OpCall, held: list[Held]) -> LocalCall:
 
 
 RULES = {
+    **rules_of(labelled(lambda call: by_argument(call, (None,) * 4)), window_energy),
     **rules_of(windowed(_overlaps, _overlap_add, mixes=True), overlap_add),
     **rules_of(labelled(lambda call: unary(call, [1])), aten.channel_shuffle),
     **rules_of(labelled(leading(2, channels=False)), aten.im2col),
