@@ -182,6 +182,12 @@ def run_sums(x: torch.Tensor, dim: int, lengths: Sequence[int], dtype: torch.dty
     return torch.cat([run.sum(dim, keepdim=True, dtype=dtype) for run in torch.split(x, list(lengths), dim)], dim)
 
 
+def run_extremes(x: torch.Tensor, dim: int, lengths: Sequence[int], largest: bool) -> torch.Tensor:
+    """The largest or smallest of consecutive runs of these lengths of a dimension, as `run_sums` gives their sums."""
+    extreme = torch.amax if largest else torch.amin
+    return torch.cat([extreme(run, dim, keepdim=True) for run in torch.split(x, list(lengths), dim)], dim)
+
+
 def running_sum(
     x: torch.Tensor, sums: torch.Tensor, dim: int, lengths: Sequence[int], dtype: torch.dtype, before: int = 0
 ) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ from xdit_ir.rules.base import (
     same_call,
 )
 from xdit_ir.rules.labels import Labels, Names, by_argument, labelled, plain
-from xdit_ir.rules.reductions import REDUCE, SUM
+from xdit_ir.rules.reductions import REDUCE, SUM, combined_dims
 
 aten = torch.ops.aten
+SPREADS = (aten.var, aten.std, aten.var_mean, aten.std_mean)
 
 
 def _layer_norm(call: OpCall) -> Labels:
@@ -104,6 +106,8 @@ STATISTICS: dict[Any, Callable[[dict[str, Any]], Any]] = {
     aten.layer_norm.default: _features,
     aten.rms_norm.default: _features,
     aten.cumsum.default: _run,
+    **dict.fromkeys((aten.amax.default, aten.amin.default), combined_dims),
+    **{one: combined_dims for packet in SPREADS for one in map(partial(getattr, packet), ("default", "dim", "correction"))},
 }
 
 
