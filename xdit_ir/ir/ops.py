@@ -47,6 +47,8 @@ def reduce_scatter(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+# In how many pieces what is half precise is copied for statistics.
+COPIED = 4
 # Those that sum.
 SUMS = (all_reduce, reduce_scatter)
 RELAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -155,8 +157,10 @@ def moments(x: torch.Tensor, count: int) -> torch.Tensor:
     dims = tuple(range(2, x.ndim))
     if not x.numel():
         return x.new_zeros((2, *x.shape[:2]), dtype=torch.float64)
-    variance, mean = torch.var_mean(x.to(_accumulated(x)), dims, correction=0)
-    mean, variance = mean.double(), variance.double()
+    exact = _accumulated(x)
+    pieces = [x] if x.dtype == exact else x.split(-(-x.shape[1] // COPIED), 1)  # a copy of all would be the most there is
+    found = [torch.var_mean(piece.to(exact), dims, correction=0) for piece in pieces]
+    variance, mean = (torch.cat(each, 1).double() for each in zip(*found, strict=True))
     return torch.stack((mean, variance + mean * mean)) * (math.prod(x.shape[2:]) / count)
 
 
@@ -167,14 +171,13 @@ def normalize(
     `weight [groups, channels]`, plus `bias` of that shape."""
     around, dtype = (1,) * (x.ndim - 3), _accumulated(x)
     mean, square = moments[:, :, :, None]
-    scale = (square - mean * mean).clamp_min(0).add(eps).rsqrt().to(dtype)
+    scale = (square - mean * mean).clamp_min(0).add(eps).rsqrt()
     scale = scale if weight is None else scale * weight
-    centred = x - mean.to(dtype).view(*mean.shape, *around)
-    scale = scale.view(*scale.shape, *around)
-    scaled = (
-        centred * scale if bias is None else torch.addcmul(bias.to(dtype).view(*bias.shape, *around), centred, scale)
-    )
-    return scaled.to(x.dtype)
+    shift = -mean * scale if bias is None else bias - mean * scale
+    scale, shift = (one.to(dtype).view(*one.shape, *around) for one in (scale, shift))
+    if x.dtype == dtype or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))  # rounded as it is written, without a copy
 
 
 def run_sums(x: torch.Tensor, dim: int, lengths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 
 
+# An operand is padded alike on both sides, and results are dropped, rather than copied, if they are at most this part.
+DROPPED = 1 / 8
+
+
 def padded_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -19,14 +23,22 @@ def padded_conv(
     dilation: Sequence[int],
     groups: int,
 ) -> torch.Tensor:
-    """Convolution over the trailing dims with zero padding given per dim as (before, after); only what is not the same
-    on both sides needs a copy."""
-    own = tuple(before if before == after > 0 else 0 for before, after in padding)
-    rest = [amount - same for (before, after), same in zip(padding, own, strict=True) for amount in (after, before)]
-    flat = rest[::-1]
-    padded = F.pad(x, flat) if any(flat) else x
+    """Convolution over the trailing dims with zero padding given per dim as (before, after). Kernels pad alike on both
+    sides: where that adds few results these are dropped, which is less than a copy of the operand with its padding."""
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(stride)]
-    return conv(padded, weight, bias, tuple(stride), own, tuple(dilation), groups)
+    own, rest, kept = [], [], []
+    sizes = zip(x.shape[-len(stride) :], weight.shape[2:], stride, padding, dilation, strict=True)
+    for size, kernel, by, (before, after), apart in sizes:
+        count = (size + before + after - (kernel - 1) * apart - 1) // by + 1
+        both = max(before, after)
+        dropped = -(-(both - min(before, after)) // by)
+        alike = min(before, after) >= 0 and (both - before) % by == 0 and dropped <= DROPPED * count
+        own.append(both if alike else 0)
+        rest.append((0, 0) if alike else (before, after))
+        kept.append(((own[-1] - before) // by if alike else 0, count))
+    flat = [amount for before_after in reversed(rest) for amount in before_after]
+    padded = F.pad(x, flat) if any(flat) else x
+    return _narrowed(conv(padded, weight, bias, tuple(stride), tuple(own), tuple(dilation), groups), kept)
 
 
 def cut_conv_transpose(
