@@ -13,7 +13,9 @@ Place = tuple[int, int, float, int, int, int]
 Taps = tuple[torch.Tensor, list[torch.Tensor]]
 
 
-def resampled(x: torch.Tensor, places: Sequence[Place | None], mode: str, corners: bool, filtered: bool) -> torch.Tensor:
+def resampled(
+    x: torch.Tensor, places: Sequence[Place | None], mode: str, corners: bool, filtered: bool
+) -> torch.Tensor:
     """Resizing of the trailing dims ("nearest", "nearest-exact", "linear", "cubic", or "mean" of adaptive pooling),
     dims without a place left as they are; `corners`: from corner to corner; `filtered`: as wide as results are apart."""
     dims = [(dim, place) for dim, place in enumerate(places, x.ndim - len(places)) if place is not None]

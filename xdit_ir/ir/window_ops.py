@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-
 # An operand is padded alike on both sides, and results are dropped, rather than copied, if they are at most this part.
 DROPPED = 1 / 8
 

@@ -107,7 +107,11 @@ STATISTICS: dict[Any, Callable[[dict[str, Any]], Any]] = {
     aten.rms_norm.default: _features,
     aten.cumsum.default: _run,
     **dict.fromkeys((aten.amax.default, aten.amin.default), combined_dims),
-    **{one: combined_dims for packet in SPREADS for one in map(partial(getattr, packet), ("default", "dim", "correction"))},
+    **{
+        one: combined_dims
+        for packet in SPREADS
+        for one in map(partial(getattr, packet), ("default", "dim", "correction"))
+    },
 }
 
 
@@ -190,7 +194,11 @@ def _local_batch(call: OpCall, sharding: OpSharding) -> Localize:
 
 def _running(call: OpCall) -> Labels | str:
     """An instance norm by running statistics is pointwise per channel."""
-    return "instance norm with running statistics that it changes" if call.arguments["use_input_stats"] else _channels(call)
+    return (
+        "instance norm with running statistics that it changes"
+        if call.arguments["use_input_stats"]
+        else _channels(call)
+    )
 
 
 def _channels(call: OpCall, *saved: Names) -> Labels:

@@ -57,7 +57,11 @@ def _pool(spatial: int) -> Rule:
     def local(call: OpCall, held: list[Held]) -> LocalCall:
         kernel, stride, _, dilation = _pooled(call, spatial)
         padding, divisor = [one.border for one in held], call.arguments.get("divisor_override")
-        return window_ops.padded_pool, (call.arguments["self"], _kind(call), kernel, stride, padding, dilation, divisor), {}
+        return (
+            window_ops.padded_pool,
+            (call.arguments["self"], _kind(call), kernel, stride, padding, dilation, divisor),
+            {},
+        )
 
     inside, whole = windowed(lambda call: _windows(call, spatial), local), labelled(leading(spatial))
     return Rule.by(lambda call: whole if _kind(call) == "avg" and _overshoots(call, spatial) else inside)

@@ -134,9 +134,7 @@ RULES = {
         aten.linalg_norm,
         aten.norm,
     ),
-    **rules_of(
-        Rule(_combined, REDUCE.demand), aten.amax, aten.amin, aten.var, aten.std, aten.var_mean, aten.std_mean
-    ),
+    **rules_of(Rule(_combined, REDUCE.demand), aten.amax, aten.amin, aten.var, aten.std, aten.var_mean, aten.std_mean),
     **rules_of(
         labelled(_along),
         aten.softmax,

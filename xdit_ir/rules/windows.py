@@ -70,7 +70,5 @@ RULES = {
     **rules_of(labelled(lambda call: unary(call, [1])), aten.channel_shuffle),
     **rules_of(labelled(leading(2, channels=False)), aten.im2col),
     **rules_of(labelled(leading(1, channels=False)), aten.col2im),
-    **rules_of(
-        Rule(_sampled_anywhere, SAMPLED.demand), aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d
-    ),
+    **rules_of(Rule(_sampled_anywhere, SAMPLED.demand), aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d),
 }
