@@ -6,6 +6,7 @@ and on a grid.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -23,7 +24,7 @@ SHARES = {2: 0.54, 3: 0.40, 4: 0.30}
 
 
 def convs(*channels: int, kernel: int = 3, **options: str) -> nn.ModuleList:
-    pairs = zip(channels, channels[1:], strict=False)
+    pairs = itertools.pairwise(channels)
     return nn.ModuleList(nn.Conv2d(a, b, kernel, padding=kernel // 2, **options) for a, b in pairs)  # type: ignore[arg-type]
 
 

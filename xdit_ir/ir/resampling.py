@@ -17,7 +17,8 @@ def resampled(
     x: torch.Tensor, places: Sequence[Place | None], mode: str, corners: bool, filtered: bool
 ) -> torch.Tensor:
     """Resizing of the trailing dims ("nearest", "nearest-exact", "linear", "cubic", or "mean" of adaptive pooling),
-    dims without a place left as they are; `corners`: from corner to corner; `filtered`: as wide as results are apart."""
+    dims without a place left as they are; `corners`: from corner to corner; `filtered`: weighed as wide as results are
+    apart."""
     dims = [(dim, place) for dim, place in enumerate(places, x.ndim - len(places)) if place is not None]
     if mode.startswith("nearest"):
         for dim, place in dims:

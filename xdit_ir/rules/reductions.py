@@ -79,7 +79,7 @@ def is_extreme(node: fx.Node) -> bool:
 
 
 def combined_dims(given: dict[str, Any]) -> list[int]:
-    """The dims that a reduction is over, of which a lowering brings what parts give together; none where it does not."""
+    """The dims that a reduction is over, if a lowering brings together what parts give; else none."""
     spec, dim = given["self"].meta[SPEC], given.get("dim")
     single = dim is None or dim == [] or len(dim) == len(spec.shape)
     if not spec.dtype.is_floating_point or ("correction" not in given and "unbiased" not in given and single):

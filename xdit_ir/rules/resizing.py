@@ -144,8 +144,7 @@ class Resizing:
         return Rule.by(rule)
 
     def _is_unsure(self, call: OpCall) -> bool:
-        """Whether kernels of different devices read different elements: some repeat what becomes twice as long, whatever
-        the scale."""
+        """Whether devices read different elements: some repeat what becomes twice as long, whatever the scale."""
         short = any(out in (size, 2 * size) for _, size, out in _sizes(call))
         return self.mode == "nearest" and short and not _scaled_by_sizes(call)
 
