@@ -16,9 +16,18 @@ from xdit_ir.passes.emit import Emitter
 from xdit_ir.passes.extremes import extreme_of_rows
 from xdit_ir.passes.find_tokens import PADS
 from xdit_ir.passes.given_back import is_needed
-from xdit_ir.passes.patches import patches_of_convolution, patches_of_fold, patches_of_transposed, patches_of_unfold
+from xdit_ir.passes.patches import (
+    patches_of_convolution,
+    patches_of_fold,
+    patches_of_transposed,
+    patches_of_unfold,
+    windows_of_fold,
+    windows_of_unfold,
+)
+from xdit_ir.passes.short_time import frames_of_sound, sound_of_frames
 from xdit_ir.passes.unbound import unbind_selected
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
+from xdit_ir.passes.whole_pools import pool_of_everything
 from xdit_ir.passes.written import joined_from_pieces
 
 aten = torch.ops.aten
@@ -63,6 +72,11 @@ def _canonicalize(graph: fx.Graph) -> None:
             patches_of_transposed,
             patches_of_unfold,
             patches_of_fold,
+            windows_of_unfold,
+            windows_of_fold,
+            pool_of_everything,
+            frames_of_sound,
+            sound_of_frames,
             _attention,
             _collapse_views,
             _reshape,

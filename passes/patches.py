@@ -1,4 +1,5 @@
-"""Windows that do not overlap, as views and products: what is divided into patches can then be divided anyhow."""
+"""Windows that do not overlap, as views and products: what is divided into patches can then be divided anyhow. Of those
+that do, rows and columns are told apart."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import fx
 
 from xdit_ir.ir.graphs import bound_arguments
 from xdit_ir.ir.program import SPEC
+from xdit_ir.ir.window_ops import overlap_add
 from xdit_ir.passes.emit import Emitter
 
 aten = torch.ops.aten
@@ -103,6 +105,42 @@ def patches_of_fold(graph: fx.Graph, node: fx.Node) -> bool:
     y = emitter.reshape(x, [*before, *kernel, rows, columns])
     y = emitter.permute(y, [*range(at), at + 2, at, at + 3, at + 1])
     node.replace_all_uses_with(emitter.reshape(y, node.meta[SPEC].shape))
+    return True
+
+
+def windows_of_unfold(graph: fx.Graph, node: fx.Node) -> bool:
+    """`F.unfold` with windows that overlap, or reach over the edge: pads, windows of rows and of columns as views."""
+    if node.target is not aten.im2col.default:
+        return False
+    given = bound_arguments(node)
+    kernel, stride, padding, dilation = (_two(given[key]) for key in ("kernel_size", "stride", "padding", "dilation"))
+    emitter, y = Emitter(graph, node), given["self"]
+    *before, _, _ = y.meta[SPEC].shape
+    if any(padding):
+        y = emitter.emit(aten.constant_pad_nd.default, y, [padding[1], padding[1], padding[0], padding[0]], 0)
+    at = len(before)
+    for dim, size, by, apart in zip((at, at + 1), kernel, stride, dilation, strict=True):
+        y = emitter.emit(aten.unfold.default, y, dim, (size - 1) * apart + 1, by)
+        if apart > 1:
+            y = emitter.emit(aten.slice.Tensor, y, len(y.meta[SPEC].shape) - 1, 0, None, apart)
+    y = emitter.permute(y, [*range(at), at + 2, at + 3, at, at + 1])
+    node.replace_all_uses_with(emitter.reshape(y, node.meta[SPEC].shape))
+    return True
+
+
+def windows_of_fold(graph: fx.Graph, node: fx.Node) -> bool:
+    """`F.fold` with windows that overlap: the sum of windows in rows and columns."""
+    if node.target is not aten.col2im.default:
+        return False
+    given = bound_arguments(node)
+    kernel, stride, padding, dilation = (_two(given[key]) for key in ("kernel_size", "stride", "padding", "dilation"))
+    sizes, emitter = list(node.meta[SPEC].shape[-2:]), Emitter(graph, node)
+    steps = zip(sizes, kernel, stride, padding, dilation, strict=True)
+    counts = [(size + 2 * pad - (k - 1) * apart - 1) // by + 1 for size, k, by, pad, apart in steps]
+    *before, _ = given["self"].meta[SPEC].shape
+    y = emitter.reshape(given["self"], [*before, *counts])
+    kept = [list(pair) for pair in zip(padding, sizes, strict=True)]
+    node.replace_all_uses_with(emitter.emit(overlap_add, y, kernel, stride, dilation, kept))
     return True
 
 

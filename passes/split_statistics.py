@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,8 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.passes.emit import Emitter
-from xdit_ir.rules.norms import divided_statistics
+from xdit_ir.rules.norms import SPREADS, divided_statistics
+from xdit_ir.rules.reductions import combined_dims
 from xdit_ir.rules.running import lengths_of_runs
 
 aten = torch.ops.aten
@@ -53,7 +55,11 @@ def _split(graph: fx.Graph, mesh: Mesh) -> None:
     for node in _divided(graph, mesh):
         emitter = Emitter(graph, node, mesh)
         new = WRITERS[node.target](emitter, bound_arguments(node))
-        node.replace_all_uses_with(emitter.relayout(new, node.meta[LAYOUT]))
+        if isinstance(new, tuple):
+            for user in [*node.users]:
+                user.replace_all_uses_with(emitter.relayout(new[user.args[1]], user.meta[LAYOUT]))  # type: ignore[index]
+        else:
+            node.replace_all_uses_with(emitter.relayout(new, node.meta[LAYOUT]))
     remove_dead(graph)
 
 
@@ -125,11 +131,50 @@ def _cumsum(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
     return emitter.emit(ops.running_sum, x, total, dim, lengths, dtype)
 
 
-WRITERS: dict[Any, Callable[[Emitter, dict[str, Any]], fx.Node]] = {
+def _extreme(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
+    """That of each rank's part, of all of which there is one number each."""
+    x: fx.Node = given["self"]
+    target, dims = emitter.node.target, combined_dims(given)
+    assert emitter.mesh is not None
+    runs = {dim: lengths_of_runs(emitter.mesh, x.meta[LAYOUT].dims[dim]) for dim in dims}
+    for dim, lengths in runs.items():
+        if lengths:
+            x = emitter.emit(ops.run_extremes, x, dim, lengths, target is aten.amax.default)
+        else:
+            x = emitter.emit(target, x, [dim], True)
+    x = emitter.relayout(x, x.meta[LAYOUT].with_dims(dict.fromkeys(dims)))
+    return emitter.emit(target, x, dims, given["keepdim"])
+
+
+def _spread(emitter: Emitter, given: dict[str, Any]) -> fx.Node | tuple[fx.Node, fx.Node]:
+    """The variance about the mean of all, or its root; and that mean, if it is asked for."""
+    node, dims = emitter.node, combined_dims(given)
+    dtype = given["self"].meta[SPEC].dtype
+    x = emitter.cast(given["self"], torch.promote_types(dtype, torch.float32))
+    means = emitter.emit(aten.mean.dim, x, dims, True)
+    mean = emitter.relayout(means, means.meta[LAYOUT].summed())
+    centred = emitter.emit(aten.sub.Tensor, x, mean)
+    squares = emitter.emit(aten.mul.Tensor, centred, centred)
+    parts = emitter.emit(aten.sum.dim_IntList, squares, dims, given.get("keepdim", False))
+    total = emitter.relayout(parts, parts.meta[LAYOUT].summed())
+    count = math.prod(x.meta[SPEC].shape[dim] for dim in dims)
+    correction = given["correction"] if "correction" in given else int(given["unbiased"])
+    spread = emitter.emit(aten.div.Tensor, total, max(count - (1 if correction is None else correction), 0))
+    if node.target.overloadpacket in (aten.std, aten.std_mean):  # type: ignore[union-attr]
+        spread = emitter.emit(aten.sqrt.default, spread)
+    spread = emitter.cast(spread, dtype)
+    if not isinstance(node.meta[SPEC], tuple):
+        return spread
+    return spread, emitter.cast(emitter.reshape(mean, node.meta[SPEC][1].shape), dtype)
+
+
+WRITERS: dict[Any, Callable[[Emitter, dict[str, Any]], fx.Node | tuple[fx.Node, fx.Node]]] = {
     aten.group_norm.default: _group_norm,
     aten.instance_norm.default: _instance_norm,
     aten.linalg_vector_norm.default: _euclidean,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
     aten.cumsum.default: _cumsum,
+    **dict.fromkeys((aten.amax.default, aten.amin.default), _extreme),
+    **{one: _spread for packet in SPREADS for one in map(partial(getattr, packet), ("default", "dim", "correction"))},
 }

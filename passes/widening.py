@@ -156,7 +156,7 @@ def _union(one: Layout, other: Layout) -> Layout | None:
             continue
         if a is None or b is None:
             return None
-        parts = [_joined(*pair) for pair in zip(a.parts, b.parts, strict=True)]
+        parts = [_joined(*pair, a.size) for pair in zip(a.parts, b.parts, strict=True)]
         known = tuple(part for part in parts if part is not None)
         if len(known) < len(parts):
             return None
@@ -164,13 +164,27 @@ def _union(one: Layout, other: Layout) -> Layout | None:
     return one.with_dims(dims)
 
 
-def _joined(one: Indices, other: Indices) -> Indices | None:
-    """Two runs that touch as one; None: they do not, or are several."""
+def _joined(one: Indices, other: Indices, size: int) -> Indices | None:
+    """Two runs of a dim that touch as one; None: they do not, or are several. A run may go on from the last index of
+    the dim to the first."""
     if not one.runs or not other.runs or one == other:
         return one if one.runs else other
-    if len(one.runs) > 1 or len(other.runs) > 1:
+    if len(one.runs) == len(other.runs) == 1:
+        (a, count), (b, length) = one.runs[0], other.runs[0]
+        if max(a, b) > min(a + count, b + length):
+            return None
+        return Indices.range(min(a, b), max(a + count, b + length))
+    if not _goes_round(one, size) or not _goes_round(other, size):
         return None
-    (a, count), (b, length) = one.runs[0], other.runs[0]
-    if max(a, b) > min(a + count, b + length):
-        return None
-    return Indices.range(min(a, b), max(a + count, b + length))
+    for first, second in ((one, other), (other, one)):
+        start = first.runs[0][0]
+        gap = (second.runs[0][0] - start) % size
+        length = max(first.size, gap + second.size)
+        if gap <= first.size and length <= size:
+            return Indices.of_runs([(start, min(length, size - start)), (0, length - (size - start))])
+    return None
+
+
+def _goes_round(part: Indices, size: int) -> bool:
+    """Whether it is a run, be it one that goes on from the last index to the first."""
+    return len(part.runs) == 1 or (len(part.runs) == 2 and sum(part.runs[0]) == size and part.runs[1][0] == 0)

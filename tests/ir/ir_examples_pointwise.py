@@ -318,6 +318,11 @@ def run_sums(d, packet):
     return Sample(packet, (x, dim, lengths, torch.float32))
 
 
+@example(ops.run_extremes)
+def run_extremes(d, packet):
+    return Sample(packet, (*_runs(d), d.bool()))
+
+
 @example(ops.running_sum)
 def running_sum(d, packet):
     x, dim, lengths = _runs(d)
@@ -336,4 +341,5 @@ def normalize(d, packet):
 def instance_norm(d, packet):
     shape = (d.int(1, 4), d.int(1, 4), d.int(2, 5), d.int(1, 3))
     weight, bias = d.tensor(shape[1]), d.tensor(shape[1])
-    return Sample(packet.default, (d.tensor(*shape), weight, bias, None, None, True, 0.1, 1e-5, False))
+    running = (d.tensor(shape[1]), d.tensor(shape[1]).abs() + 1, False) if d.bool() else (None, None, True)
+    return Sample(packet.default, (d.tensor(*shape), weight, bias, *running, 0.1, 1e-5, False))

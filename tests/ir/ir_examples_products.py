@@ -6,6 +6,7 @@ import torch
 from ir_examples import Sample, aten, example, named
 
 from xdit_ir.ir.partial_attention import merge_partials, partial_attention
+from xdit_ir.ir.window_ops import overlap_add, window_energy
 from xdit_ir.rules.spectral import NAMES as TRANSFORMS
 
 
@@ -239,7 +240,7 @@ def resize(d, packet):
     ndim = int(str(packet).removesuffix("_aa")[-2])
     corners = () if "nearest" in str(packet) else (d.int(0, 5) == 5,)
     if d.bool():
-        x, scale = d.tensor(d.int(1, 3), d.int(1, 3), *d.shape(ndim, high=8)), d.pick(2.0, 2.0, 3.0, 1.5)
+        x, scale = d.tensor(d.int(1, 3), d.int(1, 3), *d.shape(ndim, high=8)), d.pick(2.0, 2.0, 3.0, 1.5, 3.1, 0.7)
         return Sample(packet.vec, (x, None, *corners, [scale] * ndim))
     by, shape = [d.pick((1, 2), (2, 1), (2, 3), (3, 1), (1, 1)) for _ in range(ndim)], d.shape(ndim, high=5)
     sizes = [[n * one for n, one in zip(shape, column, strict=True)] for column in zip(*by, strict=True)]
@@ -284,6 +285,23 @@ def shuffle(d, packet):
         return Sample(packet.default, (d.tensor(d.int(1, 4), 8, 12), [4, 5], [2, 2], [1, 1], [0, 0], [1, 1]))
     batch = d.shape(d.int(1, 2) if packet is not aten.channel_shuffle else 1)
     return Sample(packet.default, (d.tensor(*batch, 4, 4, 2), 2))
+
+
+@example(overlap_add)
+def overlaps(d, packet):
+    """Sums of windows, of which a part is kept; some leave gaps."""
+    kernel, stride, dilation = ([d.int(1, 3) for _ in range(2)] for _ in range(3))
+    counts = d.shape(2, high=6)
+    steps = zip(counts, kernel, stride, dilation, strict=True)
+    sizes = [(n - 1) * by + (k - 1) * apart + 1 for n, k, by, apart in steps]
+    kept = [(start := d.int(0, min(size - 1, 2)), d.int(1, size - start)) for size in sizes]
+    x = d.tensor(d.int(1, 3), d.int(1, 2) * kernel[0] * kernel[1], *counts)
+    return Sample(packet, (x, kernel, stride, dilation, kept))
+
+
+@example(window_energy)
+def energy(d, packet):
+    return Sample(packet, (d.tensor(4).abs() + 1, d.int(2, 5), 2, (2, d.int(1, 4))))
 
 
 @example(aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d)

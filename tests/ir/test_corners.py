@@ -7,7 +7,7 @@ import torch
 from ir_examples import Sample, aten
 from ir_ranks import OneOperator, the_operator
 
-from xdit_ir.ir import ops
+from xdit_ir.ir import ops, window_ops
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
@@ -204,6 +204,6 @@ def test_an_ellipsis_and_a_contracted_division():
 @pytest.mark.parametrize("columns", [(0, 0), (2, 2), (2, 1)])
 def test_convolutions_that_are_padded_unlike_on_both_sides(rows, columns):
     x, weight = t(1, 3, 6, 7), t(4, 3, 3, 3)
-    got = ops.padded_conv(x, weight, None, (1, 2), (rows, columns), (1, 1), 1)
+    got = window_ops.padded_conv(x, weight, None, (1, 2), (rows, columns), (1, 1), 1)
     padded = torch.nn.functional.pad(x, (*columns, *rows))
     assert torch.allclose(got, torch.nn.functional.conv2d(padded, weight, stride=(1, 2)))

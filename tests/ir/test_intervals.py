@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import itertools
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -17,9 +19,14 @@ from xdit_ir.rules.intervals import Window
 
 @st.composite
 def windows(draw: st.DrawFn) -> Window:
-    """Convolutions and poolings, and resizing to the nearest."""
+    """Convolutions and poolings, and resizing."""
     size, out = draw(st.integers(1, 12)), draw(st.integers(1, 24))
-    kind = draw(st.sampled_from(("nearest", "smooth", "filtered", "transposed", "sliding")))
+    kind = draw(st.sampled_from(("nearest", "smooth", "filtered", "placed", "adaptive", "transposed", "sliding")))
+    if kind == "placed":
+        step, at = (Fraction(draw(st.integers(0, 9)), draw(st.integers(1, 9))) for _ in range(2))
+        return Window.placed(size, out, step, at, *draw(st.sampled_from(((0, 1), (1, 2)))))
+    if kind == "adaptive":
+        return Window.adaptive(size, out)
     if kind == "nearest":
         return Window.resized(size, out)
     if kind == "smooth":
@@ -28,7 +35,7 @@ def windows(draw: st.DrawFn) -> Window:
         return Window.around(size, out, draw(st.integers(1, 2)))
     stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     if kind == "transposed":
-        reach = draw(st.integers(max(stride, padding), 5))
+        reach = draw(st.integers(max(1, padding), 5))
         return Window.transposed(size, max((size - 1) * stride - 2 * padding + reach, 1), stride, padding, reach)
     reach = draw(st.integers(1, min(5, size + 2 * padding)))
     return Window.sliding(size, (size + 2 * padding - reach) // stride + 1, stride, padding, reach)
@@ -68,6 +75,15 @@ def test_every_result_has_its_centre_on_one_rank(window: Window, cuts: list[int]
     edges = sorted({0, window.size, *(cut for cut in cuts if cut < window.size)})
     parts = [window.centred(Indices.range(a, b)) for a, b in itertools.pairwise(edges)]
     assert [result for part in parts for result in part.array.tolist()] == list(range(window.out))
+
+
+def test_what_was_padded_in_front_only_does_not_move_the_cut() -> None:
+    """20 elements of which 6 were added in front, read seven at a time: results are cut where the operand was."""
+    window = Window.sliding(size=26, out=20, reach=7)
+    parts = Indices.range(0, 16), Indices.range(16, 26)
+    assert [window.centred(part).size for part in parts] == [13, 7]
+    known = replace(window, shift=6)
+    assert [known.centred(part).size for part in parts] == [10, 10]
 
 
 @pytest.mark.parametrize("module", [intervals, lookups, views])

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from xdit_ir.api import ParallelProgram
-from xdit_ir.ir import ops
+from xdit_ir.ir import ops, window_ops
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
 from xdit_ir.ir.collective_ops import Reduce, Reshuffle, Ring
 from xdit_ir.ir.graphs import copy_graph
@@ -369,7 +369,7 @@ def wrong_group(graph: fx.Graph) -> fx.Node | None:
 
 def unpadded(graph: fx.Graph) -> fx.Node | None:
     """The zero padding of a convolution on the wrong side."""
-    for node in of(graph, ops.padded_conv):
+    for node in of(graph, window_ops.padded_conv):
         padding = [tuple(pair) for pair in node.args[4]]
         if any(a != b for a, b in padding):
             node.update_arg(4, [(b, a) for a, b in padding])

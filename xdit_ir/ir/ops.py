@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.functional import scaled_dot_product_attention  # not what callers put in its place later
 
 from xdit_ir.ir.partition import Runs
@@ -48,6 +47,8 @@ def reduce_scatter(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+# In how many pieces what is half precise is copied for statistics.
+COPIED = 4
 # Those that sum.
 SUMS = (all_reduce, reduce_scatter)
 RELAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -156,8 +157,12 @@ def moments(x: torch.Tensor, count: int) -> torch.Tensor:
     dims = tuple(range(2, x.ndim))
     if not x.numel():
         return x.new_zeros((2, *x.shape[:2]), dtype=torch.float64)
-    variance, mean = torch.var_mean(x.to(_accumulated(x)), dims, correction=0)
-    mean, variance = mean.double(), variance.double()
+    exact = _accumulated(x)
+    pieces = (
+        [x] if x.dtype == exact else x.split(-(-x.shape[1] // COPIED), 1)
+    )  # a copy of all would be the most there is
+    found = [torch.var_mean(piece.to(exact), dims, correction=0) for piece in pieces]
+    variance, mean = (torch.cat(each, 1).double() for each in zip(*found, strict=True))
     return torch.stack((mean, variance + mean * mean)) * (math.prod(x.shape[2:]) / count)
 
 
@@ -168,19 +173,24 @@ def normalize(
     `weight [groups, channels]`, plus `bias` of that shape."""
     around, dtype = (1,) * (x.ndim - 3), _accumulated(x)
     mean, square = moments[:, :, :, None]
-    scale = (square - mean * mean).clamp_min(0).add(eps).rsqrt().to(dtype)
+    scale = (square - mean * mean).clamp_min(0).add(eps).rsqrt()
     scale = scale if weight is None else scale * weight
-    centred = x - mean.to(dtype).view(*mean.shape, *around)
-    scale = scale.view(*scale.shape, *around)
-    scaled = (
-        centred * scale if bias is None else torch.addcmul(bias.to(dtype).view(*bias.shape, *around), centred, scale)
-    )
-    return scaled.to(x.dtype)
+    shift = -mean * scale if bias is None else bias - mean * scale
+    scale, shift = (one.to(dtype).view(*one.shape, *around) for one in (scale, shift))
+    if x.dtype == dtype or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))  # rounded as it is written, without a copy
 
 
 def run_sums(x: torch.Tensor, dim: int, lengths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Sums of consecutive runs of these lengths of a dimension: `x [..., sum(lengths), ...]` to `[..., runs, ...]`."""
     return torch.cat([run.sum(dim, keepdim=True, dtype=dtype) for run in torch.split(x, list(lengths), dim)], dim)
+
+
+def run_extremes(x: torch.Tensor, dim: int, lengths: Sequence[int], largest: bool) -> torch.Tensor:
+    """The largest or smallest of consecutive runs of these lengths of a dimension, as `run_sums` gives their sums."""
+    extreme = torch.amax if largest else torch.amin
+    return torch.cat([extreme(run, dim, keepdim=True) for run in torch.split(x, list(lengths), dim)], dim)
 
 
 def running_sum(
@@ -201,90 +211,6 @@ def is_view(target: object) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return any(result.alias_info is not None for result in target._schema.returns)
     return target in (operator.getitem, shard, take, take_each, unpack)
-
-
-def padded_conv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    """Convolution over the trailing dims with zero padding given per dim as (before, after); only what is not the same
-    on both sides needs a copy."""
-    own = tuple(before if before == after > 0 else 0 for before, after in padding)
-    rest = [amount - same for (before, after), same in zip(padding, own, strict=True) for amount in (after, before)]
-    flat = rest[::-1]
-    padded = F.pad(x, flat) if any(flat) else x
-    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(stride)]
-    return conv(padded, weight, bias, tuple(stride), own, tuple(dilation), groups)
-
-
-def cut_conv_transpose(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    kept: Sequence[tuple[int, int]],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    """Transposed convolution over the trailing dims without padding, and of each dim the results `kept`, given as
-    (start, length)."""
-    conv = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(stride)]
-    result = conv(x, weight, bias, tuple(stride), 0, tuple(output_padding), groups, tuple(dilation))
-    return _narrowed(result, kept)
-
-
-def _narrowed(x: torch.Tensor, kept: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Of the trailing dims what is `kept`, given as (start, length)."""
-    for dim, (start, length) in enumerate(kept, x.ndim - len(kept)):
-        x = x.narrow(dim, start, length)
-    return x
-
-
-def padded_pool(
-    x: torch.Tensor,
-    kind: str,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    divisor: int | None,
-) -> torch.Tensor:
-    """Pooling ("max"; "avg", and "inner" without what is padding in the mean) over the trailing dims with padding given
-    per dim as (before, after)."""
-    flat = [amount for before_after in reversed(padding) for amount in before_after]
-    if kind == "max":
-        least = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
-        pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(stride)]
-        padded = F.pad(x, flat, value=least) if any(flat) else x
-        return pool(padded, tuple(kernel), tuple(stride), 0, tuple(dilation))
-    mean: Any = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(stride)]
-    options = {} if divisor is None else {"divisor_override": divisor}
-    result: torch.Tensor = mean(F.pad(x, flat) if any(flat) else x, tuple(kernel), tuple(stride), **options)
-    if kind != "inner" or divisor is not None:
-        return result
-    inner = F.pad(x.new_ones((1, *x.shape[-len(stride) :])), flat)
-    counted: torch.Tensor = mean(inner, tuple(kernel), tuple(stride))
-    return result / counted
-
-
-def cut_resize(
-    x: torch.Tensor,
-    used: Sequence[tuple[int, int]],
-    size: Sequence[int],
-    kept: Sequence[tuple[int, int]],
-    mode: str,
-    antialias: bool,
-) -> torch.Tensor:
-    """Resizing of what is `used` of the trailing dims to `size`, and of each dim the results `kept`; both are given as
-    (start, length)."""
-    found = F.interpolate(_narrowed(x, used), tuple(size), mode=mode, antialias=antialias)
-    return _narrowed(found, kept)
 
 
 def watch(x: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:

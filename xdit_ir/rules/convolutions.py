@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import fx
 
-from xdit_ir.ir import ops
+from xdit_ir.ir import window_ops
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import FEATURES
 from xdit_ir.ir.partition import Partition
@@ -23,7 +24,7 @@ from xdit_ir.rules.base import (
     verified,
 )
 from xdit_ir.rules.intervals import Window
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
+from xdit_ir.rules.padding import added_before
 from xdit_ir.rules.sliding import Held, Windows, per_dim, windowed
 
 aten = torch.ops.aten
@@ -50,13 +51,14 @@ def _windows(call: OpCall) -> Windows:
     count, ndim = len(reach), len(call.out.shape)
     sizes, outs = call.specs[0].shape[-count:], call.out.shape[-count:]
     columns = zip(sizes, outs, stride, per_dim(padding, count), reach, strict=True)
-    return dict(enumerate((Window.sliding(*column) for column in columns), start=ndim - count))
+    found = enumerate((Window.sliding(*column) for column in columns), start=ndim - count)
+    return {dim: replace(window, shift=added_before(call.node, dim)) for dim, window in found}
 
 
 def _local(call: OpCall, held: list[Held]) -> LocalCall:
     given, (stride, dilation, _) = call.arguments, _steps(call)
     padding = [one.border for one in held]
-    return ops.padded_conv, (*_operands(call), stride, padding, dilation, given["groups"]), {}
+    return window_ops.padded_conv, (*_operands(call), stride, padding, dilation, given["groups"]), {}
 
 
 def _operands(call: OpCall) -> tuple[object, ...]:
@@ -69,29 +71,26 @@ def _transposed_windows(call: OpCall) -> Windows:
     padding, count = per_dim(call.arguments["padding"], len(reach)), len(reach)
     sizes, outs = call.specs[0].shape[-count:], call.out.shape[-count:]
     columns = zip(sizes, outs, stride, padding, reach, strict=True)
-    return dict(enumerate((Window.transposed(*c) for c in columns), start=len(call.out.shape) - count))
+    found = enumerate((Window.transposed(*c) for c in columns), start=len(call.out.shape) - count)
+    return {dim: replace(window, shift=_cut_before(call.node, dim)) for dim, window in found}
+
+
+def _cut_before(node: fx.Node, dim: int) -> int | None:
+    """What is cut off in front of a result along a dim, negative; None where it is not all that is taken of it."""
+    starts = {user.args[2] for user in node.users if user.target is aten.slice.Tensor and user.args[1] == dim}
+    only = len(starts) == 1 and all(user.target is aten.slice.Tensor and user.args[1] == dim for user in node.users)
+    [start] = starts if only else [None]
+    return -start if isinstance(start, int) and start >= 0 else None
 
 
 def _transposed_local(call: OpCall, held: list[Held]) -> LocalCall:
     """All that a rank's part adds to, and of that what it makes."""
-    given, (stride, dilation, _) = call.arguments, _steps(call)
+    given, (stride, dilation, reach) = call.arguments, _steps(call)
     padding = per_dim(given["padding"], len(stride))
     extra = per_dim(given["output_padding"], len(stride))
-    kept = [_kept(one, by, pad) for one, by, pad in zip(held, stride, padding, strict=True)]
-    return ops.cut_conv_transpose, (*_operands(call), stride, kept, extra, dilation, given["groups"]), {}
-
-
-def _kept(one: Held, stride: int, padding: int) -> tuple[int, int]:
-    if len(one.held.runs) != 1:  # every element makes results of its own
-        return 0, one.made.size
-    (start, _), (first, length) = one.held.runs[0], one.made.runs[0]
-    return first - (start * stride - padding), length
-
-
-def _batch(call: OpCall) -> Labels:
-    """Whole but for the batch."""
-    batch = plain(call.out, range(1 - len(call.specs[1].shape), 0))
-    return by_argument(call, batch, input=batch)
+    extra = [max(own, by - r) for own, by, r in zip(extra, stride, reach, strict=True)]
+    kept = [one.kept(by, pad) for one, by, pad in zip(held, stride, padding, strict=True)]
+    return window_ops.cut_conv_transpose, (*_operands(call), stride, kept, extra, dilation, given["groups"]), {}
 
 
 def channels_of(call: OpCall) -> int:
@@ -155,22 +154,15 @@ def _conv_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
 
 SPACE = windowed(_windows, _local, mixes=True)
 CONV = verified(Rule(_conv, _conv_demand))
-TRANSPOSED, SPARSE = windowed(_transposed_windows, _transposed_local, mixes=True), labelled(_batch)
-
-
-def _transposed(call: OpCall) -> Rule:
-    """Where results lie between those that any element adds to, everything is whole."""
-    stride, _, reach = _steps(call)
-    return TRANSPOSED if all(r >= by for r, by in zip(reach, stride, strict=True)) else SPARSE
-
+TRANSPOSED = windowed(_transposed_windows, _transposed_local, mixes=True)
 
 RULES = {
     **rules_of(
-        Rule.by(lambda call: _transposed(call) if call.arguments.get("transposed") else CONV),
+        Rule.by(lambda call: TRANSPOSED if call.arguments.get("transposed") else CONV),
         aten.conv1d,
         aten.conv2d,
         aten.conv3d,
         aten.convolution,
     ),
-    **rules_of(Rule.by(_transposed), aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
+    **rules_of(TRANSPOSED, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
 }

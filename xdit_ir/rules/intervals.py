@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from fractions import Fraction
 
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
@@ -18,7 +19,8 @@ class Window:
     `(i * stride + low) // per` to `(i * stride + high) // per`; what lies outside of the operand is padding.
 
     Between neighbouring results a window moves by `stride / per`. Kernels that know sizes only, and not where in a
-    dim they are, work on runs of the operand that begin and end at multiples of `unit`, or at its ends.
+    dim they are, work on runs of the operand that begin and end at multiples of `unit`, or at its ends. `shift`: where
+    it is known, result i tells of the element `(i * stride + shift) // per`, such as behind what was added in front.
 
     >>> conv = Window.sliding(size=8, out=8, padding=1, reach=3)
     >>> conv.needed(Indices.range(0, 4)), conv.makes(Indices.range(0, 5))  # one row of halo
@@ -38,6 +40,7 @@ class Window:
     high: int = 0
     per: int = 1
     unit: int = 1
+    shift: int | None = None
 
     @staticmethod
     def sliding(size: int, out: int, stride: int = 1, padding: int = 0, reach: int = 1) -> Window:
@@ -46,8 +49,9 @@ class Window:
 
     @staticmethod
     def transposed(size: int, out: int, stride: int, padding: int, reach: int) -> Window:
-        """Convolutions of which element j adds to the `reach` results from `j * stride - padding` on."""
-        return Window(size, out, 1, padding - reach + stride, padding, stride)
+        """Convolutions of which element j adds to the `reach` results from `j * stride - padding` on; those that no
+        element adds to belong to the one before."""
+        return Window(size, out, 1, padding - max(reach, stride) + stride, padding, stride)
 
     @staticmethod
     def resized(size: int, out: int) -> Window:
@@ -72,6 +76,18 @@ class Window:
         low, high = step + per - 2 * reach * max(step, per), step - per + 2 * reach * max(step, per)
         return Window(size, out, 2 * step, low, high, 2 * per, step)
 
+    @staticmethod
+    def placed(size: int, out: int, step: Fraction, at: Fraction, before: int, after: int) -> Window:
+        """Any other resizing: from `before` in front of the element at `i * step + at` to `after` behind it."""
+        per = math.lcm(step.denominator, at.denominator)
+        begin = int(at * per)
+        return Window(size, out, int(step * per), begin - before * per, begin + after * per, per)
+
+    @staticmethod
+    def adaptive(size: int, out: int) -> Window:
+        """Adaptive pooling: all elements of which a part lies between `i * size / out` and `(i + 1) * size / out`."""
+        return Window(size, out, size, 0, size - 1, out)
+
     @property
     def tiles(self) -> bool:
         """Whether windows are adjacent blocks that cover everything."""
@@ -94,6 +110,8 @@ class Window:
 
     def centre(self, result: int) -> int:
         """The element of whose neighbourhood a result tells; where windows move by several, their first in step."""
+        if self.shift is not None:
+            return (result * self.stride + self.shift) // self.per
         if self.stride > self.per:
             return result * self.stride // self.per
         return (2 * result * self.stride + self.low + self.high) // (2 * self.per)

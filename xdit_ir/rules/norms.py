@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +27,14 @@ from xdit_ir.rules.base import (
     OpSharding,
     Rule,
     as_layouts,
-    gather_all,
     rules_of,
     same_call,
 )
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
-from xdit_ir.rules.reductions import REDUCE, SUM
+from xdit_ir.rules.labels import Labels, Names, by_argument, labelled, plain
+from xdit_ir.rules.reductions import REDUCE, SUM, combined_dims
 
 aten = torch.ops.aten
+SPREADS = (aten.var, aten.std, aten.var_mean, aten.std_mean)
 
 
 def _layer_norm(call: OpCall) -> Labels:
@@ -80,8 +81,8 @@ def divided_statistics(node: fx.Node, layout: Layout, mesh: Mesh) -> frozenset[s
 
 
 def _space(given: dict[str, Any]) -> range:
-    """What is behind the channels, for a norm over that and over some of these."""
-    return range(2, len(given["input"].meta[SPEC].shape))
+    """What is behind the channels, for a norm over that and over some of these; nothing by running statistics."""
+    return range(0) if given.get("running_mean") is not None else range(2, len(given["input"].meta[SPEC].shape))
 
 
 def _euclidean_dims(given: dict[str, Any]) -> list[int]:
@@ -105,6 +106,12 @@ STATISTICS: dict[Any, Callable[[dict[str, Any]], Any]] = {
     aten.layer_norm.default: _features,
     aten.rms_norm.default: _features,
     aten.cumsum.default: _run,
+    **dict.fromkeys((aten.amax.default, aten.amin.default), combined_dims),
+    **{
+        one: combined_dims
+        for packet in SPREADS
+        for one in map(partial(getattr, packet), ("default", "dim", "correction"))
+    },
 }
 
 
@@ -137,13 +144,15 @@ def _local_groups(call: OpCall, sharding: OpSharding) -> Localize | None:
 
 def _grouped_norm(call: OpCall) -> OpSharding:
     if call.arguments.get("running_mean") is not None:
-        return gather_all(call, "instance norm with running statistics")
+        return labelled(_running).forward(call)
     return labelled(lambda call: _grouped(call, call.layouts[0], _groups(call)), _local_groups).forward(call)
 
 
 def _grouped_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
     """A part of the groups takes no communication, a part of one does."""
-    if call.arguments.get("running_mean") is not None or any(wanted.dims[2:]):
+    if call.arguments.get("running_mean") is not None:
+        return labelled(_running).demand(call, wanted)
+    if any(wanted.dims[2:]):
         return None
     return labelled(lambda call: _grouped(call, wanted, _groups(call))).demand(call, wanted)
 
@@ -183,22 +192,25 @@ def _local_batch(call: OpCall, sharding: OpSharding) -> Localize:
     return local
 
 
+def _running(call: OpCall) -> Labels | str:
+    """An instance norm by running statistics is pointwise per channel."""
+    return (
+        "instance norm with running statistics that it changes"
+        if call.arguments["use_input_stats"]
+        else _channels(call)
+    )
+
+
+def _channels(call: OpCall, *saved: Names) -> Labels:
+    channel = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (1,))
+    return by_argument(call, plain(call.out), *saved, input=plain(call.out), **channel)
+
+
 def _batch_norm(call: OpCall) -> Labels | str:
     """With running statistics everything is pointwise per channel."""
     if call.arguments.get("training") or call.arguments.get("running_mean") is None:
         return "batch norm over the batch's own statistics"
-    channel = (1,)
-    saved = (channel if spec.shape == call.out.shape[1:2] else (None,) for spec in call.results[1:])
-    return by_argument(
-        call,
-        plain(call.out),
-        *saved,
-        input=plain(call.out),
-        weight=channel,
-        bias=channel,
-        running_mean=channel,
-        running_var=channel,
-    )
+    return _channels(call, *((1,) if spec.shape == call.out.shape[1:2] else (None,) for spec in call.results[1:]))
 
 
 RULES = {

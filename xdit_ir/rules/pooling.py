@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from xdit_ir.ir import ops
+from xdit_ir.ir import window_ops
+from xdit_ir.ir.resampling import resampled
 from xdit_ir.rules.base import LocalCall, OpCall, Rule, rules_of
 from xdit_ir.rules.intervals import Window
 from xdit_ir.rules.labels import labelled
+from xdit_ir.rules.resizing import placed_in
 from xdit_ir.rules.sliding import Held, Windows, per_dim, windowed
 from xdit_ir.rules.windows import leading
 
@@ -55,7 +57,11 @@ def _pool(spatial: int) -> Rule:
     def local(call: OpCall, held: list[Held]) -> LocalCall:
         kernel, stride, _, dilation = _pooled(call, spatial)
         padding, divisor = [one.border for one in held], call.arguments.get("divisor_override")
-        return ops.padded_pool, (call.arguments["self"], _kind(call), kernel, stride, padding, dilation, divisor), {}
+        return (
+            window_ops.padded_pool,
+            (call.arguments["self"], _kind(call), kernel, stride, padding, dilation, divisor),
+            {},
+        )
 
     inside, whole = windowed(lambda call: _windows(call, spatial), local), labelled(leading(spatial))
     return Rule.by(lambda call: whole if _kind(call) == "avg" and _overshoots(call, spatial) else inside)
@@ -76,9 +82,16 @@ def _adaptive(spatial: int) -> Rule:
     def local(call: OpCall, held: list[Held]) -> LocalCall:
         blocks, ones = _blocks(call, spatial), [1] * spatial
         padding = [one.border for one in held]
-        return ops.padded_pool, (call.arguments["self"], "avg", blocks, blocks, padding, ones, None), {}
+        return window_ops.padded_pool, (call.arguments["self"], "avg", blocks, blocks, padding, ones, None), {}
 
-    even, uneven = windowed(windows, local), labelled(leading(spatial))
+    def places(call: OpCall) -> Windows:
+        dims = range(len(call.out.shape) - spatial, len(call.out.shape))
+        return {dim: Window.adaptive(call.specs[0].shape[dim], call.out.shape[dim]) for dim in dims}
+
+    def placed(call: OpCall, held: list[Held]) -> LocalCall:
+        return resampled, (call.arguments["self"], [placed_in(one) for one in held], "mean", False, False), {}
+
+    even, uneven = windowed(windows, local), windowed(places, placed)
     return Rule.by(lambda call: even if all(_blocks(call, spatial)) else uneven)
 
 

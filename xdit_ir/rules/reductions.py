@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
+from xdit_ir.ir.mesh import SEQUENCE
 from xdit_ir.ir.program import SPEC
-from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, Rule, as_layouts, rules_of
+from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, Rule, as_layouts, as_outputs, rules_of
 from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, plain, unary
 from xdit_ir.rules.pointwise import POINTWISE
+from xdit_ir.rules.running import lengths_of_runs
 
 aten = torch.ops.aten
 
@@ -74,6 +78,28 @@ def is_extreme(node: fx.Node) -> bool:
     return node.target in (aten.amax.default, aten.amin.default) and math.prod(node.meta[SPEC].shape) == 1
 
 
+def combined_dims(given: dict[str, Any]) -> list[int]:
+    """The dims that a reduction is over, if a lowering brings together what parts give; else none."""
+    spec, dim = given["self"].meta[SPEC], given.get("dim")
+    single = dim is None or dim == [] or len(dim) == len(spec.shape)
+    if not spec.dtype.is_floating_point or ("correction" not in given and "unbiased" not in given and single):
+        return []  # the one largest or smallest element is that of rows
+    return [d % len(spec.shape) for d in dim] if dim else list(range(len(spec.shape)))
+
+
+def _combined(call: OpCall) -> OpSharding:
+    """Variances, and the largest elements: of runs of dims that ranks have, one each."""
+    layout = call.layouts[0].summed()
+    apart = [
+        dim
+        for dim in combined_dims(call.arguments)
+        if call.dividing_dims(layout.dims[dim]) <= {*SEQUENCE} and lengths_of_runs(call.mesh, layout.dims[dim])
+    ]
+    astray = [dim for dim in _dims(call) if dim not in apart]
+    sharding = SUM.forward(replace(call, layouts=(layout.with_dims(dict.fromkeys(astray)), *call.layouts[1:])))
+    return replace(sharding, outputs=as_outputs(call, [one.summed() for one in as_layouts(sharding.outputs)]))
+
+
 def _cosine(call: OpCall) -> Labels:
     ndim = max(len(spec.shape) for spec in call.specs)
     dim = call.arguments["dim"] % ndim
@@ -95,15 +121,9 @@ RULES = {
     **rules_of(Rule.by(lambda call: POINTWISE if "other" in call.arguments else REDUCE), aten.max, aten.min),
     **rules_of(
         REDUCE,
-        aten.amax,
-        aten.amin,
         aten.aminmax,
         aten.any,
         aten.all,
-        aten.var,
-        aten.std,
-        aten.var_mean,
-        aten.std_mean,
         aten.prod,
         aten.logsumexp,
         aten.argmax,
@@ -114,6 +134,7 @@ RULES = {
         aten.linalg_norm,
         aten.norm,
     ),
+    **rules_of(Rule(_combined, REDUCE.demand), aten.amax, aten.amin, aten.var, aten.std, aten.var_mean, aten.std_mean),
     **rules_of(
         labelled(_along),
         aten.softmax,

@@ -10,7 +10,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.partition import Indices, Partition
-from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, Rule, as_layouts, rules_of, verified
+from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, Rule, as_layouts, rules_of, same_call, verified
 from xdit_ir.rules.labels import Labels, by_argument, handle_empty_parts, labelled, plain
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ def _run_sums(call: OpCall) -> OpSharding:
         return handle_empty_parts(call, OpSharding((needs,), needs))
 
     def local(rank: int) -> LocalCall:
-        return ops.run_sums, (given["x"], dim, (partition.sizes[rank],), given["dtype"]), {}
+        return same_call(call, lengths=(partition.sizes[rank],))
 
     return handle_empty_parts(call, OpSharding((layout,), layout.with_dims({dim: places}), local))
 
@@ -85,6 +85,6 @@ def _from_place(call: OpCall, sharding: OpSharding) -> Localize | None:
 
 RULES = {
     **rules_of(Rule(_cumsum, _cumsum_demand), aten.cumsum),
-    **rules_of(Rule(_run_sums), ops.run_sums),
+    **rules_of(Rule(_run_sums), ops.run_sums, ops.run_extremes),
     **rules_of(verified(labelled(_running_sum, _from_place)), ops.running_sum),
 }

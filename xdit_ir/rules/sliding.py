@@ -33,6 +33,14 @@ class Held:
         usable = self.window.usable(self.held)
         return usable.runs[0][0] - self.held.runs[0][0], usable.size
 
+    def kept(self, stride: int, padding: int) -> Interval:
+        """Where elements add to the results from `stride` times their index less `padding` on: of those that what is
+        held adds to, which are made, as start and length."""
+        if len(self.held.runs) != 1:  # every element makes results of its own
+            return 0, self.made.size
+        (start, _), (first, length) = self.held.runs[0], self.made.runs[0]
+        return first - (start * stride - padding), length
+
 
 Localized = Callable[[OpCall, list[Held]], LocalCall]
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from xdit_ir.rules.base import OpCall, rules_of
-from xdit_ir.rules.labels import Labels, by_argument, labelled, plain
+from xdit_ir.ir.window_ops import overlap_add, window_energy
+from xdit_ir.rules.base import LocalCall, OpCall, OpSharding, Rule, rules_of, same_call
+from xdit_ir.rules.intervals import Window
+from xdit_ir.rules.labels import Labels, by_argument, labelled, plain, unary
+from xdit_ir.rules.sliding import Held, Windows, windowed
 
 aten = torch.ops.aten
 
@@ -33,8 +37,38 @@ def _sampled(call: OpCall) -> Labels:
     return by_argument(call, (0, 1, *places), input=(0, 1, *(None,) * (ndim - 2)), grid=(0, *places, None))
 
 
+def _sampled_anywhere(call: OpCall) -> OpSharding:
+    """Each rank its positions, for which the image is gathered, and which the report then names."""
+    divided = any(dim is not None for dim in call.layouts[0].dims[2:])
+    return replace(SAMPLED.forward(call), fallback="reads the image at any place" if divided else "")
+
+
+def _overlaps(call: OpCall) -> Windows:
+    """How sums of windows go along rows and columns."""
+    given, first = call.arguments, len(call.out.shape) - 2
+    found = {}
+    steps = zip(given["kernel"], given["stride"], given["dilation"], given["kept"], strict=True)
+    for dim, (kernel, stride, dilation, (start, length)) in enumerate(steps, first):
+        reach = (kernel - 1) * dilation + 1
+        found[dim] = Window.transposed(call.specs[0].shape[dim], length, stride, start, reach)
+    return found
+
+
+def _overlap_add(call: OpCall, held: list[Held]) -> LocalCall:
+    """The windows that a rank has, and of their sum what it makes."""
+    given = call.arguments
+    steps = zip(held, given["stride"], given["kept"], strict=True)
+    kept = [one.kept(stride, start) for one, stride, (start, _) in steps]
+    return same_call(call, kept=kept)
+
+
+SAMPLED = labelled(_sampled)
+
 RULES = {
-    **rules_of(labelled(leading(2, channels=False)), aten.channel_shuffle, aten.im2col),
+    **rules_of(labelled(lambda call: by_argument(call, (None,) * 4)), window_energy),
+    **rules_of(windowed(_overlaps, _overlap_add, mixes=True), overlap_add),
+    **rules_of(labelled(lambda call: unary(call, [1])), aten.channel_shuffle),
+    **rules_of(labelled(leading(2, channels=False)), aten.im2col),
     **rules_of(labelled(leading(1, channels=False)), aten.col2im),
-    **rules_of(labelled(_sampled), aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d),
+    **rules_of(Rule(_sampled_anywhere, SAMPLED.demand), aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d),
 }

@@ -108,6 +108,8 @@ def find_fallbacks(program: Program, mesh: Mesh) -> Iterator[Fallback]:
     chosen = _chosen([gather for gather, name in homes.items() if name and gather in computed - walk.needed])
     for name, node in nodes:
         reason, gathers = node.meta.get(FALLBACK, ""), walk.needs.get(node) or chosen.get(node, frozenset())
+        if reason:
+            gathers = gathers or frozenset(one for one in operands(node) if one in homes)
         if not reason and (not gathers or (_moves(node) and node not in computed)):
             continue
         reason = reason or ("what follows is not divided" if node in chosen else "needs the dimension whole")

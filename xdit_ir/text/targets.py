@@ -9,21 +9,25 @@ from typing import Any
 import torch
 
 from xdit_ir.errors import ParseError
-from xdit_ir.ir import ops
+from xdit_ir.ir import ops, window_ops
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
 from xdit_ir.ir.collective_ops import AllGather, PeerExchange, Reduce, ReduceScatter, Reshuffle, Ring, Together
 from xdit_ir.ir.partial_attention import merge_partials, partial_attention
 from xdit_ir.ir.printer import target_name
 from xdit_ir.ir.relayout import Landing, Piece, RankExchange
+from xdit_ir.ir.resampling import resampled
 from xdit_ir.kernels.attention import KernelAttention
 from xdit_ir.kernels.linear_gelu import linear_gelu
 from xdit_ir.kernels.write_slice import write_slice
 
 OURS = {
     name: function
-    for name, function in vars(ops).items()
-    if inspect.isfunction(function) and function.__module__ == ops.__name__ and not name.startswith("_")
-} | {function.__name__: function for function in (linear_gelu, merge_partials, partial_attention, write_slice)}
+    for module in (ops, window_ops)
+    for name, function in vars(module).items()
+    if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
+} | {
+    function.__name__: function for function in (linear_gelu, merge_partials, partial_attention, resampled, write_slice)
+}
 # Targets of a rank's program, and their parts: written as `Name{field: value, ...}`.
 _TARGETS: tuple[type[Any], ...] = (
     *(Reshuffle, AllGather, PeerExchange, Together, Reduce, ReduceScatter, Ring, KernelAttention),
