@@ -70,9 +70,9 @@ PASSES: tuple[type[Any], ...] = (
 )
 
 
-def analysis_passes(known: Streams | None = None) -> list[Pass]:
-    """Passes that do not depend on the mesh; see `FindTokens` for `known`."""
-    return [*canonical_passes(), FindTokens(known)]
+def analysis_passes(known: Streams | None = None, rows: int = 0) -> list[Pass]:
+    """Passes that do not depend on the mesh; see `FindTokens` for `known`, `canonical_passes` for `rows`."""
+    return [*canonical_passes(rows), FindTokens(known)]
 
 
 def canonical_passes(rows: int = 0) -> list[Pass]:
