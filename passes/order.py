@@ -72,9 +72,9 @@ PASSES: tuple[type[Any], ...] = (
 )
 
 
-def analysis_passes() -> list[Pass]:
-    """Passes that do not depend on the mesh."""
-    return [*canonical_passes(), FindTokens()]
+def analysis_passes(rows: int = 0) -> list[Pass]:
+    """Passes that do not depend on the mesh; see `canonical_passes` for `rows`."""
+    return [*canonical_passes(rows), FindTokens()]
 
 
 def canonical_passes(rows: int = 0) -> list[Pass]:

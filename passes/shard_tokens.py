@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -78,7 +78,7 @@ class ShardTokens:
     def _best(self, program: Program) -> _Choice | None:
         trial, degree = Propagation(program, self.mesh), self.mesh.size(SEQUENCE)
         best: _Choice | None = None
-        for axis in program.tokens:
+        for axis in self._by_time(program, trial):
             if axis.is_context and best is not None and best.price.work * degree <= BALANCED:
                 break
             if best is not None and divides(best.attempt, axis.value, axis.dim):
@@ -93,6 +93,16 @@ class ShardTokens:
                     accepted = best is None or (choice.price < best.price and self._is_worth(choice, best, axis))
                 best = choice if accepted else best
         return self._divided_again(program, trial, best and self._in_two_dims(program, trial, best))
+
+    def _by_time(self, program: Program, trial: Propagation) -> Sequence[TokenAxis]:
+        """The streams, of those that reach a query first the one that leaves the slowest rank the least time: by FLOPs
+        they are told so already."""
+        queries = [axis for axis in program.tokens if not axis.is_context]
+        if self.machine.kernels is None or len(queries) < 2:
+            return program.tokens
+        first = {axis: {axis.value: next(self._proposals(program, axis))} for axis in queries}
+        queries.sort(key=lambda axis: max(trial.attempt(first[axis]).work(self.machine)))
+        return [*queries, *(axis for axis in program.tokens if axis.is_context)]
 
     def _in_two_dims(self, program: Program, trial: Propagation, best: _Choice) -> _Choice:
         """Where windows reach over borders: two dims of a value, each over mesh dims of its own, if that costs less."""

@@ -102,7 +102,7 @@ class SplitBatch:
                 break
             if node.meta[SPEC].shape[0] == best.size and not divides(best.attempt, node.name, 0):
                 more = self._tried(trial, node, best.seeds)
-                best = more if more is not None and more.work <= FURTHER * best.work else best
+                best = more if more is not None and more.ticks <= FURTHER * best.ticks else best
         return _behind_cuts(best.attempt.program().replace(mesh=self.mesh))
 
     def _tried(self, trial: Propagation, node: fx.Node, seeds: Seeds) -> _Choice | None:

@@ -16,6 +16,7 @@ from xdit_ir.api import TracedProgram
 from xdit_ir.checking.check import check_parallel
 from xdit_ir.checking.limits import Limits
 from xdit_ir.errors import XditError
+from xdit_ir.passes.trim_padding import rows_to_trim
 from xdit_ir.tools import targets
 from xdit_ir.tools.check_report import Row, github_commands, junit
 from xdit_ir.tools.terminal import progress_bar, working, write
@@ -35,6 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--degrees", default="u2,r2,u2r2", metavar="LIST", help="such as u2,r3,c2u2,p2 (default: %(default)s)"
     )
+    parser.add_argument("--trim-padding", type=int, metavar="N", help=targets.TRIM)
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative error (default: %(default)s)")
     parser.add_argument(
         "--max-share", type=float, metavar="PART", help="fail where the slowest rank does more of the FLOPs than this"
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     target = _load(args)
     with working(f"tracing {args.model}"):
         traced = xir.trace(target.model, target.example)
+    if args.trim_padding is not None:
+        traced = traced.trimmed(rows_to_trim(args.trim_padding))
     rows = []
     with progress_bar() as progress:
         task = progress.add_task("checking", total=len(wanted))

@@ -65,7 +65,7 @@ def add_how(parser: argparse.ArgumentParser, data: str) -> Any:
         "--kv-cache-dtype", choices=tuple(KV_CACHE_DTYPES), help="stale keys and values, with --pipefusion"
     )
     how.add_argument("--cache", metavar="RULE", help="steps reuse blocks of earlier ones, e.g. first-block:0.08")
-    how.add_argument("--trim-padding", type=int, metavar="N", help="leave out hidden text, by multiples of N words")
+    how.add_argument("--trim-padding", type=int, metavar="N", help=targets.TRIM)
     how.add_argument("--machine", type=Machine.parse, metavar="SPEEDS", help=targets.SPEEDS)
     how.add_argument("--data", type=int, default=1, metavar="N", help=data)
     how.add_argument("--dtype", metavar="TYPE", help="bf16, fp16 or fp32; also bf16,vae=fp32")

@@ -21,6 +21,7 @@ from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.order import analysis_passes
+from xdit_ir.passes.trim_padding import rows_to_trim
 from xdit_ir.planning.hardware import parse as machine
 from xdit_ir.sharding.machine import H100
 from xdit_ir.text import save
@@ -49,6 +50,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=targets.HELP)
     for name in MESH_DIMS:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"ranks along {name} (default 1)")
+    parser.add_argument("--trim-padding", type=int, metavar="N", help=targets.TRIM)
     parser.add_argument("--machine", type=machine, metavar="M", help=targets.MACHINE)
     parser.add_argument("--bodies", action="store_true", help="print every operator, not only the block level")
     parser.add_argument("--block", metavar="NAME", help="print only this block, with every operator")
@@ -146,13 +148,16 @@ def _trace(args: argparse.Namespace) -> TracedProgram:
     dtype = DTYPES.get(args.dtype, torch.bfloat16 if targets.is_full_size(args.model) else None)
     with working(f"tracing {args.model}"):
         target = targets.resolve(args.model, device=args.device, dtype=dtype)
-        return xir.trace(target.model, target.example)
+        traced = xir.trace(target.model, target.example)
+    return traced if args.trim_padding is None else traced.trimmed(rows_to_trim(args.trim_padding))
 
 
 def _analysis(traced: TracedProgram, view: Render) -> list[str]:
     """The program after each pass that does not depend on the degrees."""
     seen: list[str] = []
-    run_passes(traced.ir, analysis_passes(), lambda one, program: seen.append(_after(one, program, view)))
+    run_passes(
+        traced.ir, analysis_passes(rows=traced.rows), lambda one, program: seen.append(_after(one, program, view))
+    )
     return seen
 
 

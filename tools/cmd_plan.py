@@ -11,6 +11,7 @@ import torch
 import xdit_ir as xir
 from xdit_ir.errors import XditError
 from xdit_ir.ir.mesh import MESH_DIMS
+from xdit_ir.passes.cast_kv_cache import KV_CACHE_DTYPES
 from xdit_ir.planning.hardware import names
 from xdit_ir.planning.hardware import parse as machine
 from xdit_ir.tools import targets
@@ -49,6 +50,7 @@ def add_parser(commands: Any) -> None:
         help="weights lie in the host's memory, but for as much as may stay on the GPU, such as 20GiB (default: where "
         "nothing else fits)",
     )
+    parser.add_argument("--kv-cache-dtype", choices=tuple(KV_CACHE_DTYPES), default="auto", help="as of `generate`")
     parser.add_argument("--data", type=int, metavar="N", help="share the GPUs out over this many replicas")
     for name in MESH_DIMS:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"keep this many ranks along {name}")
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             shard_weights=args.shard_weights,
             stream_weights=args.stream_weights,
             data=args.data,
+            kv_cache_dtype=args.kv_cache_dtype,
             **given,
         )
     if args.output is not None:

@@ -22,7 +22,10 @@ HELP = (
     "a name of the zoo (flux.1-dev, or flux.1-dev:tiny for a few narrow layers; see `xdit-ir models`), or "
     "package.module:function returning (model, example)"
 )
-SPEEDS = "speeds of GPUs and links that choices are priced with, such as bytes=25e9 (default: H100 on NVLink)"
+SPEEDS = (
+    "speeds of GPUs and links that choices are priced with, such as bytes=25e9 (default: those here; on CPUs an H100's)"
+)
+TRIM = "leave out hidden text, by multiples of N words"
 MACHINE = (
     "the machine: a name (h100, rtx4090-pcie, ...) or speeds of GPUs and links, such as bytes=25e9 (default: h100)"
 )

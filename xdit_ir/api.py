@@ -244,11 +244,11 @@ class ParallelProgram:
 
     def report(self) -> Report:
         """FLOPs, weights, communication, fallbacks and who does how much of what; `str()` is a table."""
-        found = make_report(self.original, self.ir, self._forwards, self.machine)
+        found = make_report(self.original, self.ir, self.forwards, self.machine)
         return found if self.cache is None else dataclasses.replace(found, cache=self.cache.use)
 
     @property
-    def _forwards(self) -> int:
+    def forwards(self) -> int:
         """How many forwards a call of all ranks together runs."""
         return self.mesh.size((BATCH,)) if self.pair_calls else 1
 
@@ -339,7 +339,7 @@ class PipelinedProgram(ParallelProgram):
 
     def report(self) -> Report:
         """As that of a program without stages; a forward is a displaced step."""
-        return pipeline_report(self.original, self.pipeline, self._forwards, self.machine)
+        return pipeline_report(self.original, self.pipeline, self.forwards, self.machine)
 
     def rank(self, rank: int) -> Program:
         """Raises `ParallelizeError`: a rank has a program for each patch, see `pipeline.part`."""

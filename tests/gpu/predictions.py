@@ -1,4 +1,4 @@
-"""Plans against measurements on two GPUs: `python tests/gpu/predictions.py --output benchmarks/predictions-h200.json`.
+"""Plans against measurements on two GPUs: `python tests/gpu/predictions.py --output benchmarks/plans/h200.json`.
 
 Every published model under several ways to use two GPUs, by `xdit-ir bench` in processes of its own, which are ended
 where nothing new is measured for `--timeout` seconds, and started again with what is left. What was measured goes to

@@ -15,10 +15,13 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import Machine
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import SPEC, STAGE
+from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import Pass
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.registry import parse_passes
+from xdit_ir.passes.shard_tokens import ShardTokens
 from xdit_ir.planning.hardware import hardware_of, load, names
 from xdit_ir.planning.schedule import timeline
 from xdit_ir.sharding.speeds import Kernels, Link, Links
@@ -111,6 +114,30 @@ def test_what_an_exchange_costs_depends_on_where_ranks_are(near: int, turned: bo
     machine = known(Link(near, 1e18, 0.0), Link(1024, 1e6, 0.0))
     found = xir.trace(Attention(), TOKENS).parallelize(ulysses=4, machine=machine).report().collectives
     assert ("all_to_all" in {one.kind for one in found}) == turned
+
+
+class TwoStreams(nn.Module):
+    """Two texts that never meet: one of many FLOPs in products, one of a long attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(24, 960), nn.Linear(960, 24)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = F.scaled_dot_product_attention(x, x, x)
+        return self.narrow(self.wide(x).relu()), F.scaled_dot_product_attention(y, y, y)
+
+
+def test_the_stream_that_takes_the_most_time_is_divided_first() -> None:
+    texts = {name: torch.zeros(1, 1, size, 24, dtype=torch.bfloat16) for name, size in (("x", 16), ("y", 64))}
+    traced = xir.trace(TwoStreams().to(torch.bfloat16), texts)
+    assert [axis.value for axis in traced.analysed.tokens if not axis.is_context] == ["x", "y"]
+    firsts = []
+    for machine in (Machine(), known(Link(8, 1e12, 0.0)), known(Link(8, 1e12, 0.0), attention=1e6)):
+        seeding = run_passes(traced.analysed, [ShardTokens(Mesh.of(ulysses=2), machine)]).seeding
+        assert seeding is not None
+        firsts.append(next(iter(seeding.seeds)))
+    assert firsts == ["x", "x", "y"]
 
 
 @pytest.mark.parametrize("ring", [2, 3])

@@ -13,6 +13,7 @@ import xdit_ir as xir
 from xdit_ir.ir.mesh import MESH_DIMS
 from xdit_ir.planning.hardware import load
 from xdit_ir.planning.plan import Plan
+from xdit_ir.porting import planned
 
 
 class Layer(nn.Module):
@@ -236,3 +237,17 @@ def test_stages_divide_their_weights_too() -> None:
     )
     assert parts.name.endswith("sharded") and max(parts.weights) == pytest.approx(max(whole.weights) / 2, rel=0.02)
     assert parts.ms is not None and whole.ms is not None and parts.ms >= whole.ms
+
+
+def test_keys_and_values_of_a_plan_stay_in_fewer_bits() -> None:
+    plans = [xir.plan(model(), example(), gpus=2, pipefusion=2, kv_cache_dtype=one) for one in ("auto", "fp8_e4m3")]
+    whole, small = (max(one.chosen.gib) for one in plans)
+    assert small < whole and "kv_cache_dtype" not in plans[0].best
+    assert plans[1].best["kv_cache_dtype"] == "fp8_e4m3" and xir.Plan.from_json(plans[1].to_json()) == plans[1]
+    assert xir.trace(model(), example()).parallelize(**plans[1].best).report().memory
+    steps = {"warmup_steps": 1, "kv_cache_dtype": "auto"}
+    assert planned.saved_steps(plans[1], steps)["kv_cache_dtype"] == "fp8_e4m3"
+    with pytest.raises(xir.ParallelizeError, match="kv_cache_dtype='bfloat16' beside plan="):
+        planned.saved_steps(plans[1], {**steps, "kv_cache_dtype": "bfloat16"})
+    with pytest.raises(xir.ParallelizeError, match="kv_cache_dtype='fp4'"):
+        xir.plan(model(), example(), gpus=2, kv_cache_dtype="fp4")

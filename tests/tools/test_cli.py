@@ -175,6 +175,22 @@ def test_check_table_and_status(capsys: Capture) -> None:
     assert err == ""
 
 
+def test_hidden_text_is_left_out(capsys: Capture) -> None:
+    """By `check`, which compares with the model, and by `inspect`, whose report has fewer FLOPs."""
+    model, trim = "kind-masked-text:tiny", ["--trim-padding", "64"]
+    assert main(["check", model, "--degrees", "u2", *trim]) == 0
+    assert "1.0000" not in capsys.readouterr().out
+    shares = []
+    for given in ([], trim):
+        assert main(["inspect", model, "--ulysses", "2", "--report", *given]) == 0
+        shares.append(float(re.findall(r"slowest of 2 ranks does ([\d.]+)", capsys.readouterr().out)[0]))
+    assert shares[1] < 0.6 * shares[0]
+    assert main(["inspect", model, "--passes", *trim]) == 0
+    assert "# after trim-padding" in capsys.readouterr().out
+    assert main(["inspect", model, "--trim-padding", "0"]) == 2
+    assert "trim_padding=0" in capsys.readouterr().err
+
+
 def test_check_a_function(capsys: Capture, here: Path) -> None:
     assert main(["check", "cli_targets:build", "--degrees", "u2"]) == 0
     assert "equal" in capsys.readouterr().out

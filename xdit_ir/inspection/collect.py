@@ -31,7 +31,7 @@ def inspect(traced: TracedProgram, model: str, machine: str | Machine | Hardware
         ParallelizeError: as `parallelize`.
     """
     history = History(traced.ir)
-    run_passes(traced.ir, analysis_passes(), history.after)
+    run_passes(traced.ir, analysis_passes(rows=traced.rows), history.after)
     named = ", ".join(f"{name} {size}" for name, size in degrees.items() if name in MESH_DIMS) or "one device"
     if not degrees:
         before = view(traced.ir)

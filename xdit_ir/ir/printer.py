@@ -174,8 +174,9 @@ def _head(program: Program) -> list[str]:
 def _seeds(program: Program) -> Iterator[str]:
     """What is decided to be divided, but not divided yet."""
     if program.seeding is not None:
-        specs = {node.name: node.meta[SPEC] for node in program.graph.nodes}
-        for name, layouts in program.seeding.seeds.items():
+        seeds = program.seeding.seeds
+        specs = {node.name: node.meta[SPEC] for node in program.graph.nodes if node.name in seeds}
+        for name, layouts in seeds.items():
             types = (type_text(specs[name], layout, program.seeding.mesh) for layout in layouts)
             yield f"  seed %{name}: {', '.join(types)}"
 

@@ -30,13 +30,15 @@ class Breakdown:
 @dataclass(frozen=True)
 class Estimate:
     """Of one step, under PipeFusion of a displaced one: milliseconds, GiB and GiB of weights of each rank's GPU, and
-    which part of the step a rank computes on average."""
+    which part of the step a rank computes on average; kernels and exchanges that the slowest one starts."""
 
     ms: float
     parts: Breakdown
     gib: tuple[float, ...]
     weights: tuple[float, ...]
     busy: float
+    kernels: int = 0
+    exchanges: int = 0
 
 
 def estimate(
@@ -68,4 +70,6 @@ def estimate(
             (size - one.host) / GIB for size, one in zip(report.weight_bytes_per_rank, report.memory, strict=True)
         ),
         busy=sum(found.seconds(rank, last) for rank in ranks) / len(ranks) / max(step, 1e-12),
+        kernels=clock.kernels[last],
+        exchanges=clock.exchanges[last],
     )

@@ -166,6 +166,13 @@ def hardware_here(device: torch.device) -> Hardware:
     return _kept(CPU) if named == CPU else hardware_named(named)
 
 
+def slowest_here() -> Machine:
+    """The averages of what is slowest of that which these processes may run on, the same on every rank without a word:
+    of all GPUs that are kept, or, on CPUs, those that programs are made for there."""
+    kept = (_kept(name).machine for name in names() if name != CPU) if torch.cuda.is_available() else (H100,)
+    return min(kept, key=lambda one: one.flops)
+
+
 def hardware_named(gpu: str) -> Hardware:
     """That which is kept with the GPU that PyTorch calls so; one that is not known counts as the H100."""
     known = (_kept(name) for name in names())

@@ -94,7 +94,8 @@ class Candidate:
 @dataclass(frozen=True)
 class Plan:
     """For a `model` (its class, and a digest of its weights' names and shapes) on `gpus` GPUs of a `machine`, by name;
-    candidates begin with the best. `memory`: GiB that a rank may use. `speeds`: those by which passes choose."""
+    candidates begin with the best. `memory`: GiB that a rank may use. `speeds`: those by which passes choose.
+    `kv_cache_dtype`: of what patches leave for each other, in the ways that have stages."""
 
     model: str
     weights: str
@@ -103,6 +104,7 @@ class Plan:
     memory: float
     candidates: tuple[Candidate, ...]
     speeds: Machine
+    kv_cache_dtype: str = "auto"
 
     @property
     def chosen(self) -> Candidate:
@@ -129,6 +131,7 @@ class Plan:
             **chosen.degrees.as_dict(),
             **chosen.keeping.options,
             **({"data": chosen.data} if chosen.data > 1 else {}),
+            **({} if chosen.exact or self.kv_cache_dtype == "auto" else {"kv_cache_dtype": self.kv_cache_dtype}),
         }
 
     def check(self, model: Module, processes: int | None) -> None:

@@ -14,6 +14,7 @@ from xdit_ir.capture.inputs import Example
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import BATCH, FEATURES, TIME, Mesh
+from xdit_ir.passes.cast_kv_cache import kv_cache_dtype as stored_dtype
 from xdit_ir.passes.keeping import Keeping
 from xdit_ir.planning.candidates import Rough, attentions, degree_sets
 from xdit_ir.planning.estimate import Estimate, estimate
@@ -44,6 +45,7 @@ def plan(
     shard_weights: bool | None = None,
     stream_weights: bool | int | str | None = None,
     data: int | None = None,
+    kv_cache_dtype: str = "auto",
     **given: int,
 ) -> Plan:
     """All ways to use `gpus` GPUs for `model`, with time and memory worked out from sizes; nothing is run.
@@ -59,6 +61,7 @@ def plan(
         shard_weights: as for `parallelize`, where there are several ranks; default: where whole weights do not fit.
         stream_weights: as for `parallelize`; default: where nothing else fits, with as many weights on the GPU as do.
         data: so many replicas, over which the GPUs are shared out; default: one, and what several would do is told.
+        kv_cache_dtype: as for `parallelize`, of the ways that have stages.
         given: degrees that are to be kept.
 
     Raises:
@@ -71,7 +74,8 @@ def plan(
     streamed = (
         None if stream_weights is None else Keeping.of(stream=stream_weights).options.get("stream_weights", False)
     )
-    how = Options(memory, exact, flash, shard_weights, streamed, data=data)
+    stored_dtype(kv_cache_dtype)  # a wrong one is told before the model is traced
+    how = Options(memory, exact, flash, shard_weights, streamed, data=data, kv_cache_dtype=kv_cache_dtype)
     how.degree_sets(gpus // (data or 1), given)  # wrong ones are told before the model is traced
     traced = TracedProgram(trace(model, example).ir, familiar=True)  # `port` verifies what it makes
     return plan_traced(traced, model, gpus, hardware, given, how)
@@ -88,6 +92,7 @@ class Options:
     stream_weights: bool | int | None = None
     features: bool = True
     data: int | None = None
+    kv_cache_dtype: str = "auto"
 
     def degree_sets(self, gpus: int, given: Mapping[str, int]) -> list[Degrees]:
         """For the GPUs of one replica."""
@@ -107,7 +112,7 @@ def plan_traced(
     planner = Planner(traced, hardware, limit, how, pairs=given.get(BATCH) == PAIR)
     named, weights = hardware.name or str(hardware), weights_key(model)
     found = planner.candidates(gpus, given)
-    return Plan(model_name(model), weights, gpus, named, limit, found, hardware.prices)
+    return Plan(model_name(model), weights, gpus, named, limit, found, hardware.prices, how.kv_cache_dtype)
 
 
 def _check(gpus: int, given: Mapping[str, int], data: int | None) -> None:
@@ -218,8 +223,10 @@ class Planner:
     def _estimate(self, way: Candidate) -> Estimate:
         degrees = way.degrees
         pairs = self.pairs and degrees.mesh.degrees[BATCH] == PAIR and bool(self._legality.of_batch(PAIR))
+        stages = {"kv_cache_dtype": self.how.kv_cache_dtype} if degrees.mesh.degrees[TIME] > 1 else {}
         parallel = self.traced.parallelize(
             **degrees.as_dict(),
+            **stages,
             machine=self.hardware.prices,
             pair_calls=pairs,
             shard_weights=way.shard_weights,

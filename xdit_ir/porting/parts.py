@@ -15,11 +15,12 @@ from xdit_ir.emission.state import hooked
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.passes.keeping import Keeping
+from xdit_ir.planning.hardware import slowest_here
 from xdit_ir.porting.components import coders, takes_ids
 from xdit_ir.porting.methods import PortedMethod
 from xdit_ir.porting.ported import Ported
 from xdit_ir.porting.worth import may_pay
-from xdit_ir.sharding.machine import H100, Machine
+from xdit_ir.sharding.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class PortedParts:
             kept = self._kept(module)
             if not (kept or self._may(name, module)) or coders(module):
                 continue
-            if kept or self.asked or may_pay(module, self.machine or H100):
+            if kept or self.asked or may_pay(module, self.machine or slowest_here()):
                 made[name] = Ported(module, *self._how(name, module, kept=kept), pays=not self.asked)
         return made
 

@@ -38,6 +38,7 @@ class Unplanned:
     patches: int | None
     machine: Machine | None
     keeping: Keeping
+    kv_cache_dtype: str = "auto"
 
     @property
     def parts_weights(self) -> bool:
@@ -96,6 +97,7 @@ class Unplanned:
             shard = keeping.shard or (None if holds else False)
             stream = keeping.streamed or (None if holds else False)
             how = Options(shard_weights=shard, stream_weights=stream, features=holds, data=1)
+            how = dataclasses.replace(how, kv_cache_dtype=self.kv_cache_dtype)
             made = plan_traced(traced, model, len(hosts), hardware, self.given, how)
             _log(made, hosts)
             return {"degrees": made.best, "machine": dataclasses.asdict(hardware.prices)}
@@ -106,25 +108,46 @@ class Unplanned:
 
 
 def unplanned_degrees(
-    given: Mapping[str, int], patches: int | None, machine: Machine | None, processes: int, keeping: Keeping
+    given: Mapping[str, int],
+    patches: int | None,
+    machine: Machine | None,
+    processes: int,
+    keeping: Keeping,
+    kv_cache_dtype: str = "auto",
 ) -> Unplanned | None:
     """What chooses degrees at the first call: where none is given, or those that are leave some of so many processes
     over and others are not given; None: those that are given are all."""
     known = Mesh.of(**given).world_size
     left, odd = divmod(processes, known)
     more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME, *FEATURES} - set(given)
-    return Unplanned(given, patches, machine, keeping) if more or not given else None
+    return Unplanned(given, patches, machine, keeping, kv_cache_dtype) if more or not given else None
 
 
 def machine_of_job(communicator: Communicator) -> Machine:
-    """That by which choices are priced where none is given, the same on every rank: an H100, or where ranks are on
-    several hosts, hosts of what rank 0 runs on. Collective."""
+    """That by which choices are priced where none is given, the same on every rank: what rank 0 runs on, as it was
+    measured or by the name of its GPU, in hosts of so many where there are several; an H100 for CPUs of one host.
+    Collective.
+
+    Raises:
+        ParallelizeError: on every rank, if the file of what was measured is none.
+    """
     hosts = communicator.of_all(host())
-    if len(set(hosts)) == 1:
+    several = len(set(hosts)) > 1
+    if not several and communicator.device.type == "cpu":
         return H100
-    hardware = hardware_here(communicator.device).on_hosts(near(hosts)) if communicator.rank == 0 else None
-    first, *_ = communicator.of_all(hardware and dataclasses.asdict(hardware.prices))
+    first, *_ = communicator.of_all(_prices(communicator.device, hosts) if communicator.rank == 0 else {})
+    if "refused" in first:
+        raise communicator.agreed(ParallelizeError(first["refused"]))
     return Machine.of(first)
+
+
+def _prices(device: torch.device, hosts: Sequence[str]) -> dict[str, Any]:
+    """What rank 0 tells the others of its machine, or why it cannot."""
+    try:
+        hardware = hardware_here(device)
+    except ParallelizeError as error:
+        return {"refused": str(error)}
+    return dataclasses.asdict((hardware.on_hosts(near(hosts)) if len(set(hosts)) > 1 else hardware).prices)
 
 
 def mesh_of_job(given: Mapping[str, int], data: int) -> tuple[Mesh, bool]:
@@ -147,6 +170,14 @@ def saved_data(plan: Plan, data: int) -> int:
     if data not in (1, plan.chosen.data):
         raise ParallelizeError(f"data={data!r} beside plan=, which has data={plan.chosen.data}: give one of them")
     return plan.chosen.data
+
+
+def saved_steps(plan: Plan, steps: Mapping[str, Any]) -> dict[str, Any]:
+    """What else a plan has for stages; raises `ParallelizeError` for another dtype of keys and values beside it."""
+    mine, name = plan.best.get("kv_cache_dtype", "auto"), "kv_cache_dtype"
+    if steps[name] not in ("auto", mine):
+        raise ParallelizeError(f"{name}={steps[name]!r} beside plan=, which has {name}={mine!r}: give one of them")
+    return {**steps, name: mine}
 
 
 def saved_degrees(plan: Plan, given: Mapping[str, int | None], machine: Machine | None) -> tuple[Degrees, Machine]:

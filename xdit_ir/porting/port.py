@@ -23,7 +23,14 @@ from xdit_ir.planning.plan import Plan
 from xdit_ir.porting.components import split
 from xdit_ir.porting.denoisers import replace
 from xdit_ir.porting.parts import PortedParts, not_portable
-from xdit_ir.porting.planned import Unplanned, mesh_until_planned, saved_data, saved_degrees, unplanned_degrees
+from xdit_ir.porting.planned import (
+    Unplanned,
+    mesh_until_planned,
+    saved_data,
+    saved_degrees,
+    saved_steps,
+    unplanned_degrees,
+)
 from xdit_ir.porting.ported import Ported
 from xdit_ir.sharding.machine import Machine, checked
 from xdit_ir.transport.distributed import check_world_size, processes_of_replica
@@ -171,11 +178,11 @@ class _Division:
         given = {name: size for name, size in named.items() if size is not None}
         if plan is not None:
             degrees, machine = saved_degrees(plan, {**named, "patches": patches}, machine)
-            patches, given = degrees.patches, dict(degrees.mesh.degrees)
+            patches, given, steps = degrees.patches, dict(degrees.mesh.degrees), saved_steps(plan, steps)
             keeping = keeping.joined(plan.chosen.keeping)
         known = None if machine is None else checked(machine)
         processes = processes_of_replica(checked_data(data))
-        unplanned = unplanned_degrees(given, patches, known, processes, keeping)
+        unplanned = unplanned_degrees(given, patches, known, processes, keeping, steps["kv_cache_dtype"])
         mesh = mesh_until_planned(given, processes, unplanned)
         check_world_size(mesh, data)
         keeping.check(mesh)

@@ -36,6 +36,7 @@ from xdit_ir.ir.mesh import BATCH, MESH_DIMS, Mesh
 from xdit_ir.ir.program import Program, Stored, TensorSpec
 from xdit_ir.passes.find_tokens import Streams
 from xdit_ir.passes.split_batch import LARGE
+from xdit_ir.planning.hardware import slowest_here
 from xdit_ir.porting.grid import in_a_grid
 from xdit_ir.porting.planned import Unplanned, machine_of_job
 from xdit_ir.porting.settings import ModelSettings
@@ -43,7 +44,6 @@ from xdit_ir.porting.worth import Worth
 from xdit_ir.reflection.methods import Method
 from xdit_ir.runtime.build import RunnerFactory
 from xdit_ir.runtime.rank_runner import RankRunner
-from xdit_ir.sharding.machine import H100
 from xdit_ir.sharding.report import CacheUse, Report
 from xdit_ir.transport.handshake import (
     agree,
@@ -142,7 +142,7 @@ class Specialisations:
         """`pays`: calls are divided where that pays, or weights are divided, and run whole where it does not or cannot
         be done."""
         always = bool(schedule.get("shard_weights") or schedule.get("stream_weights"))
-        worth = Worth(model, schedule["machine"] or H100, isinstance(model, Method), always) if pays else None
+        worth = Worth(model, schedule["machine"] or slowest_here(), isinstance(model, Method), always) if pays else None
         return Specialisations(model, mesh, schedule, options, worth, unplanned=unplanned)
 
     @property
@@ -303,6 +303,8 @@ class Specialisations:
             self.schedule = {**self.schedule, "machine": machine_of_job(factory.context.communicator)}
 
         def make() -> ParallelProgram:
+            if self.worth is not None:
+                self.worth.check_call(given, self.schedule["machine"])
             cache = hooked_cache(self.model)
             factory.branch = None if cache is None else cache.branch
             try:

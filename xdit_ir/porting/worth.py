@@ -54,7 +54,8 @@ class TooSmallError(ParallelizeError):
 class Worth:
     """Decides for one `model` which calls are divided. `traced`: without a trace, calls with other tensors than ids are
     not tried, since nothing is known of what they cost. `always`: they are divided wherever they can be, as weights
-    are. `last`: what the last call was, if it runs whole."""
+    are. `machine`: that which is given, or as slow a one as there may be; that on which all ranks agree decides when a
+    program is made. `last`: what the last call was, if it runs whole."""
 
     model: nn.Module
     machine: Machine
@@ -70,21 +71,28 @@ class Worth:
             return self.last.reason
         if self.traced or self.always:
             return ""
-        tensors = list(_tensors(given))
-        if any(x.is_floating_point() for x in tensors):
+        if any(x.is_floating_point() for x in _tensors(given)):
             return self._note(given, "it was not asked for: name it in components=[...]", small=False)
-        seconds = _token_seconds(self.model, max((x.numel() for x in tensors), default=0), self.machine)
-        if seconds >= ENCODER:
-            return ""
-        return self._note(given, f"it takes about {seconds * 1e3:.1f} ms, and each length of text a trace", small=True)
+        reason = self._short(given, self.machine)
+        return self._note(given, reason, small=True) if reason else ""
+
+    def check_call(self, given: Any, machine: Machine) -> None:
+        """Raise `TooSmallError` for a call that takes too little on this machine to be traced."""
+        if not (self.traced or self.always) and (reason := self._short(given, machine)):
+            raise TooSmallError(reason)
 
     def check(self, program: ParallelProgram) -> None:
-        """Raise `TooSmallError` where a program saves too little."""
+        """Raise `TooSmallError` where a program saves too little on the machine that it was made for."""
         if self.always:
             return
-        saved = _saved(program.report(), self.machine)
+        saved = _saved(program.report(), program.machine)
         if saved < SAVED:
             raise TooSmallError(_too_small(saved))
+
+    def _short(self, given: Any, machine: Machine) -> str:
+        """Why a call with ids takes too little there; empty if it does not."""
+        seconds = _token_seconds(self.model, max((x.numel() for x in _tensors(given)), default=0), machine)
+        return "" if seconds >= ENCODER else f"it takes about {seconds * 1e3:.1f} ms, and each length of text a trace"
 
     def refuse(self, given: Any, refusal: XditError) -> str:
         """Calls like this one run whole from now on; why."""
