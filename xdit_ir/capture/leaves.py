@@ -19,7 +19,7 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.state import StateWatch, refusal, same_contents, unchanged
 from xdit_ir.capture.values import NO_ROOTS, Origin, spec_of
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.leaf import Leaf
+from xdit_ir.ir.leaf import Leaf, order_of
 from xdit_ir.ir.program import TensorSpec
 
 _SCALES = (1.0, 0.01, 0.1, 0.3, 3.0, 10.0)  # of the inputs of probes: values may decide differently for each
@@ -110,10 +110,10 @@ class Leaves:
         leaves = tuple(spec_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in call.leaves)
         kind = self.recorder.device.type
         cast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-        state = _state(module)
-        leaf = Leaf(
-            module, self.paths[path], leaves, call.spec, tuple(state), (), unflatten_output, output_tensors, cast=cast
-        )
+        state, orders = _state(module), tuple(order_of(leaf) for leaf in call.leaves if isinstance(leaf, torch.Tensor))
+        rest = {"cast": cast, "orders": orders}
+        made = (module, self.paths[path], leaves, call.spec, tuple(state), (), unflatten_output, output_tensors)
+        leaf = Leaf(*made, **rest)
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             weights = _weights(state)
             if weights is None:

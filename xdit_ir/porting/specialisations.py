@@ -321,7 +321,7 @@ class Specialisations:
                 schedule = {**schedule, **grid.degrees}
             made = _parallelized(traced, schedule)
             if key is not None and not familiar:
-                self.verified[key] = Streams.of(made.analysed)
+                self.verified[key] = Streams.of(traced.analysed)  # stages may lie across blocks
             if self.worth is not None:
                 self.worth.check(made)
             return made
