@@ -12,7 +12,6 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import spec_of
 
-
 _INTO = frozenset(
     getattr(aten, f"{name}_")
     for name in ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random", "uniform")
@@ -21,7 +20,7 @@ _INTO = frozenset(
 
 def placed(recorder: Recorder, func: Any, args: tuple[Any, ...], result: torch.Tensor) -> tuple[Any, ...]:
     """The arguments of an operator that draws `result`. Instead of a tensor whose contents it does not use, as of
-    `randn_like`, it gets an empty one that lies as the result does in the model: those of a program may lie otherwise."""
+    `randn_like`, it gets an empty one that lies as the result does in the model: a program's may lie otherwise."""
     likes = func._schema.name.endswith("_like") and isinstance(args[0], torch.Tensor)
     return _formed(recorder, args, result) if likes else args
 

@@ -123,7 +123,7 @@ class Leaves:
 
     def _measured(self, path: str, leaf: Leaf, call: SubmoduleCall, weights: list[torch.Tensor]) -> _Described:
         device = weights[0].device if weights else self.recorder.device
-        runs = []
+        runs, before = [], torch.get_rng_state()
         for seed in range(len(_SCALES)):
             inputs = self._inputs(call, device, seed)
             with FlopCounterMode(display=False) as counter:
@@ -138,7 +138,8 @@ class Leaves:
         if any(str(shape) != str(shapes[0]) or run[2] != runs[0][2] for shape, run in zip(shapes, runs, strict=True)):
             raise ShapeDepends(path)
         outputs = tuple(item for item in shapes[0] if isinstance(item, TensorSpec))
-        leaf = replace(leaf, outputs=outputs, flops=max(run[3] for run in runs))
+        draws = not torch.equal(torch.get_rng_state(), before)
+        leaf = replace(leaf, outputs=outputs, flops=max(run[3] for run in runs), draws=draws)
         results = [[x for x in flat if isinstance(x, torch.Tensor)] for _, flat, _, _ in runs]
         leaf = replace(leaf, aligned=tuple(_aligned(leaf, weights, [run[0] for run in runs], results)))
         return _Described(leaf, call, shapes[0], runs[0][2])

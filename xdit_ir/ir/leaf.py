@@ -26,7 +26,7 @@ class Leaf:
     tensors in what is returned; `state` are the names of its parameters and buffers. `aligned` has, for every dim of
     the results along which each index is computed from the same index of operands alone, the operands that are divided
     with it. `cast` is the autocast in force, by device type. `orders` has the dims of each input in the order in which
-    they lie in memory in the model, on which views and random numbers depend.
+    they lie in memory in the model, on which views and random numbers depend; `draws`: it was seen to draw these.
     """
 
     module: nn.Module
@@ -41,6 +41,7 @@ class Leaf:
     aligned: tuple[tuple[int, tuple[int, ...]], ...] = ()
     cast: tuple[str, torch.dtype] | None = None
     orders: tuple[tuple[int, ...], ...] = ()
+    draws: bool = False
 
     @property
     def __name__(self) -> str:

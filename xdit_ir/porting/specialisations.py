@@ -242,6 +242,12 @@ class Specialisations:
         self.schedule, self.unplanned = {**self.schedule, **chosen}, None
         self.mesh = Mesh.of(**{name: self.schedule[name] for name in MESH_DIMS})
 
+    def finish(self) -> None:
+        """Run the calls that wait for others of their step, before weights change."""
+        with self.turn:
+            if self.factory is not None:
+                self.factory.finish()
+
     def clear(self) -> None:
         """Forget all, free what they recorded, and give back process groups."""
         for one in self.found:
