@@ -19,6 +19,7 @@ from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.patch_count import cheapest
 from xdit_ir.passes.split_batch import LARGE, Batch, check_batch
 from xdit_ir.pipefusion.pipeline_program import Pipeline, verify_pipeline
+from xdit_ir.sharding.branches import draws
 from xdit_ir.sharding.machine import H100, Machine, program_work
 
 WORTH = 0.9  # of a step's work: a cache that leaves more to do is of no use
@@ -108,6 +109,11 @@ def make_pipeline(
     as there are stages, more where that takes less time on the machine (see `patch_count`), or the nearest smaller
     number that is legal, with a warning."""
     check_degrees(program, mesh, batch=batch)
+    if where := draws(program):
+        raise ParallelizeError(
+            f"{TIME}={mesh.size((TIME,))}: forward draws random numbers ({where}), of which stages and patches would "
+            f"draw others; expected noise that forward is given, nearest legal: ulysses={mesh.size((TIME,))}"
+        )
     given = None if stages is None else tuple(stages)
     staged = run_passes(program, [PartitionStages(mesh.size((TIME,)), given, machine)], after)
 

@@ -337,6 +337,19 @@ def test_numbered_attributes(check: Check) -> None:
     assert calls(check(Model(), X)) == {"Layer": 3}
 
 
+def test_attributes_that_only_some_layers_have(check: Check) -> None:
+    class Optional(Layer):
+        strength = 2.0
+
+        def forward(self, x: torch.Tensor, scale: Any = None) -> Any:
+            x = super().forward(x) * self.strength
+            return -x if getattr(self, "turned", False) else x
+
+    layers = [Optional() for _ in range(4)]
+    layers[1].strength, layers[2].turned = 0.5, True
+    assert calls(check(nn.Sequential(*layers), X)) == {"Optional": 2, "Optional_1": 1, "Optional_2": 1}
+
+
 def test_nested_lists_take_the_outermost(check: Check) -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:

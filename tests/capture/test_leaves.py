@@ -203,3 +203,52 @@ class OnlySome(nn.Module):
 def test_a_rank_without_rows_skips_a_leaf() -> None:
     result = xir.check(Model(OnlySome).eval(), (torch.randn(1, 3, 16),), ulysses=4)
     assert result.ok, str(result)
+
+
+class InMemory(nn.Module):
+    """Merges dims without a copy, as the model's tensors lie; and branches on values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.transpose(1, 2).view(-1, x.shape[1])
+        y = y * 2 if y.mean().item() > 9 else y
+        return y.view(x.shape[0], -1, x.shape[1]).transpose(1, 2) + torch.randn_like(x)
+
+
+def test_a_leaf_gets_tensors_as_they_lie_in_the_model(run: Run) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = InMemory()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner((x * 2).transpose(1, 2))
+
+    model, x = Model(), torch.randn(2, 16, 5)
+    program = trace(model, (x,))
+    assert leaves(program)
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    assert torch.equal(run(program, model, x.mT.contiguous().mT), expected)
+
+
+def test_samples_packed_without_their_padding(run: Run) -> None:
+    """PyTorch's own encoder leaves zeros where padding was: only itself gives the same."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    model, x = nn.ModuleList([encoder]), torch.randn(2, 6, 16)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.parts[0](x, src_key_padding_mask=mask)
+
+    whole = Model().eval()
+    for start, packs in ((4, True), (6, False)):
+        mask = torch.arange(6).expand(2, 6) >= start
+        program = trace(whole, (x, mask))
+        assert bool(leaves(program)) == packs
+        with torch.no_grad():
+            torch.testing.assert_close(run(program, whole, x, mask), whole(x, mask))

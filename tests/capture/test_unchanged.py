@@ -207,6 +207,47 @@ def test_random_numbers_stay_random(run: Callable[..., Any]) -> None:
     assert torch.equal(found, model(*X))
 
 
+DRAWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "like": torch.randn_like,
+    "into a new one": lambda x: torch.empty_like(x).normal_(),
+    "uniform": torch.rand_like,
+    "by probabilities": lambda x: torch.zeros_like(x).bernoulli_(0.5),
+}
+
+
+@pytest.mark.parametrize("draw", list(DRAWS.values()), ids=list(DRAWS))
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)])
+def test_random_numbers_are_drawn_in_the_order_of_memory(
+    draw: Callable[[torch.Tensor], torch.Tensor], order: tuple[int, ...], run: Callable[..., Any]
+) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = (x + 1).permute(order) * 2  # which a program may have otherwise in memory
+            return x + draw(x)
+
+    model, x = nn.Sequential(nn.Linear(8, 8), Noisy()), torch.rand(3, 5, 8)
+    program = trace(model, (x,))
+    torch.manual_seed(3)
+    found = run(program, model, x.mT.contiguous().mT)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, model(x))
+
+
+def test_random_numbers_for_a_part_of_a_tensor(run: Callable[..., Any]) -> None:
+    class Part(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.zeros_like(x)
+            y[:, 1:4].normal_()
+            return x + y
+
+    model, x = nn.Sequential(nn.Linear(8, 8), Part()), torch.randn(2, 5, 8)
+    program = trace(model, (x,))
+    torch.manual_seed(3)
+    found = run(program, model, x)
+    torch.manual_seed(3)
+    assert torch.equal(found, model(x))
+
+
 def test_patched_forwards_and_hooks(check: Check) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     first, second, third = model

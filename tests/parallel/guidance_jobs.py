@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,3 +100,107 @@ def skipped_layers(degrees: Degrees, joined: bool) -> dict[str, Any]:
         return x + 0
 
     return {"error": relative_error(run(port), run(model)), "programs": len(port.programs)}
+
+
+class _Noisy(_SkipLayer):
+    """A model that draws noise of its own; in a leaf, as what it does depends on values, or not."""
+
+    def __init__(self, leaf: bool) -> None:
+        super().__init__()
+        self.noise = _Noise(leaf)
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.noise(hidden_states), text, timestep)
+
+
+class _Noise(nn.Module):
+    def __init__(self, leaf: bool) -> None:
+        super().__init__()
+        self.leaf = leaf
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.leaf and x.abs().max() > 100:
+            return x
+        return x + 0.1 * torch.randn_like(x.mT).mT
+
+
+@torch.no_grad()
+def noisy(degrees: Degrees, leaf: bool) -> dict[str, Any]:
+    """Two calls a step of a model that draws noise, and what is drawn afterwards."""
+    torch.set_num_threads(1)
+    model = _Noisy(leaf).eval()
+    port = xir.port(model, **degrees)
+
+    def run(called: Any) -> torch.Tensor:
+        torch.manual_seed(3)
+        x, prompt, negative = torch.randn(1, 24, 16), torch.randn(1, 7, 16), torch.randn(1, 4, 16)
+        for step in range(3):
+            t = torch.tensor([3.0 - step])
+            with_prompt, without = called(x, prompt, t), called(x, negative, t)
+            x = x - 0.1 * (without + 3 * (with_prompt - without)) + 0.1 * torch.randn_like(x)
+        return x + 0
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        error = relative_error(run(port), run(model))
+    return {"error": error, "told": any("draws random numbers" in str(one.message) for one in caught)}
+
+
+class _Returns(_SkipLayer):
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, timestep: torch.Tensor) -> Any:
+        return super().forward(hidden_states, text, timestep), hidden_states
+
+
+@torch.no_grad()
+def inputs_given_back(degrees: Degrees) -> list[bool]:
+    """Whether the result of a call, or of one that waits for another, that is an input is that tensor."""
+    torch.set_num_threads(1)
+    port, x, text, t = (
+        xir.port(_Returns().eval(), **degrees),
+        torch.randn(1, 24, 16),
+        torch.randn(1, 7, 16),
+        torch.ones(1),
+    )
+    return [port(x, text, t)[1] is x for _ in range(4)]
+
+
+WRITES: dict[str, Callable[[nn.Module], Any]] = {
+    "in place": lambda model: next(model.parameters()).mul_(2),
+    "other memory": lambda model: setattr(next(model.parameters()), "data", next(model.parameters()) * 2),
+    "loaded": lambda model: model.load_state_dict({k: 2 * x for k, x in model.state_dict().items()}),
+    "cast": lambda model: model.double(),
+}
+
+
+@torch.no_grad()
+def written_while_waiting(degrees: Degrees) -> dict[str, list[Any]]:
+    """By how weights change while a call waits for another: its error, or why there is no result; and that of the
+    next call."""
+    torch.set_num_threads(1)
+    found: dict[str, list[Any]] = {}
+    torch.manual_seed(0)
+    x, text, t = torch.randn(1, 24, 16), torch.randn(1, 7, 16), torch.ones(1)
+    for name, write in WRITES.items():
+        model = _SkipLayer().eval()
+        port, want = xir.port(model, **degrees), model(x, text, t)
+        waiting = port(x, text, t)
+        write(port)
+        try:
+            got: Any = relative_error(waiting + 0, want)
+        except xir.MismatchError as error:
+            got = str(error)
+        given = [one.to(next(model.parameters()).dtype) for one in (x, text, t)]
+        found[name] = [got, relative_error(port(*given) + 0, model(*given))]
+    return found
+
+
+@torch.no_grad()
+def stages_across_a_layer() -> dict[str, float]:
+    """The prologue is so long that stages meet inside of the first of two layers."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+    model, x = nn.Sequential(nn.Linear(16, 16), encoder, nn.Linear(16, 16)).eval(), torch.randn(2, 12, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {"error": relative_error(xir.port(model, pipefusion=2)(x) + 0, model(x))}

@@ -59,6 +59,34 @@ def test_what_one_rank_reads_while_two_calls_wait(workers: Pools) -> None:
         assert one["error"] == "MismatchError" and "reads the result of its last one" in one["message"], one
 
 
+@pytest.mark.parametrize("leaf", [False, True])
+def test_a_model_that_draws_noise(workers: Pools, leaf: bool) -> None:
+    """Calls that ranks share out would draw alike, and leave other numbers to what is drawn after them."""
+    for degrees in ({"ulysses": 2}, {"cfg": 2}):
+        for one in workers(2).run("noisy", degrees=degrees, leaf=leaf):
+            assert one["error"] <= 1e-5, one
+            assert one["told"] == ("cfg" in degrees)
+    for one in workers(2).run("noisy", degrees={"pipefusion": 2}, leaf=leaf):
+        assert one["error"] == "ParallelizeError" and "draws random numbers" in one["message"], one
+
+
+def test_inputs_that_are_given_back(workers: Pools) -> None:
+    assert workers(2).run("inputs_given_back", degrees={"cfg": 2}) == [[True] * 4] * 2
+
+
+def test_weights_that_change_while_a_call_waits(workers: Pools) -> None:
+    """What changes them by a method of the port waits for the call; else its result is refused, and never wrong."""
+    for one in workers(2).run("written_while_waiting", degrees={"cfg": 2}):
+        assert max(after for _, after in one.values()) <= 1e-5, one
+        assert max(one["loaded"][0], one["cast"][0]) <= 1e-5, one
+        assert all("weights were written to while a call waited" in one[way][0] for way in ("in place", "other memory"))
+
+
+def test_stages_that_meet_inside_a_layer(workers: Pools) -> None:
+    for one in workers(2).run("stages_across_a_layer"):
+        assert one["error"] <= 1e-5, one
+
+
 @pytest.mark.parametrize("joined", [False, True], ids=["by calls", "prompts in a batch"])
 def test_a_branch_that_skips_layers(workers: Pools, joined: bool) -> None:
     for one in workers(2).run("skipped_layers", degrees={"cfg": 2}, joined=joined):

@@ -20,7 +20,7 @@ from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.state import StateWatch, refusal, unchanged
 from xdit_ir.capture.values import spec_of
 from xdit_ir.errors import TraceError
-from xdit_ir.ir.leaf import Leaf
+from xdit_ir.ir.leaf import Leaf, order_of
 from xdit_ir.ir.program import TensorSpec
 
 _SCALES = (1.0, 0.01, 0.1, 0.3, 3.0, 10.0)  # of the inputs of probes: values may decide differently for each
@@ -43,8 +43,9 @@ def probed(recorder: Recorder, path: str, reason: str, module: nn.Module, call: 
     leaves = tuple(spec_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in call.leaves)
     kind = recorder.device.type
     cast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-    state = state_of(module)
-    leaf = Leaf(module, reason, leaves, call.spec, tuple(state), (), unflatten_output, output_tensors, cast=cast)
+    state, orders = state_of(module), tuple(order_of(leaf) for leaf in call.leaves if isinstance(leaf, torch.Tensor))
+    made = (module, reason, leaves, call.spec, tuple(state), (), unflatten_output, output_tensors)
+    leaf = Leaf(*made, cast=cast, orders=orders)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         weights = _weights(state)
         if weights is None:
@@ -57,7 +58,7 @@ def _measured(
     recorder: Recorder, path: str, leaf: Leaf, call: SubmoduleCall, weights: list[torch.Tensor]
 ) -> DescribedLeaf:
     device = weights[0].device if weights else recorder.device
-    runs = []
+    runs, before = [], torch.get_rng_state()
     for seed in range(len(_SCALES)):
         inputs = _inputs(recorder, call, device, seed)
         with FlopCounterMode(display=False) as counter:
@@ -72,7 +73,8 @@ def _measured(
     if any(str(shape) != str(shapes[0]) or run[2] != runs[0][2] for shape, run in zip(shapes, runs, strict=True)):
         raise ShapeDepends(path)
     outputs = tuple(item for item in shapes[0] if isinstance(item, TensorSpec))
-    leaf = replace(leaf, outputs=outputs, flops=max(run[3] for run in runs))
+    draws = not torch.equal(torch.get_rng_state(), before)
+    leaf = replace(leaf, outputs=outputs, flops=max(run[3] for run in runs), draws=draws)
     results = [[x for x in flat if isinstance(x, torch.Tensor)] for _, flat, _, _ in runs]
     leaf = replace(leaf, aligned=tuple(_aligned(leaf, weights, [run[0] for run in runs], results)))
     return DescribedLeaf(leaf, call, shapes[0], runs[0][2])

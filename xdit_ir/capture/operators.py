@@ -84,3 +84,10 @@ def functional_twin(func: Any) -> Any:
             if not facts(twin).writes and [(arg.name, str(arg.type)) for arg in twin._schema.arguments] == wanted:
                 return twin
     return None
+
+
+def left_out(func: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The defaults of an overload that its functional twin does not have, of arguments behind `args`."""
+    needed = {arg.name for arg in functional_twin(func)._schema.arguments if not arg.has_default_value()}
+    rest = func._schema.arguments[len(args) :]
+    return {arg.name: arg.default_value for arg in rest if arg.name in needed and arg.has_default_value()}

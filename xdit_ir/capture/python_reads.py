@@ -56,6 +56,7 @@ class PythonReads(TorchFunctionMode):
         self._handlers[torch.Tensor.as_subclass] = self._as_class
         self._handlers |= dict.fromkeys((torch.Tensor.storage_offset, torch.Tensor.data_ptr), self._refuse_offset)
         self._handlers[torch.Tensor.new_tensor] = self._make_like
+        self._handlers[torch._nested_tensor_from_mask_left_aligned] = self._packs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -111,6 +112,15 @@ class PythonReads(TorchFunctionMode):
 
     def _refuse_offset(self, func: Any, args: Any, kwargs: Any) -> Any:
         raise TraceError(f"{source_line()}: {func.__name__}() is of the caller's memory, and not traced")
+
+    def _packs(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """PyTorch's own encoder packs padded samples, which leaves zeros at padding, but under no mode such as this."""
+        with self._recorder.recording(False):
+            kept = read(self._recorder, args[1], "packing by a mask")
+            packs = bool(func(torch.zeros(*kept.shape, 1), kept))
+        if packs and not kept.all():
+            raise self._recorder.opaque(f"{source_line()}: packs samples without their padding into a nested tensor")
+        return packs
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
         data = args[0] if args else kwargs.get("data", kwargs.get("obj"))

@@ -150,8 +150,8 @@ class Skeleton:
             elif type(item) in _EMPTIED and not item and id(item) not in self._copies:  # most hold no hooks
                 copy.__dict__[name] = made = type(item)()
                 self._remember(item, made)
-            else:
-                copy.__dict__[name] = None if name == _COMPILED else self._copy(item)
+            elif name != _COMPILED:
+                copy.__dict__[name] = self._copy(item)
         if "_orig_mod" in module._modules and "dynamo_ctx" in module.__dict__:
             copy.__dict__["forward"] = copy._modules["_orig_mod"]  # torch.compile(module): what it wraps
         return copy
@@ -229,12 +229,13 @@ class Skeleton:
 
 
 def watch(module: nn.Module, names: set[str], seen: Callable[[str], None]) -> None:
-    """Make a copied module tell when one of these plain attributes is read."""
+    """Make a copied module tell when one of these plain attributes is read; it need not have all of them itself."""
 
     def watched(name: str) -> property:
         def get(self: nn.Module) -> Any:
             seen(name)
-            return self.__dict__[name]
+            held = self.__dict__
+            return held[name] if name in held else getattr(super(module.__class__, self), name)
 
         def put(self: nn.Module, item: Any) -> None:
             self.__dict__[name] = item

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
+from xdit_ir.capture.drawn import placed
 from xdit_ir.capture.flex import attend, is_flex
 from xdit_ir.capture.kernels import KERNELS, attend_by
 from xdit_ir.capture.known import compute, read, resolve, separate
@@ -126,6 +127,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         roots = NO_ROOTS if about.shape_only else recorder.roots(tensors_in((args, kwargs)))
         if about.random:
             roots |= {Origin.RANDOM}
+            args = placed(recorder, func, args, result)
         node = recorder.call(func, args, kwargs, spec_of(result))
         if isinstance(result, torch.Tensor):
             recorder.bind(result, node, known, roots)

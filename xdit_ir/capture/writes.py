@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.capture.drawn import drawn_into
 from xdit_ir.capture.failures import Unshareable
 from xdit_ir.capture.known import fill, write_known
-from xdit_ir.capture.operators import argument, aten, facts, functional_twin
+from xdit_ir.capture.operators import argument, aten, facts, functional_twin, left_out
 from xdit_ir.capture.recorder import Recorder
 from xdit_ir.capture.selections import follow
 from xdit_ir.capture.source import source_line
@@ -47,7 +48,7 @@ def write(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     _check_writable(recorder, value)
     follow(recorder, twin, args, kwargs, target)
     kept = {key: item for key, item in kwargs.items() if key not in facts(func).out}
-    node = _copied(recorder, args) if func is aten.copy_.default else _computed(recorder, twin, args, kept, target)
+    node = _copied(recorder, args) if func is aten.copy_.default else _computed(recorder, func, args, kept, target)
     write_known(recorder, func, args, kwargs, value)
     roots = recorder.roots(tensors_in((args, kwargs)))
     _store(recorder, value, node, _filling(recorder, func, args))
@@ -78,10 +79,12 @@ def _copied(recorder: Recorder, args: Any) -> fx.Node:
     return node
 
 
-def _computed(recorder: Recorder, twin: Any, args: Any, kwargs: Any, target: torch.Tensor) -> fx.Node:
+def _computed(recorder: Recorder, func: Any, args: Any, kwargs: Any, target: torch.Tensor) -> fx.Node:
+    twin, kwargs = functional_twin(func), {**left_out(func, args), **kwargs}
     result = recorder.fake(twin, args, kwargs)
     if result.shape != target.shape:
         raise TraceError(f"{source_line()}: {twin} gives another shape than the tensor that it is written to")
+    args = drawn_into(recorder, func, tuple(args), result, target)
     node = recorder.call(twin, args, kwargs, spec_of(result))
     if result.dtype == target.dtype:
         return node

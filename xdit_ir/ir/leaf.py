@@ -25,7 +25,8 @@ class Leaf:
     `leaves` are the flattened arguments, with None for tensors, of which `unflatten` makes arguments; `flatten` finds
     tensors in what is returned; `state` are the names of its parameters and buffers. `aligned` has, for every dim of
     the results along which each index is computed from the same index of operands alone, the operands that are divided
-    with it. `cast` is the autocast in force, by device type.
+    with it. `cast` is the autocast in force, by device type. `orders` has the dims of each input in the order in which
+    they lie in memory in the model, on which views and random numbers depend; `draws`: it was seen to draw these.
     """
 
     module: nn.Module
@@ -39,6 +40,8 @@ class Leaf:
     flops: int = 0
     aligned: tuple[tuple[int, tuple[int, ...]], ...] = ()
     cast: tuple[str, torch.dtype] | None = None
+    orders: tuple[tuple[int, ...], ...] = ()
+    draws: bool = False
 
     @property
     def __name__(self) -> str:
@@ -52,7 +55,7 @@ class Leaf:
 
     def run(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Any:
         """What the module returns."""
-        feed = iter(inputs)
+        feed = map(_in_order, inputs, self.orders)
         leaves = [next(feed) if isinstance(leaf, TensorSpec) else leaf for leaf in self.leaves]
         args, kwargs = self.unflatten(leaves, self.in_spec)
         held = dict(zip(self.state, state, strict=True))
@@ -76,3 +79,18 @@ class Leaf:
                     f"expected {spec.dtype}{list(spec.shape)}"
                 )
         return tensors[0] if self.single else tuple(tensors)
+
+
+def order_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dims of a tensor, the one whose elements are the furthest apart in memory first."""
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: -strides[dim]))
+
+
+def _in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The same numbers, without gaps and with the dims in this order in memory."""
+    moved = tensor.permute(order)
+    if moved.is_contiguous():
+        return tensor
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return moved.contiguous().permute(back)

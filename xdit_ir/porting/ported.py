@@ -28,6 +28,7 @@ def _moving(name: str) -> Any:
     because the port holds the weights."""
 
     def method(self: Ported, /, *args: Any, **kwargs: Any) -> Ported:
+        self._xdit_specialisations.finish()
         if self._holds:
             getattr(nn.Module, name)(self, *args, **kwargs)
         else:
@@ -35,6 +36,17 @@ def _moving(name: str) -> Any:
         return self
 
     return functools.wraps(getattr(nn.Module, name))(method)
+
+
+def _finishing(name: str) -> Any:
+    """A method that changes the weights of the original, which calls that wait still need."""
+    method = getattr(Shadow, name)
+
+    def finishing(self: Ported, /, *args: Any, **kwargs: Any) -> Any:
+        self._xdit_specialisations.finish()
+        return method(self, *args, **kwargs)
+
+    return functools.wraps(method)(finishing)
 
 
 class _Equal(type):
@@ -115,11 +127,13 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
         def apply(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(fn(torch.empty_like(tensor, device="cpu")[:0]).dtype) if tensor.is_meta else fn(tensor)
 
+        self._xdit_specialisations.finish()
         self._xdit_original._apply(apply if self._holds else fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's; raises `MismatchError` where the port holds weights already."""
+        self._xdit_specialisations.finish()
         if self._holds and self._xdit_specialisations.found:
             raise MismatchError(without_effect("a state dict was loaded into"))
         return Shadow.load_state_dict(self, *args, **kwargs)
@@ -136,6 +150,10 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
     to = _moving("to")
     cuda = _moving("cuda")
     cpu = _moving("cpu")
+    half = _finishing("half")
+    float = _finishing("float")
+    double = _finishing("double")
+    bfloat16 = _finishing("bfloat16")
 
     @property
     def _holds(self) -> bool:

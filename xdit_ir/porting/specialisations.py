@@ -243,6 +243,12 @@ class Specialisations:
         self.schedule, self.unplanned = {**self.schedule, **chosen}, None
         self.mesh = Mesh.of(**{name: self.schedule[name] for name in MESH_DIMS})
 
+    def finish(self) -> None:
+        """Run the calls that wait for others of their step, before weights change."""
+        with self.turn:
+            if self.factory is not None:
+                self.factory.finish()
+
     def clear(self) -> None:
         """Forget all, free what they recorded, and give back process groups."""
         for one in self.found:
@@ -325,7 +331,7 @@ class Specialisations:
                 schedule = {**schedule, **grid.degrees}
             made = _parallelized(traced, schedule)
             if key is not None and not familiar:
-                self.verified[key] = Streams.of(made.analysed)
+                self.verified[key] = Streams.of(traced.analysed)  # stages may lie across blocks
             if self.worth is not None:
                 self.worth.check(made)
             return made

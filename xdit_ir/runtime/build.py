@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,8 +31,13 @@ from xdit_ir.runtime.denoising import Denoising
 from xdit_ir.runtime.pairing import PairedRunner, Pairing
 from xdit_ir.runtime.rank_runner import RankRunner
 from xdit_ir.runtime.runner import Runner
+from xdit_ir.sharding.branches import draws
 from xdit_ir.transport.handshake import TRACE, Facts, agree, contents_hash, digest, fact, failure_text
 
+_DRAWS = (
+    "cfg runs calls one by one, on all ranks: forward draws random numbers ({}), which ranks that run one call each "
+    "would draw in another order; pass the noise to forward, or use cfg=1 and more ulysses or ring"
+)
 AnyParallel = TypeVar("AnyParallel", bound=Parallel)
 
 
@@ -71,6 +77,11 @@ class RunnerFactory:
         """The calls that are paired. Collective at its first use."""
         return Pairing(self.context.communicator)
 
+    def finish(self) -> None:
+        """Run the calls that wait for others, before weights change."""
+        if "pairing" in vars(self):
+            self.pairing.finish()
+
     def build(self, make: Callable[[], AnyParallel]) -> tuple[AnyParallel, RankRunner]:
         """Make a parallel program and its runner; all ranks call it together.
 
@@ -101,7 +112,8 @@ class RunnerFactory:
     def _part(self, parallel: Parallel) -> _Part:
         if parallel.pipeline is not None:
             return self._stages(parallel.pipeline, apart=parallel.pair_calls)
-        paired, program = parallel.pair_calls and self.pairs, parallel.rank(self.context.rank)
+        program = parallel.rank(self.context.rank)
+        paired = parallel.pair_calls and self.pairs and not _draws(program)
         if parallel.cache is not None:
             return self._cached(program, parallel.cached_rank(self.context.rank), parallel.cache.rule, paired=paired)
         return self._whole(program, paired=paired)
@@ -147,3 +159,10 @@ def program_facts(parallel: Parallel) -> dict[str, str]:
         facts["the step cache"] = parallel.cache.rule.text
     facts["the program"] = hashlib.blake2b(parallel.text(bodies=True).encode(), digest_size=8).hexdigest()
     return facts
+
+
+def _draws(program: Program) -> bool:
+    """Whether a program draws random numbers, which all ranks have to draw in the order of calls; says so."""
+    if where := draws(program):
+        warnings.warn(_DRAWS.format(where), stacklevel=2)
+    return bool(where)

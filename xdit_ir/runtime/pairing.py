@@ -23,8 +23,11 @@ from xdit_ir.deferral.deferred import materialize, pending
 from xdit_ir.deferral.gradients import without_gradients
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors
+from xdit_ir.errors import MismatchError
+from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.mesh import BATCH
 from xdit_ir.ir.program import Program, TensorSpec
+from xdit_ir.pipelined.requests import version_of
 from xdit_ir.runtime.runner import Runner
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.handshake import ARGUMENTS, Facts, agree, digest
@@ -35,18 +38,32 @@ EARLY = (
     "been called, so the other parts of cfg made nothing of their own; use cfg={calls} and more ulysses or ring"
 )
 
+STALE = (
+    "weights were written to while a call waited for the others of its step (cfg divides calls), so that its result "
+    "cannot be computed any more; read the results of all calls before weights are changed"
+)
+
 Work = Callable[[bool], Sequence[torch.Tensor]]
 """What a call computes; told whether all parts run it."""
 
 
 @dataclass(eq=False)
 class PairedCall:
-    """A forward that is put off, with results of the types `outputs`."""
+    """A forward that is put off, with results of the types `outputs`; it needs the `weights` as they are now."""
 
     work: Work
     outputs: Sequence[TensorSpec]
     pairing: Pairing
+    weights: Tensors
     results: Sequence[torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self._before = _states(self.weights)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it can be run, and was not."""
+        return self.results is None and _states(self.weights) == self._before
 
     def run(self, *, everywhere: bool = False) -> Sequence[torch.Tensor]:
         """Compute the results on this rank and those of its part of `cfg`; `everywhere`: on those of all parts."""
@@ -57,6 +74,8 @@ class PairedCall:
     def read(self, index: int) -> torch.Tensor:
         """A result that somebody reads; runs the call, and those that wait with it, if they have not been run."""
         if self.results is None:
+            if not self.waits:
+                raise MismatchError(STALE)
             with self.pairing.communicator.working():
                 self.pairing.read_early(self)
         assert self.results is not None
@@ -95,10 +114,10 @@ class Pairing:
         """How many calls run at once."""
         return self.communicator.mesh.size(PAIRED)
 
-    def call(self, work: Work, outputs: Sequence[TensorSpec]) -> Sequence[torch.Tensor]:
+    def call(self, work: Work, outputs: Sequence[TensorSpec], weights: Tensors) -> Sequence[torch.Tensor]:
         """The results of a forward whose inputs do not depend on one that waits: deferred for all but the last."""
         self._waiting = self._still_waiting()
-        call = PairedCall(work, outputs, self)
+        call = PairedCall(work, outputs, self, weights)
         self._waiting.append(call)
         if len(self._waiting) == self.parts:
             self._complete = True
@@ -118,7 +137,7 @@ class Pairing:
         A single call needs no others on a part of one rank, so there a rank may read what the others do not (a log, a
         preview).
         """
-        waiting = [one for one in self._waiting if one.results is None]
+        waiting = [one for one in self._waiting if one.waits]
         together = call in waiting and len(waiting) > 1
         if not self._complete:
             self._complete = True  # says it once
@@ -131,9 +150,15 @@ class Pairing:
             self._exchange()
         call.run(everywhere=True)
 
+    def finish(self) -> None:
+        """Run the calls that wait, before weights change. All ranks do the same."""
+        for call in self._waiting:
+            if call.waits and call.outputs:
+                call.read(0)
+
     def _still_waiting(self) -> list[PairedCall]:
-        """The calls that wait on all ranks: nobody has read their results."""
-        waits = [call.results is None for call in self._waiting]
+        """The calls that wait on all ranks: nobody has read their results, or changed the weights."""
+        waits = [call.waits for call in self._waiting]
         line = self.communicator.line
         if line is not None:
             everyone = line.exchange(("pair", line.count()), waits, self.communicator.timeout)
@@ -164,12 +189,20 @@ class PairedRunner(Runner):
     def __init__(self, context: RankContext, program: Program, facts: Facts, pairing: Pairing) -> None:
         super().__init__(context, program, facts)
         self._pairing = pairing
+        found = results_of(program.graph)  # those that are an input are the caller's own tensors
+        self._back = [self._inputs.index(node.name) if node.op == "placeholder" else None for node in found]
 
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result; inputs that were made of that of a call which waits are finished first."""
         given = copied(inputs)
-        results = self._pairing.call(lambda _: self.compute(given, weights), self.outputs)
+        results = self._pairing.call(lambda _: self.compute(given, weights), self.outputs, weights)
+        results = [x if own is None else inputs[own] for x, own in zip(results, self._back, strict=True)]
         return build_output(self.program.signature, without_gradients(results, weights))
+
+
+def _states(weights: Tensors) -> list[tuple[int, int]]:
+    """What changes where a tensor is written to, or given other memory."""
+    return [(version_of(x), x.data_ptr() if type(x) in (torch.Tensor, torch.nn.Parameter) else 0) for x in weights]
 
 
 def copied(inputs: Tensors) -> Tensors:

@@ -13,7 +13,7 @@ from torch import fx
 from xdit_ir.ir.draws import is_random
 from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.leaf import Leaf
-from xdit_ir.ir.program import SPEC, Program, TensorSpec
+from xdit_ir.ir.program import SPEC, Program, TensorSpec, where_of
 from xdit_ir.sharding.cost import outer_flops
 
 # The part of the work that every rank may repeat, as several branches need it.
@@ -115,6 +115,15 @@ class Branches:
 
     def _named(self, bits: int) -> tuple[fx.Node, ...]:
         return tuple(end for place, end in enumerate(self.ends) if bits >> place & 1)
+
+
+def draws(program: Program) -> str:
+    """Where in the model random numbers are drawn, or nothing: ranks that run other programs would draw others."""
+    for _, graph, _ in all_graphs(program):
+        for node in graph.nodes:
+            if node.target.draws if isinstance(node.target, Leaf) else is_random(node.target):
+                return where_of(node).source or where_of(node).module
+    return ""
 
 
 def _targets(program: Program) -> set[object]:
