@@ -320,7 +320,7 @@ class Specialisations:
             except RaisedByForward as failure:
                 raise failure.error from None
             self._check_types(program)
-            program = program.replace(state=self.types | program.state)
+            program = program.replace(state={**self.types, **program.state})
             traced = TracedProgram(program, stored=self.stored).trimmed(self.schedule.get("trim_padding", 0))
             key = program_key(traced.canonical or program)
             familiar = key in self.verified
