@@ -111,9 +111,8 @@ class Leaves:
         kind = self.recorder.device.type
         cast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         state, orders = _state(module), tuple(order_of(leaf) for leaf in call.leaves if isinstance(leaf, torch.Tensor))
-        rest = {"cast": cast, "orders": orders}
         made = (module, self.paths[path], leaves, call.spec, tuple(state), (), unflatten_output, output_tensors)
-        leaf = Leaf(*made, **rest)
+        leaf = Leaf(*made, cast=cast, orders=orders)
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             weights = _weights(state)
             if weights is None:
