@@ -111,6 +111,13 @@ def test_unknown_and_impossible_degrees(wrong: dict[str, Any]) -> None:
         assert all(name in str(caught.value) for name in ("cfg", "ring", "ulysses", "pipefusion"))
 
 
+@pytest.mark.parametrize("wrong", [{"compile": 1}, {"cuda_graph": "yes"}, {"release": "yes"}, {"weights": 3}])
+def test_options_of_another_type(wrong: dict[str, Any]) -> None:
+    [(name, given)] = wrong.items()
+    with pytest.raises(xir.ParallelizeError, match=f"{name}={given!r}: expected"):
+        xir.port(nn.Linear(2, 2), **wrong)
+
+
 def test_without_torchrun(loaded: tuple[nn.Module, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     model, example = loaded
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -109,6 +109,9 @@ def test_the_rule_tells_denoisers_from_what_runs_outside_the_loop() -> None:
     [
         (build_pipeline, {"denoisers": ["unet"]}, "no module 'unet'; its modules: vae, transformer"),
         (build_pipeline, {"denoisers": "transformer"}, r"expected a list of names.*\['transformer'\]"),
+        (build_pipeline, {"components": ["transfomer"]}, "did you mean 'transformer'"),
+        (build_pipeline, {"components": 3}, "components=3: expected a list of names"),
+        (build_pipeline, {"denoisers": 3}, "denoisers=3: expected a list of names"),
         (build_pipeline, {"ulises": 2}, "ulises"),
         (lambda: xir.port(build_pipeline()), {}, "ported already"),
         (lambda: nn.Linear(2, 2), {"denoisers": ["a"]}, "a module was given"),

@@ -75,6 +75,21 @@ def test_the_models_own_errors(args: tuple[Any, ...], options: dict[str, Any], k
         xir.trace(model, {"x": args[0], **options})
 
 
+@pytest.mark.parametrize(
+    ("x", "kind"),
+    [
+        (X.to_sparse(), "torch.sparse_coo"),
+        (torch.nested.nested_tensor([X, X[:1]], layout=torch.jagged), "nested"),
+        (torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "quantized"),
+    ],
+    ids=["sparse", "nested", "quantized"],
+)
+@torch.no_grad()
+def test_inputs_that_are_not_dense(x: torch.Tensor, kind: str) -> None:
+    with pytest.raises(xir.TraceError, match=f"input 'x' is a {kind} tensor; expected a dense one"):
+        xir.port(Model())(x)
+
+
 @torch.no_grad()
 def test_a_port_may_be_compiled_by_who_uses_it() -> None:
     model = Model()

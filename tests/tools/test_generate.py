@@ -232,6 +232,8 @@ def test_numbers_of_processes_prompts_and_gpus() -> None:
     assert [dealt("abcdef", group, 3) for group in range(3)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(xir.ParallelizeError, match="6 cannot be divided evenly; nearest legal: data=3, or 8 prompts"):
         dealt("abcdef", 0, 4)
+    with pytest.raises(xir.ParallelizeError, match=r"stepz=3 is no .*did you mean steps=3\?"):
+        xir.generate("a folder that is not there", "a lighthouse", stepz=3)
     with pytest.raises(xir.ParallelizeError, match="data=0 is not a positive integer"):
         dealt("ab", 0, 0)
     check_distinct(["GPU-a", "GPU-b"])

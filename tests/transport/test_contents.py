@@ -32,6 +32,11 @@ def test_equal_contents_pass_without_a_word() -> None:
         compare({"x": LATENTS}, {"x": LATENTS.clone()}, rounding=3e-2)
 
 
+def test_tensors_without_elements() -> None:
+    for shape in ((0,), (0, 4), (3, 0, 4), (2, 0)):
+        compare({"x": torch.zeros(shape)}, {"x": torch.zeros(shape)})
+
+
 def test_what_kernels_of_another_order_change_is_told_where_code_is_compiled() -> None:
     with pytest.warns(UserWarning, match="what compiled kernels round.*x: its contents differ"):
         compare({"x": LATENTS}, {"x": DRIFTED}, rounding=3e-2)

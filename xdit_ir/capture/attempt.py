@@ -159,6 +159,11 @@ def _device(model: nn.Module, leaves: Flat) -> torch.device:
 def _input(recorder: Recorder, path: str, leaf: torch.Tensor) -> TracedValue:
     if names := attributes_of(leaf):
         raise TraceError(f"input {path!r} has attributes of its own ({', '.join(names)}), which would be lost")
+    if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_quantized:
+        kind = "nested" if leaf.is_nested else "quantized" if leaf.is_quantized else str(leaf.layout)
+        raise TraceError(
+            f"input {path!r} is a {kind} tensor; expected a dense one, such as to_dense() or padding gives"
+        )
     recorder.inputs[path] = leaf
     name = "".join(char if char.isalnum() else "_" for char in path).strip("_")
     known = leaf.detach().cpu().clone() if readable(leaf) else None

@@ -19,7 +19,7 @@ from torch import nn
 
 from xdit_ir.emission.parts import NOTHING, AllStored, GivenUp, StoredParts, whole_names
 from xdit_ir.emission.state import ModelWeights, check_type, running_device
-from xdit_ir.errors import MismatchError
+from xdit_ir.errors import MismatchError, ParallelizeError
 from xdit_ir.ir.named_tensors import Place, find_tensor, named_tensors
 from xdit_ir.ir.program import TensorSpec
 from xdit_ir.ir.stored import Filling, bytes_of
@@ -341,6 +341,12 @@ class Loading:
 
     weights: str | Path | None = None
     release: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and not isinstance(self.weights, str | Path):
+            raise ParallelizeError(f"weights={self.weights!r:.60}: expected the folder or file of a checkpoint")
+        if not isinstance(self.release, bool):
+            raise ParallelizeError(f"release={self.release!r}: expected True or False")
 
     @property
     def holds(self) -> bool:

@@ -79,6 +79,9 @@ class Execution:
             near = difflib.get_close_matches(str(mode), MODES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ParallelizeError(f"mode={mode!r}; there are {', '.join(MODES)}{hint}")
+        for name, given in (("compile", compile), ("cuda_graph", cuda_graph)):
+            if given is not None and not isinstance(given, bool):
+                raise ParallelizeError(f"{name}={given!r}: expected True, False or None")
         if compile is None and cuda_graph is None:
             return Execution(False, False, transport, attention, handshake, mode, timeout).checked()
         if mode != "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,9 @@ from xdit_ir.generation.job import Job
 from xdit_ir.generation.meter import Meter, summary, watching
 from xdit_ir.generation.request import Request, UnfitRequest, check_numbers, check_seed, dealt, read_embeddings
 from xdit_ir.generation.setup import Setup
-from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.mesh import Mesh, check_degree_names
 from xdit_ir.porting.components import ports
+from xdit_ir.porting.port import port
 from xdit_ir.porting.ported import Ported
 from xdit_ir.porting.programs_of import ProgramsOf
 from xdit_ir.transport.spread import told
@@ -43,8 +45,8 @@ class Generation:
 
     def close(self) -> None:
         """End the job: CUDA graphs are freed, and torch.distributed ends, which would wait for them."""
-        for port in ports(self.pipe).values():
-            port.reset()
+        for ported in ports(self.pipe).values():
+            ported.reset()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -101,6 +103,9 @@ def generate(
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise GenerationError(f"generate needs {', '.join(missing)}: pip install xdit-ir[zoo]")
+    options = inspect.signature(port).parameters
+    unknown = {name: given for name, given in parallel.items() if name not in options}
+    check_degree_names(unknown, [*options, *inspect.signature(generate).parameters])
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
     check_numbers(width=width, height=height, frames=frames, steps=steps, fps=fps, benchmark=benchmark or None)
     check_seed(seed)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.porting.denoisers import components, denoisers, takes_timestep
+from xdit_ir.porting.denoisers import check_names, components, denoisers, takes_timestep
 from xdit_ir.porting.methods import PortedMethod
 from xdit_ir.porting.ported import Ported
 from xdit_ir.porting.programs_of import ProgramsOf
@@ -62,17 +62,7 @@ def split(
         same = {id(module) for module in found.values()}
         rest = {} if only_denoisers is not None else modules
         return found, {name: module for name, module in rest.items() if id(module) not in same}
-    check_names(named, modules)
+    check_names("components", named, modules)
     found = {name: modules[name] for name in named if takes_timestep(modules[name])}
     found |= denoisers(pipe, only_denoisers) if only_denoisers else {}
     return found, {name: modules[name] for name in named if name not in found}
-
-
-def check_names(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
-    """Raise `ParallelizeError` for what names no modules."""
-    if isinstance(names, str):
-        raise ParallelizeError(f"components={names!r}: expected a list of names, as in components=[{names!r}]")
-    for name in names:
-        if name not in modules:
-            known = ", ".join(modules) or "none"
-            raise ParallelizeError(f"components: the pipeline has no module {name!r}; its modules: {known}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -46,21 +47,34 @@ def denoisers(pipe: Any, names: Sequence[str] | None = None) -> dict[str, nn.Mod
         ParallelizeError: there are none, or a name is none of a module.
     """
     modules = components(pipe)
-    known = ", ".join(modules) or "none"
-    if isinstance(names, str):
-        raise ParallelizeError(f"denoisers={names!r}: expected a list of names, as in denoisers=[{names!r}]")
     if names is not None:
-        for name in names:
-            if name not in modules:
-                raise ParallelizeError(f"denoisers: the pipeline has no module {name!r}; its modules: {known}")
+        check_names("denoisers", names, modules)
         return {name: modules[name] for name in names}
     found = {name: module for name, module in modules.items() if takes_timestep(module)}
     if not found:
         raise ParallelizeError(
             f"no component of {type(pipe).__name__} has a forward that takes a timestep; "
-            f"name what to divide with denoisers=[...]; its modules: {known}"
+            f"name what to divide with denoisers=[...]; its modules: {_known(modules)}"
         )
     return found
+
+
+def check_names(option: str, names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ParallelizeError` for what names no modules."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        like = names if isinstance(names, str) else next(iter(modules), "transformer")
+        raise ParallelizeError(f"{option}={names!r}: expected a list of names, as in {option}=[{like!r}]")
+    for name in names:
+        if name not in modules:
+            near = difflib.get_close_matches(str(name), modules, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ParallelizeError(
+                f"{option}: the pipeline has no module {name!r}; {hint}its modules: {_known(modules)}"
+            )
+
+
+def _known(modules: Mapping[str, nn.Module]) -> str:
+    return ", ".join(modules) or "none"
 
 
 def replace(pipe: Any, found: Mapping[str, nn.Module], stand_in: Callable[[str, nn.Module], nn.Module]) -> None:

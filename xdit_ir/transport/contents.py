@@ -138,6 +138,8 @@ def _projections(x: torch.Tensor) -> torch.Tensor:
     """Norm and projections, `[1 + WAVES]` in double precision."""
     real = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
     exact = not real.is_floating_point() or real.dtype == torch.float64
+    if not real.numel():
+        return torch.zeros(1 + WAVES, dtype=torch.float64, device=real.device)
     rows = real.reshape(-1, real.shape[-1] if real.dim() else 1)
     step = max(1, LARGE // max(1, rows.shape[1]))
     if rows.shape[0] > step:

@@ -216,12 +216,17 @@ def call_facts(
 def call_tensors(
     signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """The tensors among a call's arguments, by path; none if forward does not take such arguments."""
+    """The tensors with contents to compare among a call's arguments, by path; none if forward does not take such."""
     try:
         leaves, _ = flatten_named(bind_arguments(signature, args, kwargs, MismatchError))
     except MismatchError:
         return {}
-    return {path: leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta}
+    return {path: leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor) and is_dense(leaf)}
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its elements in memory, one by one."""
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
 
 
 def guarded(programs: Iterable[Program]) -> frozenset[str]:
