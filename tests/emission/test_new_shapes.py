@@ -285,7 +285,7 @@ def test_a_body_that_is_given_several_values_as_one_is_compiled_for_itself() -> 
 
 
 def test_what_is_made_for_the_tokens_of_all_ranks_may_have_another_size() -> None:
-    """As a mask of a text, joined with ones for an image of which a rank has a part: no size of a value says how many."""
+    """As a mask of a text, joined with ones for an image of which a rank has a part: no value has so many."""
 
     def joined(text: int, image: int) -> Structure:
         graph = fx.Graph()

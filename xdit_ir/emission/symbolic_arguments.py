@@ -113,7 +113,7 @@ def _factory(given: Named, sizes: Sizes) -> Named:
 
 
 def _counted(value: Any, sizes: Sizes) -> Any:
-    """The size of what is made: one that is known, or, of more than patches have, probably tokens of other ranks too."""
+    """The size of what is made: one that is known or, above those of patches, probably tokens of all ranks."""
     if type(value) is not int or value < 2:
         return value
     return sizes.like(value) if value <= LARGEST_FACTOR else sizes.some(value)
