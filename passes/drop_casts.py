@@ -11,7 +11,7 @@ from torch import fx
 from xdit_ir.ir.buffer_ops import Slot
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import map_graphs, remove_dead
-from xdit_ir.ir.program import SPEC, Program
+from xdit_ir.ir.program import SPEC, Program, TensorSpec
 
 aten = torch.ops.aten
 PROMOTING = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
@@ -45,7 +45,7 @@ def _widens(node: fx.Node) -> bool:
     """Whether a node does nothing but to give floating-point numbers a wider type."""
     if node.target is not aten._to_copy.default or list(node.kwargs) != ["dtype"] or not _is_tensor(node.args[0]):
         return False
-    before, after = node.args[0].meta[SPEC].dtype, node.meta[SPEC].dtype  # type: ignore[union-attr]
+    before, after = _dtype(node.args[0]), _dtype(node)
     floats = before.is_floating_point and after.is_floating_point
     return floats and before != after and torch.promote_types(before, after) == after
 
@@ -55,11 +55,14 @@ def _widens_itself(user: fx.Node, cast: fx.Node) -> bool:
     if user.target not in PROMOTING or user.kwargs or len(user.args) != 2:
         return False
     others = [one for one in user.args if one is not cast]
-    if len(others) != 1 or not _is_tensor(others[0]):
-        return False
-    return others[0].meta[SPEC].dtype == cast.meta[SPEC].dtype  # type: ignore[union-attr]
+    return len(others) == 1 and _is_tensor(others[0]) and _dtype(others[0]) == _dtype(cast)
 
 
 def _is_tensor(value: Any) -> bool:
     """Whether a value is a tensor whose type counts in a promotion, as that of one without dimensions does not."""
     return isinstance(value, fx.Node) and len(value.meta[SPEC].shape) > 0
+
+
+def _dtype(node: Any) -> torch.dtype:
+    spec: TensorSpec = node.meta[SPEC]
+    return spec.dtype

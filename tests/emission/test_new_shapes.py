@@ -282,3 +282,20 @@ def test_a_body_that_is_given_several_values_as_one_is_compiled_for_itself() -> 
     pair.meta[SPEC] = (TensorSpec((2, 3), torch.float32), TensorSpec((3,), torch.float32))
     graph.output(graph.call_function(operator.getitem, (pair, 0)))
     assert Structure.of(fx.GraphModule(nn.Module(), graph)) is None
+
+
+def test_what_is_made_for_the_tokens_of_all_ranks_may_have_another_size() -> None:
+    """As a mask of a text, joined with ones for an image of which a rank has a part: no value has so many."""
+
+    def joined(text: int, image: int) -> Structure:
+        graph = fx.Graph()
+        mask = graph.placeholder("mask")
+        mask.meta[SPEC] = TensorSpec((2, text), torch.bool)
+        ones = graph.call_function(torch.ops.aten.ones.default, ([2, image],), {"dtype": torch.bool})
+        graph.output((graph.call_function(torch.ops.aten.cat.default, ([mask, ones], 1)),))
+        found = Structure.of(fx.GraphModule(nn.Module(), graph))
+        assert found is not None
+        return found
+
+    first, further = joined(24, 64), joined(20, 48)
+    assert Template.of(first.numbers, lift(first, torch.device("cpu"))).fits(further.numbers)

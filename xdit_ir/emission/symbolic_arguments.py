@@ -107,13 +107,16 @@ def _expand(given: Named, sizes: Sizes) -> Named:
 def _factory(given: Named, sizes: Sizes) -> Named:
     wanted = {key: given[key] for key in ("size", "start", "end") if key in given}
     return {
-        key: [sizes.like(size) for size in value] if isinstance(value, list | tuple) else _liked(value, sizes)
+        key: [_counted(size, sizes) for size in value] if isinstance(value, list | tuple) else _counted(value, sizes)
         for key, value in wanted.items()
     }
 
 
-def _liked(value: Any, sizes: Sizes) -> Any:
-    return sizes.like(value) if type(value) is int and value > 1 else value
+def _counted(value: Any, sizes: Sizes) -> Any:
+    """The size of what is made: one that is known or, above those of patches, probably tokens of all ranks."""
+    if type(value) is not int or value < 2:
+        return value
+    return sizes.like(value) if value <= LARGEST_FACTOR else sizes.some(value)
 
 
 def _slice(given: Named, sizes: Sizes) -> Named:
