@@ -158,10 +158,8 @@ def moments(x: torch.Tensor, count: int) -> torch.Tensor:
     if not x.numel():
         return x.new_zeros((2, *x.shape[:2]), dtype=torch.float64)
     exact = _accumulated(x)
-    pieces = (
-        [x] if x.dtype == exact else x.split(-(-x.shape[1] // COPIED), 1)
-    )  # a copy of all would be the most there is
-    found = [torch.var_mean(piece.to(exact), dims, correction=0) for piece in pieces]
+    size = x.shape[1] if x.dtype == exact else -(-x.shape[1] // COPIED)  # a copy of all would be the most there is
+    found = [torch.var_mean(piece.to(exact), dims, correction=0) for piece in torch.split(x, size, 1)]
     variance, mean = (torch.cat(each, 1).double() for each in zip(*found, strict=True))
     return torch.stack((mean, variance + mean * mean)) * (math.prod(x.shape[2:]) / count)
 

@@ -116,7 +116,7 @@ def overlap_add(
     `kept`, given as (start, length); what no window covers is zero."""
     steps = zip(x.shape[-2:], stride, kernel, dilation, strict=True)
     size = [(count - 1) * by + (reach - 1) * apart + 1 for count, by, reach, apart in steps]
-    folded = F.fold(x.flatten(-2), size, tuple(kernel), tuple(dilation), 0, tuple(stride))
+    folded = F.fold(x.flatten(-2), tuple(size), tuple(kernel), tuple(dilation), 0, tuple(stride))
     lacking = [max(sum(own) - there, 0) for own, there in zip(kept, size, strict=True)]
     return _narrowed(F.pad(folded, (0, lacking[1], 0, lacking[0])) if any(lacking) else folded, kept)
 

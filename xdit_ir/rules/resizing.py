@@ -184,7 +184,7 @@ class Resizing:
             return Window.placed(size, out, step, step / 2 if "exact" in self.mode else Fraction(0), 1, 1)
         step = step if scale or corners else Fraction(size, out)
         if self.antialias:
-            reach = math.ceil(self.after * max(step, 1)) + 1
+            reach = math.ceil(self.after * max(step, Fraction(1))) + 1
             return Window.placed(size, out, step, step / 2, reach, reach)
         return Window.placed(size, out, step, (step - 1) / 2, self.before, self.after)
 
