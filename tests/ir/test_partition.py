@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ir_strategies import KINDS, examples, mesh_dims, meshes, of, partitions, pieces
 
+from xdit_ir.ir import partition
 from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.ir.partition import Indices, Partition, even_cuts, even_pieces
 
@@ -52,6 +53,16 @@ def test_set_operations(one, other, by):
     assert listed(one.shift(by)) == [i + by for i in a]
     assert listed(one.map(lambda array: 3 * array + 1)) == [3 * i + 1 for i in a]
     assert listed(one.shift(100).concat(other)) == [i + 100 for i in a] + b
+
+
+@examples(100)
+@given(indices(), indices())
+def test_many_runs_are_as_few(one, other):
+    """By arrays, from so many runs on, as by loops."""
+    few = one.within(other), one.without(other), one.places_in(other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partition, "MANY", -1)
+        assert (one.within(other), one.without(other), one.places_in(other)) == few
 
 
 @examples(100)

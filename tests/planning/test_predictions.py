@@ -29,9 +29,12 @@ def figures() -> list[Measured]:
 
 
 def measured() -> Iterator[Any]:
-    """Each once, but for runs on another day."""
     for place, one in enumerate(figures()):
         yield pytest.param(one, id=f"{place} {one.file} {one}")
+
+
+def wanted(config: pytest.Config) -> list[Measured]:
+    return [one for one in figures() if one.model in QUICK or config.getoption("--zoo-all")]
 
 
 @pytest.mark.parametrize("one", list(measured()))
@@ -53,17 +56,17 @@ def test_of_a_few_gpus(one: Measured, request: pytest.FixtureRequest) -> None:
 
 def test_enough_is_near(request: pytest.FixtureRequest) -> None:
     """Different ways to run models, and different models."""
-    chosen = [one for one in figures() if one.model in QUICK or request.config.getoption("--zoo-all")]
+    chosen = wanted(request.config)
     near = [one.measured for one in predictions.compare(chosen) if abs(one.ratio - 1) <= NEAR]
     assert len(near) >= 0.9 * len(chosen)
     if request.config.getoption("--zoo-all"):
         assert len({one.way for one in near}) >= WAYS and len({one.model for one in near}) >= MODELS
 
 
-def test_the_order_is_right() -> None:
+def test_the_order_is_right(request: pytest.FixtureRequest) -> None:
     """Of all ways of one model whose times differ by more than a tenth, the faster is the one that was; and what is
     said to be the fastest takes at most three hundredths longer than what was."""
-    compared = predictions.compare(one for one in figures() if one.model in QUICK)
+    compared = predictions.compare(wanted(request.config))
     assert len(compared) > 10
     assert not predictions.disorder(compared)
     assert max(predictions.choices(compared).values()) <= predictions.CHOICE

@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 Runs = tuple[tuple[int, int], ...]
+# From so many runs on, arrays are quicker than loops.
+MANY = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,12 @@ class Indices:
 
     def concat(self, other: Indices) -> Indices:
         """These, then the others."""
-        return Indices.of_runs(self.runs + other.runs)
+        if not self.runs or not other.runs:
+            return self if self.runs else other
+        (start, length), (begin, more) = self.runs[-1], other.runs[0]
+        if start + length != begin:
+            return Indices(self.runs + other.runs)
+        return Indices((*self.runs[:-1], (start, length + more), *other.runs[1:]))
 
     def outer(self, inner: Indices, inner_size: int) -> Indices:
         """Row-major flat indices of the product set `self x inner` where the inner dimension has `inner_size`."""
@@ -135,10 +142,16 @@ class Indices:
 
     def within(self, other: Indices) -> Indices:
         """Those of these that `other` holds too, in the order of these."""
+        if len(self.runs) + len(other.runs) > MANY:
+            _, starts, lengths = self._overlaps(other)
+            return Indices._joined(starts, lengths)
         return Indices.of_runs((start, length) for _, start, length in self._shared(other))
 
     def places_in(self, other: Indices) -> Indices:
         """Local positions, ascending, of those of these that `other` holds too."""
+        if len(self.runs) + len(other.runs) > MANY:
+            places, _, lengths = self._overlaps(other)
+            return Indices._joined(places, lengths)
         return Indices.of_runs((place, length) for place, _, length in self._shared(other))
 
     @cached_property
@@ -146,6 +159,14 @@ class Indices:
         """The runs in natural order, and where they start."""
         runs = tuple(sorted(self.runs))
         return [start for start, _ in runs], runs
+
+    @cached_property
+    def _columns(self) -> tuple[IntArray, IntArray]:
+        return _columns(self.runs)
+
+    @cached_property
+    def _ascending_columns(self) -> tuple[IntArray, IntArray]:
+        return _columns(self._ascending[1])
 
     @cached_property
     def _others(self) -> Indices:
@@ -166,6 +187,27 @@ class Indices:
                     yield place + first - start, first, last - first
             place += length
 
+    def _overlaps(self, other: Indices) -> tuple[IntArray, IntArray, IntArray]:
+        """The same of many runs, as columns."""
+        (begins, sizes), (starts, lengths) = self._columns, other._ascending_columns
+        low = np.maximum(np.searchsorted(starts, begins, "right") - 1, 0)
+        counts = np.maximum(np.searchsorted(starts, begins + sizes, "left") - low, 0)
+        run = np.repeat(np.arange(len(begins)), counts)
+        at = np.arange(len(run)) + np.repeat(low - np.cumsum(counts) + counts, counts)
+        first = np.maximum(begins[run], starts[at])
+        last = np.minimum((begins + sizes)[run], (starts + lengths)[at])
+        kept = first < last
+        places = (np.cumsum(sizes) - sizes - begins)[run] + first
+        return places[kept], first[kept], (last - first)[kept]
+
+    @staticmethod
+    def _joined(starts: IntArray, lengths: IntArray) -> Indices:
+        """Of runs that are not empty."""
+        if not len(starts):
+            return Indices(())
+        heads = np.flatnonzero(np.concatenate([[True], starts[1:] != (starts + lengths)[:-1]]))
+        return Indices(tuple(zip(starts[heads].tolist(), np.add.reduceat(lengths, heads).tolist(), strict=True)))
+
     def merged(self, others: Indices) -> Indices:
         """These and others: in natural order if these are, else the others behind."""
         both = self.concat(others)
@@ -179,6 +221,12 @@ class Indices:
     def map(self, function: Callable[[IntArray], IntArray]) -> Indices:
         """Apply an injective function to every index, keeping the order."""
         return Indices.of_array(function(self.array))
+
+
+def _columns(runs: Runs) -> tuple[IntArray, IntArray]:
+    """Starts and lengths."""
+    table = np.array(runs, dtype=np.int64).reshape(-1, 2)
+    return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
 
 
 @dataclass(frozen=True)

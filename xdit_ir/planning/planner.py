@@ -223,7 +223,7 @@ class Planner:
     def _estimate(self, way: Candidate) -> Estimate:
         degrees = way.degrees
         pairs = self.pairs and degrees.mesh.degrees[BATCH] == PAIR and bool(self._legality.of_batch(PAIR))
-        stages = {"kv_cache_dtype": self.how.kv_cache_dtype} if degrees.mesh.degrees[TIME] > 1 else {}
+        stages: dict[str, Any] = {"kv_cache_dtype": self.how.kv_cache_dtype} if degrees.mesh.degrees[TIME] > 1 else {}
         parallel = self.traced.parallelize(
             **degrees.as_dict(),
             **stages,
