@@ -10,7 +10,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.flops import first_of
 from xdit_ir.ir.graphs import operands
 from xdit_ir.ir.mesh import Mesh
-from xdit_ir.ir.program import SPEC
+from xdit_ir.ir.program import LAYOUT, SPEC
 from xdit_ir.planning.hardware import Hardware
 from xdit_ir.planning.work import Fusion, WorkKind, kind_of, local_bytes, product_bytes, results
 from xdit_ir.sharding.buffer_access import over_time
@@ -19,6 +19,8 @@ from xdit_ir.sharding.report import traffic
 
 # Of what the bus gives one GPU, each of several that upload at once: tests/gpu/streaming.py, 50 of 55 GB/s for two.
 AT_ONCE = 0.91
+
+TILE = 128  # queries and keys that a kernel for attention takes at a time, as cuDNN's and FlashAttention's do
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,11 @@ class Durations:
             return tuple(
                 kernels.product_seconds(flops[rank], sizes[rank], product_bytes(node, rank), dtype) for rank in ranks
             )
-        width = operands(node)[0].meta[SPEC].shape[-1]
-        return tuple(kernels.attention_seconds(each, width, dtype, flash=self.flash) for each in flops)
+        queries, keys, *_ = operands(node)
+        width = queries.meta[SPEC].shape[-1]
+        whole = (_in_tiles(queries, rank) * _in_tiles(keys, rank) for rank in ranks)
+        sizes = (each * more for each, more in zip(flops, whole, strict=True))
+        return tuple(kernels.attention_seconds(each, width, dtype, flash=self.flash) for each in sizes)
 
     def _starts(self, node: fx.Node) -> int:
         """Kernels: of those that are fused, those count that write."""
@@ -131,3 +136,9 @@ class Durations:
         """Time of writing a value into a buffer."""
         amounts = (local_bytes(operands(node)[0], rank) for rank in range(self.mesh.world_size))
         return tuple(self.hardware.kernels.memory_seconds(2 * amount) for amount in amounts)
+
+
+def _in_tiles(value: fx.Node, rank: int) -> float:
+    """How many times the rows of queries or keys a kernel computes, which takes whole tiles of them."""
+    rows = value.meta[SPEC].on(value.meta[LAYOUT], rank).shape[-2] if LAYOUT in value.meta else value.meta[SPEC].shape[-2]
+    return -(-rows // TILE) * TILE / rows if rows else 1.0
