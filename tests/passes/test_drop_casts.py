@@ -10,6 +10,7 @@ from xdit_ir import models
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.drop_casts import PROMOTING, DropCasts
+from xdit_ir.simulation.examples import run_single
 
 
 @pytest.mark.parametrize("operator", sorted(PROMOTING, key=str), ids=str)
@@ -36,5 +37,5 @@ def test_pairs_that_are_turned_are_widened_by_their_tables() -> None:
     program = xir.trace(model, example).parallelize().rank(0)
     made = run_passes(program, [DropCasts()])
     assert casts(program) - casts(made) == 8, "two of queries and two of keys in each kind of block"
-    want, got = (xir.api.run_single(one, model, example) for one in (program, made))
+    want, got = (run_single(one, model, example) for one in (program, made))
     assert torch.equal(want[0], got[0])
