@@ -140,5 +140,6 @@ class Durations:
 
 def _in_tiles(value: fx.Node, rank: int) -> float:
     """How many times the rows of queries or keys a kernel computes, which takes whole tiles of them."""
-    rows = value.meta[SPEC].on(value.meta[LAYOUT], rank).shape[-2] if LAYOUT in value.meta else value.meta[SPEC].shape[-2]
+    spec, layout = value.meta[SPEC], value.meta.get(LAYOUT)
+    rows = (spec if layout is None else spec.on(layout, rank)).shape[-2]
     return -(-rows // TILE) * TILE / rows if rows else 1.0
