@@ -111,8 +111,8 @@ class Durations:
         queries, keys, *_ = operands(node)
         width = queries.meta[SPEC].shape[-1]
         whole = (_in_tiles(queries, rank) * _in_tiles(keys, rank) for rank in ranks)
-        sizes = (each * more for each, more in zip(flops, whole, strict=True))
-        return tuple(kernels.attention_seconds(each, width, dtype, flash=self.flash) for each in sizes)
+        computed = (each * more for each, more in zip(flops, whole, strict=True))
+        return tuple(kernels.attention_seconds(each, width, dtype, flash=self.flash) for each in computed)
 
     def _starts(self, node: fx.Node) -> int:
         """Kernels: of those that are fused, those count that write."""
