@@ -10,8 +10,7 @@ import torch
 from torch import fx
 
 from xdit_ir.capture.predicates import evaluate
-from xdit_ir.ir import ops
-from xdit_ir.ir.draws import is_random
+from xdit_ir.ir.draws import is_pure
 from xdit_ir.ir.graphs import arguments_of, copy_node, operands, placeholders, results_of
 from xdit_ir.ir.guards import Predicate
 from xdit_ir.ir.hoist import ancestors
@@ -84,7 +83,7 @@ class InputCones:
                 found.add(node)
             elif node.op == "call_function" and (result := self._result(node)) is not None:
                 found |= {node} if result[1] in self._free_in(result[0]) else set()
-            elif node.op == "call_function" and not is_block_call(node) and _is_computable(node):
+            elif node.op == "call_function" and not is_block_call(node) and is_pure(node.target):
                 found |= {node} if all(source in found for source in operands(node)) else set()
 
     def _result(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -119,10 +118,3 @@ class InputCones:
         if node.op == "placeholder":
             self._given[new] = self._paths[node]
         return new
-
-
-def _is_computable(node: fx.Node) -> bool:
-    """Whether an operator gives the same whenever it is asked, with nothing but its operands."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not is_random(node.target)
-    return node.target is operator.getitem or node.target in (ops.take, ops.put)

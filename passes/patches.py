@@ -4,6 +4,8 @@ that do, rows and columns are told apart."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -112,8 +114,7 @@ def windows_of_unfold(graph: fx.Graph, node: fx.Node) -> bool:
     """`F.unfold` with windows that overlap, or reach over the edge: pads, windows of rows and of columns as views."""
     if node.target is not aten.im2col.default:
         return False
-    given = bound_arguments(node)
-    kernel, stride, padding, dilation = (_two(given[key]) for key in ("kernel_size", "stride", "padding", "dilation"))
+    given, (kernel, stride, padding, dilation) = _windows(node)
     emitter, y = Emitter(graph, node), given["self"]
     *before, _, _ = y.meta[SPEC].shape
     if any(padding):
@@ -132,8 +133,7 @@ def windows_of_fold(graph: fx.Graph, node: fx.Node) -> bool:
     """`F.fold` with windows that overlap: the sum of windows in rows and columns."""
     if node.target is not aten.col2im.default:
         return False
-    given = bound_arguments(node)
-    kernel, stride, padding, dilation = (_two(given[key]) for key in ("kernel_size", "stride", "padding", "dilation"))
+    given, (kernel, stride, padding, dilation) = _windows(node)
     sizes, emitter = list(node.meta[SPEC].shape[-2:]), Emitter(graph, node)
     steps = zip(sizes, kernel, stride, padding, dilation, strict=True)
     counts = [(size + 2 * pad - (k - 1) * apart - 1) // by + 1 for size, k, by, pad, apart in steps]
@@ -148,13 +148,18 @@ def _side_by_side(node: fx.Node, target: object) -> tuple[int, int, list[int]] |
     """Rows and columns of windows, and their size, where they fill an image without overlap."""
     if node.target is not target:
         return None
-    given = bound_arguments(node)
-    kernel, stride, padding, dilation = (_two(given[key]) for key in ("kernel_size", "stride", "padding", "dilation"))
+    given, (kernel, stride, padding, dilation) = _windows(node)
     image = given["self"] if target is aten.im2col.default else node
     height, width = image.meta[SPEC].shape[-2:]
     if kernel != stride or padding != [0, 0] or dilation != [1, 1] or height % kernel[0] or width % kernel[1]:
         return None
     return height // kernel[0], width // kernel[1], kernel
+
+
+def _windows(node: fx.Node) -> tuple[Mapping[str, Any], tuple[list[int], ...]]:
+    """The arguments of an `unfold` or `fold`, and of rows and columns: kernel, stride, padding, dilation."""
+    given = bound_arguments(node)
+    return given, tuple(_two(given[key]) for key in ("kernel_size", "stride", "padding", "dilation"))
 
 
 def _two(sizes: list[int]) -> list[int]:

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _create_work_from_future
-from torch.futures import Future
+from staged import finished
 
 NAME = "loopback"
 
@@ -96,35 +95,29 @@ class Loopback(dist.ProcessGroup):
         there, here = out.view(-1), x.reshape(-1)
         size = min(there.numel(), here.numel())
         there[:size].copy_(here[:size])
-        return _done([out])
+        return finished([out])
 
     all_to_all_single = alltoall_base
 
     def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Any:
-        return _done(tensors)
+        return finished(tensors)
 
     broadcast = allreduce
 
     def allgather(self, outs: Sequence[Sequence[torch.Tensor]], tensors: Sequence[torch.Tensor], *_: Any) -> Any:
         for out, x in ((out, x) for each, x in zip(outs, tensors, strict=True) for out in each):
             out.copy_(x)
-        return _done(outs[0])
+        return finished(outs[0])
 
     def _allgather_base(self, out: torch.Tensor, x: torch.Tensor, *_: Any) -> Any:
         out.view(self.size(), -1).copy_(x.reshape(1, -1).expand(self.size(), -1))
-        return _done([out])
+        return finished([out])
 
     def barrier(self, opts: Any = None) -> Any:
-        return _done([])
+        return finished([])
 
     def abort(self) -> None:
         """Nothing waits."""
 
     def shutdown(self) -> None:
         """Nothing is held."""
-
-
-def _done(outs: Sequence[torch.Tensor]) -> Any:
-    done: Future[Any] = Future()
-    done.set_result(list(outs))
-    return _create_work_from_future(done)

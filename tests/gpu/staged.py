@@ -95,6 +95,11 @@ class Staged(dist.ProcessGroup):
         call(there, here).wait()
         for out, x in zip(outs, there, strict=True):
             out.copy_(x)
-        done: Future[Any] = Future()
-        done.set_result(list(outs))
-        return _create_work_from_future(done)
+        return finished(outs)
+
+
+def finished(outs: Sequence[torch.Tensor]) -> Any:
+    """What a collective that is over returns."""
+    done: Future[Any] = Future()
+    done.set_result(list(outs))
+    return _create_work_from_future(done)

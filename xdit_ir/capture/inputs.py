@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 from xdit_ir.capture.objects import expand_objects
 from xdit_ir.errors import TraceError, XditError
 from xdit_ir.ir.wrappers import PLAIN
+from xdit_ir.reflection.atoms import VALUES
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 """Arguments of one forward: by name, or by their places."""
-_LEAVES = PLAIN | {bool, int, float, str, type(None)}
+_LEAVES = PLAIN | VALUES
 
 
 def bind_example(model: nn.Module, example: Example) -> dict[str, Any]:

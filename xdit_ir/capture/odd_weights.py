@@ -14,12 +14,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.wrappers import PLAIN, bare, parts_inside
+from xdit_ir.reflection.atoms import VALUES
 
 _WRAPPERS = (DataParallel, DistributedDataParallel)
 Casts = dict[tuple[int, str], tuple[dict[str, Any], Any, torch.dtype]]
 """By holder and name: the dict that holds a weight, the weight before it was cast, and its dtype."""
 _FSDP = "torch.distributed.fsdp"
-_OTHERS = frozenset({bool, int, float, str, type(None), dict, OrderedDict, list, set})  # what is no tensor itself
+_OTHERS = VALUES | {dict, OrderedDict, list, set}  # what is no tensor itself
 # What the hooks do that diffusers keeps in these modules.
 _HOOKS = {
     "diffusers.hooks.group_offloading": "offloads weights (enable_group_offload)",

@@ -15,7 +15,7 @@ from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Origin
 from xdit_ir.errors import StateError
 from xdit_ir.ir.wrappers import is_dressed
-from xdit_ir.reflection.atoms import ATOMS, is_plain_object
+from xdit_ir.reflection.atoms import ATOMS, VALUES, is_plain_object
 from xdit_ir.reflection.methods import StandIn
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
@@ -23,7 +23,6 @@ Dress = Callable[[torch.Tensor, type, dict[str, Any]], torch.Tensor]
 _SHARED = (*ATOMS, type, types.FunctionType)  # with the original
 _DICTS = (dict, OrderedDict, defaultdict)
 _EMPTIED = frozenset({dict, OrderedDict})
-_NUMBERS = frozenset({bool, int, float, str, type(None)})  # which are no functions
 _SKIPPED = ("_parameters", "_buffers", "_modules")
 _COMPILED = "_compiled_call_impl"  # of module.compile(): bound to the original
 _DEPTH = 3
@@ -145,7 +144,7 @@ class Skeleton:
             if name in ("_parameters", "_buffers"):
                 copy.__dict__[name] = LazyState(item, self.state_of)
                 self._remember(item, copy.__dict__[name])
-            elif type(item) in _NUMBERS:
+            elif type(item) in VALUES:
                 copy.__dict__[name] = item
             elif type(item) in _EMPTIED and not item and id(item) not in self._copies:  # most hold no hooks
                 copy.__dict__[name] = made = type(item)()
@@ -268,6 +267,6 @@ def _state_names(everything: Sequence[tuple[str, nn.Module]]) -> tuple[dict[int,
         add(path, module.__dict__["_buffers"], 1)
     registered = set(names)
     for path, module in everything:
-        own = [(name, item) for name, item in module.__dict__.items() if type(item) not in _NUMBERS]
+        own = [(name, item) for name, item in module.__dict__.items() if type(item) not in VALUES]
         add(path, {name: item for name, item in own if name not in _SKIPPED}, _DEPTH)
     return names, registered

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,37 +9,40 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_ir.ir import ops
-from xdit_ir.ir.draws import is_random
+from xdit_ir.ir.draws import is_pure
 from xdit_ir.ir.graphs import arguments_of, copy_graph, operands, remove_dead
 from xdit_ir.ir.program import CONSTANT, WEIGHT, Program, call_parts, called_block, is_block_call
 
 _MOVE = torch.ops.aten._to_copy.default
-_SELECTIONS = (ops.take, ops.take_each, ops.put, operator.getitem)
 
 
 def fold_constants(program: Program) -> Program:
     """The program in which such values are constants, in blocks too: tables that its model makes, or keeps, on the CPU
     and moves to the GPU at every call."""
     fold = _Fold(program)
-    graph = fold.graph(copy_graph(program.graph))
+    graph = fold.graph(program.graph)
     calls = [node for node in graph.nodes if is_block_call(node)]
+    if graph is program.graph and any(map(fold.is_table, (x for call in calls for x in call_parts(call).values))):
+        graph = copy_graph(graph)
+        calls = [node for node in graph.nodes if is_block_call(node)]
     blocks = {}
     for name, block in program.blocks.items():
         body = fold.given(block.graph, [call for call in calls if called_block(call) == name])
         blocks[name] = replace(block, graph=fold.graph(body))
     if not fold.made and all(block.graph is program.blocks[name].graph for name, block in blocks.items()):
         return program
-    remove_dead(graph)
+    if graph is not program.graph:
+        remove_dead(graph)
     return program.replace(graph=graph, blocks=blocks, constants={**program.constants, **fold.made})
 
 
 class _Fold:
-    """`made` are new constants, by name."""
+    """`made` are new constants, by name; some are tables on another device, by that device and the name of each."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.made: dict[str, torch.Tensor] = {}
+        self._copies: dict[tuple[str, torch.device], str] = {}
 
     def given(self, source: fx.Graph, calls: Sequence[fx.Node]) -> fx.Graph:
         """A copy of a body that names the tables which all its calls give it; the calls no longer do. Where each gives
@@ -49,7 +51,7 @@ class _Fold:
         tables = {
             place: values
             for place, values in enumerate(zip(*(one.values for one in parts), strict=True))
-            if all(self._is_table(value) for value in values)
+            if all(self.is_table(value) for value in values)
         }
         if not tables:
             return source
@@ -65,7 +67,7 @@ class _Fold:
             call.args = (block, prefix, [x for place, x in enumerate(given) if place not in shared], weights)
         return body if shared else source
 
-    def _is_table(self, node: fx.Node) -> bool:
+    def is_table(self, node: fx.Node) -> bool:
         """Whether a constant that lies on another device stands for a value."""
         return _is_constant(node) and self._held(node).device != self.program.device
 
@@ -75,10 +77,12 @@ class _Fold:
 
     def _moved(self, call: fx.Node, table: fx.Node, device: torch.device) -> fx.Node:
         """The table on a device, before a call."""
-        name = f"{str(table.target).removeprefix(f'{CONSTANT}.')}_moved"
-        self.made.setdefault(name, self._held(table).to(device))
+        key = str(table.target), device
+        if key not in self._copies:
+            self._copies[key] = self._name(f"{key[0].removeprefix(f'{CONSTANT}.')}_moved")
+            self.made[self._copies[key]] = self._held(table).to(device)
         with call.graph.inserting_before(call):
-            constant = call.graph.get_attr(f"{CONSTANT}.{name}")
+            constant = call.graph.get_attr(f"{CONSTANT}.{self._copies[key]}")
         constant.meta = dict(table.meta)
         return constant
 
@@ -91,7 +95,7 @@ class _Fold:
         for old, new in zip(source.nodes, list(graph.nodes), strict=True):
             value = values.get(old)
             if isinstance(value, torch.Tensor) and any(user not in values for user in old.users):
-                name = self._name(new)
+                name = self._name(f"{new.name}_folded")
                 self.made[name] = value
                 _name_constant(graph, new, f"{CONSTANT}.{name}")
         remove_dead(graph)
@@ -115,7 +119,8 @@ class _Fold:
 
     def _can_fold(self, node: fx.Node, known: Mapping[fx.Node, Any], elsewhere: set[fx.Node]) -> bool:
         """Whether an operator works on known values, and takes or makes some on another device."""
-        if not _is_pure(node) or not all(source in known for source in operands(node)):
+        known_all = node.op == "call_function" and all(source in known for source in operands(node))
+        if not known_all or not is_pure(node.target):
             return False
         device = None if (given := node.kwargs.get("device")) is None else torch.device(str(given))
         if device is not None and device.type == "meta":  # the running device, which is not known here
@@ -123,9 +128,10 @@ class _Fold:
         made = device is not None and device.type != self.program.device.type
         return made or any(source in elsewhere for source in operands(node))
 
-    def _name(self, node: fx.Node) -> str:
+    def _name(self, wanted: str) -> str:
+        """This, or with a number, where there is no such constant yet."""
         taken = {**self.program.constants, **self.made}
-        names = (f"{node.name}_folded{count or ''}" for count in range(len(taken) + 1))
+        names = (f"{wanted}{count or ''}" for count in range(len(taken) + 1))
         return next(name for name in names if name not in taken)
 
 
@@ -145,11 +151,3 @@ def _moved_to(argument: fx.Node) -> torch.device | None:
     """Where a body moves one of its arguments, if it does nothing else with it."""
     targets = {str(user.kwargs.get("device")) if user.target is _MOVE else "None" for user in argument.users}
     return torch.device(targets.pop()) if len(targets) == 1 and not targets & {"None", "meta"} else None
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """Whether an operator gives the same whenever it is called: one of ATen, or a rank's selection of its part."""
-    target = node.target
-    if node.op != "call_function" or target in _SELECTIONS:
-        return node.op == "call_function"
-    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and not is_random(target)

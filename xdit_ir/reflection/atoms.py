@@ -23,6 +23,7 @@ ATOMS = (
     slice,
     np.generic,
 )
+VALUES = frozenset({bool, int, float, str, type(None)})  # classes of what is nothing but its value
 _HEAP_TYPE = 1 << 9
 
 

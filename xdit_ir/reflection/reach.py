@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_ir.reflection.atoms import is_atom
+from xdit_ir.reflection.atoms import VALUES, is_atom
 from xdit_ir.reflection.global_hooks import GLOBAL_HOOKS, GlobalHooks, foreign_hooks
 from xdit_ir.reflection.looked_into import inner, is_library, is_opaque
 from xdit_ir.reflection.methods import StandIn
@@ -25,7 +25,6 @@ _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_pers
 # Of every module, and of no meaning to forward: hooks of state_dict and backward, and which hooks take what.
 BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
 _APART = BESIDE | {"_modules"}
-_PLAIN = frozenset({bool, int, float, str, type(None)})  # what is nothing but its value
 _ENVIRONMENT = frozenset({"environ", "getenv"})
 
 
@@ -111,7 +110,7 @@ class Reach:
             self._object(label, item)
 
     def _push(self, items: Iterable[tuple[str, Any]], named: bool = False) -> None:
-        self._waiting.extend((label, item, named) for label, item in items if type(item) not in _PLAIN)
+        self._waiting.extend((label, item, named) for label, item in items if type(item) not in VALUES)
 
     def _whole(self, label: str, item: Any) -> None:
         """A list, dict or set: most are empty, as those for hooks."""
@@ -122,7 +121,7 @@ class Reach:
     def _part(self, part: Part) -> None:
         self.parts.append(part)
         pairs = (pair for pair in part.read().items() if (id(part.item), pair[0]) not in self._unread)
-        self._push((part.name(pair[0]), entry) for pair in pairs for entry in pair if type(entry) not in _PLAIN)
+        self._push((part.name(pair[0]), entry) for pair in pairs for entry in pair if type(entry) not in VALUES)
 
     def _object(self, label: str, item: Any) -> None:
         self._push((f"{label}{how}", entry) for how, entry in inner(item))
@@ -147,7 +146,7 @@ class Reach:
         submodules = held["_modules"]
         self._seen[id(submodules)] = submodules
         self.parts.append(Attributes(submodules, label))
-        own = [(name, entry) for name, entry in held.items() if type(entry) not in _PLAIN and name not in _APART]
+        own = [(name, entry) for name, entry in held.items() if type(entry) not in VALUES and name not in _APART]
         own = [(name, entry) for name, entry in own if (id(held), name) not in self._unread]
         own = [(name, entry) for name, entry in own if not name.startswith(_OURS) or name == f"{_OURS}original"]
         self._push((f"{label}.{name}" if label else name, entry) for name, entry in (*own, *submodules.items()))

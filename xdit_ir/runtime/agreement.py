@@ -83,15 +83,16 @@ class WeightStamp:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = [weakref.ref(x) for x in tensors]
         self.rounding = HALF if any(x.is_floating_point() and x.itemsize < 4 for x in tensors) else SINGLE
-        self._versions = _versions(tensors)
+        self._versions = versions(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether they are as they were."""
         same = all(map(operator.is_, [ref() for ref in self._tensors], tensors))
-        return same and _versions(tensors) == self._versions
+        return same and versions(tensors) == self._versions
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Count writes to tensors, where PyTorch does."""
     try:
         return [x._version for x in tensors]
     except RuntimeError:  # tensors of inference mode have none

@@ -27,7 +27,7 @@ from xdit_ir.errors import MismatchError
 from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.mesh import BATCH
 from xdit_ir.ir.program import Program, TensorSpec
-from xdit_ir.pipelined.requests import version_of
+from xdit_ir.runtime.agreement import versions
 from xdit_ir.runtime.runner import Runner
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.handshake import ARGUMENTS, Facts, agree, digest
@@ -200,9 +200,10 @@ class PairedRunner(Runner):
         return build_output(self.program.signature, without_gradients(results, weights))
 
 
-def _states(weights: Tensors) -> list[tuple[int, int]]:
+def _states(weights: Tensors) -> tuple[list[int], list[int]]:
     """What changes where a tensor is written to, or given other memory."""
-    return [(version_of(x), x.data_ptr() if type(x) in (torch.Tensor, torch.nn.Parameter) else 0) for x in weights]
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    return versions(weights), [x.data_ptr() if type(x) in kinds else 0 for x in weights]
 
 
 def copied(inputs: Tensors) -> Tensors:
