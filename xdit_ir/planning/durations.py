@@ -20,8 +20,6 @@ from xdit_ir.sharding.report import traffic
 # Of what the bus gives one GPU, each of several that upload at once: tests/gpu/streaming.py, 50 of 55 GB/s for two.
 AT_ONCE = 0.91
 
-TILE = 128  # queries and keys that a kernel for attention takes at a time, as cuDNN's and FlashAttention's do
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -110,7 +108,7 @@ class Durations:
             )
         queries, keys, *_ = operands(node)
         width = queries.meta[SPEC].shape[-1]
-        whole = (_in_tiles(queries, rank) * _in_tiles(keys, rank) for rank in ranks)
+        whole = (kernels.in_tiles(_rows(queries, rank)) * kernels.in_tiles(_rows(keys, rank)) for rank in ranks)
         computed = (each * more for each, more in zip(flops, whole, strict=True))
         return tuple(kernels.attention_seconds(each, width, dtype, flash=self.flash) for each in computed)
 
@@ -138,8 +136,7 @@ class Durations:
         return tuple(self.hardware.kernels.memory_seconds(2 * amount) for amount in amounts)
 
 
-def _in_tiles(value: fx.Node, rank: int) -> float:
-    """How many times the rows of queries or keys a kernel computes, which takes whole tiles of them."""
+def _rows(value: fx.Node, rank: int) -> int:
+    """Queries or keys that a rank has of this value."""
     spec, layout = value.meta[SPEC], value.meta.get(LAYOUT)
-    rows = (spec if layout is None else spec.on(layout, rank)).shape[-2]
-    return -(-rows // TILE) * TILE / rows if rows else 1.0
+    return int((spec if layout is None else spec.on(layout, rank)).shape[-2])

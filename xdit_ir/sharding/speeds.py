@@ -21,7 +21,7 @@ class Kernels:
 
     Smaller products are slower: `fill` elements of a result keep the GPU busy once, `depth` of the contracted size are
     lost at the begin of each. Heads of width `w`, made a multiple of `widths`, reach `w / (w + width)` of the speed
-    of attention.
+    of attention, which takes whole tiles of `tile` queries and keys.
     """
 
     products: float
@@ -35,6 +35,7 @@ class Kernels:
     depth: float = 0.0
     width: float = 0.0
     widths: int = 1
+    tile: int = 1
 
     def __post_init__(self) -> None:
         _check(self, none=("gap", "fill", "depth", "width"))
@@ -55,6 +56,10 @@ class Kernels:
         speed = self.single if dtype not in HALF else self.flash if flash else self.attention
         whole = -(-max(width, 1) // self.widths) * self.widths
         return flops * whole / max(width, 1) * (1 + self.width / whole) / speed + self.gap
+
+    def in_tiles(self, rows: int) -> float:
+        """How many times so many queries or keys an attention computes."""
+        return -(-rows // self.tile) * self.tile / rows if rows else 1.0
 
     def joining_seconds(self, result: float) -> float:
         """Time in which a hop of a ring begins attention anew and joins partial results: two are read and one is
