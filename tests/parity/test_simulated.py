@@ -55,9 +55,9 @@ class Case:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A third of the sets of degrees, others for each next model; all of them with `--zoo-all`."""
+    """A quarter of the sets of degrees, others for each next model; all of them with `--zoo-all`."""
     if "degrees" in metafunc.fixturenames:
-        step = 1 if metafunc.config.getoption("--zoo-all") else 3
+        step = 1 if metafunc.config.getoption("--zoo-all") else 4
         places = [(m, d) for m in range(len(MODELS)) for d in range(len(DEGREES)) if (m + d) % step == 0]
         pairs = [(MODELS[m], list(DEGREES)[d]) for m, d in places]
         sets = [(model, DEGREES[name]) for model, name in pairs]

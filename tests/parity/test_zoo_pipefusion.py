@@ -10,10 +10,10 @@ from xdit_ir import models
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every sixteenth model, all of them with `--zoo-all`."""
+    """Every twenty-fourth model, all of them with `--zoo-all`."""
     if "name" not in metafunc.fixturenames:
         return
-    step = 1 if metafunc.config.getoption("--zoo-all") else 16
+    step = 1 if metafunc.config.getoption("--zoo-all") else 24
     metafunc.parametrize("name", [name for name in models.names() if name not in NOT_CAPTURED][::step])
 
 

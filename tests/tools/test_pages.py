@@ -60,8 +60,14 @@ def test_porting_ends_with_running() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_from_beginning_to_end(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    page: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    if page == "checking" and not request.config.getoption("--large"):
+        pytest.skip("needs --large: it starts pytest and checks a dozen sets of degrees")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     space: dict[str, Any] = {"__name__": page}
