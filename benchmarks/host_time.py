@@ -18,7 +18,7 @@ from timing import quartiles
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.models.build import build
-from xdit_ir.porting.specialisations import Arguments
+from xdit_ir.porting.arguments import Arguments
 
 
 def main() -> None:

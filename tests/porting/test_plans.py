@@ -13,7 +13,7 @@ from torch import nn
 import xdit_ir as xir
 from xdit_ir.planning.hardware import load
 from xdit_ir.porting import planned
-from xdit_ir.porting.specialisations import Arguments
+from xdit_ir.porting.arguments import Arguments
 from xdit_ir.porting.worth import Worth, may_pay
 
 EXAMPLE = {"input": torch.ones(2, 8)}

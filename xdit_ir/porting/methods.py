@@ -10,8 +10,9 @@ from typing import Any
 
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.porting.arguments import Arguments
 from xdit_ir.porting.programs_of import ProgramsOf
-from xdit_ir.porting.specialisations import Arguments, Specialisations
+from xdit_ir.porting.specialisations import Specialisations
 from xdit_ir.reflection.methods import StandIn, as_module
 
 

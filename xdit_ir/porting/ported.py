@@ -16,10 +16,11 @@ from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.parts import not_saved, without_effect
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.mesh import Mesh
+from xdit_ir.porting.arguments import Arguments
 from xdit_ir.porting.planned import Unplanned
 from xdit_ir.porting.programs_of import ProgramsOf
 from xdit_ir.porting.replacement import bound_to, wraps
-from xdit_ir.porting.specialisations import Arguments, Specialisations
+from xdit_ir.porting.specialisations import Specialisations
 from xdit_ir.runtime.shadow import Shadow
 
 
@@ -113,7 +114,7 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ported:
         mine = self._xdit_specialisations
-        original, pays = copy.deepcopy(self._xdit_original, memo), mine.worth is not None
+        original, pays = copy.deepcopy(self._xdit_original, memo), mine.making.worth is not None
         return Ported(original, mine.mesh, mine.schedule, mine.options, pays=pays, unplanned=mine.unplanned)
 
     def __getattr__(self, name: str) -> Any:

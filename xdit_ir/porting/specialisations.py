@@ -5,41 +5,28 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
-from xdit_ir import capture
-from xdit_ir.api import ParallelProgram, TracedProgram
-from xdit_ir.caching.hooked import caches_away, hooked_cache, states_of
-from xdit_ir.capture.binder import BufferGuards
-from xdit_ir.capture.failures import RaisedByForward
-from xdit_ir.capture.inputs import bind_arguments, same_tensors
-from xdit_ir.capture.mode_guards import check_asked, mode_refusal, torch_settings
-from xdit_ir.capture.overwrites import overwritten
-from xdit_ir.deferral.deferred import Deferred, materialize
+from xdit_ir.api import ParallelProgram
+from xdit_ir.caching.hooked import caches_away, hooked_cache
+from xdit_ir.capture.mode_guards import mode_refusal, torch_settings
 from xdit_ir.deferral.gradients import gradient_refusal
 from xdit_ir.emission.context import RunOptions, on_all_ranks
-from xdit_ir.emission.execution import Tensors
 from xdit_ir.emission.state import hooked
-from xdit_ir.emission.structure import program_key
-from xdit_ir.errors import GradientError, MismatchError, ParallelizeError, StateError, TraceError, XditError
+from xdit_ir.errors import GradientError, ParallelizeError, StateError, TraceError, XditError
 from xdit_ir.ir.garbage import collector_paused
-from xdit_ir.ir.mesh import BATCH, MESH_DIMS, Mesh
-from xdit_ir.ir.program import Program, Stored, TensorSpec
-from xdit_ir.passes.find_tokens import Streams
-from xdit_ir.passes.split_batch import LARGE
+from xdit_ir.ir.mesh import MESH_DIMS, Mesh
 from xdit_ir.planning.hardware import slowest_here
-from xdit_ir.porting.grid import in_a_grid
+from xdit_ir.porting.arguments import Arguments
+from xdit_ir.porting.making import Making
 from xdit_ir.porting.planned import Unplanned, machine_of_job
-from xdit_ir.porting.settings import ModelSettings
+from xdit_ir.porting.specialisation import Bound, Mode, Specialisation
 from xdit_ir.porting.worth import Worth
 from xdit_ir.reflection.methods import Method
 from xdit_ir.runtime.build import RunnerFactory
@@ -57,73 +44,21 @@ from xdit_ir.transport.handshake import (
 )
 
 LIMIT = 128  # specialisations kept per module, the most recently used ones
-FEW = (
-    "cfg={}: a call has a batch of fewer samples, which ranks share; if every call has, use a smaller cfg and more "
-    "ulysses or ring"
-)
-Mode = tuple[Any, ...]
-Bound = tuple[Tensors, Tensors]
-
-
-@dataclass(frozen=True, eq=False)
-class Arguments:
-    """Those of one call of forward."""
-
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-
-    @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """Those of the tensors among them."""
-        return tuple(x.shape for x in (*self.args, *self.kwargs.values()) if isinstance(x, torch.Tensor))
-
-
-@dataclass(frozen=True, eq=False)
-class Specialisation:
-    """What runs calls of some kind, and what it was made for besides inputs and weights; `shapes`: of that call, and
-    `same`: which of its inputs were one tensor."""
-
-    mode: Mode
-    shapes: tuple[torch.Size, ...]
-    same: tuple[int, ...]
-    settings: ModelSettings
-    buffers: BufferGuards
-    program: ParallelProgram
-    runner: RankRunner
-
-    def bind(self, mode: Mode, given: Arguments) -> Bound | None:
-        """The inputs and weights for a call; None if this was not made for it."""
-        if mode != self.mode:
-            return None
-        try:
-            bound = self.runner.bind(given.args, given.kwargs)
-            self.buffers.check()
-        except MismatchError:
-            return None
-        if same_tensors(bound[0]) != self.same or not check_asked(self.program.original):
-            return None
-        return bound if self.settings.unchanged() else None
 
 
 @dataclass(eq=False)
 class Specialisations:
     """Those of one `model`, in `found` with the most recently used first. `schedule`: what `parallelize` gets.
-    `verified`: the structures of programs that were verified after every pass, and their `Streams`. `stored`: how
-    ranks hold parts of weights already (of these `types`), which later programs use, as nobody has all of a weight any
-    more. `unplanned`: until the first call, where it is to choose `mesh` and `schedule`. `whole`: why the last call ran
-    whole; `alone`: why all do until `clear`."""
+    `making`: what makes their programs. `unplanned`: until the first call, where it is to choose `mesh` and `schedule`.
+    `whole`: why the last call ran whole; `alone`: why all do until `clear`."""
 
     model: nn.Module
     mesh: Mesh
     schedule: Mapping[str, Any]
     options: RunOptions
-    worth: Worth | None = None
+    making: Making
     factory: RunnerFactory | None = None
     found: list[Specialisation] = field(default_factory=list)
-    verified: dict[Hashable, Streams] = field(default_factory=dict)
-    stored: dict[str, Stored] = field(default_factory=dict)
-    types: dict[str, TensorSpec] = field(default_factory=dict)
-    tracing: bool = False
     turn: Any = field(default_factory=threading.RLock)
     whole: str = ""
     alone: str = ""
@@ -143,7 +78,7 @@ class Specialisations:
         be done."""
         always = bool(schedule.get("shard_weights") or schedule.get("stream_weights"))
         worth = Worth(model, schedule["machine"] or slowest_here(), isinstance(model, Method), always) if pays else None
-        return Specialisations(model, mesh, schedule, options, worth, unplanned=unplanned)
+        return Specialisations(model, mesh, schedule, options, Making(model, worth), unplanned=unplanned)
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
@@ -161,7 +96,7 @@ class Specialisations:
         found = next(iter(self.found), None)
         if found is None:
             raise ParallelizeError("report() tells of the program of the last forward, and there was none yet")
-        return replace(found.program.report(), execution=found.runner.execution, cache=self.cache)
+        return found.report
 
     @property
     def cache(self) -> CacheUse | None:
@@ -178,21 +113,22 @@ class Specialisations:
         if isinstance(self.model, Method) and (where := hooked(self.model.owner)) is not None:
             self.whole = f"{where} has a hook of accelerate, which the method itself calls"
             return self.model(*given.args, **given.kwargs)
-        if self.worth is None:
+        worth = self.making.worth
+        if worth is None:
             return self._divided_or_alone(given)
-        self.whole = self.worth.whole(given)
+        self.whole = worth.whole(given)
         if not self.whole:
             try:
                 return self._divided(given)
             except (TraceError, ParallelizeError, GradientError) as refusal:
                 if self._given_up:
                     raise
-                self.whole = self.worth.refuse(given, refusal)
+                self.whole = worth.refuse(given, refusal)
         if self._given_up:
             raise ParallelizeError(f"this call cannot be divided, and weights are divided already: {self.whole}")
         result = self.model(*given.args, **given.kwargs)
-        if self.worth.last is not None:
-            self.worth.last.settle(self.model)
+        if worth.last is not None:
+            worth.last.settle(self.model)
         return result
 
     @property
@@ -214,7 +150,7 @@ class Specialisations:
         return self.model(*given.args, **given.kwargs)
 
     def _divided(self, given: Arguments) -> Any:
-        if self.tracing:
+        if self.making.busy:
             raise TraceError("forward calls the port of the model that it belongs to; call what it stands for instead")
         with on_all_ranks(self.mesh, self.options):
             device = self.options.loading.device(self.model, inputs=(*given.args, *given.kwargs.values()))
@@ -239,7 +175,7 @@ class Specialisations:
         """Let degrees be chosen; they stay for all further calls."""
         signature = inspect.signature(self.model.forward)
         with caches_away(self.model):
-            chosen = unplanned.choose(self.model, partial(_example, signature, given), self.options, device)
+            chosen = unplanned.choose(self.model, partial(given.example, signature), self.options, device)
         self.schedule, self.unplanned = {**self.schedule, **chosen}, None
         self.mesh = Mesh.of(**{name: self.schedule[name] for name in MESH_DIMS})
 
@@ -254,8 +190,7 @@ class Specialisations:
         for one in self.found:
             one.runner.forget()
         self.found.clear()
-        self.stored.clear()
-        self.types.clear()
+        self.making.forget()
         self.alone = ""
         if self.factory is not None:
             self.factory.context.communicator.close()
@@ -309,51 +244,15 @@ class Specialisations:
             self.schedule = {**self.schedule, "machine": machine_of_job(factory.context.communicator)}
 
         def make() -> ParallelProgram:
-            if self.worth is not None:
-                self.worth.check_call(given, self.schedule["machine"])
             cache = hooked_cache(self.model)
             factory.branch = None if cache is None else cache.branch
-            try:
-                with caches_away(self.model):
-                    marked = {} if cache is None else cache.meaning.groups
-                    program = capture.trace(self.model, _example(signature, given), keep=True, marked=marked)
-            except RaisedByForward as failure:
-                raise failure.error from None
-            self._check_types(program)
-            program = program.replace(state={**self.types, **program.state})
-            traced = TracedProgram(program, stored=self.stored).trimmed(self.schedule.get("trim_padding", 0))
-            key = program_key(traced.canonical or program)
-            familiar = key in self.verified
-            traced = replace(traced, familiar=familiar, streams=self.verified.get(key))
-            schedule = self.schedule if cache is None else cache.among(self.schedule, traced.analysed)
-            if isinstance(self.model, Method):
-                grid = in_a_grid(traced.analysed, self.mesh, schedule["machine"])
-                schedule = {**schedule, **grid.degrees}
-            made = _parallelized(traced, schedule)
-            if key is not None and not familiar:
-                self.verified[key] = Streams.of(traced.analysed)  # stages may lie across blocks
-            if self.worth is not None:
-                self.worth.check(made)
-            return made
+            return self.making.make(given, signature, self.schedule, self.mesh, cache)
 
         agree_contents(factory.context.communicator, call_tensors(signature, given.args, given.kwargs))
-        self.tracing = True
-        try:
-            # Counters and profilers around the call are for what the model does.
-            with _disable_current_modes():
-                program, runner = factory.build(make)
-        finally:
-            self.tracing = False
-        self.stored |= program.ir.stored
-        members = {name for one in program.ir.stored.values() for name, _ in one.members}
-        self.types |= {name: spec for name, spec in program.ir.state.items() if name in members}
-        guards = BufferGuards(self.model, program.original)
-        objects = [x for x in pytree.tree_leaves((given.args, given.kwargs)) if not isinstance(x, torch.Tensor)]
-        same = same_tensors(runner.bind(given.args, given.kwargs)[0])
-        unread = overwritten(self.model, program.original.signature.effects) | states_of(self.model)
-        earlier = (one.settings for one in self.found)
-        settings = ModelSettings.like(earlier, self.model, objects, unread, runner.places)
-        made = Specialisation(mode, given.shapes, same, settings, guards, program, runner)
+        with self.making.alone():
+            program, runner = factory.build(make)
+        self.making.keep(program.ir)
+        made = Specialisation.of(self.model, mode, given, program, runner, [one.settings for one in self.found])
         if len(self.found) >= LIMIT:
             del self.found[LIMIT - 1 :]
             warnings.warn(
@@ -363,39 +262,6 @@ class Specialisations:
             )
         self.found.insert(0, made)
         return made
-
-    def _check_types(self, program: Program) -> None:
-        """Raise `MismatchError` if weights have another type than the parts of them that there are."""
-        for name, spec in self.types.items():
-            if (wanted := program.state.get(name, spec)) != spec:
-                raise MismatchError(
-                    f"parameter {name}: the program needs {wanted.dtype}{list(wanted.shape)}, and ranks hold parts of "
-                    f"{spec.dtype}{list(spec.shape)} (shard_weights=True, tensor=); cast the model before the first "
-                    "forward, or port it anew"
-                )
-
-
-def _example(signature: inspect.Signature, given: Arguments) -> Any:
-    """The arguments of a call, as `trace` takes them."""
-    named = bind_arguments(signature, given.args, given.kwargs, MismatchError)
-    example = tuple(given.args) if given.args and not given.kwargs else named
-    return pytree.tree_map_only(Deferred, materialize, example)
-
-
-def _parallelized(traced: TracedProgram, schedule: Mapping[str, Any]) -> ParallelProgram:
-    """`cfg` divides the batch; or shares it, where it has few samples; or, where it cannot be divided, runs calls."""
-    try:
-        return traced.parallelize(**schedule)
-    except ParallelizeError:
-        degree = schedule[BATCH]
-        if not 2 <= degree <= LARGE:
-            raise
-    if degree > 2:
-        with suppress(ParallelizeError):
-            shared = traced.parallelize(**schedule, share_samples=True)
-            warnings.warn(FEW.format(degree), stacklevel=2)
-            return shared
-    return traced.parallelize(**schedule, pair_calls=True)
 
 
 def _changing(last: RankRunner, new: RankRunner) -> str:

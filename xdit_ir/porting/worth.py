@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_ir.api import ParallelProgram
 from xdit_ir.errors import ParallelizeError, XditError
+from xdit_ir.porting.arguments import Arguments
 from xdit_ir.porting.settings import ModelSettings
 from xdit_ir.sharding.machine import Machine
 from xdit_ir.sharding.report import Report
@@ -35,7 +35,7 @@ class Whole:
     reason: str
     small: bool
 
-    def covers(self, given: Any) -> bool:
+    def covers(self, given: Arguments) -> bool:
         """Whether a call is one of them."""
         alike = _elements(given) <= self.elements if self.small else _shapes(given) == self.shapes
         return alike and self.settings.unchanged()
@@ -64,19 +64,19 @@ class Worth:
     found: list[Whole] = field(default_factory=list)
     last: Whole | None = None
 
-    def whole(self, given: Any) -> str:
+    def whole(self, given: Arguments) -> str:
         """Why a call is known to run whole, or is too small in any case; empty if it may be divided."""
         self.last = next((one for one in self.found if one.covers(given)), None)
         if self.last is not None:
             return self.last.reason
         if self.traced or self.always:
             return ""
-        if any(x.is_floating_point() for x in _tensors(given)):
+        if any(x.is_floating_point() for x in given.tensors):
             return self._note(given, "it was not asked for: name it in components=[...]", small=False)
         reason = self._short(given, self.machine)
         return self._note(given, reason, small=True) if reason else ""
 
-    def check_call(self, given: Any, machine: Machine) -> None:
+    def check_call(self, given: Arguments, machine: Machine) -> None:
         """Raise `TooSmallError` for a call that takes too little on this machine to be traced."""
         if not (self.traced or self.always) and (reason := self._short(given, machine)):
             raise TooSmallError(reason)
@@ -89,18 +89,18 @@ class Worth:
         if saved < SAVED:
             raise TooSmallError(_too_small(saved))
 
-    def _short(self, given: Any, machine: Machine) -> str:
+    def _short(self, given: Arguments, machine: Machine) -> str:
         """Why a call with ids takes too little there; empty if it does not."""
-        seconds = _token_seconds(self.model, max((x.numel() for x in _tensors(given)), default=0), machine)
+        seconds = _token_seconds(self.model, max((x.numel() for x in given.tensors), default=0), machine)
         return "" if seconds >= ENCODER else f"it takes about {seconds * 1e3:.1f} ms, and each length of text a trace"
 
-    def refuse(self, given: Any, refusal: XditError) -> str:
+    def refuse(self, given: Arguments, refusal: XditError) -> str:
         """Calls like this one run whole from now on; why."""
         if self.always:
             warnings.warn(f"{type(self.model).__name__} runs whole, with all of its weights: {refusal}", stacklevel=2)
         return self._note(given, str(refusal), small=isinstance(refusal, TooSmallError))
 
-    def _note(self, given: Any, reason: str, *, small: bool) -> str:
+    def _note(self, given: Arguments, reason: str, *, small: bool) -> str:
         self.found = [one for one in self.found if one.settings.unchanged()]
         self.last = Whole(ModelSettings(self.model), _shapes(given), _elements(given), reason, small)
         self.found.append(self.last)
@@ -129,15 +129,11 @@ def _too_small(seconds: float) -> str:
     return f"dividing it saves at most {max(seconds, 0) * 1e3:.1f} ms a call"
 
 
-def _tensors(given: Any) -> Iterator[torch.Tensor]:
-    return (x for x in pytree.tree_leaves((given.args, given.kwargs)) if isinstance(x, torch.Tensor))
+def _elements(given: Arguments) -> int:
+    return sum(x.numel() for x in given.tensors)
 
 
-def _elements(given: Any) -> int:
-    return sum(x.numel() for x in _tensors(given))
-
-
-def _shapes(given: Any) -> Any:
+def _shapes(given: Arguments) -> Any:
     """What calls are told apart by, alike on all ranks: shapes and dtypes of tensors, and other arguments as facts."""
     leaves, spec = pytree.tree_flatten((list(given.args), dict(given.kwargs)))
     return spec, [(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else fact(x) for x in leaves]
