@@ -26,9 +26,7 @@ SPEEDS = (
     "speeds of GPUs and links that choices are priced with, such as bytes=25e9 (default: those here; on CPUs an H100's)"
 )
 TRIM = "leave out hidden text, by multiples of N words"
-MACHINE = (
-    "the machine: a name (h100, rtx4090-pcie, ...) or speeds of GPUs and links, such as bytes=25e9 (default: h100)"
-)
+MACHINE = "the machine: a name (h100, rtx4090, ...) or speeds of GPUs and links, such as bytes=25e9 (default: h100)"
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
