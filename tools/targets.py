@@ -61,6 +61,10 @@ def resolve(text: str, *, device: str = "cpu", dtype: torch.dtype | None = None)
     Raises:
         XditError: there is no such model or function, or it does not return `(model, example)`.
     """
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise XditError(f"--device {device}: expected one that PyTorch has, such as meta, cpu or cuda") from None
     in_zoo = text.partition(":")[0] in models.names()
     if not in_zoo and FUNCTION.fullmatch(text):
         return _called(text, _function(text))
