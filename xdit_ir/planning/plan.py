@@ -131,9 +131,9 @@ class Plan:
                 raise ValueError(f"expected names with values, got {data!r:.60}")
             if (version := data.pop("version", None)) != VERSION:
                 raise ValueError(f"version = {version!r:.60}: this xdit_ir reads version {VERSION}; make the plan anew")
-            unlimited = {"memory": math.inf} if data.get("memory", 0) is None else {}
+            unlimited = data.get("memory", 0) is None
             found = read(Plan, {**data, "memory": 1.0} if unlimited else data, readers={Degrees: _degrees})
-            return _consistent(dataclasses.replace(found, **unlimited))
+            return _consistent(dataclasses.replace(found, memory=math.inf) if unlimited else found)
         except ValueError as error:
             raise ParallelizeError(f"this is no plan as Plan.to_json writes it: {error}") from None
 
