@@ -65,12 +65,18 @@ class Keeping:
         return self.stream or (self.shard and mesh.size(mesh.dims_of_a_call(paired=False)) > 1)
 
 
+def amount(text: str) -> int | None:
+    """The bytes that a text with a unit says, such as `20GiB`; None for another one."""
+    found = AMOUNT.fullmatch(text)
+    return int(float(found[1]) * UNITS[found[2]]) if found else None
+
+
 def _bytes(stream: object) -> int:
     """What `stream_weights` lets stay on the GPU."""
     if isinstance(stream, bool):
         return 0
-    if isinstance(stream, str) and (found := AMOUNT.fullmatch(stream)):
-        return int(float(found[1]) * UNITS[found[2]])
+    if isinstance(stream, str) and (found := amount(stream)) is not None:
+        return found
     if isinstance(stream, int) and stream > 0:
         return stream
     raise ParallelizeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import warnings
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")  # nothing users could act on
     try:
-        args = _parser().parse_args(argv)
+        args = _parsed(_parser(), argv)
         status = int(args.run(args))
         sys.stdout.flush()
     except SystemExit as stop:  # argparse: --help, or wrong usage
@@ -55,6 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, which does not say what is near an option that there is not."""
+    args, unknown = parser.parse_known_args(argv)
+    command = args.parser
+    del args.parser
+    if unknown:
+        known = [name for action in command._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xdit-ir",
@@ -65,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     looking = (cmd_inspect, cmd_plan, cmd_calibrate, cmd_check, cmd_passes, cmd_opt)
     for command in (cmd_generate, cmd_serve, *looking, cmd_bench, cmd_models, cmd_support):
         command.add_parser(commands)
+    for one in commands.choices.values():
+        one.set_defaults(parser=one)
     return parser
 
 

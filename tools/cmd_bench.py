@@ -78,6 +78,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark, or make the page."""
+    if args.gpus < 1:
+        raise XditError(f"--gpus {args.gpus}: expected a positive number, such as 2")
     if args.estimate:
         return _estimate(args)
     if args.page is not None:

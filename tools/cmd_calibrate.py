@@ -14,6 +14,7 @@ from xdit_ir.errors import XditError
 from xdit_ir.planning import measured
 
 SECONDS = 100.0  # after which nothing more is begun
+PROCESSES = 64  # on CPUs
 ENDED = 80.0  # after these, what is under way is ended
 
 
@@ -35,13 +36,19 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Start the processes and wait for what they write."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    there = torch.cuda.device_count() if device == "cuda" else 2
-    gpus = there if args.gpus is None else args.gpus
-    if not 0 < gpus <= (there if device == "cuda" else 64):
-        raise XditError(f"--gpus {gpus}: there are {there} on {device}; give at least 1, and at most that")
+    most = torch.cuda.device_count() if device == "cuda" else PROCESSES
+    if not most:
+        raise XditError("--device cuda: this machine has no GPU; nearest legal: --device cpu")
+    gpus = args.gpus if args.gpus is not None else most if device == "cuda" else 2
+    if not 0 < gpus <= most:
+        raise XditError(f"--gpus {gpus}: expected 1 to {most} on {device}; nearest legal: {min(max(gpus, 1), most)}")
+    if not 0 < args.seconds < float("inf"):
+        raise XditError(f"--seconds {args.seconds:g}: expected a positive number, such as {SECONDS:g}")
     output = args.output or measured.folder() / measured.file_name(measured.device_name(torch.device(device)))
     if args.output is not None and not output.parent.is_dir():
         raise XditError(f"--output {output}: there is no folder {output.parent}")
+    if output.is_dir():
+        raise XditError(f"--output {output} is a folder: expected a file, such as {output / 'here.toml'}")
     before = output.stat().st_mtime_ns if output.exists() else 0
     worker = ["-m", "xdit_ir.tools.calibrate_worker", "--device", device, "--output", str(output)]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def add_parser(commands: Any) -> None:
 def _capability(text: str) -> tuple[int, int] | None:
     if text == "none":
         return None
-    major, minor = map(int, text.split("."))
-    return major, minor
+    if (found := re.fullmatch(r"(\d+)\.(\d+)", text)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability: expected one such as 9.0, or none")
+    return int(found[1]), int(found[2])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -34,7 +34,12 @@ def add_parser(commands: Any) -> None:
         metavar="M",
         help=f"one of {', '.join(names())}, a file of `calibrate`, or speeds (default: that of the GPUs here, or h100)",
     )
-    parser.add_argument("--memory", type=float, metavar="GIB", help="that a rank may use (default: nearly all)")
+    parser.add_argument(
+        "--memory",
+        type=_number_or_text,
+        metavar="GIB",
+        help="that a rank may use, such as 80, or 80GB (default: nearly all)",
+    )
     parser.add_argument("--inexact", action="store_true", help="also PipeFusion, which changes results slightly")
     parser.add_argument("--flash", action="store_true", help="FlashAttention is installed where the model will run")
     parser.add_argument(
@@ -57,6 +62,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write it there, for xdit_ir.Plan.from_json")
     parser.set_defaults(run=run)
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,6 +27,8 @@ LOG = logging.getLogger("xdit_ir")
 OWN = ("run", "host", "port", "queue", "patience")  # of the host with the server
 NEEDED = ("fastapi", "uvicorn", "diffusers")
 
+PORTS = 1 << 16
+
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
@@ -59,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ServingError(f"serve needs {', '.join(missing)}: pip install xdit-ir[serve,zoo]")
+    if not 0 < args.port < PORTS:
+        raise ServingError(f"--port {args.port}: expected 1 to {PORTS - 1}, such as 8000")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that ranks are ended first, as after Ctrl-C
     logging.basicConfig(format="%(message)s")
     LOG.setLevel(logging.INFO)

@@ -26,9 +26,7 @@ SPEEDS = (
     "speeds of GPUs and links that choices are priced with, such as bytes=25e9 (default: those here; on CPUs an H100's)"
 )
 TRIM = "leave out hidden text, by multiples of N words"
-MACHINE = (
-    "the machine: a name (h100, rtx4090-pcie, ...) or speeds of GPUs and links, such as bytes=25e9 (default: h100)"
-)
+MACHINE = "the machine: a name (h100, rtx4090, ...) or speeds of GPUs and links, such as bytes=25e9 (default: h100)"
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -63,6 +61,10 @@ def resolve(text: str, *, device: str = "cpu", dtype: torch.dtype | None = None)
     Raises:
         XditError: there is no such model or function, or it does not return `(model, example)`.
     """
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise XditError(f"--device {device}: expected one that PyTorch has, such as meta, cpu or cuda") from None
     in_zoo = text.partition(":")[0] in models.names()
     if not in_zoo and FUNCTION.fullmatch(text):
         return _called(text, _function(text))

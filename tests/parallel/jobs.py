@@ -515,6 +515,15 @@ def unplannable() -> list[dict[str, Any]]:
     return [first, _failure(lambda: ported(**example))]
 
 
+def planned_by_some(name: str) -> list[dict[str, Any]]:
+    """Degrees that rank 0 gives and the others do not; afterwards all is as before."""
+    model, example, _ = _load(name)
+    count = dist.get_world_size()
+    unlike = xir.port(model, **({"ulysses": count, "machine": xir.Machine()} if _rank() == 0 else {}))
+    first = _failure(lambda: unlike(**example))
+    return [first, _failure(lambda: xir.port(model)(**example))]
+
+
 def saved_plan(name: str) -> dict[str, Any]:
     """A port by a plan that went through a file; and by one for another number of processes."""
     model, example, want = _load(name)

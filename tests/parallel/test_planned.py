@@ -65,6 +65,13 @@ def test_what_rank_0_cannot_plan_raises_everywhere(workers: Pools) -> None:
         assert then["error"] == "", then
 
 
+def test_degrees_that_some_ranks_give_and_others_plan(workers: Pools) -> None:
+    for first, then in workers(2).run("planned_by_some", name="plain-dit", limit=120):
+        assert first["error"] == "MismatchError" and first["seconds"] < 60, first
+        assert "the ranks' calls differ" in first["message"] and "must give port the same" in first["message"]
+        assert then["error"] == "", then
+
+
 def test_a_saved_plan(workers: Pools) -> None:
     for result in workers(2).run("saved_plan", name="plain-dit"):
         assert result["error"] < 1e-5

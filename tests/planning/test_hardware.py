@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +101,34 @@ def test_what_names_a_machine() -> None:
     assert hardware_named("a GPU of tomorrow").name == "h100"
     with pytest.raises(xir.ParallelizeError, match=r"machine='h201' is none that is kept; did you mean 'h20"):
         load("h201")
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "said"),
+    [
+        ("gib = 79.2", 'gib = "79.2"', "gib = '79.2': expected a number"),
+        ("gib = 79.2", "gib = 0", "gib = 0"),
+        ("gib = 79.2", "gibs = 79.2", "gibs is not known; did you mean 'gib'"),
+        ("host = 25e-6", "", "host is missing"),
+        ("products = 740e12", "product = 740e12", "kernels.product is not known; did you mean 'products'"),
+        ("products = 740e12", "products = true", "kernels.products = True: expected a number"),
+        ("single = 50e12", "single = nan", "kernels.single = nan: expected a number"),
+        ("ranks = 8", "ranks = 8.5", "links[0].ranks = 8.5: expected a whole number"),
+        ("latency = 15e-6", "", "links[0].latency is missing"),
+        ('devices = ["H100 80GB HBM3", "H100 SXM"]', 'devices = "H100"', "devices = 'H100': expected a list"),
+        ("flops = 500e12", "flops = -1", "choices: Machine(flops=-1): expected a positive number"),
+        ("[[links]]", "[links]", "links = {'ranks': 8"),
+        ("[kernels]", "[kernels", "no machine"),
+        ("tile = 128", "tile = 128\n[[links]]\nranks = 16\nbytes = 1e9\nlatency = 0", "links have ranks = [16, 8]"),
+    ],
+)
+def test_a_file_of_ones_own_with_a_wrong_figure_is_refused_by_its_name(
+    line: str, other: str, said: str, tmp_path: Path
+) -> None:
+    kept = resources.files("xdit_ir.planning").joinpath("machines/h100.toml").read_text("utf-8")
+    (tmp_path / "mine.toml").write_text(kept.replace(line, other, 1))
+    with pytest.raises(xir.ParallelizeError) as refused:
+        load(str(tmp_path / "mine.toml"))
+    assert "mine.toml is no machine" in str(refused.value) and said in str(refused.value)
+    (tmp_path / "mine.toml").write_text(kept)
+    assert load(str(tmp_path / "mine.toml")).kernels == load("h100").kernels

@@ -116,6 +116,22 @@ def test_what_does_not_fit_says_what_it_needs() -> None:
     assert any("GiB a GPU" in one.why for one in parted.candidates if one.name == "u2")
 
 
+@pytest.mark.parametrize(("said", "gib"), [(80, 80), ("80GiB", 80), ("80 GB", 80e9 / 2**30), ("512MiB", 0.5)])
+def test_memory_may_have_a_unit(said: float | str, gib: float) -> None:
+    assert xir.plan(model(count=1), example(tokens=64), gpus=1, memory=said).memory == pytest.approx(gib)
+
+
+def test_no_rough_figure_is_under_the_best(of_eight: Plan) -> None:
+    """They are scaled by what was worked out; whole weights take no longer than weights in parts."""
+    first, *others = of_eight.candidates
+    whole = {one.degrees: one.ms for one in of_eight.candidates if one.parts and not one.shard_weights}
+    rough = [one for one in others if one.parts is None and one.ms is not None and one.data == 1]
+    assert rough and first.ms is not None
+    assert all((one.ms or 0) >= max(first.ms, whole.get(one.degrees) or 0) for one in rough)
+    small = xir.plan(model(width=256, heads=4), example(batch=2, tokens=256, width=256), gpus=6)
+    assert small.chosen.ms == min(one.ms for one in small.candidates if one.ms is not None and one.data == 1)
+
+
 def test_features_divide_weights() -> None:
     made = xir.plan(model(), example(), gpus=2, tensor=2)
     assert made.chosen.name == "t2" and made.chosen.parts is not None
@@ -203,9 +219,13 @@ def test_as_a_table(of_eight: Plan) -> None:
         ({"gpus": 4, "ulysses": 3}, "ulysses=3 does not divide 4 GPUs; a product of 2 does"),
         ({"gpus": 4, "data": 3}, "data=3 does not divide 4 GPUs; nearest legal: data=2"),
         ({"gpus": 4, "ulises": 2}, "did you mean ulysses=2"),
-        ({"gpus": 2000}, "gpus=2000: plans go up to 1024"),
+        ({"gpus": 2000}, "gpus=2000: a plan goes up to 256 GPUs for one replica; .* data=8"),
+        ({"gpus": 1024, "data": 2}, "gpus=1024: .* data=4"),
         ({"memory": -1}, "memory=-1: expected GiB that a GPU may use, such as 80"),
-        ({"memory": "80"}, "memory='80': expected GiB"),
+        ({"memory": "80"}, "memory='80': expected GiB .* such as '80GB'"),
+        ({"memory": "lots"}, "memory='lots': expected GiB"),
+        ({"memory": 80e9}, "memory=80000000000.0: expected GiB .* at most 1048576 GiB"),
+        ({"memory": float("nan")}, "memory=nan: expected GiB"),
         ({"exact": "no"}, "exact='no': expected True or False"),
         ({"shard_weights": "yes"}, "shard_weights='yes': expected True or False"),
         ({"machine": "h10"}, "machine='h10' is none that is kept; did you mean 'h100'"),

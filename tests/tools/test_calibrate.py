@@ -112,11 +112,19 @@ def test_a_figure_that_no_machine_has(tmp_path: Path, figure: str, other: str) -
         load(str(tmp_path / "here.toml"))
 
 
-def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["calibrate", "--device", "cpu", "--gpus", "1", "--output", "/no/such/here.toml"]) == 2
-    assert "--output /no/such/here.toml: there is no folder /no/such" in capsys.readouterr().err
-
-
-def test_more_gpus_than_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["calibrate", "--device", "cpu", "--gpus", "0"]) == 2
-    assert "--gpus 0: there are 2 on cpu" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--gpus 1 --output /no/such/here.toml", "--output /no/such/here.toml: there is no folder /no/such"),
+        ("--gpus 1 --output /", "--output / is a folder: expected a file, such as /here.toml"),
+        ("--gpus 0", "--gpus 0: expected 1 to 64 on cpu; nearest legal: 1"),
+        ("--gpus 65", "--gpus 65: expected 1 to 64 on cpu; nearest legal: 64"),
+        ("--seconds nan", "--seconds nan: expected a positive number, such as 100"),
+        ("--seconds -1", "--seconds -1: expected a positive number, such as 100"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_measured(
+    given: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "--device", "cpu", *given.split()]) == 2
+    assert said in capsys.readouterr().err

@@ -294,3 +294,22 @@ def test_module_is_runnable_and_help_exits_with_0(capsys: Capture, monkeypatch: 
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("inspect", "check", "models"))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            "plan plain-dit:tiny --ulises 2",
+            "xdit-ir plan: error: unrecognized arguments: --ulises 2; did you mean --ulysses?",
+        ),
+        ("inspect plain-dit:tiny --device nowhere", "--device nowhere: expected one that PyTorch has, such as meta"),
+        ("inspect plain-dit:tiny --gpu nine", "'nine' is no compute capability: expected one such as 9.0, or none"),
+        ("bench flux.1-dev --gpus 0", "--gpus 0: expected a positive number, such as 2"),
+        ("serve /tmp --port 99999999", "--port 99999999: expected 1 to 65535, such as 8000"),
+        ("plan plain-dit:tiny --memory lots", "memory='lots': expected GiB that a GPU may use, such as 80"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
+    assert said in capsys.readouterr().err

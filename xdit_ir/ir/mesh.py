@@ -225,7 +225,11 @@ def _groups(mesh: Mesh, dims: frozenset[str]) -> tuple[tuple[int, ...], ...]:
     mesh._known(dims)
     fixed = [name for name in mesh.names if name not in dims]
     keys = [tuple(at[name] for name in fixed) for at in map(mesh.coordinate, range(mesh.world_size))]
-    return tuple(tuple(other for other, there in enumerate(keys) if there == here) for here in keys)
+    members: dict[tuple[int, ...], list[int]] = {}
+    for rank, key in enumerate(keys):
+        members.setdefault(key, []).append(rank)
+    found = {key: tuple(group) for key, group in members.items()}
+    return tuple(found[key] for key in keys)
 
 
 @lru_cache(maxsize=1 << 12)

@@ -16,6 +16,7 @@ import torch
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.planning import measured
+from xdit_ir.planning.plain import read
 from xdit_ir.sharding.machine import H100, Machine, checked
 from xdit_ir.sharding.speeds import Kernels, Link, Links
 
@@ -124,9 +125,9 @@ def _file(name: str, path: Path) -> Hardware:
         raise ParallelizeError(f"there is no file {path}; `xdit-ir calibrate --output {path}` writes one")
     try:
         return _read(name, tomllib.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ParallelizeError(
-            f"{path} is no machine as `xdit-ir calibrate` writes it ({type(error).__name__}: {error}); calibrate again"
+            f"{path} is no machine as `xdit-ir calibrate` writes it: {error}; mend that, or calibrate again"
         ) from None
 
 
@@ -183,17 +184,34 @@ def _folder() -> Any:
     return resources.files(__package__).joinpath("machines")
 
 
+@dataclass(frozen=True)
+class _File:
+    """What the file of a machine says, see `Hardware`; `gib`: of a GPU; `choices`: the averages."""
+
+    title: str
+    gib: float
+    host: float
+    host_exchange: float
+    kernels: Kernels
+    links: tuple[Link, ...]
+    choices: Machine
+    sources: Mapping[str, str]
+    devices: tuple[str, ...] = ()
+    graphs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.gib <= 0 or min(self.host, self.host_exchange) < 0:
+            raise ValueError(
+                f"gib = {self.gib!r}, host = {self.host!r}, host_exchange = {self.host_exchange!r}: "
+                "expected a positive number, and two that are not negative"
+            )
+        reach = [link.ranks for link in self.links]
+        if not reach or reach != sorted(set(reach)):
+            raise ValueError(f"links have ranks = {reach}: expected one at least, each with more than the one before")
+
+
 def _read(name: str, data: Mapping[str, Any]) -> Hardware:
-    return Hardware(
-        name=name,
-        title=data["title"],
-        memory=data["gib"] * GIB,
-        kernels=Kernels(**data["kernels"]),
-        links=tuple(Link(**link) for link in data["links"]),
-        machine=Machine(**data["choices"]),
-        host=data["host"],
-        host_exchange=data["host_exchange"],
-        graphs=data.get("graphs", True),
-        devices=tuple(data.get("devices", ())),
-        sources=data["sources"],
-    )
+    file = read(_File, data)
+    figures = {field: getattr(file, field) for field in ("title", "kernels", "links", "host", "host_exchange")}
+    rest = {field: getattr(file, field) for field in ("graphs", "devices", "sources")}
+    return Hardware(name=name, memory=file.gib * GIB, machine=file.choices, **figures, **rest)

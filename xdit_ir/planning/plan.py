@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,79 +17,14 @@ from torch import nn
 
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.passes.keeping import Keeping
-from xdit_ir.planning.estimate import Breakdown
+from xdit_ir.passes.cast_kv_cache import kv_cache_dtype as stored_dtype
+from xdit_ir.planning.candidate import HEADER, TEXT, WHOLE, Candidate
+from xdit_ir.planning.plain import read
 from xdit_ir.reflection.methods import Module, as_module
 from xdit_ir.sharding.machine import Machine
 
-PARTS = tuple(field.name for field in dataclasses.fields(Breakdown))
-HEADER = ("degrees", "ms", "a second", *PARTS, "GiB", "weights", "exact", "between nodes", "why not")
-TEXT = ("degrees", "between nodes", "why not")
-BEST = "best"
-# It exchanges what whole weights do, and more, so that no time can be less: it need not be worked out.
-WHOLE = "whole weights fit, and gathering parts takes no less"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to use the GPUs: as `data` replicas of `degrees`, with weights in parts if `shard_weights`, or with the
-    host (`stream_weights`: True, or bytes that stay on the GPU); milliseconds of a step (under PipeFusion of a
-    displaced one) and their parts, GiB and GiB of weights of each rank of a replica; the mesh dims `between` nodes.
-    `why` it is not the best; empty for that.
-
-    `parts` are there where the divided program was worked out; of the others, `ms` follows from that of one GPU.
-    Neither is there where it is illegal.
-    """
-
-    degrees: Degrees
-    why: str
-    ms: float | None = None
-    parts: Breakdown | None = None
-    gib: tuple[float, ...] = ()
-    weights: tuple[float, ...] = ()
-    data: int = 1
-    shard_weights: bool = False
-    between: tuple[str, ...] = ()
-    stream_weights: bool | int = False
-
-    @property
-    def name(self) -> str:
-        """In short, such as `u8`, `u8 sharded`, `u1 streamed but 20.0 GiB` and `2 x u4`."""
-        degrees = f"{self.degrees} sharded" if self.shard_weights else str(self.degrees)
-        if self.stream_weights:
-            stays = self.keeping.resident
-            degrees = f"{degrees} streamed but {stays / 2**30:.1f} GiB" if stays else f"{degrees} streamed"
-        return degrees if self.data == 1 else f"{self.data} x {degrees}"
-
-    @property
-    def keeping(self) -> Keeping:
-        """Where weights are."""
-        return Keeping.of(self.shard_weights, self.stream_weights)
-
-    @property
-    def exact(self) -> bool:
-        """Whether all ranks compute what one would."""
-        return self.degrees.mesh.degrees["pipefusion"] == 1
-
-    @property
-    def legal(self) -> bool:
-        """Whether the model can be divided so, as far as is known."""
-        return self.ms is not None
-
-    @property
-    def a_second(self) -> float:
-        """Steps that all replicas make together."""
-        return self.data * 1e3 / self.ms if self.ms else 0.0
-
-    def row(self) -> tuple[str, ...]:
-        """As text, in the order of `HEADER`."""
-        parts, rough = self.parts, "" if self.parts else "~"
-        times = ("",) * len(PARTS) if parts is None else tuple(f"{value:.1f}" for value in dataclasses.astuple(parts))
-        ms = "" if self.ms is None else f"{self.ms:.1f}" if parts else f"~{self.ms:.0f}"
-        rate = f"{rough}{self.a_second:.{0 if self.a_second >= 10 else 1}f}" if self.ms else ""
-        sizes = (f"{max(each):.1f}" if each else "" for each in (self.gib, self.weights))
-        exact, between = "yes" if self.exact else "no", ", ".join(self.between)
-        return (self.name, ms, rate, *times, *sizes, exact, between, self.why or BEST)
+# Of what `to_json` writes; another one where files of before cannot be read.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -178,36 +114,67 @@ class Plan:
     def to_json(self) -> str:
         """All of it as text, for `from_json`."""
         rows = [dataclasses.asdict(one) | {"degrees": one.degrees.as_dict()} for one in self.candidates]
-        return json.dumps(dataclasses.asdict(self) | {"candidates": rows}, indent=1)
+        data = {"version": VERSION, **dataclasses.asdict(self), "candidates": rows}
+        data["memory"] = self.memory if math.isfinite(self.memory) else None  # JSON has no infinity
+        return json.dumps(data, indent=1, allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> Plan:
         """What `to_json` wrote.
 
         Raises:
-            ParallelizeError: it is no plan.
+            ParallelizeError: it is no plan, or one of another version; names what is wrong in it.
         """
         try:
             data = json.loads(text)
-            candidates, speeds = tuple(map(_candidate, data["candidates"])), Machine.of(data["speeds"])
-            return Plan(**{**data, "candidates": candidates, "speeds": speeds})
-        except (ValueError, TypeError, LookupError) as error:
+            if not isinstance(data, dict):
+                raise ValueError(f"expected names with values, got {data!r:.60}")
+            if (version := data.pop("version", None)) != VERSION:
+                raise ValueError(f"version = {version!r:.60}: this xdit_ir reads version {VERSION}; make the plan anew")
+            unlimited = data.get("memory", 0) is None
+            found = read(Plan, {**data, "memory": 1.0} if unlimited else data, readers={Degrees: _degrees})
+            return _consistent(dataclasses.replace(found, memory=math.inf) if unlimited else found)
+        except ValueError as error:
             raise ParallelizeError(f"this is no plan as Plan.to_json writes it: {error}") from None
 
 
-def slower(one: Candidate, best: Candidate, times: float) -> str:
-    """Why a candidate is behind the best, by the part that it loses most in."""
-    if one.parts is None or best.parts is None:
-        return f"about {times:.2f} times as long by sizes alone"
-    ours, theirs = dataclasses.astuple(one.parts), dataclasses.astuple(best.parts)
-    lost, name = max((a - b, name) for a, b, name in zip(ours, theirs, PARTS, strict=True))
-    return f"{times:.2f} times as long; {name} {lost:+.1f} ms"
+def _degrees(data: Any) -> Degrees:
+    """As `Degrees.as_dict` gives them."""
+    if not isinstance(data, Mapping):
+        raise ParallelizeError(f"expected degrees by name, got {data!r:.60}")
+    patches = data.get("patches", 1)
+    if not isinstance(patches, int) or isinstance(patches, bool) or patches < 1:
+        raise ParallelizeError(f"patches={patches!r} is not a positive integer; the nearest legal one is patches=1")
+    return Degrees.of(**data)
 
 
-def _candidate(data: Mapping[str, Any]) -> Candidate:
-    parts = None if data["parts"] is None else Breakdown(**data["parts"])
-    sizes = {name: tuple(data[name]) for name in ("gib", "weights", "between")}
-    return Candidate(**{**data, **sizes, "degrees": Degrees.of(**data["degrees"]), "parts": parts})
+def _consistent(plan: Plan) -> Plan:
+    """The same; raises `ValueError` where its values do not go together."""
+    if not plan.candidates:
+        raise ValueError("candidates is empty: expected one at least")
+    if plan.memory <= 0:
+        raise ValueError(f"memory = {plan.memory!r}: expected GiB, a positive number")
+    try:
+        stored_dtype(plan.kv_cache_dtype)
+        for place, one in enumerate(plan.candidates):
+            name = one.name  # refuses what is none of `stream_weights`
+            if wrong := _wrong(one, plan.gpus, first=place == 0):
+                raise ValueError(f"candidates[{place}], {name}: {wrong}")
+    except ParallelizeError as error:
+        raise ValueError(str(error)) from None
+    return plan
+
+
+def _wrong(one: Candidate, gpus: int, *, first: bool) -> str:
+    """What of a candidate does not go together; empty if all does."""
+    ranks = one.degrees.ranks
+    if one.data < 1 or one.data * ranks != gpus:
+        return f"that takes {one.data * ranks} GPUs, but gpus = {gpus}"
+    if any(len(sizes) not in (0, ranks) for sizes in (one.gib, one.weights)):
+        return f"expected gib and weights of {ranks} ranks each, or none"
+    if min((*one.gib, *one.weights, one.ms or 0.0)) < 0:
+        return "expected ms, gib and weights that are not negative"
+    return "" if first or one.why else "why is empty, which it is of the first only, the best"
 
 
 def model_name(model: Module) -> str:

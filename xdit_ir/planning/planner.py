@@ -13,22 +13,21 @@ from xdit_ir.api import TracedProgram, trace
 from xdit_ir.capture.inputs import Example
 from xdit_ir.degrees import Degrees
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import BATCH, FEATURES, TIME, Mesh
+from xdit_ir.ir.mesh import BATCH, FEATURES, TIME
 from xdit_ir.passes.cast_kv_cache import kv_cache_dtype as stored_dtype
 from xdit_ir.passes.keeping import Keeping
-from xdit_ir.planning.candidates import Rough, attentions, degree_sets
+from xdit_ir.planning.candidate import WHOLE, Candidate, slower
+from xdit_ir.planning.candidates import Rough, attentions
 from xdit_ir.planning.estimate import Estimate, estimate
 from xdit_ir.planning.hardware import GIB, Hardware, hardware_of
 from xdit_ir.planning.legality import PAIR, Legality
-from xdit_ir.planning.plan import WHOLE, Candidate, Plan, model_name, slower, weights_key
+from xdit_ir.planning.options import Options, check_counts, check_options, gib_of
+from xdit_ir.planning.plan import Plan, model_name, weights_key
 from xdit_ir.reflection.methods import Module
 from xdit_ir.sharding.machine import Machine
-from xdit_ir.transport.replicas import checked_data
 
 # So many candidates are worked out in full: those that are roughly the fastest.
 FULL = 3
-# GPUs that a machine's links reach.
-MOST = 1024
 # The part of a GPU's memory that a plan uses: what else there is needs some.
 USABLE = 0.92
 
@@ -39,7 +38,7 @@ def plan(
     *,
     gpus: int = 8,
     machine: str | Machine | Hardware | None = None,
-    memory: float | None = None,
+    memory: float | str | None = None,
     exact: bool = True,
     flash: bool = False,
     shard_weights: bool | None = None,
@@ -55,7 +54,8 @@ def plan(
         gpus: their number; one process each.
         machine: the name of one that is kept (see `xdit_ir.planning.hardware.names`) or was measured here by
             `xdit-ir calibrate`, the path of such a file, or plain speeds; default: that of the GPUs here, or "h100".
-        memory: GiB that a rank may use; default: nearly all that the machine's GPU has.
+        memory: GiB that a rank may use, or a text with a unit, such as "80GB"; default: nearly all that the machine's
+            GPU has.
         exact: only ways that compute what one GPU does; else also PipeFusion, whose later steps read older values.
         flash: attention by FlashAttention, installed where the model will run, instead of PyTorch's.
         shard_weights: as for `parallelize`, where there are several ranks; default: where whole weights do not fit.
@@ -69,34 +69,16 @@ def plan(
         TraceError: the model cannot be captured.
     """
     hardware = hardware_of(machine)
-    _check(gpus, given, data)
-    _check_options(memory, exact=exact, flash=flash, shard_weights=shard_weights)
+    check_counts(gpus, given, data)
+    check_options(exact=exact, flash=flash, shard_weights=shard_weights)
     streamed = (
         None if stream_weights is None else Keeping.of(stream=stream_weights).options.get("stream_weights", False)
     )
     stored_dtype(kv_cache_dtype)  # a wrong one is told before the model is traced
-    how = Options(memory, exact, flash, shard_weights, streamed, data=data, kv_cache_dtype=kv_cache_dtype)
+    how = Options(gib_of(memory), exact, flash, shard_weights, streamed, data=data, kv_cache_dtype=kv_cache_dtype)
     how.degree_sets(gpus // (data or 1), given)  # wrong ones are told before the model is traced
     traced = TracedProgram(trace(model, example).ir, familiar=True)  # `port` verifies what it makes
     return plan_traced(traced, model, gpus, hardware, given, how)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Those of `plan`, for what they mean; `features`: these may be divided where that is not given."""
-
-    memory: float | None = None
-    exact: bool = True
-    flash: bool = False
-    shard_weights: bool | None = None
-    stream_weights: bool | int | None = None
-    features: bool = True
-    data: int | None = None
-    kv_cache_dtype: str = "auto"
-
-    def degree_sets(self, gpus: int, given: Mapping[str, int]) -> list[Degrees]:
-        """For the GPUs of one replica."""
-        return degree_sets(gpus, given, exact=self.exact, features=self.features)
 
 
 def plan_traced(
@@ -115,26 +97,6 @@ def plan_traced(
     return Plan(model_name(model), weights, gpus, named, limit, found, hardware.prices, how.kv_cache_dtype)
 
 
-def _check(gpus: int, given: Mapping[str, int], data: int | None) -> None:
-    Mesh.of(**given)
-    if not isinstance(gpus, int) or isinstance(gpus, bool) or gpus < 1:
-        raise ParallelizeError(f"gpus={gpus!r}: expected a positive number, such as 8")
-    if gpus > MOST:
-        raise ParallelizeError(f"gpus={gpus}: plans go up to {MOST}; divide requests over replicas, and plan for one")
-    if data is not None and gpus % checked_data(data):
-        near = max(size for size in range(1, gpus + 1) if gpus % size == 0 and size <= data)
-        raise ParallelizeError(f"data={data} does not divide {gpus} GPUs; nearest legal: data={near}")
-
-
-def _check_options(memory: Any, **flags: Any) -> None:
-    number = isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory > 0
-    if memory is not None and not number:
-        raise ParallelizeError(f"memory={memory!r}: expected GiB that a GPU may use, such as 80")
-    for name, value in flags.items():
-        if not isinstance(value, bool) and not (value is None and name == "shard_weights"):
-            raise ParallelizeError(f"{name}={value!r}: expected True or False")
-
-
 @dataclass(frozen=True)
 class Planner:
     """For one traced model and machine; `memory`: GiB that a rank may use. `pairs`: where the batch cannot be divided,
@@ -150,12 +112,16 @@ class Planner:
         """The best first, then those that fit by time, those that do not, more replicas, and what is illegal."""
         ways = self._ways(gpus // (self.how.data or 1), given)
         found = self._considered(ways)
+        off = self._off(found)
+        found = self._scaled(found, off)
         if self.how.stream_weights is None and all(map(self._excess, found)):
             found += self._streamed(ways)
         ordered = self._ordered(found)
         if self.how.data is None and not ordered[0].why:
             legal = [one for one in ordered if one.legal]
-            replicas = [one for count in range(2, gpus + 1) for one in self._replicas(count, gpus, given, ordered[0])]
+            replicas = [
+                one for count in range(2, gpus + 1) for one in self._replicas(count, gpus, given, ordered[0], off)
+            ]
             ordered = (*legal, *replicas, *(one for one in ordered if not one.legal))
         return ordered
 
@@ -208,6 +174,22 @@ class Planner:
             found[way.degrees, way.shard_weights] = one
         return list(found.values())
 
+    def _off(self, found: Sequence[Candidate]) -> float:
+        """How many times what their rough figures say those take that were worked out in full, at least."""
+        full = ((one.ms, self._guessed(one)) for one in found if one.parts is not None and one.ms)
+        return min((ms / rough for ms, rough in full if rough), default=1.0)
+
+    def _scaled(self, found: Sequence[Candidate], off: float) -> list[Candidate]:
+        """With rough figures that are comparable with what was worked out in full, and none under the best of that:
+        those of which whole weights were worked out take no less than these, and all others were roughly slower."""
+        whole = {one.degrees: one.ms or 0.0 for one in found if one.parts is not None and not one.shard_weights}
+        return [
+            one
+            if one.ms is None or one.parts is not None
+            else replace(one, ms=max(one.ms * off, whole.get(one.degrees, 0.0)))
+            for one in found
+        ]
+
     def _streamed(self, ways: Sequence[Candidate]) -> list[Candidate]:
         """Of what is roughly the fastest, weights with the host, and on the GPU as many of them as there is room for
         beside all else. It takes no less than weights in parts, so it is for where those do not fit."""
@@ -251,7 +233,9 @@ class Planner:
         weights = (self._weights(way),) * way.degrees.ranks
         return replace(way, ms=self._guessed(way), gib=weights, weights=weights)
 
-    def _replicas(self, count: int, gpus: int, given: Mapping[str, int], best: Candidate) -> Iterator[Candidate]:
+    def _replicas(
+        self, count: int, gpus: int, given: Mapping[str, int], best: Candidate, off: float
+    ) -> Iterator[Candidate]:
         """So many replicas of what is roughly the fastest for the rest of the GPUs; with what it would be good for."""
         each, more = divmod(gpus, count)
         if more or each % math.prod(given.values()):
@@ -261,7 +245,9 @@ class Planner:
         fitting = (way for way in ways if not refusals[way.degrees] and self._weights(way) <= self.memory)
         if (way := next(fitting, None)) is None:
             return
-        one = replace(_with(way, self._alone) if way.degrees.ranks == 1 else self._guess(way), data=count)
+        alone = way.degrees.ranks == 1
+        [one] = [_with(way, self._alone)] if alone else self._scaled([self._guess(way)], off)
+        one = replace(one, data=count)
         if best.ms and one.ms and not self._excess(one):
             longer, more_steps = one.ms / best.ms, one.a_second / best.a_second
             why = f"{longer:.2f} times as long, {more_steps:.2f} times as many steps a second"

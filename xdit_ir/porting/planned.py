@@ -21,8 +21,9 @@ from xdit_ir.errors import ParallelizeError, XditError
 from xdit_ir.ir.mesh import FEATURES, MESH_DIMS, TIME, Mesh
 from xdit_ir.passes.keeping import ALL_HERE, Keeping
 from xdit_ir.planning.hardware import Hardware, hardware_here, hardware_of
+from xdit_ir.planning.options import Options
 from xdit_ir.planning.plan import Plan
-from xdit_ir.planning.planner import USABLE, Options, plan_traced
+from xdit_ir.planning.planner import USABLE, plan_traced
 from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.transport.distributed import Communicator, processes_of_replica
 from xdit_ir.transport.spread import host, near, told

@@ -27,6 +27,8 @@ from xdit_ir.transport.sockets import connect_all
 
 HINDSIGHT = 2.0  # seconds after a connection broke in which it shows who broke it
 Topic = tuple[str, int]
+# What ranks do one after the other, each under a number of its own: of one number all do the same.
+COUNTED = {"call": "runs a forward", "facts": "plans, or asks what others run on", "contents": "compares weights"}
 AnyError = TypeVar("AnyError", bound=BaseException)
 
 
@@ -108,10 +110,12 @@ class Line:
 
         Raises:
             LostError: one of them fails, or says nothing in time.
+            MismatchError: one of them does something else instead.
         """
         key, deadline = (self.epoch, topic), time.monotonic() + timeout.total_seconds()
         with self._news:
             while len(self._heard.get(key, ())) < self.world:
+                self._raise_unlike(topic)
                 self._raise_failure()
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -179,6 +183,15 @@ class Line:
         failure = self._failures.get(self.epoch)
         if failure is not None:
             raise failure.error()
+
+    def _raise_unlike(self, topic: Topic) -> None:
+        mine, number = topic
+        for kind in (COUNTED.keys() - {mine}) if mine in COUNTED else ():
+            for rank in self._heard.get((self.epoch, (kind, number)), ()):
+                raise MismatchError(
+                    f"the ranks' calls differ: rank {self.rank} (this one) {COUNTED[mine]}, rank {rank} "
+                    f"{COUNTED[kind]}; every rank must give port the same degrees and options"
+                )
 
     def _raise_silent(self, key: tuple[int, Topic], timeout: timedelta) -> None:
         rank = min(set(range(self.world)) - set(self._heard.get(key, ())))
