@@ -129,7 +129,7 @@ class Plan:
             data = json.loads(text)
             if not isinstance(data, dict):
                 raise ValueError(f"expected names with values, got {data!r:.60}")
-            if (version := data.pop("version", None)) != VERSION:
+            if (version := data.pop("version", VERSION)) != VERSION:
                 raise ValueError(f"version = {version!r:.60}: this xdit_ir reads version {VERSION}; make the plan anew")
             unlimited = data.get("memory", 0) is None
             found = read(Plan, {**data, "memory": 1.0} if unlimited else data, readers={Degrees: _degrees})
