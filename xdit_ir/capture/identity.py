@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from xdit_ir.capture.skeleton import LazyState, Skeleton
-from xdit_ir.reflection.atoms import is_atom, is_plain_object
+from xdit_ir.reflection.atoms import VALUES, is_atom, is_plain_object
 from xdit_ir.reflection.parts import Part
 from xdit_ir.reflection.tree import modules_of
 
@@ -40,7 +40,8 @@ class Identities:
         for module in self._modules:
             self._known[id(module)] = (module, [module])
             held = vars(module)
-            self._own.update((id(held), *(id(item) for item in held.values() if isinstance(item, dict))))
+            dicts = [item for item in held.values() if type(item) not in VALUES and isinstance(item, dict)]
+            self._own.update((id(held), *map(id, dicts)))
             for tensor in (*dict.values(held["_parameters"]), *dict.values(held["_buffers"])):
                 if tensor is not None:
                     self._known.setdefault(id(tensor), (tensor, []))[1].append(module)

@@ -56,7 +56,7 @@ class StateWatch:
 
     def exchange(self, copies: Callable[[Part, Mapping[Any, Any]], dict[Any, Any] | None]) -> None:
         """Let parts hold what `copies` says, until `restore`."""
-        made = [(part, copies(part, held)) for part, held in self._first]
+        made = [(part, copies(part, held)) for part, held in self._first if held]
         for part, held in made:
             if held is not None:
                 part.put(held)
@@ -68,6 +68,8 @@ class StateWatch:
         """What is not as it was."""
         for part, before in self._before:
             held = part.read()
+            if not held and not before:  # most containers of modules
+                continue
             if _is_untouched(held, before) or _is_watched(held, before):
                 continue
             now = {key: item for key, item in held.items() if traced(item) is item and key != NAMED}

@@ -343,7 +343,7 @@ class _CodeWriter:
 
     def _call(self, place: str, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> fx.Node:
         self.modules[place] = module
-        return self.graph.create_node("call_module", place, args, kwargs, name=name)
+        return add_node(self.graph, "call_module", place, args, kwargs, name)
 
     def _block_call(self, node: fx.Node, bodies: Mapping[str, EmittedBody]) -> fx.Node:
         name, prefix, *_ = call_parts(node)
@@ -354,7 +354,7 @@ class _CodeWriter:
         given += [self.state[constant] for constant in body.constants]
         given += [self.kept[qualified(prefix, slot)] for slot in body.slots]
         shared = (self.shared[0], self.letters[name, next(self.slots[name])]) if body.uses_mailbox else ()
-        return self.graph.create_node("call_module", place, (*given, *shared), name=node.name)
+        return add_node(self.graph, "call_module", place, (*given, *shared), name=node.name)
 
 
 def _identifier(name: str) -> str:
