@@ -22,7 +22,7 @@ class Layout:
     partial: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if any([dim is not None and dim.is_whole for dim in self.dims]):
+        if any(dim is not None and dim.is_whole for dim in self.dims):
             dims = tuple(None if dim is None or dim.is_whole else dim for dim in self.dims)
             object.__setattr__(self, "dims", dims)
 
