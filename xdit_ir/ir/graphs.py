@@ -24,8 +24,8 @@ from xdit_ir.ir.program import (
 )
 
 OUTER = ""  # the outer graph among the names of blocks
-_set_args: Any = fx.Node.args.fset
-_set_kwargs: Any = fx.Node.kwargs.fset
+_set_args: Any = vars(fx.Node)["args"].fset
+_set_kwargs: Any = vars(fx.Node)["kwargs"].fset
 
 
 def nodes_in(value: Any) -> list[fx.Node]:

@@ -41,7 +41,7 @@ class Propagation:
     infer: Infer = infer
     inside: Mapping[str, Seeds] = field(default_factory=dict)
     bodies: dict[Variant, BlockVariant] = field(default_factory=dict, init=False)
-    _settled: dict[tuple[str | int, ...], tuple[Layouts, ...]] = field(default_factory=dict, init=False)
+    _settled: dict[tuple[object, ...], tuple[Layouts, ...]] = field(default_factory=dict, init=False)
     rulings: Rulings = field(init=False)
 
     def __post_init__(self) -> None:

@@ -103,7 +103,7 @@ class _Verifier:
         layout = node.meta.get(LAYOUT)
         if layout is None:
             self.fail(node, "has no layout")
-        if node.op == "get_attr" and layout.is_whole and len(layout.dims) == len(node.meta[SPEC].shape):
+        elif node.op == "get_attr" and layout.is_whole and len(layout.dims) == len(node.meta[SPEC].shape):
             return  # as most weights: nothing else is asked of it
         for spec, one in _pairs(node):
             self._well_formed(node, mesh, spec, one)
