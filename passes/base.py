@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from xdit_ir.errors import PassError
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.garbage import collector_paused
-from xdit_ir.ir.graphs import all_graphs
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.contract import Contract, Pass, contract_of
 from xdit_ir.passes.order import PASSES
@@ -47,7 +46,7 @@ def _all_new(program: Program, given: set[int]) -> bool:
 
 
 def _graphs(program: Program) -> list[int]:
-    return [id(graph) for _, graph, _ in all_graphs(program)]
+    return [id(program.graph), *(id(block.graph) for block in program.blocks.values())]
 
 
 def _applied(one: Pass, program: Program, inferred: Inferred | None) -> Program:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -27,6 +27,8 @@ PROBE = Mesh.of(ulysses=2)
 aten = torch.ops.aten
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 JOINS = (aten.cat, aten.concat, aten.concatenate)
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+SLICE = aten.slice.Tensor
 
 
 @dataclass(frozen=True)
@@ -144,21 +146,25 @@ def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
     return replace(axis, units=units_of(program, axis.size), segments=tuple(sorted(segments)))
 
 
+def _calls_of(program: Program, targets: Sequence[Any]) -> Iterator[fx.Node]:
+    """The calls of these operators in all graphs of a program."""
+    for graph in (program.graph, *(block.graph for block in program.blocks.values())):
+        for target in targets:
+            yield from graph.find_nodes(op="call_function", target=target)
+
+
 def units_of(program: Program, size: int) -> tuple[int, ...]:
     """Inner factors of the views that split or make a dimension of this size."""
     found: set[int] = set()
-    for _, graph, _ in all_graphs(program):
-        for node in graph.nodes:
-            if node.target not in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
-                continue
-            shapes = operands(node)[0].meta[SPEC].shape, node.meta[SPEC].shape
-            if 0 in shapes[0]:
-                continue
-            for pair in groups(*shapes):
-                sides = [[shape[d] for d in dims] for shape, dims in zip(shapes, pair, strict=True)]
-                for one, many in (sides, reversed(sides)):
-                    if [n for n in one if n != 1] == [size]:
-                        found |= {math.prod(many[i:]) for i in range(1, len(many))}
+    for node in _calls_of(program, VIEWS):
+        shapes = operands(node)[0].meta[SPEC].shape, node.meta[SPEC].shape
+        if 0 in shapes[0]:
+            continue
+        for pair in groups(*shapes):
+            sides = [[shape[d] for d in dims] for shape, dims in zip(shapes, pair, strict=True)]
+            for one, many in (sides, reversed(sides)):
+                if [n for n in one if n != 1] == [size]:
+                    found |= {math.prod(many[i:]) for i in range(1, len(many))}
     return tuple(sorted(unit for unit in found if 1 < unit < size))
 
 
@@ -194,7 +200,7 @@ def joined_dim(node: fx.Node) -> int:
 
 def _slices_of(program: Program, size: int) -> set[tuple[int, ...]]:
     """How slices cut a dimension of this size, where views make rows of what is taken: the rest may be padding."""
-    nodes = (node for _, graph, _ in all_graphs(program) for node in graph.nodes)
+    nodes = _calls_of(program, (SLICE,))
     found = (one for one in map(_taken, nodes) if one is not None and sum(one) == size)
     return {tuple(filter(None, one)) for one in found if units_of(program, one[1])}
 
@@ -207,7 +213,7 @@ def parts_outside(program: Program, size: int) -> set[tuple[int, ...]]:
 
 def _taken(node: fx.Node) -> tuple[int, int, int] | None:
     """Before, in and behind what a slice takes of a dimension."""
-    if node.target is not aten.slice.Tensor:
+    if node.target is not SLICE:
         return None
     given = bound_arguments(node)
     size, taken = (value.meta[SPEC].shape[given["dim"]] for value in (operands(node)[0], node))

@@ -20,6 +20,7 @@ from xdit_ir.caching.rule import CacheRule
 from xdit_ir.errors import ParallelizeError, StateError
 from xdit_ir.ir import ops
 from xdit_ir.ir.program import Program, call_parts, called_block, is_block_call, where_of
+from xdit_ir.reflection.tree import modules_of, named_modules_of
 
 _REGISTRY, _LIBRARY = "_diffusers_hook", "diffusers.hooks."
 _STATE = ("_context", "_state_cache")  # what calls leave in what several hooks share
@@ -99,8 +100,8 @@ def hooked_cache(model: nn.Module) -> HookedCache | None:
         StateError: it means no rule; names the nearest one.
     """
     kinds: dict[str, dict[str, list[Any]]] = {}
-    for path, module in model.named_modules():
-        for kind, hook in _caches_of(module):
+    for path, module in named_modules_of(model):
+        for kind, hook in _caches_of(module) if _REGISTRY in vars(module) else ():
             kinds.setdefault(kind, {}).setdefault(path, []).append(hook)
     if not kinds:
         return None
@@ -116,10 +117,11 @@ def hooked_cache(model: nn.Module) -> HookedCache | None:
 @contextmanager
 def caches_away(model: nn.Module) -> Iterator[None]:
     """A model whose blocks are as they were before step caches were hooked into them, for as long as it is traced."""
-    modules = list(model.modules())
-    hooked = [module for module in modules if any(_caches_of(module))]
+    modules = modules_of(model)
+    registered = [module for module in modules if _REGISTRY in vars(module)]
+    hooked = [module for module in registered if any(_caches_of(module))]
     held = [(vars(module), dict(vars(module))) for module in hooked]
-    registries = [vars(vars(module)[_REGISTRY]) for module in modules if _REGISTRY in vars(module)]
+    registries = [vars(vars(module)[_REGISTRY]) for module in registered]
     places = [(vars(module), _CONFIG) for module in modules] + [(one, _LISTED) for one in registries]
     leading = [(place, name, place[name]) for place, name in places if name in place]  # to the hooks and who they ask
     try:
@@ -156,8 +158,8 @@ def states_of(model: nn.Module) -> set[tuple[int, str]]:
     """What calls leave in the hooks of step caches, and what these ask in every call, as keys of dicts that are told by
     their ids; and the model's own registry while it has no hooks, which pipelines make when they end: a hook comes with
     a forward on the instance."""
-    modules = list(model.modules())
-    hooks = [hook for module in modules for _, hook in _caches_of(module)]
+    modules = modules_of(model)
+    hooks = [hook for module in modules if _REGISTRY in vars(module) for _, hook in _caches_of(module)]
     states = [hook.state for hook in hooks if hasattr(hook, "state")]
     configs = [vars(module).get(_CONFIG) for module in modules]
     return {

@@ -51,6 +51,7 @@ from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.program import Program
 from xdit_ir.reflection.fingerprint import Fingerprints
 from xdit_ir.reflection.references import Functions, replaced
+from xdit_ir.reflection.tree import named_modules_of
 
 Flat = list[tuple[str, Any]]
 Captured = tuple[Program, Writes, Sequence[Overwrite]]
@@ -125,7 +126,7 @@ class Attempt:
         rung = self.rung
         chosen = {(path, "forward") for path in rung.blocks} | rung.repeated
         blocks = Blocks(recorder, chosen)
-        leaves = Leaves(recorder, rung.leaves, dict(rung.model.named_modules()))
+        leaves = Leaves(recorder, rung.leaves, dict(named_modules_of(rung.model)))
         marks = Marks(recorder, self.marked)
         blocks.chosen_below = lambda path: (leaves.below(path), marks.below(path))
         return Calls(recorder, blocks, leaves, Repeats(recorder, blocks, rung.repeated, rung.never), marks)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_ir.reflection.fakes import is_fake
+from xdit_ir.reflection.tree import modules_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
 
@@ -43,7 +44,7 @@ def _holds_fakes(entry: Any) -> bool:
 
 def _reachable(model: nn.Module) -> Iterator[Any]:
     """Caches and dicts in the Python modules of the model's code, what they import, and their classes."""
-    names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
+    names = {kind.__module__ for module in modules_of(model) for kind in type(module).__mro__}
     names = {name for name in names if name.partition(".")[0] not in ("torch", "builtins")}
     seen: set[int] = set()
     for name in names:

@@ -135,17 +135,17 @@ def lift_weights(graph: fx.Graph, blocks: Mapping[str, Block], state: Mapping[st
         if is_block_call(node):
             name, prefix, values = node.args
             needed = weights_of(lifted[str(name)].graph)
-            for target in (qualified(str(prefix), key) for key in needed):
-                if target not in held:
-                    held[target] = _weight_before(node, target, state[target])
+            with graph.inserting_before(node):
+                for target in (qualified(str(prefix), key) for key in needed):
+                    if target not in held:
+                        held[target] = _weight(graph, target, state[target])
             node.args = (name, prefix, values, {key: held[qualified(str(prefix), key)] for key in needed})
     return lifted
 
 
-def _weight_before(call: fx.Node, target: str, spec: TensorSpec) -> fx.Node:
-    with call.graph.inserting_before(call):
-        node = call.graph.create_node("get_attr", target, name=target.replace(".", "_"))
-    node.meta = {SPEC: spec, WHERE: Where(target.rpartition(".")[0])}
+def _weight(graph: fx.Graph, target: str, spec: TensorSpec) -> fx.Node:
+    node = graph.create_node("get_attr", target, name=target.replace(".", "_"))
+    node.meta.update({SPEC: spec, WHERE: Where(target.rpartition(".")[0])})
     return node
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from xdit_ir.capture.skeleton import LazyState, Skeleton
-from xdit_ir.reflection.atoms import is_atom, is_plain_object
+from xdit_ir.reflection.atoms import VALUES, is_atom, is_plain_object
 from xdit_ir.reflection.parts import Part
+from xdit_ir.reflection.tree import modules_of
 
 # What is no module, weight or plain object, and is not looked into here.
 _OTHERS = frozenset(
@@ -35,11 +36,12 @@ class Identities:
         self._skeleton = skeleton
         self._known: dict[int, tuple[Any, list[nn.Module]]] = {}
         self._own: set[int] = set()
-        self._modules = list(model.modules())
+        self._modules = modules_of(model)
         for module in self._modules:
             self._known[id(module)] = (module, [module])
             held = vars(module)
-            self._own.update((id(held), *(id(item) for item in held.values() if isinstance(item, dict))))
+            dicts = [item for item in held.values() if type(item) not in VALUES and isinstance(item, dict)]
+            self._own.update((id(held), *map(id, dicts)))
             for tensor in (*dict.values(held["_parameters"]), *dict.values(held["_buffers"])):
                 if tensor is not None:
                     self._known.setdefault(id(tensor), (tensor, []))[1].append(module)
@@ -51,7 +53,8 @@ class Identities:
         """What a part has to hold; None if it refers to nothing of the model, or is the model's own."""
         if not held or id(part.item) in self._own or isinstance(part.item, LazyState):
             return None
-        if all(type(one) in _OTHERS or self(one) is one for one in chain(held, held.values())):
+        others = [one for one in chain(held, held.values()) if type(one) not in _OTHERS]
+        if all(self(one) is one for one in others):
             return None
         made = {self(key): self(item) for key, item in held.items()}
         same = all(map(_is_same, made, held)) and all(map(_is_same, made.values(), held.values()))

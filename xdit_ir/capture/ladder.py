@@ -11,6 +11,7 @@ from xdit_ir.capture.failures import Opaque, Repeated, Restart, ShapeDepends, Sp
 from xdit_ir.capture.leaves import Reasons, Wanted, like, named_leaves
 from xdit_ir.capture.source import failing_line
 from xdit_ir.errors import TraceError
+from xdit_ir.reflection.tree import modules_of, named_modules_of
 
 FAILURES = (Restart, Repeated, Opaque, ShapeDepends, Unshareable)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -88,9 +89,9 @@ class Rung:
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that may become blocks, by path: with children of their own, and siblings of their class."""
     chosen: set[int] = set()
-    for parent in model.modules():
+    for parent in modules_of(model):
         children = [child for child in parent._modules.values() if child is not None and child._modules]
         enough = 2 if isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) else 3
         kinds = [type(child) for child in children]
         chosen |= {id(child) for child in children if kinds.count(type(child)) >= enough}
-    return {path: module for path, module in model.named_modules() if id(module) in chosen}
+    return {path: module for path, module in named_modules_of(model) if id(module) in chosen}

@@ -21,6 +21,7 @@ from torch import nn
 from xdit_ir.capture.packed_attention import PackedAttention
 from xdit_ir.capture.source import source_line
 from xdit_ir.errors import TraceError
+from xdit_ir.reflection.tree import modules_of
 
 Arguments = dict[str, Any]
 
@@ -206,9 +207,12 @@ def replacements(model: nn.Module) -> dict[int, Callable[..., Any]]:
     """What takes the place of the libraries' functions, by the id of theirs, in modules imported under their names; of
     those for weights of their own, if the model has such."""
     found: dict[int, Callable[..., Any]] = {}
-    packages = {type(weight).__module__.partition(".")[0] for weight in model.parameters()}
+    kinds = {type(weight) for module in modules_of(model) for weight in dict.values(module._parameters)}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
     for module_name, module in list(sys.modules.items()):
         package = module_name.partition(".")[0]
+        if package not in _LIBRARIES and package not in _WEIGHTS:
+            continue
         known = _WEIGHTS.get(package, {}) if package in packages else _LIBRARIES.get(package, {})
         for name, function in known.items():
             original = getattr(module, "__dict__", {}).get(name)

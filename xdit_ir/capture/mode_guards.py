@@ -19,6 +19,7 @@ from xdit_ir.errors import TraceError
 from xdit_ir.ir.guards import ASKED, Guard
 from xdit_ir.ir.program import Program
 from xdit_ir.reflection.looked_into import is_library
+from xdit_ir.reflection.tree import modules_of
 
 _QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "initial_seed", "get_num_threads")
 _SEEDS = ("manual_seed", "seed", "set_rng_state")
@@ -103,7 +104,7 @@ def mode_refusal() -> TraceError | None:
 
 def _globals(model: nn.Module) -> list[dict[str, Any]]:
     """Those of the Python modules of the model's classes, which may have imported a function by its name."""
-    names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
+    names = {kind.__module__ for module in modules_of(model) for kind in type(module).__mro__}
     return [vars(sys.modules[name]) for name in names if name in sys.modules and name.partition(".")[0] != "torch"]
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from xdit_ir.errors import TraceError
 from xdit_ir.ir.wrappers import PLAIN, bare, parts_inside
 from xdit_ir.reflection.atoms import VALUES
+from xdit_ir.reflection.tree import named_modules_of
 
 _WRAPPERS = (DataParallel, DistributedDataParallel)
 Casts = dict[tuple[int, str], tuple[dict[str, Any], Any, torch.dtype]]
@@ -101,7 +102,7 @@ def _has_all(wide: torch.dtype, narrow: torch.dtype) -> bool:
 
 def _odd(model: nn.Module) -> Iterator[str]:
     name_of = type(model).__name__
-    for path, module in model.named_modules():
+    for path, module in named_modules_of(model):
         where = path or name_of
         if isinstance(module, torch.jit.ScriptModule):
             yield f"{where} is a ScriptModule (torch.jit), which cannot be looked into; port what it was made of"

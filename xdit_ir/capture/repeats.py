@@ -30,7 +30,7 @@ class Repeats:
     def __init__(self, recorder: Recorder, blocks: Blocks, found: frozenset[Spot], never: frozenset[Spot]) -> None:
         self.recorder, self.found, self.late = recorder, found, set[Spot]()
         self._blocks, self._count = blocks, 0  # of calls that are blocks
-        self._not, self._seen = set(never), dict[Any, float]()  # with their FLOPs
+        self._not, self._seen = set(never), dict[Any, bool]()  # and whether they have FLOPs
 
     def wants(self, spot: Spot) -> bool:
         """Whether a call is to be a block."""
@@ -63,7 +63,7 @@ class Repeats:
         output = recorded(*args, **kwargs)
         new = self._since(nodes)
         if len(new) >= LONG and blocks == self._count and _leaves_in_lists(call, args, kwargs):
-            self._seen[spot, call.key] = sum(map(node_flops, new))
+            self._seen[spot, call.key] = any(map(node_flops, new))
         else:
             self._not.add(spot)
         return output

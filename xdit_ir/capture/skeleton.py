@@ -140,17 +140,18 @@ class Skeleton:
             return found  # type: ignore[no-any-return]
         copy = module.__class__.__new__(module.__class__)
         self._remember(module, copy)
+        held, copies, originals = copy.__dict__, self._copies, self._originals
         for name, item in module.__dict__.items():
             if name in ("_parameters", "_buffers"):
-                copy.__dict__[name] = LazyState(item, self.state_of)
-                self._remember(item, copy.__dict__[name])
-            elif type(item) in VALUES:
-                copy.__dict__[name] = item
-            elif type(item) in _EMPTIED and not item and id(item) not in self._copies:  # most hold no hooks
-                copy.__dict__[name] = made = type(item)()
-                self._remember(item, made)
+                held[name] = LazyState(item, self.state_of)
+                self._remember(item, held[name])
+            elif (kind := type(item)) in VALUES:
+                held[name] = item
+            elif kind in _EMPTIED and not item and id(item) not in copies:  # most hold no hooks
+                held[name] = copies[id(item)] = kind()  # as `_remember` does
+                originals.append(item)
             elif name != _COMPILED:
-                copy.__dict__[name] = self._copy(item)
+                held[name] = self._copy(item)
         if "_orig_mod" in module._modules and "dynamo_ctx" in module.__dict__:
             copy.__dict__["forward"] = copy._modules["_orig_mod"]  # torch.compile(module): what it wraps
         return copy
@@ -268,5 +269,6 @@ def _state_names(everything: Sequence[tuple[str, nn.Module]]) -> tuple[dict[int,
     registered = set(names)
     for path, module in everything:
         own = [(name, item) for name, item in module.__dict__.items() if type(item) not in VALUES]
+        own = [(name, item) for name, item in own if not (type(item) in _EMPTIED and not item)]
         add(path, {name: item for name, item in own if name not in _SKIPPED}, _DEPTH)
     return names, registered

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from operator import is_
 from typing import Any
 
@@ -55,7 +56,7 @@ class StateWatch:
 
     def exchange(self, copies: Callable[[Part, Mapping[Any, Any]], dict[Any, Any] | None]) -> None:
         """Let parts hold what `copies` says, until `restore`."""
-        made = [(part, copies(part, held)) for part, held in self._first]
+        made = [(part, copies(part, held)) for part, held in self._first if held]
         for part, held in made:
             if held is not None:
                 part.put(held)
@@ -67,7 +68,9 @@ class StateWatch:
         """What is not as it was."""
         for part, before in self._before:
             held = part.read()
-            if _is_untouched(held, before):
+            if not held and not before:  # most containers of modules
+                continue
+            if _is_untouched(held, before) or _is_watched(held, before):
                 continue
             now = {key: item for key, item in held.items() if traced(item) is item and key != NAMED}
             before = {key: item for key, item in before.items() if key in now or key not in ("forward", NAMED)}
@@ -100,6 +103,15 @@ class StateWatch:
 def _is_untouched(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
     """Whether these are the very same entries."""
     return len(now) == len(before) and all(map(is_, (*now, *now.values()), (*before, *before.values())))
+
+
+def _is_watched(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
+    """Whether these are the very same entries, and behind them the tracer's own wrappers only."""
+    if len(now) <= len(before) or "forward" in before or NAMED in before:
+        return False
+    if not all(map(is_, (*before, *before.values()), (*islice(now, len(before)), *islice(now.values(), len(before))))):
+        return False
+    return all(traced(item) is not item for item in islice(now.values(), len(before), None))
 
 
 @contextmanager

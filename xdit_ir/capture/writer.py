@@ -13,6 +13,7 @@ from xdit_ir.capture.operators import IDENTITY, aten
 from xdit_ir.capture.source import source_line
 from xdit_ir.capture.values import Frame, View, spec_of
 from xdit_ir.errors import TraceError
+from xdit_ir.ir.graphs import add_node
 from xdit_ir.ir.program import CONSTANT, SPEC, WHERE, Where, qualified
 
 
@@ -33,7 +34,7 @@ class GraphWriter:
 
     def emit(self, op: str, target: Any, args: Any, kwargs: Any, spec: Any, where: Where, name: str = "") -> fx.Node:
         """Append a node with its metadata to the current graph."""
-        node = self.frame.graph.create_node(op, target, args, kwargs, name or None)
+        node = add_node(self.frame.graph, op, target, args, kwargs, name)
         node.meta.clear()
         node.meta[SPEC] = spec
         node.meta[WHERE] = where

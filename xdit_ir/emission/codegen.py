@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import keyword
 import operator
 import re
@@ -19,7 +18,7 @@ from xdit_ir.emission.slots import slot_call, slot_spec
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Slot
 from xdit_ir.ir.collective_ops import Communicate, PeerExchange, Reshuffle, Together
-from xdit_ir.ir.graphs import all_graphs, copy_node, operands, placeholders
+from xdit_ir.ir.graphs import add_node, all_graphs, copy_node, operands, placeholders
 from xdit_ir.ir.named_tensors import constants_on
 from xdit_ir.ir.program import CONSTANT, SPEC, Program, TensorSpec, call_parts, called_block, is_block_call, qualified
 from xdit_ir.kernels.attention import KernelAttention, KernelCall
@@ -219,7 +218,7 @@ class _CodeWriter:
                 self.taken.add(str(node.target))
         for name in names:
             self.state[name] = self._argument(name)
-            self.state[name].meta = dict(read[name].meta)
+            self.state[name].meta.update(read[name].meta)
         return tuple(self.state)
 
     def buffers(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -231,10 +230,12 @@ class _CodeWriter:
         """A placeholder whose name, which becomes that of an argument in Python, no other has."""
         wanted = _identifier(name)
         wanted = wanted if wanted.isidentifier() and not keyword.iskeyword(wanted) else f"_{wanted}"
-        names = itertools.chain([wanted], (f"{wanted}_{count}" for count in itertools.count(1)))
-        name = next(one for one in names if one not in self.taken)
+        name, count = wanted, 0
+        while name in self.taken:
+            count += 1
+            name = f"{wanted}_{count}"
         self.taken.add(name)
-        return self.graph.placeholder(name)
+        return add_node(self.graph, "placeholder", name)
 
     def share(self, mailbox: Mailbox) -> None:
         """Write the placeholders of an outer graph for what the mailbox opens."""
@@ -342,7 +343,7 @@ class _CodeWriter:
 
     def _call(self, place: str, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> fx.Node:
         self.modules[place] = module
-        return self.graph.create_node("call_module", place, args, kwargs, name=name)
+        return add_node(self.graph, "call_module", place, args, kwargs, name)
 
     def _block_call(self, node: fx.Node, bodies: Mapping[str, EmittedBody]) -> fx.Node:
         name, prefix, *_ = call_parts(node)
@@ -353,7 +354,7 @@ class _CodeWriter:
         given += [self.state[constant] for constant in body.constants]
         given += [self.kept[qualified(prefix, slot)] for slot in body.slots]
         shared = (self.shared[0], self.letters[name, next(self.slots[name])]) if body.uses_mailbox else ()
-        return self.graph.create_node("call_module", place, (*given, *shared), name=node.name)
+        return add_node(self.graph, "call_module", place, (*given, *shared), name=node.name)
 
 
 def _identifier(name: str) -> str:

@@ -111,6 +111,8 @@ def _key(node: fx.Node, order: Mapping[fx.Node, int], numbers: list[int]) -> Has
         return None if spec is None else (spec.dtype, len(spec.shape), is_value(node))
     if node.op == "call_function" and not isinstance(node.target, _FUNCTIONS):
         raise TypeError(f"{node.target} is known by identity only")
+    if node.op == "get_attr" and not node.args and not node.kwargs:  # most nodes of a program
+        return node.op, ((), ())
     return node.target if node.op == "call_function" else node.op, _pattern((node.args, node.kwargs), order, numbers)
 
 

@@ -17,13 +17,15 @@ from xdit_ir.ir.program import (
     WHERE,
     Block,
     Program,
+    call_block,
     called_block,
-    is_block_call,
     qualified,
     where_of,
 )
 
 OUTER = ""  # the outer graph among the names of blocks
+_set_args: Any = vars(fx.Node)["args"].fset
+_set_kwargs: Any = vars(fx.Node)["kwargs"].fset
 
 
 def nodes_in(value: Any) -> list[fx.Node]:
@@ -35,7 +37,8 @@ def nodes_in(value: Any) -> list[fx.Node]:
 
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a node by position; one that is used twice is listed twice."""
-    return nodes_in((node.args, node.kwargs))
+    args, kwargs = node.args, node.kwargs
+    return nodes_in((args, kwargs)) if args or kwargs else []
 
 
 def takers(node: fx.Node, is_view: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
@@ -69,6 +72,8 @@ def results_of(graph: fx.Graph) -> list[fx.Node]:
 
 def with_operands(node: fx.Node, new: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The node's arguments with its operands replaced, by position."""
+    if not node.args and not node.kwargs:
+        return (), {}
     feed = iter(new)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(feed))
     return args, dict(kwargs)
@@ -103,12 +108,12 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 def add_node(graph: fx.Graph, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str = "") -> fx.Node:
     """`graph.create_node` in half of the time: arguments are given later, as a graph looks through those that a node is
-    made with."""
+    made with, and by their setters, as setting an attribute of a node files it anew in its graph."""
     new = graph.create_node(op, target, name=name or None)
     if args:
-        new.args = args
+        _set_args(new, args)
     if kwargs:
-        new.kwargs = kwargs
+        _set_kwargs(new, kwargs)
     return new
 
 
@@ -146,11 +151,10 @@ def drop_unused_weights(body: fx.Graph) -> None:
 def fit_calls(graph: fx.Graph, blocks: Mapping[str, Block]) -> None:
     """Give to every block the weights that it takes, and no others."""
     needed = {name: weights_of(block.graph) for name, block in blocks.items()}
-    for call in graph.nodes:
-        if is_block_call(call):
-            name, prefix, values, weights = call.args
-            if len(weights) != len(needed[name]):
-                call.args = (name, prefix, values, {key: weights[key] for key in needed[name]})
+    for call in graph.find_nodes(op="call_function", target=call_block):
+        name, prefix, values, weights = call.args
+        if len(weights) != len(needed[name]):
+            call.args = (name, prefix, values, {key: weights[key] for key in needed[name]})
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from xdit_ir.ir.graphs import (
+    add_node,
     arguments_of,
     copy_graph,
     copy_node,
@@ -127,13 +128,13 @@ def _call_early(
     given = {node.name: value for node, value in zip(arguments_of(program.blocks[name].graph), values, strict=True)}
     taken = [env[given[node.name]] for node in arguments_of(block.graph)]
     needed = {key: env[weights[key]] for key in weights_of(block.graph)}
-    new = graph.call_function(call_block, (block.name, prefix, taken, needed))
+    new = add_node(graph, "call_function", call_block, (block.name, prefix, taken, needed))
     results = results_of(block.graph)
-    new.meta = call.meta | _types(results)
+    new.meta.update(call.meta | _types(results))
     parts = []
     for index, result in enumerate(results):
-        parts.append(graph.call_function(operator.getitem, (new, index)))
-        parts[-1].meta = {key: value for key, value in (call.meta | result.meta).items() if key != WEIGHT}
+        parts.append(add_node(graph, "call_function", operator.getitem, (new, index)))
+        parts[-1].meta.update({key: value for key, value in (call.meta | result.meta).items() if key != WEIGHT})
     return parts
 
 

@@ -39,7 +39,7 @@ class Layout:
         """Replicated."""
         return Layout((None,) * ndim)
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         """Whether every rank holds the whole value."""
         return not self.partial and all(dim is None for dim in self.dims)

@@ -238,7 +238,7 @@ class Program:
     @property
     def calls(self) -> Iterator[fx.Node]:
         """The block calls of the outer graph, in order."""
-        return (node for node in self.graph.nodes if is_block_call(node))
+        return iter(self.graph.find_nodes(op="call_function", target=call_block))
 
 
 def call_block(

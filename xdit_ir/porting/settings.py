@@ -18,6 +18,7 @@ from xdit_ir.reflection.atoms import alike, same_entries
 from xdit_ir.reflection.hidden_state import DRAWN
 from xdit_ir.reflection.parts import Cell, Defaults, Names, Part
 from xdit_ir.reflection.reach import BESIDE, Reach
+from xdit_ir.reflection.tree import modules_of
 from xdit_ir.reflection.versions import Versions
 
 _STATE = ("_parameters", "_buffers")
@@ -120,7 +121,7 @@ class ModelSettings:
         modules = [module for _, module in reach.modules]
         typed = [*modules, *reach.objects]
         owners = [item for item in reach.objects if type(getattr(item, "__dict__", None)) is dict]
-        used = set(model.modules())  # of others a program keeps the weights themselves
+        used = set(modules_of(model))  # of others a program keeps the weights themselves
         states = [vars(module)[name] for module in modules if module in used for name in _STATE]
         kept = [tensor for module in modules if module not in used for tensor in _weights(module)]
         dicts, parts = _split((*reach.parts, *reach.library), modules, states, unread)

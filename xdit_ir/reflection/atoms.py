@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,10 @@ def alike(now: Any, before: Any) -> bool:
 
 def same_entries(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
     """Whether all entries are as they were, in the same order."""
-    return (
-        len(now) == len(before)
-        and all(map(_is_same_key, now, before))
-        and all(map(alike, now.values(), before.values()))
+    if len(now) != len(before):
+        return False
+    return (all(map(is_, now, before)) or all(map(_is_same_key, now, before))) and (
+        all(map(is_, now.values(), before.values())) or all(map(alike, now.values(), before.values()))
     )
 
 

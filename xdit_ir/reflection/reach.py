@@ -110,13 +110,17 @@ class Reach:
             self._object(label, item)
 
     def _push(self, items: Iterable[tuple[str, Any]], named: bool = False) -> None:
-        self._waiting.extend((label, item, named) for label, item in items if type(item) not in VALUES)
+        self._waiting += [(label, item, named) for label, item in items if type(item) not in VALUES]
 
     def _whole(self, label: str, item: Any) -> None:
         """A list, dict or set: most are empty, as those for hooks."""
         if id(item) not in self._seen:
             self._seen[id(item)] = item
-            self._part(WHOLE[type(item)](item, label))
+            part = WHOLE[type(item)](item, label)
+            if item:
+                self._part(part)
+            else:
+                self.parts.append(part)
 
     def _part(self, part: Part) -> None:
         self.parts.append(part)

@@ -110,12 +110,12 @@ class LayoutGraph:
         """Against the data flow: drop what nothing uses; `push` rewrites a step and says what to put before it."""
         backwards: list[LayoutNode] = []
         for step in reversed(self.steps):
-            if not step.is_needed:
+            if not step.users and not step.is_needed:
                 step.detach()
                 continue
-            before = push(step)
+            before = push(step) if step.relayout or step.node.op == "call_function" else ()
             backwards += [step, *reversed(before)]
-        self.steps = [step for step in reversed(backwards) if step.is_needed]
+        self.steps = [step for step in reversed(backwards) if step.users or step.is_needed]
 
     def flops(self) -> list[int]:
         """FLOPs per rank, block calls aside."""

@@ -41,6 +41,7 @@ class Propagation:
     infer: Infer = infer
     inside: Mapping[str, Seeds] = field(default_factory=dict)
     bodies: dict[Variant, BlockVariant] = field(default_factory=dict, init=False)
+    _settled: dict[tuple[object, ...], tuple[Layouts, ...]] = field(default_factory=dict, init=False)
     rulings: Rulings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +94,18 @@ class Propagation:
             yield layouts
             seen.add(layouts)
             preferred_inputs = self.body(name, layouts, results).preferred_inputs
-            layouts = tuple(preferred_inputs.get(place, layout) for place, layout in enumerate(layouts))
+            if preferred_inputs:
+                layouts = tuple(preferred_inputs.get(place, layout) for place, layout in enumerate(layouts))
+
+    def settled(self, name: str, given: Layouts) -> tuple[Layouts, Layouts]:
+        """What a block wants in the end instead of arguments of these layouts, and the layouts of what it then returns;
+        remembered for these very objects."""
+        key = (name, *map(id, given))
+        if key not in self._settled:
+            *_, wanted = self.block_input_fixpoint(name, given)
+            self._settled[key] = wanted, self.body(name, wanted).draft.outputs, given  # which keeps their ids
+        wanted, returned, _ = self._settled[key]
+        return wanted, returned
 
 
 class _GraphPropagation:
@@ -143,7 +155,7 @@ class _GraphPropagation:
         ruling = self.rulings.rule(node, tuple(source.layout for source in sources))
         if node in self.tail and any(self._divides_anew(*pair) for pair in zip(sources, ruling.inputs, strict=True)):
             ruling = self.rulings.rule(node, tuple(Layout.whole(len(source.spec.shape)) for source in sources))
-        taken = [self.convert(source, want) for source, want in zip(sources, ruling.inputs, strict=True)]
+        taken = self._all_converted(sources, ruling.inputs)
         new = self._add(node, ruling.target or node.target, taken, ruling.outputs)
         new.fallback = ruling.fallback
         return new if ruling.result_layout is None else self.convert(new, ruling.result_layout)
@@ -167,16 +179,17 @@ class _GraphPropagation:
 
     def _call(self, node: fx.Node, sources: list[LayoutNode]) -> LayoutNode:
         name = called_block(node)
-        *_, layouts = self.run.block_input_fixpoint(name, tuple(self._given(source.layout) for source in sources))
-        sources = [self.convert(source, want) for source, want in zip(sources, layouts, strict=True)]
-        new = self._add(node, node.target, sources, self.run.body(name, layouts).draft.outputs)
+        layouts, returned = self.run.settled(name, tuple(self._given(source.layout) for source in sources))
+        new = self._add(node, node.target, self._all_converted(sources, layouts), returned)
         new.body = (name, layouts, None)
         return new
 
     def _given(self, layout: Layout) -> Layout:
         """What a block is given: sums; and whole features, where seeds inside of blocks say how these are divided."""
+        if not self.run.inside:
+            return layout.summed() if layout.partial else layout
         mesh, features = self.rulings.mesh, frozenset(FEATURES)
-        if self.run.inside and not layout.dividing_dims(mesh).isdisjoint(features):
+        if not layout.dividing_dims(mesh).isdisjoint(features):
             dims = ((dim, part) for dim, part in enumerate(layout.dims) if mesh.dividing_dims(part) & features)
             layout = layout.with_dims({dim: mesh.gathered(part, features) for dim, part in dims if part})
         return layout.summed()
@@ -190,6 +203,10 @@ class _GraphPropagation:
             results = [self.convert(value, want) for value, want in zip(results, self.results, strict=True)]
         self.draft.outputs = tuple(value.layout for value in results)
         self._add(node, node.target, results, self.draft.outputs)
+
+    def _all_converted(self, values: list[LayoutNode], wanted: Layouts) -> list[LayoutNode]:
+        pairs = zip(values, wanted, strict=True)
+        return [value if value.layout is want else self.convert(value, want) for value, want in pairs]
 
     def convert(self, value: LayoutNode, want: Layout) -> LayoutNode:
         """The value in another layout."""

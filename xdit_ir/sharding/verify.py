@@ -41,11 +41,12 @@ def verify(program: Program, after: str = "", *, runnable: bool = False, inferre
 
 @dataclass(frozen=True, eq=False)
 class _Called:
-    """A block as its calls see it: what is given, all that it takes, the names of its weights, and whether these come
-    behind what is given; the layouts of its results."""
+    """A block as its calls see it: what is given, all that it takes, with types and layouts, the names of its weights,
+    and whether these come behind what is given; the layouts of its results."""
 
     inputs: list[fx.Node]
     taken: list[fx.Node]
+    types: list[tuple[Any, Any]]
     needed: list[str]
     in_order: bool
     layouts: tuple[Layout | None, ...]
@@ -54,7 +55,8 @@ class _Called:
     def of(graph: fx.Graph) -> _Called:
         inputs, taken, weights = arguments_of(graph), placeholders(graph), weights_of(graph)
         layouts = tuple(result.meta.get(LAYOUT) for result in results_of(graph))
-        return _Called(inputs, taken, list(weights), taken == [*inputs, *weights.values()], layouts)
+        in_order = taken == [*inputs, *weights.values()]
+        return _Called(inputs, taken, list(map(_type, taken)), list(weights), in_order, layouts)
 
 
 class _Verifier:
@@ -101,6 +103,8 @@ class _Verifier:
         layout = node.meta.get(LAYOUT)
         if layout is None:
             self.fail(node, "has no layout")
+        elif node.op == "get_attr" and layout.is_whole and len(layout.dims) == len(node.meta[SPEC].shape):
+            return  # as most weights: nothing else is asked of it
         for spec, one in _pairs(node):
             self._well_formed(node, mesh, spec, one)
         if node.op != "call_function" or is_block_call(node):
@@ -185,21 +189,24 @@ class _Verifier:
             self.fail(node, f"gives {len(values)} values to {len(called.inputs)} arguments of {name}")
         if called.needed != list(weights) or not called.in_order:
             self.fail(node, f"gives the weights {list(weights)} to {name}, which takes {called.needed}, in this order")
-        for given, taken in zip(operands(node), called.taken, strict=True):
-            if given.meta[SPEC] != taken.meta[SPEC] or given.meta.get(LAYOUT) != taken.meta.get(LAYOUT):
-                self.fail(node, f"argument {taken.name} of {name} has another type")
+        types = list(map(_type, operands(node)))
+        if types != called.types:
+            pairs = zip(types, called.types, called.taken, strict=True)
+            other = next(taken.name for given, wanted, taken in pairs if given != wanted)
+            self.fail(node, f"argument {other} of {name} has another type")
         if self.program.layout_mesh is not None and node.meta[LAYOUT] != called.layouts:
             self.fail(node, f"the results of {name} have other layouts")
 
     def _known(self, node: fx.Node) -> None:
         """A body names no parameters: it is given them."""
         name = str(node.target)
-        owner, _, leaf = name.partition(".")
         if self.place == OUTER and name in self.program.stored:
             self._stored(node, self.program.stored[name])
             return
-        weights = self.program.state if self.place == OUTER else {}
-        if name not in weights and not (owner == CONSTANT and leaf in self.program.constants):
+        if self.place == OUTER and name in self.program.state:
+            return
+        owner, _, leaf = name.partition(".")
+        if not (owner == CONSTANT and leaf in self.program.constants):
             self.fail(node, f"{name} is no parameter, buffer or constant of the program")
 
     def _stored(self, node: fx.Node, stored: Stored) -> None:
@@ -223,6 +230,10 @@ class _Verifier:
         for value in results_of(self.program.graph):
             if not value.meta[LAYOUT].is_whole:
                 self.fail(value, "is an output of the model and not whole on every rank")
+
+
+def _type(node: fx.Node) -> tuple[Any, Any]:
+    return node.meta[SPEC], node.meta.get(LAYOUT)
 
 
 def _pairs(node: fx.Node) -> list[tuple[Any, Any]]:
