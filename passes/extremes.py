@@ -14,7 +14,6 @@ from xdit_ir.ir.program import SPEC
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.rules.reductions import is_extreme
 
-
 aten = torch.ops.aten
 AMONG = {aten.max: aten.amax.default, aten.min: aten.amin.default}
 
