@@ -15,7 +15,7 @@ from xdit_ir.passes.emit import Emitter
 from xdit_ir.rules.reductions import is_extreme
 
 aten = torch.ops.aten
-AMONG = {aten.max: aten.amax.default, aten.min: aten.amin.default}
+AMONG: dict[Any, Any] = {aten.max: aten.amax.default, aten.min: aten.amin.default}
 
 
 def extreme_without_place(graph: fx.Graph, node: fx.Node) -> bool:

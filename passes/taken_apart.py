@@ -54,7 +54,7 @@ def taken_apart(graph: fx.Graph, node: fx.Node) -> bool:
         elif part.target is operator.getitem and not isinstance(env[part.args[0]], fx.Node):
             env[part] = env[part.args[0]][part.args[1]]
         elif part.op == "call_function":
-            args, kwargs = fx.map_arg((part.args, part.kwargs), env.__getitem__)  # type: ignore[misc]
+            args, kwargs = fx.map_arg((part.args, part.kwargs), env.__getitem__)
             env[part] = emitter.emit(part.target, *args, **kwargs)
     result = env[parts.output_node().args[0]]  # type: ignore[index]
     if result.meta[SPEC] != node.meta[SPEC]:
@@ -82,7 +82,7 @@ def _traced(node: fx.Node, make: Callable[..., Any]) -> fx.Graph | None:
         return None
 
     def call(*tensors: torch.Tensor) -> Any:
-        args, kwargs = with_operands(node, tensors)  # type: ignore[arg-type]
+        args, kwargs = with_operands(node, tensors)
         return make(*args, **kwargs)
 
     try:
