@@ -13,7 +13,7 @@ from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import bound_arguments, map_graphs, remove_dead
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.emit import Emitter
-from xdit_ir.passes.extremes import extreme_of_rows
+from xdit_ir.passes.extremes import extreme_of_rows, extreme_without_place
 from xdit_ir.passes.find_tokens import PADS
 from xdit_ir.passes.given_back import is_needed
 from xdit_ir.passes.patches import (
@@ -25,6 +25,7 @@ from xdit_ir.passes.patches import (
     windows_of_unfold,
 )
 from xdit_ir.passes.short_time import frames_of_sound, sound_of_frames
+from xdit_ir.passes.taken_apart import differences, taken_apart
 from xdit_ir.passes.unbound import unbind_selected
 from xdit_ir.passes.views import PERMUTES, VIEWS, source_of_chain
 from xdit_ir.passes.whole_pools import pool_of_everything
@@ -44,7 +45,8 @@ COPIES = (
 class Canonicalize:
     """Drop copies, no-op casts, pads of nothing and factors of 1, collapse view chains, write convolutions that make
     tokens of patches, or patches of tokens, as matrix products, `unfold` and `fold` of windows side by side as views,
-    attention as one `attention` operator, and the largest element of a tensor as that of its rows. What loops take
+    attention as one `attention` operator, the largest element of a tensor as that of its rows, and operators that no
+    rule knows as those of which PyTorch makes them, where rules know these. What loops take
     apart row by row is taken apart at once, and what is written piece by piece until it is full is joined from the
     pieces.
     """
@@ -80,7 +82,10 @@ def _canonicalize(graph: fx.Graph) -> None:
             _attention,
             _collapse_views,
             _reshape,
+            extreme_without_place,
             extreme_of_rows,
+            differences,
+            taken_apart,
             joined_from_pieces,
         ):
             if rewrite(graph, node):

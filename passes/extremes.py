@@ -1,16 +1,38 @@
-"""The one largest or smallest element of a tensor, as scales of whole tensors are made of it: taken once, by rows."""
+"""Largest and smallest elements: without their places; and the one of a tensor, as scales are made of it, by rows."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from xdit_ir.ir.graphs import bound_arguments, operands, with_operands
 from xdit_ir.ir.program import SPEC
 from xdit_ir.passes.emit import Emitter
 from xdit_ir.rules.reductions import is_extreme
+
+aten = torch.ops.aten
+AMONG: dict[Any, Any] = {aten.max: aten.amax.default, aten.min: aten.amin.default}
+
+
+def extreme_without_place(graph: fx.Graph, node: fx.Node) -> bool:
+    """Largest or smallest elements, of everything or of a dim, where nobody asks for their places: ranks then compare
+    those of parts."""
+    target = AMONG.get(getattr(node.target, "overloadpacket", None))
+    given = bound_arguments(node) if target is not None else {}
+    if target is None or "other" in given or not isinstance(given.get("dim", 0), int):
+        return False
+    taken = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+    if "dim" in given and len(taken) < len(node.users):
+        return False
+    dims = [given["dim"]] if "dim" in given else []
+    new = Emitter(graph, node).emit(target, given["self"], dims, given.get("keepdim", False))
+    for user in taken or [node]:
+        user.replace_all_uses_with(new)
+    return True
 
 
 def extreme_of_rows(graph: fx.Graph, node: fx.Node) -> bool:

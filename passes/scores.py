@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import fx
 from xdit_ir.ir.graphs import bound_arguments, operands
 from xdit_ir.ir.program import SPEC
 from xdit_ir.passes.products import Product, product_of
-from xdit_ir.passes.views import VIEWS
+from xdit_ir.passes.views import PERMUTES, VIEWS, order_of
 
 aten = torch.ops.aten
 SAME = (aten._to_copy.default, aten.clone.default, aten.dropout.default)
@@ -99,6 +99,12 @@ def _passes_through(node: fx.Node) -> bool:
     return node.target in VIEWS and node.meta[SPEC].shape[-2:] == operands(node)[0].meta[SPEC].shape[-2:]
 
 
+def _turns(node: fx.Node) -> bool:
+    """Whether a node transposes every matrix of the last two dims."""
+    ndim = len(node.meta[SPEC].shape)
+    return node.target in PERMUTES and order_of(node, ndim) == [*range(ndim - 2), ndim - 1, ndim - 2]
+
+
 def _scaled(node: fx.Node) -> _Layer | None:
     factor: Any = node.args[1]
     if not isinstance(factor, int | float) or factor <= 0:
@@ -162,19 +168,35 @@ def _as_keys(product: Product) -> Product | None:
 
 
 def weighted_by(softmax: fx.Node) -> Product | None:
-    """The product of the softmax (left) and values `[..., m, e]` (right), if that is its only use."""
+    """The product of the softmax (left) and values `[..., m, e]` (right), if that is its only use; it may be turned on
+    the way, as where values stand first: labels are those of its own dims."""
     node = softmax
+    straight: fx.Node | None = None  # where they were transposed, what was
     while len(node.users) == 1:
         user = next(iter(node.users))
         product = product_of(user) if user.op == "call_function" else None
         if product is not None:
             if product.right is node:
                 product = product.turned()
-            return product if product.left is node and _is_weighted(product) else None
-        if user.op != "call_function" or not _passes_through(user):
+            if product.left is not node:
+                return None
+            product = product if straight is None else _turned_back(product, straight)
+            return product if product is not None and _is_weighted(product) else None
+        if user.op != "call_function" or not (_passes_through(user) or _turns(user)):
             return None
+        if _turns(user):
+            straight = node if straight is None else None
         node = user
     return None
+
+
+def _turned_back(product: Product, straight: fx.Node) -> Product | None:
+    """The product with its left side as it was before its matrices were transposed; None where others than these are
+    views of each other."""
+    *batch, columns, rows = product.names[0]
+    if straight.meta[SPEC].shape[:-2] != product.left.meta[SPEC].shape[:-2]:
+        return None
+    return replace(product, left=straight, names=((*batch, rows, columns), product.names[1]))
 
 
 def _is_weighted(product: Product) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -18,8 +18,8 @@ from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import LAYOUT, SPEC, Program
 from xdit_ir.passes.emit import Emitter
-from xdit_ir.rules.norms import SPREADS, divided_statistics
-from xdit_ir.rules.reductions import combined_dims
+from xdit_ir.rules.norms import LOG_SOFTMAXES, SOFTMAXES, SPREADS, divided_statistics
+from xdit_ir.rules.reductions import combined_dims, softmax_dims
 from xdit_ir.rules.running import lengths_of_runs
 
 aten = torch.ops.aten
@@ -28,8 +28,9 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class SplitStatistics:
     """Write norms that are taken over a divided dim with sums, which ranks exchange once: a part's sum or mean of
-    squares, or its mean and variance, of which those of the whole are made in double precision. Norms over what every
-    rank holds stay one operator. Sums that run along a divided dim go on from those of the parts before, likewise.
+    squares, or its mean and variance, of which those of the whole are made in double precision; softmax with the
+    largest element and the sum of powers of each. Norms over what every rank holds stay one operator. Sums that run
+    along a divided dim go on from those of the parts before, likewise.
     """
 
     name: ClassVar[str] = "split-statistics"
@@ -132,9 +133,11 @@ def _cumsum(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
 
 
 def _extreme(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
-    """That of each rank's part, of all of which there is one number each."""
-    x: fx.Node = given["self"]
-    target, dims = emitter.node.target, combined_dims(given)
+    return _of_parts(emitter, given["self"], emitter.node.target, combined_dims(given), given["keepdim"])
+
+
+def _of_parts(emitter: Emitter, x: fx.Node, target: Any, dims: Sequence[int], keepdim: bool) -> fx.Node:
+    """The largest or smallest element of each rank's part, of all of which there is one number each."""
     assert emitter.mesh is not None
     runs = {dim: lengths_of_runs(emitter.mesh, x.meta[LAYOUT].dims[dim]) for dim in dims}
     for dim, lengths in runs.items():
@@ -143,7 +146,37 @@ def _extreme(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
         else:
             x = emitter.emit(target, x, [dim], True)
     x = emitter.relayout(x, x.meta[LAYOUT].with_dims(dict.fromkeys(dims)))
-    return emitter.emit(target, x, dims, given["keepdim"])
+    return emitter.emit(target, x, [*dims], keepdim)
+
+
+def _powers(emitter: Emitter, x: fx.Node, largest: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """What is less than the largest element by how much, e to the power of that, and the sum of these."""
+    lower = emitter.emit(aten.sub.Tensor, x, largest)
+    powers = emitter.emit(aten.exp.default, lower)
+    parts = emitter.emit(aten.sum.dim_IntList, powers, [*dims], True)
+    return lower, powers, emitter.relayout(parts, parts.meta[LAYOUT].summed())
+
+
+def _softmax(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
+    """Shares, or their logarithms, by the largest element and the sum of powers of all parts."""
+    dtype, dims = emitter.node.meta[SPEC].dtype, softmax_dims(given)
+    x = emitter.cast(given["self"], torch.promote_types(dtype, torch.float32))
+    lower, powers, total = _powers(emitter, x, _of_parts(emitter, x, aten.amax.default, dims, True), dims)
+    if emitter.node.target in SOFTMAXES:
+        return emitter.cast(emitter.emit(aten.div.Tensor, powers, total), dtype)
+    return emitter.cast(emitter.emit(aten.sub.Tensor, lower, emitter.emit(aten.log.default, total)), dtype)
+
+
+def _logsumexp(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
+    """The same sum's logarithm, to which the largest element is added again, but for one that is infinite."""
+    node, dims = emitter.node, combined_dims(given)
+    x = emitter.cast(given["self"], torch.promote_types(node.meta[SPEC].dtype, torch.float32))
+    largest = _of_parts(emitter, x, aten.amax.default, dims, True)
+    infinite = emitter.emit(aten.isinf.default, largest)
+    largest = emitter.emit(aten.masked_fill.Scalar, largest, infinite, 0)
+    _, _, total = _powers(emitter, x, largest, dims)
+    found = emitter.emit(aten.add.Tensor, emitter.emit(aten.log.default, total), largest)
+    return emitter.cast(emitter.reshape(found, node.meta[SPEC].shape), node.meta[SPEC].dtype)
 
 
 def _spread(emitter: Emitter, given: dict[str, Any]) -> fx.Node | tuple[fx.Node, fx.Node]:
@@ -176,5 +209,7 @@ WRITERS: dict[Any, Callable[[Emitter, dict[str, Any]], fx.Node | tuple[fx.Node, 
     aten.rms_norm.default: _rms_norm,
     aten.cumsum.default: _cumsum,
     **dict.fromkeys((aten.amax.default, aten.amin.default), _extreme),
+    **dict.fromkeys((*SOFTMAXES, *LOG_SOFTMAXES), _softmax),
+    aten.logsumexp.default: _logsumexp,
     **{one: _spread for packet in SPREADS for one in map(partial(getattr, packet), ("default", "dim", "correction"))},
 }

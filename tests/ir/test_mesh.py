@@ -9,6 +9,7 @@ import pytest
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.layout import Layout
 from xdit_ir.ir.mesh import DIMS, FEATURES, MESH_DIMS, SEQUENCE, TIME, Mesh
+from xdit_ir.ir.partition import Indices, Partition
 from xdit_ir.ir.printer import dimension_text, mesh_text
 from xdit_ir.ir.relayout import kind, plan
 
@@ -81,3 +82,22 @@ def test_dims_that_a_mesh_does_not_have() -> None:
             ask()
     with pytest.raises(IndexError, match="ring=2, but the mesh has ring=2"):
         USUAL.rank_at({"ring": 2})
+
+
+def runs(size: int, *parts: tuple[int, int]) -> Partition:
+    return Partition(size, tuple(Indices.range(*part) for part in parts))
+
+
+@pytest.mark.parametrize(
+    ("held", "once"),
+    [
+        (runs(9, (0, 5), (4, 9), (0, 0)), runs(9, (0, 4), (4, 9), (0, 0))),
+        (runs(9, (0, 5), (1, 8), (4, 9)), runs(9, (0, 3), (3, 6), (6, 9))),
+        (runs(9, (0, 3), (3, 6), (6, 9)), runs(9, (0, 3), (3, 6), (6, 9))),
+        (runs(9, (0, 9), (3, 6), (6, 9)), None),
+        (runs(9, (0, 3), (4, 6), (6, 9)), None),
+    ],
+    ids=["one overlap", "far", "none", "within another", "a gap"],
+)
+def test_runs_that_overlap_are_cut_in_the_middle(held: Partition, once: Partition | None) -> None:
+    assert Mesh.of(ulysses=3).apart(held) == once

@@ -139,6 +139,62 @@ class Sparse(nn.Module):
         return self.last(F.silu(self.norm(F.channel_shuffle(self.up(self.first(x)), 2))))
 
 
+class Smooth(nn.Module):
+    """Resized smoothly and normed at once; what ranks make then overlaps, and counts once in norms, means and sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs, self.norm = convs(4, 16, 16, 3), nn.GroupNorm(4, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(F.interpolate(self.convs[0](x), scale_factor=2, mode="bilinear"))
+        x = F.interpolate(self.convs[1](F.silu(x)), scale_factor=1.5, mode="bicubic")
+        x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True) + 0.01 * x.cumsum(2)
+        return self.convs[2](x / x.norm(dim=(2, 3), keepdim=True))
+
+
+class LinearAttending(nn.Module):
+    """Keys of a linear attention are shares of all pixels, and what it gives is scaled by the largest of everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.project = (
+            nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in ((4, 16, 3), (16, 3, 3), (16, 48, 1))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        q, k, v = self.project(x).flatten(2).chunk(3, 1)
+        context = torch.einsum("bdn,ben->bde", k.softmax(-1), v)
+        attended = torch.einsum("bde,bdn->ben", context, q.softmax(1)).view(x.shape)
+        x = x + attended / attended.max() - attended.logsumexp((2, 3), keepdim=True)
+        return self.last(x / x.flatten(2).max(-1)[0][..., None, None])
+
+
+class Quantising(nn.Module):
+    """The nearest of a table for each pixel, with the losses that come with it; pooled by windows that reach over the
+    end, in attention that weighs values from the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.table = (
+            nn.Conv2d(4, 8, 3, padding=1),
+            nn.Conv2d(8, 3, 3, padding=1),
+            nn.Embedding(32, 8),
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = F.avg_pool2d(self.first(x), 2, ceil_mode=True)
+        tokens = x.flatten(2).transpose(1, 2)
+        places = torch.cdist(tokens, self.table.weight[None]).argmin(-1)
+        nearest = self.table(places).transpose(1, 2)
+        loss = F.mse_loss(nearest, tokens.transpose(1, 2)) + F.smooth_l1_loss(nearest, tokens.transpose(1, 2))
+        weights = torch.bmm(tokens, nearest).softmax(2)
+        attended = torch.bmm(nearest, weights.permute(0, 2, 1)).view(x.shape)
+        variation = x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
+        return self.last(x + attended), loss + variation, places
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "texture": (Texture, ((1, 4, 13, 12),)),
     "panorama": (Panorama, ((1, 4, 13, 26),)),
@@ -147,6 +203,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = 
     "codec": (Codec, ((1, 16, 61),)),
     "vocoder": (Vocoder, ((1, 1003),)),
     "sparse": (Sparse, ((1, 4, 3, 13, 12),)),
+    "smooth": (Smooth, ((1, 4, 13, 12),)),
+    "linear-attending": (LinearAttending, ((1, 4, 24, 25),)),
+    "quantising": (Quantising, ((1, 4, 50, 37),)),
 }
 
 

@@ -48,6 +48,11 @@ def bmm(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(B, H, N, D)
 
 
+def values_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).mul(0.5).softmax(2)
+    return torch.bmm(v.flatten(0, 1).mT, scores.permute(0, 2, 1)).mT.view(B, H, N, D)
+
+
 def baddbmm(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     bias = mask.float()[:, None].expand(B, N, M).repeat_interleave(H, 0)
     scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, beta=2, alpha=0.5)
@@ -121,7 +126,19 @@ def composed(form: Form) -> Program:
     return program
 
 
-FORMS: list[Form] = [matmul, scaled_before, einsum, swapped, bmm, baddbmm, filled, all_hidden, where, upcast]
+FORMS: list[Form] = [
+    matmul,
+    scaled_before,
+    einsum,
+    swapped,
+    bmm,
+    baddbmm,
+    filled,
+    all_hidden,
+    where,
+    upcast,
+    values_first,
+]
 FORMS += [shared_keys, biased]
 
 

@@ -174,6 +174,11 @@ class Mesh:
         """Whether each index is held exactly once along the mesh dims that divide it: no halo, nothing left out."""
         return _tiles(self, partition)
 
+    def apart(self, partition: Partition) -> Partition | None:
+        """The partition with each index held once: where the runs of neighbours overlap, up to the middle of that; None
+        where ranks have other than one run each."""
+        return partition if self.tiles(partition) else _apart(self, partition)
+
     def gathered(self, partition: Partition, dims: Collection[str]) -> Partition | None:
         """What every rank holds after gathering over these mesh dims, parts in group order; None if that is whole."""
         return _gathered(self, partition, frozenset(dims))
@@ -260,6 +265,21 @@ def _covers(mesh: Mesh, partition: Partition) -> bool:
 @lru_cache(maxsize=4096)
 def _tiles(mesh: Mesh, partition: Partition) -> bool:
     return all(partition.tiles(group) for group in set(_groups(mesh, mesh.dividing_dims(partition))))
+
+
+@lru_cache(maxsize=4096)
+def _apart(mesh: Mesh, partition: Partition) -> Partition | None:
+    runs = sorted({part.runs for part in partition.parts if part.runs})
+    if any(len(one) > 1 for one in runs):
+        return None
+    edges = [(start, start + length) for ((start, length),) in runs]
+    pairs = list(itertools.pairwise(edges))
+    if not all(a < b <= end < stop for (a, end), (b, stop) in pairs):
+        return None
+    cuts = [0, *((end + start) // 2 for (_, end), (start, _) in pairs), partition.size]
+    own = {one: Indices.range(*cut) for one, cut in zip(runs, itertools.pairwise(cuts), strict=True)}
+    found = partition.map(partition.size, lambda part: own.get(part.runs, part))
+    return found if mesh.tiles(found) else None
 
 
 @lru_cache(maxsize=4096)

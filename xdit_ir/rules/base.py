@@ -8,7 +8,7 @@ the operands' layouts that give it (or None); the caller verifies that answer wi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -139,6 +139,13 @@ def dividing_dims_of(node: fx.Node, mesh: Mesh) -> frozenset[str]:
 def dims_whole(call: OpCall, operand: int, dims: Sequence[int]) -> Layout:
     """The operand's layout without a pending sum and with these dims made whole."""
     return call.layouts[operand].summed().with_dims(dict.fromkeys(dims))
+
+
+def without_overlaps(call: OpCall, layout: Layout, dims: Iterable[int]) -> Layout:
+    """The layout with each index of these dims on one rank, for what must count it once: ranks drop what others have
+    too, or the dim is whole."""
+    divided = {dim: partition for dim in dims if (partition := layout.dims[dim]) is not None}
+    return layout.with_dims({dim: call.mesh.apart(partition) for dim, partition in divided.items()})
 
 
 def choose(mesh: Mesh, candidates: Iterator[tuple[int, Partition]]) -> dict[int, Partition]:

@@ -154,8 +154,9 @@ def _forward(call: OpCall, labels: Labels, sums: bool) -> OpSharding:
             for name, partition in zip(labels.operands[place], call.layouts[place].dims, strict=True):
                 if name is None or partition is None or partition.size != sizes[name]:
                     continue
-                if name in kept or (sums and call.mesh.tiles(partition)):
-                    yield name, partition
+                once = partition if name in kept else call.mesh.apart(partition) if sums else None
+                if once is not None:
+                    yield name, once
 
     chosen = choose(call.mesh, candidates())
     reduced = (partition for name, partition in chosen.items() if name not in kept)

@@ -29,12 +29,15 @@ from xdit_ir.rules.base import (
     as_layouts,
     rules_of,
     same_call,
+    without_overlaps,
 )
 from xdit_ir.rules.labels import Labels, Names, by_argument, labelled, plain
-from xdit_ir.rules.reductions import REDUCE, SUM, combined_dims
+from xdit_ir.rules.reductions import REDUCE, SUM, combined_dims, softmax_dims
 
 aten = torch.ops.aten
 SPREADS = (aten.var, aten.std, aten.var_mean, aten.std_mean)
+SOFTMAXES = (aten.softmax.int, aten._softmax.default)
+LOG_SOFTMAXES = (aten.log_softmax.int, aten._log_softmax.default)
 
 
 def _layer_norm(call: OpCall) -> Labels:
@@ -106,7 +109,8 @@ STATISTICS: dict[Any, Callable[[dict[str, Any]], Any]] = {
     aten.layer_norm.default: _features,
     aten.rms_norm.default: _features,
     aten.cumsum.default: _run,
-    **dict.fromkeys((aten.amax.default, aten.amin.default), combined_dims),
+    **dict.fromkeys((aten.amax.default, aten.amin.default, aten.logsumexp.default), combined_dims),
+    **dict.fromkeys((*SOFTMAXES, *LOG_SOFTMAXES), softmax_dims),
     **{
         one: combined_dims
         for packet in SPREADS
@@ -119,8 +123,7 @@ def _grouped(call: OpCall, layout: Layout, groups: int) -> Labels:
     """A norm over groups of channels and what is behind: ranks may have some of the groups, and parts of the rest."""
     channels, size = layout.dims[1], call.out.shape[1] // groups
     split = channels is not None and not all(_whole_groups(runs.runs, size) for runs in channels.parts)
-    overlaps = (d for d, dim in enumerate(layout.dims) if d > 1 and dim is not None and not call.mesh.tiles(dim))
-    names = plain(call.out, [*([1] if split else []), *overlaps])
+    names = plain(call.out, [1] if split else [])
     return by_argument(call, names, input=names, weight=names[1:2], bias=names[1:2])
 
 
@@ -145,7 +148,9 @@ def _local_groups(call: OpCall, sharding: OpSharding) -> Localize | None:
 def _grouped_norm(call: OpCall) -> OpSharding:
     if call.arguments.get("running_mean") is not None:
         return labelled(_running).forward(call)
-    return labelled(lambda call: _grouped(call, call.layouts[0], _groups(call)), _local_groups).forward(call)
+    layout = without_overlaps(call, call.layouts[0], range(2, len(call.out.shape)))
+    call = replace(call, layouts=(layout, *call.layouts[1:]))
+    return labelled(lambda call: _grouped(call, layout, _groups(call)), _local_groups).forward(call)
 
 
 def _grouped_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:

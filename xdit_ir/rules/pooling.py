@@ -40,10 +40,13 @@ def _windows(call: OpCall, spatial: int) -> Windows:
     return found
 
 
-def _kind(call: OpCall) -> str:
+def _kind(call: OpCall, spatial: int) -> str:
     if "count_include_pad" not in call.arguments:
         return "max"
-    return "avg" if call.arguments["count_include_pad"] else "inner"
+    if not call.arguments["count_include_pad"]:
+        return "inner"
+    unpadded = not any(_pooled(call, spatial)[2])  # what a last window reaches over is not counted then
+    return "inner" if unpadded and _overshoots(call, spatial) else "avg"
 
 
 def _overshoots(call: OpCall, spatial: int) -> bool:
@@ -59,12 +62,12 @@ def _pool(spatial: int) -> Rule:
         padding, divisor = [one.border for one in held], call.arguments.get("divisor_override")
         return (
             window_ops.padded_pool,
-            (call.arguments["self"], _kind(call), kernel, stride, padding, dilation, divisor),
+            (call.arguments["self"], _kind(call, spatial), kernel, stride, padding, dilation, divisor),
             {},
         )
 
     inside, whole = windowed(lambda call: _windows(call, spatial), local), labelled(leading(spatial))
-    return Rule.by(lambda call: whole if _kind(call) == "avg" and _overshoots(call, spatial) else inside)
+    return Rule.by(lambda call: whole if _kind(call, spatial) == "avg" and _overshoots(call, spatial) else inside)
 
 
 def _blocks(call: OpCall, spatial: int) -> list[int]:

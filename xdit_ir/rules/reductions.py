@@ -12,7 +12,17 @@ from torch import fx
 
 from xdit_ir.ir.mesh import SEQUENCE
 from xdit_ir.ir.program import SPEC
-from xdit_ir.rules.base import LocalCall, Localize, OpCall, OpSharding, Rule, as_layouts, as_outputs, rules_of
+from xdit_ir.rules.base import (
+    LocalCall,
+    Localize,
+    OpCall,
+    OpSharding,
+    Rule,
+    as_layouts,
+    as_outputs,
+    rules_of,
+    without_overlaps,
+)
 from xdit_ir.rules.labels import Labels, Names, aligned, by_argument, labelled, plain, unary
 from xdit_ir.rules.pointwise import POINTWISE
 from xdit_ir.rules.running import lengths_of_runs
@@ -89,7 +99,7 @@ def combined_dims(given: dict[str, Any]) -> list[int]:
 
 def _combined(call: OpCall) -> OpSharding:
     """Variances, and the largest elements: of runs of dims that ranks have, one each."""
-    layout = call.layouts[0].summed()
+    layout = without_overlaps(call, call.layouts[0].summed(), combined_dims(call.arguments))
     apart = [
         dim
         for dim in combined_dims(call.arguments)
@@ -98,6 +108,23 @@ def _combined(call: OpCall) -> OpSharding:
     astray = [dim for dim in _dims(call) if dim not in apart]
     sharding = SUM.forward(replace(call, layouts=(layout.with_dims(dict.fromkeys(astray)), *call.layouts[1:])))
     return replace(sharding, outputs=as_outputs(call, [one.summed() for one in as_layouts(sharding.outputs)]))
+
+
+def softmax_dims(given: dict[str, Any]) -> list[int]:
+    """The dim along which shares add up to one, if a lowering brings together what parts give; else none."""
+    spec = given["self"].meta[SPEC]
+    return [given["dim"] % len(spec.shape)] if spec.shape and spec.dtype.is_floating_point else []
+
+
+def _softmax(call: OpCall) -> OpSharding:
+    """Of runs of the dim that ranks have, one each, or of all of it."""
+    dims = softmax_dims(call.arguments)
+    layout = without_overlaps(call, call.layouts[0].summed(), dims)
+    free = [dim for dim in dims if call.dividing_dims(layout.dims[dim]) <= {*SEQUENCE}]
+    astray = [dim for dim in _dims(call) if dim not in free or not lengths_of_runs(call.mesh, layout.dims[dim])]
+    names = plain(call.out, astray)
+    call = replace(call, layouts=(layout, *call.layouts[1:]))
+    return labelled(lambda call: by_argument(call, names, self=names)).forward(call)
 
 
 def _cosine(call: OpCall) -> Labels:
@@ -125,7 +152,6 @@ RULES = {
         aten.any,
         aten.all,
         aten.prod,
-        aten.logsumexp,
         aten.argmax,
         aten.argmin,
         aten.median,
@@ -134,14 +160,16 @@ RULES = {
         aten.linalg_norm,
         aten.norm,
     ),
-    **rules_of(Rule(_combined, REDUCE.demand), aten.amax, aten.amin, aten.var, aten.std, aten.var_mean, aten.std_mean),
+    **rules_of(
+        Rule(_combined, REDUCE.demand),
+        *(aten.amax, aten.amin, aten.logsumexp, aten.var, aten.std, aten.var_mean, aten.std_mean),
+    ),
+    **rules_of(
+        Rule(_softmax, labelled(_along).demand), aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax
+    ),
     **rules_of(
         labelled(_along),
-        aten.softmax,
-        aten._softmax,
         aten._safe_softmax,
-        aten.log_softmax,
-        aten._log_softmax,
         aten.cumprod,
         aten.cummax,
         aten.cummin,
