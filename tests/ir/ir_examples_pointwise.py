@@ -278,7 +278,9 @@ def layer_norm(d, packet):
 @example(aten._weight_norm)
 def weight_norm(d, packet):
     shape, dim = d.shape(d.int(2, 3)), d.int(0, 1)
-    return Sample(packet.default, (d.tensor(*shape), d.tensor(*(n if i == dim else 1 for i, n in enumerate(shape))), dim))
+    return Sample(
+        packet.default, (d.tensor(*shape), d.tensor(*(n if i == dim else 1 for i, n in enumerate(shape))), dim)
+    )
 
 
 @example(aten.group_norm, aten.native_group_norm)

@@ -43,9 +43,7 @@ def product(d, packet):
 def bilinear(d, packet):
     batch, (left, right, out) = d.shape(d.int(1, 2)), d.shape(3)
     bias = d.tensor(out) if d.bool() else None
-    return Sample(
-        packet.default, (d.tensor(*batch, left), d.tensor(*batch, right), d.tensor(out, left, right), bias)
-    )
+    return Sample(packet.default, (d.tensor(*batch, left), d.tensor(*batch, right), d.tensor(out, left, right), bias))
 
 
 @example(aten._scaled_mm)

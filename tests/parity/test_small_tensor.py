@@ -101,7 +101,11 @@ class Pairs(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.few, self.form, self.out = nn.Linear(WIDTH, 8), nn.Bilinear(WIDTH, 8, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.few, self.form, self.out = (
+            nn.Linear(WIDTH, 8),
+            nn.Bilinear(WIDTH, 8, 2 * WIDTH),
+            nn.Linear(2 * WIDTH, WIDTH),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.out(F.silu(self.form(x, self.few(x))))

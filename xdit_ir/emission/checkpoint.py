@@ -325,8 +325,8 @@ class WeightStore:
         if found is None:
             raise MismatchError(
                 f"{name} has no values: the model is on the meta device, or gave it up (release=True) when it was made "
-                "parallel before; load, quantise and add adapters before the first forward, or give weights=, the folder "
-                "of a checkpoint"
+                "parallel before; load, quantise and add adapters before the first forward, or give weights=, the "
+                "folder of a checkpoint"
             )
         check_type(name, found, spec)
         return found
@@ -363,8 +363,8 @@ class Loading:
         """Raise `MismatchError` if any of these, which are loaded into the model, will be read from a checkpoint."""
         if self.weights is not None and (read := set(Checkpoint(Path(self.weights)).files).intersection(names)):
             raise MismatchError(
-                f"{min(read)} was loaded into a port that reads it from weights={str(self.weights)!r}, so that it has no "
-                "effect; port without weights=, or save into that folder what you load"
+                f"{min(read)} was loaded into a port that reads it from weights={str(self.weights)!r}, so that it has "
+                "no effect; port without weights=, or save into that folder what you load"
             )
 
     def component(self, name: str) -> Loading:

@@ -17,7 +17,6 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 
-
 class Hollow(nn.Parameter):
     """A parameter without contents, of which the version tells of writes through `.data` too."""
 

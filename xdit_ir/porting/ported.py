@@ -132,7 +132,7 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's; raises `MismatchError` where the port holds weights already, or is to read them elsewhere."""
+        """As the original's; raises `MismatchError` where the port holds weights already, or will read them."""
         self._xdit_specialisations.finish()
         if self._holds and self._xdit_specialisations.found:
             raise MismatchError(without_effect("a state dict was loaded into"))
