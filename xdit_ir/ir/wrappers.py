@@ -21,7 +21,7 @@ class Hollow(nn.Parameter):
     """A parameter without contents, of which the version tells of writes through `.data` too."""
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """Itself, without gradients."""
         return self.detach()
 
