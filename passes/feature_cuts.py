@@ -19,6 +19,7 @@ from xdit_ir.ir.program import LAYOUT, SPEC, Program, TensorSpec, is_weight
 from xdit_ir.passes.divide_conditions import is_condition
 from xdit_ir.passes.find_tokens import JOINS, segments_of, units_of
 from xdit_ir.rules.attentions import parts_of_heads
+from xdit_ir.rules.contractions import NAMED, labels_of
 from xdit_ir.rules.contractions import RULES as PRODUCTS
 from xdit_ir.rules.convolutions import space_of
 from xdit_ir.rules.views import RULES as VIEWS
@@ -46,7 +47,7 @@ class FeatureCuts:
         that one makes, or a table has, and all need; but not of conditions that follow from `early` inputs, which are
         made before the blocks."""
         hoisted, weights = self._hoisted(body, early), _weights_behind(body)
-        uses: dict[frozenset[fx.Node], list[tuple[fx.Node, int]]] = {}
+        uses: dict[frozenset[fx.Node], list[_Mixing]] = {}
 
         def held(node: fx.Node) -> int:
             return sum(one.meta[SPEC].nbytes for source in operands(node) for one in weights.get(source, ()))
@@ -58,15 +59,19 @@ class FeatureCuts:
                     yield (heads,)
                     if exits:
                         yield (heads, *exits)
-            elif node not in hoisted and (dim := _mixed_dim(node, weights)) is not None and held(node) > least:
-                uses.setdefault(weights[operands(node)[1]], []).append((node, dim))
-        for products in uses.values():  # a weight that is used twice must be cut in both places
-            yield from zip(*(self._summed(node, dim) for node, dim in products), strict=False)
+            elif node not in hoisted and (mixing := _mixing(node, weights)) is not None and held(node) > least:
+                uses.setdefault(mixing.weights, []).append(mixing)
+        for products in uses.values():  # a weight that is used twice must be cut in both places, or where one leads
+            yield from zip(*map(self._summed, products), strict=False)
+            if len(products) > 1:
+                yield from ((seed,) for product in products for seed in self._summed(product))
         for products in uses.values():
-            yield from zip(*(self._made(node, dim) for node, dim in products), strict=False)
+            yield from zip(*map(self._made, products), strict=False)
         for node in filter(_is_table, body.nodes):
             if held(node) > least:
-                yield from zip(self._made(node, len(node.meta[SPEC].shape) - 1))
+                table = _Mixing(node, weights[operands(node)[0]], (), (len(node.meta[SPEC].shape) - 1,))
+                others = uses.get(table.weights, [])
+                yield from zip(self._made(table), *map(self._summed, others), strict=False)
 
     def _hoisted(self, body: fx.Graph, early: set[fx.Node]) -> set[fx.Node]:
         """Projections of `early` conditions, but for those of which others are made, and these."""
@@ -79,11 +84,13 @@ class FeatureCuts:
         return {node for node in found if not before[node]} - set[fx.Node]().union(*before.values())
 
     def stuck(self, draft: LayoutGraph) -> Iterator[Cut]:
-        """Cuts that went no further against the data flow, as other users want more of the value."""
+        """Cuts that went no further against the data flow, as other users want more of the value: of what is computed,
+        and of weights of which these may take statistics of parts."""
         for step in draft.steps:
             if step.relayout and step.target is ops.shard and self._cuts(step.layout):
                 [source] = step.sources
-                if source.node.op == "call_function" and not source.relayout:
+                shared = source.node.op == "call_function" or (is_weight(source.node) and not source.common_shard())
+                if shared and not source.relayout:
                     yield ((source.node.name, (step.layout,)),)
 
     def _cuts(self, layout: Layout) -> bool:
@@ -107,7 +114,7 @@ class FeatureCuts:
             if _carries(node) and not carried.isdisjoint(operands(node)):
                 carried.add(node)
                 ends = (user for user in node.users if not _carries(user))
-                if isinstance(node.meta[SPEC], TensorSpec) and any(_mixed_dim(user, weights) is None for user in ends):
+                if isinstance(node.meta[SPEC], TensorSpec) and any(_mixing(user, weights) is None for user in ends):
                     yield node.name, (node.meta[LAYOUT].summed(),)
 
     def _inside(self, size: int) -> Iterator[Partition]:
@@ -115,19 +122,21 @@ class FeatureCuts:
         for unit in units_of(self.program, size):
             yield self.mesh.divide(size, FEATURES, segments=(unit,) * (size // unit))
 
-    def _summed(self, node: fx.Node, dim: int) -> Iterator[Seed]:
+    def _summed(self, product: _Mixing) -> Iterator[Seed]:
         """The features of what is multiplied with a weight; those of its parts, where it is joined."""
-        value = operands(node)[0]
-        joined = getattr(value.target, "overloadpacket", None) in JOINS
-        for part in operands(value) if joined else [value]:
-            size = part.meta[SPEC].shape[dim]
-            segments: Sequence[tuple[int, ...]] = ((), *segments_of(self.program, size))
-            yield from self._cut(part, dim, (self.mesh.divide(size, FEATURES, segments=one) for one in segments))
+        for value, dim in product.summed:
+            joined = getattr(value.target, "overloadpacket", None) in JOINS
+            for part in operands(value) if joined else [value]:
+                size = part.meta[SPEC].shape[dim]
+                segments: Sequence[tuple[int, ...]] = ((), *segments_of(self.program, size))
+                yield from self._cut(part, dim, (self.mesh.divide(size, FEATURES, segments=one) for one in segments))
 
-    def _made(self, node: fx.Node, dim: int) -> Iterator[Seed]:
-        size = node.meta[SPEC].shape[dim]
-        for name, (cut,) in self._cut(node, dim, [self.mesh.divide(size, FEATURES)]):
-            yield name, (cut, node.meta[LAYOUT].summed())
+    def _made(self, product: _Mixing) -> Iterator[Seed]:
+        node = product.node
+        for dim in product.made:
+            size = node.meta[SPEC].shape[dim]
+            for name, (cut,) in self._cut(node, dim, [self.mesh.divide(size, FEATURES)]):
+                yield name, (cut, node.meta[LAYOUT].summed())
 
     def _cut(self, node: fx.Node, dim: int, partitions: Iterable[Partition]) -> Iterator[Seed]:
         have: Layout = node.meta[LAYOUT].summed()
@@ -165,14 +174,51 @@ def _is_table(node: fx.Node) -> bool:
     return node.target is aten.embedding.default and is_weight(operands(node)[0])
 
 
-def _mixed_dim(node: fx.Node, weights: Origins) -> int | None:
-    """The dim of features that a product or a convolution with a weight sums up, and of those that it makes."""
+@dataclass(frozen=True)
+class _Mixing:
+    """A product or a convolution with weights: dims of its operands that it sums up with these, and those that it
+    makes."""
+
+    node: fx.Node
+    weights: frozenset[fx.Node]
+    summed: tuple[tuple[fx.Node, int], ...]
+    made: tuple[int, ...]
+
+
+def _mixing(node: fx.Node, weights: Origins) -> _Mixing | None:
     sources = operands(node)
     one = isinstance(node.meta.get(SPEC), TensorSpec) and node.meta[SPEC].shape
-    if not one or len(sources) < 2 or sources[0] in weights or sources[1] not in weights:
+    if not one or len(sources) < 2 or all(source in weights for source in sources):
         return None
     packet, ndim = getattr(node.target, "overloadpacket", None), len(sources[0].meta[SPEC].shape)
-    if packet in PRODUCTS and ndim == len(node.meta[SPEC].shape):
-        return ndim - 1
-    space = space_of(node.target, ndim, sources[1].meta[SPEC].shape)
-    return space.start - 1 if space and bound_arguments(node)["groups"] == 1 else None
+    dim = None
+    if sources[0] not in weights and sources[1] in weights:
+        space = space_of(node.target, ndim, sources[1].meta[SPEC].shape)
+        if packet in PRODUCTS and ndim == len(node.meta[SPEC].shape):
+            dim = ndim - 1
+        elif space and bound_arguments(node)["groups"] == 1:
+            dim = space.start - 1
+    if dim is not None and packet not in NAMED:
+        return _Mixing(node, weights[sources[1]], ((sources[0], dim),), (dim,))
+    return _named_mixing(node, weights)
+
+
+def _named_mixing(node: fx.Node, weights: Origins) -> _Mixing | None:
+    """The same of a product whose dims have names, wherever its weights stand."""
+    labels = labels_of(node)
+    if labels is None:
+        return None
+    pairs = list(zip(operands(node), labels.operands, strict=True))
+    mixed = {name for source, names in pairs if source in weights for name in names}
+    given = {name for source, names in pairs if source not in weights for name in names}
+    [result] = labels.results
+    summed = tuple(
+        (source, dim)
+        for source, names in pairs
+        if source not in weights
+        for dim, name in enumerate(names)
+        if name in mixed and name not in result
+    )
+    made = tuple(dim for dim, name in enumerate(result) if name in mixed and name not in given)
+    used = frozenset[fx.Node]().union(*(weights[source] for source, _ in pairs if source in weights))
+    return _Mixing(node, used, summed, made) if used and (summed or made) else None

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.graphs import placeholders
 from xdit_ir.ir.hoist import early_inputs
@@ -110,11 +111,19 @@ class ShardFeatures:
 
     def _gain(self, one: _Choice, before: _Choice, whole: _Choice) -> float:
         """The parts of a block's weights and work that are saved; nothing where either gets more, or weights not less:
-        such a cut is not one of features."""
-        if one.weights >= before.weights or one.work > before.work:
+        such a cut is not one of features. Nor is one of a weight that is brought together again."""
+        if one.weights >= before.weights or one.work > before.work or _gathers_weights(one.draft):
             return 0.0
         work = (before.work - one.work) / max(whole.work, 1)
         return (before.weights - one.weights) / max(whole.weights, 1) + work
 
     def _cost(self, one: _Choice, before: _Choice) -> float:
         return max(one.seconds - before.seconds, self.machine.latency / 8)
+
+
+def _gathers_weights(draft: LayoutGraph) -> bool:
+    """Whether a part of a weight is brought together for some user."""
+    return any(
+        step.relayout and step.target is not ops.shard and is_weight(step.node) and step.sources[0].relayout
+        for step in draft.steps
+    )

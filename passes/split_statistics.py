@@ -120,6 +120,14 @@ def _rms_norm(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
     return emitter.cast(x, dtype)
 
 
+def _weight_norm(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
+    """Each row scaled to a length that is given."""
+    weight: fx.Node = given["v"]
+    dims = [dim for dim in range(len(weight.meta[SPEC].shape)) if dim != given["dim"]]
+    length = _euclidean(emitter, {"self": weight, "dim": dims, "keepdim": True})
+    return emitter.emit(aten.mul.Tensor, weight, emitter.emit(aten.div.Tensor, given["g"], length))
+
+
 def _cumsum(emitter: Emitter, given: dict[str, Any]) -> fx.Node:
     """Each rank's own, which goes on from the sums of the parts before."""
     x: fx.Node = given["self"]
@@ -207,6 +215,7 @@ WRITERS: dict[Any, Callable[[Emitter, dict[str, Any]], fx.Node | tuple[fx.Node, 
     aten.linalg_vector_norm.default: _euclidean,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
+    aten._weight_norm.default: _weight_norm,
     aten.cumsum.default: _cumsum,
     **dict.fromkeys((aten.amax.default, aten.amin.default), _extreme),
     **dict.fromkeys((*SOFTMAXES, *LOG_SOFTMAXES), _softmax),

@@ -233,6 +233,54 @@ def test_weights_that_are_loaded_where_a_port_holds_them_are_refused(saved: Save
         run(ported, example)
 
 
+def fuse(layer: nn.Linear) -> None:
+    """As adapters are added to weights."""
+    layer.weight.data += torch.ones_like(layer.weight)
+
+
+def fuse_anew(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data + torch.ones_like(layer.weight)
+
+
+CHANGES: list[Callable[[nn.Linear], Any]] = [
+    lambda layer: layer.load_state_dict(nn.Linear(8, 8).state_dict()),
+    lambda layer: layer.weight.detach().mul_(2),
+    fuse,
+    fuse_anew,
+]
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["released", "read"])
+@pytest.mark.parametrize("change", CHANGES, ids=["load", "write", "fuse", "fuse_anew"])
+def test_what_is_written_into_a_layer_is_noticed(
+    change: Callable[[nn.Linear], Any], loaded: bool, tmp_path: Path
+) -> None:
+    """Where the port holds its weights: also where the model still has values, of which none are used."""
+    if loaded and change in (fuse, fuse_anew):
+        pytest.skip("of a tensor with values nothing tells of writes through `.data`")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False), torch.randn(2, 8)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        want = model(x)
+        ported = xir.port(model, **({"weights": tmp_path} if loaded else {"release": True}))
+        torch.testing.assert_close(ported(x), want)
+        torch.testing.assert_close(ported.bfloat16().float()(x), want)
+        change(model[1])  # type: ignore[arg-type]
+        with pytest.raises(xir.MismatchError, match=r"1\.weight was loaded into, or written to, in a model whose"):
+            ported(x)
+
+
+def test_what_a_port_reads_elsewhere_cannot_be_loaded_into_it(tmp_path: Path) -> None:
+    """Nor before the first forward; other tensors can."""
+    model = nn.Linear(2, 2)
+    save_file({"weight": model.weight.detach()}, tmp_path / "model.safetensors")
+    ported = xir.port(model, weights=tmp_path)
+    ported.load_state_dict({"bias": torch.ones(2)}, strict=False)
+    with pytest.raises(xir.MismatchError, match=r"weight was loaded into a port that reads it from weights="):
+        ported.load_state_dict(model.state_dict())
+
+
 class Tied(nn.Module):
     """Two layers with one weight, of which each rank holds all, or a part with the host."""
 

@@ -275,6 +275,14 @@ def layer_norm(d, packet):
     return Sample(packet.default, (d.tensor(*shape), list(own), *weights, 1e-5))
 
 
+@example(aten._weight_norm)
+def weight_norm(d, packet):
+    shape, dim = d.shape(d.int(2, 3)), d.int(0, 1)
+    return Sample(
+        packet.default, (d.tensor(*shape), d.tensor(*(n if i == dim else 1 for i, n in enumerate(shape))), dim)
+    )
+
+
 @example(aten.group_norm, aten.native_group_norm)
 def group_norm(d, packet):
     groups = d.int(1, 3)

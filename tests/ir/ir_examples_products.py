@@ -39,6 +39,13 @@ def product(d, packet):
     return Sample(packet.default, (*args, [0, -1], [2, 0]) if packet is aten.tensordot else args)
 
 
+@example(aten.bilinear)
+def bilinear(d, packet):
+    batch, (left, right, out) = d.shape(d.int(1, 2)), d.shape(3)
+    bias = d.tensor(out) if d.bool() else None
+    return Sample(packet.default, (d.tensor(*batch, left), d.tensor(*batch, right), d.tensor(out, left, right), bias))
+
+
 @example(aten._scaled_mm)
 def scaled(d, packet):
     rows, inner, columns = (16 * d.int(1, 2) for _ in range(3))

@@ -266,7 +266,8 @@ class WeightStore:
         self._parts.tensors |= parts.done()
         if self._given_up is None:
             pairs = [pair for found in named_tensors(self.model) for pair in zip(*found, strict=True)]
-            self._given_up = GivenUp({name: (held, key) for name, (held, key) in pairs if held[key].is_meta})
+            kept = {name: place for name, place in pairs if place[0][place[1]].is_meta or self._is_read(name, place)}
+            self._given_up = GivenUp(kept)
         for name in whole:
             if name not in self._tensors and self.checkpoint is not None and self._saved(name):
                 self._tensors[name] = self.checkpoint.read(self._saved_as(name), specs[name], self.device)
@@ -295,6 +296,10 @@ class WeightStore:
             self.checkpoint.called(self._saved_as(name)) in self.checkpoint.files or self._find(name) is None
         )
 
+    def _is_read(self, name: str, place: Place) -> bool:
+        """Whether what lies in a place of the model, or some part of it, is not used but read from the checkpoint."""
+        return any(self._saved(part) for part, _ in parts_inside(name, place[0][place[1]]))
+
     def _saved_as(self, name: str) -> str:
         """Under which of its names the checkpoint has a tensor of the model: files have those with several once."""
         assert self.checkpoint is not None
@@ -320,7 +325,8 @@ class WeightStore:
         if found is None:
             raise MismatchError(
                 f"{name} has no values: the model is on the meta device, or gave it up (release=True) when it was made "
-                "parallel for other inputs; give weights=, the folder of a checkpoint"
+                "parallel before; load, quantise and add adapters before the first forward, or give weights=, the "
+                "folder of a checkpoint"
             )
         check_type(name, found, spec)
         return found
@@ -352,6 +358,14 @@ class Loading:
     def holds(self) -> bool:
         """Whether weights are held besides those of the model."""
         return self.weights is not None or self.release
+
+    def check_loaded(self, names: Iterable[str]) -> None:
+        """Raise `MismatchError` if any of these, which are loaded into the model, will be read from a checkpoint."""
+        if self.weights is not None and (read := set(Checkpoint(Path(self.weights)).files).intersection(names)):
+            raise MismatchError(
+                f"{min(read)} was loaded into a port that reads it from weights={str(self.weights)!r}, so that it has "
+                "no effect; port without weights=, or save into that folder what you load"
+            )
 
     def component(self, name: str) -> Loading:
         """For a component of a pipeline, whose weights lie in a folder of its name."""

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from xdit_ir.errors import MismatchError
+from xdit_ir.ir.named_tensors import Place
 from xdit_ir.ir.program import Stored, TensorSpec
 from xdit_ir.ir.stored import runs_of
 from xdit_ir.reflection.versions import Versions
 
 AllStored = Mapping[str, Stored]
 NOTHING: AllStored = MappingProxyType({})
-_DTYPE, _IS_META = attrgetter("dtype"), attrgetter("is_meta")
+_DTYPE, _WRITES = attrgetter("dtype"), attrgetter("_version")
 
 
 def whole_names(names: Iterable[str], stored: AllStored) -> list[str]:
@@ -42,28 +42,43 @@ class StoredParts:
 
 
 class GivenUp:
-    """Places of a model that have no values, as its port holds them: what is loaded there would have no effect, nor
-    would a cast."""
+    """Places of a model whose values its port holds, and which may have none any more: what is loaded or written there
+    would have no effect, nor would a cast."""
 
-    def __init__(self, places: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+    def __init__(self, places: Mapping[str, Place]) -> None:
         self._places = places
         self._versions = Versions(list({id(holder): holder for holder, _ in places.values()}.values()))
-        self._tensors = [holder[leaf] for holder, leaf in places.values()]
-        self._dtypes = list(map(_DTYPE, self._tensors))
+        self._accept([holder[leaf] for holder, leaf in places.values()])
+
+    def _accept(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors, self._dtypes = tensors, list(map(_DTYPE, tensors))
+        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]  # others count no writes
+        self._writes = list(map(_WRITES, self._counted))
 
     def check(self) -> None:
-        """Raise `MismatchError` if one has values again, or was cast."""
+        """Raise `MismatchError` if one has other values, or was cast; values may go."""
         if self._versions.changed():
             now = [holder.get(leaf) for holder, leaf in self._places.values()]
-            self._tensors = [old if new is None else new for old, new in zip(self._tensors, now, strict=True)]
+            for name, old, new, dtype in zip(self._places, self._tensors, now, self._dtypes, strict=True):
+                _check_place(name, old, new, dtype)
+            self._accept([old if new is None else new for old, new in zip(self._tensors, now, strict=True)])
             self._versions.accept()
-        if list(map(_DTYPE, self._tensors)) == self._dtypes and all(map(_IS_META, self._tensors)):
-            return
-        for name, tensor, dtype in zip(self._places, self._tensors, self._dtypes, strict=True):
-            if not tensor.is_meta:
-                raise MismatchError(without_effect(f"{name} was loaded into"))
-            if tensor.dtype != dtype:
-                raise MismatchError(without_effect(f"{name} was cast from {dtype} to {tensor.dtype} in"))
+        if list(map(_DTYPE, self._tensors)) != self._dtypes:
+            for name, tensor, dtype in zip(self._places, self._tensors, self._dtypes, strict=True):
+                _check_place(name, tensor, tensor, dtype)
+        if list(map(_WRITES, self._counted)) != self._writes:
+            written = {id(one) for one, seen in zip(self._counted, self._writes, strict=True) if one._version != seen}
+            name = next(name for name, one in zip(self._places, self._tensors, strict=True) if id(one) in written)
+            raise MismatchError(without_effect(f"{name} was loaded into, or written to, in"))
+
+
+def _check_place(name: str, old: torch.Tensor, new: torch.Tensor | None, dtype: torch.dtype) -> None:
+    if new is None:
+        return
+    if new is not old and not new.is_meta:
+        raise MismatchError(without_effect(f"{name} was loaded into"))
+    if new.dtype != dtype:
+        raise MismatchError(without_effect(f"{name} was cast from {dtype} to {new.dtype} in"))
 
 
 HELD = (

@@ -12,10 +12,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
-PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})  # classes of tensors that are what they look like
+
+class Hollow(nn.Parameter):
+    """A parameter without contents, of which the version tells of writes through `.data` too."""
+
+    @property
+    def data(self) -> torch.Tensor:
+        """Itself, without gradients."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        cast, same = value.dtype != self.dtype, value.untyped_storage()._cdata == self.untyped_storage()._cdata
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        if not cast and not same:
+            increment_version(self)
+
+
+PLAIN = frozenset({torch.Tensor, nn.Parameter, Hollow, FakeTensor})  # classes of tensors that are what they look like
 
 
 def is_wrapper(item: Any) -> bool:
@@ -81,7 +99,7 @@ def hollow_like(tensor: torch.Tensor) -> torch.Tensor:
     with torch._C.DisableTorchFunction():
         meta = torch.empty_like(tensor.detach(), device="meta")
         if not is_dressed(tensor):
-            return nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+            return Hollow(meta, False) if isinstance(tensor, nn.Parameter) else meta
         made: torch.Tensor = torch.Tensor._make_subclass(type(tensor), meta, False)
     vars(made).update(vars(tensor))
     return made

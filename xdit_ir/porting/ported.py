@@ -133,10 +133,12 @@ class Ported(ProgramsOf, Shadow, metaclass=_Equal):
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's; raises `MismatchError` where the port holds weights already."""
+        """As the original's; raises `MismatchError` where the port holds weights already, or will read them."""
         self._xdit_specialisations.finish()
         if self._holds and self._xdit_specialisations.found:
             raise MismatchError(without_effect("a state dict was loaded into"))
+        given = args[0] if args else kwargs.get("state_dict", {})
+        self._xdit_specialisations.options.loading.check_loaded(given)
         return Shadow.load_state_dict(self, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import fx
 
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.layout import Layout
+from xdit_ir.ir.mesh import Mesh
+from xdit_ir.ir.program import SPEC
 from xdit_ir.rules.base import (
     LocalCall,
     Localize,
@@ -210,6 +217,38 @@ def _tensordot(call: OpCall) -> Labels:
     return Labels(tuple(named), (tuple(name for names in named for name in names if isinstance(name, tuple)),))
 
 
+def _bilinear(call: OpCall) -> Labels:
+    batch = tuple(range(len(call.out.shape) - 1))
+    left, right = (name if _is_filled(call, **places) else None for name, places in _SIDES.items())
+    weight = (COLUMNS, left, right)
+    return by_argument(
+        call, (*batch, COLUMNS), input1=(*batch, left), input2=(*batch, right), weight=weight, bias=(COLUMNS,)
+    )
+
+
+_SIDES = {"left": {"input1": -1, "weight": 1}, "right": {"input2": -1, "weight": 2}}
+
+
+def _is_filled(call: OpCall, **dims: int) -> bool:
+    """Whether every rank has some of these operands' dims, of which a kernel wants some."""
+    places = zip(call.slots, call.layouts, strict=True)
+    parts = (layout.dims[dims[name]] for name, layout in places if name in dims)
+    return not any(0 in part.sizes for part in parts if part is not None)
+
+
+NAMED: dict[Any, Callable[[OpCall], Labels | str]] = {aten.einsum: _einsum, aten.bilinear: _bilinear}
+_MATRICES = (aten.matmul, aten.mm, aten.bmm)
+
+
+def labels_of(node: fx.Node) -> Labels | None:
+    """Which dims of operands and result of a product belong together, where any of them may be weights."""
+    packet = getattr(node.target, "overloadpacket", None)
+    describe = _matmul if packet in _MATRICES else NAMED.get(packet)
+    whole = tuple(Layout.whole(len(operand.meta[SPEC].shape)) for operand in operands(node))
+    labels = None if describe is None else describe(OpCall(node, Mesh.of(), whole))
+    return labels if isinstance(labels, Labels) else None
+
+
 def _contraction(describe: object, local: object = None) -> Rule:
     return labelled(describe, local, sums=True)  # type: ignore[arg-type]
 
@@ -222,6 +261,7 @@ RULES = {
     **rules_of(verified(labelled(_scaled)), aten._scaled_mm),
     **rules_of(verified(labelled(_of_integers, _padded)), aten._int_mm),
     **rules_of(verified(_contraction(_grouped)), aten._grouped_mm),
+    **rules_of(_contraction(_bilinear, _once("bias", None)), aten.bilinear),
     **rules_of(_contraction(_outer), aten.outer, aten.ger),
     **rules_of(_contraction(_vecdot), aten.linalg_vecdot),
     **rules_of(_contraction(_tensordot), aten.tensordot),

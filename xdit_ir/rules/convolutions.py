@@ -104,23 +104,36 @@ def _parts(call: OpCall, partition: Partition | None) -> Partition | None:
     return partition if dims and dims <= {*FEATURES} and partition and call.mesh.tiles(partition) else None
 
 
+def _per_group(call: OpCall) -> tuple[int, int]:
+    """How many channels of operand and result belong to a group."""
+    groups, dim = call.arguments["groups"], channels_of(call)
+    return call.specs[0].shape[dim] // groups, call.out.shape[dim] // groups
+
+
+def _in_groups(partition: Partition | None, size: int) -> Partition | None:
+    """The partition of groups of so many channels each; None where it cuts one."""
+    return partition and partition.shorter(size)
+
+
 def _conv(call: OpCall) -> OpSharding:
-    """Of one group: summands of parts of what it takes, or parts of what it makes; of channels apart: these."""
+    """Of one group: summands of parts of what it takes, or parts of what it makes; of several: some of these."""
     sharding, dim = SPACE.forward(call), channels_of(call)
     output = as_layouts(sharding.outputs)[0]
     if any(0 in one.sizes for one in output.dims if one is not None):
         return sharding
-    (taken, weight, *bias), one, own = sharding.inputs, call.arguments["groups"] == 1, call.specs[0].shape[dim]
+    (taken, weight, *bias), one, (size, made_of) = sharding.inputs, call.arguments["groups"] == 1, _per_group(call)
     rows = _parts(call, call.layouts[0].dims[dim]) or (_parts(call, call.layouts[1].dims[1]) if one else None)
-    columns = _parts(call, call.layouts[1].dims[0])
+    made = _parts(call, call.layouts[1].dims[0])
     if one and rows is not None:
         inputs = (taken.with_dims({dim: rows}), weight.with_dims({1: rows}), *bias)
         summed = replace(output, partial=output.partial | call.dividing_dims(rows))
         return OpSharding(inputs, summed, _adjusted(call, sharding, summed))
-    made = columns if one else rows or columns
-    if made is None or not (one or call.arguments["groups"] == own == call.out.shape[dim]):
+    if not one:
+        groups = _in_groups(rows, size) or _in_groups(made, made_of)
+        made = groups and groups.longer(made_of)
+        taken = taken.with_dims({dim: groups and groups.longer(size)})
+    if made is None or 0 in made.sizes:
         return sharding
-    taken = taken if one else taken.with_dims({dim: made})
     output = output.with_dims({dim: made})
     inputs = (taken, *(weight.with_dims({0: made}) for weight in (weight, *bias)))
     return OpSharding(inputs, output, _adjusted(call, sharding, output))
@@ -128,12 +141,12 @@ def _conv(call: OpCall) -> OpSharding:
 
 def _adjusted(call: OpCall, sharding: OpSharding, output: Layout) -> Localize:
     """A rank's own groups; and what is no part of a sum is added once."""
-    groups, dim = call.arguments["groups"], channels_of(call)
+    groups, dim, (_, size) = call.arguments["groups"], channels_of(call), _per_group(call)
 
     def local(rank: int) -> LocalCall:
         first = not output.partial or call.mesh.index(rank, output.partial) == 0
         bias = call.arguments["bias"] if first else None
-        own = groups if groups == 1 else output.local_shape(call.out.shape, rank)[dim]
+        own = groups if groups == 1 else output.local_shape(call.out.shape, rank)[dim] // size
         if sharding.local is None:
             return same_call(call, bias=bias, groups=own)
         target, (x, weight, _, *options), kwargs = sharding.local(rank)
@@ -143,13 +156,17 @@ def _adjusted(call: OpCall, sharding: OpSharding, output: Layout) -> Localize:
 
 
 def _conv_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
-    dim, one = channels_of(call), call.arguments["groups"] == 1
+    dim, one, (size, made_of) = channels_of(call), call.arguments["groups"] == 1, _per_group(call)
     made = wanted.dims[dim]
+    groups = None if one else _in_groups(made, made_of)
     needs = SPACE.demand(call, wanted.with_dims({dim: None}))
-    if needs is None or made is None:
-        return needs
+    if needs is None or made is None or (groups is None and not one):
+        return needs if made is None else None
     taken, *weights = needs
-    return (taken if one else taken.with_dims({dim: made}), *(weight.with_dims({0: made}) for weight in weights))
+    return (
+        taken if groups is None else taken.with_dims({dim: groups.longer(size)}),
+        *(weight.with_dims({0: made}) for weight in weights),
+    )
 
 
 SPACE = windowed(_windows, _local, mixes=True)

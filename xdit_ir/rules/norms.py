@@ -102,12 +102,19 @@ def _run(given: dict[str, Any]) -> list[int]:
     return [given["dim"]] if given["self"].meta[SPEC].shape else []
 
 
+def _apart(given: dict[str, Any]) -> list[int]:
+    """The dims that a scaled weight is normalised over: all but one; none if it has no such dim."""
+    ndim, dim = len(given["v"].meta[SPEC].shape), given["dim"]
+    return [d for d in range(ndim) if d != dim % ndim] if dim >= 0 else []
+
+
 STATISTICS: dict[Any, Callable[[dict[str, Any]], Any]] = {
     aten.group_norm.default: _space,
     aten.instance_norm.default: _space,
     aten.linalg_vector_norm.default: _euclidean_dims,
     aten.layer_norm.default: _features,
     aten.rms_norm.default: _features,
+    aten._weight_norm.default: _apart,
     aten.cumsum.default: _run,
     **dict.fromkeys((aten.amax.default, aten.amin.default, aten.logsumexp.default), combined_dims),
     **dict.fromkeys((*SOFTMAXES, *LOG_SOFTMAXES), softmax_dims),
@@ -154,10 +161,10 @@ def _grouped_norm(call: OpCall) -> OpSharding:
 
 
 def _grouped_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
-    """A part of the groups takes no communication, a part of one does."""
+    """A part of the groups takes no communication beside that of what is behind, as it is; a part of one does."""
     if call.arguments.get("running_mean") is not None:
         return labelled(_running).demand(call, wanted)
-    if any(wanted.dims[2:]):
+    if any(wanted.dims[2:]) and wanted.dims[2:] != call.layouts[0].dims[2:]:
         return None
     return labelled(lambda call: _grouped(call, wanted, _groups(call))).demand(call, wanted)
 
@@ -168,6 +175,23 @@ def _euclidean(call: OpCall) -> OpSharding:
     sharding = SUM.forward(call)
     assert isinstance(sharding.outputs, Layout)
     return replace(sharding, outputs=sharding.outputs.summed())
+
+
+def _scaled_weight(call: OpCall, layout: Layout) -> Labels:
+    """Rows are free, each with its norm; ranks may have parts of what a norm is over, as in this layout."""
+    divided = [call.dividing_dims(layout.dims[dim]) for dim in _apart(call.arguments)]
+    free = all(dims <= {*FEATURES} for dims in divided) and all(map(call.mesh.tiles, filter(None, layout.dims)))
+    astray = [] if free and call.arguments["dim"] >= 0 else _apart(call.arguments) or range(len(layout.dims))
+    names = plain(call.out, list(astray))
+    return by_argument(call, names, v=names, g=names[len(names) - len(call.specs[1].shape) :])
+
+
+def _scaled_weight_rule(call: OpCall) -> OpSharding:
+    return labelled(lambda call: _scaled_weight(call, call.layouts[0])).forward(call)
+
+
+def _scaled_weight_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
+    return labelled(lambda call: _scaled_weight(call, wanted)).demand(call, wanted)
 
 
 def _moments(call: OpCall) -> Labels:
@@ -224,6 +248,7 @@ RULES = {
     **rules_of(Rule(_grouped_norm, _grouped_demand), aten.group_norm, aten.instance_norm),
     **rules_of(labelled(_native_group_norm, _local_batch), aten.native_group_norm),
     **rules_of(Rule(_euclidean, REDUCE.demand), aten.linalg_vector_norm),
+    **rules_of(Rule(_scaled_weight_rule, _scaled_weight_demand), aten._weight_norm),
     **rules_of(labelled(_moments, sums=True), ops.moments),
     **rules_of(labelled(_normalize), ops.normalize),
     **rules_of(
