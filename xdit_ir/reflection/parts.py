@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -166,11 +165,12 @@ class SlottedParts(Named):
     """Of an object whose classes have `__slots__`."""
 
     def read(self) -> Mapping[Any, Any]:
-        found = {}
-        for name in slots_of(type(self.item)):
-            with suppress(AttributeError):
-                found[name] = object.__getattribute__(self.item, name)
-        return found
+        names = slots_of(type(self.item))
+        if type(self.item).__getattribute__ is object.__getattribute__:
+            held = {name: getattr(self.item, name, MISSING) for name in names}
+        else:
+            held = {name: _own(self.item, name) for name in names}
+        return {name: value for name, value in held.items() if value is not MISSING}
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self.item, name, value)  # of frozen objects too
@@ -336,6 +336,13 @@ def parts_of(item: Any, label: str) -> list[Part]:
     if not found and hasattr(type(item), "__next__"):
         found.append(Position(item, label))
     return found
+
+
+def _own(item: Any, name: str) -> Any:
+    try:
+        return object.__getattribute__(item, name)
+    except AttributeError:
+        return MISSING
 
 
 def attributes_of(item: Any) -> dict[str, Any] | None:
