@@ -166,7 +166,8 @@ class SlottedParts(Named):
 
     def read(self) -> Mapping[Any, Any]:
         names = slots_of(type(self.item))
-        if type(self.item).__getattribute__ is object.__getattribute__:
+        reads: Any = type(self.item).__getattribute__
+        if reads is object.__getattribute__:
             held = {name: getattr(self.item, name, MISSING) for name in names}
         else:
             held = {name: _own(self.item, name) for name in names}
