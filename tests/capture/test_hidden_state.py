@@ -63,6 +63,15 @@ class Counted:
     """Of which the class counts, with an attribute that it does not have yet."""
 
 
+class Hides:
+    """Counts where it says that there is nothing."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__dict__":
+            return {}
+        return object.__getattribute__(self, name)
+
+
 class Derived(Counted):
     pass
 
@@ -131,6 +140,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
     "attribute with a name in a text": (Counted, lambda held: entered(held.__dict__)),
     "base of a class": (lambda: Derived, lambda held: counted(held.__mro__[1])),
     "any attribute": (Open, entered),
+    "attributes that are not shown": (Hides, counted),
 }
 
 

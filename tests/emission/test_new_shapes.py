@@ -254,7 +254,7 @@ def test_a_trial_looks_into_blocks_of_each_structure_once(model: Model, monkeypa
         given = [torch.randn(2, count, 16) for count in (text, image)]
         want = port(*given)
         runner = port._xdit_specialisations.found[0].runner
-        tensors = [*given, *runner.bind(given, {})[1], *runner._runnables[0]._constants]
+        tensors = [*given, *runner.bind(given, {})[1], *runner._runnables[0].constants]
         kinds = []
         for found in (tried, None):
             made = trial.Trial(runner.code.run, runner.code.unchanging, found)

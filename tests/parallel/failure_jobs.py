@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from jobs import Degrees, _failure, _rank, relative_error
+from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
@@ -141,6 +142,31 @@ def other_weights(how: str, degrees: Degrees) -> list[dict[str, Any]]:
         found.append(_failure(lambda: _error(module, model, example)))
         if _rank():
             written.mul_(1 / factor)
+        found[-1]["afterwards"] = _error(module, model, example)
+    return found
+
+
+class _Scales(nn.Module):
+    """With a tensor that is no parameter or buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.factors = nn.Linear(8, 8), torch.ones(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.factors
+
+
+@torch.no_grad()
+def other_attributes(degrees: Degrees) -> list[dict[str, Any]]:
+    """Rank 1 has another tensor in an attribute at the first call, and later, when both write to it."""
+    torch.manual_seed(0)
+    model, example = _Scales(), {"x": torch.randn(2, 4, 8)}
+    module, found = xir.port(model, **degrees), []
+    for _ in range(2):
+        model.factors.mul_(1 + _rank())
+        found.append(_failure(lambda: _error(module, model, example)))
+        model.factors.fill_(1.0)
         found[-1]["afterwards"] = _error(module, model, example)
     return found
 

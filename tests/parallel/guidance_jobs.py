@@ -63,6 +63,7 @@ class _SkipLayer(nn.Module):
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(3)
         )
+        self.factor = torch.ones(1)
 
     def forward(
         self, hidden_states: torch.Tensor, text: torch.Tensor, timestep: torch.Tensor, skip: tuple[int, ...] = ()
@@ -71,7 +72,7 @@ class _SkipLayer(nn.Module):
         for place, layer in enumerate(self.layers):
             if place not in skip:
                 x = layer(x)
-        return x[:, text.shape[1] :]
+        return x[:, text.shape[1] :] * self.factor
 
 
 @torch.no_grad()
@@ -167,6 +168,9 @@ def inputs_given_back(degrees: Degrees) -> list[bool]:
 WRITES: dict[str, Callable[[nn.Module], Any]] = {
     "in place": lambda model: next(model.parameters()).mul_(2),
     "other memory": lambda model: setattr(next(model.parameters()), "data", next(model.parameters()) * 2),
+    "through data": lambda model: next(model.parameters()).data.mul_(2),
+    "through NumPy": lambda model: next(model.parameters()).detach().numpy().__imul__(2),
+    "an attribute": lambda model: model.factor.mul_(2),
     "loaded": lambda model: model.load_state_dict({k: 2 * x for k, x in model.state_dict().items()}),
     "cast": lambda model: model.double(),
 }

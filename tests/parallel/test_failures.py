@@ -57,6 +57,11 @@ def test_other_weights_on_a_rank(workers: Pools, how: str, degrees: dict[str, in
         check(result, "MismatchError")
 
 
+def test_other_tensors_in_attributes(workers: Pools) -> None:
+    for result in workers(2).run("other_attributes", degrees=DEGREES[0]):
+        check(result, "MismatchError")
+
+
 def test_modules_in_another_order(workers: Pools) -> None:
     check(workers(2).run("another_order", degrees=DEGREES[0]), "MismatchError")
 

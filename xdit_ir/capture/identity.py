@@ -15,7 +15,7 @@ from torch import nn
 
 from xdit_ir.capture.skeleton import LazyState, Skeleton
 from xdit_ir.reflection.atoms import VALUES, is_atom, is_plain_object
-from xdit_ir.reflection.parts import Part
+from xdit_ir.reflection.parts import Part, attributes_of
 from xdit_ir.reflection.tree import modules_of
 
 # What is no module, weight or plain object, and is not looked into here.
@@ -47,7 +47,7 @@ class Identities:
                     self._known.setdefault(id(tensor), (tensor, []))[1].append(module)
         for item in skeleton.objects:
             self._known[id(item)] = (item, [])
-            self._own.add(id(vars(item)))
+            self._own.add(id(attributes_of(item)))
 
     def exchanged(self, part: Part, held: Mapping[Any, Any]) -> dict[Any, Any] | None:
         """What a part has to hold; None if it refers to nothing of the model, or is the model's own."""
@@ -107,7 +107,7 @@ def _holds(held: Any, item: Any, seen: set[int]) -> bool:
         return False
     seen.add(id(held))
     if is_plain_object(type(held)):
-        held = getattr(held, "__dict__", {})
+        held = attributes_of(held) or {}
     entries = (
         held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple, set, frozenset)) else ()
     )

@@ -6,7 +6,7 @@ import functools
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from xdit_ir.errors import StateError
 from xdit_ir.ir.wrappers import is_dressed
 from xdit_ir.reflection.atoms import ATOMS, VALUES, is_plain_object
 from xdit_ir.reflection.methods import StandIn
+from xdit_ir.reflection.parts import attributes_of
 
 MakeState = Callable[[list[str], torch.Tensor, Origin], torch.Tensor]
 Dress = Callable[[torch.Tensor, type, dict[str, Any]], torch.Tensor]
@@ -118,8 +119,8 @@ class Skeleton:
             copy = self._copies[id(item)]
             if copy is not item:
                 self._pairs[id(copy)] = item
-                if type(item) not in _EMPTIED and hasattr(item, "__dict__"):
-                    self._pairs[id(vars(copy))] = vars(item)
+                if type(item) not in _EMPTIED and (held := attributes_of(item)) is not None:
+                    self._pairs[id(attributes_of(copy))] = held
         self._paired = len(self._originals)
         return self._pairs
 
@@ -218,10 +219,10 @@ class Skeleton:
             copy = item.copy()
             self._remember(item, copy)
             copy.update({key: self._copy(entry) for key, entry in item.items()})
-        elif is_plain_object(kind) and hasattr(item, "__dict__"):
+        elif is_plain_object(kind) and (held := attributes_of(item)) is not None:
             copy = object.__new__(kind)
             self._remember(item, copy)
-            copy.__dict__.update({name: self._copy(entry) for name, entry in item.__dict__.items()})
+            cast(dict[str, Any], attributes_of(copy)).update({name: self._copy(entry) for name, entry in held.items()})
         else:
             copy = item
         self._remember(item, copy)

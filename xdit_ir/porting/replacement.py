@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from xdit_ir.reflection.reach import names_in
+from xdit_ir.reflection.names import names_in
 
 
 def wraps(item: Any, ported: nn.Module, forward: Any, seen: set[int] | None = None) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 
 from xdit_ir.reflection.atoms import alike, same_entries
 from xdit_ir.reflection.hidden_state import DRAWN
-from xdit_ir.reflection.parts import Cell, Defaults, Names, Part
+from xdit_ir.reflection.parts import Cell, Defaults, Names, Part, attributes_of
 from xdit_ir.reflection.reach import BESIDE, Reach
 from xdit_ir.reflection.tree import modules_of
 from xdit_ir.reflection.versions import Versions
@@ -120,7 +120,7 @@ class ModelSettings:
         self._reach = reach = Reach([("", model), *code], unread)
         modules = [module for _, module in reach.modules]
         typed = [*modules, *reach.objects]
-        owners = [item for item in reach.objects if type(getattr(item, "__dict__", None)) is dict]
+        owners, hiding = _owners(reach.objects)
         used = set(modules_of(model))  # of others a program keeps the weights themselves
         states = [vars(module)[name] for module in modules if module in used for name in _STATE]
         kept = [tensor for module in modules if module not in used for tensor in _weights(module)]
@@ -137,6 +137,7 @@ class ModelSettings:
         self._watched: list[_Dicts | _Seen | _Group] = [
             _Group([], lambda: map(type, typed)),
             _Group([], lambda: map(vars, owners)),
+            _Group([], lambda: map(attributes_of, hiding)),
             *([] if places is None else [_Seen(places, [read for held, read in dicts if id(held) in seen])]),
             _Dicts([(held, read) for held, read in dicts if id(held) not in seen]),
             _Group(lists, _elements([part.item for part in lists])),
@@ -177,6 +178,13 @@ class ModelSettings:
             )
         except (LookupError, AttributeError, ValueError):  # something was removed
             return False
+
+
+def _owners(objects: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """Objects with attributes; and those among them that do not show them."""
+    held = [(item, attributes_of(item)) for item in objects]
+    shown = [(item, getattr(item, "__dict__", None) is own) for item, own in held if type(own) is dict]
+    return [item for item, shows in shown if shows], [item for item, shows in shown if not shows]
 
 
 def _code(given: Iterable[Any]) -> list[tuple[str, Any]]:

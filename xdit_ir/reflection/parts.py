@@ -18,6 +18,7 @@ from xdit_ir.reflection.looked_into import is_library
 MISSING = object()
 _IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
 _EMPTY = object()
+_DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 
 
 class Part:
@@ -164,7 +165,12 @@ class SlottedParts(Named):
     """Of an object whose classes have `__slots__`."""
 
     def read(self) -> Mapping[Any, Any]:
-        held = {name: getattr(self.item, name, MISSING) for name in slots_of(type(self.item))}
+        names = slots_of(type(self.item))
+        reads: Any = type(self.item).__getattribute__
+        if reads is object.__getattribute__:
+            held = {name: getattr(self.item, name, MISSING) for name in names}
+        else:
+            held = {name: _own(self.item, name) for name in names}
         return {name: value for name, value in held.items() if value is not MISSING}
 
     def _set(self, name: str, value: Any) -> None:
@@ -324,13 +330,28 @@ def parts_of(item: Any, label: str) -> list[Part]:
     if hides(item):
         found.append(Hidden(item, label))
     found += [part(item, label) for kind, part in _CONTAINERS.items() if isinstance(item, kind)]
-    if type(item) is not OrderedDict and isinstance(getattr(item, "__dict__", None), dict):
-        found.append(Attributes(vars(item), label))
+    if type(item) is not OrderedDict and (held := attributes_of(item)) is not None:
+        found.append(Attributes(held, label))
     if slots_of(type(item)):
         found.append(SlottedParts(item, label))
     if not found and hasattr(type(item), "__next__"):
         found.append(Position(item, label))
     return found
+
+
+def _own(item: Any, name: str) -> Any:
+    try:
+        return object.__getattribute__(item, name)
+    except AttributeError:
+        return MISSING
+
+
+def attributes_of(item: Any) -> dict[str, Any] | None:
+    """The `__dict__` of an object, also where its class gives another one for it, or none."""
+    given = (base.__dict__["__dict__"] for base in reversed(type(item).__mro__) if "__dict__" in base.__dict__)
+    own = next((one for one in given if isinstance(one, _DESCRIPTORS)), None)
+    held = getattr(item, "__dict__", None) if own is None else own.__get__(item)
+    return held if isinstance(held, dict) else None
 
 
 def slots_of(kind: type) -> list[str]:

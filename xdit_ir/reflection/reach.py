@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from xdit_ir.reflection.atoms import VALUES, is_atom
 from xdit_ir.reflection.global_hooks import GLOBAL_HOOKS, GlobalHooks, foreign_hooks
 from xdit_ir.reflection.looked_into import inner, is_library, is_opaque
 from xdit_ir.reflection.methods import StandIn
+from xdit_ir.reflection.names import imported_in, is_installed, is_operator, names_in, package_of, words_in
 from xdit_ir.reflection.parts import WHOLE, Attributes, Names, Part, parts_of
 
 _CACHED = type(functools.lru_cache(lambda: None))
@@ -26,6 +28,7 @@ _READ = (*_STATE, "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_pers
 BESIDE = frozenset(name for name, item in vars(nn.Module()).items() if isinstance(item, dict) and name not in _READ)
 _APART = BESIDE | {"_modules"}
 _ENVIRONMENT = frozenset({"environ", "getenv"})
+_BY_TEXT = frozenset({"globals", "eval", "exec"})  # what finds globals by names in texts
 
 
 class _Methods(Names):
@@ -39,8 +42,9 @@ class Reach:
     """The `parts` of all objects reached from some roots, and the `tensors` there, which are no state of a module.
 
     Followed are attributes, containers, closures, arguments of partials, and, as far as the names in code say, globals,
-    classes and Python modules of the packages that the model and its hooks come from. What other packages keep is
-    theirs, and may be changed by others at any time. The standard library, torch and numpy are not looked into; the
+    classes and Python modules of the packages that the model and its hooks come from, and of those that are not
+    installed (`config.py` beside `model.py`). What other packages keep is theirs, and may be changed by others at any
+    time. The standard library, torch and numpy are not looked into; the
     names that code uses of them are in `library`. Entries `unread`, by the id of the dict that holds them, are not
     followed.
     """
@@ -80,8 +84,8 @@ class Reach:
             return self._whole(label, item)
         if is_atom(item) or id(item) in self._seen:
             return
-        package = _package(item)
-        if named and package not in self._homes and not is_library(package):
+        package = package_of(item)
+        if named and package not in self._homes and not is_library(package) and is_installed(package):
             return
         if not named:
             self._homes.add(package)
@@ -100,7 +104,7 @@ class Reach:
         elif isinstance(item, types.FunctionType):
             self._function(label, item)
         elif isinstance(item, functools.partial):
-            self._push((label, part) for part in (item.func, *item.args, *item.keywords.values()))
+            self._push((label, part) for part in (item.func, *item.args, item.keywords))
         elif isinstance(item, _CACHED):
             self.caches.append(item)
             self._push([(label, item.__wrapped__)])
@@ -135,8 +139,9 @@ class Reach:
         for part in parts_of(item, label):
             self._part(part)
         if not is_library(kind.__module__):
-            self.objects.append(item)
             self._classes(kind)
+        if not is_library(kind.__module__) or isinstance(item, threading.local):  # of each thread another `__dict__`
+            self.objects.append(item)
 
     def _module(self, label: str, module: nn.Module) -> None:
         self.modules.append((label, module))
@@ -173,16 +178,17 @@ class Reach:
         if not is_library(str(home.get("__name__"))):
             names, words = list(names_in(function.__code__)), list(words_in(function.__code__))
             self._know((*names, *words))
-            self._used(home, (*names, *words) if "globals" in names else names)
+            self._used(home, names if _BY_TEXT.isdisjoint(names) else (*names, *words))
+            self._push(((module.__name__, module) for module in imported_in(function)), named=True)
             if not _ENVIRONMENT.isdisjoint(names):
-                self._environment(function.__code__)
+                self._environment([*function.__code__.co_consts, *(home.get(name) for name in names)])
 
-    def _environment(self, code: types.CodeType) -> None:
-        """The variables of the environment that code names."""
+    def _environment(self, texts: Iterable[Any]) -> None:
+        """Variables of the environment: those that code names, and all that there are."""
         part = Names(getattr(os.environ, "_data", {}), "os.environ")
-        for name in code.co_consts:
-            if isinstance(name, str) and "\0" not in name:
-                part.note(os.environ.encodekey(name))
+        named = {name for name in texts if isinstance(name, str) and "\0" not in name}
+        for name in sorted(named | {*os.environ}):
+            part.note(os.environ.encodekey(name))
         self.parts.append(part)
 
     def _used(self, home: dict[str, Any], names: Iterable[str]) -> None:
@@ -207,7 +213,8 @@ class Reach:
         named = isinstance(item, types.ModuleType)
         for name in list(held):
             self._spaces.setdefault(name, []).append((space, opaque))
-            if name in self._known or name == "forward" or (not named and not opaque and _is_operator(name)):
+            ours = not named and not opaque and (is_operator(name) or (type(held[name]) in VALUES and name[:2] != "__"))
+            if ours or name in self._known or name == "forward":
                 self._note(space, opaque, name)
 
     def _know(self, names: Iterable[str]) -> None:
@@ -225,32 +232,3 @@ class Reach:
         entry = vars(space.item)[name]
         if not opaque or isinstance(entry, types.ModuleType):  # as `functional` of `nn.functional.gelu`
             self._push([(space.name(name), entry)], named=True)
-
-
-def _package(item: Any) -> str:
-    """The package that something comes from, or its class."""
-    if isinstance(item, types.ModuleType):
-        return item.__name__.partition(".")[0]
-    kind = item if isinstance(item, (type, types.FunctionType)) else type(item)
-    return str(kind.__module__).partition(".")[0]
-
-
-def _is_operator(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__") and name not in ("__doc__", "__dict__", "__weakref__")
-
-
-def words_in(code: types.CodeType) -> Iterator[str]:
-    """Texts in some code that may be names, as in `getattr(self, "scale")`."""
-    for item in code.co_consts:
-        if isinstance(item, types.CodeType):
-            yield from words_in(item)
-        elif isinstance(item, str) and item.isidentifier():
-            yield item
-
-
-def names_in(code: types.CodeType) -> Iterator[str]:
-    """All names of globals and attributes in some code, and in functions that it defines."""
-    yield from code.co_names
-    for item in code.co_consts:
-        if isinstance(item, types.CodeType):
-            yield from names_in(item)

@@ -19,6 +19,7 @@ from xdit_ir.emission.context import RankContext
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.collective_ops import AllGather
 from xdit_ir.ir.program import Program, Stored
+from xdit_ir.ir.wrappers import PLAIN
 from xdit_ir.parallel import Parallel
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.pipefusion.rank_tasks import RankTasks
@@ -32,7 +33,17 @@ from xdit_ir.runtime.pairing import PairedRunner, Pairing
 from xdit_ir.runtime.rank_runner import RankRunner
 from xdit_ir.runtime.runner import Runner
 from xdit_ir.sharding.branches import draws
-from xdit_ir.transport.handshake import TRACE, Facts, agree, contents_hash, digest, fact, failure_text
+from xdit_ir.transport.handshake import (
+    TRACE,
+    Facts,
+    agree,
+    agree_contents,
+    contents_hash,
+    digest,
+    fact,
+    failure_text,
+    is_dense,
+)
 
 _DRAWS = (
     "cfg runs calls one by one, on all ranks: forward draws random numbers ({}), which ranks that run one call each "
@@ -87,7 +98,8 @@ class RunnerFactory:
 
         Raises:
             MismatchError: on all ranks, if `make` fails on some only, or not in the same way on all, or the programs of
-                the ranks differ. What is refused on all is raised as it is.
+                the ranks differ, or tensors that these hold (tables, attributes of the model). What is refused on all
+                is raised as it is.
         """
         failure: Exception | None = None
         try:
@@ -103,6 +115,8 @@ class RunnerFactory:
             raise mismatch from failure
         if failure is not None:
             raise self.context.communicator.agreed(failure)
+        tables = {name: x for name, x in parallel.original.constants.items() if type(x) in PLAIN and is_dense(x)}
+        agree_contents(self.context.communicator, tables)
         targets = [one for program in part.exchanging for one in communications(program) if len(one.group) > 1]
         for beside in (False, True):
             wanted = [one.mesh_dims for one in targets if isinstance(one, AllGather) == beside]

@@ -115,7 +115,7 @@ class CachedRunner(Runner):
                 memory.kept = None
             return self._step(given, weights, memory)
 
-        return self._pairing.call(work, self.outputs, weights)
+        return self._pairing.call(work, self.outputs, [*weights, *self.constants])
 
     def _step(self, inputs: Tensors, weights: Tensors, memory: BranchMemory) -> Sequence[torch.Tensor]:
         with plain_modes(self.device.type):

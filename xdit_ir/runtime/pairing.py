@@ -27,8 +27,8 @@ from xdit_ir.errors import MismatchError
 from xdit_ir.ir.graphs import results_of
 from xdit_ir.ir.mesh import BATCH
 from xdit_ir.ir.program import Program, TensorSpec
-from xdit_ir.runtime.agreement import versions
 from xdit_ir.runtime.runner import Runner
+from xdit_ir.runtime.unwritten import Glimpses, Unwritten
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.handshake import ARGUMENTS, Facts, agree, digest
 
@@ -49,21 +49,18 @@ Work = Callable[[bool], Sequence[torch.Tensor]]
 
 @dataclass(eq=False)
 class PairedCall:
-    """A forward that is put off, with results of the types `outputs`; it needs the `weights` as they are now."""
+    """A forward that is put off, with results of the types `outputs`; it needs what it reads as it is `now`."""
 
     work: Work
     outputs: Sequence[TensorSpec]
     pairing: Pairing
-    weights: Tensors
+    now: Unwritten
     results: Sequence[torch.Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        self._before = _states(self.weights)
 
     @property
     def waits(self) -> bool:
         """Whether it can be run, and was not."""
-        return self.results is None and _states(self.weights) == self._before
+        return self.results is None and self.now.holds()
 
     def run(self, *, everywhere: bool = False) -> Sequence[torch.Tensor]:
         """Compute the results on this rank and those of its part of `cfg`; `everywhere`: on those of all parts."""
@@ -105,6 +102,7 @@ class Pairing:
     communicator: Communicator
     _waiting: list[PairedCall] = field(default_factory=list, init=False)
     _complete: bool = field(default=False, init=False)
+    _glimpses: Glimpses = field(default_factory=Glimpses, init=False)
 
     def __post_init__(self) -> None:
         self.communicator.prepare([PAIRED])
@@ -114,10 +112,11 @@ class Pairing:
         """How many calls run at once."""
         return self.communicator.mesh.size(PAIRED)
 
-    def call(self, work: Work, outputs: Sequence[TensorSpec], weights: Tensors) -> Sequence[torch.Tensor]:
-        """The results of a forward whose inputs do not depend on one that waits: deferred for all but the last."""
+    def call(self, work: Work, outputs: Sequence[TensorSpec], read: Tensors) -> Sequence[torch.Tensor]:
+        """The results of a forward whose inputs do not depend on one that waits: deferred for all but the last. It has
+        `read` weights and constants when it is run."""
         self._waiting = self._still_waiting()
-        call = PairedCall(work, outputs, self, weights)
+        call = PairedCall(work, outputs, self, Unwritten(read, self._glimpses))
         self._waiting.append(call)
         if len(self._waiting) == self.parts:
             self._complete = True
@@ -195,15 +194,10 @@ class PairedRunner(Runner):
     def run(self, inputs: Tensors, weights: Tensors, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's result; inputs that were made of that of a call which waits are finished first."""
         given = copied(inputs)
-        results = self._pairing.call(lambda _: self.compute(given, weights), self.outputs, weights)
+        read = [*weights, *self.constants]
+        results = self._pairing.call(lambda _: self.compute(given, weights), self.outputs, read)
         results = [x if own is None else inputs[own] for x, own in zip(results, self._back, strict=True)]
         return build_output(self.program.signature, without_gradients(results, weights))
-
-
-def _states(weights: Tensors) -> tuple[list[int], list[int]]:
-    """What changes where a tensor is written to, or given other memory."""
-    kinds = (torch.Tensor, torch.nn.Parameter)
-    return versions(weights), [x.data_ptr() if type(x) in kinds else 0 for x in weights]
 
 
 def copied(inputs: Tensors) -> Tensors:

@@ -34,9 +34,9 @@ class Runnable:
         packed = execution.packs and context.communicator.mesh.world_size > 1
         self.code = context.code(program, peers=peers, packed=packed, shared=True)
         self._places: Sequence[int] | None = None  # of its weights, where those that it is given are more than these
-        self._constants = self.code.constant_tensors(context.device)
+        self.constants = self.code.constant_tensors(context.device)
         if self.code.mailbox is not None:
-            self._constants += self.code.mailbox.open(context.workspaces)
+            self.constants += self.code.mailbox.open(context.workspaces)
         forced, tried = execution.forced, context.shared_codes.tried
         self.recording = (
             Recording(self.code, context.graph_pool, forced=forced, tried=tried, at_once=forced)
@@ -53,7 +53,7 @@ class Runnable:
     def __call__(self, inputs: Tensors, weights: Tensors) -> Sequence[torch.Tensor]:
         """The results."""
         own = weights if self._places is None else [weights[place] for place in self._places]
-        state = [*own, *self._constants]
+        state = [*own, *self.constants]
         self.code.enter()
         return self.code([*inputs, *state]) if self.recording is None else self.recording(inputs, state)
 
@@ -144,6 +144,11 @@ class Runner:
     def cache(self) -> CacheUse | None:
         """How often a step cache was of use: there is none."""
         return None
+
+    @property
+    def constants(self) -> Tensors:
+        """What it reads besides inputs and weights: tables, and tensors in attributes of the model themselves."""
+        return [x for one in self._runnables for x in one.constants]
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:

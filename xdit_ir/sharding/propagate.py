@@ -118,6 +118,7 @@ class _GraphPropagation:
         self.rulings = run.rulings
         self.draft = LayoutGraph(run.mesh)
         self.env: dict[fx.Node, LayoutNode] = {}
+        self.given: dict[fx.Node, LayoutNode] = {}  # of the whole program, as they come: a result that is one stays so
         self.inputs = iter(inputs)
         self.tail: frozenset[fx.Node] = frozenset()
         self.converted: dict[tuple[LayoutNode, Layout], LayoutNode] = {}
@@ -130,6 +131,8 @@ class _GraphPropagation:
                 self._output(node)
                 break
             new = self._step(node)
+            if self.outer and node.op == "placeholder":
+                self.given[node] = new
             for layout in self.seeds.get(node.name, ()):
                 new = self.convert(new, layout)
             self.env[node] = new
@@ -195,7 +198,7 @@ class _GraphPropagation:
         return layout.summed()
 
     def _output(self, node: fx.Node) -> None:
-        results = [self.env[value] for value in operands(node)]
+        results = [self.given.get(value) or self.env[value] for value in operands(node)]
         if self.outer:
             results = [self.convert(value, Layout.whole(len(value.spec.shape))) for value in results]
         results = [self.convert(value, value.layout.summed()) for value in results]
