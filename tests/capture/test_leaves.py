@@ -47,6 +47,22 @@ class Normalised(nn.Module):
         return y * 2 if y.abs().max().item() > 1 else y
 
 
+class Groups(nn.Module):
+    """Scales rows by the number of their group among those that there are: all samples decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        signs = (x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()
+        groups, which = torch.unique(signs, return_inverse=True)
+        out = torch.zeros_like(x)
+        for number in range(len(groups)):
+            out[which == number] = self.linear(x[which == number]) * (number + 1)
+        return out
+
+
 class Kept(nn.Module):
     """Its result has as many rows as values are positive."""
 
@@ -90,21 +106,21 @@ def leaves(program: Program) -> list[Leaf]:
     return [node.target for graph in graphs for node in graph.nodes if isinstance(node.target, Leaf)]
 
 
-@pytest.mark.parametrize("kind", [Experts, Normalised, Owner])
+@pytest.mark.parametrize("kind", [Experts, Normalised, Owner, Groups])
 def test_found_by_itself(kind: type[nn.Module], run: Run, same: Run) -> None:
     model = Model(kind).eval()
     program = trace(model, (torch.randn(2, 12, 16),))
     assert len(program.blocks) == 1
     (leaf,) = leaves(program)
     assert isinstance(leaf.module, kind)
-    assert [dim for dim, _ in leaf.aligned] == {Experts: [0, 1], Normalised: [], Owner: []}[kind]
+    assert [dim for dim, _ in leaf.aligned] == ([0, 1] if kind is Experts else [])
     for scale in (0.1, 1.0, 10.0):
         x = torch.randn(2, 12, 16) * scale
         with torch.no_grad():
             same(run(program, model, x), model(x))
 
 
-@pytest.mark.parametrize(("kind", "whole"), [(Experts, False), (Normalised, True)])
+@pytest.mark.parametrize(("kind", "whole"), [(Experts, False), (Normalised, True), (Groups, True)])
 def test_divided_where_local(kind: type[nn.Module], *, whole: bool) -> None:
     model, example = Model(kind).eval(), (torch.randn(2, 12, 16),)
     for degrees in ({"ulysses": 2}, {"ulysses": 3}, {"cfg": 2}):

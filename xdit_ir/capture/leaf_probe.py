@@ -23,7 +23,12 @@ from xdit_ir.errors import TraceError
 from xdit_ir.ir.leaf import Leaf, order_of
 from xdit_ir.ir.program import TensorSpec
 
-_SCALES = (1.0, 0.01, 0.1, 0.3, 3.0, 10.0)  # of the inputs of probes: values may decide differently for each
+# Of the inputs of probes, as values may decide differently for each: their scale; and a dim along which every index has
+# a place of its own, near which all its rows are, so that what is decided by all samples together shows.
+_PROBES = (
+    *((scale, None) for scale in (1.0, 0.01, 0.1, 0.3, 3.0, 10.0)),
+    *((scale, dim) for scale in (1.0, 0.3, 3.0) for dim in (0, 1)),
+)
 _PROBE_BYTES = 1 << 28  # weights made up for the probe of a module on the meta device
 _TOLERANCE = 1e-4
 
@@ -59,7 +64,7 @@ def _measured(
 ) -> DescribedLeaf:
     device = weights[0].device if weights else recorder.device
     runs, before = [], torch.get_rng_state()
-    for seed in range(len(_SCALES)):
+    for seed in range(len(_PROBES)):
         inputs = _inputs(recorder, call, device, seed)
         with FlopCounterMode(display=False) as counter:
             output = leaf.run(inputs, weights)
@@ -82,14 +87,14 @@ def _measured(
 
 def _inputs(recorder: Recorder, call: SubmoduleCall, device: torch.device, seed: int) -> list[torch.Tensor]:
     """Random numbers for what is computed, true contents for what is known."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, (scale, apart) = torch.Generator().manual_seed(seed), _PROBES[seed]
     made: list[torch.Tensor] = []
     for item in call.leaves:
         if isinstance(item, torch.Tensor):
             known = recorder.value(item).known
-            probe = _random(spec_of(item), generator) if known is None else known.clone()
+            probe = _random(spec_of(item), generator, apart) if known is None else known.clone()
             if known is None and probe.is_floating_point():
-                probe *= _SCALES[seed]
+                probe *= scale
             made.append(probe.to(device))
     return made
 
@@ -99,9 +104,12 @@ def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+def _random(spec: TensorSpec, generator: torch.Generator, apart: int | None = None) -> torch.Tensor:
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
         made = torch.randn(spec.shape, generator=generator)
+        if apart is not None and apart < len(spec.shape) - 1:
+            places = [size if d in (apart, len(spec.shape) - 1) else 1 for d, size in enumerate(spec.shape)]
+            made = torch.randn(places, generator=generator) + 0.1 * made
         for dim in range(len(spec.shape) - 1):  # small and large rows, so that what mixes or compares them shows
             shape = [size if d == dim else 1 for d, size in enumerate(spec.shape)]
             order = torch.randperm(spec.shape[dim], generator=generator)
