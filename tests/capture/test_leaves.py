@@ -63,6 +63,37 @@ class Groups(nn.Module):
         return out
 
 
+class Largest(nn.Module):
+    """Works on the largest sample only: all tokens decide which that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        place, out = int(x.norm(dim=(1, 2)).argmax()), x.clone()
+        out[place] = self.linear(x[place])
+        return out
+
+
+class AnyLate(Largest):
+    """Branches on what any sample's step is, beside values that cannot be known."""
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        out = self.linear(x)
+        out = out * (2 if (step < 500).any() else 1)
+        return out * 2 if x.isnan().any().item() else out
+
+
+class Decided(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.kind = nn.Linear(16, 16), kind()
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return self.kind(self.embed(x).sin(), step) + x
+
+
 class Kept(nn.Module):
     """Its result has as many rows as values are positive."""
 
@@ -118,6 +149,13 @@ def test_found_by_itself(kind: type[nn.Module], run: Run, same: Run) -> None:
         x = torch.randn(2, 12, 16) * scale
         with torch.no_grad():
             same(run(program, model, x), model(x))
+
+
+@pytest.mark.parametrize("kind", [Largest, AnyLate])
+def test_what_all_decide_is_not_divided(kind: type[nn.Module]) -> None:
+    (leaf,) = leaves(trace(Decided(kind).eval(), (torch.randn(2, 12, 16), torch.tensor([750, 750]))))
+    assert isinstance(leaf.module, kind)
+    assert leaf.aligned == {Largest: (), AnyLate: ((0, (0,)), (1, (0,)))}[kind]  # each rank has all steps
 
 
 @pytest.mark.parametrize(("kind", "whole"), [(Experts, False), (Normalised, True), (Groups, True)])
