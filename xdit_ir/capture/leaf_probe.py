@@ -79,7 +79,8 @@ def _measured(
     recorder: Recorder, path: str, leaf: Leaf, call: SubmoduleCall, weights: list[torch.Tensor]
 ) -> DescribedLeaf:
     device = weights[0].device if weights else recorder.device
-    runs, before = [], torch.get_rng_state()
+    before = torch.get_rng_state()
+    runs: list[tuple[list[torch.Tensor], list[Any], pytree.TreeSpec, int]] = []
     for seed, probe in enumerate(_PROBES):
         inputs = _inputs(recorder, call, device, seed)
         try:
