@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 
 from torch import fx
@@ -23,7 +24,7 @@ def surroundings(program: Program, name: str) -> Iterator[Block]:
     between: list[fx.Node] = []
     for node in program.graph.nodes:
         if node.op == "call_function" and not _is_of_call(node):
-            between.append(node)
+            between += [] if _is_result(node) else [node, *filter(_is_result, node.users)]
         elif is_block_call(node) or node.op == "output":
             for piece in _pieces(between):
                 yield Block(f"{name} {piece[0].name}", _body(piece))
@@ -34,13 +35,19 @@ def _is_of_call(node: fx.Node) -> bool:
     return is_block_call(node) or any(is_block_call(source) for source in node.all_input_nodes)
 
 
+def _is_result(node: fx.Node) -> bool:
+    """Whether it is one of several results of an operator: it goes with that, since a body returns tensors."""
+    return node.target is operator.getitem
+
+
 def _pieces(nodes: Sequence[fx.Node]) -> Iterator[Sequence[fx.Node]]:
     alive, start = _alive(nodes), 0
     while len(nodes) - start > LONGEST:
         end = min(range(start + LONGEST // 2, start + LONGEST), key=alive.__getitem__)
+        end = next((place for place in range(end, len(nodes)) if not _is_result(nodes[place])), len(nodes))
         yield nodes[start:end]
         start = end
-    if nodes:
+    if nodes[start:]:
         yield nodes[start:]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from torch import fx
 
 from xdit_ir.ir.program import SPEC
@@ -16,17 +18,24 @@ TRIED = 3
 
 
 def undivided_values(tried: Assignment, total: int) -> list[fx.Node]:
-    """Values of the outer graph from which much of what is not divided follows, first those from which most does."""
+    """Values of the outer graph from which much of what is not divided follows, first those from which most does; and
+    those that the largest undivided steps take: what is in front of them may have to be whole again on the way."""
     work = {step: flops for step in tried.draft.steps if (flops := _whole_flops(tried, step))}
     if sum(work.values()) < NOTABLE * total:
         return []
     behind = _behind(tried.draft.steps, work)
+    found = [*_most(work, behind, NOTABLE * total), *_most(work, work, NOTABLE * total)]
+    return list(dict.fromkeys(found))
+
+
+def _most(steps: Iterable[LayoutNode], flops: Mapping[LayoutNode, int], least: float) -> list[fx.Node]:
+    """Values that these steps take, first those of the steps with most FLOPs."""
     first: dict[fx.Node, int] = {}
-    for step in work:
+    for step in steps:
         for source in _streams(step):
-            first.setdefault(source, behind[step])
+            first[source] = max(first.get(source, 0), flops[step])
     ranked = sorted(first.items(), key=lambda item: -item[1])
-    return [node for node, flops in ranked if flops >= NOTABLE * total][:TRIED]
+    return [node for node, many in ranked if many >= least][:TRIED]
 
 
 def _streams(step: LayoutNode) -> list[fx.Node]:

@@ -103,6 +103,8 @@ class Widening:
         taken = None if rule is None else rule.demand(OpCall(node, self.mesh, have), made)
         if rule is None or taken is None or len(taken) != len(have):
             return None
+        if not all(self.mesh.covers(part) for one in taken for part in one.dims if part is not None):
+            return None  # what nobody needs would be on no rank
         sharding = rule.forward(OpCall(node, self.mesh, taken))
         return taken if sharding.inputs == taken and sharding.outputs == made and not sharding.fallback else None
 

@@ -47,6 +47,53 @@ class Normalised(nn.Module):
         return y * 2 if y.abs().max().item() > 1 else y
 
 
+class Groups(nn.Module):
+    """Scales rows by the number of their group among those that there are: all samples decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        signs = (x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()
+        groups, which = torch.unique(signs, return_inverse=True)
+        out = torch.zeros_like(x)
+        for number in range(len(groups)):
+            out[which == number] = self.linear(x[which == number]) * (number + 1)
+        return out
+
+
+class Largest(nn.Module):
+    """Works on the largest sample only: all tokens decide which that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        place, out = int(x.norm(dim=(1, 2)).argmax()), x.clone()
+        out[place] = self.linear(x[place])
+        return out
+
+
+class AnyLate(Largest):
+    """Branches on what any sample's step is, beside values that cannot be known."""
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        out = self.linear(x)
+        out = out * (2 if (step < 500).any() else 1)
+        return out * 2 if x.isnan().any().item() else out
+
+
+class Decided(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.kind = nn.Linear(16, 16), kind()
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return self.kind(self.embed(x).sin(), step) + x
+
+
 class Kept(nn.Module):
     """Its result has as many rows as values are positive."""
 
@@ -90,21 +137,28 @@ def leaves(program: Program) -> list[Leaf]:
     return [node.target for graph in graphs for node in graph.nodes if isinstance(node.target, Leaf)]
 
 
-@pytest.mark.parametrize("kind", [Experts, Normalised, Owner])
+@pytest.mark.parametrize("kind", [Experts, Normalised, Owner, Groups])
 def test_found_by_itself(kind: type[nn.Module], run: Run, same: Run) -> None:
     model = Model(kind).eval()
     program = trace(model, (torch.randn(2, 12, 16),))
     assert len(program.blocks) == 1
     (leaf,) = leaves(program)
     assert isinstance(leaf.module, kind)
-    assert [dim for dim, _ in leaf.aligned] == {Experts: [0, 1], Normalised: [], Owner: []}[kind]
+    assert [dim for dim, _ in leaf.aligned] == ([0, 1] if kind is Experts else [])
     for scale in (0.1, 1.0, 10.0):
         x = torch.randn(2, 12, 16) * scale
         with torch.no_grad():
             same(run(program, model, x), model(x))
 
 
-@pytest.mark.parametrize(("kind", "whole"), [(Experts, False), (Normalised, True)])
+@pytest.mark.parametrize("kind", [Largest, AnyLate])
+def test_what_all_decide_is_not_divided(kind: type[nn.Module]) -> None:
+    (leaf,) = leaves(trace(Decided(kind).eval(), (torch.randn(2, 12, 16), torch.tensor([750, 750]))))
+    assert isinstance(leaf.module, kind)
+    assert leaf.aligned == {Largest: (), AnyLate: ((0, (0,)), (1, (0,)))}[kind]  # each rank has all steps
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(Experts, False), (Normalised, True), (Groups, True)])
 def test_divided_where_local(kind: type[nn.Module], *, whole: bool) -> None:
     model, example = Model(kind).eval(), (torch.randn(2, 12, 16),)
     for degrees in ({"ulysses": 2}, {"ulysses": 3}, {"cfg": 2}):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import xdit_ir as xir
+from xdit_ir.models.kinds.parts import blocks
 
 
 class Spectrum(nn.Module):
@@ -33,3 +34,26 @@ def test_convolutions_behind_a_transform_are_divided(between: int) -> None:
     parallel = xir.trace(model, example).parallelize(ulysses=3)
     assert parallel.report().share <= 0.40
     assert xir.check(model, example, ulysses=3).ok
+
+
+class SomeTokens(nn.Module):
+    """Each layer works on the tokens with the largest scores only."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.score = nn.Linear(4, width), nn.Linear(width, 1)
+        self.blocks = blocks(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            chosen = self.score(x).topk(32, dim=1).indices.expand(-1, -1, x.shape[-1])
+            x = x.scatter(1, chosen, block(x.gather(1, chosen)))
+        return x
+
+
+def test_tokens_chosen_by_value_are_divided_in_every_layer() -> None:
+    model, example = SomeTokens().eval(), (torch.randn(1, 64, 4),)
+    result = xir.trace(model, example)
+    assert result.parallelize(ulysses=4).report().share <= 0.30
+    assert xir.check(model, example, traced=result, ulysses=4).ok

@@ -185,3 +185,22 @@ def test_blocks_with_several_convolutions(ranks: int) -> None:
     assert after.report().share <= 0.30 or ranks < 4
     for parallel in (after, wide):
         assert check_parallel(parallel, module, example).ok
+
+
+class TokenShift(nn.Module):
+    """Each token is mixed with the one before it: what is padded in front is dropped behind."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            before = F.pad(x.sin(), (0, 0, 1, -1))
+            x = x + layer(x + before) * layer(x - before).cumsum(1)
+        return x
+
+
+@pytest.mark.parametrize("ulysses", [3, 4])
+def test_what_is_dropped_at_an_end_stays_on_a_rank(ulysses: int) -> None:
+    assert xir.check(TokenShift().eval(), (torch.randn(1, 64, 32),), ulysses=ulysses).ok

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import xdit_ir as xir
 from xdit_ir.api import ParallelProgram
 from xdit_ir.ir.graphs import placeholders, results_of
-from xdit_ir.ir.program import LAYOUT, SPEC
+from xdit_ir.ir.program import LAYOUT, SPEC, TensorSpec
 from xdit_ir.passes.surroundings import LONGEST, surroundings
 
 
@@ -283,3 +283,26 @@ def test_long_surroundings_are_cut_between_layers() -> None:
     assert list(itertools.chain(*nodes)) == [node.name for node in program.graph.nodes if node.op == "call_function"]
     assert len(pieces) > 1 and max(map(len, nodes)) <= LONGEST
     assert all(len(results_of(graph)) == len(placeholders(graph)) == 1 for graph in pieces)
+
+
+class Rows(nn.Module):
+    """A loop over rows: many results of one operator, with others in between."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros_like(x[:, 0])
+        for place in range(x.shape[1]):
+            state = state * 0.5 + x[:, place] * place
+        return self.down(F.relu(self.up(x + state[:, None])))
+
+
+def test_the_results_of_one_operator_stay_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xdit_ir.passes.surroundings.LONGEST", 8)
+    model, example = Rows(), (torch.randn(1, 10, 8),)
+    traced = xir.trace(model, example)
+    results = [results_of(block.graph) for block in surroundings(traced.ir, "around")]
+    assert len(results) > 1 and all(isinstance(one.meta[SPEC], TensorSpec) for many in results for one in many)
+    assert xir.check(model, example, traced=traced, tensor=2).ok

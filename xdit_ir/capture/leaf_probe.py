@@ -23,9 +23,30 @@ from xdit_ir.errors import TraceError
 from xdit_ir.ir.leaf import Leaf, order_of
 from xdit_ir.ir.program import TensorSpec
 
-_SCALES = (1.0, 0.01, 0.1, 0.3, 3.0, 10.0)  # of the inputs of probes: values may decide differently for each
 _PROBE_BYTES = 1 << 28  # weights made up for the probe of a module on the meta device
 _TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Inputs as which values may decide differently: their scale; rows small and large (`spread`); a dim along which
+    every index has a place of its own, near which all its rows are (`apart`), or all are `equal`; whether what is
+    `known` has its true contents, or others of the same range, which the module may not be able to take."""
+
+    scale: float = 1.0
+    spread: bool = False
+    apart: int | None = None
+    equal: int | None = None
+    known: bool = True
+
+
+_PROBES = (
+    *(_Probe(scale, spread=True) for scale in (1.0, 0.01, 0.1, 0.3, 3.0, 10.0)),
+    *(_Probe(scale, apart=dim) for scale in (1.0, 3.0) for dim in (0, 1)),
+    *(_Probe(equal=dim) for dim in (0, 1)),
+    *(_Probe(scale, known=False) for scale in (1.0, 0.3, 3.0)),
+)
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +79,20 @@ def _measured(
     recorder: Recorder, path: str, leaf: Leaf, call: SubmoduleCall, weights: list[torch.Tensor]
 ) -> DescribedLeaf:
     device = weights[0].device if weights else recorder.device
-    runs, before = [], torch.get_rng_state()
-    for seed in range(len(_SCALES)):
+    before = torch.get_rng_state()
+    runs: list[tuple[list[torch.Tensor], list[Any], pytree.TreeSpec, int]] = []
+    for seed, probe in enumerate(_PROBES):
         inputs = _inputs(recorder, call, device, seed)
-        with FlopCounterMode(display=False) as counter:
-            output = leaf.run(inputs, weights)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                output = leaf.run(inputs, weights)
+        except _FAILURES:
+            if probe.known:
+                raise
+            continue
         flat, out_spec = flatten_output(output)
+        if not probe.known and _shapes(flat) != _shapes(runs[0][1]):
+            continue
         runs.append((inputs, flat, out_spec, counter.get_total_flops()))
         if seed == 0:
             filled = StateWatch([("", leaf.module)])  # with what is kept from the first call on
@@ -80,18 +109,34 @@ def _measured(
     return DescribedLeaf(leaf, call, shapes[0], runs[0][2])
 
 
+def _shapes(flat: list[Any]) -> list[Any]:
+    return [x.shape if isinstance(x, torch.Tensor) else None for x in flat]
+
+
 def _inputs(recorder: Recorder, call: SubmoduleCall, device: torch.device, seed: int) -> list[torch.Tensor]:
     """Random numbers for what is computed, true contents for what is known."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, probe = torch.Generator().manual_seed(seed), _PROBES[seed]
     made: list[torch.Tensor] = []
     for item in call.leaves:
         if isinstance(item, torch.Tensor):
             known = recorder.value(item).known
-            probe = _random(spec_of(item), generator) if known is None else known.clone()
-            if known is None and probe.is_floating_point():
-                probe *= _SCALES[seed]
-            made.append(probe.to(device))
+            if known is None:
+                value = _random(spec_of(item), generator, probe)
+                value = value * probe.scale if value.is_floating_point() else value
+            else:
+                value = known.clone() if probe.known else _others(known, generator)
+            made.append(value.to(device))
     return made
+
+
+def _others(known: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Integers from zero on of the same range, many of them at an end of it; other numbers as they are."""
+    if known.is_floating_point() or known.is_complex() or not known.numel():
+        return known.clone()
+    least, most = min(int(known.min()), 0), max(int(known.max()), 1)
+    made = torch.randint(least, most + 1, known.shape, generator=generator)
+    end = torch.randint(0, 2, known.shape, generator=generator) * (most - least) + least
+    return torch.where(torch.rand(known.shape, generator=generator) < 0.75, end, made).to(known.dtype)
 
 
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -99,13 +144,19 @@ def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+def _random(spec: TensorSpec, generator: torch.Generator, probe: _Probe = _Probe(spread=True)) -> torch.Tensor:
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        made = torch.randn(spec.shape, generator=generator)
-        for dim in range(len(spec.shape) - 1):  # small and large rows, so that what mixes or compares them shows
-            shape = [size if d == dim else 1 for d, size in enumerate(spec.shape)]
-            order = torch.randperm(spec.shape[dim], generator=generator)
-            made = made * 10 ** torch.linspace(-1, 1, spec.shape[dim])[order].view(shape)
+        shape, last = spec.shape, len(spec.shape) - 1
+        made = torch.randn(shape, generator=generator)
+        if probe.apart is not None and probe.apart < last:
+            places = [size if d in (probe.apart, last) else 1 for d, size in enumerate(shape)]
+            made = torch.randn(places, generator=generator) + 0.1 * made
+        if probe.equal is not None and probe.equal < last:
+            made = made.narrow(probe.equal, 0, min(shape[probe.equal], 1)).expand(shape).clone()
+        for dim in range(last if probe.spread else 0):  # so that what mixes or compares rows shows
+            sizes = [size if d == dim else 1 for d, size in enumerate(shape)]
+            order = torch.randperm(shape[dim], generator=generator)
+            made = made * 10 ** torch.linspace(-1, 1, shape[dim])[order].view(sizes)
         return made.to(spec.dtype)
     return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
 
@@ -170,12 +221,13 @@ def _selects(
 ) -> bool:
     size = results[0].shape[dim]
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    for count in {1, (size + 1) // 2, size}:
-        index = order[:count].to(results[0].device)
+    half = (size + 1) // 2
+    for chosen in filter(len, dict.fromkeys((range(1), range(half), range(half, size), range(size)))):
+        index = order[chosen.start : chosen.stop].to(results[0].device)
         part = [x.index_select(dim, index) if i in operands else x for i, x in enumerate(given)]
         try:
             found = leaf.flatten(leaf.run(part, weights))
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+        except _FAILURES:
             return False
         expected = [result.index_select(dim, index) for result in results]
         if len(found) != len(expected) or not all(map(_close, found, expected)):

@@ -169,11 +169,19 @@ def _pad_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
                 return None
             changes[dim] = Partition(size, known)
         elif partition is not None:
-            changes[dim] = partition.map(
-                size,
-                lambda part, a=before, n=size: part.select(a, a + n)[0],  # type: ignore[misc]
-            )
+            parts = [_cut_from(part, size, (before, after)) for part in partition.parts]
+            changes[dim] = Partition(size, tuple(parts))
     return (wanted.with_dims(changes),)
+
+
+def _cut_from(part: Indices, size: int, amounts: tuple[int, int]) -> Indices:
+    """What a rank needs of a dim of this size to make a part of the result. What is dropped at an end comes with what
+    is next to it, as someone has to have it."""
+    before, after = amounts
+    own, first, last = part.select(before, before + size)[0], max(-before, 0), size + min(after, 0)
+    front = Indices.range(0, first if before < 0 and first in own.array else 0)
+    back = Indices.range(last, size if after < 0 and last - 1 in own.array else last)
+    return front.concat(own).concat(back)
 
 
 def added_before(node: fx.Node, dim: int) -> int | None:
