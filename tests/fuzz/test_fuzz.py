@@ -110,3 +110,14 @@ def test_a_patch_gets_from_other_ranks_what_later_patches_read() -> None:
         qk_norm=False, skips=False, spare=False, refiner=False, output="tuple", seed=3,
     )  # fmt: skip
     assert judge(recipe, {"pipefusion": 2, "ulysses": 2}) == "equal"
+
+
+def test_ranks_meet_in_one_order_where_one_has_no_rows_of_a_patch() -> None:
+    """In a synchronous step it went on to a later exchange than the one in which another rank waited for it."""
+    recipe = dits.Recipe(
+        batch=2, grid=(3, 2, 2), patch=1, text=4, mask="additive", heads=4, groups=2, head_dim=8,
+        kinds=("self",),
+        between=("registers",), style="fused", norm="rms", rotary="none", modulation="none", mlp="gelu",
+        qk_norm=False, skips=False, spare=False, refiner=False, output="tuple", seed=1,
+    )  # fmt: skip
+    assert judge(recipe, {"pipefusion": 2, "ulysses": 2}) == "equal"

@@ -1,4 +1,9 @@
-"""All patches of a stage as one program: a synchronous step, in which reads wait for the writes of all patches."""
+"""All patches of a stage as one program: a synchronous step, in which reads wait for the writes of all patches.
+
+Ranks of a group talk in the order of the program that they were made from, and of two patches at the same place the
+first comes first: an order by what a rank can do next would be another one on a rank that has no rows of some patch.
+Everything that an exchange waits for stands before it, so the next one in that order never waits for a later one.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +18,16 @@ from torch import fx
 from xdit_ir.errors import VerifyError
 from xdit_ir.ir import ops
 from xdit_ir.ir.buffer_ops import Keep, Read, Recall, Write
-from xdit_ir.ir.collective_ops import AllGather
+from xdit_ir.ir.collective_ops import AllGather, Communicate
 from xdit_ir.ir.graphs import operands, results_of
 from xdit_ir.ir.program import CONSTANT, WEIGHT, Block, Program, call_block, call_parts, is_block_call
+from xdit_ir.sharding.specialize import in_space
 
 Names = Mapping[str, str]
 
 
-def interleave(programs: Sequence[Program], received: Collection[str]) -> Program:
-    """One program for the programs of a stage's patches, in which they go on in turns, each as far as it can.
+def interleave(programs: Sequence[Program], received: Collection[str], whole: Program) -> Program:
+    """One program for the programs of a stage's patches, which were made from `whole`, as those of all ranks were.
 
     Inputs are the model's, then those called `received` of the first patch, then those of the second, and so on, see
     `of_patch`; outputs those of the first patch, then those of the second, and so on.
@@ -32,7 +38,7 @@ def interleave(programs: Sequence[Program], received: Collection[str]) -> Progra
     if len(programs) == 1:
         return programs[0]
     constants, names = _constants(programs)
-    weaver = _Weaver([program.graph for program in programs], programs, names)
+    weaver = _Weaver([program.graph for program in programs], programs, names, whole, whole.graph)
     graph = weaver.run(received)
     return programs[0].replace(graph=graph, blocks=weaver.blocks, constants=constants)
 
@@ -78,11 +84,20 @@ class _Thread:
 
 
 class _Weaver:
-    """Writes the graphs of several patches into one; `names`: of each patch's constants."""
+    """Writes the graphs of several patches into one; `names`: of each patch's constants, `source`: the graph of `whole`
+    that they were made from."""
 
-    def __init__(self, graphs: Sequence[fx.Graph], programs: Sequence[Program], names: Sequence[Names]) -> None:
+    def __init__(
+        self,
+        graphs: Sequence[fx.Graph],
+        programs: Sequence[Program],
+        names: Sequence[Names],
+        whole: Program,
+        source: fx.Graph,
+    ) -> None:
         self.threads = [_Thread.of(graph) for graph in graphs]
-        self.programs, self.names = programs, names
+        self.programs, self.names, self.whole = programs, names, whole
+        self.places = {name: place for place, node in enumerate(source.nodes) for name in (node.name, in_space(node))}
         self.graph = fx.Graph()
         self.blocks: dict[str, Block] = {}
         self.made: dict[tuple[str, tuple[int, ...], frozenset[str]], str] = {}
@@ -95,7 +110,7 @@ class _Weaver:
         """The graph of all; each patch has inputs called `own` (None: all) and weights called `parts` for itself."""
         self._inputs(own, parts)
         while any(thread.next.op != "output" for thread in self.threads):
-            if not sum([self._advance(patch) for patch in range(len(self.threads))]) and not self._call():
+            if not sum([self._advance(patch) for patch in range(len(self.threads))]) and not self._meet():
                 stuck = ", ".join(f"patch {p} at {thread.next.name}" for p, thread in enumerate(self.threads))
                 raise VerifyError(f"the patches of a synchronous step wait for each other for ever: {stuck}")
         results = [thread.env[value] for thread in self.threads for value in operands(thread.next)]
@@ -119,12 +134,16 @@ class _Weaver:
             self.threads[patch].env[node] = known[name]
 
     def _advance(self, patch: int) -> int:
-        """Go on until something must be waited for; how many nodes that were."""
+        """Go on until something must be waited for, or others are met; how many nodes that were."""
         thread, start = self.threads[patch], self.threads[patch].at
         while (node := thread.next).op != "output" and self._is_ready(node):
-            thread.env[node] = self._node(node, patch)
-            thread.at += 1
+            self._step(patch)
         return thread.at - start
+
+    def _step(self, patch: int) -> None:
+        thread = self.threads[patch]
+        thread.env[thread.next] = self._node(thread.next, patch)
+        thread.at += 1
 
     def _is_ready(self, node: fx.Node) -> bool:
         if isinstance(node.target, Read):
@@ -132,7 +151,7 @@ class _Weaver:
             return all(slot in done for t, done in zip(self.threads, self.written, strict=True) if slot in t.writes)
         if isinstance(node.target, Recall):
             return node.target.slot in self.kept
-        return not is_block_call(node)
+        return not _meets(node)
 
     def _node(self, node: fx.Node, patch: int) -> fx.Node:
         thread = self.threads[patch]
@@ -166,14 +185,16 @@ class _Weaver:
         new.meta = dict(node.meta)
         return new
 
-    def _call(self) -> bool:
-        """One block call of all patches that make it, if all of them have come there; whether there was one."""
-        for thread in self.threads:
-            name = thread.next.name
-            if not is_block_call(thread.next):
-                continue
-            members = [patch for patch, other in enumerate(self.threads) if name in other.calls]
-            if all(self.threads[patch].next.name == name for patch in members):
+    def _meet(self) -> bool:
+        """The first exchange, or block call of all patches that make it; whether there was one."""
+        waiting = [patch for patch, thread in enumerate(self.threads) if _meets(thread.next)]
+        for patch in sorted(waiting, key=lambda one: self.places[self.threads[one].next.name]):
+            node = self.threads[patch].next
+            if not is_block_call(node):
+                self._step(patch)
+                return True
+            members = [other for other, thread in enumerate(self.threads) if node.name in thread.calls]
+            if all(self.threads[other].next.name == node.name for other in members):
                 self._call_of(members)
                 return True
         return False
@@ -206,8 +227,14 @@ class _Weaver:
             self.made[key] = own = own if own not in self.blocks else f"{own}_apart_{len(self.blocks)}"
             graphs = [self.programs[patch].blocks[name].graph for patch in members]
             names = [self.names[patch] for patch in members]
-            self.blocks[own] = Block(own, _Weaver(graphs, self.programs, names).run(parts=parts))
+            weaver = _Weaver(graphs, self.programs, names, self.whole, self.whole.blocks[name].graph)
+            self.blocks[own] = Block(own, weaver.run(parts=parts))
         return self.made[key]
+
+
+def _meets(node: fx.Node) -> bool:
+    """Whether others have to do the same at the same time: other ranks, or in a block all patches."""
+    return is_block_call(node) or isinstance(node.target, Communicate)
 
 
 def brings(node: fx.Node) -> bool:

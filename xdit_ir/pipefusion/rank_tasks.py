@@ -179,7 +179,7 @@ class RankTasks:
             return self.displaced[stage, 0]
         parts, finished = [self._part(stage, p) for p in patches], [self._finished(stage, p) for p in patches]
         own = {name for part in parts for name in (*part.receives, *part.carried_in)}
-        program = interleave([program for program, _ in finished], own)
+        program = interleave([program for program, _ in finished], own, self.pipeline.cuts[stage].program)
         counts = [
             (len(part.sends), len(part.carried_out), len(r)) for part, (_, r) in zip(parts, finished, strict=True)
         ]

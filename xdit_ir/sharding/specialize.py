@@ -184,13 +184,18 @@ def _reduce(node: fx.Node, value: fx.Node, graph: fx.Graph, mesh: Mesh, rank: in
     dims = mesh.ordered(pending - {TIME})
     if dims:
         target: Any = Reduce("all_reduce", dims, mesh.group(rank, dims))
-        name = f"{node.name}_space" if TIME in pending else node.name
+        name = in_space(node) if TIME in pending else node.name
         value = graph.create_node("call_function", target, (value,), name=name)
         value.meta[SPEC] = local_spec(source, rank)
     if TIME in pending:
         wrote = _wrote(source, value, graph, write_of(source, None, mesh, rank))
         value = graph.create_node("call_function", read_of(node, None, mesh, rank), (wrote,), name=node.name)
     return value
+
+
+def in_space(node: fx.Node) -> str:
+    """The name of a sum over ranks, before that over patches."""
+    return f"{node.name}_space"
 
 
 def _wrote(source: fx.Node, value: fx.Node, graph: fx.Graph, target: Any) -> fx.Node:
