@@ -169,8 +169,7 @@ def _pad_demand(call: OpCall, wanted: Layout) -> tuple[Layout, ...] | None:
                 return None
             changes[dim] = Partition(size, known)
         elif partition is not None:
-            parts = [_cut_from(part, size, (before, after)) for part in partition.parts]
-            changes[dim] = Partition(size, tuple(parts))
+            changes[dim] = Partition(size, tuple(_cut_from(part, size, (before, after)) for part in partition.parts))
     return (wanted.with_dims(changes),)
 
 
