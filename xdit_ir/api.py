@@ -19,9 +19,9 @@ from xdit_ir.caching.decision import CacheCount
 from xdit_ir.caching.hooked import check_unhooked
 from xdit_ir.caching.rule import CacheRule
 from xdit_ir.capture.inputs import Example
-from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
+from xdit_ir.emission.loading import Loading
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.interpret import model_state
 from xdit_ir.ir.mesh import BATCH, Mesh, check_degree_names

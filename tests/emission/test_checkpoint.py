@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.emission.checkpoint import Checkpoint, WeightStore
+from xdit_ir.emission.checkpoint import Checkpoint
+from xdit_ir.emission.weight_store import WeightStore
 from xdit_ir.ir.program import TensorSpec
 
 Saved = tuple[nn.Module, dict[str, Any], Path]

@@ -17,7 +17,8 @@ import json, sys
 from pathlib import Path
 import torch, xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.emission.checkpoint import Checkpoint, WeightStore
+from xdit_ir.emission.checkpoint import Checkpoint
+from xdit_ir.emission.weight_store import WeightStore
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 

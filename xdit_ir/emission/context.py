@@ -12,16 +12,17 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from xdit_ir.emission.checkpoint import Loading, WeightStore
 from xdit_ir.emission.code_store import CodeStore
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.compilation import can_fuse, compile_body, prepare
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
 from xdit_ir.emission.graph_pool import GraphPool
+from xdit_ir.emission.loading import Loading
 from xdit_ir.emission.shared import SharedCodes
 from xdit_ir.emission.state import ModelWeights
 from xdit_ir.emission.structure import program_key
+from xdit_ir.emission.weight_store import WeightStore
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.garbage import collector_paused
 from xdit_ir.ir.mesh import Mesh

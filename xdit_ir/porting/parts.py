@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from xdit_ir.capture.odd_weights import odd_weight
-from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
+from xdit_ir.emission.loading import Loading
 from xdit_ir.emission.state import hooked
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import Mesh

@@ -11,9 +11,9 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from xdit_ir.caching.rule import CacheRule
-from xdit_ir.emission.checkpoint import Loading
 from xdit_ir.emission.context import RunOptions
 from xdit_ir.emission.execution import Execution
+from xdit_ir.emission.loading import Loading
 from xdit_ir.errors import ParallelizeError
 from xdit_ir.ir.mesh import FEATURES, TIME, Mesh, check_degree_names
 from xdit_ir.passes.divide import check_cache, check_schedule
