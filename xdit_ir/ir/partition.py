@@ -284,14 +284,9 @@ class Partition:
             end = max(end, start + length)
         return end == self.size
 
-    def tiles(self, ranks: Iterable[int]) -> bool:
+    def tiles(self, ranks: tuple[int, ...]) -> bool:
         """Whether exactly one of these ranks holds each index."""
-        end = 0
-        for start, length in self._runs(ranks):
-            if start != end:
-                return False
-            end = start + length
-        return end == self.size
+        return _tiles(self, ranks)
 
     def _runs(self, ranks: Iterable[int]) -> list[tuple[int, int]]:
         return sorted(itertools.chain.from_iterable(self.parts[rank].runs for rank in ranks))
@@ -300,6 +295,16 @@ class Partition:
 def _map_parts(size: int, parts: tuple[Indices, ...], function: Callable[[Indices], Indices]) -> Partition:
     done = {part: function(part) for part in set(parts)}
     return Partition(size, tuple(done[part] for part in parts))
+
+
+@lru_cache(maxsize=4096)
+def _tiles(partition: Partition, ranks: tuple[int, ...]) -> bool:
+    end = 0
+    for start, length in partition._runs(ranks):
+        if start != end:
+            return False
+        end = start + length
+    return end == partition.size
 
 
 @lru_cache(maxsize=4096)
