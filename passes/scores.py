@@ -101,8 +101,10 @@ def _passes_through(node: fx.Node) -> bool:
 
 def _turns(node: fx.Node) -> bool:
     """Whether a node transposes every matrix of the last two dims."""
+    if node.target not in PERMUTES:
+        return False
     ndim = len(node.meta[SPEC].shape)
-    return node.target in PERMUTES and order_of(node, ndim) == [*range(ndim - 2), ndim - 1, ndim - 2]
+    return order_of(node, ndim) == [*range(ndim - 2), ndim - 1, ndim - 2]
 
 
 def _scaled(node: fx.Node) -> _Layer | None:

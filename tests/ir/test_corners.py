@@ -43,16 +43,17 @@ def run(sample, *taken, mesh=TWO):
 
 
 def test_a_sum_counts_what_several_ranks_hold_once():
-    _, given = run(Sample(aten.sum.dim_IntList, (t(8, 3), [0])), Layout((halo(8), None)))
-    assert given == Layout.whole(1)
+    taken, given = run(Sample(aten.sum.dim_IntList, (t(8, 3), [0])), Layout((halo(8), None)))
+    assert taken == (Layout((even(8), None)),) and given == Layout((None,), frozenset({"ulysses"}))
     _, given = run(Sample(aten.sum.dim_IntList, (t(8, 3), [0])), Layout((even(8), None)))
     assert given == Layout((None,), frozenset({"ulysses"}))
 
 
 def test_a_product_contracts_what_several_ranks_hold_once():
     operand = Layout((None, halo(8)))
-    _, given = run(Sample(aten.mm.default, (t(3, 8), t(8, 5))), operand, Layout.whole(2))
-    assert given == Layout.whole(2)
+    taken, given = run(Sample(aten.mm.default, (t(3, 8), t(8, 5))), operand, Layout.whole(2))
+    assert taken == (Layout((None, even(8))), Layout((even(8), None)))
+    assert given == Layout((None, None), frozenset({"ulysses"}))
 
 
 @pytest.mark.parametrize("target", [aten.squeeze.dim, aten.select.int])

@@ -34,7 +34,6 @@ def edited(place: str, value: Any) -> str:
     ("place", "value", "said"),
     [
         ("version", 2, f"version = 2: this xdit_ir reads version {VERSION}; make the plan anew"),
-        ("version", ..., "version = None"),
         ("gpus", ..., "gpus is missing"),
         ("gpus", "two", "gpus = 'two': expected a whole number"),
         ("gpus", True, "gpus = True: expected a whole number"),
