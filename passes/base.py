@@ -46,7 +46,7 @@ def _all_new(program: Program, given: set[int]) -> bool:
 
 
 def _graphs(program: Program) -> list[int]:
-    return [id(program.graph), *(id(block.graph) for block in program.blocks.values())]
+    return list(map(id, program.graphs))
 
 
 def _applied(one: Pass, program: Program, inferred: Inferred | None) -> Program:

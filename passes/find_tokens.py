@@ -27,7 +27,7 @@ PROBE = Mesh.of(ulysses=2)
 aten = torch.ops.aten
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 JOINS = (aten.cat, aten.concat, aten.concatenate)
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 SLICE = aten.slice.Tensor
 
 
@@ -148,7 +148,7 @@ def _detailed(program: Program, axis: TokenAxis) -> TokenAxis:
 
 def _calls_of(program: Program, targets: Sequence[Any]) -> Iterator[fx.Node]:
     """The calls of these operators in all graphs of a program."""
-    for graph in (program.graph, *(block.graph for block in program.blocks.values())):
+    for graph in program.graphs:
         for target in targets:
             yield from graph.find_nodes(op="call_function", target=target)
 
@@ -156,7 +156,7 @@ def _calls_of(program: Program, targets: Sequence[Any]) -> Iterator[fx.Node]:
 def units_of(program: Program, size: int) -> tuple[int, ...]:
     """Inner factors of the views that split or make a dimension of this size."""
     found: set[int] = set()
-    for node in _calls_of(program, VIEWS):
+    for node in _calls_of(program, RESHAPES):
         shapes = operands(node)[0].meta[SPEC].shape, node.meta[SPEC].shape
         if 0 in shapes[0]:
             continue

@@ -7,7 +7,7 @@ hooks stay where they are, so that they can be asked for and removed, and are no
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +101,7 @@ def hooked_cache(model: nn.Module) -> HookedCache | None:
     """
     kinds: dict[str, dict[str, list[Any]]] = {}
     for path, module in named_modules_of(model):
-        for kind, hook in _caches_of(module) if _REGISTRY in vars(module) else ():
+        for kind, hook in _caches_of(module):
             kinds.setdefault(kind, {}).setdefault(path, []).append(hook)
     if not kinds:
         return None
@@ -118,10 +118,9 @@ def hooked_cache(model: nn.Module) -> HookedCache | None:
 def caches_away(model: nn.Module) -> Iterator[None]:
     """A model whose blocks are as they were before step caches were hooked into them, for as long as it is traced."""
     modules = modules_of(model)
-    registered = [module for module in modules if _REGISTRY in vars(module)]
-    hooked = [module for module in registered if any(_caches_of(module))]
+    hooked = [module for module in modules if _caches_of(module)]
     held = [(vars(module), dict(vars(module))) for module in hooked]
-    registries = [vars(vars(module)[_REGISTRY]) for module in registered]
+    registries = [vars(vars(module)[_REGISTRY]) for module in modules if _REGISTRY in vars(module)]
     places = [(vars(module), _CONFIG) for module in modules] + [(one, _LISTED) for one in registries]
     leading = [(place, name, place[name]) for place, name in places if name in place]  # to the hooks and who they ask
     try:
@@ -159,7 +158,7 @@ def states_of(model: nn.Module) -> set[tuple[int, str]]:
     their ids; and the model's own registry while it has no hooks, which pipelines make when they end: a hook comes with
     a forward on the instance."""
     modules = modules_of(model)
-    hooks = [hook for module in modules if _REGISTRY in vars(module) for _, hook in _caches_of(module)]
+    hooks = [hook for module in modules for _, hook in _caches_of(module)]
     states = [hook.state for hook in hooks if hasattr(hook, "state")]
     configs = [vars(module).get(_CONFIG) for module in modules]
     return {
@@ -175,14 +174,15 @@ def _shared(hooks: Iterable[Any]) -> Iterator[Any]:
     yield from {id(item): item for hook in hooks for item in vars(hook).values() if hasattr(item, _STATE[1])}.values()
 
 
-def _caches_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    registered = _hooks_of(module)
+def _caches_of(module: nn.Module) -> Sequence[tuple[str, Any]]:
+    if not (registered := _hooks_of(module)):  # as of most modules
+        return ()
     hooks = list(registered.values())
     kinds = [type(hook).__module__.removeprefix(_LIBRARY) for hook in hooks]
     found = [(kind, hook) for kind, hook in zip(kinds, hooks, strict=True) if kind in KINDS]
     if found and len(found) < len(hooks):
         raise refused(found[0][0], f"beside other hooks of one module ({', '.join(registered)})", "")
-    yield from found
+    return found
 
 
 def _hooks_of(module: nn.Module) -> Mapping[str, Any]:

@@ -236,6 +236,11 @@ class Program:
         return None if Fact.LOCAL in self.facts else self.mesh
 
     @property
+    def graphs(self) -> tuple[fx.Graph, ...]:
+        """The outer graph, then those of the blocks."""
+        return self.graph, *(block.graph for block in self.blocks.values())
+
+    @property
     def calls(self) -> Iterator[fx.Node]:
         """The block calls of the outer graph, in order."""
         return iter(self.graph.find_nodes(op="call_function", target=call_block))
