@@ -206,20 +206,21 @@ def arguments(description: str | None, *, degrees: str, lanes: int, fresh: bool 
 def share_out(options: argparse.Namespace, names: Sequence[str]) -> int:
     """Try every name under every set of degrees, and write what came of them; the exit status.
 
-    Lanes take turns at the GPUs of this machine, as many at a time as a lane has ranks.
+    Lanes take turns at the GPUs of this machine that are visible, as many at a time as a lane has ranks.
     """
     import torch
 
     pairs = (f"{name}@{degrees}".split("@") for degrees in options.degrees.split(",") for name in names)
     tasks: list[Task] = list(dict.fromkeys((name, degrees) for name, degrees, *_ in pairs))
-    gpus = torch.cuda.device_count()
-    each = options.ranks or max(gpus, 1)
-    places = max(1, gpus // each)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = [*map(int, seen.split(","))] if seen else [*range(torch.cuda.device_count())]
+    each = options.ranks or max(len(gpus), 1)
+    places = max(1, len(gpus) // each)
     first = [number % places * each for number in range(options.lanes)]
     record = Record(options.output, resume=options.resume)
     tasks = [task for task in tasks if task not in record.done]
     lanes = [
-        Lane(range(gpus)[start : start + each], options, tasks[number :: options.lanes], record)
+        Lane(gpus[start : start + each], options, tasks[number :: options.lanes], record)
         for number, start in enumerate(first)
     ]
     with ThreadPoolExecutor(len(lanes)) as pool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_ir.errors import MismatchError
+from xdit_ir.transport import contents as contents_of
 from xdit_ir.transport.contents import Contents
 from xdit_ir.transport.handshake import _compare_contents
 
@@ -35,6 +38,18 @@ def test_equal_contents_pass_without_a_word() -> None:
 def test_tensors_without_elements() -> None:
     for shape in ((0,), (0, 4), (3, 0, 4), (2, 0)):
         compare({"x": torch.zeros(shape)}, {"x": torch.zeros(shape)})
+
+
+def test_tables_of_a_model_may_be_on_the_host_and_its_weights_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: copied.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(contents_of, "_projections", lambda x: x.new_empty(4, dtype=torch.float64))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    with FakeTensorMode():
+        given = {"table": torch.ones(4), "weight": torch.ones(4, device="cuda"), "other": torch.ones(8)}
+        contents = Contents(given)
+    assert contents.names == [*given] and not contents.ready
+    assert copied == [torch.device("cuda", 0)]
 
 
 def test_what_kernels_of_another_order_change_is_told_where_code_is_compiled() -> None:

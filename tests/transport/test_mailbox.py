@@ -14,9 +14,12 @@ from torch import fx
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.emission.codegen import Code, generate
+from xdit_ir.emission.fold import fold_constants
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.use_copy_engines import UseCopyEngines
+from xdit_ir.planning import hardware
+from xdit_ir.sharding.machine import H100, Machine
 from xdit_ir.transport.mailbox import PeerReceive, PeerSend, slot_sequence
 from xdit_ir.transport.release import Release
 from xdit_ir.transport.workspace import SLOTS, read_letter
@@ -36,9 +39,9 @@ class Here:
         return SimpleNamespace(group_name="0")
 
 
-def code(name: str, **degrees: int) -> Code:
-    parallel = xir.trace(*models.load(name)).parallelize(**degrees)
-    lowered = run_passes(parallel.rank(0), [UseCopyEngines()])
+def code(name: str, machine: Machine = H100, **degrees: int) -> Code:
+    parallel = xir.trace(*models.load(name)).parallelize(**degrees, machine=machine)
+    lowered = run_passes(fold_constants(parallel.rank(0)), [UseCopyEngines()])
     return generate(lowered, Here(parallel.mesh), torch.device("cuda", 0))  # type: ignore[arg-type]
 
 
@@ -83,6 +86,13 @@ def test_no_compiler_may_change_the_order_of_exchanges(name: str) -> None:
     for body in code(name, ulysses=2).bodies.values():
         for before, after in itertools.pairwise(peers(body.module)):
             assert before in after.args, "ranks that start in other orders wait for each other for ever"
+
+
+@pytest.mark.parametrize("name", ["anyflow-14b:tiny", "sana-1600m:tiny"])
+def test_a_block_may_send_what_it_was_given_before_it_computes_anything(name: str) -> None:
+    bodies = code(name, hardware.load("h200").prices, ulysses=2).bodies.values()
+    nodes = [[node for node in body.module.graph.nodes if node.op != "placeholder"] for body in bodies]
+    assert any(peers(body.module)[:1] == found[:1] for body, found in zip(bodies, nodes, strict=True))
 
 
 def test_slots_alternate_over_the_calls_of_a_block() -> None:

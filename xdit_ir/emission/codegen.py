@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import operator
 import re
@@ -311,7 +312,8 @@ class _CodeWriter:
     def _put(self, node: fx.Node, args: Any, send: PeerSend, receive: PeerReceive) -> fx.Node:
         """As `_communication`, with the workspace and the letter of this call."""
         if not self.shared:
-            with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+            written = [one for one in self.graph.nodes if one.op != "placeholder"]
+            with self.graph.inserting_before(written[0]) if written else contextlib.nullcontext():
                 self.shared = [self._argument("workspace"), self._argument("letter")]
         given = (*args, *self.shared, *self.custody.latest)
         new = self._call(f"put_{len(self.modules)}", send, given, {}, f"{node.name}_start")

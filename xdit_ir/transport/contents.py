@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -32,6 +33,35 @@ class Seen:
         return self.tensor() is x and not x.is_inference() and x._version == self.version
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What was computed on one device, on its way to the host: for which of all tensors, and the event behind it."""
+
+    places: Sequence[int]
+    table: torch.Tensor
+    event: Any = None
+
+    @staticmethod
+    def of(rows: Sequence[torch.Tensor], device: torch.device) -> _Rows:
+        """Those of `rows` that are there; a model's tables may be on the host while its weights are not."""
+        places = [place for place, row in enumerate(rows) if row.device == device]
+        there = torch.stack([rows[place] for place in places])
+        if not there.is_cuda:
+            return _Rows(places, there)
+        with torch.cuda.device(device):
+            table = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+            table.copy_(there, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return _Rows(places, table, event)
+
+    def here(self) -> _Rows:
+        """The same, once they are on the host."""
+        if self.event is not None:
+            self.event.synchronize()
+        return dataclasses.replace(self, event=None)
+
+
 class Contents:
     """Those of named tensors, on their way to the host, and numbers that are there: `numbers` waits for what was
     computed before, if it must.
@@ -54,34 +84,26 @@ class Contents:
         self._tolerances = [_tolerance(x) for x in (*tensors.values(), *again.values())]
         self._tolerances += [_tolerance_of(x) for x in given.values() if not isinstance(x, torch.Tensor)]
         self._rounded = {name: rounding for name, x in tensors.items() if x.is_floating_point() and x.numel() > SMALL}
-        self._event: Any = None
         with torch.inference_mode(False), torch.no_grad():
             found = [_remembered(name, x, {} if seen is None else seen) for name, x in tensors.items()]
             found += [_projections(x) for x in again.values()]
-            self._numbers = torch.stack(found) if found else torch.empty(0)
-        if self._numbers.is_cuda:
-            there = self._numbers
-            self._numbers = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
-            self._numbers.copy_(there, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._rows = [_Rows.of(found, device) for device in {row.device: None for row in found}]
 
     @property
     def ready(self) -> bool:
-        """Whether they are here already."""
-        return self._event is None
+        """Whether they are here already: those of the host are, and all that were waited for."""
+        return all(one.event is None for one in self._rows)
 
     def numbers(self) -> list[Any]:
         """Names and numbers, to be sent to others."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        return [self.names, [*self._numbers.tolist(), *self._told.values()]]
+        self._rows = [one.here() for one in self._rows]
+        rows = dict(pair for one in self._rows for pair in zip(one.places, one.table.tolist(), strict=True))
+        return [self.names, [*(rows[place] for place in range(len(rows))), *self._told.values()]]
 
     def soon(self, seconds: float) -> list[Any] | None:
         """The same, if they are here within this time."""
         deadline = time.monotonic() + seconds
-        while self._event is not None and not self._event.query():
+        while not all(one.event is None or one.event.query() for one in self._rows):
             if time.monotonic() > deadline:
                 return None
             time.sleep(1e-3)
