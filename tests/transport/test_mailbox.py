@@ -95,6 +95,23 @@ def test_a_block_may_send_what_it_was_given_before_it_computes_anything(name: st
     assert any(peers(body.module)[:1] == found[:1] for body, found in zip(bodies, nodes, strict=True))
 
 
+def test_exchanges_by_peers_and_by_collectives_have_one_order() -> None:
+    for body in code("anyflow-far:tiny", hardware.load("h200").prices, ulysses=2).bodies.values():
+        if not body.uses_mailbox:
+            continue
+        exchanges = [n for n in body.module.graph.nodes if n.op == "call_module"]
+        starts = [n for n in exchanges if not isinstance(body.module.get_submodule(n.target), PeerReceive)]
+        assert {type(body.module.get_submodule(n.target)).__name__ for n in starts} == {"PeerSend", "AllReduce"}
+        for before, after in itertools.pairwise(starts):
+            assert reaches(after, before), "a compiler could start them in the other order, on some ranks only"
+
+
+def reaches(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node needs `source` as what it comes after, or what was done after that."""
+    told = [*node.kwargs.get("after", ()), *node.args[3:]]
+    return any(one is source or source in one.all_input_nodes for one in told)
+
+
 def test_slots_alternate_over_the_calls_of_a_block() -> None:
     made = code("wan2.1-t2v-14b:tiny", ulysses=2)
     names = [str(node.args[-1]) for node in made.run.graph.nodes if str(node.target).startswith("block_")]

@@ -118,6 +118,9 @@ def generate(
     for name, block in program.blocks.items():
         writer = _CodeWriter(name, program.device, device, communicator, mailbox, direct)
         writer.at_once, writer.plain = at_once and _only_at_once(block.graph), plain
+        writer.ordered = writer.at_once or (not plain and _of_two_kinds(block.graph))
+        if writer.ordered:
+            import xdit_ir.transport.exchange_op  # noqa: F401  # registers operators
         read = _state(block.graph)
         constants = writer.head(block.graph, list(read), read)
         slots = writer.buffers(list(_slot_specs(block.graph)))
@@ -144,6 +147,13 @@ def _only_at_once(graph: fx.Graph) -> bool:
     """Whether ranks talk in this graph in one way only; PyTorch's compiler keeps the order of its own collectives."""
     targets = [node.target for node in graph.nodes if isinstance(node.target, Communicate)]
     return all(can_be_at_once(target) for target in targets if len(target.group) > 1)
+
+
+def _of_two_kinds(graph: fx.Graph) -> bool:
+    """Whether some exchanges go over symmetric memory and others do not: PyTorch's compiler knows no order of both."""
+    targets = [node.target for node in graph.nodes if isinstance(node.target, Communicate)]
+    peers = {isinstance(target, PeerExchange) for target in targets if len(target.group) > 1}
+    return len(peers) > 1
 
 
 def state_names(program: Program) -> tuple[list[str], list[str]]:
@@ -197,7 +207,7 @@ class _CodeWriter:
     ) -> None:
         self.name, self.traced, self.device, self.communicator = name, traced, device, communicator
         self.mailbox, self.direct, self.at_once, self.plain = mailbox, direct, False, False
-        self.previous: list[fx.Node] = []  # what the latest exchange has given, if they are at once
+        self.ordered = False  # each exchange is told which one was before
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.state: dict[str, fx.Node] = {}
@@ -284,11 +294,12 @@ class _CodeWriter:
         if isinstance(target, PeerExchange):
             assert self.mailbox is not None
             return self._put(node, args, *self.mailbox.modules(self.name, node, target))
-        at_once = self.at_once and len(target.group) > 1
-        given = (*args, *self.previous) if at_once else args
-        new = self._started(node, target.kind, self._halves(node, target), given, dict(kwargs))
-        if at_once:
-            self.previous = [self.graph.call_function(operator.getitem, (new, 0))]
+        halves = self._halves(node, target)
+        if not self.ordered or len(target.group) < 2:
+            return self._started(node, target.kind, halves, args, dict(kwargs))
+        latest = self.custody.latest
+        new = self._started(node, target.kind, halves, args, kwargs | ({"after": tuple(latest)} if latest else {}))
+        self.custody.latest = [self.graph.call_function(operator.getitem, (new, 0)) if halves[1:] else new]
         return new
 
     def _halves(self, node: fx.Node, target: Communicate) -> Sequence[nn.Module]:

@@ -168,8 +168,6 @@ class RankContext:
 
     def _generated(self, program: Program, *, packed: bool) -> Code:
         at_once = packed and self.execution.exchanges_at_once
-        if at_once:
-            import xdit_ir.transport.exchange_op  # noqa: F401  # registers an operator
         plain = self.execution.is_plain
         direct = packed and plain
         return generate(program, self.communicator, self.device, direct=direct, at_once=at_once, plain=plain)

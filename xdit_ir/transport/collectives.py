@@ -7,6 +7,7 @@ traced by torch.compile just so and spares the eager path a tensor subclass.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed._functional_collectives
@@ -41,15 +42,28 @@ from xdit_ir.transport.packing import (
     results_of_messages,
     tables_of,
 )
-from xdit_ir.transport.wire import apart, begin, begin_tables, finish, on_wire, start, typed, wait
+from xdit_ir.transport.wire import (
+    apart,
+    begin,
+    begin_gather,
+    begin_sum,
+    begin_tables,
+    finish,
+    on_wire,
+    start,
+    typed,
+    wait,
+)
+
+Tensors = Sequence[torch.Tensor]
 
 
 def lower(target: Communicate, communicator: Communicator, *, at_once: bool = False) -> tuple[Exchange, ...]:
     """The modules that execute a communication on this process's rank; its process group exists already.
 
-    One that does all of it, or one that starts it and one that, given what the first returned, waits for it. `at_once`:
-    nothing is done meanwhile. The first one is then also given what that of the exchange before has returned, which is
-    the first of the values; only for `can_be_at_once`.
+    One that does all of it, or one that starts it and one that, given what the first returned, waits for it. The first
+    one can be told what it comes `after`: what others have given before, of several values the first. `at_once`:
+    nothing is done meanwhile; only for `can_be_at_once`.
     """
     modules = _lowered(target, communicator, at_once)
     for module in modules:
@@ -107,12 +121,12 @@ class AllReduce(Exchange):
         self.fixed = {"group": group}
 
     @staticmethod
-    def function(x: torch.Tensor, *, group: str) -> torch.Tensor:
+    def function(x: torch.Tensor, *, group: str, after: Tensors = ()) -> torch.Tensor:
         """`x [...]` -> sum of the members' `x`, of the same shape."""
         if not group or not x.numel():
             return x
         real = torch.view_as_real(x) if x.is_complex() else x
-        total = wait(torch.ops._c10d_functional.all_reduce(real.contiguous(), "sum", group))
+        total = wait(begin_sum(real.contiguous(), group, after))
         return torch.view_as_complex(total) if x.is_complex() else total
 
 
@@ -146,21 +160,21 @@ class Send(Exchange):
     @staticmethod
     def function(
         x: torch.Tensor,
-        *after: torch.Tensor,
+        *,
         takes: Takes,
         at: int,
         shapes: Shapes,
         group: str,
         direct: bool,
         at_once: bool,
+        after: Tensors = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here; `after`: what
-        the exchange before has given, see `lower`."""
+        """`x`, this rank's part in the old layout -> what is on its way, and the piece that stays here."""
         pieces = cut(x, takes)
         own = x.new_empty(0)
         if not direct:
             own, pieces[at] = pieces[at], own
-        return start(pieces, shapes, group, after if at_once else None), own
+        return start(pieces, shapes, group, after, at_once=at_once), own
 
 
 class Receive(Exchange):
@@ -201,7 +215,7 @@ class PackedSend(Exchange):
 
     @staticmethod
     def function(
-        *given: torch.Tensor,
+        *xs: torch.Tensor,
         takes: tuple[Takes, ...],
         shapes: tuple[Shapes, ...],
         leaving: tuple[Rows, ...],
@@ -210,15 +224,14 @@ class PackedSend(Exchange):
         direct: bool,
         group: str,
         at_once: bool,
+        after: Tensors = (),
     ) -> tuple[torch.Tensor, ...]:
-        """This rank's parts in the old layouts -> what is on its way, and the pieces that stay here; behind the parts:
-        what the exchange before has given, see `lower`."""
-        xs, after = given[: len(takes)], given[len(takes) :]
-        coming, before = coming_sizes(shapes), after if at_once else None
+        """This rank's parts in the old layouts -> what is on its way, and the pieces that stay here."""
+        coming = coming_sizes(shapes)
         if chunked:
-            return (begin_tables(tables_of(xs, leaving[0]), coming, group, before),)
+            return (begin_tables(tables_of(xs, leaving[0]), coming, group, after, at_once=at_once),)
         flat, sizes, own = message_of(xs, takes, leaving, at, direct)
-        return begin(flat, coming, sizes, group, before), *own
+        return begin(flat, coming, sizes, group, after, at_once=at_once), *own
 
 
 class PackedReceive(Exchange):
@@ -254,10 +267,9 @@ class SendParts(Exchange):
         self.fixed = {"count": count, "group": group}
 
     @staticmethod
-    def function(x: torch.Tensor, *, count: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def function(x: torch.Tensor, *, count: int, group: str, after: Tensors = ()) -> tuple[torch.Tensor, torch.Tensor]:
         """`x`, this rank's part -> all parts, which are on their way, and nothing of the type that they have."""
-        flat = on_wire(x).contiguous()
-        return torch.ops._c10d_functional.all_gather_into_tensor(flat, count, group), x.new_empty(0)
+        return begin_gather(on_wire(x).contiguous(), count, group, after), x.new_empty(0)
 
 
 class ReceiveParts(Exchange):
@@ -307,6 +319,7 @@ class RingAttention(Exchange):
         kernels: tuple[str, ...],
         at: int,
         group: str,
+        after: Tensors = (),
     ) -> torch.Tensor:
         """`q [..., queries, dim]`, `k`, `v` `[..., own keys, dim]`, `mask [..., all keys]` -> `[..., queries, dim_v]`.
 
@@ -322,7 +335,7 @@ class RingAttention(Exchange):
                 break
             coming = keys[(member - 1) % members]
             shapes = _arriving(k, v, coming, at, members)
-            pending = start(_leaving(k, v, at, members), shapes, group)
+            pending = start(_leaving(k, v, at, members), shapes, group, () if hop else after)
             merge.add(member, k, v)
             both = finish(pending, shapes, k.dtype)[at - 1]
             shape, shape_v = _resized(k, coming), _resized(v, coming)

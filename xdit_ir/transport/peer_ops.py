@@ -1,8 +1,8 @@
 """Two operators that move pieces between GPUs by their copy engines, over symmetric memory; importing registers them.
 
 A copy engine needs no multiprocessor, so an exchange runs beside a matrix product that fills the GPU, where a
-collective's kernel would wait for it. torch.compile keeps both operators as they are; see `xdit_ir.transport.mailbox`
-for who may write where and when.
+collective's kernel would wait for it. torch.compile keeps both operators as they are, and where a rank needs nothing
+of what they give too: others wait for it. See `xdit_ir.transport.mailbox` for who may write where and when.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
-from cuda.bindings import runtime as cuda
+from torch.fx import has_side_effect
 
 from xdit_ir.transport.keeping import keeping
 from xdit_ir.transport.workspace import HEADER, PADS, SIGNALS, read_letter
@@ -105,6 +105,10 @@ def _(held: list[torch.Tensor], *rest: Any) -> torch.Tensor:
     return held[0].new_empty(shape, dtype=dtype)
 
 
+has_side_effect(torch.ops.xdit_ir.peer_put.default)
+has_side_effect(torch.ops.xdit_ir.peer_wait.default)
+
+
 def join(workspace: torch.Tensor, group: str) -> None:
     """Make the current stream wait for everything that was started: at the end of a forward, or of its recording."""
     handle = symmetric(workspace, group)
@@ -163,12 +167,21 @@ def _rows(plan: Sequence[int]) -> Iterator[Sequence[int]]:
 def _copy(
     target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, stream: torch.cuda.Stream
 ) -> None:
+    cuda = _runtime()
     kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
     (status,) = cuda.cudaMemcpy2DAsync(
         target, target_pitch, source, source_pitch, width, height, kind, stream.cuda_stream
     )
     if status != cuda.cudaError_t.cudaSuccess:
         raise RuntimeError(f"cudaMemcpy2DAsync of {height} rows of {width} bytes: {status}")
+
+
+@functools.cache
+def _runtime() -> Any:
+    """CUDA's, which is not there where there are no GPUs."""
+    from cuda.bindings import runtime
+
+    return runtime
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,10 +15,12 @@ def start(
     pieces: Sequence[torch.Tensor],
     shapes: Sequence[tuple[int, ...]],
     group: str,
-    after: Sequence[torch.Tensor] | None = None,
+    after: Sequence[torch.Tensor] = (),
+    *,
+    at_once: bool = False,
 ) -> torch.Tensor:
-    """Start an all-to-all: `pieces[i]` goes to member `i`, a tensor of `shapes[i]` comes from it; see `finish`. If it
-    is done at once, `after` what was before, nothing waits for it.
+    """Start an all-to-all: `pieces[i]` goes to member `i`, a tensor of `shapes[i]` comes from it; see `finish`. No
+    compiler starts it before what gave `after`; if it is done `at_once`, nothing waits for it.
 
     All members of the group must call it; any piece may be empty.
     """
@@ -26,30 +29,60 @@ def start(
     flat = torch.cat(full) if len(full) > 1 else full[0].contiguous() if full else on_wire(pieces[0])
     arriving = [math.prod(shape) * width for shape in shapes]
     leaving = [piece.numel() * width for piece in pieces]
-    return begin(flat, arriving, leaving, group, after)
+    return begin(flat, arriving, leaving, group, after, at_once=at_once)
 
 
 def begin(
-    flat: torch.Tensor, coming: list[int], leaving: list[int], group: str, after: Sequence[torch.Tensor] | None
+    flat: torch.Tensor,
+    coming: list[int],
+    leaving: list[int],
+    group: str,
+    after: Sequence[torch.Tensor],
+    *,
+    at_once: bool,
 ) -> torch.Tensor:
-    """Start an all-to-all of elements, of which `leaving` go to each member; `after` as for `start`."""
-    if after is None:
-        pending: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(flat, coming, leaving, group)
-        return pending
-    done: torch.Tensor = torch.ops.xdit_ir.exchange(flat, list(after), coming, leaving, group)
-    return done
+    """Start an all-to-all of elements, of which `leaving` go to each member; the rest as for `start`."""
+    ops: Any = torch.ops
+    if at_once:
+        done: torch.Tensor = ops.xdit_ir.exchange(flat, list(after), coming, leaving, group)
+        return done
+    if after:
+        begun: torch.Tensor = ops.xdit_ir.begin(flat, list(after), coming, leaving, group)
+        return begun
+    pending: torch.Tensor = ops._c10d_functional.all_to_all_single(flat, coming, leaving, group)
+    return pending
 
 
 def begin_tables(
-    tables: Sequence[torch.Tensor], coming: list[int], group: str, after: Sequence[torch.Tensor] | None
+    tables: Sequence[torch.Tensor], coming: list[int], group: str, after: Sequence[torch.Tensor], *, at_once: bool
 ) -> torch.Tensor:
     """The same for tables `[rows, columns]`, of whose columns each member gets an equal part."""
-    if after is not None:
+    if at_once:
         done: torch.Tensor = torch.ops.xdit_ir.exchange_tables(list(tables), list(after), coming, group)
         return done
     messages = chunk_messages(tables, (0,) * len(tables), len(coming))
     sizes = [messages.shape[1] * messages.shape[2]] * len(coming)
-    return begin(messages.view(-1), coming, sizes, group, None)
+    return begin(messages.view(-1), coming, sizes, group, after, at_once=False)
+
+
+def begin_gather(flat: torch.Tensor, count: int, group: str, after: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Start to gather as many elements from each of `count` members; `after` as for `start`."""
+    ops: Any = torch.ops
+    pending: torch.Tensor = (
+        ops.xdit_ir.begin_gather(flat, list(after), count, group)
+        if after
+        else ops._c10d_functional.all_gather_into_tensor(flat, count, group)
+    )
+    return pending
+
+
+def begin_sum(x: torch.Tensor, group: str, after: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Start to add up what all members have; `after` as for `start`."""
+    ops: Any = torch.ops
+    pending: torch.Tensor = (
+        ops.xdit_ir.begin_sum(x, list(after), group) if after else ops._c10d_functional.all_reduce(x, "sum", group)
+    )
+    return pending
 
 
 def finish(pending: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
