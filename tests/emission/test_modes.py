@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
-from torch._inductor import config
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import xdit_ir as xir
@@ -93,20 +92,6 @@ def test_where_no_code_in_cpp_can_be_built_python_launches_kernels_and_it_is_sai
     for _ in range(2):
         assert torch.allclose(even(torch.ones(1, 2)), want)
     assert len(said) == 1 and said[0].startswith("kernels are launched by Python: ")
-
-
-def test_no_block_takes_minutes_to_tune_whatever_other_packages_ask_the_compiler_for() -> None:
-    asked: list[bool] = []
-
-    def look(graph: fx.Graph) -> None:
-        asked.append(config.coordinate_descent_tuning)
-
-    body = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.GELU()))
-    with config.patch(coordinate_descent_tuning=True, post_grad_custom_post_pass=look, fx_graph_cache=False):
-        compile_body(body)
-        with torch.no_grad():
-            body(torch.ones(1, 2))
-    assert asked == [False]
 
 
 def test_kernels_are_launched_by_cpp_where_a_block_is_called_often_and_no_graph_does_it() -> None:

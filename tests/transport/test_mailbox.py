@@ -39,10 +39,10 @@ class Here:
         return SimpleNamespace(group_name="0")
 
 
-def code(name: str, machine: Machine = H100, **degrees: int) -> Code:
+def code(name: str, machine: Machine = H100, rank: int = 0, **degrees: int) -> Code:
     parallel = xir.trace(*models.load(name)).parallelize(**degrees, machine=machine)
-    lowered = run_passes(fold_constants(parallel.rank(0)), [UseCopyEngines()])
-    return generate(lowered, Here(parallel.mesh), torch.device("cuda", 0))  # type: ignore[arg-type]
+    lowered = run_passes(fold_constants(parallel.rank(rank)), [UseCopyEngines()])
+    return generate(lowered, Here(parallel.mesh, rank), torch.device("cuda", 0))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("calls", range(2, 9))
@@ -93,6 +93,15 @@ def test_a_block_may_send_what_it_was_given_before_it_computes_anything(name: st
     bodies = code(name, hardware.load("h200").prices, ulysses=2).bodies.values()
     nodes = [[node for node in body.module.graph.nodes if node.op != "placeholder"] for body in bodies]
     assert any(peers(body.module)[:1] == found[:1] for body, found in zip(bodies, nodes, strict=True))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_a_rank_needs_nothing_of_is_awaited_too(rank: int) -> None:
+    made = code("anyflow-14b:tiny", hardware.load("h200").prices, rank=rank, ulysses=2)
+    for body in made.bodies.values():
+        kinds = [type(module).__name__ for module in body.module.children()]
+        assert kinds.count("PeerSend") == kinds.count("PeerReceive")
+        assert kinds.count("Send") == kinds.count("Receive")
 
 
 def test_exchanges_by_peers_and_by_collectives_have_one_order() -> None:

@@ -7,7 +7,7 @@ import keyword
 import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -260,7 +260,7 @@ class _CodeWriter:
             if node.op == "get_attr":
                 self.env[node] = self.state[str(node.target)]
             elif node.op != "placeholder":
-                self._wait_for(node)
+                self._wait_for(list(self.pending) if node.op == "output" else node.all_input_nodes)
                 self.env[node] = self._node(node, bodies)
         self.custody.close()
         return fx.GraphModule(self.modules, self.graph, _identifier(self.name))
@@ -332,9 +332,10 @@ class _CodeWriter:
         self.custody.start(new)
         return new
 
-    def _wait_for(self, node: fx.Node) -> None:
-        """Write the waits for those operands of a node that are on their way."""
-        for source in node.all_input_nodes:
+    def _wait_for(self, sources: Iterable[fx.Node]) -> None:
+        """Write the waits for those of these values that are on their way. What this rank needs nothing of is awaited
+        in the end: a compiler leaves out what nobody waits for, and others would wait for what it sends."""
+        for source in sources:
             if source in self.pending:
                 module, started = self.pending.pop(source)
                 if isinstance(module, PeerReceive):

@@ -73,7 +73,6 @@ def compile_body(
         "reorder_for_peak_memory": False,
         "reorder_for_locality": False,
         "deterministic": True,
-        "coordinate_descent_tuning": False,  # minutes a block, which torchao asks for
         "guard_filter_fn": not_of_globals,
     }
     if fixed:
