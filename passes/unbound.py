@@ -24,16 +24,17 @@ def unbind_selected(graph: fx.Graph) -> None:
             source, dim, place = args
             shape = source.meta[SPEC].shape
             taken.setdefault((source, dim % len(shape)), {}).setdefault(place % shape[dim], []).append(node)
-    for (source, dim), places in taken.items():
+    for (_, dim), places in taken.items():
+        nodes = [node for group in places.values() for node in group]
+        source: Any = nodes[0].args[0]  # where that was selected too, it is a part by now
         size = source.meta[SPEC].shape[dim]
         if len(places) < max(FEWEST, size / 2):
             continue
-        first = next(node for node in graph.nodes if node.target is aten.select.int and node.args[0] is source)
-        emitter = Emitter(graph, first)
+        emitter = Emitter(graph, next(node for node in graph.nodes if node in nodes))
         every = emitter.emit(aten.unbind.int, source, dim)
-        for place, nodes in places.items():
-            part = emitter.emit(operator.getitem, every, place)
-            part.meta[SPEC] = nodes[0].meta[SPEC]
-            for node in nodes:
-                node.replace_all_uses_with(part)
+        parts = {place: emitter.emit(operator.getitem, every, place) for place in places}
+        for place, group in places.items():
+            parts[place].meta[SPEC] = group[0].meta[SPEC]
+            for node in group:
+                node.replace_all_uses_with(parts[place])
                 graph.erase_node(node)

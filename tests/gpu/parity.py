@@ -27,26 +27,11 @@ from xdit_ir import models
 def load(name: str, device: torch.device, blocks: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The full-size model and its example with random contents, equal on every rank; of each kind only so many
     `blocks`."""
-    model, example = models.load(name, device="meta", dtype=torch.bfloat16)
+    model, example = models.load(name, seed=0, device=str(device), dtype=torch.bfloat16)
     for layers in [module for module in model.children() if blocks and isinstance(module, nn.ModuleList)]:
         del layers[blocks:]
-    model = model.to_empty(device=device)
-    make = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=make)
-            else:
-                parameter.fill_(1.0) if key.endswith("weight") else parameter.normal_(0, 0.1, generator=make)
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.normal_(generator=make)
-
-    def real(x: torch.Tensor) -> torch.Tensor:
-        return torch.randn(x.shape, dtype=x.dtype, device=device, generator=make) if x.is_meta else x.to(device)
-
-    filled: dict[str, Any] = pytree.tree_map_only(torch.Tensor, real, example)
-    return model, filled
+    torch.cuda.empty_cache()
+    return model, example
 
 
 def timed(run: Callable[[], Any], repeats: int = 8) -> tuple[torch.Tensor, str]:

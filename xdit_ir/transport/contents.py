@@ -15,7 +15,7 @@ import torch
 
 WAVES = 3
 SMALL = 16  # elements, for which rounding is no excuse
-LARGE = 2**26  # elements that are read at a time
+LARGE = 2**23  # elements that are read at a time, in a few times as much memory
 FEW = 1e-6  # of these
 TINY = 1e-10  # integers, and what is computed of them in double precision
 
