@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import torch
+from standing_in import Here
 from torch import fx
 
 import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.fold import fold_constants
-from xdit_ir.ir.mesh import Mesh
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.use_copy_engines import UseCopyEngines
 from xdit_ir.planning import hardware
@@ -24,19 +21,6 @@ from xdit_ir.transport.mailbox import PeerReceive, PeerSend, slot_sequence
 from xdit_ir.transport.release import Release
 from xdit_ir.transport.workspace import SLOTS, read_letter
 from xdit_ir.transport.workspaces import Workspaces
-
-
-@dataclass
-class Here:
-    """What code generation asks of a communicator."""
-
-    mesh: Mesh
-    rank: int = 0
-    recordable: bool = True
-    timeout: timedelta = timedelta(minutes=10)
-
-    def among(self, members: tuple[int, ...], *, beside: bool = False) -> SimpleNamespace:
-        return SimpleNamespace(group_name="0")
 
 
 def code(name: str, machine: Machine = H100, rank: int = 0, **degrees: int) -> Code:
