@@ -26,12 +26,12 @@ def unbind_selected(graph: fx.Graph) -> None:
             taken.setdefault((source, dim % len(shape)), {}).setdefault(place % shape[dim], []).append(node)
     for (_, dim), places in taken.items():
         nodes = [node for group in places.values() for node in group]
-        source: Any = nodes[0].args[0]  # where that was selected too, it is a part by now
-        size = source.meta[SPEC].shape[dim]
+        given: Any = nodes[0].args[0]  # where that was selected too, it is a part by now
+        size = given.meta[SPEC].shape[dim]
         if len(places) < max(FEWEST, size / 2):
             continue
         emitter = Emitter(graph, next(node for node in graph.nodes if node in nodes))
-        every = emitter.emit(aten.unbind.int, source, dim)
+        every = emitter.emit(aten.unbind.int, given, dim)
         parts = {place: emitter.emit(operator.getitem, every, place) for place in places}
         for place, group in places.items():
             parts[place].meta[SPEC] = group[0].meta[SPEC]

@@ -131,7 +131,7 @@ class Lane:
         if self.options.logs:
             for rank, each in enumerate(lines):
                 Path(self.options.logs, f"{task[0]}_{task[1]}_{rank}.log").write_text("\n".join(each[-200:]))
-        errors = [line for each in lines for line in each if "Error:" in line]
+        errors = [line for each in lines for line in each if "Error:" in line and "frame #" not in line]
         reason = errors[0] if errors else f"no end in {self.options.timeout} s, or killed ({codes})"
         return {"model": task[0], "degrees": task[1], "status": "failed", "reason": reason[:400]}
 
