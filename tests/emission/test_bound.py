@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xdit_ir as xir
 from xdit_ir import models
-from xdit_ir.emission import codegen
+from xdit_ir.emission import code_writer
 from xdit_ir.emission.bound import BOUND, bind
 from xdit_ir.ir.program import SPEC, TensorSpec
 
@@ -86,7 +86,7 @@ def test_eager_code_calls_the_operators_of_the_program() -> None:
     model, example = models.load("flux.1-dev:tiny", seed=0)
     found = []
     for bound in (True, False):
-        with mock.patch.object(codegen, "bind", bind if bound else lambda node: None):
+        with mock.patch.object(code_writer, "bind", bind if bound else lambda node: None):
             port = xir.port(model, mode="eager")
             port(**example)
         [one] = port._xdit_specialisations.found

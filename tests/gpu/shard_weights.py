@@ -1,8 +1,10 @@
 """Weights over ranks at full size: `torchrun --standalone --nproc-per-node 2 tests/gpu/shard_weights.py [flux.1-dev]`.
 
 Ports the published configuration, with the same random bf16 weights on every rank, with Ulysses over all ranks: first
-as it is, then with `shard_weights=True`, to which the model gives its weights up. For both: milliseconds, peak of GPU
-memory in the timed calls, and the relative difference of the outputs. Ends with status 1 if a result differs.
+as it is, then with `shard_weights=True`, to which the model gives its weights up, with parts gathered by NCCL and, of
+a second such model, fetched by copy engines (`transport="peer"`). For each: milliseconds, peak of the memory that
+PyTorch's allocator gave in the timed calls (parts that peers read lie beside it), and the relative difference of the
+outputs. Ends with status 1 if a result differs.
 """
 
 from __future__ import annotations
@@ -40,16 +42,20 @@ def main() -> int:
     want, whole = measured("whole", model, example)
     gc.collect()
     torch.cuda.empty_cache()
-    got, parts = measured("parts", model, example, shard_weights=True)
-    error = ((got - want).norm() / want.norm()).item()
-    bits = "equal" if torch.equal(got, want) else "other"
-    print(
-        f"rank {os.environ['LOCAL_RANK']}: relative difference {error:.2e}, {bits} bits; peak "
-        f"{parts / whole:.3f} of that with whole weights",
-        flush=True,
-    )
+    errors = []
+    for title, options in (("parts", {}), ("parts by copy engines", {"transport": "peer"})):
+        if errors:
+            model, example = parity.load(sys.argv[1] if len(sys.argv) > 1 else "flux.1-dev", device)
+        got, parts = measured(title, model, example, shard_weights=True, **options)
+        errors.append(((got - want).norm() / want.norm()).item())
+        bits = "equal" if torch.equal(got, want) else "other"
+        print(
+            f"rank {os.environ['LOCAL_RANK']} {title}: relative difference {errors[-1]:.2e}, {bits} bits; peak "
+            f"{parts / whole:.3f} of that with whole weights",
+            flush=True,
+        )
     dist.destroy_process_group()
-    return int(error > ROUNDING)
+    return int(max(errors) > ROUNDING)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ class RankContext:
         """Of the model's forward."""
         return inspect.signature(self.model.forward)
 
-    def code(self, program: Program, *, peers: bool = False, packed: bool = False, shared: bool = False) -> Code:
+    def code(
+        self, program: Program, *, peers: bool = False, packed: bool = False, shared: bool = False, pulls: bool = False
+    ) -> Code:
         """A program as code, compiled if that is wanted.
 
         Args:
@@ -135,6 +137,7 @@ class RankContext:
             peers: exchanges inside blocks may go over the GPU's peers, those that all ranks can do so; all ranks call
                 this together then.
             shared: the code of a block may serve other programs too.
+            pulls: parts of weights lie where other ranks can read them.
         """
         with torch.no_grad():
             folded = fold_constants(program)
@@ -150,7 +153,7 @@ class RankContext:
             agreed = self.communicator.in_common(candidates(lowered))
             lowered = run_passes(lowered, [UseCopyEngines("+".join(agreed))] if agreed else [])
         with collector_paused():
-            code = self._generated(lowered, packed=packed)
+            code = self._generated(lowered, packed=packed, pulls=pulls)
         if self.execution.compile:
             self._compile(code, shared=shared)
         return code
@@ -166,8 +169,8 @@ class RankContext:
                 codes = self.shared_codes if shared else None
                 compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed, native=native)
 
-    def _generated(self, program: Program, *, packed: bool) -> Code:
+    def _generated(self, program: Program, *, packed: bool, pulls: bool) -> Code:
         at_once = packed and self.execution.exchanges_at_once
         plain = self.execution.is_plain
-        direct = packed and plain
-        return generate(program, self.communicator, self.device, direct=direct, at_once=at_once, plain=plain)
+        how = {"direct": packed and plain, "at_once": at_once, "plain": plain, "pulls": pulls}
+        return generate(program, self.communicator, self.device, **how)

@@ -38,7 +38,8 @@ class Execution:
             all ranks are GPUs of one host that reach each other, else by collectives; "collective": each by a
             functional collective of its own; "packed": those that are ready at the same place (q, k and v) by one,
             which eager code starts without PyTorch's functional layer; "auto": "peer" in a CUDA graph, where starting
-            copies costs no time on the host, else "packed".
+            copies costs no time on the host, else "packed". With "peer" ranks fetch parts of weights (`shard_weights`)
+            from each other's memory too, by copy engines, instead of gathering them by NCCL.
         attention: the kernel for attention: "auto", by device and shape; "sdpa", what PyTorch chooses; or one of
             `xdit_ir.kernels.backends.BACKENDS`, for every attention that it can do.
         handshake: before every forward, make sure that all ranks make the same call, and raise on all if not; under
@@ -111,6 +112,11 @@ class Execution:
     def uses_peers(self) -> bool:
         """Whether exchanges shall go over symmetric memory where they can."""
         return self.transport == "peer" or (self.transport == "auto" and self.cuda_graph)
+
+    @property
+    def pulls(self) -> bool:
+        """Whether ranks shall fetch parts of weights from each other's memory where they can."""
+        return self.transport == "peer"
 
     @property
     def packs(self) -> bool:

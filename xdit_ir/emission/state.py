@@ -16,6 +16,7 @@ from xdit_ir.emission.parts import NOTHING, AllStored
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import Place, way_to
 from xdit_ir.ir.program import TensorSpec
+from xdit_ir.ir.stored import Room
 from xdit_ir.ir.wrappers import bare, form_of, is_dressed, is_wrapper
 from xdit_ir.reflection.tensor_types import TensorTypes
 from xdit_ir.reflection.versions import Versions
@@ -37,9 +38,13 @@ class ModelWeights:
         self.take(names, specs, stored)
 
     def take(
-        self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING
+        self,
+        names: Sequence[str],
+        specs: Mapping[str, TensorSpec],
+        stored: AllStored = NOTHING,
+        room: Room | None = None,
     ) -> WeightReferences:
-        """The tensors of these names."""
+        """The tensors of these names; nothing is made that would need `room`."""
         if parts := [name for name in names if name in stored]:
             raise MismatchError(
                 f"{parts[0]} is a part of weights, and the model has all of each: parts are no references; expected "

@@ -16,7 +16,7 @@ from xdit_ir.emission.state import check_type
 from xdit_ir.errors import MismatchError
 from xdit_ir.ir.named_tensors import Place, find_tensor, named_tensors
 from xdit_ir.ir.program import TensorSpec
-from xdit_ir.ir.stored import Filling, bytes_of
+from xdit_ir.ir.stored import Filling, Room, bytes_of
 from xdit_ir.ir.wrappers import hollow_like, parts_inside
 from xdit_ir.transport.uploads import room_beside
 
@@ -68,13 +68,19 @@ class WeightStore:
             else:
                 self._own(name, specs[name])
 
-    def take(self, names: Sequence[str], specs: Mapping[str, TensorSpec], stored: AllStored = NOTHING) -> FixedWeights:
+    def take(
+        self,
+        names: Sequence[str],
+        specs: Mapping[str, TensorSpec],
+        stored: AllStored = NOTHING,
+        room: Room | None = None,
+    ) -> FixedWeights:
         """The tensors of these names, on the device; each is read or moved once, one after the other. Those that are
-        `stored` in parts are this rank's."""
+        `stored` in parts are this rank's, and get `room`."""
         self.check(names, specs, stored)
         whole = whole_names(names, stored)
         wanted = {name for name in whole if name not in self._tensors}
-        parts = Filling(self._parts.lacking(names, stored), specs, room_beside(self.device))
+        parts = Filling(self._parts.lacking(names, stored), specs, room or room_beside(self.device))
         if self.release:
             gc.collect()  # cycles that a trace left behind hold the model's tensors, which would pile up below
         for names_of_it, places in named_tensors(self.model) if self.release else ():

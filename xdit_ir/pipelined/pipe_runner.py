@@ -15,7 +15,7 @@ from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import Deferred, materialize
 from xdit_ir.deferral.gradients import without_gradients
 from xdit_ir.deferral.recorded import Numbers
-from xdit_ir.emission.codegen import EmittedBody
+from xdit_ir.emission.code_writer import EmittedBody
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Execution, Tensors, as_normal_tensor, plain_modes
 from xdit_ir.emission.state import ModelWeights

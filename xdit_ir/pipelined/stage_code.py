@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from xdit_ir.emission.codegen import Code, EmittedBody
+from xdit_ir.emission.code_writer import EmittedBody
+from xdit_ir.emission.codegen import Code
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.program import CONSTANT, TensorSpec

@@ -11,7 +11,7 @@ from torch import nn
 
 from xdit_ir.capture.binder import BufferGuards
 from xdit_ir.deferral.gradients import gradient_refusal
-from xdit_ir.emission.codegen import EmittedBody
+from xdit_ir.emission.code_writer import EmittedBody
 from xdit_ir.emission.context import RunOptions, on_all_ranks
 from xdit_ir.emission.parts import not_saved, without_effect
 from xdit_ir.emission.state import ModelWeights

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from xdit_ir.deferral.recorded import Numbers
-from xdit_ir.emission.codegen import EmittedBody
+from xdit_ir.emission.code_writer import EmittedBody
 from xdit_ir.emission.execution import Tensors
 from xdit_ir.ir.program import Program
 from xdit_ir.reflection.versions import Versions

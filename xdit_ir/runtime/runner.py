@@ -13,7 +13,8 @@ from xdit_ir.capture.inputs import bind_arguments
 from xdit_ir.capture.outputs import build_output
 from xdit_ir.deferral.deferred import materialize
 from xdit_ir.deferral.gradients import without_gradients
-from xdit_ir.emission.codegen import Code, EmittedBody
+from xdit_ir.emission.code_writer import EmittedBody
+from xdit_ir.emission.codegen import Code
 from xdit_ir.emission.context import RankContext
 from xdit_ir.emission.execution import Tensors, as_normal_tensor, plain_modes
 from xdit_ir.emission.recording import Recording
@@ -23,16 +24,17 @@ from xdit_ir.ir.program import SPEC, Program, TensorSpec
 from xdit_ir.sharding.report import CacheUse
 from xdit_ir.transport.distributed import peers_reachable
 from xdit_ir.transport.handshake import Facts, agree_contents, digest
+from xdit_ir.transport.pulls import room_for_peers
 
 
 class Runnable:
     """A rank's program as code, recorded where that is wanted. Making one is collective."""
 
-    def __init__(self, context: RankContext, program: Program) -> None:
+    def __init__(self, context: RankContext, program: Program, *, pulls: bool) -> None:
         execution = context.execution
         peers = execution.uses_peers and peers_reachable(context.communicator)
         packed = execution.packs and context.communicator.mesh.world_size > 1
-        self.code = context.code(program, peers=peers, packed=packed, shared=True)
+        self.code = context.code(program, peers=peers, packed=packed, shared=True, pulls=pulls)
         self._places: Sequence[int] | None = None  # of its weights, where those that it is given are more than these
         self.constants = self.code.constant_tensors(context.device)
         if self.code.mailbox is not None:
@@ -72,12 +74,14 @@ class Runner:
         self.program, self.device, self.facts, self._digest = program, context.device, facts, digest(facts)
         self._model, self._parameters = context.model, context.parameters
         self._binder = InputBinder(self._parameters, program)
-        self._runnables = [Runnable(context, part) for part in parts or (program,)]
+        pulls = context.execution.pulls and bool(program.stored) and peers_reachable(context.communicator)
+        self._runnables = [Runnable(context, part, pulls=pulls) for part in parts or (program,)]
         self._names = list(dict.fromkeys(name for one in self._runnables for name in one.code.weights))
         for one in self._runnables:
             one.among(self._names)
         self._agree_originals(context)
-        self._weights = context.store.take(self._names, program.state, program.stored)
+        room = room_for_peers(self.device) if pulls else None
+        self._weights = context.store.take(self._names, program.state, program.stored, room)
         self.places = self._weights.places
         self._whole = [place for place, name in enumerate(self._names) if name not in program.stored]
         self._inputs = [node.name for node in placeholders(program.graph)]

@@ -1,0 +1,89 @@
+"""Gathers of what ranks hold in parts for good: each fetches the parts of others from their memory, by copy engines.
+
+Weights in parts are written once, before anybody reads them, so that no rank need be asked. A copy engine needs no
+multiprocessor, where the kernel of an all-gather takes some from the blocks that it runs beside.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from xdit_ir.ir.collective_ops import AllGather
+from xdit_ir.ir.program import Stored
+from xdit_ir.ir.stored import Room, held_spec
+from xdit_ir.transport.collectives import Exchange
+from xdit_ir.transport.distributed import Communicator
+from xdit_ir.transport.uploads import room_beside
+
+
+def pull_halves(target: AllGather, communicator: Communicator) -> tuple[StartPull, AwaitPull]:
+    """The modules that start and await a gather on this process's rank."""
+    group = communicator.among(target.group, beside=True).group_name
+    return StartPull(group, target.group.index(communicator.rank), target.exchange.shape), AwaitPull()
+
+
+class StartPull(Exchange):
+    """The first half: start to copy all parts, when all is done that was begun before, which may use the memory that
+    they get. A CUDA graph can hold it, as parts stay where they are.
+
+    Its first call is collective: there the members of `group`, of which this rank is number `at`, tell each other where
+    their parts are, and that they are filled.
+    """
+
+    def __init__(self, group: str, at: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self._group, self._at, self._shape = group, at, shape
+        self._met = False
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+        """`x`, this rank's part, in symmetric memory -> all parts one behind the other, which are on their way, and
+        what tells when they are there."""
+        from xdit_ir.transport.peer_ops import copy_bytes, symmetric  # needs CUDA
+
+        if not self._met:
+            torch.cuda.synchronize(x.device)
+            self._met = True
+        handle = symmetric(x, self._group)
+        offset, size = x.data_ptr() - handle.buffer_ptrs[self._at], x.numel() * x.element_size()
+        whole = torch.empty(self._shape, dtype=x.dtype, device=x.device)
+        main, there = torch.cuda.current_stream(x.device), []
+        for member, stream in enumerate(_streams(x.device, handle.world_size)):
+            stream.wait_stream(main)
+            copy_bytes(whole.data_ptr() + member * size, handle.buffer_ptrs[member] + offset, size, stream)
+            there.append(stream.record_event())
+        return whole, there
+
+
+class AwaitPull(Exchange):
+    """The second half: what comes behind it on the current stream finds all there."""
+
+    def forward(self, whole: torch.Tensor, there: Sequence[Any]) -> torch.Tensor:
+        """What `StartPull` gave -> the whole."""
+        for event in there:
+            torch.cuda.current_stream(whole.device).wait_event(event)
+        return whole
+
+
+def room_for_peers(device: torch.device) -> Room:
+    """Room on a device that other GPUs can read, for what is to lie there; else as `room_beside`."""
+    beside = room_beside(device)
+
+    def room(stored: Stored) -> torch.Tensor:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        size = held_spec(stored).nbytes
+        if stored.on_host or not size:
+            return beside(stored)
+        return symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
+
+    return room
+
+
+@functools.cache
+def _streams(device: torch.device, members: int) -> tuple[torch.cuda.Stream, ...]:
+    """One for each member, beside those of exchanges, which shall not wait for weights."""
+    return tuple(torch.cuda.Stream(device) for _ in range(members))  # type: ignore[no-untyped-call]
