@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import xdit_ir as xir
 from xdit_ir import capture, models
 from xdit_ir.capture.inputs import split_example
 from xdit_ir.emission.codegen import generate
 from xdit_ir.emission.fold import fold_constants
-from xdit_ir.ir.graphs import all_graphs
+from xdit_ir.ir.collective_ops import Communicate
+from xdit_ir.ir.graphs import all_graphs, copy_graph
 from xdit_ir.ir.interpret import Interpreter, model_state
 from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.named_tensors import find_tensor
-from xdit_ir.ir.program import Program
+from xdit_ir.ir.program import SPEC, Program, TensorSpec
+from xdit_ir.planning import hardware
 from xdit_ir.sharding.verify import verify
 from xdit_ir.transport.distributed import Communicator
 
@@ -116,3 +120,29 @@ def test_each_call_of_a_block_is_given_its_own_table_where_the_block_would_move_
     given = {str(call.args[2][-1].target) for call in folded.calls}
     assert len(given) == 2 and all(name.endswith("_moved") for name in given)
     assert torch.equal(outputs(folded, model, [x])[0], model(x))
+
+
+def test_exchanges_stay_that_a_rank_needs_nothing_of() -> None:
+    traced = xir.trace(*models.load("anyflow-14b:tiny"))
+    program = traced.parallelize(ulysses=2, machine=hardware.load("h200").prices).rank(1)
+
+    def exchanges(one: Program) -> list[str]:
+        graphs = (graph for _, graph, _ in all_graphs(one))
+        return [node.name for graph in graphs for node in graph.nodes if isinstance(node.target, Communicate)]
+
+    blocks = {name: replace(block, graph=with_a_table(block.graph)) for name, block in program.blocks.items()}
+    folded = fold_constants(program.replace(blocks=blocks, device=ELSEWHERE))
+    assert folded.constants.keys() > program.constants.keys(), "something was folded"
+    assert exchanges(folded) == exchanges(program)
+
+
+def with_a_table(source: fx.Graph) -> fx.Graph:
+    """A copy that makes a table on another device, and adds it to something."""
+    graph = copy_graph(source)
+    [value, *_] = graph.find_nodes(op="placeholder")
+    with graph.inserting_before(graph.output_node()):
+        table = graph.call_function(torch.ops.aten.arange.default, (1,), {"dtype": torch.float32, "device": CPU})
+        total = graph.call_function(torch.ops.aten.add.Tensor, (value, table))
+    table.meta[SPEC] = TensorSpec((1,), torch.float32)
+    total.meta[SPEC] = value.meta[SPEC]
+    return graph

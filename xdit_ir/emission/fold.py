@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_ir.ir.collective_ops import Communicate
 from xdit_ir.ir.draws import is_pure
 from xdit_ir.ir.graphs import arguments_of, copy_graph, operands, remove_dead
 from xdit_ir.ir.program import CONSTANT, WEIGHT, Program, call_parts, called_block, is_block_call
@@ -32,8 +33,13 @@ def fold_constants(program: Program) -> Program:
     if not fold.made and all(block.graph is program.blocks[name].graph for name, block in blocks.items()):
         return program
     if graph is not program.graph:
-        remove_dead(graph)
+        remove_dead(graph, _meets)
     return program.replace(graph=graph, blocks=blocks, constants={**program.constants, **fold.made})
+
+
+def _meets(node: fx.Node) -> bool:
+    """Whether ranks may meet there: it stays where this one needs nothing of it."""
+    return isinstance(node.target, Communicate) or is_block_call(node)
 
 
 class _Fold:
@@ -98,7 +104,7 @@ class _Fold:
                 name = self._name(f"{new.name}_folded")
                 self.made[name] = value
                 _name_constant(graph, new, f"{CONSTANT}.{name}")
-        remove_dead(graph)
+        remove_dead(graph, _meets)
         return graph
 
     def _values(self, graph: fx.Graph) -> dict[fx.Node, Any]:
