@@ -25,12 +25,12 @@ def unbind_selected(graph: fx.Graph) -> None:
             shape = source.meta[SPEC].shape
             taken.setdefault((source, dim % len(shape)), {}).setdefault(place % shape[dim], []).append(node)
     for (_, dim), places in taken.items():
-        nodes = [node for group in places.values() for node in group]
-        given: Any = nodes[0].args[0]  # where that was selected too, it is a part by now
+        first = next(iter(places.values()))[0]
+        given: Any = first.args[0]  # where that was selected too, it is a part by now
         size = given.meta[SPEC].shape[dim]
         if len(places) < max(FEWEST, size / 2):
             continue
-        emitter = Emitter(graph, next(node for node in graph.nodes if node in nodes))
+        emitter = Emitter(graph, first)
         every = emitter.emit(aten.unbind.int, given, dim)
         parts = {place: emitter.emit(operator.getitem, every, place) for place in places}
         for place, group in places.items():

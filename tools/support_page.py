@@ -14,9 +14,9 @@ BALANCED, WIDEST = 0.30, "u4"
 PARTS_SHOWN = {"u2": 0.54, "u4": BALANCED}  # with the share that the slowest rank may have
 HEAD = """# What is supported
 
-Made by `xdit-ir support --output docs/support.md`{more}, not edited by hand: every model of the zoo in its tiny size (a
-few narrow layers of every kind, 256 image or video tokens or a little more, random weights, float32), all ranks
-simulated and compared with the model.
+Made by `xdit-ir support --output docs/support.md`, not edited by hand: every model of the zoo in its tiny size (a few
+narrow layers of every kind, 256 image or video tokens or a little more, random weights, float32), all ranks simulated
+and compared with the model.
 
 `c` is CFG parallelism (the batch), `u` Ulysses, `r` Ring, `r2u2` a hybrid of both on four ranks. *Exact*: the largest
 relative error of any output on any rank under {degrees}; a model that *rounds inside* to less
@@ -30,7 +30,7 @@ weigh more than in the real ones.
 
 ON_GPUS = """
 *On GPUs*: under which degrees the tiny model, ported in the default mode, has given on real GPUs what it gives alone,
-as `tests/gpu/zoo.py` says.
+as `tests/gpu/zoo.py` says (`--gpu FILE`).
 """
 
 
@@ -44,10 +44,7 @@ def page(everything: Sequence[Survey], on_gpus: Sequence[Mapping[str, Any]] = ()
     degrees = ", ".join(outcome.degrees for outcome in captured[0].outcomes) if captured else "no degrees"
     return "\n".join(
         [
-            HEAD.format(
-                degrees=degrees, widest=WIDEST, more=" (with `--gpu benchmarks/zoo/h200.json`)" if on_gpus else ""
-            )
-            + (ON_GPUS if on_gpus else ""),
+            HEAD.format(degrees=degrees, widest=WIDEST) + (ON_GPUS if on_gpus else ""),
             *_summary(surveys),
             *([_gpu_summary(on_gpus)] if on_gpus else []),
             "",

@@ -20,6 +20,7 @@ import xdit_ir.transport.exchange_op  # registers an operator
 from xdit_ir import models
 from xdit_ir.emission import trial
 from xdit_ir.emission.code_store import CodeStore
+from xdit_ir.emission.code_writer import How
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.execution import Execution
 from xdit_ir.emission.fold import fold_constants
@@ -190,7 +191,7 @@ def code(model: nn.Module, example: Any, rank: int, degrees: dict[str, int], *, 
     first: list[Pass] = [PackExchanges()] if how == "packed" else []
     last: list[Pass] = [UseCopyEngines()] if how == "peers" else []
     lowered = run_passes(fold_constants(parallel.rank(rank)), [*first, *Execution(compile=True).passes(CPU), *last])
-    return generate(lowered, here, CPU, at_once=how == "packed")  # type: ignore[arg-type]
+    return generate(lowered, here, CPU, How(at_once=how == "packed"))  # type: ignore[arg-type]
 
 
 @pytest.fixture

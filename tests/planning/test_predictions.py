@@ -64,6 +64,15 @@ def test_enough_is_near(request: pytest.FixtureRequest) -> None:
         assert len({one.way for one in near}) >= WAYS and len({one.model for one in near}) >= MODELS
 
 
+def test_of_unseen_models_most_are_near(request: pytest.FixtureRequest) -> None:
+    """Figures that came after the plans' prices; docs/status.md names the models that are far."""
+    if not request.config.getoption("--zoo-all"):
+        pytest.skip("needs --zoo-all: each model takes seconds to divide")
+    compared = predictions.compare(list(predictions.read(FOLDER / "unseen" / "published-h200.json")))
+    near = [one for one in compared if abs(one.ratio - 1) <= NEAR]
+    assert len(compared) == 44 and len(near) >= 30
+
+
 def test_the_order_is_right(request: pytest.FixtureRequest) -> None:
     """Of all ways of one model whose times differ by more than a tenth, the faster is the one that was; and what is
     said to be the fastest takes at most three hundredths longer than what was."""

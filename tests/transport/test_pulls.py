@@ -12,9 +12,10 @@ from standing_in import Here
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.emission.code_writer import How
 from xdit_ir.emission.codegen import generate
 from xdit_ir.emission.fold import fold_constants
-from xdit_ir.transport import peer_ops, pulls
+from xdit_ir.transport import peer_ops
 from xdit_ir.transport.pulls import AwaitPull, StartPull
 
 
@@ -46,7 +47,7 @@ def test_each_rank_gets_all_parts_in_their_order(rank: int, monkeypatch: pytest.
 
     monkeypatch.setattr(peer_ops, "symmetric", met)
     monkeypatch.setattr(peer_ops, "copy_bytes", lambda target, source, size, _: ctypes.memmove(target, source, size))
-    monkeypatch.setattr(pulls, "_streams", lambda device, members: [Stream(said) for _ in range(members)])
+    monkeypatch.setattr(peer_ops, "wires", lambda device, members, what: [Stream(said) for _ in range(members)])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("filled"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(said))
     start = StartPull("weights", rank, (6, 3))
@@ -63,7 +64,7 @@ def test_only_parts_that_stay_where_they_are_are_fetched() -> None:
         program = fold_constants(parallel.rank(0))
         counts = {}
         for fetched in (False, True):
-            code = generate(program, Here(parallel.mesh), torch.device("cpu"), pulls=fetched)  # type: ignore[arg-type]
+            code = generate(program, Here(parallel.mesh), torch.device("cpu"), How(pulls=fetched))  # type: ignore[arg-type]
             kinds = [type(module).__name__ for module in code.run.children()]
             counts[fetched] = kinds.count("SendParts"), kinds.count("StartPull"), kinds.count("AwaitPull")
         gathers = counts[False][0]

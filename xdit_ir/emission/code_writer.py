@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import keyword
 import operator
 import re
@@ -63,6 +62,9 @@ class How:
     pulls: bool = False
 
 
+USUAL = How()
+
+
 class CodeWriter:
     """Writes one graph anew: weights become placeholders, communications become calls of modules."""
 
@@ -117,6 +119,10 @@ class CodeWriter:
         self.taken.add(name)
         return add_node(self.graph, "placeholder", name)
 
+    def take_letter(self) -> None:
+        """Write the placeholders of a body for the workspace and the letter of a call."""
+        self.shared = [self._argument("workspace"), self._argument("letter")]
+
     def share(self, mailbox: Mailbox) -> None:
         """Write the placeholders of an outer graph for what the mailbox opens."""
         self.shared = [self._argument("workspace")]
@@ -166,8 +172,7 @@ class CodeWriter:
         halves = self._halves(node, target)
         if not self.how.ordered or len(target.group) < 2:
             return self._started(node, target.kind, halves, args, dict(kwargs))
-        latest = self.custody.latest
-        new = self._started(node, target.kind, halves, args, kwargs | ({"after": tuple(latest)} if latest else {}))
+        new = self._started(node, target.kind, halves, args, {**kwargs, "after": tuple(self.custody.latest)})
         self.custody.latest = [self.graph.call_function(operator.getitem, (new, 0)) if halves[1:] else new]
         return new
 
@@ -193,10 +198,6 @@ class CodeWriter:
 
     def _put(self, node: fx.Node, args: Any, send: PeerSend, receive: PeerReceive) -> fx.Node:
         """As `_communication`, with the workspace and the letter of this call."""
-        if not self.shared:
-            written = [one for one in self.graph.nodes if one.op != "placeholder"]
-            with self.graph.inserting_before(written[0]) if written else contextlib.nullcontext():
-                self.shared = [self._argument("workspace"), self._argument("letter")]
         given = (*args, *self.shared, *self.custody.latest)
         new = self._call(f"put_{len(self.modules)}", send, given, {}, f"{node.name}_start")
         self.pending[node] = receive, new

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from xdit_ir.emission.code_writer import CodeWriter, EmittedBody, How
+from xdit_ir.emission.code_writer import USUAL, CodeWriter, EmittedBody, How
 from xdit_ir.emission.slots import slot_spec
 from xdit_ir.ir.buffer_ops import Slot
 from xdit_ir.ir.collective_ops import Communicate, PeerExchange
@@ -76,18 +76,10 @@ def generate(
     program: Program,
     communicator: Communicator,
     device: torch.device,
-    *,
-    direct: bool = False,
-    at_once: bool = False,
-    plain: bool = False,
-    pulls: bool = False,
+    how: How = USUAL,
 ) -> Code:
-    """Code for one rank's program on `device`; the process groups that it needs exist already.
-
-    `plain`: it is run as it is, neither compiled nor recorded; `direct`: and calls process groups by itself. `at_once`:
-    blocks are compiled, and wait for exchanges where they start them, as far as they can. `pulls`: parts of weights
-    lie where other ranks can read them.
-    """
+    """Code for one rank's program on `device`; the process groups that it needs exist already. Blocks exchange
+    `at_once` as far as they can; which of them do so in order follows from what they exchange."""
     bodies = {}
     mailbox = Mailbox.of(program, communicator)
 
@@ -95,15 +87,18 @@ def generate(
         return CodeWriter(name, program.device, device, communicator, mailbox, how)
 
     for name, block in program.blocks.items():
-        together = at_once and _only_at_once(block.graph)
-        ordered = together or (not plain and _of_two_kinds(block.graph))
+        by_peers = _by_peers(block.graph)
+        at_once = how.at_once and _only_at_once(block.graph)
+        ordered = at_once or (not how.plain and len(by_peers) > 1)  # PyTorch's compiler knows no order of both kinds
         if ordered:
             import xdit_ir.transport.exchange_op  # noqa: F401  # registers operators
-        inner, read = writer(name, How(plain, direct, together, ordered)), _state(block.graph)
+        inner, read = writer(name, replace(how, at_once=at_once, ordered=ordered)), _state(block.graph)
         constants = inner.head(block.graph, list(read), read)
         slots = inner.buffers(list(_slot_specs(block.graph)))
+        if True in by_peers:
+            inner.take_letter()
         bodies[name] = EmittedBody(inner.write(block.graph, {}), constants, slots, bool(inner.shared))
-    outer = writer(program.name, How(plain, direct, pulls=pulls))
+    outer = writer(program.name, replace(how, at_once=False))
     (weights, state), held = state_names(program), slot_specs(program)
     outer.head(program.graph, weights + state, _program_state(program))
     outer.buffers(list(held))
@@ -126,11 +121,10 @@ def _only_at_once(graph: fx.Graph) -> bool:
     return all(can_be_at_once(target) for target in targets if len(target.group) > 1)
 
 
-def _of_two_kinds(graph: fx.Graph) -> bool:
-    """Whether some exchanges go over symmetric memory and others do not: PyTorch's compiler knows no order of both."""
+def _by_peers(graph: fx.Graph) -> set[bool]:
+    """Whether exchanges go over symmetric memory: all, none (of those that there are), or some."""
     targets = [node.target for node in graph.nodes if isinstance(node.target, Communicate)]
-    peers = {isinstance(target, PeerExchange) for target in targets if len(target.group) > 1}
-    return len(peers) > 1
+    return {isinstance(target, PeerExchange) for target in targets if len(target.group) > 1}
 
 
 def state_names(program: Program) -> tuple[list[str], list[str]]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from xdit_ir.emission.code_store import CodeStore
+from xdit_ir.emission.code_writer import How
 from xdit_ir.emission.codegen import Code, generate
 from xdit_ir.emission.compilation import can_fuse, compile_body, prepare
 from xdit_ir.emission.execution import Execution
@@ -170,7 +171,6 @@ class RankContext:
                 compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed, native=native)
 
     def _generated(self, program: Program, *, packed: bool, pulls: bool) -> Code:
-        at_once = packed and self.execution.exchanges_at_once
-        plain = self.execution.is_plain
-        how = {"direct": packed and plain, "at_once": at_once, "plain": plain, "pulls": pulls}
-        return generate(program, self.communicator, self.device, **how)
+        plain, at_once = self.execution.is_plain, packed and self.execution.exchanges_at_once
+        how = How(plain=plain, direct=packed and plain, at_once=at_once, pulls=pulls)
+        return generate(program, self.communicator, self.device, how)

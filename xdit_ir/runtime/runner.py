@@ -30,9 +30,8 @@ from xdit_ir.transport.pulls import room_for_peers
 class Runnable:
     """A rank's program as code, recorded where that is wanted. Making one is collective."""
 
-    def __init__(self, context: RankContext, program: Program, *, pulls: bool) -> None:
+    def __init__(self, context: RankContext, program: Program, *, peers: bool, pulls: bool) -> None:
         execution = context.execution
-        peers = execution.uses_peers and peers_reachable(context.communicator)
         packed = execution.packs and context.communicator.mesh.world_size > 1
         self.code = context.code(program, peers=peers, packed=packed, shared=True, pulls=pulls)
         self._places: Sequence[int] | None = None  # of its weights, where those that it is given are more than these
@@ -74,8 +73,9 @@ class Runner:
         self.program, self.device, self.facts, self._digest = program, context.device, facts, digest(facts)
         self._model, self._parameters = context.model, context.parameters
         self._binder = InputBinder(self._parameters, program)
-        pulls = context.execution.pulls and bool(program.stored) and peers_reachable(context.communicator)
-        self._runnables = [Runnable(context, part, pulls=pulls) for part in parts or (program,)]
+        peers = context.execution.uses_peers and peers_reachable(context.communicator)
+        pulls = peers and context.execution.pulls
+        self._runnables = [Runnable(context, part, peers=peers, pulls=pulls) for part in parts or (program,)]
         self._names = list(dict.fromkeys(name for one in self._runnables for name in one.code.weights))
         for one in self._runnables:
             one.among(self._names)

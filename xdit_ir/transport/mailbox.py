@@ -98,7 +98,7 @@ class Mailbox:
     @staticmethod
     def register() -> None:
         """Make the operators known that code calls."""
-        import xdit_ir.transport.peer_ops  # noqa: F401  # needs CUDA
+        import xdit_ir.transport.peer_ops  # noqa: F401
 
     def open(self, workspaces: Workspaces) -> tuple[torch.Tensor, ...]:
         """The workspace and the letters, `arguments` of code that uses them; all ranks call this together."""

@@ -47,17 +47,17 @@ def peer_put(
     handle = symmetric(workspace, group)
     number, offset, plan = read_letter(letter, place)
     main = torch.cuda.current_stream(x.device)
-    wires = _wires(x.device, handle.world_size)
+    ways = wires(x.device, handle.world_size)
     for member in _others(handle):
-        wires[member].wait_stream(main)
+        ways[member].wait_stream(main)
     for member, source, source_pitch, target, target_pitch, width, height in _rows(plan):
-        stream = main if member == handle.rank else wires[member]
+        stream = main if member == handle.rank else ways[member]
         there = handle.buffer_ptrs[member] + offset + target
         _copy(there, target_pitch, x.data_ptr() + source, source_pitch, width, height, stream)
     for member in _others(handle):
-        raise_flag(handle, member, number, handle.rank, wires[member])
+        raise_flag(handle, member, number, handle.rank, ways[member])
         if tell_self:
-            raise_flag(handle, handle.rank, number + SIGNALS // handle.world_size, member, wires[member])
+            raise_flag(handle, handle.rank, number + SIGNALS // handle.world_size, member, ways[member])
     return keeping(x)
 
 
@@ -113,9 +113,9 @@ def join(workspace: torch.Tensor, group: str) -> None:
     """Make the current stream wait for everything that was started: at the end of a forward, or of its recording."""
     handle = symmetric(workspace, group)
     main = torch.cuda.current_stream(workspace.device)
-    wires = _wires(workspace.device, handle.world_size)
+    ways = wires(workspace.device, handle.world_size)
     for member in _others(handle):
-        main.wait_stream(wires[member])
+        main.wait_stream(ways[member])
 
 
 def open_workspace(nbytes: int, device: torch.device, group: str) -> torch.Tensor:
@@ -185,6 +185,7 @@ def _runtime() -> Any:
 
 
 @functools.cache
-def _wires(device: torch.device, members: int) -> tuple[torch.cuda.Stream, ...]:
-    """One stream per member, so that copies to several run side by side."""
+def wires(device: torch.device, members: int, what: str = "exchanges") -> tuple[torch.cuda.Stream, ...]:
+    """One stream per member for each thing that travels, so that copies to several run side by side, and none waits for
+    what it does not need."""
     return tuple(torch.cuda.Stream(device) for _ in range(members))  # type: ignore[no-untyped-call]

@@ -6,7 +6,6 @@ multiprocessor, where the kernel of an all-gather takes some from the blocks tha
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ class StartPull(Exchange):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
         """`x`, this rank's part, in symmetric memory -> all parts one behind the other, which are on their way, and
         what tells when they are there."""
-        from xdit_ir.transport.peer_ops import copy_bytes, symmetric  # needs CUDA
+        from xdit_ir.transport.peer_ops import copy_bytes, symmetric, wires  # registers operators
 
         if not self._met:
             torch.cuda.synchronize(x.device)
@@ -51,7 +50,7 @@ class StartPull(Exchange):
         offset, size = x.data_ptr() - handle.buffer_ptrs[self._at], x.numel() * x.element_size()
         whole = torch.empty(self._shape, dtype=x.dtype, device=x.device)
         main, there = torch.cuda.current_stream(x.device), []
-        for member, stream in enumerate(_streams(x.device, handle.world_size)):
+        for member, stream in enumerate(wires(x.device, handle.world_size, "weights")):
             stream.wait_stream(main)
             copy_bytes(whole.data_ptr() + member * size, handle.buffer_ptrs[member] + offset, size, stream)
             there.append(stream.record_event())
@@ -81,9 +80,3 @@ def room_for_peers(device: torch.device) -> Room:
         return symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
 
     return room
-
-
-@functools.cache
-def _streams(device: torch.device, members: int) -> tuple[torch.cuda.Stream, ...]:
-    """One for each member, beside those of exchanges, which shall not wait for weights."""
-    return tuple(torch.cuda.Stream(device) for _ in range(members))  # type: ignore[no-untyped-call]

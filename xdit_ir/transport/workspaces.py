@@ -40,7 +40,7 @@ class Workspaces:
         self._last[id(workspace)] = user
 
     def _open(self, nbytes: int, group: str) -> torch.Tensor:
-        from xdit_ir.transport.peer_ops import open_workspace, symmetric  # needs CUDA
+        from xdit_ir.transport.peer_ops import open_workspace, symmetric  # registers operators
 
         workspace = open_workspace(nbytes, self.device, group)
         self._waits.append(Waits(symmetric(workspace, group), self.device))
