@@ -25,6 +25,7 @@ from xdit_ir.passes.lower_attention import LowerAttention
 from xdit_ir.passes.merge_halos import MergeHalos
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
+from xdit_ir.passes.own_parts import OwnParts
 from xdit_ir.passes.pack_exchanges import PackExchanges
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.propagate_layouts import PropagateLayouts
@@ -68,7 +69,7 @@ PASSES: tuple[type[Any], ...] = (
         ShardWeights,
     ),
     *(Specialize, PackExchanges, SelectOnDevice, CutBlocks, DropCasts),
-    *(WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines),
+    *(WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines, OwnParts),
 )
 
 

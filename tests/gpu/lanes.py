@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -91,6 +92,8 @@ class Lane:
                 if more := self._read(said, after=results):
                     results, since = results + more, time.monotonic()
                 if time.monotonic() - since > self.options.timeout or any(one.poll() for one in ranks):
+                    for one in ranks:
+                        one.send_signal(signal.SIGUSR1)  # that they say where they stand; the dead do not mind
                     time.sleep(1)
                     break
             codes = [one.poll() for one in ranks]
@@ -121,7 +124,7 @@ class Lane:
         }
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         alone = world if self.options.loopback else 0
-        given = [self.options.mode, self.options.timeout, str(said), list(tasks), alone]
+        given = [self.options.mode, str(said), list(tasks), alone]
         command = [sys.executable, sys.argv[0], "--worker", json.dumps(given)]
         with (folder / f"errors_{rank}").open("wb") as errors:
             return subprocess.Popen(command, env=os.environ | env, stdout=errors, stderr=errors)
@@ -155,10 +158,8 @@ def line_of(one: Result) -> str:
     return f"{one['status']:9s} {one['model']:28s} {one['degrees']:5s} {rest}{notes}"
 
 
-def work(
-    tried: Callable[[str, str, str], Result], mode: str, timeout: float, said: str, tasks: Sequence[Task], alone: int
-) -> None:
-    """One rank of a lane: `tried(model, degrees, mode)` of every task; says where it stands when it takes too long.
+def work(tried: Callable[[str, str, str], Result], mode: str, said: str, tasks: Sequence[Task], alone: int) -> None:
+    """One rank of a lane: `tried(model, degrees, mode)` of every task; says where it stands when it gets SIGUSR1.
 
     `alone`: it is the first of so many, without the others (`loopback.py`).
     """
@@ -168,10 +169,10 @@ def work(
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # of others that run, a dump may end the process
     _ = loopback.start(alone) if alone else staged.start()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for model, degrees in tasks:
-        faulthandler.dump_traceback_later(0.8 * timeout)
         result = {"model": model, "degrees": degrees, **tried(model, degrees, mode)}
         if alone and result["status"] in ("different", "slower"):
             result["status"] = "timed"

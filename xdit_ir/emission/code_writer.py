@@ -184,7 +184,7 @@ class CodeWriter:
                 group = self.communicator.among(target.group)
                 return direct_halves(exchanges, target.group.index(self.communicator.rank), group, one=not several)
         if self.how.pulls and isinstance(target, AllGather) and len(target.group) > 1 and _stays(operands(node)[0]):
-            return pull_halves(target, self.communicator)
+            return pull_halves(node, self.communicator)
         return lower(target, self.communicator, at_once=self.how.at_once)
 
     def _started(self, node: fx.Node, kind: str, halves: Sequence[nn.Module], args: Any, kwargs: Any) -> fx.Node:

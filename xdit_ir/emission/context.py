@@ -30,6 +30,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program, called_block
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import Pass
+from xdit_ir.passes.own_parts import OwnParts
 from xdit_ir.passes.pack_exchanges import PackExchanges, packs
 from xdit_ir.passes.use_copy_engines import UseCopyEngines, candidates
 from xdit_ir.transport.distributed import Communicator
@@ -127,18 +128,15 @@ class RankContext:
         """Of the model's forward."""
         return inspect.signature(self.model.forward)
 
-    def code(
-        self, program: Program, *, peers: bool = False, packed: bool = False, shared: bool = False, pulls: bool = False
-    ) -> Code:
+    def code(self, program: Program, *, peers: bool = False, packed: bool = False, shared: bool = False) -> Code:
         """A program as code, compiled if that is wanted.
 
         Args:
             packed: exchanges may be packed, those that all ranks can pack, and started without PyTorch's functional
                 layer; all ranks call this together then.
-            peers: exchanges inside blocks may go over the GPU's peers, those that all ranks can do so; all ranks call
-                this together then.
+            peers: exchanges inside blocks may go over the GPU's peers, those that all ranks can do so, and parts of
+                weights lie where other ranks can read them; all ranks call this together then.
             shared: the code of a block may serve other programs too.
-            pulls: parts of weights lie where other ranks can read them.
         """
         with torch.no_grad():
             folded = fold_constants(program)
@@ -152,9 +150,10 @@ class RankContext:
             self._verified.add(kind)
         if peers:
             agreed = self.communicator.in_common(candidates(lowered))
-            lowered = run_passes(lowered, [UseCopyEngines("+".join(agreed))] if agreed else [])
+            engines: list[Pass] = [UseCopyEngines("+".join(agreed))] if agreed else []
+            lowered = run_passes(lowered, [*engines, OwnParts(self.communicator.rank)])
         with collector_paused():
-            code = self._generated(lowered, packed=packed, pulls=pulls)
+            code = self._generated(lowered, packed=packed, peers=peers)
         if self.execution.compile:
             self._compile(code, shared=shared)
         return code
@@ -170,7 +169,7 @@ class RankContext:
                 codes = self.shared_codes if shared else None
                 compile_body(body.module, codes, fixed=body.uses_mailbox, failed=failed, native=native)
 
-    def _generated(self, program: Program, *, packed: bool, pulls: bool) -> Code:
+    def _generated(self, program: Program, *, packed: bool, peers: bool) -> Code:
         plain, at_once = self.execution.is_plain, packed and self.execution.exchanges_at_once
-        how = How(plain=plain, direct=packed and plain, at_once=at_once, pulls=pulls)
+        how = How(plain=plain, direct=packed and plain, at_once=at_once, pulls=peers)
         return generate(program, self.communicator, self.device, how)

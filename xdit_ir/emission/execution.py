@@ -110,13 +110,8 @@ class Execution:
 
     @property
     def uses_peers(self) -> bool:
-        """Whether exchanges shall go over symmetric memory where they can."""
+        """Whether exchanges, and parts of weights, shall go over symmetric memory where they can."""
         return self.transport == "peer" or (self.transport == "auto" and self.cuda_graph)
-
-    @property
-    def pulls(self) -> bool:
-        """Whether ranks shall fetch parts of weights from each other's memory where they can."""
-        return self.transport == "peer"
 
     @property
     def packs(self) -> bool:

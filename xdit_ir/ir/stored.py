@@ -48,10 +48,20 @@ class Run:
 def packed(weights: Mapping[str, TensorSpec], parts: int) -> Stored:
     """These weights one behind the other, such that as many parts are equal and cut no element."""
     members, end = [], 0
-    for name, spec in weights.items():
+    for name in _in_parts({name: spec.nbytes for name, spec in weights.items()}, parts):
         members.append((name, end))
-        end = _up(end + spec.nbytes, ALIGNMENT)
+        end = _up(end + weights[name].nbytes, ALIGNMENT)
     return Stored(TensorSpec((_up(end, ALIGNMENT * parts),), torch.uint8), tuple(members))
+
+
+def _in_parts(sizes: Mapping[str, int], parts: int) -> Iterator[str]:
+    """An order in which few of them lie in two of these equal parts: the largest first, each in the part that has
+    least; and the fullest parts first, so that what reaches over their ends is small."""
+    shared: list[list[str]] = [[] for _ in range(parts)]
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        min(shared, key=lambda part: sum(sizes[one] for one in part)).append(name)
+    for part in sorted(shared, key=lambda part: sum(sizes[one] for one in part), reverse=True):
+        yield from part
 
 
 def _up(size: int, unit: int) -> int:

@@ -30,10 +30,10 @@ from xdit_ir.transport.pulls import room_for_peers
 class Runnable:
     """A rank's program as code, recorded where that is wanted. Making one is collective."""
 
-    def __init__(self, context: RankContext, program: Program, *, peers: bool, pulls: bool) -> None:
+    def __init__(self, context: RankContext, program: Program, *, peers: bool) -> None:
         execution = context.execution
         packed = execution.packs and context.communicator.mesh.world_size > 1
-        self.code = context.code(program, peers=peers, packed=packed, shared=True, pulls=pulls)
+        self.code = context.code(program, peers=peers, packed=packed, shared=True)
         self._places: Sequence[int] | None = None  # of its weights, where those that it is given are more than these
         self.constants = self.code.constant_tensors(context.device)
         if self.code.mailbox is not None:
@@ -74,13 +74,12 @@ class Runner:
         self._model, self._parameters = context.model, context.parameters
         self._binder = InputBinder(self._parameters, program)
         peers = context.execution.uses_peers and peers_reachable(context.communicator)
-        pulls = peers and context.execution.pulls
-        self._runnables = [Runnable(context, part, peers=peers, pulls=pulls) for part in parts or (program,)]
+        self._runnables = [Runnable(context, part, peers=peers) for part in parts or (program,)]
         self._names = list(dict.fromkeys(name for one in self._runnables for name in one.code.weights))
         for one in self._runnables:
             one.among(self._names)
         self._agree_originals(context)
-        room = room_for_peers(self.device) if pulls else None
+        room = room_for_peers(self.device) if peers else None
         self._weights = context.store.take(self._names, program.state, program.stored, room)
         self.places = self._weights.places
         self._whole = [place for place, name in enumerate(self._names) if name not in program.stored]

@@ -1,28 +1,49 @@
 """Gathers of what ranks hold in parts for good: each fetches the parts of others from their memory, by copy engines.
 
 Weights in parts are written once, before anybody reads them, so that no rank need be asked. A copy engine needs no
-multiprocessor, where the kernel of an all-gather takes some from the blocks that it runs beside.
+multiprocessor, where the kernel of an all-gather takes some from the blocks that it runs beside. Copies inside a GPU
+do need them, so what a rank has itself is read where it lies (`own-parts`) as far as can be.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
-from xdit_ir.ir.collective_ops import AllGather
-from xdit_ir.ir.program import Stored
+from xdit_ir.ir import ops
+from xdit_ir.ir.graphs import operands
+from xdit_ir.ir.program import SPEC, Stored
 from xdit_ir.ir.stored import Room, held_spec
 from xdit_ir.transport.collectives import Exchange
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.uploads import room_beside
 
+CHUNK = 2**24  # bytes of a copy: exchanges of blocks share the engines, and go in between
 
-def pull_halves(target: AllGather, communicator: Communicator) -> tuple[StartPull, AwaitPull]:
+
+def pull_halves(node: fx.Node, communicator: Communicator) -> tuple[StartPull, AwaitPull]:
     """The modules that start and await a gather on this process's rank."""
+    target: Any = node.target
     group = communicator.among(target.group, beside=True).group_name
-    return StartPull(group, target.group.index(communicator.rank), target.exchange.shape), AwaitPull()
+    at = target.group.index(communicator.rank)
+    own = own_bytes(node, at * math.prod(target.exchange.held) * node.meta[SPEC].dtype.itemsize)
+    return StartPull(group, at, target.exchange.shape, own), AwaitPull()
+
+
+def own_bytes(node: fx.Node, start: int) -> tuple[range, ...]:
+    """Which bytes of this rank's part, which begins at byte `start` of what is gathered, are read out of that."""
+    [part] = operands(node)
+    size = part.meta[SPEC].nbytes
+    if any(user.target is not ops.unpack for user in node.users):
+        return (range(size),)
+    starts = {operator.sub(user.args[1], start): user.meta[SPEC].nbytes for user in node.users}
+    found = (range(max(at, 0), min(at + length, size)) for at, length in sorted(starts.items()))
+    return tuple(one for one in found if one)
 
 
 class StartPull(Exchange):
@@ -30,12 +51,12 @@ class StartPull(Exchange):
     they get. A CUDA graph can hold it, as parts stay where they are.
 
     Its first call is collective: there the members of `group`, of which this rank is number `at`, tell each other where
-    their parts are, and that they are filled.
+    their parts are, and that they are filled. Of this rank's own part the bytes `own` are copied.
     """
 
-    def __init__(self, group: str, at: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, group: str, at: int, shape: tuple[int, ...], own: tuple[range, ...]) -> None:
         super().__init__()
-        self._group, self._at, self._shape = group, at, shape
+        self._group, self._at, self._shape, self._own = group, at, shape, own
         self._met = False
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
@@ -52,7 +73,10 @@ class StartPull(Exchange):
         main, there = torch.cuda.current_stream(x.device), []
         for member, stream in enumerate(wires(x.device, handle.world_size, "weights")):
             stream.wait_stream(main)
-            copy_bytes(whole.data_ptr() + member * size, handle.buffer_ptrs[member] + offset, size, stream)
+            source, target = handle.buffer_ptrs[member] + offset, whole.data_ptr() + member * size
+            for run in self._own if member == self._at else (range(size),):
+                for start in run[::CHUNK]:
+                    copy_bytes(target + start, source + start, min(CHUNK, run.stop - start), stream)
             there.append(stream.record_event())
         return whole, there
 
