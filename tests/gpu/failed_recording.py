@@ -50,6 +50,12 @@ class Halting(nn.Module):
         return halting(self.inner(**inputs))
 
 
+def move(model: nn.Module) -> None:
+    """Let all weights lie elsewhere."""
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+
+
 def main() -> int:
     """Run the checks on this rank."""
     faulthandler.dump_traceback_later(LIMIT, exit=True)
@@ -75,6 +81,9 @@ def main() -> int:
         FAILING[0] = False
         other = xir.port(model, ulysses=2, mode="graph")
         checks["another port records"] = relative_error([other(**inputs)], [want]) < 2e-4
+        for time in range(4):
+            move(model)
+            checks[f"it records again for weights elsewhere, {time}"] = relative_error([other(**inputs)], [want]) < 2e-4
     failed = "cannot be recorded" in port.report().execution
     checks["the report and a warning say so, where it failed"] = (
         failed == (rank == 1) == any("cannot be recorded" in str(one.message) for one in said)

@@ -38,12 +38,17 @@ import xdit_ir as xir
 TORCH = KernelPreference.TORCH  # no kernels of other packages
 ROUNDS, CALLS, ROUNDING = 4, 5, 2e-2
 WAYS: dict[str, Callable[[], Any]] = {
-    "int8-weights": Int8WeightOnlyConfig,
-    "float8-by-rows": lambda: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), kernel_preference=TORCH),
-    "float8-by-tensors": lambda: Float8DynamicActivationFloat8WeightConfig(
-        granularity=PerTensor(), kernel_preference=TORCH
-    ),
+    "int8-weights": lambda: Int8WeightOnlyConfig(set_inductor_config=False),
+    "float8-by-rows": lambda: float8(PerRow()),
+    "float8-by-tensors": lambda: float8(PerTensor()),
 }
+
+
+def float8(granularity: Any) -> Any:
+    """Weights and activations with scales of this granularity; the compiler's tuner, which would add minutes, off."""
+    return Float8DynamicActivationFloat8WeightConfig(
+        granularity=granularity, kernel_preference=TORCH, set_inductor_config=False
+    )
 
 
 def first(output: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,7 +19,8 @@ class GraphPool:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._handle: Any = torch.cuda.graph_pool_handle()
+        self._handle: Any = None
+        self._graphs = weakref.WeakSet[torch.cuda.CUDAGraph]()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @contextmanager
@@ -36,14 +38,17 @@ class GraphPool:
     def recording(self, graph: torch.cuda.CUDAGraph, device: int) -> Iterator[None]:
         """Record the current stream, whatever other threads do; if that fails, generators and memory are as before."""
         torch.cuda.synchronize()
+        if not self._graphs:  # the allocator gives memory back with the last graph, and may refuse its handle then
+            self._handle = torch.cuda.graph_pool_handle()
         try:
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
             yield
             graph.capture_end()
         except BaseException:
             _put_back(graph, self._handle, device)
-            self._handle = torch.cuda.graph_pool_handle()  # the allocator may take the old one to be recorded to still
+            self._graphs.clear()  # the allocator may take their memory to be recorded to still
             raise
+        self._graphs.add(graph)
 
 
 def _put_back(graph: torch.cuda.CUDAGraph, pool: Any, device: int) -> None:
