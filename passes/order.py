@@ -26,6 +26,7 @@ from xdit_ir.passes.merge_halos import MergeHalos
 from xdit_ir.passes.order_exchanges import OrderExchanges
 from xdit_ir.passes.overlap import Overlap
 from xdit_ir.passes.own_parts import OwnParts
+from xdit_ir.passes.pace_pulls import PacePulls
 from xdit_ir.passes.pack_exchanges import PackExchanges
 from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.propagate_layouts import PropagateLayouts
@@ -69,7 +70,7 @@ PASSES: tuple[type[Any], ...] = (
         ShardWeights,
     ),
     *(Specialize, PackExchanges, SelectOnDevice, CutBlocks, DropCasts),
-    *(WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines, OwnParts),
+    *(WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines, OwnParts, PacePulls),
 )
 
 

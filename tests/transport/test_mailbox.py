@@ -134,7 +134,7 @@ def test_letters_say_where_and_what_so_that_code_does_not() -> None:
             letter = made.mailbox.letter(name, slot)
             for send in sends:
                 place = send.place
-                number, offset, plan = read_letter(letter, send.fixed["place"])
+                number, offset, _, plan = read_letter(letter, send.fixed["place"])
                 assert (number, offset, tuple(plan)) == (SLOTS * place.channel + slot, place.slots[slot], place.plan)
 
 

@@ -16,57 +16,105 @@ from xdit_ir import models
 from xdit_ir.emission.code_writer import How
 from xdit_ir.emission.codegen import generate
 from xdit_ir.emission.fold import fold_constants
-from xdit_ir.ir.collective_ops import AllGather
+from xdit_ir.ir.collective_ops import ALL, AllGather
 from xdit_ir.ir.difference import tensors_of
 from xdit_ir.ir.graphs import copy_graph
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.own_parts import OwnParts
-from xdit_ir.transport import peer_ops, pulls
+from xdit_ir.transport import peer_ops
+from xdit_ir.transport.fetches import ongoing
 from xdit_ir.transport.pulls import AwaitPull, StartPull, own_bytes
 
 
 class Stream:
     """Does at once what it is told, and says what was waited for."""
 
-    def __init__(self, said: list[str]) -> None:
-        self.said = said
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said = name, said
 
-    def wait_stream(self, other: object) -> None:
-        self.said.append("begins behind what was before")
+    def wait_stream(self, other: Stream) -> None:
+        self.said.append(f"{self.name} behind {other.name}")
 
     def record_event(self) -> str:
-        return "there"
+        return f"end of {self.name}"
 
     def wait_event(self, event: str) -> None:
-        self.said.append(event)
+        self.said.append(f"{self.name} behind {event}")
+
+
+class Ranks:
+    """Parts of three ranks in this process, seen by one of them."""
+
+    def __init__(self, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        self.parts = [torch.randint(0, 255, (3 * 2**13,), dtype=torch.uint8) for _ in range(3)]
+        self.part = self.parts[rank]
+        self.wires = [Stream(f"wire {member}", self.said) for member in range(3)]
+        self.exchanges = Stream("exchanges", self.said)
+        handle = SimpleNamespace(world_size=3, buffer_ptrs=[part.data_ptr() for part in self.parts])
+
+        def met(x: torch.Tensor, group: str) -> Any:
+            assert x is self.part and group == "weights"
+            return handle
+
+        def copied(target: int, source: int, size: int, stream: Stream) -> None:
+            self.said.append(f"{stream.name} copies {size}")
+            ctypes.memmove(target, source, size)
+
+        monkeypatch.setattr(peer_ops, "symmetric", met)
+        monkeypatch.setattr(peer_ops, "copy_bytes", copied)
+        monkeypatch.setattr(peer_ops, "wires", lambda device, members, what: self.wires)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.said.append("filled"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main", self.said))
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_each_rank_gets_in_order_what_it_has_not(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    parts = [torch.randn(2, 3) for _ in range(3)]
-    handle = SimpleNamespace(world_size=3, buffer_ptrs=[part.data_ptr() for part in parts])
-
-    def met(x: torch.Tensor, group: str) -> Any:
-        assert x is parts[rank] and group == "weights"
-        return handle
-
-    monkeypatch.setattr(peer_ops, "symmetric", met)
-    monkeypatch.setattr(peer_ops, "copy_bytes", lambda target, source, size, _: ctypes.memmove(target, source, size))
-    monkeypatch.setattr(peer_ops, "wires", lambda device, members, what: [Stream(said) for _ in range(members)])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("filled"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(said))
-    monkeypatch.setattr(pulls, "CHUNK", 10)
-    start = StartPull("weights", rank, (6, 3), (range(4, 20),))
-    wanted = torch.cat(parts).view(torch.uint8).flatten()
+    ranks = Ranks(rank, monkeypatch)
+    size = len(ranks.part)
+    start = StartPull("weights", rank, (3 * size,), (range(4, 20),), ALL)
+    wanted = torch.cat(ranks.parts)
     read = torch.ones(len(wanted), dtype=torch.bool)
-    read[24 * rank : 24 * (rank + 1)] = False
-    read[24 * rank + 4 : 24 * rank + 20] = True
+    read[size * rank : size * (rank + 1)] = False
+    read[size * rank + 4 : size * rank + 20] = True
     for _ in range(2):
-        got = AwaitPull()(*start(parts[rank]))
-        assert got.shape == (6, 3) and torch.equal(got.view(torch.uint8).flatten()[read], wanted[read])
-    assert said.count("filled") == 1, "parts do not change, so one meeting is enough"
-    assert said.count("begins behind what was before") == said.count("there") == 2 * 3
+        got = AwaitPull()(*start(ranks.part))
+        assert torch.equal(got[read], wanted[read])
+    assert ranks.said.count("filled") == 1, "parts do not change, so one meeting is enough"
+    for wire in ranks.wires:
+        assert [said.replace(f"{wire.name} ", "") for said in ranks.said if said.startswith(wire.name)] == 2 * [
+            "behind main",
+            f"copies {16 if wire is ranks.wires[rank] else size}",
+        ]
+        assert ranks.said.count(f"main behind end of {wire.name}") == 2
+
+
+def test_the_rest_travels_behind_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(1, monkeypatch)
+    device = ranks.part.device
+    whole, fetch = StartPull("weights", 1, (3 * len(ranks.part),), (), 250)(ranks.part)
+    assert list(ongoing(device)) == [fetch]
+    ranks.said.clear()
+    for parts in (0, 500):
+        fetch.go_on(parts, [ranks.exchanges])
+    assert ranks.said == [
+        *("wire 0 behind exchanges", "wire 2 behind exchanges"),
+        *("wire 0 copies 12288", "wire 2 copies 12288"),
+    ], "pieces are whole pages"
+    ranks.said.clear()
+    got = AwaitPull()(whole, fetch)
+    assert [said for said in ranks.said if "copies" in said] == ["wire 0 copies 8192", "wire 2 copies 8192"]
+    assert not ongoing(device)
+    assert torch.equal(got[: len(ranks.part)], ranks.parts[0]) and torch.equal(got[-len(ranks.part) :], ranks.parts[2])
+
+
+def test_what_nobody_waits_for_is_not_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that failed leaves none: its memory may be others'."""
+    ranks = Ranks(1, monkeypatch)
+    started = StartPull("weights", 1, (3 * len(ranks.part),), (), 0)(ranks.part)
+    assert len(ongoing(ranks.part.device)) == 1
+    del started
+    assert not ongoing(ranks.part.device)
 
 
 def test_only_parts_that_stay_where_they_are_are_fetched() -> None:

@@ -14,6 +14,8 @@ from xdit_ir.ir.ops import take
 from xdit_ir.ir.partition import Runs
 from xdit_ir.ir.relayout import RankExchange
 
+ALL = 1000  # parts of what is gathered, of which some begin to travel at one place, others at another
+
 
 @dataclass(frozen=True)
 class Communicate:
@@ -42,16 +44,21 @@ class Reshuffle(Communicate):
 @dataclass(frozen=True)
 class AllGather(Reshuffle):
     """A gather of parts that are equal in size and lie one behind the other, as those of weights do. It goes on beside
-    other exchanges, so it has process groups of its own."""
+    other exchanges, so it has process groups of its own. Where copy engines do it, `first` of `ALL` begin to travel
+    where it stands, and more behind exchanges of the block that is running then."""
+
+    first: int = ALL
 
 
 @dataclass(frozen=True)
 class PeerExchange(Reshuffle):
     """The same by the GPUs' copy engines: what is sent lands in the `slots` (byte offsets, of which calls of a block
-    take turns) of every member's workspace, and flags on `channel` say so."""
+    take turns) of every member's workspace, and flags on `channel` say so. `behind` it so many of `ALL` parts of what
+    is gathered of weights begin to travel."""
 
     channel: int
     slots: tuple[int, ...]
+    behind: int = 0
 
     @property
     def __name__(self) -> str:

@@ -68,7 +68,7 @@ class Mailbox:
         itemsize = node.meta[SPEC].dtype.itemsize
         plans = [copies(target.exchange, member, itemsize) for member in range(len(target.group))]
         rows = tuple(number for member, plan in enumerate(plans) for copy in plan for number in (member, *copy.row))
-        place = Place(target.channel, target.slots, rows)
+        place = Place(target.channel, target.slots, target.behind, rows)
         places = self.places.setdefault(block, [])
         places.append(place)
         patience = int(self.communicator.timeout.total_seconds() * 1e3)
@@ -84,8 +84,8 @@ class Mailbox:
 
     def letter(self, block: str, slot: int) -> torch.Tensor:
         """What calls of a block that use this slot are told: the slot; for each place where what follows begins and
-        ends; and that: its channel, the byte offset of the slot, and the rows of its plan."""
-        tables = [(one.channel, one.slots[slot], *one.plan) for one in self.places[block]]
+        ends; and that: its channel, the byte offset of the slot, what goes on behind it, and the rows of its plan."""
+        tables = [(one.channel, one.slots[slot], one.behind, *one.plan) for one in self.places[block]]
         ends = list(itertools.accumulate(map(len, tables), initial=1 + 2 * len(tables)))
         bounds = itertools.chain.from_iterable(itertools.pairwise(ends))
         return torch.tensor([slot, *bounds, *itertools.chain.from_iterable(tables)])
@@ -120,11 +120,12 @@ class Mailbox:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an exchange happens: its channel, the byte offsets of its slots, and what is copied: the numbers of a
-    `Copy` for each, behind the member that gets it."""
+    """Where an exchange happens: its channel, the byte offsets of its slots, what goes on behind it (see
+    `PeerExchange`), and what is copied: the numbers of a `Copy` for each, behind the member that gets it."""
 
     channel: int
     slots: tuple[int, ...]
+    behind: int
     plan: tuple[int, ...]
 
 

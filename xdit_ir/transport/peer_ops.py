@@ -15,6 +15,7 @@ import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch.fx import has_side_effect
 
+from xdit_ir.transport.fetches import ongoing
 from xdit_ir.transport.keeping import keeping
 from xdit_ir.transport.workspace import HEADER, PADS, SIGNALS, read_letter
 
@@ -35,6 +36,8 @@ def peer_put(
 ) -> torch.Tensor:
     """Start copies of pieces of `x` (dense) into the members' workspaces, and tell each when its piece is there.
 
+    Behind them goes on what copy engines fetch beside.
+
     Args:
         after: what was started or awaited before, for the order only.
         workspace: uint8, symmetric over `group`, which starts with a header.
@@ -45,7 +48,7 @@ def peer_put(
         An empty tensor for `peer_wait`, which keeps `x` in memory: a compiler may have made `x` for this call alone.
     """
     handle = symmetric(workspace, group)
-    number, offset, plan = read_letter(letter, place)
+    number, offset, behind, plan = read_letter(letter, place)
     main = torch.cuda.current_stream(x.device)
     ways = wires(x.device, handle.world_size)
     for member in _others(handle):
@@ -58,6 +61,8 @@ def peer_put(
         raise_flag(handle, member, number, handle.rank, ways[member])
         if tell_self:
             raise_flag(handle, handle.rank, number + SIGNALS // handle.world_size, member, ways[member])
+    for fetch in ongoing(x.device):
+        fetch.go_on(behind, [ways[member] for member in _others(handle)])
     return keeping(x)
 
 
@@ -90,7 +95,7 @@ def peer_wait(
         A tensor of `shape` and `dtype` that lies in the workspace: nobody may write to it.
     """
     handle = symmetric(workspace, group)
-    number, offset, _ = read_letter(letter, place)
+    number, offset, *_ = read_letter(letter, place)
     for member in _others(handle):
         handle.wait_signal(member, number, patience)
         if sent:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +20,8 @@ from xdit_ir.ir.program import SPEC, Stored
 from xdit_ir.ir.stored import Room, held_spec
 from xdit_ir.transport.collectives import Exchange
 from xdit_ir.transport.distributed import Communicator
+from xdit_ir.transport.fetches import Fetch
 from xdit_ir.transport.uploads import room_beside
-
-CHUNK = 2**24  # bytes of a copy: exchanges of blocks share the engines, and go in between
 
 
 def pull_halves(node: fx.Node, communicator: Communicator) -> tuple[StartPull, AwaitPull]:
@@ -32,7 +30,7 @@ def pull_halves(node: fx.Node, communicator: Communicator) -> tuple[StartPull, A
     group = communicator.among(target.group, beside=True).group_name
     at = target.group.index(communicator.rank)
     own = own_bytes(node, at * math.prod(target.exchange.held) * node.meta[SPEC].dtype.itemsize)
-    return StartPull(group, at, target.exchange.shape, own), AwaitPull()
+    return StartPull(group, at, target.exchange.shape, own, target.first), AwaitPull()
 
 
 def own_bytes(node: fx.Node, start: int) -> tuple[range, ...]:
@@ -48,18 +46,19 @@ def own_bytes(node: fx.Node, start: int) -> tuple[range, ...]:
 
 class StartPull(Exchange):
     """The first half: start to copy all parts, when all is done that was begun before, which may use the memory that
-    they get. A CUDA graph can hold it, as parts stay where they are.
+    they get; `first` of `ALL` at once, more behind exchanges of the block that runs meanwhile. A CUDA graph can hold
+    it, as parts stay where they are.
 
     Its first call is collective: there the members of `group`, of which this rank is number `at`, tell each other where
     their parts are, and that they are filled. Of this rank's own part the bytes `own` are copied.
     """
 
-    def __init__(self, group: str, at: int, shape: tuple[int, ...], own: tuple[range, ...]) -> None:
+    def __init__(self, group: str, at: int, shape: tuple[int, ...], own: tuple[range, ...], first: int) -> None:
         super().__init__()
-        self._group, self._at, self._shape, self._own = group, at, shape, own
+        self._group, self._at, self._shape, self._own, self._first = group, at, shape, own, first
         self._met = False
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Fetch]:
         """`x`, this rank's part, in symmetric memory -> all parts one behind the other, which are on their way, and
         what tells when they are there."""
         from xdit_ir.transport.peer_ops import copy_bytes, symmetric, wires  # registers operators
@@ -70,23 +69,21 @@ class StartPull(Exchange):
         handle = symmetric(x, self._group)
         offset, size = x.data_ptr() - handle.buffer_ptrs[self._at], x.numel() * x.element_size()
         whole = torch.empty(self._shape, dtype=x.dtype, device=x.device)
-        main, there = torch.cuda.current_stream(x.device), []
+        fetch = Fetch(whole, copy_bytes)
         for member, stream in enumerate(wires(x.device, handle.world_size, "weights")):
-            stream.wait_stream(main)
             source, target = handle.buffer_ptrs[member] + offset, whole.data_ptr() + member * size
             for run in self._own if member == self._at else (range(size),):
-                for start in run[::CHUNK]:
-                    copy_bytes(target + start, source + start, min(CHUNK, run.stop - start), stream)
-            there.append(stream.record_event())
-        return whole, there
+                fetch.add(target + run.start, source + run.start, len(run), stream)
+        fetch.go_on(self._first, [torch.cuda.current_stream(x.device)])
+        return whole, fetch
 
 
 class AwaitPull(Exchange):
     """The second half: what comes behind it on the current stream finds all there."""
 
-    def forward(self, whole: torch.Tensor, there: Sequence[Any]) -> torch.Tensor:
+    def forward(self, whole: torch.Tensor, fetch: Fetch) -> torch.Tensor:
         """What `StartPull` gave -> the whole."""
-        for event in there:
+        for event in fetch.finish():
             torch.cuda.current_stream(whole.device).wait_event(event)
         return whole
 

@@ -12,9 +12,9 @@ SIGNALS = 512  # words of a signal pad for arrivals (one per channel, slot and m
 PADS = 4  # times SIGNALS words are in a signal pad; the last quarter is for meetings
 
 
-def read_letter(letter: torch.Tensor, place: int) -> tuple[int, int, Sequence[int]]:
-    """What a letter (see `Mailbox.letter`) says of a place: the number of the flags that tell of it, a byte offset, and
-    copies."""
+def read_letter(letter: torch.Tensor, place: int) -> tuple[int, int, int, Sequence[int]]:
+    """What a letter (see `Mailbox.letter`) says of a place: the number of the flags that tell of it, a byte offset,
+    what goes on behind it, and copies."""
     numbers = letter.tolist()
-    channel, offset, *plan = numbers[numbers[1 + 2 * place] : numbers[2 + 2 * place]]
-    return SLOTS * channel + numbers[0], offset, plan
+    channel, offset, behind, *plan = numbers[numbers[1 + 2 * place] : numbers[2 + 2 * place]]
+    return SLOTS * channel + numbers[0], offset, behind, plan
