@@ -50,6 +50,18 @@ class Halting(nn.Module):
         return halting(self.inner(**inputs))
 
 
+class Checks(dict[str, bool]):
+    """What was looked at, and whether it holds; each prints a line at once."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def __setitem__(self, name: str, holds: bool) -> None:
+        print(f"rank {self._rank}: {'holds' if holds else 'FAILS'}: {name}", flush=True)
+        super().__setitem__(name, holds)
+
+
 def move(model: nn.Module) -> None:
     """Let all weights lie elsewhere."""
     for weight in model.parameters():
@@ -65,7 +77,7 @@ def main() -> int:
     model, example = models.load("plain-mmdit:tiny", seed=0)
     model = Halting(model).to(device).eval()
     inputs = {name: value.to(device) for name, value in example.items()}
-    checks = {}
+    checks = Checks(rank)
     with torch.no_grad(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         want = model(**inputs)
@@ -88,8 +100,6 @@ def main() -> int:
     checks["the report and a warning say so, where it failed"] = (
         failed == (rank == 1) == any("cannot be recorded" in str(one.message) for one in said)
     )
-    for name, holds in checks.items():
-        print(f"rank {rank}: {'holds' if holds else 'FAILS'}: {name}", flush=True)
     port.reset()
     other.reset()
     dist.barrier()
