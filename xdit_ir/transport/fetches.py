@@ -31,10 +31,11 @@ class _Run:
 @dataclass(eq=False)
 class Fetch:
     """What is copied into `whole`, which stays in memory as long as this. Whoever runs exchanges finds it among those
-    that are `ongoing`, until it is finished."""
+    that are `ongoing`, until it is finished. `beside`: streams on which more of it is on its way."""
 
     whole: torch.Tensor
     copy: Copy
+    beside: Sequence[torch.cuda.Stream] = ()
     runs: list[_Run] = field(default_factory=list)
     begun: int = 0
 
@@ -62,7 +63,7 @@ class Fetch:
         """Start what is left; the events that tell when all is there."""
         ongoing(self.whole.device).discard(self)
         self.go_on(ALL, [])
-        return [stream.record_event() for stream in dict.fromkeys(run.stream for run in self.runs)]
+        return [stream.record_event() for stream in dict.fromkeys([*self.beside, *(run.stream for run in self.runs)])]
 
 
 @functools.cache

@@ -23,6 +23,8 @@ from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.fetches import Fetch
 from xdit_ir.transport.uploads import room_beside
 
+CHUNK = 2**24  # bytes of a copy within a GPU: its processors make it, and other kernels want to run in between
+
 
 def pull_halves(node: fx.Node, communicator: Communicator) -> tuple[StartPull, AwaitPull]:
     """The modules that start and await a gather on this process's rank."""
@@ -69,12 +71,17 @@ class StartPull(Exchange):
         handle = symmetric(x, self._group)
         offset, size = x.data_ptr() - handle.buffer_ptrs[self._at], x.numel() * x.element_size()
         whole = torch.empty(self._shape, dtype=x.dtype, device=x.device)
-        fetch = Fetch(whole, copy_bytes)
-        for member, stream in enumerate(wires(x.device, handle.world_size, "weights")):
-            source, target = handle.buffer_ptrs[member] + offset, whole.data_ptr() + member * size
-            for run in self._own if member == self._at else (range(size),):
-                fetch.add(target + run.start, source + run.start, len(run), stream)
-        fetch.go_on(self._first, [torch.cuda.current_stream(x.device)])
+        main, streams = torch.cuda.current_stream(x.device), wires(x.device, handle.world_size, "weights")
+        own = streams[self._at]
+        fetch = Fetch(whole, copy_bytes, [own] if self._own else ())
+        for member, stream in enumerate(streams):
+            if member != self._at:
+                fetch.add(whole.data_ptr() + member * size, handle.buffer_ptrs[member] + offset, size, stream)
+        fetch.go_on(self._first, [main])
+        if self._own:
+            own.wait_stream(main)
+        for start, length in ((start, min(CHUNK, run.stop - start)) for run in self._own for start in run[::CHUNK]):
+            copy_bytes(whole.data_ptr() + self._at * size + start, x.data_ptr() + start, length, own)
         return whole, fetch
 
 
