@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from xdit_ir.caching.rule import Watched
@@ -171,7 +172,6 @@ def rank_passes(
     *,
     compiled: bool = False,
     recorded: bool = False,
-    peers: bool = False,
     packed: bool = False,
 ) -> list[Pass]:
     """Passes over the program of one rank, for the device that it runs on.
@@ -181,13 +181,18 @@ def rank_passes(
         attention: the kernel for attention, see `xdit_ir.emission.execution.Execution`.
         compiled: each block becomes the code of a compiler.
         recorded: the program becomes part of a CUDA graph.
-        peers: exchanges inside blocks go over symmetric memory where they can.
         packed: exchanges that are ready at the same place become one.
     """
     apart: list[Pass] = [PackExchanges()] if packed else []
     apart += [SelectOnDevice(), CutBlocks()] if compiled or recorded else []
     if capability is None:
         return [*apart, WriteInPlace()]
-    copies: list[Pass] = [UseCopyEngines()] if peers else []
     apart += [] if compiled else [DropCasts()]
-    return [*apart, WriteInPlace(), FuseGelu(), ChooseKernels(capability, attention, recorded), *copies]
+    return [*apart, WriteInPlace(), FuseGelu(), ChooseKernels(capability, attention, recorded)]
+
+
+def peer_passes(rank: int, agreed: Sequence[str] | None = None) -> list[Pass]:
+    """Passes behind these over the program of a rank whose GPU reads and writes memory of the others' GPUs; `agreed`:
+    the exchanges that all ranks can have by copy engines, see `candidates`; None: all that this rank can."""
+    engines: list[Pass] = [UseCopyEngines("+".join(agreed or ()))] if agreed is None or agreed else []
+    return [*engines, OwnParts(rank), PacePulls()]

@@ -2,7 +2,7 @@
 
 Each tiny model, in float32, runs alone and then ported under each of the degrees, in the mode that is asked for; its
 second and third call (replays, where it is recorded) are compared, to 2e-4 or 1.2 of what torch.compile alone changes.
-A degree that is illegal for the model is listed as refused. Models are shared out to `--lanes` groups of processes at
+`--degrees u2+sharded` divides weights too. A degree that is illegal for the model is listed as refused. Models are shared out to `--lanes` groups of processes at
 the same GPUs; a group that fails or takes too long is ended, and a new one goes on behind it. Ends by itself, with
 status 1 if anything failed. With more `--ranks` than GPUs, ranks share them: slow, and collectives go through the host
 (`staged.py`), so that graphs end there; programs, compiled code and copy engines are those of as many GPUs.
@@ -55,7 +55,7 @@ def tried(name: str, degrees: str, mode: str) -> dict[str, Any]:
             want = [x.clone() for x in tensors_of(model(*args, **kwargs))]
         except Exception as error:
             return {"status": "refused", "reason": f"the model alone: {type(error).__name__}: {error}"[:300]}
-        port = xir.port(model, mode=mode, **lanes.degrees_of(degrees))
+        port = xir.port(model, mode=mode, shard_weights="+sharded" in degrees, **lanes.degrees_of(degrees))
         try:
             port(*args, **kwargs)
             got = [[x.clone() for x in tensors_of(port(*args, **kwargs))] for _ in range(2)]

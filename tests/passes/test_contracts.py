@@ -24,6 +24,7 @@ from xdit_ir.passes.order import (
     cache_passes,
     canonical_passes,
     mesh_passes,
+    peer_passes,
     rank_passes,
     time_passes,
 )
@@ -32,7 +33,7 @@ from xdit_ir.sharding.specialize import Specialize
 from xdit_ir.text import difference, parse, write
 from xdit_ir.tools.cli import main
 
-OPTIONS = {"partition-stages": {"count": "2"}, "specialize": {"rank": "0"}}
+OPTIONS = {"partition-stages": {"count": "2"}, "specialize": {"rank": "0"}, "own-parts": {"rank": "0"}}
 MESH = Mesh.of(ulysses=2)
 SCALE = """
 program Scale {
@@ -86,7 +87,7 @@ def test_a_pass_that_runs_too_early_names_those_that_must_come_before(kind: type
 def test_lists_are_in_the_order_of_the_list_of_all_passes() -> None:
     places = {kind: place for place, kind in enumerate(PASSES)}
     patched = Mesh.of(pipefusion=2)
-    rank = [Specialize(0), *rank_passes((9, 0), recorded=True, peers=True, packed=True)]
+    rank = [Specialize(0), *rank_passes((9, 0), recorded=True, packed=True), *peer_passes(0)]
     divided = [*cache_passes(Watched.FIRST_BLOCK), *mesh_passes(MESH, keeping=Keeping(shard=True))]
     trimmed = [*canonical_passes(rows=64), *analysis_passes()[-1:]]
     timed = time_passes(patched, kv_cache_dtype="fp8_e4m3")

@@ -15,6 +15,7 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.order import PASSES, rank_passes
 from xdit_ir.passes.registry import describe, parse_passes
+from xdit_ir.passes.use_copy_engines import UseCopyEngines
 from xdit_ir.text import difference, load
 from xdit_ir.tools.cli import main
 
@@ -75,7 +76,7 @@ def test_a_model_from_text_to_ranks(here: Path, capsys: Capture) -> None:
     assert main(["opt", "u2.ir"]) == 0
     assert capsys.readouterr().out == Path("u2.ir").read_text()
     assert main(["opt", "u2.ir", "--passes", RANK_PASSES, "--output", "rank1.ir"]) == 0
-    lowered = run_passes(direct.rank(1), rank_passes((8, 0), recorded=True, peers=True))
+    lowered = run_passes(direct.rank(1), [*rank_passes((8, 0), recorded=True), UseCopyEngines()])
     assert difference(load("rank1.ir"), lowered) is None
     capsys.readouterr()
     assert main(["opt", "flux.ir", "--passes", "canonicalize,find-tokens", "--print-after-all"]) == 0

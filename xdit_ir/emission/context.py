@@ -30,10 +30,9 @@ from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import Program, called_block
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.contract import Pass
-from xdit_ir.passes.own_parts import OwnParts
-from xdit_ir.passes.pace_pulls import PacePulls
+from xdit_ir.passes.order import peer_passes
 from xdit_ir.passes.pack_exchanges import PackExchanges, packs
-from xdit_ir.passes.use_copy_engines import UseCopyEngines, candidates
+from xdit_ir.passes.use_copy_engines import candidates
 from xdit_ir.transport.distributed import Communicator
 from xdit_ir.transport.workspaces import Workspaces
 
@@ -151,8 +150,7 @@ class RankContext:
             self._verified.add(kind)
         if peers:
             agreed = self.communicator.in_common(candidates(lowered))
-            engines: list[Pass] = [UseCopyEngines("+".join(agreed))] if agreed else []
-            lowered = run_passes(lowered, [*engines, OwnParts(self.communicator.rank), PacePulls()])
+            lowered = run_passes(lowered, peer_passes(self.communicator.rank, agreed))
         with collector_paused():
             code = self._generated(lowered, packed=packed, peers=peers)
         if self.execution.compile:

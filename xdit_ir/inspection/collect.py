@@ -13,7 +13,7 @@ from xdit_ir.ir.printer import body_text, outer_text
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import After, run_passes
 from xdit_ir.passes.contract import Pass
-from xdit_ir.passes.order import analysis_passes, rank_passes
+from xdit_ir.passes.order import analysis_passes, peer_passes, rank_passes
 from xdit_ir.passes.registry import describe
 from xdit_ir.pipefusion.pipeline_program import Pipeline
 from xdit_ir.pipefusion.rank_tasks import RankTasks
@@ -63,7 +63,8 @@ def lower_rank(parallel: ParallelProgram, rank: int, capability: tuple[int, int]
     """Run the passes over one rank's program as on a GPU of this compute capability that records CUDA graphs and
     reaches its peers; None: on the CPU. Of a pipeline, over what the rank does first."""
     if parallel.pipeline is None:
-        run_passes(parallel.ir, [Specialize(rank), *rank_passes(capability, recorded=True, peers=True)], after)
+        peers = [] if capability is None else peer_passes(rank)
+        run_passes(parallel.ir, [Specialize(rank), *rank_passes(capability, recorded=True), *peers], after)
     else:
         task = next(iter(RankTasks(parallel.pipeline, rank).displaced.values()))
         run_passes(task.program, rank_passes(capability, recorded=True), after)
