@@ -2,10 +2,11 @@
 
 Each tiny model, in float32, runs alone and then ported under each of the degrees, in the mode that is asked for; its
 second and third call (replays, where it is recorded) are compared, to 2e-4 or 1.2 of what torch.compile alone changes.
-`--degrees u2+sharded` divides weights too. A degree that is illegal for the model is listed as refused. Models are shared out to `--lanes` groups of processes at
-the same GPUs; a group that fails or takes too long is ended, and a new one goes on behind it. Ends by itself, with
-status 1 if anything failed. With more `--ranks` than GPUs, ranks share them: slow, and collectives go through the host
-(`staged.py`), so that graphs end there; programs, compiled code and copy engines are those of as many GPUs.
+`--degrees u2+sharded` divides weights too. A degree that is illegal for the model is listed as refused. Models are
+shared out to `--lanes` groups of processes at the same GPUs; a group that fails or takes too long is ended, and a new
+one goes on behind it. Ends by itself, with status 1 if anything failed. With more `--ranks` than GPUs, ranks share
+them: slow, and collectives go through the host (`staged.py`), so that graphs end there; programs, compiled code and
+copy engines are those of as many GPUs.
 """
 
 from __future__ import annotations
