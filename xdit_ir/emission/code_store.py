@@ -23,18 +23,18 @@ import torch
 import torch.distributed as dist
 from torch import fx
 from torch._C._dynamo.guards import GlobalStateGuard
+from torch._dynamo.exc import BackendCompilerFailed
 
 from xdit_ir.capture.mode_guards import torch_settings
 from xdit_ir.emission import kept_files
 from xdit_ir.emission.structure import Structure
 from xdit_ir.emission.template import Template
+from xdit_ir.emission.tracing import tracing
 
 LOG = logging.getLogger("xdit_ir")
 
 _ROOMS = ("emission", "ir", "kernels", "transport")  # whose functions become part of code
 _GUARDS = "guard_filter_fn"
-TRACING = {"fake_tensor_cache_enabled": False}
-"""How bodies are traced for the compiler: to keep what operators give for symbols takes longer than to ask again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +92,10 @@ class KeptCode:
     def make(
         self, function: Callable[..., Any], options: Mapping[str, Any], given: Sequence[Any], template: Template
     ) -> LoadedCode | None:
-        """Compile a function for these tensors and keep what that gives; None if it cannot be kept."""
+        """Compile a function for these tensors and keep what that gives; None if it cannot be kept. Raises what the
+        compiler cannot do with symbols: it would take as long to fail again."""
         try:
-            with torch._dynamo.config.patch({**TRACING, "enable_aot_compile": True}):
+            with tracing(enable_aot_compile=True):
                 compiled: Any = torch.compile(
                     function, fullgraph=True, dynamic=False, options={**options, _GUARDS: _of_arguments}
                 )
@@ -104,6 +105,8 @@ class KeptCode:
             kept_files.trim(self.path.parents[1])
             return LoadedCode.of(made)
         except Exception as error:  # also of what cannot be compiled at all: who compiles it as ever is told why
+            if template.distinct and isinstance(error, BackendCompilerFailed):
+                raise
             LOG.debug("code cannot be kept on disk, so every process compiles it: %s: %r", self.path, error)
             return None
 

@@ -11,10 +11,11 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-from xdit_ir.emission.code_store import TRACING, CodeStore, KeptCode, LoadedCode, function_of
+from xdit_ir.emission.code_store import LOG, CodeStore, KeptCode, LoadedCode, function_of
 from xdit_ir.emission.lifting import lift
 from xdit_ir.emission.structure import STRUCTURE, Structure, is_value
 from xdit_ir.emission.template import ArgumentGraph, Template
+from xdit_ir.emission.tracing import tracing
 from xdit_ir.ir.graphs import placeholders
 from xdit_ir.ir.program import dense_strides
 
@@ -44,7 +45,7 @@ class SharedCode:
                     return self._loaded.run(*given)
         if self._loaded is not None and self._loaded.takes(given):
             return self._loaded.run(*given)
-        with torch._dynamo.config.patch(TRACING):
+        with tracing():
             try:
                 return self._traced(*marked)
             except FailOnRecompileLimitHit:  # other forms of inputs have used this copy up
@@ -145,9 +146,10 @@ class Shape:
             torch._dynamo.maybe_mark_dynamic(marked[place], dims)
         try:
             return self._code.first(given, marked)
-        except TorchDynamoException:
+        except TorchDynamoException as error:
             if not self._code.dynamic:
                 raise
+            LOG.debug("a body is compiled for each shape: %r", error)
         self._codes.lifts = False
         if self._code in self._codes.found:
             self._codes.found.remove(self._code)
