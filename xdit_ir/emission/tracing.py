@@ -17,7 +17,7 @@ _SETTINGS = {"fake_tensor_cache_enabled": False}
 @contextmanager
 def tracing(**settings: Any) -> Iterator[None]:
     """While a body is compiled; `settings`: further ones of Dynamo."""
-    old = TorchVersion(torch.__version__) < (2, 13)
+    old = TorchVersion(torch.__version__) < "2.13"
     with torch._dynamo.config.patch({**_SETTINGS, **settings}), compared_by_value() if old else nullcontext():
         yield
 
