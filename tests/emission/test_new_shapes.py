@@ -158,6 +158,55 @@ def test_as_many_tokens_as_something_else_has_are_no_danger(model: Model, text: 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("text", "image"), [(24, 24), (16, 32)])
+def test_code_first_made_for_equal_numbers_serves_others(
+    model: Model, compiled: list[Any], text: int, image: int
+) -> None:
+    """As many tokens of text as of an image, or as features, or heads have them."""
+    port = xir.port(model, mode="compiled")
+    for first, second in ((text, image), (7, 31), (31, 7)):
+        call(port, model, first, second, batch=2)
+    assert len(compiled) == 1
+
+
+class Square(nn.Module):
+    """Tokens as rows and columns, and back, beside what every feature is multiplied by."""
+
+    def __init__(self, dim: int = 24) -> None:
+        super().__init__()
+        self.depthwise, self.out = nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, scales: Tensor, rows: int) -> Tensor:
+        scale, gate = scales.chunk(2, -1)
+        grid = (x * scale).unflatten(1, (rows, -1)).permute(0, 3, 1, 2)
+        return x + gate * self.out(self.depthwise(grid).flatten(2).transpose(1, 2))
+
+
+class Squares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Square() for _ in range(3))
+
+    def forward(self, x: Tensor, scales: Tensor) -> Tensor:
+        rows, x = x.shape[2], x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, scales, rows)
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(20, 20), (24, 24), (18, 24)])
+def test_code_first_made_for_a_square_serves_others(compiled: list[Any], size: tuple[int, int]) -> None:
+    """Rows are no columns, and tokens no features, where there are as many."""
+    model = Squares().eval()
+    port = xir.port(model, mode="compiled")
+    for rows, columns in (size, (18, 30), (30, 18), (22, 22)):
+        given = torch.randn(2, 24, rows, columns), torch.randn(2, 1, 48)
+        torch.testing.assert_close(port(*given), model(*given), rtol=1e-5, atol=1e-5)
+    assert len(compiled) == 1
+
+
+@torch.no_grad()
 def test_slices_of_one_sample_are_the_same_input_as_what_is_dense(model: Model, compiled: list[Any]) -> None:
     """The second block's inputs are parts of what the first returns; the stride of a single sample means nothing."""
     port = xir.port(model, mode="compiled")
@@ -226,10 +275,11 @@ def test_a_rank_takes_any_part_of_tokens_from_the_others(
         assert None not in found
         return [one for one in found if one is not None]
 
-    for one, other in zip(structures(24, 24), structures(26, 31), strict=True):
-        template = Template.of(one.numbers, lift(one, CPU))
-        assert one.key == other.key and one.numbers != other.numbers
-        assert template.fits(one.numbers) and template.fits(other.numbers)
+    for height, text in ((24, 24), (24, 264), (24, 64)):  # also as many as of the image, and as features
+        for one, other in zip(structures(height, text), structures(26, 31), strict=True):
+            template = Template.of(one.numbers, lift(one, CPU))
+            assert one.key == other.key and one.numbers != other.numbers
+            assert template.fits(one.numbers) and template.fits(other.numbers)
 
 
 @torch.no_grad()

@@ -25,26 +25,27 @@ Lifted = tuple[Any, ...]
 
 def lift(structure: Structure, device: torch.device) -> Lifted:
     """Each number of a body, or what it is in symbols, which stand for sizes that may be others."""
-    tied: frozenset[int] = frozenset()
+    tied: frozenset[int] | None = None
     while True:
         run = _Run(structure, device, tied)
         try:
             found = run.numbers()
         except Exception:  # an operator that cannot do symbols, in whatever way it says so: nothing is lifted
             return structure.numbers
-        if not run.misled or run.tied <= tied:
+        if tied is not None and (not run.misled or run.tied <= tied):
             return found
-        tied |= run.tied
+        tied = run.tied | (tied or frozenset())
 
 
 class _Run(fx.Interpreter):
-    """One run on fake tensors. `tied`: those numbers of placeholders that the weights are known to decide."""
+    """One run on fake tensors. `tied`: those numbers of placeholders that the weights are known to decide; None: that
+    is to be found, so no number is taken for another that is equal to it here, as tokens may be to features."""
 
-    def __init__(self, structure: Structure, device: torch.device, tied: Collection[int]) -> None:
+    def __init__(self, structure: Structure, device: torch.device, tied: Collection[int] | None) -> None:
         super().__init__(fx.GraphModule(torch.nn.Module(), structure.graph), garbage_collect_values=False)
-        self.device, self._given = device, tied
+        self.device, self._given = device, tied or ()
         self._shapes = ShapeEnv(duck_shape=False)
-        self._sizes = Sizes(self._symbol)
+        self._sizes = Sizes(self._symbol, trusting=tied is not None)
         self._found: list[Any] = []
         self._inputs: list[int] = []
         self._symbols = 0

@@ -16,15 +16,16 @@ START = "start"
 
 
 class Sizes:
-    """The symbolic sizes that are known in a run; `new` makes a symbol for a size.
+    """The symbolic sizes that are known in a run; `new` makes a symbol for a size. Not `trusting`: a number that is
+    equal to one of them gets a symbol of its own, and what it meets says whether it is the same.
 
     `guessed`: what was thought to be symbolic where integers were guessed. `arriving`: the sizes of pieces by those
     that a program names.
     """
 
-    def __init__(self, new: Callable[[int], Size]) -> None:
-        self._new = new
-        self._known: dict[int, Size] = {}
+    def __init__(self, new: Callable[[int], Size], *, trusting: bool = True) -> None:
+        self._new, self._trusting = new, trusting
+        self._known: dict[int, dict[Any, Size]] = {}
         self._others: dict[tuple[Any, int], Size] = {}
         self.guessed: list[Size] = []
         self.arriving: dict[Any, tuple[tuple[Size, ...], ...]] = {}
@@ -35,16 +36,20 @@ class Sizes:
             if isinstance(x, torch.Tensor):
                 for size in x.shape:
                     if is_symbolic(size):
-                        self._known.setdefault(hint(size), size)
+                        self._known.setdefault(hint(size), {})[size.node.expr] = size
 
     def like(self, size: int) -> Size:
-        """A symbolic size seen before that is `size`; else `size` itself."""
-        return self._known.get(size, size)
+        """A symbolic size seen before that is `size`; a new symbol, where several are; if none is, `size` itself."""
+        seen = self._known.get(size, {}).values()
+        found = {one.node.expr: one for one in seen if is_symbolic(one)}
+        if len(found) > 1 or (found and not self._trusting):
+            return self._new(size)
+        return next(iter(found.values()), size)
 
     def some(self, size: int, of: Any = None) -> Size:
         """The same, or a new symbol; `of` another member of a group: a symbol of its own."""
-        if of is None and size in self._known:
-            return self._known[size]
+        if of is None and is_symbolic(known := self.like(size)):
+            return known
         if size < 2:
             return size
         if (of, size) not in self._others:

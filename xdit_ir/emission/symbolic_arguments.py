@@ -88,9 +88,14 @@ def _cut(olds: Sequence[Size], news: Sequence[int], sizes: Sizes) -> list[Size]:
     if any(size in kept for size in news):
         return [kept.pop(size, size) for size in news]
     sizes.guessed.append(math.prod(olds))
-    if any(is_symbolic(sizes.like(size)) for size in news):
-        return [sizes.like(size) for size in news]
-    return [size if size <= LARGEST_FACTOR else sizes.some(size) for size in news]
+    again = [place if size in news[:place] else None for place, size in enumerate(news)]  # columns are no rows
+    known = [sizes.like(size) for size in news]
+    if not any(map(is_symbolic, known)):
+        return [size if size <= LARGEST_FACTOR else sizes.some(size, of) for size, of in zip(news, again, strict=True)]
+    return [
+        one if of is None or not is_symbolic(one) else sizes.some(hint(one), of)
+        for one, of in zip(known, again, strict=True)
+    ]
 
 
 def _expand(given: Named, sizes: Sizes) -> Named:
