@@ -2,8 +2,9 @@
 
 FLUX.1-dev in its published size, random weights, bf16, in the mode "auto": seconds to the first output of each of six
 shapes, compilations in it, seconds of the second call, which records, and milliseconds of later calls; for as many
-shapes as there is time for, those of a port whose code was made for that shape alone. Prints a line for each, writes
-JSON with `--output`, and ends by itself.
+shapes as there is time for, those of a port whose code was made for that shape alone. All ranks are looked at: code is
+made by each for itself, and the others wait. Where a further shape takes long, every rank says on stderr what it is
+at. Prints a line for each, writes JSON with `--output`, and ends by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import faulthandler
 import json
 import os
 import statistics
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +33,7 @@ from xdit_ir import models
 SHAPES = ((1024, 1024, 512), (1024, 768, 512), (832, 1216, 512), (1024, 1024, 256), (1008, 1008, 512), (768, 1344, 333))
 LIMIT = 150  # seconds
 ALONE = 60  # of these, what code for one more shape alone may take at most
+SLOW = 4  # of a further shape, after which ranks say what they are at
 
 
 def inputs(height: int, width: int, text: int, example: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -48,13 +53,32 @@ def inputs(height: int, width: int, text: int, example: dict[str, Any], device: 
 
 
 def first(port: nn.Module, given: dict[str, Any]) -> tuple[float, int]:
-    """Seconds to an output, and graphs that were compiled for it."""
+    """Seconds to an output, and graphs that were compiled for it here, be they kept on disk or not."""
     before = counters["stats"]["unique_graphs"]
     torch.cuda.synchronize()
     start = time.perf_counter()
     port(**given)
     torch.cuda.synchronize()
     return time.perf_counter() - start, counters["stats"]["unique_graphs"] - before
+
+
+@contextmanager
+def told_where(seconds: float) -> Iterator[None]:
+    """Say on stderr what all threads of this rank are at, if something takes longer than this."""
+    timer = threading.Timer(seconds, faulthandler.dump_traceback)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def most(values: Sequence[float], device: torch.device) -> list[float]:
+    """Of each, that of the rank with the most."""
+    found = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def steady(port: nn.Module, given: dict[str, Any]) -> float:
@@ -96,20 +120,19 @@ def main() -> None:
 
     def is_time() -> bool:
         """Whether there is time for one more port; all ranks say the same."""
-        left = torch.tensor([LIMIT - (time.perf_counter() - began)], device=device)
-        if ranks > 1:
-            dist.all_reduce(left, dist.ReduceOp.MIN)
-        return left.item() > ALONE
+        [spent] = most([time.perf_counter() - began], device)
+        return LIMIT - spent > ALONE
 
     with torch.no_grad():
         port = xir.port(model, mode=options.mode, **degrees)
         given = [inputs(*shape, example, device) for shape in SHAPES]
         for shape, one in zip(SHAPES, given, strict=True):
-            seconds, compiled = first(port, one)
+            with told_where(SLOW if results else LIMIT):
+                seconds, compiled = most(first(port, one), device)
             second, _ = first(port, one)
             memory = round(torch.cuda.memory_reserved(device) / 2**30, 2)
             took = {"first_s": round(seconds, 2), "second_s": round(second, 2)}
-            say({"shape": shape, **took, "compiled": compiled, "reserved_gib": memory})
+            say({"shape": shape, **took, "compiled": int(compiled), "reserved_gib": memory})
         shared = [steady(port, one) for one in given]
         for shape, milliseconds in zip(SHAPES, shared, strict=True):
             say({"shape": shape, "steady_ms": round(milliseconds, 2)})
@@ -119,7 +142,7 @@ def main() -> None:
                 break
             with mock.patch("xdit_ir.emission.shared.lift", lambda structure, _: structure.numbers):
                 other = xir.port(model, mode=options.mode, **degrees)
-                seconds, compiled = first(other, one)
+                seconds, compiled = most(first(other, one), device)
                 first(other, one)
                 alone, again = steady(other, one), steady(port, one)
             other.reset()
@@ -130,7 +153,7 @@ def main() -> None:
                     "alone_ms": round(alone, 2),
                     "shared_ms": round(again, 2),
                     "ratio": round(again / alone, 4),
-                    "compiled": compiled,
+                    "compiled": int(compiled),
                 }
             )
         port.reset()
