@@ -109,3 +109,21 @@ def test_calls_in_blocks_are_seen_by_what_they_are_given() -> None:
     calls[-1].args = (name, prefix, values, dict(reversed(list(weights.items()))))  # type: ignore[union-attr]
     with pytest.raises(xir.errors.VerifyError, match="in this order"):
         base.verify(program, "a rewrite")
+
+
+def test_the_copy_that_was_traced_goes_without_the_collector() -> None:
+    """Thousands of modules that refer to each other would be looked through at the end of each first call."""
+    model, example = models.load(MODEL)
+
+    def there() -> int:
+        return sum(type(one) is nn.Linear for one in gc.get_objects())
+
+    gc.collect()
+    before = there()
+    gc.disable()
+    try:
+        program = xir.trace(model, example)
+        assert there() == before
+    finally:
+        gc.enable()
+    assert program.ir.blocks

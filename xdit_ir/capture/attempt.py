@@ -119,6 +119,7 @@ class Attempt:
             left_there = writes_of(writes, skeleton, recorder)
         program = program_of(type(model).__name__, device, recorder, calls.blocks, signature)
         skeleton.let_go()
+        calls.blocks.prints.let_go()
         return program, left_there, made
 
     def _calls(self, recorder: Recorder) -> Calls:

@@ -72,6 +72,10 @@ class Fingerprints:
                 found = self._found[id(module)] = made, printer.looked  # which keeps the module
             return found[0]
 
+    def let_go(self) -> None:
+        """Forget modules, some of which may refer to this: else all are kept until Python's collector comes by."""
+        self._found.clear()
+
 
 def describe(item: Any, *, closures: bool = False) -> Any:
     """A comparable description of any object; what cannot be described is equal only to itself. With `closures`, of
