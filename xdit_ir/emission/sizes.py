@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class Sizes:
         """Remember the sizes of tensors."""
         for x in pytree.tree_leaves(value):
             if isinstance(x, torch.Tensor):
-                for size in x.shape:
+                sizes: Sequence[Size] = x.shape
+                for size in sizes:
                     if is_symbolic(size):
                         self._known.setdefault(hint(size), {})[size.node.expr] = size
 
