@@ -19,10 +19,12 @@ from xdit_ir.emission.fold import fold_constants
 from xdit_ir.ir.collective_ops import ALL, AllGather
 from xdit_ir.ir.difference import tensors_of
 from xdit_ir.ir.graphs import copy_graph
+from xdit_ir.ir.mesh import Mesh
 from xdit_ir.ir.program import SPEC, Program
 from xdit_ir.passes.own_parts import OwnParts
 from xdit_ir.transport import peer_ops, pulls
 from xdit_ir.transport.fetches import ongoing
+from xdit_ir.transport.mailbox import Mailbox
 from xdit_ir.transport.pulls import AwaitPull, StartPull, own_bytes
 
 
@@ -36,6 +38,7 @@ class Stream:
         self.said.append(f"{self.name} behind {other.name}")
 
     def record_event(self) -> str:
+        self.said.append(f"{self.name} is marked")
         return f"end of {self.name}"
 
     def wait_event(self, event: str) -> None:
@@ -85,7 +88,7 @@ def test_each_rank_gets_in_order_what_it_has_not(rank: int, monkeypatch: pytest.
     for wire in ranks.wires:
         copies = ["copies 10", "copies 6"] if wire is ranks.wires[rank] else [f"copies {size}"]
         said = [one.replace(f"{wire.name} ", "") for one in ranks.said if one.startswith(wire.name)]
-        assert said == 2 * ["behind main", *copies]
+        assert said == 2 * ["behind main", *copies, "is marked"]
         assert ranks.said.count(f"main behind end of {wire.name}") == 2
 
 
@@ -106,6 +109,31 @@ def test_the_rest_travels_behind_exchanges(monkeypatch: pytest.MonkeyPatch) -> N
     assert [said for said in ranks.said if "copies" in said] == ["wire 0 copies 8192", "wire 2 copies 8192"]
     assert not ongoing(device)
     assert torch.equal(got[: len(ranks.part)], ranks.parts[0]) and torch.equal(got[-len(ranks.part) :], ranks.parts[2])
+
+
+def test_what_is_fetched_next_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins to travel, on the same streams, before what is there is used."""
+    ranks = Ranks(1, monkeypatch)
+    start = StartPull("weights", 1, (3 * len(ranks.part),), (range(8),), 250)
+    whole, fetch = start(ranks.part)
+    fetch.go_on(750, [ranks.exchanges])
+    _, following = start(ranks.part)
+    AwaitPull()(whole, fetch)
+    for wire in ranks.wires:
+        said = [one.replace(f"{wire.name} ", "") for one in ranks.said if one.startswith(wire.name)]
+        second = [place for place, one in enumerate(said) if one == "behind main"][1]
+        assert said.index("is marked") < second and said.count("is marked") == 1 + (wire is ranks.wires[1])
+    assert list(ongoing(ranks.part.device)) == [following]
+
+
+def test_a_forward_begins_without_what_one_that_failed_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(1, monkeypatch)
+    _, left = StartPull("weights", 1, (3 * len(ranks.part),), (), 0)(ranks.part)
+    assert left in ongoing(ranks.part.device)
+    workspaces: Any = SimpleNamespace(enter=lambda *_: None)
+    here: Any = Here(Mesh.of(ulysses=3))
+    Mailbox(here, (0, 1, 2), {}, 0, ranks.part, workspaces).enter()
+    assert not ongoing(ranks.part.device)
 
 
 def test_what_nobody_waits_for_is_not_going_on(monkeypatch: pytest.MonkeyPatch) -> None:

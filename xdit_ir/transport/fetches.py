@@ -31,11 +31,12 @@ class _Run:
 @dataclass(eq=False)
 class Fetch:
     """What is copied into `whole`, which stays in memory as long as this. Whoever runs exchanges finds it among those
-    that are `ongoing`, until it is finished. `beside`: streams on which more of it is on its way."""
+    that are `ongoing`, until it is finished. `there`: events that tell when all of it is there, each recorded behind
+    the last copy on its stream, where the next fetch begins to travel before this one is awaited."""
 
     whole: torch.Tensor
     copy: Copy
-    beside: Sequence[torch.cuda.Stream] = ()
+    there: list[torch.cuda.Event] = field(default_factory=list)
     runs: list[_Run] = field(default_factory=list)
     begun: int = 0
 
@@ -48,8 +49,10 @@ class Fetch:
 
     def go_on(self, parts: int, behind: Sequence[torch.cuda.Stream]) -> None:
         """Start so many more of `ALL` parts, behind what these streams do now; the first time, all wait for that."""
-        wait = dict.fromkeys(run.stream for run in self.runs) if parts or not self.begun else {}
-        for stream in wait:
+        if self.begun == ALL or (self.begun and not parts):
+            return
+        streams = dict.fromkeys(run.stream for run in self.runs)
+        for stream in streams:
             for other in behind:
                 stream.wait_stream(other)
         self.begun = min(self.begun + parts, ALL)
@@ -58,12 +61,14 @@ class Fetch:
             if end > run.done:
                 self.copy(run.target + run.done, run.source + run.done, end - run.done, run.stream)
                 run.done = end
+        if self.begun == ALL:
+            self.there += [stream.record_event() for stream in streams]
 
     def finish(self) -> list[torch.cuda.Event]:
         """Start what is left; the events that tell when all is there."""
         ongoing(self.whole.device).discard(self)
         self.go_on(ALL, [])
-        return [stream.record_event() for stream in dict.fromkeys([*self.beside, *(run.stream for run in self.runs)])]
+        return self.there
 
 
 @functools.cache

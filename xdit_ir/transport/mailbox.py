@@ -25,6 +25,7 @@ from xdit_ir.ir.fixed_call import FixedCall
 from xdit_ir.ir.program import SPEC, Program, TensorSpec, called_block
 from xdit_ir.transport.copies import copies
 from xdit_ir.transport.distributed import Communicator
+from xdit_ir.transport.fetches import ongoing
 from xdit_ir.transport.workspaces import Workspaces
 
 
@@ -108,6 +109,7 @@ class Mailbox:
     def enter(self) -> None:
         """Before a forward, which all ranks begin in the same order."""
         assert self.workspaces is not None and self.workspace is not None
+        ongoing(self.workspace.device).clear()  # what a forward that failed has left
         self.workspaces.enter(self.workspace, self.group, self)
 
     def join(self) -> None:

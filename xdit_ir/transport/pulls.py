@@ -20,7 +20,7 @@ from xdit_ir.ir.program import SPEC, Stored
 from xdit_ir.ir.stored import Room, held_spec
 from xdit_ir.transport.collectives import Exchange
 from xdit_ir.transport.distributed import Communicator
-from xdit_ir.transport.fetches import Fetch
+from xdit_ir.transport.fetches import Copy, Fetch
 from xdit_ir.transport.uploads import room_beside
 
 CHUNK = 2**24  # bytes of a copy within a GPU: its processors make it, and other kernels want to run in between
@@ -72,17 +72,20 @@ class StartPull(Exchange):
         offset, size = x.data_ptr() - handle.buffer_ptrs[self._at], x.numel() * x.element_size()
         whole = torch.empty(self._shape, dtype=x.dtype, device=x.device)
         main, streams = torch.cuda.current_stream(x.device), wires(x.device, handle.world_size, "weights")
-        own = streams[self._at]
-        fetch = Fetch(whole, copy_bytes, [own] if self._own else ())
+        fetch = Fetch(whole, copy_bytes)
         for member, stream in enumerate(streams):
             if member != self._at:
                 fetch.add(whole.data_ptr() + member * size, handle.buffer_ptrs[member] + offset, size, stream)
         fetch.go_on(self._first, [main])
         if self._own:
-            own.wait_stream(main)
-        for start, length in ((start, min(CHUNK, run.stop - start)) for run in self._own for start in run[::CHUNK]):
-            copy_bytes(whole.data_ptr() + self._at * size + start, x.data_ptr() + start, length, own)
+            streams[self._at].wait_stream(main)
+            self._copy_own(x.data_ptr(), whole.data_ptr() + self._at * size, streams[self._at], copy_bytes)
+            fetch.there.append(streams[self._at].record_event())
         return whole, fetch
+
+    def _copy_own(self, source: int, target: int, stream: torch.cuda.Stream, copy: Copy) -> None:
+        for start, size in ((start, min(CHUNK, run.stop - start)) for run in self._own for start in run[::CHUNK]):
+            copy(target + start, source + start, size, stream)
 
 
 class AwaitPull(Exchange):
