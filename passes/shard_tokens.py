@@ -56,9 +56,10 @@ class ShardTokens:
     what is divided, also two dims (rows and columns) over a mesh dim each: rows over all ranks have two borders of the
     whole width, parts on a grid of ranks have shorter ones. Streams that reach no query are gathered before the blocks,
     or their keys are exchanged, where that saves enough work, or are divided instead of those that do, where these
-    leave much to the slowest rank; and what comes behind a value that had to be whole is divided again. What is chosen
-    is noted as seeds, of which `propagate-layouts` makes layouts. Where nothing can be divided every rank computes all,
-    and the report says so.
+    leave much to the slowest rank; and what comes behind a value that had to be whole is divided again. Of two ways
+    that take nearly the same time the one is taken in which all ranks have parts of the same. What is chosen is noted
+    as seeds, of which `propagate-layouts` makes layouts. Where nothing can be divided every rank computes all, and the
+    report says so.
     """
 
     name: ClassVar[str] = "shard-tokens"
