@@ -23,7 +23,7 @@ from xdit_ir.sharding.propagate import Propagation, Seeds
 
 # The part of the work that must be left for it to be worth to exchange keys that every rank could make by itself.
 WORTH = 0.95
-# The part by which work may differ where all ranks run the same code instead: prices of kernels are not better known.
+# How much longer a stream may take that is the best by FLOPs: prices of kernels are not better known.
 CLOSE = 0.02
 # The work of all ranks, if each had that of the slowest, that is not worth a look for further streams.
 BALANCED = 10_100
@@ -56,10 +56,9 @@ class ShardTokens:
     what is divided, also two dims (rows and columns) over a mesh dim each: rows over all ranks have two borders of the
     whole width, parts on a grid of ranks have shorter ones. Streams that reach no query are gathered before the blocks,
     or their keys are exchanged, where that saves enough work, or are divided instead of those that do, where these
-    leave much to the slowest rank; and what comes behind a value that had to be whole is divided again. Of two ways
-    that take nearly the same time the one is taken in which all ranks have parts of the same. What is chosen is noted
-    as seeds, of which `propagate-layouts` makes layouts. Where nothing can be divided every rank computes all, and the
-    report says so.
+    leave much to the slowest rank; and what comes behind a value that had to be whole is divided again. What is chosen
+    is noted as seeds, of which `propagate-layouts` makes layouts. Where nothing can be divided every rank computes all,
+    and the report says so.
     """
 
     name: ClassVar[str] = "shard-tokens"
@@ -93,18 +92,21 @@ class ShardTokens:
                 if best is None and axis.is_context:  # nothing reaches a query: only where that saves work
                     accepted = choice.price.work <= WORTH * self._priced(program, trial.attempt(), {}).price.work
                 else:
-                    accepted = best is None or (_is_better(choice, best, axis) and self._is_worth(choice, best, axis))
+                    accepted = best is None or (choice.price < best.price and self._is_worth(choice, best, axis))
                 best = choice if accepted else best
         return self._divided_again(program, trial, best and self._in_two_dims(program, trial, best))
 
     def _by_time(self, program: Program, trial: Propagation) -> Sequence[TokenAxis]:
         """The streams, of those that reach a query first the one that leaves the slowest rank the least time: by FLOPs
-        they are told so already."""
+        they are told so already, which holds where times are nearly the same. So ranks run one code for all sizes,
+        where at some of them it is cheaper, by a thousandth, to leave all text with one of them."""
         queries = [axis for axis in program.tokens if not axis.is_context]
         if self.machine.kernels is None or len(queries) < 2:
             return program.tokens
         first = {axis: {axis.value: next(self._proposals(program, axis))} for axis in queries}
-        queries.sort(key=lambda axis: max(trial.attempt(first[axis]).work(self.machine)))
+        times = {axis: max(trial.attempt(seeds).work(self.machine)) for axis, seeds in first.items()}
+        near = (1 + CLOSE) * min(times.values())
+        queries.sort(key=lambda axis: times[axis] if times[axis] > near else 0)
         return [*queries, *(axis for axis in program.tokens if axis.is_context)]
 
     def _in_two_dims(self, program: Program, trial: Propagation, best: _Choice) -> _Choice:
@@ -147,8 +149,6 @@ class ShardTokens:
 
     def _is_worth(self, choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:
         """Each further stream costs communication, keys that are exchanged in every block most of all."""
-        if axis.value in best.seeds and not axis.is_context:
-            return True
         exchanged = axis.is_context and len(choice.seeds[axis.value]) == 1
         return choice.price.work <= (WORTH if exchanged else 1) * best.price.work
 
@@ -172,27 +172,6 @@ class ShardTokens:
         inside = ((1, (unit,) * (axis.size // unit)) for unit in axis.units)
         partitions = (self.mesh.divide(axis.size, SEQUENCE, unit, segments) for unit, segments in (*finer, *inside))
         yield from ((have.with_dims({axis.dim: one}),) for one in dict.fromkeys((even, *partitions)))
-
-
-def _is_better(choice: _Choice, best: _Choice, axis: TokenAxis) -> bool:
-    """Whether it is cheaper than what is best so far; of two ways to divide one stream that take nearly the same time,
-    whether all ranks have a part of each of its segments: else one of them runs code of its own, for this size only."""
-    if axis.value in best.seeds and abs(choice.price.work - best.price.work) <= CLOSE * best.price.work:
-        everywhere, before = (_has_all_segments(axis, one.seeds[axis.value][0]) for one in (choice, best))
-        if everywhere != before:
-            return everywhere
-    return choice.price < best.price
-
-
-def _has_all_segments(axis: TokenAxis, layout: Layout) -> bool:
-    parts = getattr(layout.dims[axis.dim], "parts", ())
-    ends = [itertools.pairwise(itertools.accumulate(lengths, initial=0)) for lengths in axis.segments]
-    segments = [*itertools.chain.from_iterable(ends)]
-    return bool(segments) and all(
-        any(start < end and start + length > begin for start, length in part.runs)
-        for part in parts
-        for begin, end in segments
-    )
 
 
 def _cut(program: Program, axis: TokenAxis) -> bool:

@@ -15,7 +15,7 @@ sys.path.insert(0, {folder!r})
 import lanes
 
 if sys.argv[1:2] == ["--worker"]:
-    mode, timeout, said, tasks, alone = json.loads(sys.argv[2])
+    mode, said, tasks, alone = json.loads(sys.argv[2])
     for model, degrees in tasks:
         if model == "ends":
             os._exit(5)
