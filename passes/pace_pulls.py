@@ -65,7 +65,7 @@ class PacePulls:
                 step[node] += 1
                 steps.append(step[node])
                 begins.append(now)
-                taken.append(node.meta[SPEC].nbytes / self.machine.bytes)
+                taken.append(self.machine.seconds(0, node.meta[SPEC].nbytes))
             else:
                 now += self._seconds(node)
         pairs = itertools.pairwise([*begins, now])
@@ -82,7 +82,7 @@ class PacePulls:
         target = ops.attention if isinstance(node.target, KernelAttention) else node.target
         target = aten.linear if target is linear_gelu else target
         flops = flops_as(node, target, [source.meta[SPEC].shape for source in operands(node)], spec.shape)
-        return max(flops / self.machine.flops, spec.nbytes / self.machine.memory)
+        return max(self.machine.seconds(flops, 0), self.machine.writing(spec.nbytes))
 
 
 def _followed(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:

@@ -13,11 +13,12 @@ import subprocess
 import sys
 from typing import Any
 
+import lanes
+
 WAYS = {
     1: ("flux.1-dev@u1", "flux.1-dev@u1+stream", "wan2.1-t2v-1.3b@u1", "pixart-sigma@u1"),
     2: ("flux.1-dev@u2", "flux.1-dev@u2+sharded", "flux.1-dev@t2", "wan2.1-t2v-1.3b@u2", "pixart-sigma@c2"),
 }
-OPTIONS = {"sharded": {"shard_weights": True}, "stream": {"stream_weights": True}}
 LIMIT = 170  # seconds of one way
 RAN, TOO_LARGE, LOST = 0, 9, 8  # statuses; lost: another rank of the job was out of memory
 # What libraries and the exchange of handles take besides, which plans leave a part of the memory for.
@@ -59,10 +60,8 @@ def _parts(way: str) -> tuple[str, dict[str, int], dict[str, Any]]:
     from xdit_ir.degrees import parse
 
     name, _, rest = way.partition("@")
-    text, *more = rest.split("+")
-    degrees = parse(text)[0].mesh.degrees
-    options = {key: value for each in more for key, value in OPTIONS[each].items()}
-    return name, degrees, {"shard_weights": False, **options}
+    degrees = parse(rest.partition("+")[0])[0].mesh.degrees
+    return name, degrees, {"shard_weights": False, **lanes.options_of(rest)}
 
 
 def _run(way: str, limit: float, port: int) -> int:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,14 @@ DEGREES = {
     "p": "pipefusion",
     "t": "tensor",
 }
+# What can stand behind a `+` of a way, as keyword arguments of `port`.
+OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "compiled": lambda _: {"mode": "compiled"},
+    "recorded": lambda _: {"mode": "graph"},
+    "sharded": lambda _: {"shard_weights": True},
+    "stream": lambda amount: {"stream_weights": amount or True},
+    "release": lambda _: {"release": True},
+}
 Result = dict[str, Any]
 Task = tuple[str, str]
 
@@ -39,6 +47,13 @@ def degrees_of(text: str) -> dict[str, int]:
     """`u2` or `c2u2` as keyword arguments of `port`; `auto` as none, so that they are planned. Options that a script
     writes behind a `+` are left out."""
     return {DEGREES[letter]: int(size) for letter, size in re.findall(r"([a-z])(\d+)", text.partition("+")[0])}
+
+
+def options_of(text: str, others: Collection[str] = ()) -> dict[str, Any]:
+    """What stands behind each `+`, as keyword arguments of `port`; a script reads the `others` itself."""
+    words = (word.partition("=") for word in text.split("+")[1:])
+    found = [OPTIONS[word](value) for word, _, value in words if word not in others]
+    return {name: value for one in found for name, value in one.items()}
 
 
 class Record:

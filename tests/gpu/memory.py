@@ -29,13 +29,6 @@ WAYS = {
     "qwen-image": ("u1", "u1+casting", "u2+sharded"),
     "sd3.5-large": ("u1+recorded", "c2"),
 }
-OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
-    "compiled": lambda _: {"mode": "compiled"},
-    "recorded": lambda _: {"mode": "graph"},
-    "sharded": lambda _: {"shard_weights": True},
-    "stream": lambda amount: {"stream_weights": amount or True},
-    "release": lambda _: {"release": True},
-}
 
 
 def int8(model: Any) -> None:
@@ -65,14 +58,10 @@ def tried(name: str, way: str, _: str) -> lanes.Result:
     import xdit_ir as xir
 
     start, device, rank = time.monotonic(), torch.device("cuda", torch.cuda.current_device()), dist.get_rank()
-    more = [word.partition("=") for word in way.split("+")[1:]]
-    options: dict[str, Any] = {"mode": "eager", **lanes.degrees_of(way)}
-    for word, _, value in more:
-        options |= OPTIONS[word](value) if word in OPTIONS else {}
+    options: dict[str, Any] = {"mode": "eager", **lanes.degrees_of(way), **lanes.options_of(way, QUANTISED)}
     model, example = parity.load(name, device, blocks=BLOCKS)
-    for word, *_ in more:
-        if word in QUANTISED:
-            QUANTISED[word](model.requires_grad_(False))
+    for word in set(way.split("+")[1:]) & {*QUANTISED}:
+        QUANTISED[word](model.requires_grad_(False))
     gives_up = {"stream_weights", "shard_weights", "tensor", "release"} & {*options}
     torch.cuda.reset_peak_memory_stats()
     port = xir.port(model, **options)

@@ -56,7 +56,7 @@ def tried(name: str, degrees: str, mode: str) -> dict[str, Any]:
             want = [x.clone() for x in tensors_of(model(*args, **kwargs))]
         except Exception as error:
             return {"status": "refused", "reason": f"the model alone: {type(error).__name__}: {error}"[:300]}
-        port = xir.port(model, mode=mode, shard_weights="+sharded" in degrees, **lanes.degrees_of(degrees))
+        port = xir.port(model, **{"mode": mode, **lanes.degrees_of(degrees), **lanes.options_of(degrees)})
         try:
             port(*args, **kwargs)
             got = [[x.clone() for x in tensors_of(port(*args, **kwargs))] for _ in range(2)]

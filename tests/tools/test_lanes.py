@@ -64,3 +64,18 @@ def test_every_task_can_have_processes_of_its_own_as_many_as_it_divides_by(tmp_p
     assert status == 0, said
     assert len({one["process"] for one in results}) == 4
     assert sorted((one["model"], one["world"]) for one in results) == [("a", "1"), ("b", "1"), ("c", "2"), ("c", "2")]
+
+
+def test_a_way_says_degrees_and_options() -> None:
+    code = "import lanes; print(lanes.degrees_of({0!r}), lanes.options_of({0!r}, ['int8']))"
+    said = {
+        way: subprocess.run([sys.executable, "-c", code.format(way)], cwd=FOLDER, capture_output=True, text=True).stdout
+        for way in ("u2", "c2u2+sharded", "u1+stream=1GiB+int8", "u1+stream+recorded", "u2+shards")
+    }
+    assert said == {
+        "u2": "{'ulysses': 2} {}\n",
+        "c2u2+sharded": "{'cfg': 2, 'ulysses': 2} {'shard_weights': True}\n",
+        "u1+stream=1GiB+int8": "{'ulysses': 1} {'stream_weights': '1GiB'}\n",
+        "u1+stream+recorded": "{'ulysses': 1} {'stream_weights': True, 'mode': 'graph'}\n",
+        "u2+shards": "",
+    }, "what is neither raises"
