@@ -166,12 +166,11 @@ def spoiled(program: Program, rank: int) -> tuple[Program, int, int]:
     program = OwnParts(rank).apply(program)
     graph, left, own = copy_graph(program.graph), 0, 0
     for node in [one for one in graph.nodes if isinstance(one.target, AllGather)]:
-        size = node.args[0].meta[SPEC].nbytes
-        start = node.target.group.index(rank) * size
-        read = own_bytes(node, start)
+        size, at = node.args[0].meta[SPEC].nbytes, node.target.group.index(rank)
+        read = own_bytes(node, at)
         left, own = left + size - sum(map(len, read)), own + size
         with graph.inserting_after(node):
-            without = graph.call_function(spoil, (node, start, size, read))
+            without = graph.call_function(spoil, (node, at * size, size, read))
         node.replace_all_uses_with(without, lambda user, new=without: user is not new)
     return program.replace(graph=graph), left, own
 

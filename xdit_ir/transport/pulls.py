@@ -7,7 +7,6 @@ do need them, so what a rank has itself is read where it lies (`own-parts`) as f
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -31,17 +30,16 @@ def pull_halves(node: fx.Node, communicator: Communicator) -> tuple[StartPull, A
     target: Any = node.target
     group = communicator.among(target.group, beside=True).group_name
     at = target.group.index(communicator.rank)
-    own = own_bytes(node, at * math.prod(target.exchange.held) * node.meta[SPEC].dtype.itemsize)
-    return StartPull(group, at, target.exchange.shape, own, target.first), AwaitPull()
+    return StartPull(group, at, target.exchange.shape, own_bytes(node, at), target.first), AwaitPull()
 
 
-def own_bytes(node: fx.Node, start: int) -> tuple[range, ...]:
-    """Which bytes of this rank's part, which begins at byte `start` of what is gathered, are read out of that."""
+def own_bytes(node: fx.Node, at: int) -> tuple[range, ...]:
+    """Which bytes of this rank's part, which is number `at` of those that are gathered, are read out of all."""
     [part] = operands(node)
     size = part.meta[SPEC].nbytes
     if any(user.target is not ops.unpack for user in node.users):
         return (range(size),)
-    starts = {operator.sub(user.args[1], start): user.meta[SPEC].nbytes for user in node.users}
+    starts = {operator.sub(user.args[1], at * size): user.meta[SPEC].nbytes for user in node.users}
     found = (range(max(at, 0), min(at + length, size)) for at, length in sorted(starts.items()))
     return tuple(one for one in found if one)
 
