@@ -60,11 +60,12 @@ def test_a_ring(traced: TracedProgram) -> None:
 
 
 def test_weights_that_are_brought_count_for_the_moment(traced: TracedProgram) -> None:
-    """Two layers at a time; over two ranks each has the halves of all, in units of 512 bytes."""
+    """Two layers at a time; over two ranks each has the halves of all, in units of 512 bytes. What is uploaded to be
+    gathered is there until that is awaited: halves of both layers, and of the one that is on its way from the host."""
     half = (LAYERS * PACKED_LAYER + 2 * -(-PACKED_EMBED // 512) * 512) // 2
     for options, weights, host in (
         ({"ulysses": 2, "shard_weights": True}, half + 2 * PACKED_LAYER, 0),
-        ({"ulysses": 2, "stream_weights": True}, 2 * PACKED_LAYER + PACKED_LAYER // 2, half),
+        ({"ulysses": 2, "stream_weights": True}, 2 * PACKED_LAYER + 3 * PACKED_LAYER // 2, half),
         ({"stream_weights": True}, 2 * PACKED_LAYER, LAYERS * PACKED_LAYER + 2 * PACKED_EMBED),
     ):
         for found in traced.parallelize(**options).report().memory:

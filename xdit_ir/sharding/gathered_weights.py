@@ -77,7 +77,7 @@ def gathered_weights(program: Program, machine: Machine) -> GatheredWeights:
     brought = {node: local_most(node, mesh) for node in place if brings_weights(node)}
     changes: list[tuple[int, int]] = []
     for node, size in brought.items():
-        changes += [(place[node], size), (max(map(place.__getitem__, _users(node))) + 1, -size)]
+        changes += [(place[node], size), (max(map(place.__getitem__, _until(node))) + 1, -size)]
     held, most = 0, 0
     for _, size in sorted(changes):
         held += size
@@ -96,12 +96,14 @@ def local_most(node: fx.Node, mesh: Mesh) -> int:
     return max(spec.on(node.meta[LAYOUT], rank).nbytes for rank in range(mesh.world_size))
 
 
-def _users(node: fx.Node) -> Iterator[fx.Node]:
-    """What uses a value, or views of it."""
+def _until(node: fx.Node) -> Iterator[fx.Node]:
+    """What has to be there until these: what uses a value, or views of it, and what awaits its being gathered."""
     for user in node.users:
         yield user
         if user.target is ops.unpack:
             yield from user.users
+        elif gathers_weights(user):
+            yield next(iter(user.users))
 
 
 def work_seconds(program: Program, mesh: Mesh, machine: Machine) -> Callable[[fx.Node], float]:
