@@ -13,6 +13,8 @@ import xdit_ir as xir
 from xdit_ir import models
 from xdit_ir.api import TracedProgram
 from xdit_ir.ir.difference import relative_error, tensors_of
+from xdit_ir.passes.base import run_passes
+from xdit_ir.passes.order import rank_passes
 
 DEGREES: dict[str, dict[str, Any]] = {
     "u2": {"ulysses": 2},
@@ -102,6 +104,8 @@ def test_every_rank_gives_the_quantised_models_output(name: str, way: str, degre
         assert parallel.report().weight_share <= (0.61 if name == "small" else 0.53), (
             "from a multiple of 256 bytes on each"
         )
+    for mode in ({}, {"compiled": True}, {"compiled": True, "recorded": True}):
+        run_passes(parallel.rank(0), rank_passes((9, 0), **mode))  # which no CPU needs
 
 
 def test_pipefusion_is_exact_while_it_is_synchronous(way: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
@@ -11,6 +12,7 @@ from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.drop_casts import PROMOTING, DropCasts
 from xdit_ir.simulation.examples import run_single
+from xdit_ir.text import equal
 
 
 @pytest.mark.parametrize("operator", sorted(PROMOTING, key=str), ids=str)
@@ -39,3 +41,22 @@ def test_pairs_that_are_turned_are_widened_by_their_tables() -> None:
     assert casts(program) - casts(made) == 8, "two of queries and two of keys in each kind of block"
     want, got = (run_single(one, model, example) for one in (program, made))
     assert torch.equal(want[0], got[0])
+
+
+@torch.no_grad()
+def test_what_is_stored_in_float8_keeps_its_cast() -> None:
+    """As PyTorch has no sums and products with it."""
+
+    class Stored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(12, 8).to(torch.float8_e4m3fn), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.table.to(x.dtype)
+
+    model, x = Stored(), torch.randn(2, 12, 8)
+    program = xir.trace(model, (x,)).parallelize().rank(0)
+    made = run_passes(program, [DropCasts()])
+    assert equal(made, program)
+    torch.testing.assert_close(run_single(made, model, (x,)), model(x))
