@@ -6,10 +6,12 @@ A script gives `main` its tasks and `work` what becomes of one; the script itsel
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -155,10 +157,12 @@ class Lane:
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-    return port
+    """One that systems do not give to whoever connects, before the group that gets it listens there."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
 
 
 def is_good(one: Result) -> bool:
