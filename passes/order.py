@@ -33,6 +33,7 @@ from xdit_ir.passes.partition_stages import PartitionStages
 from xdit_ir.passes.propagate_layouts import PropagateLayouts
 from xdit_ir.passes.replicate_shared import ReplicateShared
 from xdit_ir.passes.reuse_region import ReuseRegion
+from xdit_ir.passes.scale_first import ScaleFirst
 from xdit_ir.passes.select_on_device import SelectOnDevice
 from xdit_ir.passes.separate_time import SeparateTime
 from xdit_ir.passes.shard_features import ShardFeatures
@@ -70,7 +71,7 @@ PASSES: tuple[type[Any], ...] = (
         CastKVCache,
         ShardWeights,
     ),
-    *(Specialize, PackExchanges, SelectOnDevice, CutBlocks, DropCasts),
+    *(Specialize, PackExchanges, SelectOnDevice, CutBlocks, ScaleFirst, DropCasts),
     *(WriteInPlace, FuseGelu, ChooseKernels, UseCopyEngines, OwnParts, PacePulls),
 )
 
@@ -187,7 +188,7 @@ def rank_passes(
     apart += [SelectOnDevice(), CutBlocks()] if compiled or recorded else []
     if capability is None:
         return [*apart, WriteInPlace()]
-    apart += [] if compiled else [DropCasts()]
+    apart += [ScaleFirst()] if compiled else [DropCasts()]
     return [*apart, WriteInPlace(), FuseGelu(), ChooseKernels(capability, attention, recorded)]
 
 

@@ -90,11 +90,11 @@ def test_lists_are_in_the_order_of_the_list_of_all_passes() -> None:
     rank = [Specialize(0), *rank_passes((9, 0), recorded=True, packed=True), *peer_passes(0)]
     divided = [*cache_passes(Watched.FIRST_BLOCK), *mesh_passes(MESH, keeping=Keeping(shard=True))]
     trimmed = [*canonical_passes(rows=64), *analysis_passes()[-1:]]
-    timed = time_passes(patched, kv_cache_dtype="fp8_e4m3")
-    for run in ([*analysis_passes(), *divided, *rank], [*analysis_passes(), *timed], trimmed):
+    timed, compiled = time_passes(patched, kv_cache_dtype="fp8_e4m3"), rank_passes((9, 0), compiled=True)
+    for run in ([*analysis_passes(), *divided, *rank], [*analysis_passes(), *timed], trimmed, compiled):
         order = [places[type(one)] for one in run]
         assert order == sorted(order)
-    used = {type(one) for one in (*trimmed, *divided, *timed, *rank)}
+    used = {type(one) for one in (*trimmed, *divided, *timed, *rank, *compiled)}
     assert {kind.name for kind in set(PASSES) - used} == {"align-samples", "partition-stages"}, (
         "PipeFusion's, given apart"
     )
