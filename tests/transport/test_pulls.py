@@ -54,7 +54,7 @@ class Ranks:
         self.part = self.parts[rank]
         self.wires = [Stream(f"wire {member}", self.said) for member in range(3)]
         self.exchanges = Stream("exchanges", self.said)
-        handle = SimpleNamespace(world_size=3, buffer_ptrs=[part.data_ptr() for part in self.parts])
+        handle = SimpleNamespace(world_size=3, rank=rank, buffer_ptrs=[part.data_ptr() for part in self.parts])
 
         def met(x: torch.Tensor, group: str) -> Any:
             assert x is self.part and group == "weights"
@@ -101,12 +101,12 @@ def test_the_rest_travels_behind_exchanges(monkeypatch: pytest.MonkeyPatch) -> N
     for parts in (0, 500):
         fetch.go_on(parts, [ranks.exchanges])
     assert ranks.said == [
-        *("wire 0 behind exchanges", "wire 2 behind exchanges"),
-        *("wire 0 copies 12288", "wire 2 copies 12288"),
-    ], "pieces are whole pages"
+        *("wire 2 behind exchanges", "wire 0 behind exchanges"),
+        *("wire 2 copies 12288", "wire 0 copies 12288"),
+    ], "pieces are whole pages, and each rank begins with its next one"
     ranks.said.clear()
     got = AwaitPull()(whole, fetch)
-    assert [said for said in ranks.said if "copies" in said] == ["wire 0 copies 8192", "wire 2 copies 8192"]
+    assert [said for said in ranks.said if "copies" in said] == ["wire 2 copies 8192", "wire 0 copies 8192"]
     assert not ongoing(device)
     assert torch.equal(got[: len(ranks.part)], ranks.parts[0]) and torch.equal(got[-len(ranks.part) :], ranks.parts[2])
 

@@ -51,18 +51,18 @@ def peer_put(
     number, offset, behind, plan = read_letter(letter, place)
     main = torch.cuda.current_stream(x.device)
     ways = wires(x.device, handle.world_size)
-    for member in _others(handle):
+    for member in others(handle):
         ways[member].wait_stream(main)
     for member, source, source_pitch, target, target_pitch, width, height in _rows(plan):
         stream = main if member == handle.rank else ways[member]
         there = handle.buffer_ptrs[member] + offset + target
         _copy(there, target_pitch, x.data_ptr() + source, source_pitch, width, height, stream)
-    for member in _others(handle):
+    for member in others(handle):
         raise_flag(handle, member, number, handle.rank, ways[member])
         if tell_self:
             raise_flag(handle, handle.rank, number + SIGNALS // handle.world_size, member, ways[member])
     for fetch in ongoing(x.device):
-        fetch.go_on(behind, [ways[member] for member in _others(handle)])
+        fetch.go_on(behind, [ways[member] for member in others(handle)])
     return keeping(x)
 
 
@@ -96,7 +96,7 @@ def peer_wait(
     """
     handle = symmetric(workspace, group)
     number, offset, *_ = read_letter(letter, place)
-    for member in _others(handle):
+    for member in others(handle):
         handle.wait_signal(member, number, patience)
         if sent:
             handle.wait_signal(member, number + SIGNALS // handle.world_size, patience)
@@ -119,7 +119,7 @@ def join(workspace: torch.Tensor, group: str) -> None:
     handle = symmetric(workspace, group)
     main = torch.cuda.current_stream(workspace.device)
     ways = wires(workspace.device, handle.world_size)
-    for member in _others(handle):
+    for member in others(handle):
         main.wait_stream(ways[member])
 
 
@@ -149,8 +149,8 @@ def symmetric(workspace: torch.Tensor, group: str) -> Any:
     return symmetric_memory.rendezvous(workspace, group)  # type: ignore[arg-type]
 
 
-def _others(handle: Any) -> Iterator[int]:
-    """The other members, each rank beginning with its next one, so that no receiver gets everything at once."""
+def others(handle: Any) -> Iterator[int]:
+    """The other members, each rank beginning with its next one, so that nobody gets, or gives, everything at once."""
     return ((handle.rank + step) % handle.world_size for step in range(1, handle.world_size))
 
 

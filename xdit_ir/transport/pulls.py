@@ -61,7 +61,7 @@ class StartPull(Exchange):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Fetch]:
         """`x`, this rank's part, in symmetric memory -> all parts one behind the other, which are on their way, and
         what tells when they are there."""
-        from xdit_ir.transport.peer_ops import copy_bytes, symmetric, wires  # registers operators
+        from xdit_ir.transport.peer_ops import copy_bytes, others, symmetric, wires  # registers operators
 
         if not self._met:
             torch.cuda.synchronize(x.device)
@@ -71,9 +71,8 @@ class StartPull(Exchange):
         whole = torch.empty(self._shape, dtype=x.dtype, device=x.device)
         main, streams = torch.cuda.current_stream(x.device), wires(x.device, handle.world_size, "weights")
         fetch = Fetch(whole, copy_bytes)
-        for member, stream in enumerate(streams):
-            if member != self._at:
-                fetch.add(whole.data_ptr() + member * size, handle.buffer_ptrs[member] + offset, size, stream)
+        for member in others(handle):
+            fetch.add(whole.data_ptr() + member * size, handle.buffer_ptrs[member] + offset, size, streams[member])
         fetch.go_on(self._first, [main])
         if self._own:
             streams[self._at].wait_stream(main)
