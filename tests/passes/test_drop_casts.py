@@ -8,9 +8,11 @@ from torch import nn
 
 import xdit_ir as xir
 from xdit_ir import models
+from xdit_ir.ir.difference import tensors_of
 from xdit_ir.ir.program import Program
 from xdit_ir.passes.base import run_passes
 from xdit_ir.passes.drop_casts import PROMOTING, DropCasts
+from xdit_ir.passes.write_in_place import WriteInPlace
 from xdit_ir.simulation.examples import run_single
 from xdit_ir.text import equal
 
@@ -41,6 +43,28 @@ def test_pairs_that_are_turned_are_widened_by_their_tables() -> None:
     assert casts(program) - casts(made) == 8, "two of queries and two of keys in each kind of block"
     want, got = (run_single(one, model, example) for one in (program, made))
     assert torch.equal(want[0], got[0])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Two models; all with `--zoo-all`."""
+    if "name" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--zoo-all")
+        metafunc.parametrize("name", models.names() if every else ["wan2.1-t2v-1.3b", "lumina-2"])
+
+
+@torch.no_grad()
+def test_a_model_gives_the_same_bits_without(name: str) -> None:
+    model, example = models.load(f"{name}:tiny", dtype=torch.bfloat16)
+    try:
+        model(**models.load(f"{name}:tiny", dtype=torch.bfloat16)[1])
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(f"not in bf16 on CPUs: {error}")
+    program = xir.trace(model, example).parallelize().rank(0)
+    want, got = (
+        tensors_of(run_single(one, model, models.load(f"{name}:tiny", dtype=torch.bfloat16)[1]))
+        for one in (program, run_passes(program, [DropCasts(), WriteInPlace()]))
+    )
+    assert all(map(torch.equal, got, want))
 
 
 @torch.no_grad()
