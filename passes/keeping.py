@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from xdit_ir.errors import ParallelizeError
-from xdit_ir.ir.mesh import BATCH, TIME, Mesh
+from xdit_ir.ir.mesh import BATCH, MESH_DIMS, TIME, Mesh
 from xdit_ir.passes.split_batch import Batch
 
 UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "GB": 10**9, "MB": 10**6}
@@ -17,21 +19,34 @@ AMOUNT = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})")
 @dataclass(frozen=True)
 class Keeping:
     """`shard`: each rank has an equal part; `stream`: what a rank has lies in the host's memory, in equal parts too,
-    but for `resident` bytes at most, which stay on its GPU."""
+    but for `resident` bytes at most, which stay on its GPU. Parts are those of ranks that differ `along` these mesh
+    dims only; empty: along all."""
 
     shard: bool = False
     stream: bool = False
     resident: int = 0
+    along: tuple[str, ...] = ()
 
     @staticmethod
     def of(shard: object = False, stream: object = False) -> Keeping:
         """From the options; raises `ParallelizeError` for what is none."""
-        if not isinstance(shard, bool):
-            raise ParallelizeError(f"shard_weights={shard!r}: expected True or False")
-        return Keeping(shard, stream is not False, _bytes(stream))
+        along = () if isinstance(shard, bool) else _mesh_dims(shard)
+        return Keeping(shard is not False, stream is not False, _bytes(stream), along)
+
+    def dims(self, mesh: Mesh, *, paired: bool = False) -> tuple[str, ...]:
+        """The mesh dims along which ranks have parts; `paired` as for `Mesh.dims_of_a_call`."""
+        return tuple(one for one in mesh.dims_of_a_call(paired=paired) if not self.along or one in self.along)
 
     def check(self, mesh: Mesh, *, batch: Batch = Batch.DIVIDED) -> None:
         """Raise `ParallelizeError` where no two ranks hold copies of what one call needs."""
+        paired = batch is Batch.CALLS
+        legal = [one for one in mesh.dims_of_a_call(paired=paired) if mesh.size((one,)) > 1]
+        if legal and self.along and mesh.size(self.dims(mesh, paired=paired)) == 1:
+            degrees = ", ".join(f"{name}={size}" for name, size in mesh.degrees.items() if size > 1)
+            raise ParallelizeError(
+                f"shard_weights={'+'.join(self.along)!r}: no two ranks that run the same call differ along it, with "
+                f"{degrees}; nearest legal: shard_weights={legal[0]!r}, or shard_weights=True for all ranks"
+            )
         if self.shard and mesh.world_size > 1 and mesh.size(mesh.dims_of_a_call(paired=False)) == 1:
             stages = mesh.size((TIME,))
             raise ParallelizeError(
@@ -39,7 +54,7 @@ class Keeping:
                 f"rank has a copy; nearest legal: ulysses=2 beside it, or shard_weights=False"
             )
         alone = mesh.size((BATCH,)) > 1 == mesh.size(mesh.dims_of_a_call(paired=True))
-        if self.shard and batch is Batch.CALLS and alone:
+        if self.shard and paired and alone:
             raise ParallelizeError(
                 f"shard_weights=True with {BATCH}={mesh.size((BATCH,))} that divides calls, as here the batch cannot "
                 f"be divided: its ranks run different calls, so none can gather from the other; use ulysses=2"
@@ -47,7 +62,13 @@ class Keeping:
 
     def joined(self, other: Keeping) -> Keeping:
         """What either asks for."""
-        return Keeping(self.shard or other.shard, self.stream or other.stream, self.resident or other.resident)
+        resident, along = self.resident or other.resident, self.along or other.along
+        return Keeping(self.shard or other.shard, self.stream or other.stream, resident, along)
+
+    @property
+    def everywhere(self) -> Keeping:
+        """The same for a module whose ranks differ in other ways: over all of them, and nothing stays."""
+        return replace(self, along=(), resident=0)
 
     @property
     def streamed(self) -> bool | int:
@@ -55,20 +76,38 @@ class Keeping:
         return self.resident or self.stream
 
     @property
-    def options(self) -> Mapping[str, bool | int]:
+    def options(self) -> Mapping[str, Any]:
         """Those that are not as usual, by name."""
-        given = {"shard_weights": self.shard, "stream_weights": self.streamed}
+        given = {"shard_weights": self.along or self.shard, "stream_weights": self.streamed}
         return {name: wanted for name, wanted in given.items() if wanted}
 
     def gives_up(self, mesh: Mesh) -> bool:
         """Whether ranks have copies of weights, so that a model is to give its own up."""
-        return self.stream or (self.shard and mesh.size(mesh.dims_of_a_call(paired=False)) > 1)
+        return self.stream or (self.shard and mesh.size(self.dims(mesh)) > 1)
 
 
 def amount(text: str) -> int | None:
     """The bytes that a text with a unit says, such as `20GiB`; None for another one."""
     found = AMOUNT.fullmatch(text)
     return int(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+def _mesh_dims(shard: object) -> tuple[str, ...]:
+    """Those that `shard_weights` names, as `"ring"`, `"ulysses+ring"` or a sequence."""
+    names = shard.split("+") if isinstance(shard, str) else shard
+    legal = [name for name in MESH_DIMS if name != TIME]
+    expected = (
+        f"shard_weights={shard!r}: expected True or False, or mesh dims along which weights are divided, of "
+        f"{', '.join(legal)}"
+    )
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise ParallelizeError(f"{expected}, such as shard_weights='ulysses'")
+    for name in names:
+        if name not in legal:
+            near = (difflib.get_close_matches(name, legal, n=1) or legal[:1])[0]
+            hint = "stages have weights of their own" if name == TIME else f"did you mean {near!r}?"
+            raise ParallelizeError(f"{expected}; {name!r} is none of them: {hint}")
+    return tuple(name for name in legal if name in names)
 
 
 def _bytes(stream: object) -> int:

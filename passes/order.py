@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from xdit_ir.caching.rule import Watched
@@ -109,12 +110,8 @@ def weight_passes(
     """Passes for weights that are not all on every rank's GPU; `before`: what earlier programs of the model store."""
     if keeping == ALL_HERE:
         return []
-    paired = batch is Batch.CALLS
-    return [
-        ShardWeights(
-            mesh, paired=paired, stream=keeping.stream, resident=keeping.resident, machine=machine, before=before
-        )
-    ]
+    how = ShardWeights(mesh, paired=batch is Batch.CALLS, machine=machine, before=before, along="+".join(keeping.along))
+    return [replace(how, stream=keeping.stream, resident=keeping.resident)]
 
 
 def mesh_passes(

@@ -36,7 +36,8 @@ class ShardWeights:
     `paired`: the parts of `cfg` run different calls, so nothing is divided between them. `stream`: what a rank holds
     lies in the host's memory, but for `resident` bytes at most, which are chosen by the speeds of `machine`. It is
     uploaded before the last call before that streams begins, or, if it is then to be gathered, one call earlier; one
-    rank uploads all. `before`: names of what an earlier program has stored.
+    rank uploads all. `before`: names of what an earlier program has stored. `along`: mesh dims, joined by `+`, if only
+    ranks that differ along these divide weights among them; others then have the same parts.
     """
 
     name: ClassVar[str] = "shard-weights"
@@ -49,13 +50,15 @@ class ShardWeights:
     resident: int = 0
     machine: Machine = H100
     before: frozenset[str] = frozenset()
+    along: str = ""
 
     def apply(self, program: Program) -> Program:
-        """The program whose weights are divided over all ranks that run the same call, or lie with the host."""
-        dims = self.mesh.dims_of_a_call(paired=self.paired)
+        """The program whose weights are divided over ranks that run the same call, or lie with the host."""
+        every = self.mesh.dims_of_a_call(paired=self.paired)
+        dims = tuple(one for one in every if not self.along or one in self.along.split("+"))
         if self.mesh.size(dims) == 1 and not self.stream:
             return program
-        program = cut_weights(program, self.mesh, dims)
+        program = cut_weights(program, self.mesh, every)
         program = program.replace(graph=copy_graph(program.graph), stored=dict(program.stored))
         _Writer(program, self, dims).write()
         return program

@@ -142,7 +142,7 @@ class TracedProgram:
         kv_cache_dtype: str = "auto",
         pair_calls: bool = False,
         share_samples: bool = False,
-        shard_weights: bool = False,
+        shard_weights: bool | str | Sequence[str] = False,
         stream_weights: bool | int | str = False,
         cache: str | CacheRule | None = None,
         trim_padding: bool | int = False,
@@ -170,7 +170,8 @@ class TracedProgram:
             pair_calls: `cfg` divides nothing: its ranks run whole forwards of different calls (`port` pairs them).
             share_samples: a batch may be smaller than `cfg`, whose ranks then share samples.
             shard_weights: each rank holds an equal part of the weights; what a block needs is gathered while the one
-                before computes. Stages have weights of their own, which those who run the same one divide.
+                before computes. Stages have weights of their own, which those who run the same one divide. Mesh dims,
+                such as "ulysses" or "ulysses+ring": only ranks that differ along these divide them.
             stream_weights: weights lie in the host's memory, each rank's part of them, if there are several; what a
                 block needs is uploaded while the one before computes. "20GiB", or a number of bytes: so much of them
                 may stay on the GPU.

@@ -17,24 +17,27 @@ from xdit_ir import models
         ({"ulysses": 2, "shard_weights": True}, 0.51, False),
         ({"tensor": 2}, 0.57, True),
         ({"ulysses": 2, "stream_weights": True}, 0.51, True),
+        ({"ulysses": 2, "ring": 2, "shard_weights": "ring"}, 0.51, True),
     ],
-    ids=["all of a model", "tensor of a checkpoint", "from the host, of a checkpoint"],
+    ids=["all of a model", "tensor of a checkpoint", "from the host, of a checkpoint", "along a mesh dim"],
 )
 def test_each_rank_keeps_its_part(
     request: pytest.FixtureRequest,
     workers: Callable[[int], Any],
     tmp_path: Path,
-    degrees: dict[str, int],
+    degrees: dict[str, Any],
     share: float,
     read: bool,
 ) -> None:
     """For two kinds of inputs; what is loaded later would have no effect, and is refused."""
-    if "stream_weights" in degrees and not request.config.getoption("--large"):
-        pytest.skip("as with parts on the GPU (--large)")
+    if ("stream_weights" in degrees or "ring" in degrees) and not request.config.getoption("--large"):
+        pytest.skip("as with parts on the GPU, or four processes (--large)")
     if read:
         models.load("flux.1-dev:tiny")[0].save_pretrained(tmp_path, max_shard_size="400KB")
     folder = str(tmp_path) if read else ""
-    for result in workers(2).run("weights_in_parts", name="flux.1-dev", degrees=degrees, folder=folder):
+    for result in workers(4 if "ring" in degrees else 2).run(
+        "weights_in_parts", name="flux.1-dev", degrees=degrees, folder=folder
+    ):
         assert "errors" in result and max(result["errors"]) <= 1e-5, result
         assert result["resident"] == 0
         assert max(result["held"], result["reported"]) <= share, result

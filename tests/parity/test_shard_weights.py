@@ -94,6 +94,50 @@ def test_what_is_stored_already_serves_a_program_that_would_store_otherwise(mode
         torch.testing.assert_close(output, model(X))
 
 
+@pytest.mark.parametrize(
+    ("division", "along", "parts"),
+    [
+        ({"ulysses": 2, "ring": 2}, "ring", 2),
+        ({"ulysses": 2, "ring": 2}, ("ring", "ulysses"), 4),
+        ({"cfg": 2, "ulysses": 2}, "cfg", 2),
+        ({"pipefusion": 2, "ulysses": 2, "ring": 2}, "ulysses", 4),
+        ({"ulysses": 2, "ring": 2, "stream_weights": True}, "ulysses", 2),
+    ],
+    ids=str,
+)
+def test_only_ranks_that_differ_along_named_mesh_dims_have_parts(
+    model: nn.Module, division: dict[str, Any], along: Any, parts: int
+) -> None:
+    """As many, of stages too; the others have the same, and gather from those of their own group."""
+    parallel = xir.trace(model, (X,)).parallelize(**division, shard_weights=along)
+    outputs = parallel.simulate_steps(model, [(X,)])[0] if "pipefusion" in division else parallel.simulate(model, (X,))
+    for output in outputs:
+        torch.testing.assert_close(output, model(X))
+    padding = 256 * (len(xir.trace(model, (X,)).ir.state) + 4)
+    report = parallel.report()
+    assert report.weight_bytes_total / parts <= max(report.weight_bytes_per_rank) + padding
+    assert max(report.weight_bytes_per_rank) <= report.weight_bytes_total / parts + padding
+
+
+@pytest.mark.parametrize(
+    ("along", "said"),
+    [
+        ("ulyses", "did you mean 'ulysses'"),
+        ("pipefusion", "stages have weights of their own"),
+        (3, "expected True or False, or mesh dims"),
+        ((), "expected True or False, or mesh dims"),
+        ("ring+cfg", "no two ranks that run the same call differ along it, with ulysses=2; nearest legal: .*'ulysses'"),
+    ],
+    ids=str,
+)
+def test_mesh_dims_that_divide_no_weights_are_refused(model: nn.Module, along: Any, said: str) -> None:
+    with pytest.raises(xir.ParallelizeError, match=said):
+        xir.trace(model, (X,)).parallelize(ulysses=2, shard_weights=along)
+    if along == "ring+cfg":
+        with pytest.raises(xir.ParallelizeError, match="names mesh dims, whose degrees are left to be planned"):
+            xir.port(model, shard_weights=along)
+
+
 def test_check_takes_it(model: nn.Module) -> None:
     assert xir.check(model, (X,), ulysses=3, shard_weights=True).ok
 

@@ -58,7 +58,7 @@ class PortedParts:
 
     def _kept(self, module: nn.Module) -> bool:
         """Whether an encoder's weights are divided over ranks, or lie with the host."""
-        wanted = (self.asked or takes_ids(module)) and self.keeping.gives_up(self._everyone)
+        wanted = (self.asked or takes_ids(module)) and self.keeping.everywhere.gives_up(self._everyone)
         return wanted and not_portable(module) is None
 
     @property
@@ -84,7 +84,7 @@ class PortedParts:
         mesh, given = self._everyone, self._options(name, module)
         schedule: dict[str, object] = {**mesh.degrees, "patches": None, "warmup_steps": 1, "machine": self.machine}
         if kept:
-            schedule |= replace(self.keeping, resident=0).options
+            schedule |= self.keeping.everywhere.options
             given = given if given.loading.holds else replace(given, loading=Loading(release=True))
         mode = "eager" if given.execution.mode == "auto" else given.execution.mode
         return mesh, schedule, replace(given, execution=replace(given.execution, mode=mode))

@@ -117,11 +117,19 @@ def unplanned_degrees(
     kv_cache_dtype: str = "auto",
 ) -> Unplanned | None:
     """What chooses degrees at the first call: where none is given, or those that are leave some of so many processes
-    over and others are not given; None: those that are given are all."""
+    over and others are not given; None: those that are given are all. Raises `ParallelizeError` where mesh dims are
+    named that have no degrees yet."""
     known = Mesh.of(**given).world_size
     left, odd = divmod(processes, known)
     more = left > 1 and known > 1 and not odd and set(MESH_DIMS) - {TIME, *FEATURES} - set(given)
-    return Unplanned(given, patches, machine, keeping, kv_cache_dtype) if more or not given else None
+    if not more and given:
+        return None
+    if keeping.along:
+        raise ParallelizeError(
+            f"shard_weights={'+'.join(keeping.along)!r} names mesh dims, whose degrees are left to be planned; give "
+            f"them all, such as {keeping.along[0]}={processes}, or shard_weights=True"
+        )
+    return Unplanned(given, patches, machine, keeping, kv_cache_dtype)
 
 
 def machine_of_job(communicator: Communicator) -> Machine:

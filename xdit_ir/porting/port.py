@@ -60,7 +60,7 @@ def port(
     kv_cache_dtype: str = "auto",
     data: int = 1,
     plan: Plan | None = None,
-    shard_weights: bool = False,
+    shard_weights: bool | str | Sequence[str] = False,
     stream_weights: bool | int | str = False,
     cache: str | None = None,
     trim_padding: bool | int = False,
