@@ -24,9 +24,36 @@ HEADER = (
 )
 
 
+PUBLISHED = ("model", "ranks", "one compiled GPU, ms", "way", "ms", "speed-up")
+
+
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Benchmark documents, in the order of their paths."""
-    return [json.loads(path.read_text()) for path in paths]
+    """Benchmark documents, in the order of their paths; of a file of several all of them."""
+    found = [json.loads(path.read_text()) for path in paths]
+    return [one for document in found for one in document.get("documents", [document])]
+
+
+def is_whole(document: Mapping[str, Any]) -> bool:
+    """Whether a document is one of `bench`, not medians that another command told."""
+    return "torch" in document
+
+
+def published(documents: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each way to use several GPUs that was timed beside the model alone, cells as in `PUBLISHED`; of some
+    only the ratio was told."""
+    found = []
+    for one in documents:
+        base = next((result["median_ms"] for result in one["results"] if result["contender"] == BASE), None)
+        where = one["model"], f"{one['ranks']} x {one['gpu']}"
+        for result in one["results"]:
+            way = result["contender"]
+            if result.get("of") == BASE:
+                found.append((*where, "", way, "", f"{1 / result['times']:.2f}"))
+            elif base and way != BASE and one["ranks"] > 1:
+                found.append(
+                    (*where, f"{base:.1f}", way, f"{result['median_ms']:.1f}", f"{base / result['median_ms']:.2f}")
+                )
+    return sorted(found)
 
 
 def rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -67,9 +94,11 @@ def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> list
 
 
 def page(documents: Sequence[Mapping[str, Any]], head: str) -> str:
-    """The Markdown page: `head`, then a table per document."""
+    """The Markdown page: `head`, then a table per document, and one of all that is not whole."""
     lines = [head.rstrip(), ""]
-    for document in documents:
+    if others := published(one for one in documents if not is_whole(one)):
+        lines += ["## Models of published size, the default mode", "", *markdown_table(PUBLISHED, others), ""]
+    for document in filter(is_whole, documents):
         lines += [f"## {title(document)}", "", f"`{document.get('command', '')}`", ""]
         lines += [*markdown_table(HEADER, rows(document)), ""]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from xdit_ir.tools.contenders import Contender
 
 ROOT = Path(__file__).parents[2]
 SCALING = ROOT / "benchmarks" / "scaling"
-RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
+RESULTS = [*sorted((ROOT / "benchmarks").glob("*.json")), *sorted((ROOT / "benchmarks").glob("*/published-h200.json"))]
 DOCUMENT = {
     "model": "some-model",
     "gpu": "GPU",
@@ -130,6 +130,30 @@ def test_the_page_is_made_from_the_results(tmp_path: Path, capsys: pytest.Captur
     assert main(["bench", str(source), "--page", str(page)]) == 0
     assert "| u2:graph | 50.0 |" in page.read_text()
     assert page.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_what_other_commands_told_is_one_table() -> None:
+    def told(model: str, ranks: int, *results: dict[str, Any]) -> dict[str, Any]:
+        return {"model": model, "gpu": "GPU", "ranks": ranks, "results": [*results]}
+
+    alone = {"contender": "alone:compiled", "median_ms": 100.0}
+    documents = [
+        told(
+            "second",
+            2,
+            alone,
+            {"contender": "u2:graph", "median_ms": 50.0},
+            {"contender": "c2:graph", "median_ms": 40.0},
+        ),
+        told("first", 2, {"contender": "u2:graph", "times": 0.625, "of": "alone:compiled"}),
+        told("third", 1, alone, {"contender": "u1:graph", "median_ms": 300.0}),
+    ]
+    assert bench_report.published(documents) == [
+        ("first", "2 x GPU", "", "u2:graph", "", "1.60"),
+        ("second", "2 x GPU", "100.0", "c2:graph", "40.0", "2.50"),
+        ("second", "2 x GPU", "100.0", "u2:graph", "50.0", "2.00"),
+    ]
+    assert "| second | 2 x GPU | 100.0 | c2:graph | 40.0 | 2.50 |" in bench_report.page(documents, "")
 
 
 def test_the_page_in_docs_is_that_of_the_stored_results() -> None:
