@@ -12,7 +12,7 @@ from xdit_ir.ir import ops
 from xdit_ir.ir.facts import Fact
 from xdit_ir.ir.flops import counts
 from xdit_ir.ir.graphs import map_graphs, operands
-from xdit_ir.ir.program import SPEC, Program
+from xdit_ir.ir.program import SPEC, Program, TensorSpec
 
 aten = torch.ops.aten
 
@@ -48,10 +48,12 @@ def _of_integers(node: fx.Node) -> bool:
 
 
 def _behind(value: Any, *, casts: bool) -> fx.Node:
-    """What a value is a view of, or was cast from."""
-    while value.op == "call_function" and (
-        ops.is_view(value.target) or (casts and value.target is aten._to_copy.default)
-    ):
-        value = value.args[0]
+    """What a value is a view of, or was cast from; of several results that one operator gives, the one that it is."""
     found: fx.Node = value
+    while found.op == "call_function" and (_is_view(found) or (casts and found.target is aten._to_copy.default)):
+        found = found.all_input_nodes[0]
     return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    return ops.is_view(node.target) and isinstance(node.all_input_nodes[0].meta[SPEC], TensorSpec)
