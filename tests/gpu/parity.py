@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import staged
@@ -32,6 +32,15 @@ def load(name: str, device: torch.device, blocks: int | None = None) -> tuple[nn
         del layers[blocks:]
     torch.cuda.empty_cache()
     return model, example
+
+
+def rounded_otherwise(example: Mapping[str, Any]) -> dict[str, Any]:
+    """The example with its latents, the first input of three dims and more, changed by what bf16 rounds away."""
+    floats = (x for x in pytree.tree_leaves(example) if isinstance(x, torch.Tensor) and x.is_floating_point())
+    latents = next(x for x in floats if x.dim() > 2)
+    noise = torch.randn(latents.shape, device=latents.device, generator=torch.Generator(latents.device).manual_seed(1))
+    changed = (latents * (1 + 2**-9 * noise)).to(latents.dtype)
+    return {name: pytree.tree_map(lambda x: changed if x is latents else x, given) for name, given in example.items()}
 
 
 def timed(run: Callable[[], Any], repeats: int = 8) -> tuple[torch.Tensor, str]:

@@ -75,18 +75,13 @@ def tried(name: str, degrees: str, mode: str) -> lanes.Result:
 
 
 def own_error(model: Any, example: Mapping[str, Any]) -> float:
-    """What becomes of the model's outputs where its largest input changes by what bf16 rounds away."""
-    import torch
-    from torch.utils import _pytree as pytree
+    """What becomes of the model's outputs where an input is rounded otherwise."""
+    from parity import rounded_otherwise
 
     from xdit_ir.ir.difference import relative_error, tensors_of
 
-    floats = [x for x in pytree.tree_leaves(example) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    largest = max(floats, key=torch.Tensor.numel)
-    noise = torch.randn(largest.shape, device=largest.device, generator=torch.Generator(largest.device).manual_seed(1))
-    changed = (largest * (1 + 2**-9 * noise)).to(largest.dtype)
-    given = pytree.tree_map(lambda x: changed if x is largest else x, dict(example))
-    return float(relative_error(tensors_of(model(**given)), tensors_of(model(**example))))
+    changed = tensors_of(model(**rounded_otherwise(example)))
+    return float(relative_error(changed, tensors_of(model(**example))))
 
 
 def milliseconds(run: Callable[..., Any], example: Mapping[str, Any], calls: int) -> list[float]:
