@@ -44,26 +44,31 @@ class Keeping:
         if legal and self.along and mesh.size(self.dims(mesh, paired=paired)) == 1:
             degrees = ", ".join(f"{name}={size}" for name, size in mesh.degrees.items() if size > 1)
             raise ParallelizeError(
-                f"shard_weights={'+'.join(self.along)!r}: no two ranks that run the same call differ along it, with "
+                f"{self._asked}: no two ranks that run the same call differ along it, with "
                 f"{degrees}; nearest legal: shard_weights={legal[0]!r}, or shard_weights=True for all ranks"
             )
         if self.shard and mesh.world_size > 1 and mesh.size(mesh.dims_of_a_call(paired=False)) == 1:
             stages = mesh.size((TIME,))
             raise ParallelizeError(
-                f"shard_weights=True with {TIME}={stages} alone: each stage has weights of its own, of which no other "
+                f"{self._asked} with {TIME}={stages} alone: each stage has weights of its own, of which no other "
                 f"rank has a copy; nearest legal: ulysses=2 beside it, or shard_weights=False"
             )
         alone = mesh.size((BATCH,)) > 1 == mesh.size(mesh.dims_of_a_call(paired=True))
         if self.shard and paired and alone:
             raise ParallelizeError(
-                f"shard_weights=True with {BATCH}={mesh.size((BATCH,))} that divides calls, as here the batch cannot "
-                f"be divided: its ranks run different calls, so none can gather from the other; use ulysses=2"
+                f"{self._asked} with {BATCH}={mesh.size((BATCH,))} that divides calls, as here the batch cannot be "
+                f"divided: its ranks run different calls, so none can gather from the other; use ulysses=2"
+                f"{' beside it, or stream_weights=True alone' if self.stream else ''}"
             )
 
     def joined(self, other: Keeping) -> Keeping:
         """What either asks for."""
         resident, along = self.resident or other.resident, self.along or other.along
         return Keeping(self.shard or other.shard, self.stream or other.stream, resident, along)
+
+    @property
+    def _asked(self) -> str:
+        return f"shard_weights={'+'.join(self.along) or True!r}"
 
     @property
     def everywhere(self) -> Keeping:
@@ -104,9 +109,10 @@ def _mesh_dims(shard: object) -> tuple[str, ...]:
         raise ParallelizeError(f"{expected}, such as shard_weights='ulysses'")
     for name in names:
         if name not in legal:
-            near = (difflib.get_close_matches(name, legal, n=1) or legal[:1])[0]
-            hint = "stages have weights of their own" if name == TIME else f"did you mean {near!r}?"
-            raise ParallelizeError(f"{expected}; {name!r} is none of them: {hint}")
+            near = difflib.get_close_matches(name, legal, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = "; stages have weights of their own" if name == TIME else hint
+            raise ParallelizeError(f"{expected}; {name!r} is none of them{hint}")
     return tuple(name for name in legal if name in names)
 
 

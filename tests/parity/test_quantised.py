@@ -116,6 +116,19 @@ def test_pipefusion_is_exact_while_it_is_synchronous(way: str) -> None:
         assert max(relative_error(tensors_of(output), want) for output in step) <= most
 
 
+@pytest.mark.parametrize("made", ["int8_weights", "layerwise_casting"])
+def test_stages_keep_no_weights_that_were_made_larger(made: str) -> None:
+    """What patches leave for each other is what it is without quantised weights."""
+    buffers = []
+    for way in (None, made):
+        model, example = Small().eval().requires_grad_(False), {"latents": torch.randn(2, 24, 32)}
+        if way is not None:
+            WAYS[way](model)
+        report = xir.trace(model, example).parallelize(pipefusion=2).report()
+        buffers.append([one.buffers for one in report.memory])
+    assert buffers[0] == buffers[1]
+
+
 def test_the_scale_of_a_whole_tensor_is_that_of_all_ranks() -> None:
     """A number a row is gathered, once for all layers that take the tensor; not the tensor."""
     model, example = quantised("small", "float8_by_tensors")

@@ -156,7 +156,8 @@ class WeightStore:
             raise MismatchError(
                 f"{name} has no values: the model is on the meta device, or gave it up (release=True) when it was made "
                 "parallel before; load, quantise and add adapters before the first forward, or give weights=, the "
-                "folder of a checkpoint"
+                "folder of a checkpoint. Parts that are divided along cfg too serve calls that divide the batch, and "
+                "others those that are paired; for both, shard_weights='ulysses' or another mesh dim"
             )
         check_type(name, found, spec)
         return found

@@ -57,7 +57,8 @@ def check_options(**flags: Any) -> None:
     """Raise `ParallelizeError` for what is neither True nor False."""
     for name, value in flags.items():
         if not isinstance(value, bool) and not (value is None and name == "shard_weights"):
-            raise ParallelizeError(f"{name}={value!r}: expected True or False")
+            hint = "; mesh dims are for `port`, with all degrees given" if name == "shard_weights" else ""
+            raise ParallelizeError(f"{name}={value!r}: expected True or False{hint}")
 
 
 def gib_of(memory: Any) -> float | None:
