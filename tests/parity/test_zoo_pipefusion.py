@@ -8,6 +8,8 @@ from test_zoo import NOT_CAPTURED
 import xdit_ir as xir
 from xdit_ir import models
 
+FILLS_A_CACHE = "wan-animate-2-reference"  # of which nothing may be stale: one patch, and so no buffers
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every twenty-fourth model, all of them with `--zoo-all`."""
@@ -29,7 +31,7 @@ def test_exact_when_synchronous_and_at_the_fixed_point(name: str, of_one_patch: 
         report = traced.parallelize(pipefusion=2).report()
         work = sum(report.flops_per_rank) / report.flops_total
         assert work <= 1.05
-        assert min(report.buffer_bytes_per_rank) > 0
+        assert (min(report.buffer_bytes_per_rank) > 0) == (name != FILLS_A_CACHE)
         result = xir.check(model, example, traced=traced, pipefusion=2)
     assert result.ok, str(result)
 
