@@ -33,30 +33,26 @@ class Keeping:
         along = () if isinstance(shard, bool) else _mesh_dims(shard)
         return Keeping(shard is not False, stream is not False, _bytes(stream), along)
 
-    def dims(self, mesh: Mesh, *, paired: bool = False) -> tuple[str, ...]:
-        """The mesh dims along which ranks have parts; `paired` as for `Mesh.dims_of_a_call`."""
-        return tuple(one for one in mesh.dims_of_a_call(paired=paired) if not self.along or one in self.along)
-
     def check(self, mesh: Mesh, *, batch: Batch = Batch.DIVIDED) -> None:
         """Raise `ParallelizeError` where no two ranks hold copies of what one call needs."""
         paired = batch is Batch.CALLS
         legal = [one for one in mesh.dims_of_a_call(paired=paired) if mesh.size((one,)) > 1]
-        if legal and self.along and mesh.size(self.dims(mesh, paired=paired)) == 1:
+        if legal and self.along and mesh.size(mesh.dims_of_a_call(paired=paired, along=self.along)) == 1:
             degrees = ", ".join(f"{name}={size}" for name, size in mesh.degrees.items() if size > 1)
             raise ParallelizeError(
-                f"{self._asked}: no two ranks that run the same call differ along it, with "
+                f"{self.asked}: no two ranks that run the same call differ along it, with "
                 f"{degrees}; nearest legal: shard_weights={legal[0]!r}, or shard_weights=True for all ranks"
             )
         if self.shard and mesh.world_size > 1 and mesh.size(mesh.dims_of_a_call(paired=False)) == 1:
             stages = mesh.size((TIME,))
             raise ParallelizeError(
-                f"{self._asked} with {TIME}={stages} alone: each stage has weights of its own, of which no other "
+                f"{self.asked} with {TIME}={stages} alone: each stage has weights of its own, of which no other "
                 f"rank has a copy; nearest legal: ulysses=2 beside it, or shard_weights=False"
             )
         alone = mesh.size((BATCH,)) > 1 == mesh.size(mesh.dims_of_a_call(paired=True))
         if self.shard and paired and alone:
             raise ParallelizeError(
-                f"{self._asked} with {BATCH}={mesh.size((BATCH,))} that divides calls, as here the batch cannot be "
+                f"{self.asked} with {BATCH}={mesh.size((BATCH,))} that divides calls, as here the batch cannot be "
                 f"divided: its ranks run different calls, so none can gather from the other; use ulysses=2"
                 f"{' beside it, or stream_weights=True alone' if self.stream else ''}"
             )
@@ -67,7 +63,8 @@ class Keeping:
         return Keeping(self.shard or other.shard, self.stream or other.stream, resident, along)
 
     @property
-    def _asked(self) -> str:
+    def asked(self) -> str:
+        """The option `shard_weights` as it was given, for people."""
         return f"shard_weights={'+'.join(self.along) or True!r}"
 
     @property
@@ -88,7 +85,7 @@ class Keeping:
 
     def gives_up(self, mesh: Mesh) -> bool:
         """Whether ranks have copies of weights, so that a model is to give its own up."""
-        return self.stream or (self.shard and mesh.size(self.dims(mesh)) > 1)
+        return self.stream or (self.shard and mesh.size(mesh.dims_of_a_call(paired=False, along=self.along)) > 1)
 
 
 def amount(text: str) -> int | None:

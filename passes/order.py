@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from xdit_ir.caching.rule import Watched
@@ -110,8 +109,8 @@ def weight_passes(
     """Passes for weights that are not all on every rank's GPU; `before`: what earlier programs of the model store."""
     if keeping == ALL_HERE:
         return []
-    how = ShardWeights(mesh, paired=batch is Batch.CALLS, machine=machine, before=before, along="+".join(keeping.along))
-    return [replace(how, stream=keeping.stream, resident=keeping.resident)]
+    paired, along = batch is Batch.CALLS, "+".join(keeping.along)
+    return [ShardWeights(mesh, paired, keeping.stream, keeping.resident, machine, before, along)]
 
 
 def mesh_passes(

@@ -55,7 +55,7 @@ class ShardWeights:
     def apply(self, program: Program) -> Program:
         """The program whose weights are divided over ranks that run the same call, or lie with the host."""
         every = self.mesh.dims_of_a_call(paired=self.paired)
-        dims = tuple(one for one in every if not self.along or one in self.along.split("+"))
+        dims = self.mesh.dims_of_a_call(paired=self.paired, along=self.along.split("+") if self.along else ())
         if self.mesh.size(dims) == 1 and not self.stream:
             return program
         program = cut_weights(program, self.mesh, every)

@@ -22,8 +22,6 @@ HEADER = (
     "error",
     "first call s",
 )
-
-
 PUBLISHED = ("model", "ranks", "one compiled GPU, ms", "way", "ms", "speed-up")
 
 

@@ -105,10 +105,11 @@ class Mesh:
         """These mesh dims, outer to inner."""
         return tuple(name for name in self.names if name in dims)
 
-    def dims_of_a_call(self, *, paired: bool) -> tuple[str, ...]:
-        """The mesh dims along which ranks run the same call; `paired`: the parts of `cfg` run different ones. Stages
-        run calls of their own."""
-        return tuple(name for name in self.names if name != TIME and not (paired and name == BATCH))
+    def dims_of_a_call(self, *, paired: bool, along: Collection[str] = ()) -> tuple[str, ...]:
+        """The mesh dims along which ranks run the same call, or those of them that are `along`, if any is; `paired`:
+        the parts of `cfg` run different ones. Stages run calls of their own."""
+        found = (name for name in self.names if name != TIME and not (paired and name == BATCH))
+        return tuple(name for name in found if not along or name in along)
 
     @cached_property
     def _places(self) -> tuple[tuple[int, ...], ...]:

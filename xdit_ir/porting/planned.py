@@ -126,7 +126,7 @@ def unplanned_degrees(
         return None
     if keeping.along:
         raise ParallelizeError(
-            f"shard_weights={'+'.join(keeping.along)!r} names mesh dims, whose degrees are left to be planned; give "
+            f"{keeping.asked} names mesh dims, whose degrees are left to be planned; give "
             f"them all, such as {keeping.along[0]}={processes // known}, or shard_weights=True"
         )
     return Unplanned(given, patches, machine, keeping, kv_cache_dtype)
