@@ -35,6 +35,10 @@ class StoredParts:
         """What of these names is not here yet."""
         return list(dict.fromkeys(stored[n] for n in names if n in stored and stored[n] not in self.tensors))
 
+    def holds(self, name: str) -> bool:
+        """Whether parts of a weight are here, for whatever program."""
+        return any(name == member for one in self.tensors for member, _ in one.members)
+
     def members(self, names: Iterable[str], specs: Mapping[str, TensorSpec], stored: AllStored) -> Iterator[str]:
         """The weights of which bytes are needed for what is not here yet."""
         runs = (run.name for one in self.lacking(names, stored) for run in runs_of(one, specs))

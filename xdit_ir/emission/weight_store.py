@@ -20,6 +20,11 @@ from xdit_ir.ir.stored import Filling, Room, bytes_of
 from xdit_ir.ir.wrappers import hollow_like, parts_inside
 from xdit_ir.transport.uploads import room_beside
 
+OTHERWISE = (
+    ". Parts that are divided along cfg too serve calls that divide the batch, and others those that are paired; for "
+    "both, shard_weights='ulysses' or another mesh dim"
+)
+
 
 class FixedWeights:
     """Tensors that do not change, in the order of a program's names; stands where `WeightReferences` does."""
@@ -156,8 +161,7 @@ class WeightStore:
             raise MismatchError(
                 f"{name} has no values: the model is on the meta device, or gave it up (release=True) when it was made "
                 "parallel before; load, quantise and add adapters before the first forward, or give weights=, the "
-                "folder of a checkpoint. Parts that are divided along cfg too serve calls that divide the batch, and "
-                "others those that are paired; for both, shard_weights='ulysses' or another mesh dim"
+                f"folder of a checkpoint{OTHERWISE if self._parts.holds(name) else ''}"
             )
         check_type(name, found, spec)
         return found
